@@ -1,0 +1,102 @@
+"""Files of tensors: read one without running code from it, and load it into a module without losing a key.
+
+`read_tensors` reads `.safetensors` and torch's `.pth`/`.pt`; `load_exactly` copies a state dict into a module and
+names every key that is missing, left over or of another shape.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deploy.errors import UserError
+
+LISTED_KEYS = 8  # a message stays one readable line: the first few keys, then a count
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in `path`, on the CPU.
+
+    `.safetensors` files are read as they are. Anything else is read by torch with `weights_only=True`, so that no
+    code in the file runs; it may be a state dict or a dict with one under `state_dict` (mmdet, Lightning) or
+    `model` (torchvision's reference scripts).
+
+    Raises UserError when there is no such file, or it cannot be read, or holds no tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a .safetensors or .pth file with weights")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path, device="cpu")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({_first_line(error)}); "
+                            "copy or download it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise UserError(f"{path}: holds Python objects beside tensors, which are not loaded because they could "
+                            "run code; save its state_dict alone and pass that file") from error
+        raise UserError(f"{path}: not a readable torch checkpoint ({_first_line(error)}); "
+                        "copy or download it again") from error
+    except Exception as error:  # torch raises whatever a damaged zip or pickle stream makes its readers raise
+        raise UserError(f"{path}: not a readable torch checkpoint ({type(error).__name__}: {_first_line(error)}); "
+                        "copy or download it again") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path}: no state dict in this file; expected tensors by name, "
+                        "at the top or under 'state_dict'")
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def load_exactly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_miss: Callable[[str], bool] = lambda key: key.endswith("num_batches_tracked"),
+) -> None:
+    """Copy `state` into `module`; nothing is copied unless everything fits.
+
+    Keys for which `may_miss` is true may be absent from `state`: BatchNorm's batch counter, by default, which old
+    files lack and nothing here reads. `source` names the file in messages.
+
+    Raises UserError that lists missing keys, unexpected keys and keys of another shape.
+    """
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in state and not may_miss(key)]
+    unexpected = [key for key in state if key not in wanted]
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in wanted.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{what} {len(keys)} key(s): {listed(keys)}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape for", wrong))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"{source}: weights do not fit the model; {'; '.join(problems)}")
+    module.load_state_dict(dict(state), strict=False)
+
+
+def listed(keys: Iterable[str]) -> str:
+    """`a, b, c and 4 more`."""
+    keys = list(keys)
+    more = len(keys) - LISTED_KEYS
+    return ", ".join(keys[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
