@@ -1,0 +1,110 @@
+"""What the data package hands to a detector: one uint8 image batch and one `Target` per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAD_COLOR = (124, 116, 104)
+"""The ImageNet mean in RGB, rounded: padding that is nearly zero after normalisation."""
+
+STRIDE = 32
+"""Batches are padded to a multiple of this, so that every pyramid level up to P5 divides them exactly."""
+
+
+@dataclass
+class Target:
+    """The labels of one image. Boxes are in pixels of the network image (after resize and flip).
+
+    Padding is only added right and below, so boxes need no shift between image and batch.
+    """
+
+    boxes: Tensor
+    """float32 [n, 4], xyxy."""
+    labels: Tensor
+    """int64 [n], 0-based and contiguous."""
+    ignore: Tensor
+    """bool [n]; True = a crowd region: neither positive nor negative, losses skip it."""
+    scores: Tensor | None
+    """float32 [n] for pseudo labels, else None."""
+    image_id: int
+    size: tuple[int, int]
+    """(height, width) of the valid area in the padded batch."""
+    original_size: tuple[int, int]
+    """(height, width) of the image file."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Target:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Any) -> Target:
+        return replace(
+            self,
+            boxes=function(self.boxes),
+            labels=function(self.labels),
+            ignore=function(self.ignore),
+            scores=None if self.scores is None else function(self.scores),
+        )
+
+    # A tensor crosses from a worker through one file descriptor each: slow, and many images exhaust the
+    # limit. As numpy arrays these few numbers travel inside the pickle itself.
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("boxes", "labels", "ignore", "scores"):
+            if state[name] is not None:
+                state[name] = state[name].cpu().numpy()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("boxes", "labels", "ignore", "scores"):
+            if state[name] is not None:
+                state[name] = torch.from_numpy(state[name])
+        self.__dict__.update(state)
+
+
+@dataclass
+class Batch:
+    """Images of one step with their targets."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W] RGB, padded right and below with `PAD_COLOR`; H and W are multiples of 32."""
+    targets: list[Target]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            [target.to(device, non_blocking) for target in self.targets],
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's pinning thread."""
+        return Batch(self.images.pin_memory(), [target.pin_memory() for target in self.targets])
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
+    """Pad images uint8 [3, h, w] to one common size, a multiple of 32, with `PAD_COLOR`.
+
+    Every pixel is written once: into the padding or from the image, straight into the batch's memory.
+    """
+    height = _round_up(max(image.shape[1] for image, _ in samples))
+    width = _round_up(max(image.shape[2] for image, _ in samples))
+    images = torch.empty((len(samples), 3, height, width), dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is not None:
+        images.share_memory_()  # before it is filled: else the way to the main process copies every pixel
+    for slot, (image, _) in zip(images, samples, strict=True):
+        h, w = image.shape[1:]
+        slot[:, :h, :w] = image
+        for channel, value in zip(slot, PAD_COLOR, strict=True):
+            channel[h:].fill_(value)
+            channel[:h, w:].fill_(value)
+    return Batch(images, [target for _, target in samples])
+
+
+def _round_up(side: int) -> int:
+    return -(-side // STRIDE) * STRIDE
