@@ -1,0 +1,725 @@
+"""A recipe: one YAML file that holds every setting of a run, checked completely before anything starts.
+
+    recipe = load_recipe(Path("recipes/quickstart.yaml"), ["train.epochs=3"])
+
+Public: `load_recipe`, `dump_recipe`, `recipe_sha256`, and the models from `Recipe` down. The models are
+strict (no unknown keys, no silent conversion) and frozen. Relative paths are relative to the working
+directory, as in a shell. Sizes are pixels unless the name says otherwise.
+
+YAML is read with the scalar rules of YAML 1.2: `1e-4` is a number and `no` is a word, not false.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from deploy.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+def _broken_rule(key: str, problem: str) -> PydanticCustomError:
+    """An error of a rule between fields, reported at `key` of the model that raises it."""
+    return PydanticCustomError("rule", "{problem}", {"problem": problem, "key": key})
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+class Split(_Settings):
+    """One labelled set of images in COCO format."""
+
+    annotations: Path
+    """COCO instances JSON."""
+    images: Path
+    """Folder that the JSON's file names are relative to."""
+
+
+class Synthetic(_Settings):
+    """The generated dataset: textured shapes on clutter, the same pixels for the same settings."""
+
+    train: Positive
+    """Training images."""
+    val: Positive
+    """Validation images."""
+    size: Annotated[int, Field(ge=32)] = 160
+    """Height and width of every image."""
+    classes: Positive = 10
+    """Object classes."""
+    seed: Count = 0
+    """Seed of the generator."""
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise PydanticCustomError("rule", "the smaller number comes first")
+    return pair
+
+
+class Data(_Settings):
+    """The images, and what happens to them before the network. Either `synthetic`, or `train` and `val`."""
+
+    train: Split | None = None
+    """Training set."""
+    val: Split | None = None
+    """Validation set; never trained on."""
+    synthetic: Synthetic | None = None
+    """Generate the data instead of reading it."""
+    short: Positive | Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = 800
+    """Images keep their ratio and are resized until the short side is `short` or the long side is `long`,
+    whichever comes first. A pair: random in the closed range while training, its maximum otherwise."""
+    long: Positive = 1333
+    """Limit of the long side."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip while training."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue while training."""
+    scale_jitter: (
+        Annotated[
+            tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], AfterValidator(_ordered)
+        ]
+        | None
+    ) = None
+    """Random zoom while training: a factor in this range, then crop (above 1) or pad (below 1)."""
+    workers: Count = 2
+    """Loader processes for each training process; 0 loads in the process itself."""
+    cache: bool = False
+    """Keep every decoded image in memory (uint8)."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Data:
+        if self.synthetic is not None and (self.train is not None or self.val is not None):
+            raise _broken_rule("synthetic", "excludes data.train and data.val; keep one of the two")
+        if self.synthetic is None and (self.train is None or self.val is None):
+            absent = " and ".join(k for k in ("train", "val") if getattr(self, k) is None)
+            raise _broken_rule("", f"needs train and val, or synthetic; there is no {absent}")
+        short = self.short if isinstance(self.short, int) else self.short[1]
+        if short > self.long:
+            raise _broken_rule("short", f"{short} is more than data.long, {self.long}")
+        return self
+
+    @property
+    def eval_short(self) -> int:
+        """The short side used for evaluation, in pixels."""
+        return self.short if isinstance(self.short, int) else self.short[1]
+
+
+# ----------------------------------------------------------------------------------------------- models
+
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large", "nano"
+]
+
+
+def _weights_file(path: Path) -> Path:
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        choices = ["imagenet", "none"]
+        hint = _did_you_mean(str(path), choices) or "; use imagenet, none, or a .pth or .safetensors file"
+        raise PydanticCustomError("rule", "{problem}", {"problem": f"unknown weights '{path}'{hint}"})
+    return path
+
+
+def _whole_unless_pretrained(pretrained: Any, untrained: Any) -> Callable[[dict[str, Any]], Any]:
+    """Default of a setting that only makes sense on a backbone that comes with weights."""
+    return lambda fields: untrained if fields.get("weights", "none") == "none" else pretrained
+
+
+class Model(_Settings):
+    """A detector: backbone, feature pyramid, dense head."""
+
+    detector: Literal["gfl"] = "gfl"
+    """Generalized Focal Loss head on a P3-P7 pyramid."""
+    backbone: Backbone
+    """Feature extractor."""
+    weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
+    """Start of the backbone: torchvision's ImageNet weights, random, or a file with such weights."""
+    neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
+    """Channels of the pyramid and the head (a multiple of 32: the head's GroupNorm has 32 groups)."""
+    head_depth: Annotated[int, Field(ge=0)] = 4
+    """3x3 convolutions in each of the head's two towers."""
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = Field(default_factory=_whole_unless_pretrained(1, 0))
+    """Leading stages of the backbone that do not train: 1 is the stem and the first stage, 0 none.
+    Default: 1 with weights, 0 without."""
+    norm_eval: bool = Field(default_factory=_whole_unless_pretrained(True, False))
+    """Keep the backbone's BatchNorm statistics as loaded. Default: true with weights, false without."""
+
+
+class Optimizer(_Settings):
+    """The optimizer; weight decay applies to every parameter."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Which one."""
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    """Learning rate for the recipe's batch size, after warm-up."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD; first beta of AdamW."""
+    weight_decay: Weight = 1e-4
+    """Weight decay."""
+
+
+def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
+    if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        raise PydanticCustomError("rule", "the numbers must rise")
+    return values
+
+
+class Schedule(_Settings):
+    """The learning rate over time: linear warm-up, then steps or a half cosine down to zero."""
+
+    name: Literal["multistep", "cosine"] = "multistep"
+    """Shape after the warm-up."""
+    milestones: Annotated[tuple[Positive, ...], AfterValidator(_rising)] = (8, 11)
+    """multistep: epochs after which the rate is multiplied by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """multistep: the factor."""
+    warmup_steps: Count = 500
+    """Optimizer steps of linear warm-up."""
+    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.001
+    """Share of the rate at the first step."""
+
+
+class Train(_Settings):
+    """One training run. Exactly one of `epochs` and `steps`."""
+
+    epochs: Positive | None = None
+    """Length in passes over the data."""
+    steps: Positive | None = None
+    """Length in optimizer steps."""
+    batch_size: Positive = 16
+    """Images in one optimizer step over all devices."""
+    optimizer: Optimizer = Optimizer()
+    """Optimizer."""
+    schedule: Schedule = Schedule()
+    """Learning-rate schedule."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the moving average of the weights, which is then what is evaluated and kept; null: none."""
+    precision: Annotated[
+        Literal["32", "bf16", "fp16"], BeforeValidator(lambda value: "32" if value == 32 else value)
+    ] = "32"
+    """Mixed precision of the network; losses are always float32."""
+    accumulate: Positive = 1
+    """Parts that a batch is split into to save memory; gradients add up."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest gradient norm; null: no clipping."""
+    eval_every: Positive | None = None
+    """Epochs between evaluations; null: only at the end."""
+    checkpoint_every: Positive | None = None
+    """Optimizer steps between checkpoints; null: after every epoch."""
+    compile: bool = False
+    """Compile the model and losses with torch.compile."""
+    devices: Positive = 1
+    """Processes, one for each device."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA when there is a device."""
+    select: Literal["best", "last"] = "best"
+    """Which weights become the result: of the best evaluation, or the last."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Train:
+        if self.epochs is None and self.steps is None:
+            raise _broken_rule("", "no length; give epochs or steps")
+        if self.epochs is not None and self.steps is not None:
+            raise _broken_rule("steps", "excludes epochs; keep one of the two")
+        parts = self.devices * self.accumulate
+        if self.batch_size % parts:
+            raise _broken_rule(
+                "batch_size", f"{self.batch_size} is not a multiple of devices x accumulate = {parts}"
+            )
+        warmup = self.schedule.warmup_steps
+        if self.steps is not None and warmup >= self.steps:
+            raise _broken_rule(
+                "schedule.warmup_steps",
+                f"{warmup} warm-up steps leave nothing of {self.steps} steps; set it to {self.steps // 10}",
+            )
+        if self.precision == "fp16" and self.accelerator == "cpu":
+            raise _broken_rule("precision", "fp16 needs accelerator cuda; on the CPU use bf16 or 32")
+        return self
+
+
+# ----------------------------------------------------------------------------------------- distillation
+
+
+def _checkpoint_name(name: str) -> str:
+    if not (name.startswith("zoo:") and len(name) > 4) and Path(name).suffix not in (".safetensors", ".pth"):
+        raise PydanticCustomError(
+            "rule",
+            "{problem}",
+            {"problem": f"'{name}' is neither a .safetensors file, a .pth file, nor zoo:<name>"},
+        )
+    return name
+
+
+class Teacher(_Settings):
+    """The detector to learn from. Exactly one of `checkpoint` and `train`."""
+
+    checkpoint: Annotated[str, AfterValidator(_checkpoint_name)] | None = None
+    """A .safetensors file of this project, an official mmdet GFL .pth file, or zoo:<name>."""
+    model: Model | None = None
+    """What to build when the teacher is trained here."""
+    train: Train | None = None
+    """Train the teacher first, on the same data."""
+    min_map: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Stop before distilling when the teacher's validation mAP (percent) is lower."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Teacher:
+        if self.checkpoint is None and self.train is None:
+            raise _broken_rule("", "no source; give teacher.checkpoint, or teacher.model and teacher.train")
+        if self.checkpoint is not None and self.train is not None:
+            raise _broken_rule("train", "excludes teacher.checkpoint; keep one of the two")
+        if self.train is not None and self.model is None:
+            raise _broken_rule("train", "needs teacher.model, the detector to train")
+        return self
+
+
+class Bckd(_Settings):
+    """Bridging Cross-task Protocol Inconsistency (arXiv 2308.14286): logits and boxes of a dense head."""
+
+    weight: Weight = 1.0
+    """Multiplies both terms; 0 is bit-identical to plain training."""
+    cls_weight: Weight = 1.0
+    """Weight of the binary classification term."""
+    loc_weight: Weight = 4.0
+    """Weight of the box (GIoU) term."""
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of |teacher - student| in the classification term."""
+
+
+class Methods(_Settings):
+    """Distillation losses; those given add up. Write `bckd: {}` for a method with its defaults."""
+
+    bckd: Bckd | None = None
+    """BCKD."""
+
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the methods that are given."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+# ----------------------------------------------------------------------------------------------- deploy
+
+
+class Benchmark(_Settings):
+    """How latency is measured."""
+
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
+    """Batch sizes to measure."""
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Measuring time for each file and batch size, after the warm-up."""
+
+
+class Deploy(_Settings):
+    """The exported file and the gate that it must pass."""
+
+    input_size: (
+        tuple[
+            Annotated[int, Field(ge=32, multiple_of=32)],
+            Annotated[int, Field(ge=32, multiple_of=32)],
+        ]
+        | None
+    ) = None
+    """Height and width of the network input; null: the evaluation canvas, rounded up to 32."""
+    score_threshold: Fraction = 0.05
+    """Detections must score more than this."""
+    nms_threshold: Fraction = 0.6
+    """Boxes of one class that overlap more than this IoU suppress each other."""
+    max_detections: Positive = 100
+    """Detections for each image."""
+    candidates: Positive = 1000
+    """Highest-scoring boxes that enter the suppression."""
+    max_batch: Positive = 8
+    """Largest batch that the file is checked with."""
+    providers: Annotated[tuple[Literal["cpu", "cuda", "tensorrt"], ...], Field(min_length=1)] = ("cpu",)
+    """Where ONNX Runtime runs the file for validation and benchmark."""
+    max_map_drop: Weight = 0.5
+    """The gate: largest loss of mAP (points) against the student in PyTorch."""
+    benchmark: Benchmark = Benchmark()
+    """How latency is measured."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Deploy:
+        if self.candidates < self.max_detections:
+            raise _broken_rule(
+                "candidates", f"{self.candidates} is less than max_detections, {self.max_detections}"
+            )
+        return self
+
+
+class Recipe(_Settings):
+    """Everything about one run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run and of its folder."""
+    seed: Count = 0
+    """Seed of everything random in training."""
+    runs: Path = Path("runs")
+    """Folder of run folders."""
+    data: Data
+    """The images."""
+    student: Model
+    """The detector that ships."""
+    teacher: Teacher | None = None
+    """The detector to learn from."""
+    methods: Methods = Methods()
+    """How to learn from it."""
+    train: Train
+    """How the student trains."""
+    baseline: bool = False
+    """Also train the same student without distillation, to show what distillation is worth."""
+    deploy: Deploy = Deploy()
+    """The exported file."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run keeps its files: `<runs>/<name>`."""
+        return self.runs / self.name
+
+    @model_validator(mode="after")
+    def _rules(self) -> Recipe:
+        methods = self.methods.enabled()
+        if methods and self.teacher is None:
+            raise _broken_rule(f"methods.{methods[0]}", "needs a teacher; add the section teacher")
+        if self.baseline and not methods:
+            raise _broken_rule("baseline", "needs a method to compare with; add one under methods")
+        trained = {"student": self.student}
+        if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
+            trained["teacher.model"] = self.teacher.model
+        for key, model in trained.items():
+            if model.weights == "none" and model.frozen_stages > 0:
+                raise _broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to 0")
+            if model.weights == "none" and model.norm_eval:
+                raise _broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
+        return self
+
+
+# ------------------------------------------------------------------------------------------ load and dump
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `overrides` are texts like `train.epochs=3`, values in YAML.
+
+    Raises UserError with one line for each problem: `file:line: key: problem`, or `--set key: problem`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot read the recipe: {reason}") from None
+    document = _Document(str(path))
+    data = document.read(text)
+    for override in overrides:
+        document.override(data, override)
+    if document.problems:
+        raise UserError("\n".join(document.problems))
+    try:
+        # Through JSON, because strict mode then means what YAML means: lists fill tuples, text fills
+        # paths, whole numbers fill floats; and nothing else is converted.
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise UserError("\n".join(_problems(error, data, document))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments and written-out defaults do
+    not change it."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------- YAML with line numbers
+
+_SCALARS = (  # YAML 1.2 core schema, in the form PyYAML wants: tag, pattern, possible first characters
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own way to declare them
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+_Key = tuple[str | int, ...]
+
+
+class _Document:
+    """Plain data from YAML, remembering where each key was written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.places: dict[_Key, str] = {(): f"{name}:1"}
+        self.problems: list[str] = []
+
+    def read(self, text: str) -> dict[str, Any]:
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f"{self.name}:{mark.line + 1}" if mark else self.name
+            raise UserError(f"{where}: not valid YAML: {_one_line(error.problem or error.context)}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.name}: not valid YAML: {_one_line(str(error))}") from None
+        if node is None:
+            raise UserError(f"{self.name}: the recipe is empty")
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{self.name}:{node.start_mark.line + 1}: a recipe is a list of `key: value`")
+        return self._value(node, (), None, ())
+
+    def override(self, data: dict[str, Any], text: str) -> None:
+        dotted, equals, written = text.partition("=")
+        keys = tuple(part.strip() for part in dotted.split("."))
+        place = f"--set {dotted.strip()}"
+        if not equals or not all(keys):
+            self.problems.append(f"--set {text}: write it as key=value, for example train.epochs=3")
+            return
+        try:
+            node = yaml.compose(written, Loader=_Loader)
+        except yaml.YAMLError:
+            self.problems.append(f"{place}: '{written}' is not valid YAML")
+            return
+        if node is None:
+            self.problems.append(f"{place}: no value; write null to unset it")
+            return
+        section: Any = data
+        for depth, key in enumerate(keys[:-1]):
+            child = section.get(key)
+            if child is None:
+                child = section[key] = {}
+                self.places[keys[: depth + 1]] = place
+            if not isinstance(child, dict):
+                parent = ".".join(keys[: depth + 1])
+                self.problems.append(f"{place}: {parent} is a value, not a section; set {parent} as a whole")
+                return
+            section = child
+        for known in [k for k in self.places if k[: len(keys)] == keys]:
+            del self.places[known]
+        self.places[keys] = place
+        section[keys[-1]] = self._value(node, keys, place, ())
+
+    def where(self, key: _Key) -> str:
+        """Place of the key, or of the nearest section around it."""
+        while key not in self.places:
+            key = key[:-1]
+        return self.places[key]
+
+    def report(self, key: _Key, problem: str) -> str:
+        place, dotted = self.where(key), ".".join(map(str, key))
+        return (
+            f"{place}: {problem}"
+            if not key or place == f"--set {dotted}"
+            else f"{place}: {dotted}: {problem}"
+        )
+
+    def _value(self, node: yaml.Node, key: _Key, place: str | None, around: tuple[yaml.Node, ...]) -> Any:
+        """Data of a node. `place` stands in for line numbers below a --set."""
+        if node in around:
+            self.problems.append(self.report(key, "an alias may not contain itself"))
+            return None
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for name_node, value_node in node.value:
+                here = place or f"{self.name}:{name_node.start_mark.line + 1}"
+                if not isinstance(name_node, yaml.ScalarNode):
+                    self.problems.append(f"{here}: a key must be a word")
+                    continue
+                child = (*key, name_node.value)
+                if name_node.value in mapping:
+                    first = self.places[child].rpartition(":")[2]
+                    self.problems.append(f"{here}: {'.'.join(map(str, child))}: given twice (line {first})")
+                    continue
+                self.places[child] = here
+                mapping[name_node.value] = self._value(value_node, child, place, (*around, node))
+            return mapping
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for index, item in enumerate(node.value):
+                self.places[(*key, index)] = place or f"{self.name}:{item.start_mark.line + 1}"
+                items.append(self._value(item, (*key, index), place, (*around, node)))
+            return items
+        assert isinstance(node, yaml.ScalarNode)
+        if node.value == "" and node.style is None:  # `bckd:` looks like "on" and would mean "off"
+            self.problems.append(
+                self.report(key, "no value; write {} for a section of defaults, null for none")
+            )
+            return None
+        match node.tag.rpartition(":")[2]:
+            case "null":
+                return None
+            case "bool":
+                return node.value.lower() == "true"
+            case "int":
+                return int(node.value)
+            case "float":
+                return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            case "str":
+                return node.value
+        self.problems.append(self.report(key, f"the tag {node.tag} has no meaning here"))
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def _problems(error: ValidationError, data: dict[str, Any], document: _Document) -> list[str]:
+    """One line for each problem, in the order of the file's sections."""
+    found: dict[_Key, list[tuple[str, str]]] = {}
+    alternatives: set[_Key] = set()
+    for item in error.errors(include_url=False):
+        kind = item["type"]
+        key, is_alternative = _data_key(item, data)
+        if kind == "missing" and isinstance(key[-1], int):  # an element of a list
+            key = key[:-1]
+        if is_alternative:
+            alternatives.add(key)
+        if kind == "rule" and item.get("ctx", {}).get("key"):
+            key = (*key, *item["ctx"]["key"].split("."))
+        found.setdefault(key, []).append((kind, _message(item, key)))
+    # Of a value that may have several forms, speak of the form that fitted best: the one that failed deepest.
+    for key in alternatives:
+        if any(other != key and other[: len(key)] == key for other in alternatives):
+            found.pop(key, None)
+    return [document.report(key, _joined(messages)) for key, messages in found.items()]
+
+
+def _joined(messages: list[tuple[str, str]]) -> str:
+    """One message about one key: of several forms, the rule that the value broke, else the forms it may have."""
+    rules = [text for kind, text in messages if kind == "rule"]
+    if rules:
+        return rules[0]
+    needs = [text.removeprefix("needs ") for kind, text in messages if kind in _NEEDED]
+    if len(needs) > 1:
+        return "needs " + " or ".join([*(text.partition(", got ")[0] for text in needs[:-1]), needs[-1]])
+    return f"needs {needs[0]}" if needs else messages[0][1]
+
+
+def _data_key(item: Any, data: Any) -> tuple[_Key, bool]:
+    """The error's key in the data: pydantic's location without the names it gives to a union's members."""
+    key: list[str | int] = []
+    dropped = False
+    for part in item["loc"]:
+        here = isinstance(data, dict) and (part in data or item["type"] == "missing")
+        here = here or (isinstance(data, list) and isinstance(part, int))
+        if not here:
+            dropped = True
+            continue
+        key.append(part)
+        data = data.get(part) if isinstance(data, dict) else data[part] if part < len(data) else None
+    return tuple(key), dropped
+
+
+_NEEDED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "finite_number": "a finite number",
+}
+
+
+_BOUNDS = {
+    "greater_than": "more than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+    "multiple_of": "a multiple of",
+}
+
+
+def _message(item: Any, key: _Key) -> str:
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "missing":
+        return f"needs {item['loc'][-1] + 1} numbers" if isinstance(item["loc"][-1], int) else "missing"
+    if kind == "extra_forbidden":
+        known = list(_model_at(key[:-1]).model_fields)
+        return "unknown key" + (_did_you_mean(str(key[-1]), known) or f"; known here: {', '.join(known)}")
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        hint = _did_you_mean(str(value), choices) or ""
+        return f"{value!r} is not one of {', '.join(choices)}{hint}"
+    if kind in _NEEDED:
+        return f"needs {_NEEDED[kind]}, got {value!r}"
+    if kind == "rule":
+        return context.get("problem") or item["msg"]
+    if kind == "string_pattern_mismatch":
+        return f"{value!r} is not a plain name (letters, digits, . _ -)"
+    if kind == "too_long":
+        return f"needs at most {context['max_length']} items, got {value!r}"
+    if kind == "too_short":
+        return f"needs at least {context['min_length']} items, got {value!r}"
+    if kind in _BOUNDS:
+        bound = next(iter(context.values()))
+        return f"must be {_BOUNDS[kind]} {bound:g}, got {value!r}"
+    return f"{item['msg'].removeprefix('Input ')}, got {value!r}"
+
+
+def _model_at(key: _Key) -> type[BaseModel]:
+    """The settings class of the section at `key`."""
+    model: type[BaseModel] = Recipe
+    for part in key:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = (annotation, *get_args(annotation))
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return model
+
+
+def _did_you_mean(word: str, choices: Sequence[str]) -> str | None:
+    close = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else None
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "unreadable").split())
