@@ -1,0 +1,96 @@
+"""The model card: what serving, validating or measuring an ONNX file needs to know, inside the file.
+
+It is one JSON object under the key `compress` of the ONNX metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploy.errors import UserError
+
+METADATA_KEY = "compress"
+
+_Byte = Annotated[int, Field(ge=0, le=255)]
+_Pixels = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ModelCard(BaseModel):
+    """What a deployable file says about itself. `input_size` is (height, width) in pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str
+    class_names: list[str] = Field(min_length=1)
+    category_ids: list[int]
+    """The dataset's category id of each label; `labels` of a detection index this list."""
+    input_size: tuple[_Pixels, _Pixels]
+    resize: Literal["fit"] = "fit"
+    """`fit`: keep the ratio, fill the canvas at the right and at the bottom with `pad_color`."""
+    pad_color: tuple[_Byte, _Byte, _Byte] = (124, 116, 104)
+    score_threshold: _Share = 0.05
+    nms_threshold: _Share = 0.6
+    max_detections: int = Field(default=100, ge=1)
+    candidates: int = Field(default=1000, ge=1)
+    precision: dict[str, str] = {}
+    """Number format of each part, for example `{"backbone": "fp32", "head": "fp32"}`."""
+    checkpoint_sha256: str = ""
+    recipe_sha256: str = ""
+    val_map: float | None = None
+    """COCO mAP in percent of the checkpoint on its validation set; None when it was not measured."""
+    versions: dict[str, str] = {}
+    created: str = ""
+    """UTC, ISO 8601."""
+
+    @model_validator(mode="after")
+    def _one_category_a_class(self) -> ModelCard:
+        if len(self.category_ids) != len(self.class_names):
+            raise ValueError(f"{len(self.class_names)} class_names but {len(self.category_ids)} category_ids")
+        if len(set(self.category_ids)) != len(self.category_ids):
+            raise ValueError("category_ids are not unique")
+        return self
+
+
+def card_from_file(path: Path) -> ModelCard:
+    """The card of the ONNX file at `path`. Raises UserError."""
+    import onnx
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own exception types differ between its versions
+        raise UserError(f"{path}: not an ONNX file: {error}".splitlines()[0]) from error
+    return parse_card({entry.key: entry.value for entry in model.metadata_props}.get(METADATA_KEY), str(path))
+
+
+def card_from_session(session: Any, where: str = "model") -> ModelCard:
+    """The card of an open `onnxruntime.InferenceSession`. Raises UserError, naming `where`."""
+    return parse_card(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), where)
+
+
+def parse_card(text: str | None, where: str) -> ModelCard:
+    """The card in a metadata string. Raises UserError, naming `where`."""
+    if not text:
+        raise UserError(
+            f"{where}: no model card (metadata key '{METADATA_KEY}'): export it with `compress export`"
+        )
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict) and content.get("schema_version", 1) != 1:
+            found = content["schema_version"]
+            raise UserError(f"{where}: model card of schema {found}, this program reads 1: export again")
+        return ModelCard.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "card"
+        raise UserError(f"{where}: bad model card: {key}: {first['msg']}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: bad model card: not JSON: {error}") from error

@@ -1,0 +1,56 @@
+"""From an image file to the network input canvas, and boxes back to the pixels of the file, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from deploy.errors import UserError
+
+
+def load_image(path: Path) -> np.ndarray:
+    """Decode an image file to RGB uint8 [H, W, 3], turned as its EXIF orientation says.
+
+    Transparency is dropped. Raises UserError when the file is missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as file:
+            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot decode the image: {error}") from error
+
+
+def letterbox(
+    image: np.ndarray, size_hw: tuple[int, int], pad_color: tuple[int, int, int]
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Fit an RGB uint8 image [h, w, 3] into a canvas uint8 [3, H, W]; return it with its scale (sx, sy).
+
+    The image keeps its ratio: factor f = min(H/h, W/w), new side = int(side·f + 0.5) (at least 1), bilinear
+    with antialiasing; the rest, right and bottom, is `pad_color`. The scale is canvas pixels per image pixel
+    on each axis; the two differ a little, because each side is rounded.
+    """
+    (height, width), (canvas_height, canvas_width) = image.shape[:2], size_hw
+    factor = min(canvas_height / height, canvas_width / width)
+    new_height = min(max(int(height * factor + 0.5), 1), canvas_height)
+    new_width = min(max(int(width * factor + 0.5), 1), canvas_width)
+    if (new_height, new_width) != (height, width):
+        resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        image = np.asarray(resized)
+    canvas = np.empty((3, canvas_height, canvas_width), dtype=np.uint8)
+    canvas[:] = np.asarray(pad_color, dtype=np.uint8)[:, None, None]
+    canvas[:, :new_height, :new_width] = image.transpose(2, 0, 1)
+    return canvas, (new_width / width, new_height / height)
+
+
+def to_original(boxes: np.ndarray, scale: tuple[float, float], original_hw: tuple[int, int]) -> np.ndarray:
+    """Canvas boxes xyxy [n, 4] in pixels of the original image, clipped to it. Float32."""
+    sx, sy = scale
+    height, width = original_hw
+    boxes = boxes / np.asarray([sx, sy, sx, sy], dtype=np.float32)
+    return np.clip(boxes, 0.0, np.asarray([width, height, width, height], dtype=np.float32)).astype(
+        np.float32
+    )
