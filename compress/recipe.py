@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -69,9 +70,9 @@ class Synthetic(_Settings):
     """Training images."""
     val: Positive
     """Validation images."""
-    size: Annotated[int, Field(ge=32)] = 160
+    size: Annotated[int, Field(ge=32, le=4096)] = 160
     """Height and width of every image."""
-    classes: Positive = 10
+    classes: Annotated[int, Field(ge=2, le=24)] = 10
     """Object classes."""
     seed: Count = 0
     """Seed of the generator."""
@@ -164,11 +165,17 @@ class Model(_Settings):
     """Channels of the pyramid and the head (a multiple of 32: the head's GroupNorm has 32 groups)."""
     head_depth: Annotated[int, Field(ge=0)] = 4
     """3x3 convolutions in each of the head's two towers."""
-    frozen_stages: Annotated[int, Field(ge=0, le=4)] = Field(default_factory=_whole_unless_pretrained(1, 0))
-    """Leading stages of the backbone that do not train: 1 is the stem and the first stage, 0 none.
-    Default: 1 with weights, 0 without."""
+    frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
+    """Stages of the backbone that do not train: -1 none, 0 the stem, n the stem and the first n of four.
+    Default: 1 with weights, -1 without."""
     norm_eval: bool = Field(default_factory=_whole_unless_pretrained(True, False))
     """Keep the backbone's BatchNorm statistics as loaded. Default: true with weights, false without."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Model:
+        if self.backbone == "nano" and self.weights == "imagenet":
+            raise _broken_rule("weights", "nano has no ImageNet weights; use none or a file")
+        return self
 
 
 class Optimizer(_Settings):
@@ -185,7 +192,7 @@ class Optimizer(_Settings):
 
 
 def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
-    if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(values)):
         raise PydanticCustomError("rule", "the numbers must rise")
     return values
 
@@ -412,8 +419,8 @@ class Recipe(_Settings):
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model
         for key, model in trained.items():
-            if model.weights == "none" and model.frozen_stages > 0:
-                raise _broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to 0")
+            if model.weights == "none" and model.frozen_stages >= 0:
+                raise _broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to -1")
             if model.weights == "none" and model.norm_eval:
                 raise _broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
         return self
@@ -553,11 +560,9 @@ class _Document:
 
     def report(self, key: _Key, problem: str) -> str:
         place, dotted = self.where(key), ".".join(map(str, key))
-        return (
-            f"{place}: {problem}"
-            if not key or place == f"--set {dotted}"
-            else f"{place}: {dotted}: {problem}"
-        )
+        if not key or place == f"--set {dotted}":
+            return f"{place}: {problem}"
+        return f"{place}: {dotted}: {problem}"
 
     def _value(self, node: yaml.Node, key: _Key, place: str | None, around: tuple[yaml.Node, ...]) -> Any:
         """Data of a node. `place` stands in for line numbers below a --set."""
@@ -616,8 +621,10 @@ def _problems(error: ValidationError, data: dict[str, Any], document: _Document)
     for item in error.errors(include_url=False):
         kind = item["type"]
         key, is_alternative = _data_key(item, data)
-        if kind == "missing" and isinstance(key[-1], int):  # an element of a list
-            key = key[:-1]
+        if kind == "default_factory_not_called":  # follows from another field's error
+            continue
+        if kind == "missing" and isinstance(key[-1], int):  # too few elements
+            key, kind = key[:-1], "rule"
         if is_alternative:
             alternatives.add(key)
         if kind == "rule" and item.get("ctx", {}).get("key"):
@@ -631,10 +638,10 @@ def _problems(error: ValidationError, data: dict[str, Any], document: _Document)
 
 
 def _joined(messages: list[tuple[str, str]]) -> str:
-    """One message about one key: of several forms, the rule that the value broke, else the forms it may have."""
+    """One message about one key: the rule that the value broke, else the forms that it may have."""
     rules = [text for kind, text in messages if kind == "rule"]
     if rules:
-        return rules[0]
+        return rules[-1]
     needs = [text.removeprefix("needs ") for kind, text in messages if kind in _NEEDED]
     if len(needs) > 1:
         return "needs " + " or ".join([*(text.partition(", got ")[0] for text in needs[:-1]), needs[-1]])
