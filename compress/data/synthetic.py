@@ -54,7 +54,11 @@ def generate(folder: Path, *, train: int, val: int, size: int, classes: int, see
     specification = dict(version=VERSION, train=train, val=val, size=size, classes=classes, seed=seed)
     if _is_complete(folder, specification):
         return
-    if folder.exists() and not (folder / "spec.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / "spec.json").is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise UserError(f"{folder}: exists and is not a synthetic dataset; name another folder or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -193,13 +197,13 @@ def _background(size: int, rng: np.random.Generator) -> Array:
     ends = np.stack((1 - ramp, ramp))  # [2, size]
     clouds = rng.normal(0, rng.uniform(3, 14), (6, 6)).astype(np.float32)
     weights = _hat_weights(size, 6)
-    canvas = np.einsum("ky,ckl,lx->cyx", ends, corners, ends, optimize=True) + weights.T @ clouds @ weights
+    canvas = ends.T @ corners @ ends + weights.T @ clouds @ weights
     if rng.random() < 0.3:
         angle, period = rng.uniform(0, math.pi), rng.uniform(0.04, 0.2) * size
         step = 2 * math.pi / period * np.arange(size, dtype=np.float32)
         wave = np.sin(math.cos(angle) * step + math.sin(angle) * step[:, None])
         canvas += wave * np.float32(rng.uniform(3, 14))
-    return np.ascontiguousarray(canvas, dtype=np.float32)
+    return canvas
 
 
 @cache
@@ -232,7 +236,9 @@ def _blob(canvas: Array, rng: np.random.Generator) -> None:
     if window is None:
         return
     rows, columns, across, down = window
-    alpha = np.exp(-(across**2) / radius**2) * np.exp(-(down**2) / radius**2) * np.float32(rng.uniform(0.3, 0.9))
+    alpha = (
+        np.exp(-(across**2) / radius**2) * np.exp(-(down**2) / radius**2) * np.float32(rng.uniform(0.3, 0.9))
+    )
     _blend(canvas[:, rows, columns], _color(rng), alpha)
 
 
@@ -256,14 +262,19 @@ def _stroke(canvas: Array, owner: NDArray[np.int16] | None, rng: np.random.Gener
         owner[rows, columns][alpha > 0.5] = -1
 
 
-def _place(size: int, placed: list[tuple[float, float, float]], rng: np.random.Generator) -> tuple[float, float, float]:
+def _place(
+    size: int, placed: list[tuple[float, float, float]], rng: np.random.Generator
+) -> tuple[float, float, float]:
     """Centre x, y and radius in pixels. A few tries keep an object from hiding another completely."""
-    low, high = math.log(MIN_OBJECT_PX / 2), math.log(size / 4)
+    # A shape fills about 0.9 of its radius: so the longer side runs from about MIN_OBJECT_PX to size / 2.
+    low, high = math.log(0.56 * MIN_OBJECT_PX), math.log(0.25 * size)
     radius = math.exp(rng.uniform(low, high))
     margin = 0.35 * radius
     for _ in range(6):
         x, y = (float(value) for value in rng.uniform(margin, size - margin, 2))
-        if all(math.hypot(x - px, y - py) > 0.75 * max(radius, r) + 0.15 * min(radius, r) for px, py, r in placed):
+        if all(
+            math.hypot(x - px, y - py) > 0.75 * max(radius, r) + 0.15 * min(radius, r) for px, py, r in placed
+        ):
             break
     return x, y, radius
 
@@ -326,19 +337,15 @@ _LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 
 def _two_colors(below: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Two random colours, apart in brightness from each other and together from what lies below the object."""
-    best, best_gap = None, -1.0
-    for _ in range(8):
-        pair = rng.uniform(10, 250, (2, 3)).astype(np.float32)
-        first, second = (float(value) for value in pair @ _LUMA)
-        gap = abs(first - second)
-        if gap >= 80 and float(np.abs(pair.mean(axis=0) - below).max()) > 30:
-            best = pair
-            break
-        if gap > best_gap:
-            best, best_gap = pair, gap
-    assert best is not None
-    return best[0].reshape(3, 1, 1), best[1].reshape(3, 1, 1)
+    """Two random colours, apart in brightness from each other and visibly apart from what lies below.
+
+    Of a dozen pairs the first that is far enough apart, or else the best of them.
+    """
+    pairs = rng.uniform(10, 250, (12, 2, 3)).astype(np.float32)
+    gap = np.abs((pairs[:, 0] - pairs[:, 1]) @ _LUMA) / 80
+    edge = np.abs(pairs - below).max(axis=2).min(axis=1) / 60
+    first, second = pairs[np.argmax(np.minimum(np.minimum(gap, edge), 1))]
+    return first.reshape(3, 1, 1), second.reshape(3, 1, 1)
 
 
 # --- shapes: signed distance in units of the radius, negative inside; v points down --------------------------
@@ -377,7 +384,7 @@ def _cross(u: Array, v: Array) -> Array:
 
 def _heart(u: Array, v: Array) -> Array:
     """A square on its corner with a disc on each upper edge."""
-    u, v = np.abs(u), v + np.float32(0.0)
+    u = np.abs(u)
     body = np.maximum(np.abs(u + v - 0.1) - 0.72, np.abs(u - v + 0.1) - 0.72) * np.float32(0.7071)
     lobe = np.sqrt((u - np.float32(0.36)) ** 2 + (v + np.float32(0.26)) ** 2) - np.float32(0.509)
     return np.minimum(body, lobe)
@@ -393,7 +400,8 @@ def _ring(u: Array, v: Array) -> Array:
 
 def _crescent(u: Array, v: Array) -> Array:
     return np.maximum(
-        np.sqrt(u * u + v * v) - np.float32(0.95), np.float32(0.75) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v)
+        np.sqrt(u * u + v * v) - np.float32(0.95),
+        np.float32(0.75) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v),
     )
 
 
