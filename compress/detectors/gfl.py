@@ -1,0 +1,337 @@
+"""GFL, the generalised focal loss detector (Li et al., NeurIPS 2020), native: FPN, shared head, loss, inference.
+
+Behaviour and constants are those of mmdet 3.3's GFL configuration, so that official checkpoints load and give
+the same numbers. One difference: padding is the rounded mean colour in uint8 instead of zero after
+normalisation (at most 0.007 standard deviations away), because a deployed graph sees only the padded image.
+
+Shape letters: see `compress.detectors.base`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from compress.data.batch import Target
+from compress.detectors.assign import Assignment, atss
+from compress.detectors.backbones import Backbone
+from compress.detectors.base import Capability, DensePrediction, Detections
+from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
+from kernels.iou_loss import giou_loss, paired_iou
+from kernels.quality_focal_loss import quality_focal_loss
+
+MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
+STD = (58.395, 57.12, 57.375)
+STRIDES = (8, 16, 32, 64, 128)
+REG_MAX = 16
+BOX_WEIGHT, DFL_WEIGHT, QFL_BETA = 2.0, 0.25, 2.0
+PRE_NMS = 1000  # (location, class) pairs kept a level
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes; the identity in a single one."""
+
+
+@dataclass
+class Targets:
+    """Ground truth of a batch as padded tensors, and where it was assigned.
+
+    boxes: float32 [B, G, 4] xyxy pixels; labels: int64 [B, G]; assignment: see `assign`.
+    avg_factor: float32 scalar, number of positives (at least one an image), mean over processes.
+    level_positives: float32 [L], positives of each level in all processes.
+    world_size: processes that share the global batch.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    assignment: Assignment
+    avg_factor: Tensor
+    level_positives: Tensor
+    world_size: int
+
+
+class GFL(nn.Module):
+    """Generalised focal loss detector.
+
+    Args:
+        num_classes: K.
+        backbone: gives C3, C4, C5 of normalised images.
+        neck_channels: width of the pyramid and the head, a multiple of 32 (GroupNorm has 32 groups).
+        head_depth: convolutions in each of the two towers.
+        compiled: run the dense loss passes through torch.compile.
+    """
+
+    capabilities = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
+    strides = STRIDES
+
+    def __init__(
+        self, num_classes: int, backbone: Backbone, *, neck_channels: int = 256, head_depth: int = 4, compiled: bool = False
+    ) -> None:
+        super().__init__()
+        if neck_channels % 32:
+            raise ValueError(f"neck_channels must be a multiple of 32, got {neck_channels}")
+        self.num_classes = num_classes
+        self.compiled = compiled
+        self.backbone = backbone
+        self.neck = FPN(backbone.out_channels, neck_channels)
+        self.head = GFLHead(num_classes, neck_channels, head_depth)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """uint8 RGB images [B, 3, H, W] → P3..P7, each float [B, neck_channels, h, w]."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        return self.neck(self.backbone(x))
+
+    def predict(self, features: list[Tensor]) -> DensePrediction:
+        logits, distribution = self.head(features)
+        return DensePrediction(logits, distribution, STRIDES)
+
+    def forward(self, images: Tensor) -> DensePrediction:
+        return self.predict(self.features(images))
+
+    def decode_boxes(self, prediction: DensePrediction) -> Tensor:
+        """Boxes [B, A, 4] xyxy in pixels of the network image, not clipped."""
+        levels = zip(prediction.distribution, prediction.strides, strict=True)
+        return torch.cat([decode_level(x) * stride for x, stride in levels], 1)
+
+    @torch.no_grad()
+    def assign(self, prediction: DensePrediction, targets: list[Target], reduce: Reduce | None = None) -> Targets:
+        """Assign ground truth to locations and compute the normalisers that all losses share.
+
+        `reduce` sums over processes; with it the losses of n processes average to the loss of one process
+        that holds the whole batch.
+        """
+        boxes, labels, mask = pad_targets(targets, prediction.logits[0].device)
+        sizes = torch.tensor([t.size for t in targets], device=boxes.device)
+        assignment = atss(boxes, mask, sizes, prediction.level_sizes, prediction.strides)
+        per_level = torch.stack(
+            [(x >= 0).sum() for x in assignment.gt_index.split(_locations(prediction), dim=1)]
+        ).to(boxes.dtype)
+        ones = boxes.new_ones(1)
+        totals = torch.cat((assignment.num_positives.clamp(min=1).sum().to(boxes.dtype)[None], ones, per_level))
+        if reduce is not None:
+            totals = reduce(totals)
+        world_size = int(totals[1])
+        return Targets(boxes, labels, assignment, totals[0] / world_size, totals[2:], world_size)
+
+    def loss(self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
+        """Quality focal, GIoU and distribution focal loss: scalars, weighted (1, 2, 0.25), float32."""
+        return {name: value.sum() for name, value in self.loss_by_level(prediction, targets, reduce).items()}
+
+    def loss_by_level(
+        self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None
+    ) -> dict[str, Tensor]:
+        """The same as [L] tensors. Formulas: methods of mmdet 3.3 `GFLHead`.
+
+        The box terms are weighted by the best class score of the location and divided by the sum of those
+        weights over all processes, at least 1. (mmdet takes the mean over processes before that bound; with
+        one process both are the same, with several ours does not depend on their number.)
+        """
+        prediction = prediction.float()
+        K, L = self.num_classes, len(prediction.logits)
+        locations = _locations(prediction)
+        G = targets.labels.shape[1]
+        classification, quality, level_of = [], [], []
+        positive_logits, predicted, wanted = [], [], []
+        scores = []
+        gt_levels = targets.assignment.gt_index.split(locations, 1)
+        valid_levels = targets.assignment.valid.split(locations, 1)
+        for level, stride in enumerate(prediction.strides):
+            logits = prediction.logits[level].flatten(2)  # [B, K, M]
+            M, w = logits.shape[2], prediction.logits[level].shape[3]
+            gt = gt_levels[level]
+            b, m = (gt >= 0).nonzero(as_tuple=True)  # [P]
+            box = targets.boxes[b, gt[b, m]] / stride
+            label = targets.labels[b, gt[b, m]] if G else b
+            point = torch.stack((m % w, m // w), -1).to(box.dtype)  # stride units
+            side_logits = prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)  # [P, 4, R]
+            decoded = distances_to_boxes(point, integral(side_logits))
+            iou = paired_iou(decoded.detach(), box)
+            weight = valid_levels[level].to(logits.dtype)
+            classification.append(
+                quality_focal_loss(logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled)
+            )
+            scores.append(logits.detach()[b, :, m].amax(1).sigmoid() if K else iou)
+            positive_logits.append(side_logits)
+            predicted.append(decoded)
+            wanted.append((box, boxes_to_distances(point, box, limit=REG_MAX - 0.1)))
+            level_of.append(torch.full_like(b, level))
+
+        weight = torch.cat(scores)
+        total = weight.sum()[None]
+        if reduce is not None:
+            total = reduce(total)
+        total = total.clamp(min=1) / targets.world_size
+        box_rows = giou_loss(torch.cat(predicted), torch.cat([box for box, _ in wanted]))
+        sides = torch.cat([distance for _, distance in wanted]).flatten()
+        dfl_rows = distribution_focal_loss(torch.cat(positive_logits).flatten(0, 1), sides).view(-1, 4).sum(1) / 4
+        levels = torch.cat(level_of)
+        zero = weight.new_zeros(L)
+        return {
+            "loss_cls": torch.stack(classification) / (targets.avg_factor + torch.finfo(torch.float32).eps),
+            "loss_bbox": BOX_WEIGHT * zero.index_add(0, levels, box_rows * weight) / total,
+            "loss_dfl": DFL_WEIGHT * zero.index_add(0, levels, dfl_rows * weight) / total,
+        }
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prediction: DensePrediction,
+        targets: list[Target],
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """Detections of each image in pixels of its original file, best first (mmdet's inference settings)."""
+        prediction = prediction.float()
+        levels = [
+            (logits.flatten(2).transpose(1, 2).sigmoid(), decode_level(distribution) * stride)
+            for logits, distribution, stride in zip(
+                prediction.logits, prediction.distribution, prediction.strides, strict=True
+            )
+        ]
+        return [
+            _detect([(s[i], boxes[i]) for s, boxes in levels], target, score_threshold, nms_threshold, max_detections)
+            for i, target in enumerate(targets)
+        ]
+
+
+class FPN(nn.Module):
+    """C3, C4, C5 → P3..P7. Extra levels are strided convolutions of the outputs, with no ReLU between."""
+
+    def __init__(self, in_channels: tuple[int, int, int], channels: int) -> None:
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        strides = (1, 1, 1, 2, 2)
+        self.fpn_convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, s, 1) for s in strides)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        lateral = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+        for i in (1, 0):
+            lateral[i] = lateral[i] + F.interpolate(lateral[i + 1], size=lateral[i].shape[2:], mode="nearest")
+        outputs = [conv(x) for conv, x in zip(self.fpn_convs, lateral, strict=False)]
+        for conv in self.fpn_convs[3:]:
+            outputs.append(conv(outputs[-1]))
+        return outputs
+
+
+class GFLHead(nn.Module):
+    """Two towers shared by all levels, a joint class-quality branch and a distribution branch."""
+
+    def __init__(self, num_classes: int, channels: int, depth: int) -> None:
+        super().__init__()
+        self.cls_convs = nn.ModuleList(ConvGN(channels) for _ in range(depth))
+        self.reg_convs = nn.ModuleList(ConvGN(channels) for _ in range(depth))
+        self.gfl_cls = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(channels, 4 * (REG_MAX + 1), 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in STRIDES)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.gfl_cls.bias, -math.log((1 - 0.01) / 0.01))
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, distribution = [], []
+        for x, scale in zip(features, self.scales, strict=True):
+            classes = sides = x
+            for conv in self.cls_convs:
+                classes = conv(classes)
+            for conv in self.reg_convs:
+                sides = conv(sides)
+            logits.append(self.gfl_cls(classes))
+            distribution.append(scale(self.gfl_reg(sides)))
+        return logits, distribution
+
+
+class ConvGN(nn.Module):
+    """3×3 convolution without bias, GroupNorm(32), ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.gn = nn.GroupNorm(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gn(self.conv(x)))
+
+
+class Scale(nn.Module):
+    """One learnable factor, initially 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def decode_level(distribution: Tensor) -> Tensor:
+    """distribution [B, 4 * R, h, w] of one level → boxes [B, M, 4] xyxy in units of the stride."""
+    B, _, h, w = distribution.shape
+    distances = integral(distribution.view(B, 4, REG_MAX + 1, h * w), dim=2).transpose(1, 2)  # [B, M, 4]
+    y, x = torch.meshgrid(
+        torch.arange(h, device=distribution.device, dtype=distances.dtype),
+        torch.arange(w, device=distribution.device, dtype=distances.dtype),
+        indexing="ij",
+    )
+    points = torch.stack((x.flatten(), y.flatten()), -1).expand(B, -1, -1)
+    return distances_to_boxes(points, distances)
+
+
+def pad_targets(targets: list[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """boxes [B, G, 4], labels [B, G] and mask [B, G] (False for crowd boxes and padding)."""
+    boxes = nn.utils.rnn.pad_sequence([t.boxes for t in targets], batch_first=True).to(device)
+    labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True).to(device)
+    mask = nn.utils.rnn.pad_sequence([~t.ignore for t in targets], batch_first=True).to(device)
+    return boxes, labels, mask
+
+
+def _locations(prediction: DensePrediction) -> list[int]:
+    return [h * w for h, w in prediction.level_sizes]
+
+
+def _detect(
+    levels: list[tuple[Tensor, Tensor]], target: Target, score_threshold: float, nms_threshold: float, limit: int
+) -> Detections:
+    """One image: per level scores [M, K] and boxes [M, 4] in pixels of the network image."""
+    kept_scores, kept_labels, kept_boxes = [], [], []
+    for scores, boxes in levels:
+        K = scores.shape[1]
+        flat = scores.flatten()
+        pairs = (flat > score_threshold).nonzero().squeeze(1)
+        values, order = flat[pairs].sort(descending=True, stable=True)
+        pairs = pairs[order[:PRE_NMS]]
+        kept_scores.append(values[:PRE_NMS])
+        kept_labels.append(pairs % K)
+        kept_boxes.append(boxes[pairs // K])
+    scores, labels, boxes = torch.cat(kept_scores), torch.cat(kept_labels), torch.cat(kept_boxes)
+    height, width = target.size
+    boxes = torch.stack(
+        (
+            boxes[:, 0].clamp(0, width),
+            boxes[:, 1].clamp(0, height),
+            boxes[:, 2].clamp(0, width),
+            boxes[:, 3].clamp(0, height),
+        ),
+        -1,
+    )
+    scale_x, scale_y = target.original_size[1] / width, target.original_size[0] / height
+    boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+    real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    boxes, scores, labels = boxes[real], scores[real], labels[real]
+    keep = batched_nms(boxes, scores, labels, nms_threshold)[:limit]
+    return Detections(boxes[keep], scores[keep], labels[keep])

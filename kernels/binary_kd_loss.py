@@ -1,0 +1,95 @@
+"""Binary classification distillation of BCKD (Yang et al., ICCV 2023, section 3.2), summed.
+
+    t = sigmoid(z_t), constant;  s = sigmoid(z_s)
+    L = sum_{b,m} v[b,m] * sum_c BCE(z_s, t) * |t - s|^beta
+
+over positive and negative locations alike; gradient flows through the modulating factor |t - s|^beta.
+The same pass emits d[b, m] = max_c |t - s|, which weighs BCKD's localisation term. As in
+`quality_focal_loss`, forward leaves the gradient behind and backward is one multiplication.
+
+Shape letters: B images, K classes, M locations of a level.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def binary_kd_loss(
+    student: Tensor, teacher: Tensor, weight: Tensor, *, beta: float = 1.0, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Summed binary distillation loss, and how far the two models disagree.
+
+    Args:
+        student: float [B, K, M] logits; computed in float32.
+        teacher: float [B, K, M] logits; no gradient.
+        weight: float [B, M], v: 1 for a location that counts, 0 for one that does not.
+        beta: exponent of the modulating factor, > 0; the paper's is 1.
+        compiled: run the pass through torch.compile.
+
+    Returns:
+        Scalar float32 loss (gradient reaches `student` only), and the disagreement max_c |t - s| as float32
+        [B, M] without gradient, not multiplied by `weight`.
+
+    Raises:
+        ValueError: the shapes do not agree.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} logits differ in shape")
+    if weight.shape != (student.shape[0], student.shape[2]):
+        raise ValueError(f"weight must be [B, M] of {list(student.shape)}, got {list(weight.shape)}")
+    loss, disagreement = _BinaryKD.apply(student, teacher, weight, beta, compiled)
+    return loss, disagreement
+
+
+def reference(student: Tensor, teacher: Tensor, weight: Tensor, beta: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The specification, by autograd. Same arguments and results as `binary_kd_loss`."""
+    t = teacher.detach().sigmoid()
+    difference = (t - student.sigmoid()).abs()
+    rows = F.binary_cross_entropy_with_logits(student, t, reduction="none") * difference.pow(beta)
+    return (rows.sum(1) * weight).sum(), difference.detach().amax(1)
+
+
+def _loss_and_gradient(z: Tensor, teacher: Tensor, weight: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    s, t = z.sigmoid(), teacher.sigmoid()
+    signed = s - t
+    difference = signed.abs()
+    bce = F.softplus(z) - t * z
+    if beta == 1.0:
+        factor, slope = difference, signed.sign()
+    else:
+        factor, slope = difference.pow(beta), beta * difference.pow(beta - 1) * signed.sign()
+    v = weight.unsqueeze(1)
+    loss = ((bce * factor).sum(1) * weight).sum()
+    grad = (signed * factor + bce * slope * s * (1 - s)) * v
+    return loss, difference.amax(1), grad
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_loss_and_gradient, dynamic=True)  # imports the compiler: only when somebody asks for it
+
+
+class _BinaryKD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, beta: float, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
+        run = _compiled() if compiled else _loss_and_gradient
+        loss, disagreement, grad = run(student.detach().float(), teacher.detach().float(), weight.float(), beta)
+        ctx.save_for_backward(grad.to(student.dtype))
+        ctx.mark_non_differentiable(disagreement)
+        return loss, disagreement
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _disagreement: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream, None, None, None, None  # teacher, weight, beta, compiled
