@@ -1,8 +1,8 @@
 """Image backbones: one image in, three feature maps of strides 8, 16 and 32 out.
 
-`build_backbone("resnet50", weights="imagenet")` builds any of `BACKBONES`. ResNet and MobileNetV3 are torchvision's
-own modules under torchvision's own parameter names, so torchvision's files and mmdet's (which use the same names
-for ResNet) load as they are. `Nano` is ours: small enough to train from scratch on two CPU cores in a minute.
+`build_backbone("resnet50", weights="imagenet")` builds any of `BACKBONES`. ResNet and MobileNetV3 are
+torchvision's own modules under torchvision's own parameter names, so torchvision's files and mmdet's (which
+use the same names for ResNet) load as they are. `Nano` is ours: small enough to train from scratch on a CPU.
 
 Shapes: B images, H × W pixels, both multiples of 32.
 """
@@ -31,9 +31,10 @@ def build_backbone(
 ) -> Backbone:
     """Build the backbone called `name`, one of `BACKBONES`.
 
-    weights: "imagenet" takes torchvision's IMAGENET1K_V1 (downloaded once, then cached by torch), "none" leaves the
-        random initialisation, a path loads a state dict with torchvision's names (a classifier in it is ignored).
-    frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n of four stages.
+    weights: "imagenet" takes torchvision's IMAGENET1K_V1 (downloaded once, then cached by torch), "none"
+        leaves the random initialisation, a path loads a state dict with torchvision's names (a classifier in
+        it is ignored).
+    frozen_stages: -1 trains everything, 0 freezes the stem, n freezes the stem and the first n of 4 stages.
     norm_eval: keep every BatchNorm on its running statistics, in training too.
 
     Raises UserError for an unknown name, for weights that cannot be had and for weights that do not fit.
@@ -86,7 +87,7 @@ class Backbone(nn.Module):
         return maps[1:]
 
     def freeze(self, frozen_stages: int, *, norm_eval: bool) -> None:
-        """Take the stem and the first `frozen_stages` stages out of training (-1: nothing). See `build_backbone`."""
+        """Take the stem and the first `frozen_stages` stages out of training, as `build_backbone` says."""
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         for number, stage in enumerate(self.stages()):
             for module in stage:
@@ -107,13 +108,14 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    """torchvision's ResNet without pooling and classifier; in the bottleneck the stride is on the 3 × 3 conv."""
+    """torchvision's ResNet without its classifier; in the bottleneck the stride is on the 3 × 3 conv."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         whole = getattr(zoo, name)(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = whole.conv1, whole.bn1, whole.relu, whole.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = whole.layer1, whole.layer2, whole.layer3, whole.layer4
+        self.layer1, self.layer2 = whole.layer1, whole.layer2
+        self.layer3, self.layer4 = whole.layer3, whole.layer4
         channels = whole.fc.in_features
         self.out_channels = (channels // 4, channels // 2, channels)
 
@@ -129,7 +131,7 @@ class ResNet(Backbone):
 
 
 class MobileNetV3(Backbone):
-    """torchvision's MobileNetV3; C5 is the last 1 × 1 expansion (960 or 576 channels), as in torchvision's FPN."""
+    """torchvision's MobileNetV3; C5 is the last 1 × 1 expansion (960 or 576 channels), as in its own FPN."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -148,9 +150,9 @@ class MobileNetV3(Backbone):
 class Nano(Backbone):
     """0.34 M parameters, 44 M multiply-adds at 128 × 128; meant for training from scratch on a CPU.
 
-    Plain 3 × 3 convolutions only: on a CPU a depthwise convolution costs nearly as much time as a dense one of
-    these widths. Each stage is a strided convolution and one residual block whose 3 × 3 widens and whose 1 × 1
-    narrows again (the fused MBConv of EfficientNetV2, arXiv 2104.00298; differs: ReLU, no squeeze-excitation).
+    Dense convolutions only: depthwise ones do far less work but take about as long to train on a CPU. Stages
+    1 to 3 end in a residual block whose 3 × 3 widens and whose 1 × 1 narrows again (the fused MBConv of
+    EfficientNetV2, arXiv 2104.00298; differs: ReLU, no squeeze-excitation). Trains faster in channels_last.
     """
 
     def __init__(self) -> None:
@@ -179,7 +181,8 @@ class _Residual(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(x + self.narrow(self.widen(x)))
+        result: Tensor = self.relu(x + self.narrow(self.widen(x)))
+        return result
 
 
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Sequential:
@@ -196,7 +199,7 @@ def _load_imagenet(backbone: Backbone, name: str) -> None:
     published = zoo.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         state = published.get_state_dict(progress=False, check_hash=True)
-    except (OSError, HTTPException, RuntimeError) as error:  # no network, no disk, or another hash than published
+    except (OSError, HTTPException, RuntimeError) as error:  # no network, no disk, or not the published hash
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"ImageNet weights of {name} could not be downloaded from {published.url} ({reason}); "

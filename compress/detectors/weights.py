@@ -1,7 +1,7 @@
 """Files of tensors: read one without running code from it, and load it into a module without losing a key.
 
-`read_tensors` reads `.safetensors` and torch's `.pth`/`.pt`; `load_exactly` copies a state dict into a module and
-names every key that is missing, left over or of another shape.
+`read_tensors` reads `.safetensors` and torch's `.pth`/`.pt`; `load_exactly` copies a state dict into a
+module and names the keys that are missing, left over or of another shape.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LISTED_KEYS = 8  # a message stays one readable line: the first few keys, then a
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The state dict in `path`, on the CPU.
 
-    `.safetensors` files are read as they are. Anything else is read by torch with `weights_only=True`, so that no
-    code in the file runs; it may be a state dict or a dict with one under `state_dict` (mmdet, Lightning) or
-    `model` (torchvision's reference scripts).
+    `.safetensors` files are read as they are. Anything else is read by torch with `weights_only=True`, so
+    that no code in the file runs; it may be a state dict or a dict with one under `state_dict` (mmdet,
+    Lightning) or `model` (torchvision's reference scripts).
 
     Raises UserError when there is no such file, or it cannot be read, or holds no tensors.
     """
@@ -35,26 +35,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path, device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({_first_line(error)}); "
-                            "copy or download it again") from error
+            raise UserError(
+                f"{path}: not a readable safetensors file ({_first_line(error)}); copy or download it again"
+            ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise UserError(f"{path}: holds Python objects beside tensors, which are not loaded because they could "
-                            "run code; save its state_dict alone and pass that file") from error
-        raise UserError(f"{path}: not a readable torch checkpoint ({_first_line(error)}); "
-                        "copy or download it again") from error
+            raise UserError(
+                f"{path}: holds Python objects beside tensors, which are not loaded because they could "
+                "run code; save its state_dict alone and pass that file"
+            ) from error
+        raise UserError(
+            f"{path}: not a readable torch checkpoint ({_first_line(error)}); copy or download it again"
+        ) from error
     except Exception as error:  # torch raises whatever a damaged zip or pickle stream makes its readers raise
-        raise UserError(f"{path}: not a readable torch checkpoint ({type(error).__name__}: {_first_line(error)}); "
-                        "copy or download it again") from error
+        raise UserError(
+            f"{path}: not a readable torch checkpoint ({type(error).__name__}: {_first_line(error)}); "
+            "copy or download it again"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: no state dict in this file; expected tensors by name, "
-                        "at the top or under 'state_dict'")
+        raise UserError(
+            f"{path}: no state dict in this file; expected tensors by name, at the top or under 'state_dict'"
+        )
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -67,8 +74,8 @@ def load_exactly(
 ) -> None:
     """Copy `state` into `module`; nothing is copied unless everything fits.
 
-    Keys for which `may_miss` is true may be absent from `state`: BatchNorm's batch counter, by default, which old
-    files lack and nothing here reads. `source` names the file in messages.
+    Keys for which `may_miss` is true may be absent from `state`: BatchNorm's batch counter, by default,
+    which old files lack and nothing here reads. `source` names the file in messages.
 
     Raises UserError that lists missing keys, unexpected keys and keys of another shape.
     """
