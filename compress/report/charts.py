@@ -1,0 +1,244 @@
+"""Charts as inline SVG whose colours come from the page's style sheet, so they follow light and dark.
+
+Public: `line_chart`, `scatter_chart`, `range_chart`. Each returns safe Markup: text that comes from files goes
+through `Markup.format`, which escapes it. Coordinates are user units of the viewBox, WIDTH wide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 460, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """`arm` is the CSS class that gives colour and dash: teacher, baseline or student."""
+
+    arm: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One labelled point of a scatter chart; `kind` is the CSS class of its mark: pass, fail or notrun."""
+
+    label: str
+    x: float
+    y: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """One row of a range chart: a bar to the first value, a whisker to the last, a tick at each between."""
+
+    label: str
+    values: Sequence[float]
+
+
+def line_chart(
+    series: Sequence[Series], *, title: str, y_label: str, x_label: str = "step", level: tuple[str, float] | None = None,
+    marks: bool = False, most_points: int = 160,
+) -> Markup:
+    """Lines over a common x axis, y from 0. Longer series are drawn as means of equal runs of points.
+
+    `level` is a labelled horizontal line of the teacher; `marks` draws each point.
+    """
+    thinned = [Series(s.arm, _thin(s.points, most_points)) for s in series if s.points]
+    xs = [x for s in thinned for x, _ in s.points]
+    ys = [y for s in thinned for _, y in s.points] + ([level[1]] if level else [])
+    x_ticks, y_ticks = _ticks(0, max(xs)), _ticks(min(0, *ys), max(*ys, 1e-9), 5)
+    x_end = max(max(xs), 1e-9)
+    to_x = _scale(0, x_end, _LEFT, WIDTH - _RIGHT)
+    to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    parts = [_axes([t for t in x_ticks if t <= x_end], y_ticks, to_x, to_y, x_label, y_label)]
+    if level:
+        y = to_y(level[1])
+        below = y < _TOP + 16
+        parts.append(
+            Markup('<line class="line teacher" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                   '<text class="note" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+                _LEFT, WIDTH - _RIGHT, y, y, WIDTH - _RIGHT, y + 15 if below else y - 6, level[0]))
+    for s in thinned:
+        path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in s.points)
+        parts.append(Markup('<polyline class="line {}" points="{}"/>').format(s.arm, path))
+        if marks or len(s.points) == 1:
+            parts += [
+                Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.2"><title>{}: {} {:g}, {:.4g}</title></circle>')
+                .format(s.arm, to_x(x), to_y(y), s.arm, x_label, x, y)
+                for x, y in s.points
+            ]
+    return _svg(parts, HEIGHT, title)
+
+
+def scatter_chart(
+    spots: Sequence[Spot], *, title: str, x_label: str, y_label: str, levels: Sequence[tuple[str, str, float]] = (),
+) -> Markup:
+    """Labelled points; the x axis is logarithmic where the values span more than a factor of 15.
+
+    `levels` are horizontal lines (CSS class, label, y).
+    """
+    xs, ys = [s.x for s in spots], [s.y for s in spots] + [y for *_, y in levels]
+    margin = max((max(ys) - min(ys)) * 0.15, 1.0)
+    y_ticks = _ticks(max(min(ys) - margin, 0), max(ys) + margin, 5)
+    to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    if min(xs) > 0 and max(xs) / min(xs) > 15:
+        low, high = min(xs) * 0.7, max(xs) * 1.4
+        x_ticks = [t for t in _log_ticks(low, high) if low <= t <= high]
+        log_x = _scale(math.log(low), math.log(high), _LEFT, WIDTH - _RIGHT)
+
+        def to_x(x: float) -> float:
+            return log_x(math.log(x))
+
+        x_label += ", logarithmic"
+    else:
+        x_ticks = _ticks(0, max(*xs, 1e-9) * 1.15)
+        to_x = _scale(0, x_ticks[-1], _LEFT, WIDTH - _RIGHT)
+    parts = [_axes(x_ticks, y_ticks, to_x, to_y, x_label, y_label)]
+    taken: list[tuple[float, float, float]] = []  # (left, right, baseline) of labels already placed
+    for s in spots:
+        taken.append((to_x(s.x) - 7, to_x(s.x) + 7, to_y(s.y) + 4))
+    for arm, label, value in sorted(levels, key=lambda item: item[2]):
+        y = to_y(value)
+        parts.append(Markup('<line class="line {}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+            arm, _LEFT, WIDTH - _RIGHT, y, y))
+        x = _LEFT + 6
+        place = _free_baseline(x, x + 6.6 * len(label), (y - 5, y + 14), taken)
+        parts.append(Markup('<text class="note" x="{}" y="{:.1f}">{}</text>').format(x, place, label))
+    for s in sorted(spots, key=lambda s: -s.y):
+        x, y = to_x(s.x), to_y(s.y)
+        parts.append(_spot_mark(s, x, y))
+        text = _shorten(s.label, 30)
+        wide = 6.8 * len(text)
+        right = x + 10 + wide <= WIDTH - _RIGHT
+        left = x + 10 if right else max(x - 10 - wide, 2)
+        places = tuple(y + 4 + d for d in (0, -14, 14, -28, 28, -42, 42, -56, 56))
+        place = _free_baseline(left, left + wide, places, taken)
+        anchor, text_x = ("start", left) if right else ("end", min(x - 10, WIDTH - 2))
+        if abs(place - y - 4) > 10:
+            parts.append(Markup('<line class="leader" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+                x, y, text_x, place - 4))
+        parts.append(Markup('<text class="label" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+            text_x, place, anchor, text))
+    return _svg(parts, HEIGHT, title)
+
+
+def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
+    """Horizontal rows from 0: bar to the first value, whisker with ticks up to the last."""
+    row = 46
+    height = _TOP + row * len(ranges) + _BOTTOM
+    ticks = _ticks(0, max(max(r.values) for r in ranges))
+    to_x = _scale(0, ticks[-1], 14, WIDTH - _RIGHT)
+    parts = [
+        Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
+               '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>').format(
+            to_x(t), _TOP, height - _BOTTOM, height - _BOTTOM + 16, _tick_text(t))
+        for t in ticks
+    ]
+    parts.append(Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+        WIDTH / 2, height - 6, x_label))
+    for index, r in enumerate(ranges):
+        y = _TOP + row * index
+        middle = y + 30
+        first, last = to_x(r.values[0]), to_x(r.values[-1])
+        parts.append(Markup('<text class="label" x="14" y="{}">{}</text>').format(y + 15, _shorten(r.label, 52)))
+        parts.append(Markup('<rect class="bar student" x="14" y="{}" width="{:.1f}" height="12" rx="2"/>'
+                            '<line class="whisker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(
+            middle - 6, max(first - 14, 1), first, last, middle, middle))
+        parts += [
+            Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
+                to_x(v), middle - 5, middle + 5)
+            for v in r.values[1:]
+        ]
+    return _svg(parts, height, title)
+
+
+def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>{}</svg>').format(
+        WIDTH, height, title, title, Markup("").join(parts))
+
+
+def _axes(
+    x_ticks: Sequence[float], y_ticks: Sequence[float], to_x: Callable[[float], float],
+    to_y: Callable[[float], float], x_label: str, y_label: str,
+) -> Markup:
+    parts = []
+    for t in y_ticks:
+        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                            '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+            _LEFT, WIDTH - _RIGHT, to_y(t), to_y(t), _LEFT - 7, to_y(t) + 4, _tick_text(t)))
+    for t in x_ticks:
+        parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            to_x(t), HEIGHT - _BOTTOM + 17, _tick_text(t)))
+    parts.append(Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+        (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 7, x_label))
+    middle = (_TOP + HEIGHT - _BOTTOM) / 2
+    parts.append(Markup('<text class="axis" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>')
+                 .format(middle, y_label))
+    return Markup("").join(parts)
+
+
+def _spot_mark(s: Spot, x: float, y: float) -> Markup:
+    tip = f"{s.label}: {s.x:.4g} ms, mAP {s.y:.1f}"
+    if s.kind == "fail":
+        return Markup('<path class="spot fail" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>').format(
+            x - 5, y - 5, tip)
+    return Markup('<circle class="spot {}" cx="{:.1f}" cy="{:.1f}" r="5.5"><title>{}</title></circle>').format(
+        s.kind, x, y, tip)
+
+
+def _free_baseline(
+    left: float, right: float, places: Sequence[float], taken: list[tuple[float, float, float]]
+) -> float:
+    """The first of `places` where a label meets no other and stays inside; the first if there is none."""
+    for place in places:
+        inside = _TOP + 8 <= place <= HEIGHT - _BOTTOM - 3
+        if inside and all(right < a or b < left or abs(place - y) >= 13 for a, b, y in taken):
+            break
+    else:
+        place = places[0]
+    taken.append((left, right, place))
+    return place
+
+
+def _thin(points: Sequence[Point], most: int) -> list[Point]:
+    if len(points) <= most:
+        return list(points)
+    edges = [round(i * len(points) / most) for i in range(most + 1)]
+    runs = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round values from at or below `low` to at or above `high`, about `wanted` of them."""
+    span = max(high - low, 1e-9)
+    power = 10.0 ** math.floor(math.log10(span / wanted))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * wanted >= span * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [m * 10.0**p for p in powers for m in (1, 2, 5)]
+
+
+def _tick_text(value: float) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most // 2 - 1] + "…" + text[-(most // 2) :]

@@ -1,0 +1,210 @@
+"""What a run folder says about itself: report.json, the metrics.csv of each arm, recipe.yaml.
+
+Public: `read_document(run_dir)`, `parse_report(value)`, and the models they return. Every figure may be
+absent (None): the page and the table then say so in words. A figure that is present must have the right
+type; a wrong one is a `UserError` with the file and the key.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+
+from deploy.errors import UserError
+
+ARMS = ("teacher", "baseline", "student")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+"""A finite figure, or None where it was not measured (JSON null, NaN and infinity)."""
+
+
+class _Part(BaseModel):
+    """Keys that this page does not show are allowed: report.json may hold more than is drawn."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Figures(_Part):
+    """One trained model. AP figures are in percent, 0 to 100."""
+
+    map: Number = None
+    map50: Number = None
+    map75: Number = None
+    per_class: dict[str, Number] = {}
+    params_m: Number = None
+    gflops: Number = None
+
+
+class Models(_Part):
+    teacher: Figures | None = None
+    baseline: Figures | None = None
+    student: Figures | None = None
+
+
+class Latency(_Part):
+    """Percentiles in milliseconds."""
+
+    p50: Number = None
+    p90: Number = None
+    p95: Number = None
+    p99: Number = None
+
+
+class Artifact(_Part):
+    """One exported file. `map` in percent, `map_drop` in points of it, `agreement` a share, 0 to 1."""
+
+    file: str
+    backend: str = ""
+    precision: str = ""
+    size_mb: Number = None
+    map: Number = None
+    map_drop: Number = None
+    agreement: Number = None
+    latency_ms: Latency | None = None
+    throughput_ips: Number = None
+    gate: str = "not run"
+
+    @field_validator("gate")
+    @classmethod
+    def _known_gate(cls, value: str) -> str:
+        if value not in ("pass", "fail") and not value.startswith("not run"):
+            raise ValueError(f"{value!r} is none of 'pass', 'fail' and 'not run: why'")
+        return value
+
+    @property
+    def p50(self) -> float | None:
+        return self.latency_ms.p50 if self.latency_ms else None
+
+    @property
+    def p99(self) -> float | None:
+        return self.latency_ms.p99 if self.latency_ms else None
+
+
+class Box(_Part):
+    """`box` is xyxy in pixels of the image file; `label` a class name or a 0-based index into the classes."""
+
+    box: tuple[float, float, float, float]
+    label: str | int
+    score: Number = None
+
+
+class Picture(_Part):
+    image: str
+    ground_truth: list[Box] | None = None
+    teacher: list[Box] | None = None
+    baseline: list[Box] | None = None
+    student: list[Box] | None = None
+
+
+class Report(_Part):
+    """report.json."""
+
+    name: str = ""
+    created: str = ""
+    classes: list[str] = []
+    models: Models = Models()
+    artifacts: list[Artifact] = []
+    environment: dict[str, Any] = {}
+    commands: list[str] = []
+    pictures: list[Picture] = []
+
+    def class_name(self, label: str | int) -> str:
+        if isinstance(label, int) and 0 <= label < len(self.classes):
+            return self.classes[label]
+        return str(label)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.csv of one arm by columns: `columns[name]` is a list of (step, value), empty cells left out."""
+
+    columns: dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Document:
+    run_dir: Path
+    report: Report
+    metrics: dict[str, Metrics]  # only the arms that have a metrics.csv
+    recipe: str | None
+
+
+def read_document(run_dir: Path) -> Document:
+    """Read everything the report shows. Raises UserError for a missing or bad file."""
+    path = run_dir / "report.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; give the folder of a finished run (runs/<name>)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+    try:
+        value = json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity: not measured
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
+    metrics = {arm: _read_metrics(run_dir / arm / "metrics.csv") for arm in ARMS}
+    recipe = run_dir / "recipe.yaml"
+    return Document(
+        run_dir=run_dir,
+        report=parse_report(value, source=str(path)),
+        metrics={arm: m for arm, m in metrics.items() if m is not None},
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+    )
+
+
+def parse_report(value: Any, source: str = "report.json") -> Report:
+    """Check the content of a report.json. Raises UserError that names the first wrong key."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source}: expected an object at the top, got {type(value).__name__}")
+    try:
+        return Report.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{source}: {key}: {_one_line(first['msg'])}") from None
+
+
+def _read_metrics(path: Path) -> Metrics | None:
+    """None when the arm has no metrics.csv. A step written twice (after a resume) keeps its last value."""
+    if not path.is_file():
+        return None
+    columns: dict[str, dict[float, float]] = {}
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        if "step" not in (rows.fieldnames or ()):
+            raise UserError(f"{path}:1: no column 'step'; the first line must name the columns")
+        for row in rows:
+            step = _number(row["step"], path, rows.line_num, "step")
+            for name, cell in row.items():
+                if step is None or name is None or name == "step":
+                    continue
+                number = _number(cell, path, rows.line_num, name)
+                if number is not None:
+                    columns.setdefault(name, {})[step] = number
+    return Metrics({name: sorted(points.items()) for name, points in columns.items()})
+
+
+def _number(cell: str | None, path: Path, line: int, column: str) -> float | None:
+    if cell is None or not cell.strip():
+        return None
+    try:
+        number = float(cell)
+    except ValueError:
+        raise UserError(f"{path}:{line}: {column}: {cell[:40]!r} is not a number") from None
+    return number if math.isfinite(number) else None
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

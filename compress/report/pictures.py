@@ -1,0 +1,155 @@
+"""Photographs with boxes: ground truth, teacher, baseline and student side by side.
+
+Public: `draw_pictures(document)`. Each image is embedded once, as a downscaled JPEG; the panels reuse it and
+draw the boxes over it as vectors in the pixels of the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from compress.report.document import Box, Document, Picture, Report
+
+LONGEST_SIDE = 640  # pixels of an embedded image
+MIN_SCORE = 0.3  # weaker detections are left out of the drawing
+MATCH_IOU = 0.5
+_COLOURS = 10  # classes .k0 … .k9 of the style sheet
+_MOST_TAGS = 12  # more boxes than this in one panel: colours and tool tips only, no text on the picture
+_PANELS = (("ground_truth", "Ground truth"), ("teacher", "Teacher"), ("baseline", "Baseline"), ("student", "Student"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    caption: str
+    svg: Markup | None  # None: the caption says what is missing
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    name: str
+    problem: str | None  # why there is nothing to see
+    panels: list[Panel]
+    legend: list[tuple[str, str]]  # (CSS class, class name)
+
+
+def draw_pictures(document: Document) -> list[DrawnPicture]:
+    """One entry for each picture of report.json, in its order."""
+    return [_draw(index, p, document) for index, p in enumerate(document.report.pictures)]
+
+
+def _draw(index: int, picture: Picture, document: Document) -> DrawnPicture:
+    name = Path(picture.image).name
+    path = next((p for p in (document.run_dir / picture.image, Path(picture.image)) if p.is_file()), None)
+    if path is None:
+        return DrawnPicture(name, f"The image {picture.image} was not found when this page was written.", [], [])
+    try:
+        uri, (width, height) = _embed(path)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+        return DrawnPicture(name, f"The image {picture.image} could not be read ({error}).", [], [])
+
+    kinds = {name: f"k{i % _COLOURS}" for i, name in enumerate(_class_names(picture, document.report))}
+    panels: list[Panel] = []
+    embedded = False
+    for key, title in _PANELS:
+        boxes: list[Box] | None = getattr(picture, key)
+        if boxes is None:
+            what = "No ground truth recorded." if key == "ground_truth" else f"No {key} detections recorded."
+            panels.append(Panel(title, what, None))
+            continue
+        shown = [b for b in boxes if key == "ground_truth" or b.score is None or b.score >= MIN_SCORE]
+        caption = _caption(key, shown, picture, document.report)
+        image = (
+            Markup('<use href="#photo{}"/>').format(index)
+            if embedded
+            else Markup('<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(
+                index, uri, width, height)
+        )
+        embedded = True
+        drawn = Markup("").join(_draw_boxes(shown, document.report, kinds, width, height))
+        alt = f"{name}, {title.lower()}: {caption}"
+        svg = Markup('<svg class="photo" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
+            width, height, alt, image, drawn)
+        panels.append(Panel(title, caption, svg))
+    return DrawnPicture(name, None, panels, [(kind, name) for name, kind in kinds.items()])
+
+
+def _class_names(picture: Picture, report: Report) -> list[str]:
+    """Names that occur in the picture; in the order of the classes, so that colours repeat between pictures."""
+    present = {
+        report.class_name(b.label)
+        for key, _ in _PANELS
+        for b in getattr(picture, key) or ()
+        if key == "ground_truth" or b.score is None or b.score >= MIN_SCORE
+    }
+    return [c for c in report.classes if c in present] + sorted(present.difference(report.classes))
+
+
+def _embed(path: Path) -> tuple[str, tuple[int, int]]:
+    """A JPEG data URI and the (width, height) of the file in its upright orientation."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    size = image.size
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), size
+
+
+def _draw_boxes(
+    boxes: Sequence[Box], report: Report, kinds: dict[str, str], width: int, height: int
+) -> list[Markup]:
+    parts = []
+    font = width / 23  # a panel is about 240 CSS pixels wide: about 10.5 of them
+    tags = len(boxes) <= _MOST_TAGS
+    for b in sorted(boxes, key=lambda b: b.score or 0.0):
+        x1, y1, x2, y2 = b.box
+        label = report.class_name(b.label)
+        text = label if b.score is None else f"{label} {b.score:.2f}"
+        parts.append(Markup(
+            '<rect class="halo" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}"/>'
+            '<rect class="box {4}" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}"><title>{5}</title></rect>'
+        ).format(x1, y1, max(x2 - x1, 0), max(y2 - y1, 0), kinds[label], text))
+        if tags:
+            short = text if len(text) <= 18 else text[:8] + "…" + text[-6:]
+            wide, tall = font * (0.58 * len(short) + 0.6), font * 1.3
+            left = min(max(x1, 0), max(width - wide, 0))
+            top = y1 - tall if y1 >= tall else min(y1, height - tall)
+            parts.append(Markup(
+                '<rect class="tag {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="{:.1f}"/>'
+                '<text class="tagtext" x="{:.1f}" y="{:.1f}" font-size="{:.1f}">{}</text>'
+            ).format(kinds[label], left, top, wide, tall, font * 0.2, left + font * 0.3, top + font, font, short))
+    return parts
+
+
+def _caption(key: str, shown: Sequence[Box], picture: Picture, report: Report) -> str:
+    if key == "ground_truth":
+        return f"{len(shown)} object{'' if len(shown) == 1 else 's'}"
+    if picture.ground_truth is None:
+        return f"{len(shown)} detection{'' if len(shown) == 1 else 's'}"
+    found = count_matches(shown, picture.ground_truth, report)
+    return f"{found} of {len(picture.ground_truth)} found, {len(shown) - found} extra"
+
+
+def count_matches(detections: Sequence[Box], truth: Sequence[Box], report: Report) -> int:
+    """Objects found: best score first, each takes the free object of its class with the highest IoU ≥ 0.5."""
+    free = list(truth)
+    for d in sorted(detections, key=lambda b: -(b.score or 0.0)):
+        name = report.class_name(d.label)
+        same = [t for t in free if report.class_name(t.label) == name and _iou(d.box, t.box) >= MATCH_IOU]
+        if same:
+            free.remove(max(same, key=lambda t: _iou(d.box, t.box)))
+    return len(truth) - len(free)
+
+
+def _iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    inter = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if union > 0 else 0.0
