@@ -70,31 +70,32 @@ def load_exactly(
     state: Mapping[str, Tensor],
     *,
     source: str,
-    may_miss: Callable[[str], bool] = lambda key: key.endswith("num_batches_tracked"),
+    file_key: Callable[[str], str] = lambda key: key,
 ) -> None:
     """Copy `state` into `module`; nothing is copied unless everything fits.
 
-    Keys for which `may_miss` is true may be absent from `state`: BatchNorm's batch counter, by default,
-    which old files lack and nothing here reads. `source` names the file in messages.
+    BatchNorm's batch counters (`num_batches_tracked`) may be absent: old files lack them and nothing here reads
+    them. `file_key` turns a key of the module into the file's name for it; `source` names the file in messages.
 
-    Raises UserError that lists missing keys, unexpected keys and keys of another shape.
+    Raises UserError that lists, by the file's names, missing and unexpected keys and those of another shape.
     """
-    wanted = module.state_dict()
-    missing = [key for key in wanted if key not in state and not may_miss(key)]
+    wanted = {file_key(key): tensor for key, tensor in module.state_dict().items()}
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted]
-    wrong = [
+    misshapen = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
         for key, tensor in wanted.items()
         if key in state and state[key].shape != tensor.shape
     ]
     problems = [
         f"{what} {len(keys)} key(s): {listed(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape for", wrong))
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape for", misshapen))
         if keys
     ]
     if problems:
         raise UserError(f"{source}: weights do not fit the model; {'; '.join(problems)}")
-    module.load_state_dict(dict(state), strict=False)
+    ours = {key: state[file_key(key)] for key in module.state_dict() if file_key(key) in state}
+    module.load_state_dict(ours, strict=False)
 
 
 def listed(keys: Iterable[str]) -> str:

@@ -1,0 +1,342 @@
+"""Detectors on disk: our own safetensors files, and mmdet's official GFL checkpoints read without mmdet.
+
+`save_detector` and `load_detector` are the native format: weights, and in the file's header what is needed
+to rebuild the model (`ModelRecord`). `load_mmdet_gfl` maps an official `.pth` onto our modules; `fetch` gets
+one of the published ones (`ZOO`). `load_teacher_checkpoint` takes either, or `zoo:NAME`.
+
+Whatever is missing from a file, left over in it or of another shape is an error that names the keys.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import rich.progress
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from compress.detectors.backbones import BACKBONES, build_backbone
+from compress.detectors.gfl import GFL
+from compress.detectors.weights import listed, load_exactly, read_tensors
+from deploy.errors import UserError
+from deploy.files import atomic_path, sha256_of
+
+HEADER_KEY = "metadata_json"
+NATIVE_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pth", ".pt")
+
+
+class ModelRecord(BaseModel):
+    """What a checkpoint says about its model.
+
+    class_names, category_ids: of the training data, in the order of the labels; None where nothing says.
+    val_map: COCO mAP on the validation set, percent.
+    recipe_sha256: of the recipe that trained it.
+    source: where the weights came from, for a converted checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    detector: Literal["gfl"] = "gfl"
+    backbone: str
+    num_classes: Annotated[int, Field(ge=1)]
+    neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
+    head_depth: Annotated[int, Field(ge=0)] = 4
+    class_names: tuple[str, ...] | None = None
+    category_ids: tuple[int, ...] | None = None
+    val_map: float | None = None
+    recipe_sha256: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone {self.backbone!r} is unknown; known are {', '.join(BACKBONES)}")
+        for name in ("class_names", "category_ids"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_classes:
+                raise ValueError(f"{name} has {len(values)} entries for {self.num_classes} classes")
+        return self
+
+    def build(self) -> GFL:
+        """The model with random weights, nothing frozen, in training mode.
+
+        Random numbers come from a fork of torch's generator, so that loading a teacher does not change what a
+        run draws afterwards.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return self._build()
+
+    def _build(self) -> GFL:
+        backbone = build_backbone(self.backbone, weights="none", frozen_stages=-1, norm_eval=False)
+        return GFL(self.num_classes, backbone, neck_channels=self.neck_channels, head_depth=self.head_depth)
+
+
+def save_detector(path: Path, detector: GFL, *, metadata: ModelRecord) -> None:
+    """Write weights and `metadata` to a `.safetensors` file, whole or not at all.
+
+    Raises ValueError if `metadata` does not describe `detector`: such a file could not be loaded again.
+    """
+    if path.suffix != NATIVE_SUFFIX:
+        raise UserError(f"{path}: a detector is saved as {NATIVE_SUFFIX}; give the file that ending")
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}
+    with torch.device("meta"):  # shapes alone: no memory, no random numbers
+        described = {key: tensor.shape for key, tensor in metadata.build().state_dict().items()}
+    if {key: tensor.shape for key, tensor in state.items()} != described:
+        raise ValueError(f"metadata does not describe the detector: {metadata!r}")
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={HEADER_KEY: metadata.model_dump_json()})
+
+
+def load_detector(path: Path) -> tuple[GFL, ModelRecord]:
+    """The detector in a native file, float32 on the CPU in eval mode, and what the file says about it.
+
+    Raises UserError for a file that is absent, damaged, from a newer version or not from `save_detector`.
+    """
+    state = read_tensors(path)  # first: it says clearly when the file is absent or damaged
+    record = _read_record(path)
+    detector = record.build()
+    load_exactly(detector, state, source=str(path))
+    return detector.eval(), record
+
+
+def load_mmdet_gfl(
+    path: Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+    val_map: float | None = None,
+    source: str | None = None,
+) -> tuple[GFL, ModelRecord]:
+    """The detector in an mmdet GFL checkpoint (ResNet-18/34/50/101), on the CPU in eval mode.
+
+    Depth, number of classes and widths come from the keys and shapes. mmdet's `integral.project`, which is
+    0..16 in every file, and BatchNorm's batch counters may be absent. Without `class_names`, 80 classes are
+    taken for COCO's; the file's own list of names is not read.
+
+    Raises UserError for an unreadable file, another kind of model, and missing or unexpected keys.
+    """
+    state = read_tensors(path)
+    record = _record_of_mmdet(path, state)
+    if class_names is None and record.num_classes == len(COCO_CATEGORIES):
+        class_names, category_ids = tuple(COCO_CATEGORIES.values()), tuple(COCO_CATEGORIES)
+    record = _validated(
+        path,
+        record.model_dump()
+        | {
+            "class_names": class_names,
+            "category_ids": category_ids,
+            "val_map": val_map,
+            "source": source or path.name,
+        },
+    )
+    detector = record.build()
+    state.pop("bbox_head.integral.project", None)
+    load_exactly(detector, state, source=str(path), file_key=mmdet_key)
+    return detector.eval(), record
+
+
+@dataclass(frozen=True)
+class Published:
+    """An official checkpoint trained on COCO train2017.
+
+    url: its last eight hexadecimal digits before `.pth` begin the file's SHA-256 (torch.hub's convention).
+    val_map: published box AP on val2017, percent.
+    """
+
+    url: str
+    val_map: float
+
+    @property
+    def filename(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def sha256_prefix(self) -> str:
+        return self.filename.removesuffix(".pth").rpartition("-")[2]
+
+
+_OPENMMLAB = "https://download.openmmlab.com/mmdetection/v2.0/gfl"
+ZOO = {
+    "gfl_r50_fpn_1x_coco": Published(
+        f"{_OPENMMLAB}/gfl_r50_fpn_1x_coco/gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth", 40.2
+    ),
+    "gfl_r50_fpn_mstrain_2x_coco": Published(
+        f"{_OPENMMLAB}/gfl_r50_fpn_mstrain_2x_coco/gfl_r50_fpn_mstrain_2x_coco_20200629_213802-37bb1edc.pth",
+        42.9,
+    ),
+    "gfl_r101_fpn_mstrain_2x_coco": Published(
+        f"{_OPENMMLAB}/gfl_r101_fpn_mstrain_2x_coco/"
+        "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth",
+        44.7,
+    ),
+}
+
+
+def fetch(name: str) -> Path:
+    """The file of `ZOO[name]`, downloaded to ~/.cache/compress unless it is there; its SHA-256 is checked.
+
+    Raises UserError for an unknown name, a failed download and a file with another hash.
+    """
+    if name not in ZOO:
+        raise UserError(f"zoo:{name} is unknown; use one of {', '.join('zoo:' + known for known in ZOO)}")
+    published = ZOO[name]
+    path = Path.home() / ".cache" / "compress" / published.filename
+    if path.is_file():
+        found = sha256_of(path)
+        if not found.startswith(published.sha256_prefix):
+            raise UserError(
+                f"{path}: SHA-256 begins {found[:8]} instead of {published.sha256_prefix}; "
+                f"delete the file, it will be downloaded again from {published.url}"
+            )
+        return path
+    try:
+        with atomic_path(path) as temporary:
+            _download(published.url, temporary)
+            found = sha256_of(temporary)
+            if not found.startswith(published.sha256_prefix):
+                raise UserError(
+                    f"{published.url}: SHA-256 of the download begins {found[:8]} instead of "
+                    f"{published.sha256_prefix}; try again, or put the right file at {path}"
+                )
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"zoo:{name} could not be downloaded from {published.url} ({error}); put that file at {path}"
+        ) from error
+    return path
+
+
+def load_teacher_checkpoint(spec: str) -> tuple[GFL, ModelRecord]:
+    """The detector that `spec` names, on the CPU in eval mode.
+
+    `spec` is a native `.safetensors` file, an mmdet GFL `.pth` file, or `zoo:NAME` with a name in `ZOO`.
+    Raises UserError as `load_detector`, `load_mmdet_gfl` and `fetch` do.
+    """
+    if spec.startswith("zoo:"):
+        name = spec.removeprefix("zoo:")
+        path = fetch(name)
+        return load_mmdet_gfl(path, val_map=ZOO[name].val_map, source=ZOO[name].url)
+    path = Path(spec).expanduser()
+    if path.suffix == NATIVE_SUFFIX:
+        return load_detector(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return load_mmdet_gfl(path)
+    raise UserError(f"{spec}: not a checkpoint name; use FILE.safetensors, FILE.pth or zoo:NAME")
+
+
+def mmdet_key(key: str) -> str:
+    """mmdet's name of our parameter or buffer `key`.
+
+    `head.` is `bbox_head.` there, and `neck.fpn_convs.0.weight` is `neck.fpn_convs.0.conv.weight`.
+    """
+    if key.startswith("head."):
+        return f"bbox_{key}"
+    return re.sub(r"^(neck\.\w+\.\d+)\.", r"\1.conv.", key)
+
+
+def _coco_categories() -> dict[int, str]:
+    """COCO's 80 detection classes by ascending category id. torchvision lists them by id, gaps named N/A."""
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return {number: name for number, name in enumerate(names) if name not in ("__background__", "N/A")}
+
+
+COCO_CATEGORIES = _coco_categories()
+
+
+def _read_record(path: Path) -> ModelRecord:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+    if HEADER_KEY not in header:
+        raise UserError(
+            f"{path}: no {HEADER_KEY} in its header, so it is not a detector saved by compress; "
+            "give a student.safetensors, or an mmdet .pth"
+        )
+    try:
+        return ModelRecord.model_validate_json(header[HEADER_KEY])
+    except ValidationError as error:
+        raise UserError(f"{path}: {HEADER_KEY}: {_one_line(error)}") from error
+
+
+_RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+}
+
+
+def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
+    needed = ("neck.lateral_convs.0.conv.weight", "bbox_head.gfl_cls.weight", "bbox_head.gfl_reg.weight")
+    absent = [key for key in needed if key not in state]
+    if absent:
+        raise UserError(
+            f"{path}: not an mmdet GFL checkpoint; missing {len(absent)} key(s): {listed(absent)}"
+        )
+    blocks = tuple(_count(state, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+    kind = (
+        "bottleneck" if any(re.match(r"backbone\.layer\d\.\d+\.conv3\.", key) for key in state) else "basic"
+    )
+    if (kind, blocks) not in _RESNETS:
+        raise UserError(
+            f"{path}: backbone of {kind} blocks {', '.join(map(str, blocks))} is not ResNet-18, 34, 50 or 101; "
+            "other mmdet backbones cannot be loaded"
+        )
+    return _validated(
+        path,
+        {
+            "backbone": _RESNETS[kind, blocks],
+            "num_classes": state["bbox_head.gfl_cls.weight"].shape[0],
+            "neck_channels": state["neck.lateral_convs.0.conv.weight"].shape[0],
+            "head_depth": _count(state, r"bbox_head\.cls_convs\.(\d+)\."),
+        },
+    )
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers the pattern's group takes among the keys."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
+def _validated(path: Path, fields: Mapping[str, object]) -> ModelRecord:
+    try:
+        return ModelRecord.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def _one_line(error: ValidationError) -> str:
+    return "; ".join(
+        ": ".join(
+            filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")))
+        )
+        for problem in error.errors(include_url=False)
+    )
+
+
+def _download(url: str, path: Path) -> None:
+    """Copy `url` to `path`, with progress on stderr. A stalled connection is an OSError after 30 seconds."""
+    with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
+        size = response.headers.get("Content-Length")
+        with rich.progress.wrap_file(
+            response,
+            total=int(size) if size else 0,
+            description=f"downloading {url.rpartition('/')[2]}",
+            console=Console(stderr=True),
+        ) as body:
+            shutil.copyfileobj(body, file, length=1 << 20)
