@@ -1,0 +1,279 @@
+"""COCO detection files: reading with errors that name the place, and a dataset over them.
+
+The annotations become a few flat tensors at once: a file with a million boxes costs tens of megabytes, not
+gigabytes of dictionaries in every worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+from compress.data.batch import Target
+from deploy.errors import UserError
+
+Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same three, as many boxes.
+
+A box that has left the image comes back empty; the dataset drops it.
+"""
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """Read a COCO detection file and check its shape: three lists of objects with the fields we use.
+
+    Raises:
+        UserError: no such file, not JSON (with the line), or a field missing or of the wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text, so not COCO JSON") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: COCO JSON is an object with images, annotations and categories; this is not")
+    for section, fields in _FIELDS.items():
+        entries = document.get(section)
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: {section}: must be a list, found {_kind(entries)}")
+        for position, entry in enumerate(entries):
+            _check_entry(path, f"{section}[{position}]", entry, fields)
+    return document
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """Images uint8 RGB [3, h, w] with their `Target`, both through `transform`.
+
+    A key is an index, or a pair `(index, seed)`: with a seed the random choices of the transform depend on
+    nothing else, and the global random state is left as it was. So worker count and order do not matter.
+
+    Annotations that cannot be learned are left out and counted in `dropped`: width or height below one
+    pixel, area of zero, outside the image, unknown category or image. Crowd regions are kept as `ignore`.
+
+    Args:
+        annotations: a COCO detection file.
+        images: the folder that its `file_name`s are relative to.
+        transform: see `compress.data.transforms`.
+        cache: decode all images now and keep them in memory. Forked workers share that memory.
+        drop_empty: leave out images with no box to learn, and images with a side below 32 px.
+
+    Raises:
+        UserError: as `read_coco`; no images left; with `cache`, too little memory; on access, an image that is
+            missing, unreadable or not of the size that the file says.
+    """
+
+    categories: tuple[str, ...]
+    """Names in ascending category-id order; the place in this tuple is the label."""
+    category_ids: tuple[int, ...]
+    image_ids: tuple[int, ...]
+    aspect_ratios: np.ndarray
+    """float32 [len(self)], width / height."""
+    dropped: Counter[str]
+    """How many annotations were left out, by reason."""
+
+    def __init__(
+        self,
+        annotations: Path,
+        images: Path,
+        transform: Transform,
+        *,
+        cache: bool = False,
+        drop_empty: bool = False,
+    ) -> None:
+        self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
+        document = read_coco(self.annotations)
+        if not document["categories"]:
+            raise UserError(f"{annotations}: categories: the list is empty, there is nothing to detect")
+        names = {category["id"]: category["name"] for category in document["categories"]}
+        self.category_ids = tuple(sorted(names))
+        self.categories = tuple(names[identifier] for identifier in self.category_ids)
+
+        entries = document["images"]
+        kept, self.dropped = _usable(document, {value: i for i, value in enumerate(self.category_ids)})
+        if drop_empty:
+            entries = [
+                entry
+                for entry in entries
+                if min(entry["width"], entry["height"]) >= 32
+                and any(not crowd for _, _, crowd in kept.get(entry["id"], ()))
+            ]
+        if not entries:
+            raise UserError(f"{annotations}: no usable image in it")
+        self._load_tables(entries, kept)
+        self._cache = self._decode_all() if cache else None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        if isinstance(key, tuple):
+            index, seed = key
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
+                return self._sample(index)
+        return self._sample(key)
+
+    def _sample(self, index: int) -> tuple[Tensor, Target]:
+        first, last = self._offsets[index], self._offsets[index + 1]
+        image, boxes, ignore = self.transform(
+            self.image(index), self._boxes[first:last].clone(), self._crowd[first:last].clone()
+        )
+        labels = self._labels[first:last].clone()
+        keep = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])) if len(boxes) else None
+        if keep is not None and not bool(keep.all()):
+            boxes, labels, ignore = boxes[keep], labels[keep], ignore[keep]
+        size = (image.shape[1], image.shape[2])
+        target = Target(boxes, labels, ignore, None, self.image_ids[index], size, self._sizes[index])
+        return image, target
+
+    def image(self, index: int) -> Tensor:
+        """The image as in its file, turned as its EXIF data say: uint8 [3, h, w] RGB."""
+        if self._cache is None:
+            return self._decode(index)
+        height, width = self._sizes[index]
+        start = self._cache_offsets[index]
+        flat = self._cache[start : start + height * width * 3]
+        return flat.view(height, width, 3).permute(2, 0, 1)
+
+    def _load_tables(
+        self, entries: list[dict[str, Any]], kept: dict[int, list[tuple[list[float], int, bool]]]
+    ) -> None:
+        self.image_ids = tuple(entry["id"] for entry in entries)
+        self._names = [entry["file_name"] for entry in entries]
+        self._sizes = [(entry["height"], entry["width"]) for entry in entries]
+        self.aspect_ratios = np.array([width / height for height, width in self._sizes], np.float32)
+        rows = [kept.get(identifier, []) for identifier in self.image_ids]
+        self._offsets = np.cumsum([0] + [len(row) for row in rows]).tolist()
+        flat = [item for row in rows for item in row]
+        self._boxes = torch.tensor([box for box, _, _ in flat], dtype=torch.float32).reshape(-1, 4)
+        self._labels = torch.tensor([label for _, label, _ in flat], dtype=torch.int64)
+        self._crowd = torch.tensor([crowd for _, _, crowd in flat], dtype=torch.bool)
+
+    def _decode(self, index: int) -> Tensor:
+        path = self.folder / self._names[index]
+        where = f"{path}: image id {self.image_ids[index]} of {self.annotations}"
+        try:
+            image = decode(path)
+        except FileNotFoundError:
+            raise UserError(f"{where}: the file is missing") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{where}: cannot be read as an image: {str(error).splitlines()[0]}") from None
+        height, width = self._sizes[index]
+        if image.shape[1:] != (height, width):
+            found = f"{image.shape[2]}x{image.shape[1]}"
+            raise UserError(f"{where}: the file is {found} pixels, the annotations say {width}x{height}")
+        return image
+
+    def _decode_all(self) -> Tensor:
+        ends = np.cumsum([0] + [height * width * 3 for height, width in self._sizes])
+        self._cache_offsets: list[int] = ends[:-1].tolist()
+        total = int(ends[-1])
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if total > 0.8 * memory:
+            raise UserError(
+                f"{self.annotations}: cache needs {total / 2**30:.1f} GiB for the decoded images, "
+                f"this machine has {memory / 2**30:.1f} GiB; set cache: false"
+            )
+        cache = torch.empty(total, dtype=torch.uint8)
+
+        def fill(index: int) -> None:
+            image = self._decode(index).permute(1, 2, 0)
+            start = self._cache_offsets[index]
+            cache[start : start + image.numel()].view(image.shape).copy_(image)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(fill, range(len(self))):
+                pass
+        return cache
+
+
+def decode(path: Path) -> Tensor:
+    """An image file as uint8 [3, h, w] RGB, EXIF orientation applied.
+
+    JPEG and PNG through torchvision, anything else that Pillow knows through Pillow.
+
+    Raises:
+        OSError, RuntimeError, ValueError: missing or unreadable.
+    """
+    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        return decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+    with Image.open(path) as image:
+        array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+# --- details -------------------------------------------------------------------------------------------------
+
+
+def _usable(
+    document: dict[str, Any], labels: dict[int, int]
+) -> tuple[dict[int, list[tuple[list[float], int, bool]]], Counter[str]]:
+    """Per image id the annotations to learn from, as (xyxy, label, crowd); and how many fell out, and why."""
+    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in document["images"]}
+    kept: dict[int, list[tuple[list[float], int, bool]]] = {}
+    dropped: Counter[str] = Counter()
+    for annotation in document["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        size = sizes.get(annotation["image_id"])
+        label = labels.get(annotation["category_id"])
+        if size is None:
+            dropped["unknown image"] += 1
+        elif label is None:
+            dropped["unknown category"] += 1
+        elif not (w >= 1 and h >= 1) or annotation.get("area", 1) <= 0:  # not (…): NaN counts as empty
+            dropped["empty box"] += 1
+        elif min(x + w, size[0]) <= max(x, 0) or min(y + h, size[1]) <= max(y, 0):
+            dropped["outside the image"] += 1
+        else:
+            crowd = bool(annotation.get("iscrowd", 0))
+            kept.setdefault(annotation["image_id"], []).append(([x, y, x + w, y + h], label, crowd))
+    return kept, dropped
+
+
+_FIELDS: dict[str, dict[str, str]] = {
+    "categories": {"id": "integer", "name": "text"},
+    "images": {"id": "integer", "file_name": "text", "width": "size", "height": "size"},
+    "annotations": {"image_id": "integer", "category_id": "integer", "bbox": "four numbers [x, y, w, h]"},
+}
+
+
+def _check_entry(path: Path, where: str, entry: Any, fields: dict[str, str]) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: {where}: must be an object, found {_kind(entry)}")
+    for field, kind in fields.items():
+        if field not in entry:
+            raise UserError(f"{path}: {where}: {field} is missing")
+        value = entry[field]
+        if kind == "text":
+            good = isinstance(value, str)
+        elif kind == "integer":
+            good = type(value) is int
+        elif kind == "size":
+            good = type(value) is int and value > 0
+        else:
+            good = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+        if not good:
+            wanted = "a positive integer" if kind == "size" else kind
+            raise UserError(f"{path}: {where}: {field} must be {wanted}, found {json.dumps(value)[:60]}")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -1,0 +1,169 @@
+"""Loaders whose order is arithmetic: a batch is a pure function of (dataset, seed, epoch, step).
+
+So a run continues bit-exactly after it was killed, with any number of workers, and ranks together see the
+batches that one rank alone would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from compress.data.batch import Batch, Target, collate
+from compress.data.coco import CocoDetection
+from deploy.errors import UserError
+
+
+def train_loader(
+    dataset: CocoDetection,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    group_aspect: bool = True,
+) -> DataLoader[Batch]:
+    """An endless loader: iterating runs on from one epoch into the next. `len` is the steps of one epoch.
+
+    `loader.batch_sampler.set_position(epoch, step)` says where the next `iter(loader)` begins.
+
+    Args:
+        batch_size: images of one step over all ranks; each rank gets `batch_size / world_size` of them.
+        group_aspect: put wide and tall images into different batches, so that less padding is computed on.
+
+    Raises:
+        UserError: `batch_size` does not divide by `world_size`, or exceeds the number of images.
+    """
+    sampler = TrainSampler(
+        dataset.aspect_ratios,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        group_aspect=group_aspect,
+    )
+    return _Loader(_Guarded(dataset), batch_sampler=sampler, **_options(workers))
+
+
+def eval_loader(
+    dataset: CocoDetection, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+) -> DataLoader[Batch]:
+    """Every image once (rank r takes every `world_size`-th), wide ones first so that batches need little padding.
+
+    `batch_size` is that of this rank. The last batch may be smaller.
+    """
+    tall = dataset.aspect_ratios < 1
+    order = np.argsort(tall, kind="stable")[rank::world_size].tolist()
+    return _Loader(_Guarded(dataset), batch_size=batch_size, sampler=order, **_options(workers))
+
+
+class TrainSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of `(index, sample_seed)` for one rank.
+
+    Each epoch is a new permutation. With `group_aspect` it is cut into batches of wide and of tall images, the
+    two remainders are joined, and the batches are shuffled. An epoch has `len(aspect_ratios) // batch_size`
+    steps; what is left over is left out, another part in every epoch.
+    """
+
+    def __init__(
+        self,
+        aspect_ratios: Sequence[float] | np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        group_aspect: bool = True,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(
+                f"batch_size {batch_size} is the number of images over all {world_size} devices and must be a "
+                f"multiple of that"
+            )
+        self._tall = np.asarray(aspect_ratios) < 1
+        if batch_size > len(self._tall):
+            raise UserError(f"batch_size {batch_size} is more than the {len(self._tall)} training images")
+        self._batch_size, self._seed, self._group = batch_size, seed, group_aspect
+        share = batch_size // world_size
+        self._slice = slice(rank * share, (rank + 1) * share)
+        self._start = (0, 0)
+
+    def __len__(self) -> int:
+        """Steps in one epoch."""
+        return len(self._tall) // self._batch_size
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """The next iteration begins with batch `step` (0-based, may exceed the epoch) of epoch `epoch`."""
+        if epoch < 0 or step < 0:
+            raise ValueError(f"position must not be negative, got epoch {epoch}, step {step}")
+        self._start = (epoch + step // len(self), step % len(self))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = self._start
+        while True:
+            batches = self.epoch(epoch)
+            for batch in batches[step:]:
+                yield batch[self._slice]
+            epoch, step = epoch + 1, 0
+
+    def epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """The global batches of one epoch, before they are shared out among ranks."""
+        random = np.random.default_rng([self._seed, epoch])
+        order = random.permutation(len(self._tall))
+        seeds = random.integers(2**63, size=len(order))
+        groups = [order[~self._tall[order]], order[self._tall[order]]] if self._group else [order]
+        size = self._batch_size
+        whole = [len(group) // size * size for group in groups]
+        rest = np.concatenate([group[n:] for group, n in zip(groups, whole, strict=True)])
+        rows = np.concatenate([group[:n] for group, n in zip(groups, whole, strict=True)] + [rest])
+        rows = rows[: len(self) * size].reshape(-1, size)
+        rows = rows[random.permutation(len(rows))]
+        return [[(index, int(seeds[index])) for index in row] for row in rows.tolist()]
+
+
+# --- details -------------------------------------------------------------------------------------------------
+
+
+class _Guarded(Dataset[Any]):
+    """Hands a user's mistake through as a value: raised in a worker it would arrive as a page of traceback."""
+
+    def __init__(self, dataset: CocoDetection) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Any]) -> list[tuple[Tensor, Target]] | UserError:
+        try:
+            return [self.dataset[key] for key in keys]
+        except UserError as error:
+            return error
+
+
+class _Loader(DataLoader[Batch]):
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for item in super().__iter__():
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def _collate(samples: list[tuple[Tensor, Target]] | UserError) -> Batch | UserError:
+    return samples if isinstance(samples, UserError) else collate(samples)
+
+
+def _options(workers: int) -> dict[str, Any]:
+    return dict(
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        # Starting an iteration draws a worker seed; from its own generator, the global state stays as it was.
+        generator=torch.Generator().manual_seed(0),
+    )
