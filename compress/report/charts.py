@@ -1,11 +1,12 @@
 """Charts as inline SVG whose colours come from the page's style sheet, so they follow light and dark.
 
-Public: `line_chart`, `scatter_chart`, `range_chart`. Each returns safe Markup: text that comes from files goes
-through `Markup.format`, which escapes it. Coordinates are user units of the viewBox, WIDTH wide.
+Public: `line_chart`, `scatter_chart`, `range_chart`. Each returns safe Markup: text that comes from
+files goes through `Markup.format`, which escapes it. Coordinates are user units of the viewBox, WIDTH wide.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 460, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 16, 48
 
 Point = tuple[float, float]
 
@@ -45,8 +46,14 @@ class Range:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, y_label: str, x_label: str = "step", level: tuple[str, float] | None = None,
-    marks: bool = False, most_points: int = 160,
+    series: Sequence[Series],
+    *,
+    title: str,
+    y_label: str,
+    x_label: str = "step",
+    level: tuple[str, float] | None = None,
+    marks: bool = False,
+    most_points: int = 160,
 ) -> Markup:
     """Lines over a common x axis, y from 0. Longer series are drawn as means of equal runs of points.
 
@@ -62,25 +69,33 @@ def line_chart(
     parts = [_axes([t for t in x_ticks if t <= x_end], y_ticks, to_x, to_y, x_label, y_label)]
     if level:
         y = to_y(level[1])
-        below = y < _TOP + 16
         parts.append(
-            Markup('<line class="line teacher" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
-                   '<text class="note" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                _LEFT, WIDTH - _RIGHT, y, y, WIDTH - _RIGHT, y + 15 if below else y - 6, level[0]))
+            Markup(
+                '<line class="line teacher" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                '<text class="note" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+            ).format(_LEFT, WIDTH - _RIGHT, y, y, WIDTH - _RIGHT, y - 6 if y >= 15 else y + 15, level[0])
+        )
     for s in thinned:
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in s.points)
         parts.append(Markup('<polyline class="line {}" points="{}"/>').format(s.arm, path))
         if marks or len(s.points) == 1:
             parts += [
-                Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.2"><title>{}: {} {:g}, {:.4g}</title></circle>')
-                .format(s.arm, to_x(x), to_y(y), s.arm, x_label, x, y)
+                Markup(
+                    '<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.2">'
+                    "<title>{}: {} {:g}, {:.4g}</title></circle>"
+                ).format(s.arm, to_x(x), to_y(y), s.arm, x_label, x, y)
                 for x, y in s.points
             ]
     return _svg(parts, HEIGHT, title)
 
 
 def scatter_chart(
-    spots: Sequence[Spot], *, title: str, x_label: str, y_label: str, levels: Sequence[tuple[str, str, float]] = (),
+    spots: Sequence[Spot],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    levels: Sequence[tuple[str, str, float]] = (),
 ) -> Markup:
     """Labelled points; the x axis is logarithmic where the values span more than a factor of 15.
 
@@ -93,11 +108,7 @@ def scatter_chart(
     if min(xs) > 0 and max(xs) / min(xs) > 15:
         low, high = min(xs) * 0.7, max(xs) * 1.4
         x_ticks = [t for t in _log_ticks(low, high) if low <= t <= high]
-        log_x = _scale(math.log(low), math.log(high), _LEFT, WIDTH - _RIGHT)
-
-        def to_x(x: float) -> float:
-            return log_x(math.log(x))
-
+        to_x = _log_scale(low, high, _LEFT, WIDTH - _RIGHT)
         x_label += ", logarithmic"
     else:
         x_ticks = _ticks(0, max(*xs, 1e-9) * 1.15)
@@ -108,11 +119,14 @@ def scatter_chart(
         taken.append((to_x(s.x) - 7, to_x(s.x) + 7, to_y(s.y) + 4))
     for arm, label, value in sorted(levels, key=lambda item: item[2]):
         y = to_y(value)
-        parts.append(Markup('<line class="line {}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-            arm, _LEFT, WIDTH - _RIGHT, y, y))
-        x = _LEFT + 6
-        place = _free_baseline(x, x + 6.6 * len(label), (y - 5, y + 14), taken)
-        parts.append(Markup('<text class="note" x="{}" y="{:.1f}">{}</text>').format(x, place, label))
+        parts.append(
+            Markup('<line class="line {}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                arm, _LEFT, WIDTH - _RIGHT, y, y
+            )
+        )
+        start = _LEFT + 6
+        place = _free_baseline(start, start + 6.6 * len(label), (y - 5, y + 14), taken)
+        parts.append(Markup('<text class="note" x="{}" y="{:.1f}">{}</text>').format(start, place, label))
     for s in sorted(spots, key=lambda s: -s.y):
         x, y = to_x(s.x), to_y(s.y)
         parts.append(_spot_mark(s, x, y))
@@ -124,10 +138,16 @@ def scatter_chart(
         place = _free_baseline(left, left + wide, places, taken)
         anchor, text_x = ("start", left) if right else ("end", min(x - 10, WIDTH - 2))
         if abs(place - y - 4) > 10:
-            parts.append(Markup('<line class="leader" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
-                x, y, text_x, place - 4))
-        parts.append(Markup('<text class="label" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-            text_x, place, anchor, text))
+            parts.append(
+                Markup('<line class="leader" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+                    x, y, text_x, place - 4
+                )
+            )
+        parts.append(
+            Markup('<text class="label" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+                text_x, place, anchor, text
+            )
+        )
     return _svg(parts, HEIGHT, title)
 
 
@@ -138,61 +158,90 @@ def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
     ticks = _ticks(0, max(max(r.values) for r in ranges))
     to_x = _scale(0, ticks[-1], 14, WIDTH - _RIGHT)
     parts = [
-        Markup('<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
-               '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>').format(
-            to_x(t), _TOP, height - _BOTTOM, height - _BOTTOM + 16, _tick_text(t))
+        Markup(
+            '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
+            '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
+        ).format(to_x(t), _TOP, height - _BOTTOM, height - _BOTTOM + 16, _tick_text(t))
         for t in ticks
     ]
-    parts.append(Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-        WIDTH / 2, height - 6, x_label))
+    parts.append(
+        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            WIDTH / 2, height - 6, x_label
+        )
+    )
     for index, r in enumerate(ranges):
         y = _TOP + row * index
         middle = y + 30
         first, last = to_x(r.values[0]), to_x(r.values[-1])
-        parts.append(Markup('<text class="label" x="14" y="{}">{}</text>').format(y + 15, _shorten(r.label, 52)))
-        parts.append(Markup('<rect class="bar student" x="14" y="{}" width="{:.1f}" height="12" rx="2"/>'
-                            '<line class="whisker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(
-            middle - 6, max(first - 14, 1), first, last, middle, middle))
+        parts.append(
+            Markup('<text class="label" x="14" y="{}">{}</text>').format(y + 15, _shorten(r.label, 52))
+        )
+        parts.append(
+            Markup(
+                '<rect class="bar student" x="14" y="{}" width="{:.1f}" height="12" rx="2"/>'
+                '<line class="whisker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>'
+            ).format(middle - 6, max(first - 14, 1), first, last, middle, middle)
+        )
         parts += [
             Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
-                to_x(v), middle - 5, middle + 5)
+                to_x(v), middle - 5, middle + 5
+            )
             for v in r.values[1:]
         ]
     return _svg(parts, height, title)
 
 
 def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>{}</svg>').format(
-        WIDTH, height, title, title, Markup("").join(parts))
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>{}</svg>'
+    ).format(WIDTH, height, title, title, Markup("").join(parts))
 
 
 def _axes(
-    x_ticks: Sequence[float], y_ticks: Sequence[float], to_x: Callable[[float], float],
-    to_y: Callable[[float], float], x_label: str, y_label: str,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    to_x: Callable[[float], float],
+    to_y: Callable[[float], float],
+    x_label: str,
+    y_label: str,
 ) -> Markup:
     parts = []
     for t in y_ticks:
-        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
-                            '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-            _LEFT, WIDTH - _RIGHT, to_y(t), to_y(t), _LEFT - 7, to_y(t) + 4, _tick_text(t)))
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+            ).format(_LEFT, WIDTH - _RIGHT, to_y(t), to_y(t), _LEFT - 7, to_y(t) + 4, _tick_text(t))
+        )
     for t in x_ticks:
-        parts.append(Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            to_x(t), HEIGHT - _BOTTOM + 17, _tick_text(t)))
-    parts.append(Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-        (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 7, x_label))
+        parts.append(
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                to_x(t), HEIGHT - _BOTTOM + 18, _tick_text(t)
+            )
+        )
+    parts.append(
+        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 7, x_label
+        )
+    )
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    parts.append(Markup('<text class="axis" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>')
-                 .format(middle, y_label))
+    parts.append(
+        Markup(
+            '<text class="axis up" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>'
+        ).format(middle, y_label)
+    )
     return Markup("").join(parts)
 
 
 def _spot_mark(s: Spot, x: float, y: float) -> Markup:
     tip = f"{s.label}: {s.x:.4g} ms, mAP {s.y:.1f}"
     if s.kind == "fail":
-        return Markup('<path class="spot fail" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>').format(
-            x - 5, y - 5, tip)
-    return Markup('<circle class="spot {}" cx="{:.1f}" cy="{:.1f}" r="5.5"><title>{}</title></circle>').format(
-        s.kind, x, y, tip)
+        return Markup(
+            '<path class="spot fail" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>'
+        ).format(x - 5, y - 5, tip)
+    return Markup(
+        '<circle class="spot {}" cx="{:.1f}" cy="{:.1f}" r="5.5"><title>{}</title></circle>'
+    ).format(s.kind, x, y, tip)
 
 
 def _free_baseline(
@@ -213,13 +262,18 @@ def _thin(points: Sequence[Point], most: int) -> list[Point]:
     if len(points) <= most:
         return list(points)
     edges = [round(i * len(points) / most) for i in range(most + 1)]
-    runs = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    runs = [points[a:b] for a, b in itertools.pairwise(edges)]
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)
+
+
+def _log_scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    linear = _scale(math.log(low), math.log(high), start, end)
+    return lambda value: linear(math.log(value))
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:

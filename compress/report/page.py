@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from compress.report.pictures import MATCH_IOU, MIN_SCORE, draw_pictures
 from deploy.files import write_text
 
 DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
-_LOSS_NAMES = {"loss_cls": "Classification (QFL)", "loss_bbox": "Box (GIoU)", "loss_dfl": "Distribution (DFL)"}
+_LOSS_NAMES = {
+    "loss_cls": "Classification (QFL)",
+    "loss_bbox": "Box (GIoU)",
+    "loss_dfl": "Distribution (DFL)",
+}
 
 
 def build_report(run_dir: Path) -> Path:
@@ -33,12 +38,15 @@ def build_report(run_dir: Path) -> Path:
     document = read_document(run_dir)
     report = document.report
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     html = templates.get_template("report.html.j2").render(
         name=report.name or run_dir.name,
-        created=report.created,
+        created=_date(report.created),
         headline=headline(report.models, report.artifacts),
         tiles=_tiles(report.models, report.artifacts),
         missing=_missing(document),
@@ -46,6 +54,7 @@ def build_report(run_dir: Path) -> Path:
         model_rows=_model_rows(report.models),
         artifacts=[_artifact_row(a) for a in report.artifacts],
         trade=_trade_chart(report.models, report.artifacts),
+        levels=any(f and f.map is not None for f in (report.models.teacher, report.models.baseline)),
         latency=_latency_chart(report.artifacts),
         curves=_curves(document),
         classes=_class_rows(report.models),
@@ -73,17 +82,22 @@ def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
     sizes = []
     if teacher:
         for what, big, small in (
-            ("parameters", teacher.params_m, student.params_m), ("operations", teacher.gflops, student.gflops),
+            ("parameters", teacher.params_m, student.params_m),
+            ("operations", teacher.gflops, student.gflops),
         ):
             if big and small:
-                sizes.append(f"{big / small:.1f}× fewer {what}" if big >= small else f"{small / big:.1f}× more {what}")
+                sizes.append(
+                    f"{big / small:.1f}× fewer {what}" if big >= small else f"{small / big:.1f}× more {what}"
+                )
     kept = None
     if teacher and teacher.map and student.map is not None:
         kept = f"reaches {student.map:.1f} mAP against the teacher's {teacher.map:.1f}"
     if sizes and kept:
         sentences.append(f"The student has {' and '.join(sizes)}, and {kept}.")
     elif sizes:
-        sentences.append(f"The student has {' and '.join(sizes)}; its mAP was not compared with the teacher's.")
+        sentences.append(
+            f"The student has {' and '.join(sizes)}; its mAP was not compared with the teacher's."
+        )
     elif kept:
         sentences.append(f"The student {kept}.")
     elif student.map is not None:
@@ -96,11 +110,13 @@ def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
             sentences.append("It ends level with the same student trained without the teacher.")
         else:
             word = "above" if gain > 0 else "below"
-            sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained without the teacher.")
+            sentences.append(
+                f"That is {abs(gain):.1f} points {word} the same student trained without the teacher."
+            )
     best = _fastest(artifacts)
     if best and best.map is not None:
         sentences.append(
-            f"As {best.file} it answers in {_ms(best.p50)} (median) at {best.map:.1f} mAP."
+            f"Exported as {best.file}, it answers in {_ms(best.p50)} (median) at {best.map:.1f} mAP."
         )
     return " ".join(sentences)
 
@@ -122,22 +138,29 @@ def _tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
         if baseline.map is not None:
             gain = student.map - baseline.map
             tone = "good" if gain > 0 else "bad"
-            tiles[0] = Tile("Student mAP", _text(student.map, 1), "", f"{_signed(gain, 1)} over the baseline", tone)
+            tiles[0] = Tile(
+                "Student mAP", _text(student.map, 1), "", f"{_signed(gain, 1)} over the baseline", tone
+            )
         else:
             tiles[0] = Tile("Student mAP", _text(student.map, 1), "", "no baseline to compare with")
     for label, unit, big, small in (
-        ("Parameters", "M", teacher.params_m, student.params_m), ("Compute", "GFLOPs", teacher.gflops, student.gflops),
+        ("Parameters", "M", teacher.params_m, student.params_m),
+        ("Compute", "GFLOPs", teacher.gflops, student.gflops),
     ):
         note = "not measured" if small is None else "no teacher to compare with"
         if big and small:
             note = f"{_text(big, 1)} {unit} in the teacher: {_ratio(big, small)}"
-        tiles.append(Tile(label, _text(small, 2 if (small or 0) < 10 else 1), unit if small is not None else "", note))
+        tiles.append(
+            Tile(label, _text(small, 2 if (small or 0) < 10 else 1), unit if small is not None else "", note)
+        )
     best = _fastest(artifacts)
     if best:
         tiles.append(Tile("Latency, median", _text(best.p50, 2), "ms", best.file))
     else:
         measured = any(a.p50 is not None for a in artifacts)
-        tiles.append(Tile("Latency, median", "–", "", "no artifact passed its gate" if measured else "not measured"))
+        tiles.append(
+            Tile("Latency, median", "–", "", "no artifact passed its gate" if measured else "not measured")
+        )
     passed = sum(a.gate == "pass" for a in artifacts)
     failed = sum(a.gate == "fail" for a in artifacts)
     idle = len(artifacts) - passed - failed
@@ -146,7 +169,15 @@ def _tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
     else:
         words = [f"{failed} failed"] * bool(failed) + [f"{idle} not run"] * bool(idle)
         tone = "bad" if failed else "" if idle else "good"
-        tiles.append(Tile("Accuracy gate", f"{passed} of {len(artifacts)}", "passed", ", ".join(words) or "all passed", tone))
+        tiles.append(
+            Tile(
+                "Accuracy gate",
+                f"{passed} of {len(artifacts)}",
+                "passed",
+                ", ".join(words) or "all passed",
+                tone,
+            )
+        )
     return tiles
 
 
@@ -162,8 +193,10 @@ def _missing(document: Document) -> list[str]:
     if models.teacher is None:
         words.append("No teacher: report.json holds no teacher figures, so nothing is compared with one.")
     if models.baseline is None:
-        words.append("No baseline: the same student without distillation was not trained, so the gain from "
-                     "distillation is not known.")
+        words.append(
+            "No baseline: the same student without distillation was not trained, so the gain from "
+            "distillation is not known."
+        )
     if models.student is None:
         words.append("No student: report.json holds no student figures.")
     if not report.artifacts:
@@ -186,8 +219,11 @@ def _model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
     """(metric, cells by column): the three arms, then the student against baseline and teacher."""
     rows = []
     for label, key, digits in (
-        ("mAP", "map", 1), ("AP50", "map50", 1), ("AP75", "map75", 1),
-        ("Parameters, M", "params_m", 2), ("GFLOPs", "gflops", 2),
+        ("mAP", "map", 1),
+        ("AP50", "map50", 1),
+        ("AP75", "map75", 1),
+        ("Parameters, M", "params_m", 2),
+        ("GFLOPs", "gflops", 2),
     ):
         values = {arm: getattr(getattr(models, arm), key) if getattr(models, arm) else None for arm in ARMS}
         cells = {arm: Cell(_text(values[arm], digits)) for arm in ARMS}
@@ -206,21 +242,33 @@ def _model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
 
 
 def _artifact_row(a: Artifact) -> dict[str, Any]:
-    latency = {name: _text(getattr(a.latency_ms, name) if a.latency_ms else None, 2) for name in ("p50", "p90", "p95", "p99")}
+    latency = {
+        name: _text(getattr(a.latency_ms, name) if a.latency_ms else None, 2)
+        for name in ("p50", "p90", "p95", "p99")
+    }
     word, _, why = a.gate.partition(":")
     return {
-        "file": a.file, "backend": a.backend or "–", "precision": a.precision or "–",
-        "size": _text(a.size_mb, 1), "map": _text(a.map, 1), "drop": _text(a.map_drop, 2),
+        "file": a.file,
+        "backend": a.backend or "–",
+        "precision": a.precision or "–",
+        "size": _text(a.size_mb, 1),
+        "map": _text(a.map, 1),
+        "drop": _text(a.map_drop, 2),
         "agreement": "–" if a.agreement is None else f"{100 * a.agreement:.1f} %",
         "throughput": _text(a.throughput_ips, 0 if (a.throughput_ips or 0) >= 100 else 1),
-        "gate": word, "why": why.strip(), "gate_class": {"pass": "pass", "fail": "fail"}.get(word, "notrun"),
-        "timed": a.p50 is not None, **latency,
+        "gate": word,
+        "why": why.strip(),
+        "gate_class": {"pass": "pass", "fail": "fail"}.get(word, "notrun"),
+        "timed": a.p50 is not None,
+        **latency,
     }
 
 
 def _class_rows(models: Models) -> list[dict[str, Any]]:
     """A row a class, best student AP first (the teacher's or baseline's where there is no student)."""
-    per_class = {arm: figures.per_class for arm in ARMS if (figures := getattr(models, arm)) and figures.per_class}
+    per_class: dict[str, dict[str, float | None]] = {
+        arm: figures.per_class for arm in ARMS if (figures := getattr(models, arm)) and figures.per_class
+    }
     names = list(dict.fromkeys(name for figures in per_class.values() for name in figures))
     order = per_class.get("student") or next(iter(per_class.values()), {})
 
@@ -232,10 +280,13 @@ def _class_rows(models: Models) -> list[dict[str, Any]]:
     for name in sorted(names, key=rank):
         bars = [(arm, figures.get(name), _text(figures.get(name), 1)) for arm, figures in per_class.items()]
         mine, base = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
-        rows.append({
-            "name": name, "bars": bars,
-            "delta": Cell("–") if mine is None or base is None else _delta(mine - base, judge=True),
-        })
+        rows.append(
+            {
+                "name": name,
+                "bars": bars,
+                "delta": Cell("–") if mine is None or base is None else _delta(mine - base, judge=True),
+            }
+        )
     return rows
 
 
@@ -245,17 +296,22 @@ def _class_rows(models: Models) -> list[dict[str, Any]]:
 def _trade_chart(models: Models, artifacts: Sequence[Artifact]) -> Markup | None:
     spots = [
         Spot(a.file, a.p50, a.map, {"pass": "pass", "fail": "fail"}.get(a.gate, "notrun"))
-        for a in artifacts if a.p50 is not None and a.map is not None
+        for a in artifacts
+        if a.p50 is not None and a.map is not None
     ]
     if not spots:
         return None
     levels = [
         (arm, f"{arm} {figures.map:.1f}", figures.map)
-        for arm in ("teacher", "baseline") if (figures := getattr(models, arm)) and figures.map is not None
+        for arm in ("teacher", "baseline")
+        if (figures := getattr(models, arm)) and figures.map is not None
     ]
     words = "; ".join(f"{s.label}: {s.x:.2f} ms, {s.y:.1f} mAP" for s in spots)
     return scatter_chart(
-        spots, title=f"Accuracy against latency. {words}", x_label="median latency, ms", y_label="mAP, percent",
+        spots,
+        title=f"Accuracy against latency. {words}",
+        x_label="median latency, ms",
+        y_label="mAP, percent",
         levels=levels,
     )
 
@@ -283,25 +339,46 @@ class Curve:
 def _curves(document: Document) -> list[Curve]:
     """mAP and detection loss first, then the parts of the loss, then what the methods add."""
     metrics = document.metrics
-    arms = [arm for arm in ("baseline", "student") if arm in metrics] or [a for a in ARMS if a in metrics]
+    arms: list[str] = [a for a in ("baseline", "student") if a in metrics] or [
+        a for a in ARMS if a in metrics
+    ]
     curves = []
 
-    def add(title: str, note: str, columns: Mapping[str, list[tuple[float, float]]], y_label: str, **options: Any) -> None:
+    def add(
+        title: str, note: str, columns: Mapping[str, list[tuple[float, float]]], y_label: str, **options: Any
+    ) -> None:
         series = [Series(arm, points) for arm, points in columns.items() if points]
         if series:
             last = ", ".join(f"{s.arm} ends at {s.points[-1][1]:.4g}" for s in series)
-            curves.append(Curve(title, note, line_chart(series, title=f"{title} by step: {last}", y_label=y_label, **options),
-                                [s.arm for s in series]))
+            curves.append(
+                Curve(
+                    title,
+                    note,
+                    line_chart(series, title=f"{title} by step: {last}", y_label=y_label, **options),
+                    [s.arm for s in series],
+                )
+            )
 
     teacher = document.report.models.teacher
     level = (f"teacher {teacher.map:.1f}", teacher.map) if teacher and teacher.map is not None else None
-    add("Validation mAP", "", {a: metrics[a].columns.get("map", []) for a in arms}, "mAP, percent", level=level, marks=True)
+    add(
+        "Validation mAP",
+        "Dotted: the teacher's final mAP." if level else "Of the checkpoints while training.",
+        {a: metrics[a].columns.get("map", []) for a in arms},
+        "mAP, percent",
+        level=level,
+        marks=True,
+    )
     sums = {a: _detection_loss(metrics[a]) for a in arms}
     if any(sums.values()):
-        add("Detection loss", "classification + box + distribution; distillation terms left out, so that "
-            "the arms compare", sums, "loss")
+        add("Detection loss", "Distillation terms left out, so that the arms compare.", sums, "loss")
     else:
-        add("Training loss", "everything that is minimised", {a: metrics[a].columns.get("loss", []) for a in arms}, "loss")
+        add(
+            "Training loss",
+            "Everything that is minimised, distillation included.",
+            {a: metrics[a].columns.get("loss", []) for a in arms},
+            "loss",
+        )
     for column in DETECTION_LOSSES:
         add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in arms}, "loss")
     student = metrics.get("student")
@@ -315,10 +392,21 @@ def _detection_loss(metrics: Metrics) -> list[tuple[float, float]]:
     parts = [dict(metrics.columns[c]) for c in DETECTION_LOSSES if c in metrics.columns]
     if len(parts) < len(DETECTION_LOSSES):
         return []
-    return [(step, sum(p[step] for p in parts)) for step in sorted(set.intersection(*(set(p) for p in parts)))]
+    return [
+        (step, sum(p[step] for p in parts)) for step in sorted(set.intersection(*(set(p) for p in parts)))
+    ]
 
 
-# ---- figures as text -----------------------------------------------------------------------------------------
+# ---- figures as text ---------------------------------------------------------------------------------------
+
+
+def _date(text: str) -> str:
+    """`11 February 2026, 10:24 UTC` from ISO 8601; any other text as it is."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{moment.day} {moment:%B %Y, %H:%M %Z}".rstrip()
 
 
 def _text(value: float | None, digits: int) -> str:
@@ -351,4 +439,7 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Any:
         elif isinstance(item, list | tuple):
             yield prefix + str(key), ", ".join(str(i) for i in item) or "none"
         else:
-            yield prefix + str(key), "not known" if item is None else "yes" if item is True else "no" if item is False else str(item)
+            yield (
+                prefix + str(key),
+                "none" if item is None else "yes" if item is True else "no" if item is False else str(item),
+            )

@@ -22,7 +22,12 @@ MIN_SCORE = 0.3  # weaker detections are left out of the drawing
 MATCH_IOU = 0.5
 _COLOURS = 10  # classes .k0 … .k9 of the style sheet
 _MOST_TAGS = 12  # more boxes than this in one panel: colours and tool tips only, no text on the picture
-_PANELS = (("ground_truth", "Ground truth"), ("teacher", "Teacher"), ("baseline", "Baseline"), ("student", "Student"))
+_PANELS = (
+    ("ground_truth", "Ground truth"),
+    ("teacher", "Teacher"),
+    ("baseline", "Baseline"),
+    ("student", "Student"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ def _draw(index: int, picture: Picture, document: Document) -> DrawnPicture:
     name = Path(picture.image).name
     path = next((p for p in (document.run_dir / picture.image, Path(picture.image)) if p.is_file()), None)
     if path is None:
-        return DrawnPicture(name, f"The image {picture.image} was not found when this page was written.", [], [])
+        return DrawnPicture(
+            name, f"The image {picture.image} was not found when this page was written.", [], []
+        )
     try:
         uri, (width, height) = _embed(path)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
@@ -69,20 +76,22 @@ def _draw(index: int, picture: Picture, document: Document) -> DrawnPicture:
         image = (
             Markup('<use href="#photo{}"/>').format(index)
             if embedded
-            else Markup('<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(
-                index, uri, width, height)
+            else Markup(
+                '<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>'
+            ).format(index, uri, width, height)
         )
         embedded = True
         drawn = Markup("").join(_draw_boxes(shown, document.report, kinds, width, height))
         alt = f"{name}, {title.lower()}: {caption}"
         svg = Markup('<svg class="photo" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
-            width, height, alt, image, drawn)
+            width, height, alt, image, drawn
+        )
         panels.append(Panel(title, caption, svg))
     return DrawnPicture(name, None, panels, [(kind, name) for name, kind in kinds.items()])
 
 
 def _class_names(picture: Picture, report: Report) -> list[str]:
-    """Names that occur in the picture; in the order of the classes, so that colours repeat between pictures."""
+    """Names that occur in the picture, in the order of the classes."""
     present = {
         report.class_name(b.label)
         for key, _ in _PANELS
@@ -113,19 +122,35 @@ def _draw_boxes(
         x1, y1, x2, y2 = b.box
         label = report.class_name(b.label)
         text = label if b.score is None else f"{label} {b.score:.2f}"
-        parts.append(Markup(
-            '<rect class="halo" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}"/>'
-            '<rect class="box {4}" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}"><title>{5}</title></rect>'
-        ).format(x1, y1, max(x2 - x1, 0), max(y2 - y1, 0), kinds[label], text))
+        parts.append(
+            Markup(
+                '<rect class="halo" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}"/>'
+                '<rect class="box {4}" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}">'
+                "<title>{5}</title></rect>"
+            ).format(x1, y1, max(x2 - x1, 0), max(y2 - y1, 0), kinds[label], text)
+        )
         if tags:
             short = text if len(text) <= 18 else text[:8] + "…" + text[-6:]
             wide, tall = font * (0.58 * len(short) + 0.6), font * 1.3
             left = min(max(x1, 0), max(width - wide, 0))
             top = y1 - tall if y1 >= tall else min(y1, height - tall)
-            parts.append(Markup(
-                '<rect class="tag {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="{:.1f}"/>'
-                '<text class="tagtext" x="{:.1f}" y="{:.1f}" font-size="{:.1f}">{}</text>'
-            ).format(kinds[label], left, top, wide, tall, font * 0.2, left + font * 0.3, top + font, font, short))
+            parts.append(
+                Markup(
+                    '<rect class="tag {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="{:.1f}"/>'
+                    '<text class="tagtext" x="{:.1f}" y="{:.1f}" font-size="{:.1f}">{}</text>'
+                ).format(
+                    kinds[label],
+                    left,
+                    top,
+                    wide,
+                    tall,
+                    font * 0.2,
+                    left + font * 0.3,
+                    top + font,
+                    font,
+                    short,
+                )
+            )
     return parts
 
 

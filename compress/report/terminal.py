@@ -19,8 +19,10 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     document = parse_report(report)
     table = Table(
         title=Text(document.name or "Summary"),
-        caption="mAP in percent · drop in points of mAP against the reference · latency in ms · – not measured",
-        title_style="bold", title_justify="left", caption_justify="left",
+        caption="mAP in percent · drop in points of mAP below the reference · – not measured",
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
     )
     table.add_column("", no_wrap=True, overflow="fold")
     for name in ("mAP", "drop", "params M", "GFLOPs", "p50 ms", "p99 ms"):
@@ -32,8 +34,14 @@ def summary_table(report: Mapping[str, Any]) -> Table:
             table.add_row(Text(arm), *["–"] * 6, Text("not in this run", style="dim"))
         else:
             table.add_row(
-                Text(arm, style="bold" if arm == "student" else ""), _figure(figures.map, 1), "–",
-                _figure(figures.params_m, 2), _figure(figures.gflops, 2), "–", "–", "",
+                Text(arm, style="bold" if arm == "student" else ""),
+                _figure(figures.map, 1),
+                "–",
+                _figure(figures.params_m, 2),
+                _figure(figures.gflops, 2),
+                "–",
+                "–",
+                "",
             )
     if not document.artifacts:
         table.add_row(Text("artifacts"), *["–"] * 6, Text("none exported", style="dim"))
@@ -42,8 +50,14 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         if index == 0:
             table.add_section()
         table.add_row(
-            Text(a.file), _figure(a.map, 1), _figure(a.map_drop, 2), "–", "–",
-            _figure(a.p50, 2), _figure(a.p99, 2), Text(a.gate, style=style),
+            Text(a.file),
+            _figure(a.map, 1),
+            _figure(a.map_drop, 2),
+            "–",
+            "–",
+            _figure(a.p50, 2),
+            _figure(a.p99, 2),
+            Text(a.gate, style=style),
         )
     return table
 
