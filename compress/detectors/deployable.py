@@ -1,0 +1,110 @@
+"""The module that ships: uint8 images in, final detections out.
+
+`Deployable` is what gets exported; `TorchRunner` runs it in PyTorch with the same interface as the runtimes
+of the `deploy` package, so that validation and benchmarks treat a checkpoint and an exported file alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.detectors.base import Detector
+from compress.detectors.nms import select_detections
+from deploy.card import ModelCard
+from deploy.errors import UserError
+from deploy.runtimes.base import Detections, check_images
+
+
+class Deployable(nn.Module):
+    """A dense detector with its post-processing, for one input size. Put it in eval mode before use.
+
+    forward: images uint8 [B, 3, H, W] RGB → boxes float32 [B, D, 4] xyxy in pixels of the input canvas and
+    clipped to it, scores float32 [B, D], labels int64 [B, D], count int32 [B]; zeros past `count`. `dense`
+    and `select` are its two halves: everything continuous, then everything that decides. An export compares
+    them one by one.
+
+    `detector` normalises the images itself. `candidates` is explained in `select_detections`.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        input_size: tuple[int, int],
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
+        candidates: int = 1000,
+    ) -> None:
+        super().__init__()
+        if not isinstance(detector, nn.Module):
+            raise TypeError(f"a deployable detector is a torch module, got {type(detector).__name__}")
+        if any(side < 1 or side % 32 for side in input_size):
+            raise UserError(
+                f"deploy.input_size: {list(input_size)}: height and width must be multiples of 32"
+            )
+        self.detector = detector
+        self.input_size = input_size
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_detections = max_detections
+        self.candidates = candidates
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.select(*self.dense(images))
+
+    def dense(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images uint8 [B, 3, H, W] → scores float32 [B, A, K] in 0..1, boxes float32 [B, A, 4] on the
+        canvas."""
+        height, width = self.input_size
+        prediction = self.detector.predict(self.detector.features(images)).float()
+        scores = torch.cat([level.flatten(2) for level in prediction.logits], 2).transpose(1, 2).sigmoid()
+        x1, y1, x2, y2 = self.detector.decode_boxes(prediction).float().unbind(-1)
+        boxes = (x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height))
+        return scores, torch.stack(boxes, -1)
+
+    def select(self, scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Threshold, non-maximum suppression and padding of what `dense` gives."""
+        return select_detections(
+            scores,
+            boxes,
+            score_threshold=self.score_threshold,
+            iou_threshold=self.nms_threshold,
+            max_detections=self.max_detections,
+            candidates=self.candidates,
+        )
+
+    @classmethod
+    def from_card(cls, detector: Detector, card: ModelCard) -> Deployable:
+        """With the input size and the thresholds of `card`, in eval mode."""
+        module = cls(
+            detector,
+            card.input_size,
+            score_threshold=card.score_threshold,
+            nms_threshold=card.nms_threshold,
+            max_detections=card.max_detections,
+            candidates=card.candidates,
+        )
+        return module.eval()
+
+
+class TorchRunner:
+    """A `Deployable` as a Runner: NumPy in, NumPy out, on one device, in float32."""
+
+    backend = "torch"
+
+    def __init__(self, module: Deployable, card: ModelCard, device: str | torch.device = "cpu") -> None:
+        if card.input_size != tuple(module.input_size):
+            raise ValueError(f"the card says {card.input_size}, the module {module.input_size}")
+        self.card = card
+        self.device = torch.device(device)
+        self.module = module.eval().to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> Detections:
+        """images uint8 [B, 3, H, W] of the card's size → Detections. Waits for the device."""
+        check_images(images, self.card)
+        outputs = self.module(torch.from_numpy(images).to(self.device))
+        return Detections(*(value.cpu().numpy() for value in outputs))

@@ -1,0 +1,49 @@
+"""What every runtime takes and gives: NumPy images in, padded detections out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from deploy.card import ModelCard
+from deploy.errors import UserError
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Final detections of a batch, zeros past `count`, descending score.
+
+    boxes: float32 [B, D, 4] xyxy in pixels of the network input canvas. scores: float32 [B, D] in 0..1.
+    labels: int64 [B, D], an index into the card's `class_names` and `category_ids`. count: int32 [B].
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    count: np.ndarray
+
+
+class Runner(Protocol):
+    """One loaded model on one backend. Calls are synchronous: the detections are in host memory on return."""
+
+    @property
+    def backend(self) -> str:
+        """What really runs it, for people: `onnxruntime cpu`, `torch`, …"""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    def __call__(self, images: np.ndarray) -> Detections:
+        """images: uint8 [B, 3, H, W] RGB canvases of the card's input size."""
+
+
+def check_images(images: np.ndarray, card: ModelCard) -> None:
+    """Raise UserError unless `images` is a non-empty uint8 [B, 3, H, W] of the card's input size."""
+    wanted = (3, *card.input_size)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != wanted or not len(images):
+        raise UserError(
+            f"{card.name}: images must be uint8 [batch, {', '.join(map(str, wanted))}], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
