@@ -222,7 +222,7 @@ def _model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
         ("mAP", "map", 1),
         ("AP50", "map50", 1),
         ("AP75", "map75", 1),
-        ("Parameters, M", "params_m", 2),
+        ("Params, M", "params_m", 2),
         ("GFLOPs", "gflops", 2),
     ):
         values = {arm: getattr(getattr(models, arm), key) if getattr(models, arm) else None for arm in ARMS}
