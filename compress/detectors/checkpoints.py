@@ -294,8 +294,8 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
     )
     if (kind, blocks) not in _RESNETS:
         raise UserError(
-            f"{path}: backbone of {kind} blocks {', '.join(map(str, blocks))} is not ResNet-18, 34, 50 or 101; "
-            "other mmdet backbones cannot be loaded"
+            f"{path}: its backbone of {kind} blocks {list(blocks)} is none of ResNet-18, 34, 50, 101, "
+            "the only mmdet backbones that can be loaded"
         )
     return _validated(
         path,

@@ -74,8 +74,9 @@ def load_exactly(
 ) -> None:
     """Copy `state` into `module`; nothing is copied unless everything fits.
 
-    BatchNorm's batch counters (`num_batches_tracked`) may be absent: old files lack them and nothing here reads
-    them. `file_key` turns a key of the module into the file's name for it; `source` names the file in messages.
+    BatchNorm's batch counters (`num_batches_tracked`) may be absent: old files lack them and nothing here
+    reads them. `file_key` turns a key of the module into the file's name for it; `source` names the file in
+    messages.
 
     Raises UserError that lists, by the file's names, missing and unexpected keys and those of another shape.
     """
