@@ -54,7 +54,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine. Imports torch and onnxruntime if they are there, and starts each provider once."""
+    """Look at this machine. Imports torch and onnxruntime if they are there; starts each provider once."""
     installed = installed_versions()
     driver = _nvidia_smi()
     return [
@@ -103,7 +103,7 @@ def show(findings: list[Finding]) -> bool:
     return all(finding.state != "broken" for finding in findings)
 
 
-# ---------------------------------------------------------------------- checks, each a function of what was found
+# ------------------------------------------------------------------ checks, each a function of what was found
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
@@ -197,13 +197,13 @@ def check_onnxruntime(installed: Mapping[str, str], driver: str | None) -> Findi
         )
         return Finding("onnxruntime", f"both {text.replace(', ', ' and ')}", "broken", remedy)
     major = re.search(r"driver (\d+)", driver or "")
-    if "onnxruntime-gpu" in found and _release(found["onnxruntime-gpu"]) >= (1, 27) and major:
-        if int(major[1]) < CUDA_13_DRIVER:
-            remedy = (
-                f"1.27 and later need CUDA 13, a driver of {CUDA_13_DRIVER} or later: update the driver, or "
-                "pip install 'onnxruntime-gpu<1.27'"
-            )
-            return Finding("onnxruntime", f"{text}; the driver is too old for it", "broken", remedy)
+    needs_cuda_13 = "onnxruntime-gpu" in found and _release(found["onnxruntime-gpu"]) >= (1, 27)
+    if needs_cuda_13 and major and int(major[1]) < CUDA_13_DRIVER:
+        remedy = (
+            f"1.27 and later need CUDA 13, a driver of {CUDA_13_DRIVER} or later: update the driver, or "
+            "pip install 'onnxruntime-gpu<1.27'"
+        )
+        return Finding("onnxruntime", f"{text}; the driver is too old for it", "broken", remedy)
     return Finding("onnxruntime", text)
 
 
@@ -217,7 +217,8 @@ def check_providers(installed: Mapping[str, str]) -> list[Finding]:
         remedy = "pip install --force-reinstall compress-detectors"
         return [Finding("providers", f"onnxruntime does not import: {_first_line(error)}", "broken", remedy)]
     onnxruntime.set_default_logger_severity(4)  # a provider that cannot start would print pages
-    starts, listed = [], []
+    starts: list[str] = []
+    listed: list[str] = []
     for provider in onnxruntime.get_available_providers():
         (starts if _provider_starts(onnxruntime.InferenceSession, provider) else listed).append(
             provider.removesuffix("ExecutionProvider")
@@ -249,7 +250,7 @@ def check_optional(name: str, installed: Mapping[str, str], remedy: str) -> Find
     return Finding(name, "not installed", "absent", remedy)
 
 
-# --------------------------------------------------------------------------------------------------- asking around
+# ---------------------------------------------------------------------------------------------- asking around
 
 
 def _provider_starts(session: Callable[..., object], provider: str) -> bool:

@@ -578,8 +578,8 @@ class _Document:
                     continue
                 child = (*key, name_node.value)
                 if name_node.value in mapping:
-                    first = self.places[child].rpartition(":")[2]
-                    self.problems.append(f"{here}: {'.'.join(map(str, child))}: given twice (line {first})")
+                    first = "" if place else f" (line {self.places[child].rpartition(':')[2]})"
+                    self.problems.append(f"{here}: {'.'.join(map(str, child))}: given twice{first}")
                     continue
                 self.places[child] = here
                 mapping[name_node.value] = self._value(value_node, child, place, (*around, node))
@@ -630,6 +630,10 @@ def _problems(error: ValidationError, data: dict[str, Any], document: _Document)
         if kind == "rule" and item.get("ctx", {}).get("key"):
             key = (*key, *item["ctx"]["key"].split("."))
         found.setdefault(key, []).append((kind, _message(item, key)))
+        if kind == "extra_forbidden" and (meant := _closest(key)):  # a typing error is one problem, not two
+            right = (*key[:-1], meant)
+            if found.get(right, [("", "")])[0][0] == "missing":
+                del found[right]
     # Of a value that may have several forms, speak of the form that fitted best: the one that failed deepest.
     for key in alternatives:
         if any(other != key and other[: len(key)] == key for other in alternatives):
@@ -691,8 +695,13 @@ def _message(item: Any, key: _Key) -> str:
     if kind == "missing":
         return f"needs {item['loc'][-1] + 1} numbers" if isinstance(item["loc"][-1], int) else "missing"
     if kind == "extra_forbidden":
-        known = list(_model_at(key[:-1]).model_fields)
-        return "unknown key" + (_did_you_mean(str(key[-1]), known) or f"; known here: {', '.join(known)}")
+        meant = _closest(key)
+        hint = (
+            f"did you mean {meant}?"
+            if meant
+            else f"known here: {', '.join(_model_at(key[:-1]).model_fields)}"
+        )
+        return f"unknown key; {hint}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
         hint = _did_you_mean(str(value), choices) or ""
@@ -723,8 +732,14 @@ def _model_at(key: _Key) -> type[BaseModel]:
     return model
 
 
+def _closest(key: _Key) -> str | None:
+    """The setting that a misspelt key probably means."""
+    fields = list(_model_at(key[:-1]).model_fields)
+    return next(iter(difflib.get_close_matches(str(key[-1]).lower(), fields, n=1, cutoff=0.5)), None)
+
+
 def _did_you_mean(word: str, choices: Sequence[str]) -> str | None:
-    close = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else None
 
 
