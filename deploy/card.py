@@ -59,16 +59,18 @@ class ModelCard(BaseModel):
 
 def card_from_file(path: Path) -> ModelCard:
     """The card of the ONNX file at `path`. Raises UserError."""
-    import onnx
+    import onnxruntime  # reads the metadata without the `onnx` package, which a serving machine does not have
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own exception types differ between its versions
-        raise UserError(f"{path}: not an ONNX file: {error}".splitlines()[0]) from error
-    return parse_card({entry.key: entry.value for entry in model.metadata_props}.get(METADATA_KEY), str(path))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise UserError(f"{path}: not a readable ONNX file: {str(error).splitlines()[0]}") from error
+    return card_from_session(session, str(path))
 
 
 def card_from_session(session: Any, where: str = "model") -> ModelCard:

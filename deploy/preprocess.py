@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,28 @@ def load_image(path: Path) -> np.ndarray:
 
     Transparency is dropped. Raises UserError when the file is missing, truncated or not an image.
     """
+    return decode_image(read_image_bytes(path), str(path))
+
+
+def read_image_bytes(path: Path) -> bytes:
+    """The encoded image. Raises UserError when it cannot be read."""
     try:
-        with Image.open(path) as file:
-            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+        return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot decode the image: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the image: {error.strerror}") from error
+
+
+def decode_image(data: bytes, where: str = "image") -> np.ndarray:
+    """`load_image` from the encoded bytes; errors name `where`."""
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where}: cannot decode the image: unknown format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: cannot decode the image: {error}") from error
 
 
 def letterbox(

@@ -44,7 +44,7 @@ def test_missing_and_wrong_cards_are_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         card_from_file(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("this is not a model")
-    with pytest.raises(UserError, match="not an ONNX file") as error:
+    with pytest.raises(UserError, match="not a readable ONNX file") as error:
         card_from_file(tmp_path / "text.onnx")
     assert "\n" not in str(error.value)
     good = json.loads(CARD.model_dump_json())

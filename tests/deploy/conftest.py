@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.tiny import export_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployable file of the tiny detector."""
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    export_tiny(path)
+    return path
