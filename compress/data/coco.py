@@ -25,7 +25,7 @@ from compress.data.batch import Target
 from deploy.errors import UserError
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same three, as many boxes.
+"""(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
 
 A box that has left the image comes back empty; the dataset drops it.
 """
@@ -41,13 +41,17 @@ def read_coco(path: Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text, so not COCO JSON") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{path}: COCO JSON is an object with images, annotations and categories; this is not")
+        raise UserError(
+            f"{path}: COCO JSON is an object with images, annotations and categories; this is not"
+        )
     for section, fields in _FIELDS.items():
         entries = document.get(section)
         if not isinstance(entries, list):
@@ -74,8 +78,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_empty: leave out images with no box to learn, and images with a side below 32 px.
 
     Raises:
-        UserError: as `read_coco`; no images left; with `cache`, too little memory; on access, an image that is
-            missing, unreadable or not of the size that the file says.
+        UserError: as `read_coco`; no images left; with `cache`, too little memory; on access, an image
+            that is missing, unreadable or not of the size that the file says.
     """
 
     categories: tuple[str, ...]
@@ -220,7 +224,7 @@ def decode(path: Path) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-# --- details -------------------------------------------------------------------------------------------------
+# --- details --------------------------------------------------------------------------------------------
 
 
 def _usable(

@@ -54,7 +54,9 @@ def train_loader(
 def eval_loader(
     dataset: CocoDetection, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Batch]:
-    """Every image once (rank r takes every `world_size`-th), wide ones first so that batches need little padding.
+    """Every image once, wide ones first so that batches need little padding.
+
+    Rank r takes every `world_size`-th image.
 
     `batch_size` is that of this rank. The last batch may be smaller.
     """
@@ -66,8 +68,8 @@ def eval_loader(
 class TrainSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of `(index, sample_seed)` for one rank.
 
-    Each epoch is a new permutation. With `group_aspect` it is cut into batches of wide and of tall images, the
-    two remainders are joined, and the batches are shuffled. An epoch has `len(aspect_ratios) // batch_size`
+    Each epoch is a new permutation. With `group_aspect` it is cut into batches of wide and of tall images,
+    the two remainders are joined, and the batches are shuffled. An epoch has `len(aspect_ratios) // batch_size`
     steps; what is left over is left out, another part in every epoch.
     """
 
@@ -127,7 +129,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         return [[(index, int(seeds[index])) for index in row] for row in rows.tolist()]
 
 
-# --- details -------------------------------------------------------------------------------------------------
+# --- details --------------------------------------------------------------------------------------------
 
 
 class _Guarded(Dataset[Any]):

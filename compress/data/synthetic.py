@@ -10,7 +10,6 @@ stretched, shaded, cut by the image border and covered by other objects and by s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -40,7 +39,7 @@ VERSION = 1
 
 
 def generate(folder: Path, *, train: int, val: int, size: int, classes: int, seed: int) -> None:
-    """Write `train.json`, `val.json` (COCO) and `images/` into `folder`; do nothing if they are there already.
+    """Write `train.json`, `val.json` (COCO) and `images/` into `folder`, unless they are there already.
 
     The images are `size` x `size` RGB. The folder appears whole or not at all: it is drawn under a
     temporary name beside it. A folder of another specification is replaced; a folder that this function
@@ -78,11 +77,13 @@ def class_names(classes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Box:
-    """One annotated object: xyxy in pixels, clipped to the image, and the pixels it covers inside the image."""
+    """One annotated object."""
 
     label: int
     xyxy: tuple[float, float, float, float]
+    """Pixels; of the whole object, hidden parts too, clipped to the image."""
     area: float
+    """Pixels that the object covers inside the image, hidden ones too."""
 
 
 def draw(size: int, classes: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], list[Box]]:
@@ -95,10 +96,10 @@ def draw(size: int, classes: int, rng: np.random.Generator) -> tuple[NDArray[np.
     count = 0 if empty else 1 + min(MAX_OBJECTS - 1, int(rng.poisson(2.3)))
     kinds: list[int | None] = [int(label) for label in rng.integers(classes, size=count)]
     kinds += [None] * int(rng.choice(4, p=(0.3, 0.4, 0.2, 0.1)))  # distractors
-    rng.shuffle(kinds)  # type: ignore[arg-type]
+    rng.shuffle(kinds)
 
     owner = np.full((size, size), -1, np.int16)
-    placed: list[tuple[float, float, float]] = []
+    placed: list[Circle] = []
     drawn: list[tuple[int, Box, float]] = []
     for index, kind in enumerate(kinds):
         place = _place(size, placed, rng)
@@ -186,7 +187,7 @@ def _write_split(folder: Path, specification: dict[str, int], split: str, number
 
 # --- drawing: canvas is float32 [3, size, size] in 0..255, channels first because numpy is faster so --------
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # of float32
 
 
 def _background(size: int, rng: np.random.Generator) -> Array:
@@ -262,10 +263,12 @@ def _stroke(canvas: Array, owner: NDArray[np.int16] | None, rng: np.random.Gener
         owner[rows, columns][alpha > 0.5] = -1
 
 
-def _place(
-    size: int, placed: list[tuple[float, float, float]], rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """Centre x, y and radius in pixels. A few tries keep an object from hiding another completely."""
+Circle = tuple[float, float, float]
+"""Centre x, centre y and radius in pixels."""
+
+
+def _place(size: int, placed: list[Circle], rng: np.random.Generator) -> Circle:
+    """A random place and radius. A few tries keep an object from hiding another completely."""
     # A shape fills about 0.9 of its radius: so the longer side runs from about MIN_OBJECT_PX to size / 2.
     low, high = math.log(0.56 * MIN_OBJECT_PX), math.log(0.25 * size)
     radius = math.exp(rng.uniform(low, high))
@@ -285,7 +288,7 @@ def _object(
     index: int,
     shape: str,
     texture: str,
-    place: tuple[float, float, float],
+    place: Circle,
     rng: np.random.Generator,
 ) -> tuple[tuple[float, float, float, float] | None, float, float]:
     """Draw one object. Returns its box inside the image (None if no pixel is), its area there and in all."""
@@ -348,7 +351,7 @@ def _two_colors(below: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     return first.reshape(3, 1, 1), second.reshape(3, 1, 1)
 
 
-# --- shapes: signed distance in units of the radius, negative inside; v points down --------------------------
+# --- shapes: signed distance in units of the radius, negative inside; v points down ----------------------
 
 
 def _disc(u: Array, v: Array) -> Array:
@@ -364,7 +367,7 @@ def _triangle(u: Array, v: Array) -> Array:
 
 
 def _star(u: Array, v: Array) -> Array:
-    """Five points: three reflections fold the plane into one half of one point, which has one straight edge."""
+    """Five points: three reflections fold the plane into half a point, which has one straight edge."""
     u, v = np.abs(u), -v
     for x, y in ((0.80902, -0.58779), (-0.80902, -0.58779)):
         shift = 2 * np.maximum(np.float32(x) * u + np.float32(y) * v, 0)
@@ -399,10 +402,8 @@ def _ring(u: Array, v: Array) -> Array:
 
 
 def _crescent(u: Array, v: Array) -> Array:
-    return np.maximum(
-        np.sqrt(u * u + v * v) - np.float32(0.95),
-        np.float32(0.75) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v),
-    )
+    bite = np.float32(0.75) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v)
+    return np.maximum(np.sqrt(u * u + v * v) - np.float32(0.95), bite)
 
 
 _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
@@ -427,7 +428,7 @@ def _unit_area(shape: str) -> float:
     return float((_SHAPES[shape](axis[None, :], axis[:, None]) < 0).mean()) * 9.0
 
 
-# --- textures: how much of the second colour, 0..1 -----------------------------------------------------------
+# --- textures: how much of the second colour, 0..1 -----------------------
 
 _CLASS_TEXTURES = ("striped", "checked", "dotted", "shaded")
 _FOREIGN_TEXTURES = ("plain", "speckled")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F  # noqa: N812 - the name that torchvision uses
+from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from compress.data.batch import PAD_COLOR
@@ -49,7 +49,7 @@ def eval_transform(short: int, long: int) -> Transform:
 
 
 def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """The largest (height, width) of the same ratio within `short` and `long`: side * f + 0.5, cut to an integer.
+    """The largest (height, width) of the same ratio within both limits; a side is int(side * f + 0.5).
 
     >>> fit_size(480, 640, 800, 1333)
     (800, 1067)
@@ -60,7 +60,7 @@ def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Train:
-    """A class and not a closure because spawned workers pickle it. All chance comes from torch's global generator."""
+    """A class, because spawned workers cannot pickle a closure. Chance: torch's global generator."""
 
     low: int
     high: int
@@ -122,7 +122,7 @@ def random_zoom(
 
 def _wrap(boxes: Tensor, image: Tensor) -> BoundingBoxes:
     canvas = (image.shape[1], image.shape[2])
-    return BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=canvas)  # type: ignore[call-overload]
+    return BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=canvas)
 
 
 def _as_boxes(value: object) -> BoundingBoxes:
