@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,11 @@ from torchvision.io import ImageReadMode, decode_image
 
 from compress.data.batch import Target
 from deploy.errors import UserError
+
+# torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
+warnings.filterwarnings(
+    "ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning
+)
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
@@ -257,12 +263,13 @@ _FIELDS: dict[str, dict[str, str]] = {
     "images": {"id": "integer", "file_name": "text", "width": "size", "height": "size"},
     "annotations": {"image_id": "integer", "category_id": "integer", "bbox": "four numbers [x, y, w, h]"},
 }
+_OPTIONAL = {"area": "a number", "iscrowd": "0 or 1"}
 
 
 def _check_entry(path: Path, where: str, entry: Any, fields: dict[str, str]) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{path}: {where}: must be an object, found {_kind(entry)}")
-    for field, kind in fields.items():
+    for field, kind in (fields | {name: kind for name, kind in _OPTIONAL.items() if name in entry}).items():
         if field not in entry:
             raise UserError(f"{path}: {where}: {field} is missing")
         value = entry[field]
@@ -272,10 +279,14 @@ def _check_entry(path: Path, where: str, entry: Any, fields: dict[str, str]) -> 
             good = type(value) is int
         elif kind == "size":
             good = type(value) is int and value > 0
+        elif kind == "a number":
+            good = type(value) in (int, float)
+        elif kind == "0 or 1":
+            good = value in (0, 1)
         else:
             good = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
         if not good:
-            wanted = "a positive integer" if kind == "size" else kind
+            wanted = {"size": "a positive integer", "integer": "an integer"}.get(kind, kind)
             raise UserError(f"{path}: {where}: {field} must be {wanted}, found {json.dumps(value)[:60]}")
 
 

@@ -69,8 +69,8 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of `(index, sample_seed)` for one rank.
 
     Each epoch is a new permutation. With `group_aspect` it is cut into batches of wide and of tall images,
-    the two remainders are joined, and the batches are shuffled. An epoch has `len(aspect_ratios) // batch_size`
-    steps; what is left over is left out, another part in every epoch.
+    the two remainders are joined, and the batches are shuffled. An epoch has
+    `len(aspect_ratios) // batch_size` steps; what is left over is left out, another part in every epoch.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(
-                f"batch_size {batch_size} is the number of images over all {world_size} devices and must be a "
-                f"multiple of that"
+                f"batch_size {batch_size} is the number of images over all {world_size} devices "
+                f"and must be a multiple of that"
             )
         self._tall = np.asarray(aspect_ratios) < 1
         if batch_size > len(self._tall):
@@ -133,7 +133,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
 
 class _Guarded(Dataset[Any]):
-    """Hands a user's mistake through as a value: raised in a worker it would arrive as a page of traceback."""
+    """Hands a user's mistake through as a value: raised in a worker it would arrive as a long traceback."""
 
     def __init__(self, dataset: CocoDetection) -> None:
         self.dataset = dataset

@@ -316,20 +316,23 @@ def _object(
 
     solid = alpha > 0.5
     owner[rows, columns][solid] = index
-    left, right = _extent(alpha.max(axis=0), columns.start)
-    top, bottom = _extent(alpha.max(axis=1), rows.start)
     if not solid.any():
         return None, 0.0, full_area
+    left, right = _extent(alpha.max(axis=0), columns.start)
+    top, bottom = _extent(alpha.max(axis=1), rows.start)
     return (left, top, right, bottom), float(alpha.sum()), full_area
 
 
 def _extent(coverage: Array, start: int) -> tuple[float, float]:
-    """Both ends of an object along one axis, from the largest coverage of each pixel row or column."""
-    inside = np.flatnonzero(coverage > 0.02)
-    if not len(inside):
-        return 0.0, 0.0
+    """Both ends of an object along one axis, from the largest coverage of each pixel row or column.
+
+    They lie in the outermost pixel that is half covered, or in what the next one outwards still holds.
+    """
+    inside = np.flatnonzero(coverage > 0.5)
     first, last = int(inside[0]), int(inside[-1])
-    return start + first + 1 - float(coverage[first]), start + last + float(coverage[last])
+    before = coverage[first - 1] if first > 0 else 0.0
+    after = coverage[last + 1] if last + 1 < len(coverage) else 0.0
+    return start + first + 1 - float(coverage[first] + before), start + last + float(coverage[last] + after)
 
 
 def _color(rng: np.random.Generator) -> Array:
