@@ -1,0 +1,628 @@
+"""The command line. Every function here is one command; its signature is what `--help` shows.
+
+Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted. A user's mistake is one `error: …` line on
+stderr (one a problem for a recipe with several), never a traceback; a traceback is our mistake.
+
+Imports of the packages that do the work stand inside the functions: `--help` answers at once, and commands on
+exported files run where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from compress import __version__
+from deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.recipe import Deploy, Recipe
+    from deploy.runtimes.onnx import OnnxRunner
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+app = typer.Typer(
+    name="compress",
+    help="Distill a large object detector into a small one that ships, and prove that it survived.",
+    epilog="Start with: compress quickstart",
+    rich_markup_mode=None,  # plain help: loading rich takes as long as everything else together
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+data_app = typer.Typer(help="Convert, check and generate data.", rich_markup_mode=None, add_completion=False)
+app.add_typer(data_app, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; recipes/ has examples.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. train.epochs=3. Repeatable."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, bit for bit.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Build everything and take one step on made-up data; keep nothing.")
+]
+Devices = Annotated[
+    int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")
+]
+Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files.")]
+Providers = Annotated[Provider, typer.Option("--provider", help="Where ONNX Runtime runs.")]
+Fallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime on the CPU.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+# ------------------------------------------------------------------------------------------------- recipes
+
+
+@app.command()
+def quickstart(settings: Set = None, resume: Resume = False) -> None:
+    """The whole path on generated data, in minutes."""
+    from importlib import resources
+
+    packaged = resources.files("compress") / "assets" / "quickstart.yaml"
+    with resources.as_file(packaged) as path:
+        recipe = _recipe(path, settings)
+    _run(recipe, resume=resume)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    settings: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+) -> None:
+    """The whole path of a recipe, from data to report."""
+    _run(_recipe(recipe, settings, devices), resume=resume, dry_run=dry_run, again=("run", str(recipe)))
+
+
+@app.command()
+def distill(
+    recipe: RecipeFile,
+    settings: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+) -> None:
+    """Train a recipe's student with its teacher."""
+    loaded = _recipe(recipe, settings, devices)
+    if not loaded.methods.enabled():
+        raise UserError(f"{recipe}: no method to distill with; add one under methods, or use compress train")
+    _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    settings: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+) -> None:
+    """Train a recipe's student alone."""
+    _train(_recipe(recipe, settings, devices), recipe, resume=resume, dry_run=dry_run, distillation=False)
+
+
+def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = None) -> Recipe:
+    from compress.recipe import load_recipe
+
+    recipe = load_recipe(path, settings or ())
+    if devices is None:
+        return recipe
+    more = [f"train.devices={devices}"]
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        more.append(f"teacher.train.devices={devices}")
+    return load_recipe(path, [*(settings or ()), *more])
+
+
+def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[str, ...] = ()) -> None:
+    from compress import pipeline
+
+    run_dir = pipeline.run(recipe, resume=resume, dry_run=dry_run)
+    if not _is_first_process():
+        return
+    if dry_run:
+        _next(*again)
+        return
+    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
+    print(f"report: {run_dir / 'report.html'}")
+    if failed:
+        _gate_failed(f"{', '.join(failed)} lost more than {recipe.deploy.max_map_drop:g} mAP")
+    _next("benchmark", run_dir / "student.onnx", "--batch", "1,8")
+
+
+def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillation: bool) -> None:
+    from compress import pipeline
+
+    run_dir = pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation)
+    if dry_run:
+        _next("distill" if distillation else "train", path)
+    else:
+        _next("export", run_dir / "student.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@data_app.callback(invoke_without_command=True)
+def _data(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@data_app.command("convert")
+def convert(
+    layout: Annotated[Literal["yolo", "voc"], typer.Argument(metavar="yolo|voc", help="What SOURCE holds.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images and label files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="COCO JSON to write.")],
+    names: Annotated[
+        str | None,
+        typer.Option("--names", metavar="NAMES", help="yolo: class names a,b,c or the dataset's data.yaml."),
+    ] = None,
+) -> None:
+    """Write YOLO or Pascal VOC labels as COCO JSON."""
+    if out.suffix != ".json":
+        raise UserError(f"{out}: OUT is a JSON file, for example {out.with_suffix('.json')}")
+    if layout == "yolo" and names is None:
+        raise UserError("--names: yolo files only have class numbers; give the names, or the data.yaml")
+    if layout == "voc" and names is not None:
+        raise UserError("--names: voc files hold the class names themselves; leave it out")
+    from compress.data.convert import from_voc, from_yolo
+
+    converted = from_voc(source, out) if names is None else from_yolo(source, _class_names(names), out)
+    print(f"{out}: {converted.images} images, {converted.annotations} boxes")
+    _next("data", "check", out, "--images", converted.image_folder)
+
+
+def _class_names(text: str) -> list[str]:
+    """Names from `a,b,c`, or from `names` of a YOLO data.yaml: a list, or a mapping from number to name."""
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml"):
+        names = [name.strip() for name in text.split(",")]
+    else:
+        import yaml
+
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))["names"]
+        except OSError as error:
+            raise UserError(f"--names: {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+            raise UserError(f"--names: {path}: no key 'names' in it") from None
+        if isinstance(found, dict) and sorted(found, key=str) == sorted(range(len(found)), key=str):
+            found = [found[number] for number in range(len(found))]
+        names = found if isinstance(found, list) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"--names: {text}: needs names numbered from 0 without a gap, and none empty")
+    return names
+
+
+@data_app.command("check")
+def check(
+    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS", help="COCO instances JSON.")],
+    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
+) -> None:
+    """Find what breaks training.
+
+    One line for each problem; exit code 1 if there is one."""
+    _need_folder(images, "--images")
+    from compress.data.check import check as find_problems
+
+    problems = find_problems(annotations, images)
+    for problem in problems:
+        print(problem)
+    errors = sum(problem.level == "error" for problem in problems)
+    if errors:
+        _gate_failed(f"{annotations}: {errors} problem{'s' * (errors > 1)}")
+    print(f"{annotations}: fit for training")
+    _next("run", "RECIPE", "--set", f"data.train.annotations={annotations}")
+
+
+@data_app.command("synthetic")
+def synthetic(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write: train.json, val.json, images/.")
+    ],
+    train: Annotated[int, typer.Option(help="Training images.")] = 800,
+    val: Annotated[int, typer.Option(help="Validation images.")] = 200,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 160,
+    classes: Annotated[int, typer.Option(help="Object classes.")] = 10,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same pixels.")] = 0,
+) -> None:
+    """Draw a dataset: textured shapes on clutter."""
+    from compress.data.synthetic import generate
+
+    generate(out, train=train, val=val, size=size, classes=classes, seed=seed)
+    print(f"{train} training and {val} validation images in {out}")
+    _next("data", "check", out / "train.json", "--images", out / "images")
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A student.safetensors.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: the checkpoint's name with .onnx.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="Images to check the file on. Default: the run's own."),
+    ] = None,
+    input_size: Annotated[
+        str | None, typer.Option("--input-size", metavar="HxW", help="Pixels, multiples of 32.")
+    ] = None,
+    score_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    nms_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    max_detections: Annotated[int | None, typer.Option(min=1)] = None,
+    candidates: Annotated[int | None, typer.Option(min=1)] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch to check.")] = None,
+) -> None:
+    """Write a checkpoint as one ONNX file.
+
+    It takes pixels and gives final boxes, and is compared with torch on real images before it gets its name.
+    Settings that are not given come from the recipe.yaml beside the checkpoint, or are the defaults.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint}: no such file")
+    out = out or checkpoint.with_suffix(".onnx")
+    if out.suffix != ".onnx":
+        raise UserError(f"--out: {out} does not end in .onnx")
+    if images is not None:
+        _need_folder(images, "--images")
+    given = {
+        "input_size": _height_width(input_size),
+        "score_threshold": score_threshold,
+        "nms_threshold": nms_threshold,
+        "max_detections": max_detections,
+        "candidates": candidates,
+        "max_batch": max_batch,
+    }
+    from compress import pipeline
+
+    deploy = _deploy_settings(checkpoint, {key: value for key, value in given.items() if value is not None})
+    written = pipeline.export(checkpoint, out, deploy=deploy, images=images)
+    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB, equal to {checkpoint}")
+    _next("validate", written, "--data", "instances.json", "--images", images or "IMAGES")
+
+
+def _height_width(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, times, width = text.lower().partition("x")
+    if not (times and height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--input-size: '{text}' is not HEIGHTxWIDTH, for example 800x1344")
+    if int(height) % 32 or int(width) % 32 or not int(height) or not int(width):
+        raise UserError(f"--input-size: '{text}': height and width must be multiples of 32")
+    return int(height), int(width)
+
+
+def _deploy_settings(checkpoint: Path, given: dict[str, Any]) -> Deploy:
+    """The deploy section of the recipe beside the checkpoint, or the defaults; with what was given on top."""
+    from pydantic import ValidationError
+
+    from compress.recipe import Deploy, load_recipe
+
+    beside = checkpoint.parent / "recipe.yaml"
+    base = load_recipe(beside).deploy if beside.is_file() else Deploy()
+    try:
+        return Deploy.model_validate({**base.model_dump(), **given})
+    except ValidationError as error:
+        raise UserError("; ".join(problem["msg"] for problem in error.errors())) from None
+
+
+@app.command()
+def validate(
+    artifacts: Artifacts,
+    data: Annotated[Path, typer.Option("--data", metavar="JSON", help="COCO instances JSON.")],
+    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", metavar="FILE", help="Compare with this file and gate on the difference."
+        ),
+    ] = None,
+    max_map_drop: Annotated[
+        float | None,
+        typer.Option("--max-map-drop", min=0, help="The gate: mAP points below the reference. Default: 0.5."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    provider: Providers = "cpu",
+    allow_fallback: Fallback = False,
+    threads: Threads = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure the mAP of exported files, with a gate.
+
+    Exit code 1 if a file loses too much against the reference."""
+    _need_folder(images, "--images")
+    if not data.is_file():
+        raise UserError(f"--data: {data}: no such file")
+    if reference is None and max_map_drop is not None:
+        raise UserError("--max-map-drop: needs --reference, the file to compare with")
+    max_map_drop = 0.5 if max_map_drop is None else max_map_drop
+    _need_place(json_out)
+    files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
+    runners = _open(files, provider, allow_fallback, threads)
+    from rich.console import Console
+
+    from deploy import validate as validation
+
+    with _progress("validating") as progress:
+        results = validation.validate(
+            runners,
+            data,
+            images,
+            reference=None if reference is None else str(reference),
+            max_map_drop=max_map_drop,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    Console().print(validation.results_table(results))
+    if json_out is not None:
+        validation.write_results(json_out, results)
+    failed = [result.name for result in results if result.gate == "fail"]
+    if failed:
+        _gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
+    _next("benchmark", *files, "--images", images)
+
+
+def _open(
+    files: Sequence[Path], provider: Provider, allow_fallback: bool, threads: int | None
+) -> dict[str, OnnxRunner]:
+    """A runner for each file, by the path as it was given."""
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        if file.suffix != ".onnx":
+            raise UserError(f"{file}: not an .onnx file; make one with compress export")
+        if files.count(file) > 1:
+            raise UserError(f"{file}: given twice")
+    from deploy.runtimes.onnx import OnnxRunner
+
+    return {
+        str(file): OnnxRunner(file, (provider,), allow_fallback=allow_fallback, threads=threads)
+        for file in files
+    }
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function (done, total): a bar with the time left on a terminal, ten plain lines elsewhere."""
+    from rich.progress import Progress
+
+    with Progress(disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+
+        before = 0
+
+        def advance(done: int, total: int) -> None:
+            nonlocal before
+            if bar.disable and done * 10 // total > before * 10 // total:
+                print(f"{what}: {done} of {total}", flush=True)
+            before = done
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def _need_folder(folder: Path, option: str) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{option}: {folder}: no such folder")
+
+
+def _need_place(json_out: Path | None) -> None:
+    """Find out before the long work that the results can be written."""
+    if json_out is not None and (json_out.is_dir() or not json_out.absolute().parent.is_dir()):
+        problem = "is a folder" if json_out.is_dir() else "its folder does not exist"
+        raise UserError(f"--json: {json_out}: {problem}")
+
+
+@app.command()
+def benchmark(
+    artifacts: Artifacts,
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="Images. Default: eight drawn ones.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="Batch sizes.")] = "1",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each file and batch.")] = 5.0,
+    provider: Providers = "cpu",
+    allow_fallback: Fallback = False,
+    threads: Threads = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure the latency of exported files.
+
+    Rounds of all files are interleaved, so that they meet the same machine.
+    """
+    batch_sizes = _batch_sizes(batch)
+    if images is not None:
+        _need_folder(images, "--images")
+    _need_place(json_out)
+    runners = _open(artifacts, provider, allow_fallback, threads)
+    from rich.console import Console
+
+    from deploy import latency
+
+    with _image_files(images, runners) as files, _progress("measuring") as progress:
+        measured = latency.benchmark(
+            runners, files, batch_sizes=batch_sizes, seconds=seconds, progress=progress
+        )
+    Console().print(latency.report_table(measured))
+    for warning in measured.warnings:
+        print(f"warning: {warning}")
+    if json_out is not None:
+        latency.write_report(json_out, measured)
+    _next("validate", *artifacts, "--data", "instances.json", "--images", images or "IMAGES")
+
+
+def _batch_sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
+        raise UserError(f"--batch: '{text}' is not a list of batch sizes, for example 1,8")
+    return [int(size) for size in sizes]
+
+
+@contextmanager
+def _image_files(folder: Path | None, runners: dict[str, OnnxRunner]) -> Iterator[list[Path]]:
+    """The image files of `folder`, or drawn ones as large as the largest input, for as long as it is open."""
+    if folder is not None:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise UserError(f"--images: {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+        yield files
+        return
+    import tempfile
+
+    from compress.data.synthetic import generate
+
+    side = max(max(runner.card.input_size) for runner in runners.values())
+    print(f"no --images: measuring on eight drawn images of {side}x{side} pixels")
+    with tempfile.TemporaryDirectory() as drawn:
+        generate(Path(drawn) / "drawn", train=8, val=1, size=side, classes=10, seed=0)
+        yield sorted((Path(drawn) / "drawn" / "images").glob("train_*.png"))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/.")]) -> None:
+    """Write a run's report.html again."""
+    from compress.report import build_report
+
+    print(f"report: {build_report(run_dir)}")
+    _next("benchmark", run_dir / "student.onnx")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed and what works.
+
+    Exit code 1 if something is broken."""
+    from compress.doctor import examine, show
+
+    if not show(examine()):
+        _gate_failed("something is broken; the remedies stand above")
+    _next("quickstart")
+
+
+# ------------------------------------------------------------------------------------------------ the edges
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the `compress` command: runs it and exits the process."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("compress", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _to_stderr(f"interrupted{_how_to_resume(arguments)}")
+        return 130
+    except UserError as error:
+        for line in str(error).splitlines():
+            _to_stderr(f"error: {line}")
+        return 2
+    except ImportError as error:
+        explanation = _missing_package(error)
+        if explanation is None:
+            raise
+        _to_stderr(f"error: {explanation}")
+        return 2
+    except _UsageProblem as error:
+        _to_stderr(f"error: {' '.join(error.format_message().split())}")  # type: ignore[attr-defined]
+        return 2
+    except BrokenPipeError:  # `compress … | head`
+        sys.stderr.close()
+        return 141
+    return 0
+
+
+# typer's own copy of click is private; its exceptions are the base classes of a public one.
+_UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+_EXTRA_OF = {
+    **dict.fromkeys(
+        (
+            "torch",
+            "torchvision",
+            "lightning",
+            "safetensors",
+            "onnx",
+            "onnxscript",
+            "tensorboard",
+            "matplotlib",
+        ),
+        "train",
+    ),
+    **dict.fromkeys(("tensorrt", "pycuda"), "trt"),
+}
+
+
+def _missing_package(error: ImportError) -> str | None:
+    """What to tell a user about a package that is not there, or None when the mistake is ours."""
+    from compress import foreign_kernels
+
+    package = (error.name or "").partition(".")[0]
+    if package == "kernels":
+        return foreign_kernels()
+    if isinstance(error, ModuleNotFoundError) and package in _EXTRA_OF:
+        extra = _EXTRA_OF[package]
+        return f"{package} is not installed; this command needs: pip install 'compress-detectors[{extra}]'"
+    return None
+
+
+def _how_to_resume(arguments: list[str]) -> str:
+    if not arguments or arguments[0] not in ("quickstart", "run", "distill", "train"):
+        return ""
+    again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    return f"; continue with: compress {shlex.join(again)}"
+
+
+def _gate_failed(what: str) -> NoReturn:
+    _to_stderr(f"failed: {what}")
+    raise typer.Exit(1)
+
+
+def _next(*command: Any) -> None:
+    if _is_first_process():
+        print(f"next: {shlex.join(['compress', *map(str, command)])}")
+
+
+def _is_first_process() -> bool:
+    """Training with several devices starts this program once for each; one of them speaks."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
