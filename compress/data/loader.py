@@ -152,7 +152,9 @@ class _Loader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for item in super().__iter__():
             if isinstance(item, UserError):
-                raise item
+                # A new one: an exception raised from a variable of this frame keeps the frame, and so the
+                # workers, alive until garbage collection, which then waits five seconds for them.
+                raise UserError(str(item))
             yield item
 
 
