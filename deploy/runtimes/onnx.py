@@ -46,12 +46,14 @@ class OnnxRunner:
         self.active_providers = tuple(names.get(name, name) for name in self._session.get_providers())
         missing = [name for name in providers if name not in self.active_providers]
         if missing and not allow_fallback:
+            running = self.active_providers[0]
             raise UserError(
-                f"{path}: provider '{missing[0]}' does not come up here, {self.active_providers[0]} would run it: "
+                f"{path}: provider '{missing[0]}' does not come up here, {running} would run it: "
                 "install its libraries, choose another provider, or allow the fallback"
             )
         self.card = card_from_session(self._session, str(path))
         self.path = path
+        self.threads = threads
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
         if inputs != [("images", "tensor(uint8)")] or outputs != _OUTPUTS:

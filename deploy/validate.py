@@ -1,0 +1,317 @@
+"""Does an exported file still detect what the checkpoint detected? COCO mAP, agreement and a gate.
+
+`validate(runners, annotations, images, reference=…)` runs every runner over the same images in one pass.
+Detections are compared in pixels of the original image.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from deploy.card import ModelCard
+from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
+from deploy.errors import UserError
+from deploy.files import write_json
+from deploy.preprocess import letterbox, load_image, to_original
+from deploy.runtimes.base import Runner
+
+AGREEMENT_SCORE = 0.3
+AGREEMENT_SLACK = 0.05
+AGREEMENT_IOU = 0.9
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two detectors say the same, whether right or wrong.
+
+    A detection with score ≥ 0.3 is *confirmed* when the other side has one of the same class with IoU ≥ 0.9
+    and score ≥ 0.25 (the slack keeps a score at the border from counting as a disagreement); one to one,
+    best IoU first.
+    """
+
+    share: float
+    """Confirmed detections of both sides over all detections of both sides with score ≥ 0.3, in 0..1."""
+    detections: int
+    """Detections of both sides with score ≥ 0.3."""
+    mean_score_difference: float
+    """Mean |Δ score| of the matched pairs; NaN without pairs."""
+    mean_box_difference_px: float
+    """Mean over the matched pairs of the largest of the four coordinate differences; NaN without pairs."""
+
+
+@dataclass(frozen=True)
+class ArtifactResult:
+    """One runner's outcome. `map_drop` and `agreement` are against the reference, None without one."""
+
+    name: str
+    backend: str
+    precision: dict[str, str]
+    metrics: CocoMetrics
+    map_drop: float | None
+    """mAP of the reference minus this one's, in points."""
+    agreement: Agreement | None
+    gate: str
+    """`pass`, `fail` or `not run: why`."""
+    images: int
+    seconds: float
+    """Time spent in the runner, all images."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types: NaN becomes None."""
+        agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
+        return {**asdict(self), "metrics": self.metrics.to_dict(), "agreement": agreement}
+
+
+def validate(
+    runners: Mapping[str, Runner],
+    annotations: Path,
+    images: Path,
+    *,
+    reference: str | None = None,
+    max_map_drop: float = 0.5,
+    batch_size: int = 8,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ArtifactResult]:
+    """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
+
+    reference: the name of the runner that the others are measured against; its gate passes by definition.
+    max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
+    likewise. progress(done, total) is called after every batch of images.
+
+    Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
+    are not those of the annotations, or a runner that gives values that are not finite.
+    """
+    content = load_annotations(annotations)
+    if reference is not None and reference not in runners:
+        raise UserError(f"reference '{reference}' is not among the artifacts: {', '.join(runners)}")
+    if not content["annotations"]:
+        raise UserError(f"{annotations}: no boxes to validate against")
+    for name, runner in runners.items():
+        _check_categories(name, runner.card, content, str(annotations))
+    rows = sorted(content["images"], key=lambda row: row["id"])[:limit]
+    chosen = {row["id"] for row in rows}
+    truth = {
+        "images": rows,
+        "categories": content["categories"],
+        "annotations": [row for row in content["annotations"] if row["image_id"] in chosen],
+    }
+
+    found: dict[str, dict[int, _Found]] = {name: {} for name in runners}
+    seconds = dict.fromkeys(runners, 0.0)
+    done = 0
+    for batch in _batches(rows, Path(images), batch_size):
+        for name, runner in runners.items():
+            seconds[name] += _detect(name, runner, batch, found[name])
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
+
+    metrics = {
+        name: evaluate_coco(truth, list(_coco_rows(found[name], runner.card)))
+        for name, runner in runners.items()
+    }
+    results = []
+    for name, runner in runners.items():
+        drop = None if reference is None else metrics[reference].map - metrics[name].map
+        results.append(
+            ArtifactResult(
+                name=name,
+                backend=runner.backend,
+                precision=dict(runner.card.precision),
+                metrics=metrics[name],
+                map_drop=drop,
+                agreement=None if reference is None else _agreement(found[reference], found[name]),
+                gate=_gate(drop, max_map_drop),
+                images=len(rows),
+                seconds=seconds[name],
+            )
+        )
+    return results
+
+
+def results_table(results: list[ArtifactResult]) -> Table:
+    """The results for a terminal, a row an artifact."""
+    table = Table(title=f"COCO mAP on {results[0].images} images" if results else None)
+    table.add_column("artifact")
+    table.add_column("backend")
+    for heading in ("mAP", "AP50", "AP75", "drop", "agreement", "gate"):
+        table.add_column(heading, justify="right")
+    style = {"pass": "green", "fail": "red"}
+    for row in results:
+        table.add_row(
+            row.name,
+            row.backend,
+            *(f"{value:.2f}" for value in (row.metrics.map, row.metrics.map50, row.metrics.map75)),
+            "-" if row.map_drop is None else f"{row.map_drop:+.2f}",
+            "-" if row.agreement is None or not row.agreement.detections else f"{row.agreement.share:.1%}",
+            f"[{style.get(row.gate, 'yellow')}]{row.gate}[/]",
+        )
+    return table
+
+
+def write_results(path: Path, results: list[ArtifactResult]) -> None:
+    """All results as one JSON list."""
+    write_json(path, [row.to_dict() for row in results])
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    image_id: int
+    pixels: np.ndarray  # uint8 [h, w, 3]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Detections of one image: boxes [n, 4] xyxy in original pixels, scores [n] descending, labels [n]."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    for category, class_name in zip(card.category_ids, card.class_names, strict=True):
+        if category not in names:
+            raise UserError(
+                f"{name}: its class '{class_name}' is category {category}, which {where} does not have"
+            )
+        if names[category] != class_name:
+            raise UserError(
+                f"{name}: category {category} is '{class_name}' to the model, '{names[category]}' in {where}"
+            )
+
+
+def _batches(rows: list[dict[str, Any]], folder: Path, batch_size: int) -> Iterator[list[_Loaded]]:
+    """Decode ahead on two threads (Pillow releases the lock), never more than two batches in memory."""
+
+    def load(row: dict[str, Any]) -> _Loaded:
+        return _Loaded(row["id"], load_image(folder / row["file_name"]))
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = iter(rows)
+        ahead: deque[Future[_Loaded]] = deque()
+        batch: list[_Loaded] = []
+        try:
+            while True:
+                while len(ahead) < batch_size and (row := next(waiting, None)) is not None:
+                    ahead.append(pool.submit(load, row))
+                if not ahead:
+                    break
+                batch.append(ahead.popleft().result())
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _Found]) -> float:
+    """Fill `found` with the batch's detections; return the seconds spent in the runner."""
+    card = runner.card
+    fitted = [letterbox(item.pixels, card.input_size, card.pad_color) for item in batch]
+    images = np.stack([canvas for canvas, _ in fitted])
+    start = time.perf_counter()
+    out = runner(images)
+    seconds = time.perf_counter() - start
+    if not (np.isfinite(out.boxes).all() and np.isfinite(out.scores).all()):
+        raise UserError(
+            f"{name}: the detections hold values that are not finite (image {batch[0].image_id} or after)"
+        )
+    for i, (item, (_, scale)) in enumerate(zip(batch, fitted, strict=True)):
+        n = int(out.count[i])
+        height, width = item.pixels.shape[:2]
+        boxes = to_original(out.boxes[i, :n], scale, (height, width))
+        found[item.image_id] = _Found(boxes, out.scores[i, :n], out.labels[i, :n])
+    return seconds
+
+
+def _coco_rows(found: dict[int, _Found], card: ModelCard) -> Iterator[dict[str, Any]]:
+    for image_id, item in found.items():
+        for (x1, y1, x2, y2), score, label in zip(
+            item.boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True
+        ):
+            yield {
+                "image_id": image_id,
+                "category_id": card.category_ids[label],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+
+
+def _gate(drop: float | None, max_map_drop: float) -> str:
+    if drop is None:
+        return "not run: no reference"
+    if math.isnan(drop):
+        return "not run: no ground truth"
+    return "pass" if drop <= max_map_drop + 1e-9 else "fail"
+
+
+def _agreement(left: dict[int, _Found], right: dict[int, _Found]) -> Agreement:
+    confirmed = total = 0
+    scores: list[float] = []
+    boxes: list[float] = []
+    for image_id, a in left.items():
+        b = right[image_id]
+        total += int((a.scores >= AGREEMENT_SCORE).sum() + (b.scores >= AGREEMENT_SCORE).sum())
+        for i, j in _pairs(a, b):
+            pair = (float(a.scores[i]), float(b.scores[j]))
+            confirmed += sum(score >= AGREEMENT_SCORE for score in pair)
+            scores.append(abs(pair[0] - pair[1]))
+            boxes.append(float(np.abs(a.boxes[i] - b.boxes[j]).max()))
+    return Agreement(
+        share=confirmed / total if total else math.nan,
+        detections=total,
+        mean_score_difference=float(np.mean(scores)) if scores else math.nan,
+        mean_box_difference_px=float(np.mean(boxes)) if boxes else math.nan,
+    )
+
+
+def _pairs(a: _Found, b: _Found) -> list[tuple[int, int]]:
+    """One-to-one pairs of one class with IoU ≥ 0.9, at least one side ≥ 0.3 and both ≥ 0.25; best IoU
+    first."""
+    rows = np.flatnonzero(a.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
+    columns = np.flatnonzero(b.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
+    iou = _iou(a.boxes[rows], b.boxes[columns])
+    possible = (iou >= AGREEMENT_IOU) & (a.labels[rows][:, None] == b.labels[columns][None])
+    possible &= np.maximum(a.scores[rows][:, None], b.scores[columns][None]) >= AGREEMENT_SCORE
+    pairs: list[tuple[int, int]] = []
+    used_a, used_b = set(), set()
+    for flat in np.argsort(-iou, axis=None, kind="stable"):
+        i, j = divmod(int(flat), len(columns))
+        if possible[i, j] and i not in used_a and j not in used_b:
+            used_a.add(i)
+            used_b.add(j)
+            pairs.append((int(rows[i]), int(columns[j])))
+    return pairs
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[n, 4], [m, 4] → [n, m]; 0 for boxes without area."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    intersection = np.clip(high - low, 0, None).prod(-1)
+    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in values.items()
+    }
