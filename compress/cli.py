@@ -451,7 +451,8 @@ def benchmark(
         Path | None, typer.Option("--images", metavar="DIR", help="Images. Default: eight drawn ones.")
     ] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="Batch sizes.")] = "1",
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each file and batch.")] = 5.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each measurement.")] = 5.0,
+    warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Most seconds before each.")] = 10.0,
     provider: Providers = "cpu",
     allow_fallback: Fallback = False,
     threads: Threads = None,
@@ -472,7 +473,12 @@ def benchmark(
 
     with _image_files(images, runners) as files, _progress("measuring") as progress:
         measured = latency.benchmark(
-            runners, files, batch_sizes=batch_sizes, seconds=seconds, progress=progress
+            runners,
+            files,
+            batch_sizes=batch_sizes,
+            seconds=seconds,
+            warm_up_seconds=warm_up,
+            progress=progress,
         )
     Console().print(latency.report_table(measured))
     for warning in measured.warnings:
@@ -544,8 +550,9 @@ def _exit_code(arguments: list[str]) -> int:
         command = typer.main.get_command(app)
         with command.make_context("compress", list(arguments)) as context:
             command.invoke(context)
+        sys.stdout.flush()
     except typer.Exit as stop:
-        return stop.exit_code
+        return int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _to_stderr(f"interrupted{_how_to_resume(arguments)}")
         return 130
@@ -560,10 +567,11 @@ def _exit_code(arguments: list[str]) -> int:
         _to_stderr(f"error: {explanation}")
         return 2
     except _UsageProblem as error:
-        _to_stderr(f"error: {' '.join(error.format_message().split())}")  # type: ignore[attr-defined]
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        _to_stderr(f"error: {' '.join(message.replace('Value error, ', '').split())}")
         return 2
     except BrokenPipeError:  # `compress … | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141
     return 0
 

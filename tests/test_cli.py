@@ -1,0 +1,451 @@
+"""The command line: every mistake is one line and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from compress import __version__, cli
+from deploy.errors import UserError
+
+RECIPE = """\
+name: example
+data: {synthetic: {train: 4, val: 2, size: 64}, short: 64, long: 64}
+student: {backbone: nano}
+train: {epochs: 1, batch_size: 2}
+"""
+
+Outcome = tuple[int, str, str]
+Run = Callable[[str], Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in a folder that holds a few right and wrong files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    Path("good.yaml").write_text(RECIPE)
+    Path("typo.yaml").write_text(RECIPE.replace("epochs", "epoch"))
+    Path("twice.yaml").write_text(RECIPE + "name: again\n")
+    Path("broken.yaml").write_text("name: [")
+    Path("empty.yaml").write_text("")
+    Path("latin.yaml").write_bytes(b"name: \xe9\n")
+    Path("text.onnx").write_text("not a model")
+    Path("model.pt").write_text("not a model")
+    Path("text.safetensors").write_text("not a checkpoint")
+    Path("broken.json").write_text("{")
+    Path("list.json").write_text("[]")
+    Path("images").mkdir()
+    Path("void").mkdir()
+    Image.new("RGB", (64, 64)).save("images/a.png")
+    Path("good.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
+                "categories": [{"id": 1, "name": "thing"}],
+                "annotations": [
+                    {
+                        "id": 1,
+                        "image_id": 1,
+                        "category_id": 1,
+                        "bbox": [4, 4, 20, 20],
+                        "area": 400,
+                        "iscrowd": 0,
+                    }
+                ],
+            }
+        )
+    )
+
+    def run(line: str) -> Outcome:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(shlex.split(line))
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        # the command itself
+        ("destill good.yaml", "No such command 'destill'"),
+        ("--frobnicate", "No such option: --frobnicate"),
+        ("data frobnicate", "No such command 'frobnicate'"),
+        ("distill", "Missing argument 'RECIPE'"),
+        ("distill good.yaml other.yaml", "unexpected extra argument"),
+        ("run good.yaml --resum", "No such option: --resum"),
+        ("run good.yaml --devices two", "--devices"),
+        ("run good.yaml --devices 0", "--devices"),
+        ("quickstart --set", "'--set' requires an argument"),
+        ("validate", "Missing argument 'ARTIFACT...'"),
+        ("validate a.onnx", "Missing option '--data'"),
+        ("report", "Missing argument 'RUN'"),
+        # recipes
+        ("run none.yaml", "none.yaml: no such recipe file"),
+        ("run images", "images: cannot read the recipe: Is a directory"),
+        ("train latin.yaml", "latin.yaml: cannot read the recipe: not UTF-8 text"),
+        ("train empty.yaml", "empty.yaml: the recipe is empty"),
+        ("train broken.yaml", "broken.yaml:1: not valid YAML"),
+        ("train twice.yaml", "twice.yaml:5: name: given twice (line 1)"),
+        ("train typo.yaml", "typo.yaml:4: train.epoch: unknown key; did you mean epochs?"),
+        ("train good.yaml --set train.epoch=3", "--set train.epoch: unknown key; did you mean epochs?"),
+        ("train good.yaml --set train.epochs", "--set train.epochs: write it as key=value"),
+        ("train good.yaml --set train.epochs=soon", "--set train.epochs: needs a whole number, got 'soon'"),
+        ("train good.yaml --set train.steps=9", "--set train.steps: excludes epochs"),
+        ("train good.yaml --devices 3", "2 is not a multiple of devices x accumulate = 3"),
+        ("distill good.yaml", "good.yaml: no method to distill with"),
+        ("quickstart --set student.backbone=vgg", "'vgg' is not one of resnet18"),
+        # data
+        ("data synthetic out --classes 99", "classes is 99, must be from 2 to 24"),
+        ("data synthetic out --train few", "--train"),
+        ("data synthetic images", "images: exists and is not a synthetic dataset"),
+        ("data convert coco images out.json", "'coco' is not one of 'yolo', 'voc'"),
+        ("data convert yolo images out.json", "--names: yolo files only have class numbers"),
+        ("data convert yolo none out.json --names a,b", "none"),
+        ("data convert yolo void out.json --names a,b", "void: no images in it"),
+        ("data convert yolo images out.json --names a,,b", "none empty"),
+        ("data convert yolo images out.json --names none.yaml", "--names: none.yaml: No such file"),
+        ("data convert yolo images out.json --names good.yaml", "--names: good.yaml: no key 'names'"),
+        ("data convert yolo images out.txt --names a", "out.txt: OUT is a JSON file"),
+        ("data convert voc images out.json --names a", "--names: voc files hold the class names themselves"),
+        ("data convert voc images out.json", "images: no .xml files in it"),
+        ("data check none.json --images images", "none.json"),
+        ("data check broken.json --images images", "broken.json"),
+        ("data check list.json --images images", "list.json"),
+        ("data check good.json --images none", "--images: none: no such folder"),
+        # checkpoints and exported files
+        ("export none.safetensors", "none.safetensors: no such file"),
+        ("export text.safetensors --out out.pb", "--out: out.pb does not end in .onnx"),
+        ("export text.safetensors --images none", "--images: none: no such folder"),
+        ("export text.safetensors --input-size 800", "--input-size: '800' is not HEIGHTxWIDTH"),
+        ("export text.safetensors --input-size 100x100", "must be multiples of 32"),
+        ("export text.safetensors --score-threshold 2", "--score-threshold"),
+        ("export text.safetensors --max-detections 2000", "1000 is less than max_detections, 2000"),
+        ("validate none.onnx --data good.json --images images", "none.onnx: no such file"),
+        ("validate model.pt --data good.json --images images", "model.pt: not an .onnx file"),
+        ("validate text.onnx --data good.json --images images", "text.onnx"),
+        ("validate text.onnx text.onnx --data good.json --images images", "text.onnx: given twice"),
+        ("validate text.onnx --data none.json --images images", "--data: none.json: no such file"),
+        ("validate text.onnx --data good.json --images none", "--images: none: no such folder"),
+        ("validate text.onnx --data good.json --images images --max-map-drop 1", "needs --reference"),
+        ("validate text.onnx --data good.json --images images --max-map-drop -1", "--max-map-drop"),
+        ("validate text.onnx --data good.json --images images --provider npu", "--provider"),
+        ("validate text.onnx --data good.json --images images --json none/out.json", "folder does not exist"),
+        ("benchmark none.onnx", "none.onnx: no such file"),
+        ("benchmark text.onnx", "text.onnx"),
+        ("benchmark text.onnx --batch 1,two", "--batch: '1,two' is not a list of batch sizes"),
+        ("benchmark text.onnx --batch 0", "--batch: '0' is not a list of batch sizes"),
+        ("benchmark text.onnx --seconds 0", "--seconds"),
+        ("benchmark text.onnx --images none", "--images: none: no such folder"),
+        ("benchmark text.onnx --json images", "--json: images: is a folder"),
+        ("report none", "none"),
+        ("report void", "void"),
+    ],
+)
+def test_a_mistake_is_one_line(run: Run, tmp_path: Path, line: str, says: str) -> None:
+    before = contents(tmp_path)
+    code, out, err = run(line)
+    (message,) = err.splitlines()
+    assert message.startswith("error: ") and says in message
+    assert code == 2
+    assert out == ""
+    assert contents(tmp_path) == before  # nothing new, nothing changed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() if file.is_file() else b"" for file in sorted(folder.rglob("*"))}
+
+
+def test_several_problems_of_a_recipe_are_listed(run: Run) -> None:
+    code, _, err = run("train typo.yaml --set train.batch_size=0 --set seed=x")
+    assert code == 2
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 3
+
+
+def test_a_real_process_has_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "compress", "run", "none.yaml"]
+    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert outcome.stderr == "error: none.yaml: no such recipe file\n"
+
+
+# ------------------------------------------------------------------------------------------- what goes right
+
+
+def test_help_and_version(run: Run) -> None:
+    code, out, err = run("--help")
+    assert code == 0 and err == ""
+    for command in (
+        "quickstart",
+        "run",
+        "distill",
+        "train",
+        "export",
+        "validate",
+        "benchmark",
+        "report",
+        "doctor",
+    ):
+        assert f"\n  {command}  " in out
+    assert run("")[:2] == (0, out)
+    assert run("data")[0] == 0
+    assert run("--version") == (0, f"{__version__}\n", "")
+
+
+def test_data_commands(run: Run) -> None:
+    code, out, _ = run("data synthetic made --train 3 --val 2 --size 64 --classes 3")
+    assert code == 0
+    assert out.splitlines()[-1] == "next: compress data check made/train.json --images made/images"
+    code, out, _ = run("data check made/train.json --images made/images")
+    assert code == 0 and out.splitlines()[-1].startswith("next: compress run ")
+
+
+def test_wrong_data_fails_the_check(run: Run) -> None:
+    document = json.loads(Path("good.json").read_text())
+    document["annotations"][0]["bbox"] = [50, 4, 40, 20]
+    Path("bad.json").write_text(json.dumps(document))
+    code, out, err = run("data check bad.json --images images")
+    assert code == 1
+    assert out.startswith("bad.json: annotation 1: ")
+    assert err == "failed: bad.json: 1 problem\n"
+
+
+@pytest.mark.parametrize("names", ["cat,dog", "names.yaml", "numbered.yaml"])
+def test_yolo_labels_are_converted(run: Run, names: str) -> None:
+    Path("names.yaml").write_text("names: [cat, dog]\n")
+    Path("numbered.yaml").write_text("names: {0: cat, 1: dog}\n")
+    Path("images/a.txt").write_text("1 0.5 0.5 0.25 0.5\n")
+    code, out, _ = run(f"data convert yolo images made.json --names {names}")
+    assert code == 0 and "1 images, 1 boxes" in out
+    made = json.loads(Path("made.json").read_text())
+    assert [category["name"] for category in made["categories"]] == ["cat", "dog"]
+    assert made["annotations"][0]["bbox"] == [24.0, 16.0, 16.0, 32.0]
+
+
+# ------------------------------------------------------------------------------------ what commands pass on
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Stands in for the training pipeline and records what it was asked to do."""
+    module = types.ModuleType("compress.pipeline")
+    module.calls = []  # type: ignore[attr-defined]
+    module.gate = "pass"  # type: ignore[attr-defined]
+
+    def distill(recipe, **options):  # type: ignore[no-untyped-def]
+        module.calls.append((recipe, options))  # type: ignore[attr-defined]
+        return recipe.run_dir
+
+    def run(recipe, **options):  # type: ignore[no-untyped-def]
+        distill(recipe, **options)
+        if not options["dry_run"]:
+            recipe.run_dir.mkdir(parents=True)
+            artifact = {"file": "student.onnx", "gate": module.gate}  # type: ignore[attr-defined]
+            (recipe.run_dir / "report.json").write_text(json.dumps({"artifacts": [artifact]}))
+        return recipe.run_dir
+
+    module.distill, module.run = distill, run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "compress.pipeline", module)
+    monkeypatch.setattr("compress.pipeline", module, raising=False)
+    return module
+
+
+def test_options_reach_the_pipeline(run: Run, pipeline: types.ModuleType) -> None:
+    code, out, err = run("train good.yaml --set train.batch_size=6 --devices 3 --resume")
+    assert (code, err) == (0, "")
+    recipe, options = pipeline.calls[0]
+    assert (recipe.train.batch_size, recipe.train.devices) == (6, 3)
+    assert options == {"resume": True, "dry_run": False, "distillation": False}
+    assert out.splitlines()[-1] == "next: compress export runs/example/student.safetensors"
+
+
+def test_quickstart_runs_the_packaged_recipe(run: Run, pipeline: types.ModuleType) -> None:
+    code, out, _ = run("quickstart --set seed=3")
+    recipe, options = pipeline.calls[0]
+    assert (code, recipe.name, recipe.seed) == (0, "quickstart", 3)
+    assert options == {"resume": False, "dry_run": False}
+    assert out.splitlines()[-1] == "next: compress benchmark runs/quickstart/student.onnx --batch 1,8"
+
+
+def test_a_dry_run_names_the_real_one(run: Run, pipeline: types.ModuleType) -> None:
+    assert run("run good.yaml --dry-run")[1] == "next: compress run good.yaml\n"
+    assert pipeline.calls[0][1]["dry_run"] is True
+
+
+def test_a_failed_gate_is_exit_code_1(run: Run, pipeline: types.ModuleType) -> None:
+    pipeline.gate = "fail"  # type: ignore[attr-defined]
+    code, out, err = run("run good.yaml")
+    assert code == 1
+    assert err == "failed: student.onnx lost more than 0.5 mAP\n"
+    assert "report.html" in out
+
+
+def test_other_processes_are_silent(
+    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run("run good.yaml") == (0, "", "")
+
+
+# ------------------------------------------------------------------------------------------------- the edges
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("run good.yaml", "interrupted; continue with: compress run good.yaml --resume"),
+        ("train good.yaml --resume", "interrupted; continue with: compress train good.yaml --resume"),
+    ],
+)
+def test_control_c_says_how_to_go_on(
+    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch, line: str, says: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    monkeypatch.setattr(pipeline, "distill", interrupted)
+    assert run(line) == (130, "", says + "\n")
+
+
+def test_a_missing_extra_is_named(run: Run, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from compress.cli import main; main(['train', 'good.yaml'])"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    wanted = "error: torch is not installed; this command needs: pip install 'compress-detectors[train]'\n"
+    assert (outcome.returncode, outcome.stderr) == (2, wanted)
+
+
+def test_our_own_mistakes_keep_their_traceback(
+    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(pipeline, "run", wrong)
+    with pytest.raises(KeyError):
+        cli.main(["run", "good.yaml"])
+
+
+def test_messages_of_errors_are_printed_line_by_line(
+    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("first\nsecond")
+
+    monkeypatch.setattr(pipeline, "run", refuse)
+    assert run("run good.yaml") == (2, "", "error: first\nerror: second\n")
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    """As in `compress --help | true`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "compress", "--help"]
+    outcome = subprocess.run(
+        command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(write)
+    assert (outcome.returncode, outcome.stderr) == (141, "")
+
+
+# ------------------------------------------------------------------------------------- commands on real files
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a deployable file of the tiny detector, images and labels that fit it."""
+    from tests.deploy.tiny import CARD, export_tiny
+
+    folder = tmp_path_factory.mktemp("exported")
+    export_tiny(folder / "tiny.onnx")
+    (folder / "copy.onnx").write_bytes((folder / "tiny.onnx").read_bytes())
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(3):
+        pixels = rng.integers(0, 256, (*CARD.input_size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        height, width = CARD.input_size
+        rows.append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
+    names = zip(CARD.category_ids, CARD.class_names, strict=True)
+    document = {
+        "images": rows,
+        "categories": [{"id": number, "name": name} for number, name in names],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 2, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}
+        ],
+    }
+    (folder / "labels.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_validate_and_benchmark(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported)
+    line = "validate copy.onnx --data labels.json --images images --reference tiny.onnx --json out.json"
+    code, out, err = run(line)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "next: compress benchmark copy.onnx tiny.onnx --images images"
+    assert [row["gate"] for row in json.loads(Path("out.json").read_text())] == ["pass", "pass"]
+
+    code, out, err = run(
+        "benchmark tiny.onnx --images images --batch 1,2 --seconds 0.1 --warm-up 0 --json latency.json"
+    )
+    assert (code, err) == (0, "")
+    cells = json.loads(Path("latency.json").read_text())["cells"]
+    assert {cell["batch_size"] for cell in cells} == {1, 2}
+
+    code, out, err = run("benchmark tiny.onnx --seconds 0.1 --warm-up 0")
+    assert code == 0 and out.startswith("no --images: measuring on eight drawn images of 96x96 pixels\n")
+
+
+def test_a_lost_map_fails_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels are what the reference detects, so another detector must be worse."""
+    from deploy.preprocess import letterbox, load_image
+    from deploy.runtimes.onnx import OnnxRunner
+    from tests.deploy.tiny import export_tiny
+
+    monkeypatch.chdir(exported)
+    runner = OnnxRunner(Path("tiny.onnx"))
+    document = json.loads(Path("labels.json").read_text())
+    document["annotations"] = []
+    for image in document["images"]:
+        pixels = load_image(Path("images") / image["file_name"])
+        found = runner(letterbox(pixels, runner.card.input_size, runner.card.pad_color)[0][None])
+        for box, label in list(zip(found.boxes[0].tolist(), found.labels[0].tolist(), strict=True))[:5]:
+            x, y, right, bottom = box
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "category_id": runner.card.category_ids[label],
+                    "bbox": [x, y, right - x, bottom - y],
+                    "area": (right - x) * (bottom - y),
+                    "iscrowd": 0,
+                }
+            )
+    Path("detected.json").write_text(json.dumps(document))
+    export_tiny(Path("other.onnx"), seed=1)
+    code, _, err = run(
+        "validate other.onnx --data detected.json --images images --reference tiny.onnx --json lost.json"
+    )
+    assert code == 1
+    assert err == "failed: gate of 0.5 mAP points: other.onnx\n"
+    assert [row["gate"] for row in json.loads(Path("lost.json").read_text())] == ["fail", "pass"]
