@@ -304,12 +304,49 @@ def export(
         "candidates": candidates,
         "max_batch": max_batch,
     }
-    from compress import pipeline
+    beside = checkpoint.parent / "recipe.yaml"
+    recipe = _recipe(beside, None) if beside.is_file() else None
+    settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
+    if recipe is None and images is None:
+        raise UserError(f"--images: there is no {beside} to take images from; give a folder")
+    if recipe is None and settings.input_size is None:
+        raise UserError(f"--input-size: there is no {beside} to take it from; give it, for example 800x1344")
 
-    deploy = _deploy_settings(checkpoint, {key: value for key, value in given.items() if value is not None})
-    written = pipeline.export(checkpoint, out, deploy=deploy, images=images)
-    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB, equal to {checkpoint}")
-    _next("validate", written, "--data", "instances.json", "--images", images or "IMAGES")
+    from compress.export import export_checkpoint
+    from deploy.export import ExportMismatchError
+
+    data, folder, size = Path("instances.json"), images, settings.input_size
+    files: list[Path] = []
+    if recipe is not None:
+        data, folder, files, size = _validation_images(recipe, size)
+    if images is not None:
+        folder, files = images, _images_in(images)
+    assert size is not None and folder is not None, "checked above"
+    try:
+        done = export_checkpoint(checkpoint, out, settings, input_size=size, images=files)
+    except ExportMismatchError as error:
+        _gate_failed(f"{checkpoint}: {' '.join(str(error).split())}")
+    print(
+        f"{out}: {done.size_bytes / 1e6:.1f} MB; largest difference from torch: score "
+        f"{done.max_score_difference:.1e}, box {done.max_box_difference_px:.1e} px"
+    )
+    _next("validate", out, "--data", data, "--images", folder)
+
+
+def _validation_images(
+    recipe: Recipe, size: tuple[int, int] | None
+) -> tuple[Path, Path, list[Path], tuple[int, int]]:
+    """The recipe's validation set: annotations, folder, image files, and the input size (`size` if given)."""
+    from compress.arms import splits
+    from compress.data.coco import CocoDetection
+    from compress.data.transforms import eval_transform
+    from compress.evidence import canvas
+
+    _, split = splits(recipe.data, recipe.runs)
+    transform = eval_transform(recipe.data.eval_short, recipe.data.long)
+    images = CocoDetection(split.annotations, split.images, transform)
+    files = [images.path(index) for index in range(len(images))]
+    return split.annotations, split.images, files, size or canvas(images, recipe)
 
 
 def _height_width(text: str | None) -> tuple[int, int] | None:
@@ -323,14 +360,13 @@ def _height_width(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def _deploy_settings(checkpoint: Path, given: dict[str, Any]) -> Deploy:
-    """The deploy section of the recipe beside the checkpoint, or the defaults; with what was given on top."""
+def _deploy_settings(recipe: Recipe | None, given: dict[str, Any]) -> Deploy:
+    """The deploy section of the recipe, or the defaults; with what was given on top."""
     from pydantic import ValidationError
 
-    from compress.recipe import Deploy, load_recipe
+    from compress.recipe import Deploy
 
-    beside = checkpoint.parent / "recipe.yaml"
-    base = load_recipe(beside).deploy if beside.is_file() else Deploy()
+    base = Deploy() if recipe is None else recipe.deploy
     try:
         return Deploy.model_validate({**base.model_dump(), **given})
     except ValidationError as error:
@@ -432,6 +468,13 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
+def _images_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"--images: {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
 def _need_folder(folder: Path, option: str) -> None:
     if not folder.is_dir():
         raise UserError(f"{option}: {folder}: no such folder")
@@ -499,10 +542,7 @@ def _batch_sizes(text: str) -> list[int]:
 def _image_files(folder: Path | None, runners: dict[str, OnnxRunner]) -> Iterator[list[Path]]:
     """The image files of `folder`, or drawn ones as large as the largest input, for as long as it is open."""
     if folder is not None:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise UserError(f"--images: {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-        yield files
+        yield _images_in(folder)
         return
     import tempfile
 

@@ -135,6 +135,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("export text.safetensors --input-size 100x100", "must be multiples of 32"),
         ("export text.safetensors --score-threshold 2", "--score-threshold"),
         ("export text.safetensors --max-detections 2000", "1000 is less than max_detections, 2000"),
+        ("export text.safetensors", "--images: there is no recipe.yaml to take images from"),
+        ("export text.safetensors --images images", "--input-size: there is no recipe.yaml to take it from"),
+        ("export text.safetensors --images images --input-size 64x64", "text.safetensors"),
+        ("export text.safetensors --images void --input-size 64x64", "--images: void: no images in it"),
         ("validate none.onnx --data good.json --images images", "none.onnx: no such file"),
         ("validate model.pt --data good.json --images images", "model.pt: not an .onnx file"),
         ("validate text.onnx --data good.json --images images", "text.onnx"),
@@ -414,6 +418,45 @@ def test_validate_and_benchmark(run: Run, exported: Path, monkeypatch: pytest.Mo
 
     code, out, err = run("benchmark tiny.onnx --seconds 0.1 --warm-up 0")
     assert code == 0 and out.startswith("no --images: measuring on eight drawn images of 96x96 pixels\n")
+
+
+def test_export_takes_its_settings_from_the_run(run: Run) -> None:
+    """The recipe beside the checkpoint says the thresholds, the input size and where images are."""
+    import torch
+
+    from compress.detectors.backbones import build_backbone
+    from compress.detectors.checkpoints import ModelRecord, save_detector
+    from compress.detectors.gfl import GFL
+    from deploy.runtimes.onnx import OnnxRunner
+
+    torch.manual_seed(0)
+    backbone = build_backbone("nano", weights="none", frozen_stages=-1, norm_eval=False)
+    detector = GFL(3, backbone, neck_channels=32, head_depth=1)
+    record = ModelRecord(
+        backbone="nano",
+        num_classes=3,
+        neck_channels=32,
+        head_depth=1,
+        class_names=("a", "b", "c"),
+        category_ids=(1, 2, 3),
+    )
+    folder = Path("runs/example")
+    folder.mkdir(parents=True)
+    save_detector(folder / "student.safetensors", detector, metadata=record)
+    text = RECIPE.replace("size: 64}", "size: 64, classes: 3}")
+    (folder / "recipe.yaml").write_text(text + "deploy: {max_detections: 7, candidates: 50, max_batch: 2}\n")
+    code, out, err = run("export runs/example/student.safetensors --nms-threshold 0.5")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].startswith(
+        "next: compress validate runs/example/student.onnx --data runs/data/"
+    )
+    card = OnnxRunner(folder / "student.onnx").card
+    assert (card.input_size, card.max_detections, card.candidates, card.nms_threshold) == (
+        (64, 64),
+        7,
+        50,
+        0.5,
+    )
 
 
 def test_a_lost_map_fails_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
