@@ -135,7 +135,14 @@ class Data(_Settings):
 # ----------------------------------------------------------------------------------------------- models
 
 Backbone = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large", "nano"
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "nano",
+    "nano2x",
 ]
 
 
@@ -173,8 +180,8 @@ class Model(_Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> Model:
-        if self.backbone == "nano" and self.weights == "imagenet":
-            raise _broken_rule("weights", "nano has no ImageNet weights; use none or a file")
+        if self.backbone.startswith("nano") and self.weights == "imagenet":
+            raise _broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
         return self
 
 

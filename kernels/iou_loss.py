@@ -1,6 +1,6 @@
 """Generalised IoU of paired boxes (Rezatofighi et al., CVPR 2019), with the constants of mmdet's loss.
 
-    IoU = overlap / max(union, eps);   GIoU = IoU - (enclosing - union) / max(enclosing, eps);   loss = 1 - GIoU
+IoU = overlap / max(union, eps);   GIoU = IoU - (enclosing - union) / max(enclosing, eps);   loss = 1 - GIoU
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ def quality_focal_loss(
     return _QualityFocalLoss.apply(logits, index, labels, quality, weight, beta, compiled)
 
 
-def reference(logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float = 2.0) -> Tensor:
+def reference(
+    logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float = 2.0
+) -> Tensor:
     """The specification: dense targets and autograd. Same arguments and result as `quality_focal_loss`."""
     B, K, M = logits.shape
     target = torch.zeros_like(logits).transpose(1, 2).reshape(B * M, K)

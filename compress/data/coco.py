@@ -92,6 +92,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """Names in ascending category-id order; the place in this tuple is the label."""
     category_ids: tuple[int, ...]
     image_ids: tuple[int, ...]
+    sizes: list[tuple[int, int]]
+    """(height, width) of every image file, as the annotations say."""
     aspect_ratios: np.ndarray
     """float32 [len(self)], width / height."""
     dropped: Counter[str]
@@ -149,14 +151,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if keep is not None and not bool(keep.all()):
             boxes, labels, ignore = boxes[keep], labels[keep], ignore[keep]
         size = (image.shape[1], image.shape[2])
-        target = Target(boxes, labels, ignore, None, self.image_ids[index], size, self._sizes[index])
+        target = Target(boxes, labels, ignore, None, self.image_ids[index], size, self.sizes[index])
         return image, target
+
+    def path(self, index: int) -> Path:
+        """The image's file."""
+        return self.folder / self._names[index]
 
     def image(self, index: int) -> Tensor:
         """The image as in its file, turned as its EXIF data say: uint8 [3, h, w] RGB."""
         if self._cache is None:
             return self._decode(index)
-        height, width = self._sizes[index]
+        height, width = self.sizes[index]
         start = self._cache_offsets[index]
         flat = self._cache[start : start + height * width * 3]
         return flat.view(height, width, 3).permute(2, 0, 1)
@@ -166,8 +172,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         self.image_ids = tuple(entry["id"] for entry in entries)
         self._names = [entry["file_name"] for entry in entries]
-        self._sizes = [(entry["height"], entry["width"]) for entry in entries]
-        self.aspect_ratios = np.array([width / height for height, width in self._sizes], np.float32)
+        self.sizes = [(entry["height"], entry["width"]) for entry in entries]
+        self.aspect_ratios = np.array([width / height for height, width in self.sizes], np.float32)
         rows = [kept.get(identifier, []) for identifier in self.image_ids]
         self._offsets = np.cumsum([0] + [len(row) for row in rows]).tolist()
         flat = [item for row in rows for item in row]
@@ -184,14 +190,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             raise UserError(f"{where}: the file is missing") from None
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{where}: cannot be read as an image: {str(error).splitlines()[0]}") from None
-        height, width = self._sizes[index]
+        height, width = self.sizes[index]
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}x{image.shape[1]}"
             raise UserError(f"{where}: the file is {found} pixels, the annotations say {width}x{height}")
         return image
 
     def _decode_all(self) -> Tensor:
-        ends = np.cumsum([0] + [height * width * 3 for height, width in self._sizes])
+        ends = np.cumsum([0] + [height * width * 3 for height, width in self.sizes])
         self._cache_offsets: list[int] = ends[:-1].tolist()
         total = int(ends[-1])
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

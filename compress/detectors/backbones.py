@@ -23,6 +23,7 @@ from deploy.errors import UserError
 
 BACKBONES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large", "nano",
+    "nano2x",
 )  # fmt: skip
 
 
@@ -43,8 +44,8 @@ def build_backbone(
         raise UserError(f"backbone {name!r} is unknown; use one of {', '.join(BACKBONES)}")
     if not -1 <= frozen_stages <= 4:
         raise UserError(f"frozen_stages is {frozen_stages}; use -1 (none), 0 (stem) or 1 to 4 (stages)")
-    if name == "nano":
-        backbone: Backbone = Nano()
+    if name.startswith("nano"):
+        backbone: Backbone = Nano(width=2 if name == "nano2x" else 1)
     elif name.startswith("resnet"):
         backbone = ResNet(name)
     else:
@@ -150,19 +151,22 @@ class MobileNetV3(Backbone):
 class Nano(Backbone):
     """0.34 M parameters, 44 M multiply-adds at 128 × 128; meant for training from scratch on a CPU.
 
+    At `width` 2 every channel count doubles (1.3 M parameters): a teacher of the same kind.
+
     Dense convolutions only: depthwise ones do far less work but take about as long to train on a CPU. Stages
     1 to 3 end in a residual block whose 3 × 3 widens and whose 1 × 1 narrows again (the fused MBConv of
     EfficientNetV2, arXiv 2104.00298; differs: ReLU, no squeeze-excitation). Trains faster in channels_last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 1) -> None:
         super().__init__()
-        self.stem = _conv(3, 16, 3, stride=2)
-        self.stage1 = nn.Sequential(_conv(16, 24, 3, stride=2), _Residual(24, 48))
-        self.stage2 = nn.Sequential(_conv(24, 48, 3, stride=2), _Residual(48, 96))
-        self.stage3 = nn.Sequential(_conv(48, 96, 3, stride=2), _Residual(96, 144))
-        self.stage4 = nn.Sequential(_conv(96, 96, 3, stride=2))
-        self.out_channels = (48, 96, 96)
+        c1, c2, c3, c4, c5 = (width * c for c in (16, 24, 48, 96, 96))
+        self.stem = _conv(3, c1, 3, stride=2)
+        self.stage1 = nn.Sequential(_conv(c1, c2, 3, stride=2), _Residual(c2, 2 * c2))
+        self.stage2 = nn.Sequential(_conv(c2, c3, 3, stride=2), _Residual(c3, 2 * c3))
+        self.stage3 = nn.Sequential(_conv(c3, c4, 3, stride=2), _Residual(c4, c4 + c4 // 2))
+        self.stage4 = nn.Sequential(_conv(c4, c5, 3, stride=2))
+        self.out_channels = (c3, c4, c5)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -194,8 +198,8 @@ def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Sequ
 
 
 def _load_imagenet(backbone: Backbone, name: str) -> None:
-    if name == "nano":
-        raise UserError("backbone nano has no ImageNet weights; set weights: none")
+    if name.startswith("nano"):
+        raise UserError(f"backbone {name} has no ImageNet weights; set weights: none")
     published = zoo.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         state = published.get_state_dict(progress=False, check_hash=True)

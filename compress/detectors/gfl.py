@@ -1,4 +1,4 @@
-"""GFL, the generalised focal loss detector (Li et al., NeurIPS 2020), native: FPN, shared head, loss, inference.
+"""GFL, the generalised focal loss detector (Li et al., NeurIPS 2020): FPN, shared head, loss, inference.
 
 Behaviour and constants are those of mmdet 3.3's GFL configuration, so that official checkpoints load and give
 the same numbers. One difference: padding is the rounded mean colour in uint8 instead of zero after
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
@@ -30,6 +31,7 @@ MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 STD = (58.395, 57.12, 57.375)
 STRIDES = (8, 16, 32, 64, 128)
 REG_MAX = 16
+GROUP_WIDTH = 8  # channels of a GroupNorm group in the head
 BOX_WEIGHT, DFL_WEIGHT, QFL_BETA = 2.0, 0.25, 2.0
 PRE_NMS = 1000  # (location, class) pairs kept a level
 
@@ -61,7 +63,7 @@ class GFL(nn.Module):
     Args:
         num_classes: K.
         backbone: gives C3, C4, C5 of normalised images.
-        neck_channels: width of the pyramid and the head, a multiple of 32 (GroupNorm has 32 groups).
+        neck_channels: width of the pyramid and the head, a multiple of 8 (the groups of GroupNorm).
         head_depth: convolutions in each of the two towers.
         compiled: run the dense loss passes through torch.compile.
     """
@@ -70,11 +72,17 @@ class GFL(nn.Module):
     strides = STRIDES
 
     def __init__(
-        self, num_classes: int, backbone: Backbone, *, neck_channels: int = 256, head_depth: int = 4, compiled: bool = False
+        self,
+        num_classes: int,
+        backbone: Backbone,
+        *,
+        neck_channels: int = 256,
+        head_depth: int = 4,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
-        if neck_channels % 32:
-            raise ValueError(f"neck_channels must be a multiple of 32, got {neck_channels}")
+        if neck_channels % GROUP_WIDTH:
+            raise ValueError(f"neck_channels must be a multiple of {GROUP_WIDTH}, got {neck_channels}")
         self.num_classes = num_classes
         self.compiled = compiled
         self.backbone = backbone
@@ -86,6 +94,10 @@ class GFL(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """uint8 RGB images [B, 3, H, W] → P3..P7, each float [B, neck_channels, h, w]."""
         x = (images.to(self.mean.dtype) - self.mean) / self.std
+        if (
+            not torch.compiler.is_exporting()
+        ):  # on CPUs and GPUs alike convolutions are faster with channels last
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.neck(self.backbone(x))
 
     def predict(self, features: list[Tensor]) -> DensePrediction:
@@ -101,7 +113,9 @@ class GFL(nn.Module):
         return torch.cat([decode_level(x) * stride for x, stride in levels], 1)
 
     @torch.no_grad()
-    def assign(self, prediction: DensePrediction, targets: list[Target], reduce: Reduce | None = None) -> Targets:
+    def assign(
+        self, prediction: DensePrediction, targets: list[Target], reduce: Reduce | None = None
+    ) -> Targets:
         """Assign ground truth to locations and compute the normalisers that all losses share.
 
         `reduce` sums over processes; with it the losses of n processes average to the loss of one process
@@ -113,14 +127,16 @@ class GFL(nn.Module):
         per_level = torch.stack(
             [(x >= 0).sum() for x in assignment.gt_index.split(_locations(prediction), dim=1)]
         ).to(boxes.dtype)
-        ones = boxes.new_ones(1)
-        totals = torch.cat((assignment.num_positives.clamp(min=1).sum().to(boxes.dtype)[None], ones, per_level))
+        at_least_one = assignment.num_positives.clamp(min=1).sum().to(boxes.dtype)
+        totals = torch.cat((at_least_one[None], per_level))
+        world_size = 1
         if reduce is not None:
-            totals = reduce(totals)
-        world_size = int(totals[1])
-        return Targets(boxes, labels, assignment, totals[0] / world_size, totals[2:], world_size)
+            totals, world_size = reduce(totals), dist.get_world_size()
+        return Targets(boxes, labels, assignment, totals[0] / world_size, totals[1:], world_size)
 
-    def loss(self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None
+    ) -> dict[str, Tensor]:
         """Quality focal, GIoU and distribution focal loss: scalars, weighted (1, 2, 0.25), float32."""
         return {name: value.sum() for name, value in self.loss_by_level(prediction, targets, reduce).items()}
 
@@ -137,7 +153,7 @@ class GFL(nn.Module):
         K, L = self.num_classes, len(prediction.logits)
         locations = _locations(prediction)
         G = targets.labels.shape[1]
-        classification, quality, level_of = [], [], []
+        classification, level_of = [], []
         positive_logits, predicted, wanted = [], [], []
         scores = []
         gt_levels = targets.assignment.gt_index.split(locations, 1)
@@ -150,12 +166,16 @@ class GFL(nn.Module):
             box = targets.boxes[b, gt[b, m]] / stride
             label = targets.labels[b, gt[b, m]] if G else b
             point = torch.stack((m % w, m // w), -1).to(box.dtype)  # stride units
-            side_logits = prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)  # [P, 4, R]
+            side_logits = (
+                prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)
+            )  # [P, 4, R]
             decoded = distances_to_boxes(point, integral(side_logits))
             iou = paired_iou(decoded.detach(), box)
             weight = valid_levels[level].to(logits.dtype)
             classification.append(
-                quality_focal_loss(logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled)
+                quality_focal_loss(
+                    logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled
+                )
             )
             scores.append(logits.detach()[b, :, m].amax(1).sigmoid() if K else iou)
             positive_logits.append(side_logits)
@@ -170,7 +190,9 @@ class GFL(nn.Module):
         total = total.clamp(min=1) / targets.world_size
         box_rows = giou_loss(torch.cat(predicted), torch.cat([box for box, _ in wanted]))
         sides = torch.cat([distance for _, distance in wanted]).flatten()
-        dfl_rows = distribution_focal_loss(torch.cat(positive_logits).flatten(0, 1), sides).view(-1, 4).sum(1) / 4
+        dfl_rows = (
+            distribution_focal_loss(torch.cat(positive_logits).flatten(0, 1), sides).view(-1, 4).sum(1) / 4
+        )
         levels = torch.cat(level_of)
         zero = weight.new_zeros(L)
         return {
@@ -198,7 +220,13 @@ class GFL(nn.Module):
             )
         ]
         return [
-            _detect([(s[i], boxes[i]) for s, boxes in levels], target, score_threshold, nms_threshold, max_detections)
+            _detect(
+                [(s[i], boxes[i]) for s, boxes in levels],
+                target,
+                score_threshold,
+                nms_threshold,
+                max_detections,
+            )
             for i, target in enumerate(targets)
         ]
 
@@ -257,12 +285,12 @@ class GFLHead(nn.Module):
 
 
 class ConvGN(nn.Module):
-    """3×3 convolution without bias, GroupNorm(32), ReLU."""
+    """3×3 convolution without bias, GroupNorm, ReLU. 8 channels a group: mmdet's 32 groups at 256 channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.gn = nn.GroupNorm(32, channels)
+        self.gn = nn.GroupNorm(channels // GROUP_WIDTH, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.gn(self.conv(x)))
@@ -305,7 +333,11 @@ def _locations(prediction: DensePrediction) -> list[int]:
 
 
 def _detect(
-    levels: list[tuple[Tensor, Tensor]], target: Target, score_threshold: float, nms_threshold: float, limit: int
+    levels: list[tuple[Tensor, Tensor]],
+    target: Target,
+    score_threshold: float,
+    nms_threshold: float,
+    limit: int,
 ) -> Detections:
     """One image: per level scores [M, K] and boxes [M, 4] in pixels of the network image."""
     kept_scores, kept_labels, kept_boxes = [], [], []

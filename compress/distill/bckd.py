@@ -38,7 +38,13 @@ class BCKD(Method):
     needs = frozenset({Capability.DENSE})
 
     def __init__(
-        self, *, cls_weight: float = 1.0, loc_weight: float = 4.0, beta: float = 1.0, weight: float = 1.0, compiled: bool = False
+        self,
+        *,
+        cls_weight: float = 1.0,
+        loc_weight: float = 4.0,
+        beta: float = 1.0,
+        weight: float = 1.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.cls_weight = weight * cls_weight
@@ -59,7 +65,11 @@ class BCKD(Method):
         for level, valid in enumerate(targets.assignment.valid.split(locations, 1)):
             v = valid.float()  # [B, M]
             loss, disagreement = binary_kd_loss(
-                z_s.logits[level].flatten(2), z_t.logits[level].flatten(2), v, beta=self.beta, compiled=self.compiled
+                z_s.logits[level].flatten(2),
+                z_t.logits[level].flatten(2),
+                v,
+                beta=self.beta,
+                compiled=self.compiled,
             )
             with torch.no_grad():
                 teacher_boxes = decode_level(z_t.distribution[level])

@@ -14,7 +14,9 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}  # the oracles are printed with six decima
 
 
 def close(value: torch.Tensor, expected: object) -> None:
-    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
+    torch.testing.assert_close(
+        value.detach().double(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -55,9 +57,13 @@ def test_assignment_on_five_levels() -> None:
     expected = ORACLES["F6_atss5"]
     boxes = torch.tensor([expected["gt"]])
     sizes = [tuple(x) for x in expected["fs"]]
-    result = atss(boxes, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[128, 160]]), sizes, (8, 16, 32, 64, 128))
+    result = atss(
+        boxes, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[128, 160]]), sizes, (8, 16, 32, 64, 128)
+    )
     close(result.thresholds[0], (torch.tensor(expected["mean"]) + torch.tensor(expected["std"])).tolist())
-    found = [[a, int(result.gt_index[0, a]) + 1] for a in (result.gt_index[0] >= 0).nonzero().flatten().tolist()]
+    found = [
+        [a, int(result.gt_index[0, a]) + 1] for a in (result.gt_index[0] >= 0).nonzero().flatten().tolist()
+    ]
     assert found == [[a, gt] for a, gt, _ in expected["pos"]]
 
 

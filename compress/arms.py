@@ -1,0 +1,212 @@
+"""The arms of a run: teacher, baseline and student, each built from the recipe, trained and saved.
+
+    data = open_data(recipe, fabric)
+    arm = train_arm(fabric, recipe, "student", recipe.student, recipe.train, data, teacher=…, methods=…)
+
+Everything here works the same in one process and in several; process 0 writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.data import synthetic
+from compress.data.coco import CocoDetection
+from compress.data.loader import eval_loader, train_loader
+from compress.data.transforms import eval_transform, train_transform
+from compress.detectors.backbones import build_backbone
+from compress.detectors.checkpoints import ModelRecord, save_detector
+from compress.detectors.gfl import GFL
+from compress.distill.bckd import BCKD
+from compress.distill.method import Method
+from compress.evaluate import evaluate
+from compress.manifest import fingerprint
+from compress.recipe import Data, Model, Recipe, Split, Train, recipe_sha256
+from compress.train import fit
+from deploy.coco_map import CocoMetrics
+from deploy.errors import UserError
+from deploy.files import sha256_of
+
+EVAL_BATCH = 8
+
+
+@dataclass
+class Datasets:
+    """Training and validation images of a run, and what identifies them."""
+
+    train: CocoDetection
+    val: CocoDetection
+    train_split: Split
+    val_split: Split
+    identity: dict[str, Any]
+
+
+def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
+    """Where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
+    if data.synthetic is None:
+        assert data.train is not None and data.val is not None, "the recipe was validated"
+        return data.train, data.val
+    settings = data.synthetic.model_dump()
+    name = "-".join(f"{key}{value}" for key, value in settings.items())
+    folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
+    if write:
+        synthetic.generate(folder, **settings)
+    images = folder / "images"
+    return (
+        Split(annotations=folder / "train.json", images=images),
+        Split(annotations=folder / "val.json", images=images),
+    )
+
+
+def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
+    """Draw (synthetic) or open the recipe's images. Raises UserError for files that cannot be used."""
+    data = recipe.data
+    train_split, val_split = splits(data, recipe.runs, write=fabric.is_global_zero)
+    fabric.barrier()
+    transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
+    train = CocoDetection(train_split.annotations, train_split.images, transform, cache=data.cache)
+    val = CocoDetection(
+        val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
+    )
+    if train.categories != val.categories or train.category_ids != val.category_ids:
+        raise UserError(
+            f"{train_split.annotations} and {val_split.annotations} have different categories: "
+            f"{_first_difference(train, val)}"
+        )
+    identity = data.model_dump(mode="json", exclude={"workers", "cache"}) | {
+        "train_sha256": sha256_of(train_split.annotations),
+        "val_sha256": sha256_of(val_split.annotations),
+    }
+    return Datasets(train, val, train_split, val_split, identity)
+
+
+def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> GFL:
+    """A fresh detector; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        backbone = build_backbone(
+            model.backbone,
+            weights=model.weights,
+            frozen_stages=model.frozen_stages,
+            norm_eval=model.norm_eval,
+        )
+        detector = GFL(
+            num_classes,
+            backbone,
+            neck_channels=model.neck_channels,
+            head_depth=model.head_depth,
+            compiled=compiled,
+        )
+    return detector.to(memory_format=torch.channels_last)
+
+
+def build_methods(recipe: Recipe) -> dict[str, Method]:
+    """The recipe's distillation methods by name."""
+    methods: dict[str, Method] = {}
+    if recipe.methods.bckd is not None:
+        methods["bckd"] = BCKD(**recipe.methods.bckd.model_dump(), compiled=recipe.train.compile)
+    return methods
+
+
+def evaluate_arm(detector: GFL, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
+    """COCO metrics (percent) on the validation images, shared out among the processes."""
+    loader = eval_loader(
+        data.val,
+        batch_size=EVAL_BATCH,
+        workers=workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    return evaluate(detector, loader, data.val, fabric.device)
+
+
+def train_arm(
+    fabric: Fabric,
+    recipe: Recipe,
+    name: str,
+    model: Model,
+    settings: Train,
+    data: Datasets,
+    *,
+    teacher: GFL | None = None,
+    methods: Mapping[str, Method] | None = None,
+    identity: Mapping[str, Any],
+    resume: bool,
+    max_steps: int | None = None,
+) -> dict[str, Any]:
+    """Train one arm and save it as `<run>/<name>.safetensors`. Returns its figures (JSON-able)."""
+    fabric.seed_everything(recipe.seed, verbose=False)
+    detector = build_detector(model, len(data.train.categories), recipe.seed, compiled=settings.compile)
+    loader = train_loader(
+        data.train,
+        batch_size=settings.batch_size // settings.accumulate,
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    result = fit(
+        fabric,
+        detector,
+        settings,
+        loader=loader,
+        evaluate=lambda d: evaluate_arm(d, data, fabric, recipe.data.workers),
+        folder=recipe.run_dir / name,
+        name=name,
+        identity=fingerprint(identity),
+        teacher=teacher,
+        methods=methods,
+        resume=resume,
+        max_steps=max_steps,
+    )
+    if fabric.is_global_zero and result.metrics is not None:
+        record = ModelRecord(
+            backbone=model.backbone,
+            num_classes=detector.num_classes,
+            neck_channels=model.neck_channels,
+            head_depth=model.head_depth,
+            class_names=data.train.categories,
+            category_ids=data.train.category_ids,
+            val_map=result.metrics.map,
+            recipe_sha256=recipe_sha256(recipe),
+        )
+        save_detector(recipe.run_dir / f"{name}.safetensors", detector, metadata=record)
+    fabric.barrier()
+    metrics = result.metrics.to_dict() if result.metrics is not None else {}
+    return {"metrics": metrics, "steps": result.steps, "seconds": round(result.seconds, 1)}
+
+
+def model_size(detector: GFL, size: tuple[int, int]) -> dict[str, float]:
+    """`params_m` (millions) and `gflops` of one image of `size` (height, width). A multiply-add is two FLOPs."""
+    was_training = detector.training
+    detector.eval()
+    images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=next(detector.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        detector(images)
+    detector.train(was_training)
+    params = sum(p.numel() for p in detector.parameters())
+    return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}
+
+
+def weights_sha256(detector: GFL) -> str:
+    """SHA-256 over names and values of the state dict: equal weights give equal digits."""
+    digest = hashlib.sha256()
+    for key, value in detector.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_difference(train: CocoDetection, val: CocoDetection) -> str:
+    ours = dict(zip(train.category_ids, train.categories, strict=True))
+    theirs = dict(zip(val.category_ids, val.categories, strict=True))
+    key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
+    return f"id {key} is {ours.get(key)!r} in the first and {theirs.get(key)!r} in the second"

@@ -1,0 +1,52 @@
+"""Teachers: loaded, frozen, and checked before anybody learns from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.detectors.checkpoints import ModelRecord, load_teacher_checkpoint
+from compress.detectors.gfl import GFL
+from compress.distill.method import Method
+from deploy.errors import UserError
+
+
+def load_teacher(checkpoint: str, categories: Sequence[str]) -> tuple[GFL, ModelRecord]:
+    """A frozen teacher in eval mode.
+
+    Args:
+        checkpoint: a native `.safetensors`, an official mmdet GFL `.pth`, or `zoo:<name>`.
+        categories: class names of the training data, in label order.
+
+    Raises:
+        UserError: the file cannot be read, or its classes are not the data's.
+    """
+    detector, record = load_teacher_checkpoint(checkpoint)
+    if record.num_classes != len(categories):
+        raise UserError(
+            f"teacher {checkpoint} knows {record.num_classes} classes, the data has {len(categories)}: "
+            "distillation of logits needs the same classes in both"
+        )
+    if record.class_names is not None and list(record.class_names) != list(categories):
+        pairs = zip(record.class_names, categories, strict=True)
+        label, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"teacher {checkpoint} calls label {label} {theirs!r}, the data calls it {ours!r}: same classes in the "
+            "same order are needed"
+        )
+    return freeze(detector), record
+
+
+def freeze(detector: GFL) -> GFL:
+    """In eval mode, without gradients."""
+    return detector.requires_grad_(False).eval()
+
+
+def check_capabilities(methods: dict[str, Method], teacher: GFL) -> None:
+    """Raise a UserError when a method asks for what the teacher cannot give."""
+    for name, method in methods.items():
+        missing = method.needs - teacher.capabilities
+        if missing:
+            wanted = ", ".join(sorted(capability.value for capability in missing))
+            raise UserError(
+                f"methods.{name} needs {wanted} of the teacher, which {type(teacher).__name__} cannot give"
+            )

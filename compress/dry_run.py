@@ -1,0 +1,144 @@
+"""`--dry-run`: build everything that a recipe names and take one real training step on made-up images.
+
+Nothing is downloaded and nothing is kept. Weights that would have to be downloaded (the zoo's teacher, ImageNet
+backbones) are random here, and the output says so. Images are at most 256 px on the short side and two a process,
+so that a recipe for eight GPUs can be rehearsed on a laptop.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric import Fabric
+from PIL import Image
+from rich.console import Console
+
+from compress.arms import build_detector, build_methods, model_size, open_data, train_arm
+from compress.data.coco import read_coco
+from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
+from compress.detectors.gfl import GFL
+from compress.distill.teacher import check_capabilities, freeze, load_teacher
+from compress.recipe import Model, Recipe, Split
+from deploy.errors import UserError
+
+SHORT_PX, LONG_PX = 256, 448
+IMAGES = 8
+
+
+def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
+    """Raises UserError for what would also stop the real run."""
+    console = Console(quiet=not fabric.is_global_zero)
+    categories = _categories(recipe)
+    teacher = _teacher(recipe, categories, console) if distillation and recipe.teacher is not None else None
+    methods = build_methods(recipe) if teacher is not None else {}
+    if teacher is not None:
+        check_capabilities(methods, teacher)
+    with tempfile.TemporaryDirectory() as folder:
+        small = _rehearsal(recipe, Path(folder), categories)
+        data = open_data(small, fabric)
+        size = (recipe.data.eval_short, recipe.data.long)
+        student = build_detector(small.student, len(categories), recipe.seed)
+        figures = model_size(student, (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32))
+        console.print(
+            f"student: gfl {recipe.student.backbone}, {figures['params_m']:.2f} M parameters, "
+            f"{figures['gflops']:.1f} GFLOPs at {size[0]} x {size[1]}",
+            highlight=False,
+        )
+        if teacher is not None:
+            teacher.to(fabric.device)
+        result = train_arm(
+            fabric, small, "student", small.student, small.train, data,
+            teacher=teacher, methods=methods, identity={}, resume=False, max_steps=1,
+        )  # fmt: skip
+    console.print(
+        f"dry run of {recipe.name}: {result['steps']} step on made-up images; everything fits together",
+        highlight=False,
+    )
+
+
+def _categories(recipe: Recipe) -> dict[int, str]:
+    """The data's categories by id when its file is there, otherwise COCO's (and the output says so)."""
+    data = recipe.data
+    if data.synthetic is not None:
+        return {i + 1: f"class {i + 1}" for i in range(data.synthetic.classes)}
+    assert data.train is not None
+    if data.train.annotations.is_file():
+        return {row["id"]: row["name"] for row in read_coco(data.train.annotations)["categories"]}
+    print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
+    return dict(COCO_CATEGORIES)
+
+
+def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> GFL:
+    settings = recipe.teacher
+    assert settings is not None
+    if settings.checkpoint is None:
+        assert settings.model is not None
+        return freeze(
+            build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0)
+        )
+    if not settings.checkpoint.startswith("zoo:"):
+        return load_teacher(settings.checkpoint, list(categories.values()))[0]
+    name = settings.checkpoint.removeprefix("zoo:")
+    if name not in ZOO:
+        raise UserError(f"zoo:{name} is unknown; use one of {', '.join('zoo:' + known for known in ZOO)}")
+    if len(categories) != len(COCO_CATEGORIES):
+        raise UserError(f"teacher zoo:{name} knows COCO's 80 classes, the data has {len(categories)}")
+    console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in", highlight=False)
+    backbone = "resnet101" if "_r101_" in name else "resnet50"
+    return freeze(ModelRecord(backbone=backbone, num_classes=len(categories)).build())
+
+
+def _without_download(model: Model, console: Console, who: str) -> Model:
+    if model.weights != "imagenet":
+        return model
+    console.print(
+        f"dry run: the {who}'s ImageNet weights are not downloaded; random ones stand in", highlight=False
+    )
+    return model.model_copy(update={"weights": "none"})
+
+
+def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str]) -> Recipe:
+    """The recipe on a few noise images in `folder`, two a process and micro-batch."""
+    split = _draw(folder / "noise", categories, recipe.seed)
+    short = min(recipe.data.eval_short, SHORT_PX)
+    data = recipe.data.model_copy(
+        update={
+            "synthetic": None, "train": split, "val": split, "short": short, "long": max(short, min(recipe.data.long, LONG_PX)),
+            "workers": 0,
+        }
+    )  # fmt: skip
+    train = recipe.train.model_copy(
+        update={"batch_size": 2 * recipe.train.devices * recipe.train.accumulate, "steps": 1, "epochs": None}
+    )
+    student = _without_download(recipe.student, Console(), "student")
+    return recipe.model_copy(
+        update={"data": data, "train": train, "student": student, "runs": folder / "runs"}
+    )
+
+
+def _draw(folder: Path, categories: dict[int, str], seed: int) -> Split:
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for image_id in range(1, 2 * IMAGES + 1):
+        Image.fromarray(random.integers(0, 256, (240, 320, 3), dtype=np.uint8)).save(
+            folder / f"{image_id}.png"
+        )
+        images.append({"id": image_id, "file_name": f"{image_id}.png", "width": 320, "height": 240})
+        for _ in range(4):
+            w, h = random.uniform(20, 150, 2)
+            x, y = random.uniform(0, 320 - w), random.uniform(0, 240 - h)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, "area": w * h,
+                    "category_id": int(random.choice(list(categories))), "bbox": [x, y, w, h],
+                }
+            )  # fmt: skip
+    rows = [{"id": key, "name": name} for key, name in categories.items()]
+    (folder / "noise.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": rows})
+    )
+    return Split(annotations=folder / "noise.json", images=folder)

@@ -1,0 +1,257 @@
+"""What a run can show for itself: the exported file, its mAP and latency, pictures, and the report.
+
+Everything here runs in one process, after training, on the files that training left.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from compress.arms import model_size, splits
+from compress.data.batch import collate
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform, fit_size
+from compress.detectors.base import Detections
+from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
+from compress.detectors.gfl import GFL
+from compress.export import export_checkpoint, torch_runner
+from compress.manifest import Manifest
+from compress.recipe import Recipe
+from compress.report import build_report, summary_table
+from compress.versions import versions
+from deploy import latency, validate
+from deploy.environment import environment
+from deploy.files import sha256_of, write_json
+from deploy.runtimes.onnx import OnnxRunner
+
+PICTURES = 6
+SHOWN_SCORE = 0.3  # detections below are not kept for the pictures
+
+
+def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
+    """Export, validate, measure and report. Returns the path of report.html.
+
+    Raises UserError for files that cannot be used and `deploy.export.ExportMismatchError` for a graph that computes
+    something else than torch. A failed accuracy gate is recorded in report.json.
+    """
+    console = Console()
+    manifest = Manifest(run_dir, versions())
+    _, split = splits(recipe.data, recipe.runs)
+    val = CocoDetection(
+        split.annotations, split.images, eval_transform(recipe.data.eval_short, recipe.data.long)
+    )
+    input_size = recipe.deploy.input_size or canvas(val, recipe)
+    files = [val.path(index) for index in range(len(val))]
+    student = run_dir / "student.safetensors"
+    onnx_file = run_dir / "student.onnx"
+    settings = recipe.deploy.model_dump(mode="json") | {"input_size": list(input_size)}
+
+    def export() -> dict[str, Any]:
+        report = export_checkpoint(student, onnx_file, recipe.deploy, input_size=input_size, images=files)
+        return {key: value for key, value in asdict(report).items() if key != "path"}
+
+    inputs = {"checkpoint": sha256_of(student), "deploy": settings}
+    exported = manifest.stage("export", inputs, [onnx_file], export)
+    console.print(
+        f"export: {onnx_file}, {exported['size_bytes'] / 1e6:.1f} MB; largest difference from torch: score "
+        f"{exported['max_score_difference']:.1e}, box {exported['max_box_difference_px']:.1e} px",
+        highlight=False,
+    )
+
+    runners = {
+        student.name: torch_runner(student, recipe.deploy, input_size),
+        onnx_file.name: OnnxRunner(onnx_file, recipe.deploy.providers),
+    }
+    inputs = {"onnx": sha256_of(onnx_file), "data": sha256_of(split.annotations), "deploy": settings}
+
+    def prove() -> list[dict[str, Any]]:
+        with _progress("validate") as step:
+            results = validate.validate(
+                runners, split.annotations, split.images, reference=student.name,
+                max_map_drop=recipe.deploy.max_map_drop, progress=step,
+            )  # fmt: skip
+        return [result.to_dict() for result in results]
+
+    proofs = manifest.stage("validate", inputs, [], prove)
+
+    teacher = _teacher_path(recipe, run_dir)
+    timed: dict[str, Any] = dict(runners)
+    if teacher is not None and teacher.suffix == ".safetensors":
+        timed = {f"teacher: {teacher.name}": torch_runner(teacher, recipe.deploy, input_size), **timed}
+    measured_file = run_dir / "benchmark.json"
+
+    def measure() -> dict[str, Any]:
+        bench = recipe.deploy.benchmark
+        with _progress("benchmark") as step:
+            report = latency.benchmark(
+                timed, files, batch_sizes=bench.batch_sizes, seconds=bench.seconds,
+                warm_up_seconds=2 * bench.seconds, progress=step,
+            )  # fmt: skip
+        latency.write_report(measured_file, report)
+        return {name: _latency(report, name) for name in timed}
+
+    latencies = manifest.stage(
+        "benchmark", {**inputs, "machine": environment()["cpu"]["model"]}, [measured_file], measure
+    )
+
+    report = _report(recipe, run_dir, val, input_size, proofs, latencies, teacher)
+    write_json(run_dir / "report.json", report)
+    page = build_report(run_dir)
+    console.print(summary_table(report))
+    return page
+
+
+def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as the recipe resizes it."""
+    sizes = [fit_size(*size, recipe.data.eval_short, recipe.data.long) for size in set(dataset.sizes)]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+def _teacher_path(recipe: Recipe, run_dir: Path) -> Path | None:
+    if recipe.teacher is None or not recipe.methods.enabled():
+        return None
+    if recipe.teacher.checkpoint is None:
+        return run_dir / "teacher.safetensors"
+    return Path(recipe.teacher.checkpoint)
+
+
+def _report(
+    recipe: Recipe,
+    run_dir: Path,
+    val: CocoDetection,
+    input_size: tuple[int, int],
+    proofs: list[dict[str, Any]],
+    latencies: dict[str, Any],
+    teacher: Path | None,
+) -> dict[str, Any]:
+    stages = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    detectors: dict[str, GFL] = {}
+    if teacher is not None:
+        spec = (
+            str(run_dir / "teacher.safetensors")
+            if recipe.teacher.checkpoint is None
+            else recipe.teacher.checkpoint
+        )  # type: ignore[union-attr]
+        detectors["teacher"] = load_teacher_checkpoint(spec)[0]
+    for arm in ("baseline", "student"):
+        if (run_dir / f"{arm}.safetensors").is_file() and arm in stages:
+            detectors[arm] = load_detector(run_dir / f"{arm}.safetensors")[0]
+    models = {}
+    for name, detector in detectors.items():
+        stage = stages["teacher_check" if name == "teacher" else name]
+        models[name] = {**stage["result"]["metrics"], **model_size(detector, input_size)}
+        if "seconds" in stage["result"]:
+            models[name]["train_seconds"] = stage["result"]["seconds"]
+
+    artifacts = []
+    if teacher is not None and (timed := latencies.get(f"teacher: {teacher.name}")):
+        artifacts.append(
+            {
+                "file": f"teacher: {teacher.name}", "backend": "torch cpu", "precision": "fp32",
+                "size_mb": round(teacher.stat().st_size / 1e6, 2), "map": models["teacher"]["map"],
+                "gate": "not run: the teacher does not ship", **timed,
+            }
+        )  # fmt: skip
+    for proof in proofs:
+        agreement = proof["agreement"]
+        artifacts.append(
+            {
+                "file": proof["name"],
+                "backend": proof["backend"],
+                "precision": ", ".join(sorted(set(proof["precision"].values()))),
+                "size_mb": round((run_dir / proof["name"]).stat().st_size / 1e6, 2),
+                "map": proof["metrics"]["map"],
+                "map_drop": proof["map_drop"],
+                "agreement": agreement["share"] if agreement else None,
+                "gate": proof["gate"],
+                **latencies.get(proof["name"], {}),
+            }
+        )
+    return {
+        "name": recipe.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "classes": list(val.categories),
+        "models": models,
+        "artifacts": artifacts,
+        "environment": environment(),
+        "commands": _commands(recipe, run_dir),
+        "pictures": _pictures(val, detectors),
+    }
+
+
+def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
+    """p50..p99 of one image (scope `inference`), and the best throughput over the batch sizes."""
+    cells = [cell for cell in report.cells if cell.runner == name and cell.scope == "inference"]
+    single = min(cells, key=lambda cell: cell.batch_size)
+    return {
+        "latency_ms": {key: round(value.value, 3) for key, value in single.latency_ms.items()},
+        "latency_batch": single.batch_size,
+        "throughput_ips": round(max(cell.throughput_ips.value for cell in cells), 1),
+    }
+
+
+def _commands(recipe: Recipe, run_dir: Path) -> list[str]:
+    _, split = splits(recipe.data, recipe.runs, write=False)
+    recipe_file, onnx_file = run_dir / "recipe.yaml", run_dir / "student.onnx"
+    return [
+        f"compress run {recipe_file}",
+        f"compress export {run_dir / 'student.safetensors'}",
+        f"compress validate {onnx_file} --data {split.annotations} --images {split.images}",
+        f"compress benchmark {onnx_file} --images {split.images} --batch 1,8",
+        f"compress report {run_dir}",
+    ]
+
+
+def _pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[dict[str, Any]]:
+    """Ground truth and detections of a few validation images with objects, spread over the set."""
+    busy = [index for index in range(len(val)) if len(val[index][1].labels) >= 2] or list(range(len(val)))
+    step = max(1, len(busy) // PICTURES)
+    pictures = []
+    for index in busy[::step][:PICTURES]:
+        image, target = val[index]
+        batch = collate([(image, target)])
+        scale = target.original_size[1] / target.size[1]
+        truth = Detections(target.boxes * scale, torch.ones(len(target.labels)), target.labels)
+        picture: dict[str, Any] = {"image": str(val.path(index)), "ground_truth": _boxes(truth, val)}
+        for name, detector in detectors.items():
+            with torch.no_grad():
+                picture[name] = _boxes(detector.decode(detector(batch.images), batch.targets)[0], val)
+        pictures.append(picture)
+    return pictures
+
+
+def _boxes(found: Detections, val: CocoDetection) -> list[dict[str, Any]]:
+    return [
+        {"box": [round(x, 1) for x in box], "label": val.categories[label], "score": round(score, 3)}
+        for box, label, score in zip(
+            found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+        )
+        if score >= SHOWN_SCORE
+    ]
+
+
+class _progress:
+    """A progress bar on a terminal, nothing elsewhere: `with _progress(name) as step: step(done, total)`."""
+
+    def __init__(self, name: str) -> None:
+        console = Console()
+        self._bar = Progress(console=console, disable=not console.is_terminal, transient=True)
+        self._name = name
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        task = self._bar.add_task(self._name, total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

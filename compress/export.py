@@ -1,0 +1,75 @@
+"""Checkpoint → deployable ONNX file: rebuild the detector, wrap it, export it, prove it (`deploy.export`)."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compress.data.batch import PAD_COLOR
+from compress.detectors.checkpoints import load_detector
+from compress.detectors.deployable import Deployable, TorchRunner
+from compress.recipe import Deploy
+from compress.versions import versions
+from deploy.card import ModelCard
+from deploy.errors import UserError
+from deploy.export import ExportReport, export_onnx
+from deploy.files import sha256_of
+from deploy.preprocess import letterbox, load_image
+
+SAMPLES = 16  # images that an export is checked on
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, settings: Deploy, *, input_size: tuple[int, int], images: Sequence[Path]
+) -> ExportReport:
+    """Export a native checkpoint to `out`.
+
+    Args:
+        settings: thresholds and limits; its `input_size` is not looked at.
+        input_size: (height, width) of the canvas in pixels, multiples of 32.
+        images: files that the result is compared with torch on; the first 16 are used.
+
+    Raises:
+        UserError: the checkpoint or an image cannot be used. `deploy.export.ExportMismatchError`: the graph is wrong.
+    """
+    runner = torch_runner(checkpoint, settings, input_size)
+    samples = sample_canvases(images, input_size)
+    return export_onnx(runner.module, runner.card, out, samples=samples, max_batch=settings.max_batch)
+
+
+def torch_runner(
+    checkpoint: Path, settings: Deploy, input_size: tuple[int, int], device: str = "cpu"
+) -> TorchRunner:
+    """The checkpoint as a Runner in PyTorch, with the post-processing that the exported file has."""
+    detector, record = load_detector(checkpoint)
+    if record.class_names is None or record.category_ids is None:
+        raise UserError(f"{checkpoint}: does not say which classes it was trained on; a shipped file must")
+    card = ModelCard(
+        name=checkpoint.stem,
+        class_names=list(record.class_names),
+        category_ids=list(record.category_ids),
+        input_size=input_size,
+        pad_color=PAD_COLOR,
+        score_threshold=settings.score_threshold,
+        nms_threshold=settings.nms_threshold,
+        max_detections=settings.max_detections,
+        candidates=settings.candidates,
+        precision={"model": "fp32", "pre- and post-processing": "fp32"},
+        checkpoint_sha256=sha256_of(checkpoint),
+        recipe_sha256=record.recipe_sha256 or "",
+        val_map=record.val_map,
+        versions=versions(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    return TorchRunner(Deployable.from_card(detector, card), card, device)
+
+
+def sample_canvases(images: Sequence[Path], input_size: tuple[int, int]) -> np.ndarray:
+    """The first images as uint8 [N, 3, H, W] canvases."""
+    if not images:
+        raise UserError("no images to check the export on; give a folder with --images")
+    canvases = [letterbox(load_image(path), input_size, PAD_COLOR)[0] for path in images[:SAMPLES]]
+    return np.stack(canvases)

@@ -1,0 +1,238 @@
+"""A run from recipe to report: teacher, baseline and student, export, proof, latency, report.
+
+`distill` trains the arms; `run` does that and everything after. Every stage is a row of the run's manifest.json
+and is skipped when its inputs are unchanged and its outputs intact. With several processes all of them train;
+process 0 does the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from compress.arms import (
+    Datasets,
+    build_methods,
+    evaluate_arm,
+    open_data,
+    train_arm,
+    weights_sha256,
+)
+from compress.detectors.checkpoints import ModelRecord, load_detector
+from compress.detectors.gfl import GFL
+from compress.distill.teacher import check_capabilities, freeze, load_teacher
+from compress.manifest import Manifest
+from compress.recipe import Recipe, dump_recipe
+from compress.versions import versions
+from deploy.errors import UserError
+from deploy.files import write_text
+
+
+def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
+    """The whole path. Returns the run folder, which then holds report.json and report.html.
+
+    Raises UserError for bad input; a failed accuracy gate is no error here, it is in report.json.
+    """
+    run_dir = distill(recipe, resume=resume, dry_run=dry_run)
+    if not dry_run and _is_first_process():
+        from compress.evidence import gather_evidence  # export, validation, latency, report
+
+        gather_evidence(recipe, run_dir)
+    return run_dir
+
+
+def distill(
+    recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True
+) -> Path:
+    """Train teacher (if the recipe says so), baseline (if asked for) and student. Returns the run folder.
+
+    With `distillation` False only the student is trained, alone, from the labels.
+
+    Raises:
+        UserError: bad data, a teacher that does not fit or is too weak, a loss that is not finite, or an
+            unfinished run in the folder while `resume` is False.
+    """
+    from compress.dry_run import dry_run as rehearse
+
+    fabric = _launch(recipe)
+    if dry_run:
+        rehearse(recipe, fabric, distillation=distillation)
+        return recipe.run_dir
+    console = Console(quiet=not fabric.is_global_zero)
+    run_dir = recipe.run_dir
+    _open_run(run_dir, recipe, fabric, resume)
+    manifest = Manifest(run_dir, versions())
+    data = open_data(recipe, fabric)
+    console.print(
+        f"{recipe.name}: {len(data.train)} training and {len(data.val)} validation images, "
+        f"{len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
+        highlight=False,
+    )
+    common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
+
+    teacher = None
+    methods = {}
+    if distillation and recipe.teacher is not None:
+        teacher = _teacher(recipe, data, fabric, manifest, common, resume, console)
+        methods = build_methods(recipe)
+        check_capabilities(methods, teacher)
+    student = {
+        **common,
+        "model": recipe.student.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json", exclude={"devices", "accelerator"}),
+    }
+    arms: list[tuple[str, dict[str, Any], GFL | None]] = []
+    if distillation and recipe.baseline:
+        arms.append(("baseline", student, None))
+    taught = (
+        {}
+        if teacher is None
+        else {"methods": recipe.methods.model_dump(mode="json"), "teacher": weights_sha256(teacher)}
+    )
+    arms.append(("student", {**student, **taught}, teacher))
+    for name, inputs, arm_teacher in arms:
+        arm_methods = methods if arm_teacher is not None else {}
+
+        def work(
+            name: str = name,
+            inputs: dict[str, Any] = inputs,
+            arm_teacher: GFL | None = arm_teacher,
+            arm_methods: Any = arm_methods,
+        ) -> dict[str, Any]:
+            return train_arm(
+                fabric, recipe, name, recipe.student, recipe.train, data,
+                teacher=arm_teacher, methods=arm_methods, identity=inputs, resume=resume,
+            )  # fmt: skip
+
+        outputs = [run_dir / f"{name}.safetensors"]
+        result = manifest.stage(name, inputs, outputs, work, write=fabric.is_global_zero)
+        console.print(
+            f"{name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)",
+            highlight=False,
+        )
+    return run_dir
+
+
+def _launch(recipe: Recipe) -> Fabric:
+    train = recipe.train
+    taught = recipe.teacher.train if recipe.teacher is not None else None
+    if taught is not None:
+        for key in ("devices", "accelerator", "precision"):
+            if getattr(taught, key) != getattr(train, key):
+                raise UserError(
+                    f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
+                    "trains all its arms alike; give both the same value"
+                )
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[train.precision]
+    strategy = "ddp" if train.devices > 1 else "auto"
+    try:
+        fabric = Fabric(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            precision=precision,
+            strategy=strategy,  # type: ignore[arg-type]
+        )
+    except Exception as error:
+        message = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here ({message})"
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+def _is_first_process() -> bool:
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> None:
+    """Create the folder with its resolved recipe. An unfinished run is only continued when asked to."""
+    unfinished = [
+        name
+        for name in ("teacher", "baseline", "student")
+        if (run_dir / name / "checkpoints" / "last.ckpt").is_file()
+        and not (run_dir / f"{name}.safetensors").is_file()
+    ]
+    if unfinished and not resume:
+        raise UserError(
+            f"{run_dir} holds an interrupted run ({unfinished[0]} is unfinished); add --resume to continue it, or "
+            "remove the folder to start again"
+        )
+    fabric.barrier()
+    if fabric.is_global_zero:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+        except OSError as error:
+            raise UserError(
+                f"{run_dir}: cannot write the run: {error.strerror or error}; change runs: in the recipe"
+            ) from error
+    fabric.barrier()
+
+
+def _teacher(
+    recipe: Recipe,
+    data: Datasets,
+    fabric: Fabric,
+    manifest: Manifest,
+    common: dict[str, Any],
+    resume: bool,
+    console: Console,
+) -> GFL:
+    """Load or train the teacher, and measure it on the validation images before anybody learns from it."""
+    settings = recipe.teacher
+    assert settings is not None
+    first = fabric.is_global_zero
+    if settings.checkpoint is not None:
+        teacher, record = load_teacher(settings.checkpoint, data.train.categories)
+    else:
+        assert settings.model is not None and settings.train is not None, "the recipe was validated"
+        path = recipe.run_dir / "teacher.safetensors"
+        inputs = {
+            **common,
+            "model": settings.model.model_dump(mode="json"),
+            "train": settings.train.model_dump(mode="json", exclude={"devices", "accelerator"}),
+        }
+
+        def train() -> dict[str, Any]:
+            assert settings.model is not None and settings.train is not None
+            return train_arm(
+                fabric,
+                recipe,
+                "teacher",
+                settings.model,
+                settings.train,
+                data,
+                identity=inputs,
+                resume=resume,
+            )
+
+        manifest.stage("teacher", inputs, [path], train, write=first)
+        teacher, record = load_detector(path)
+        freeze(teacher)
+    teacher.to(fabric.device)
+
+    def check() -> dict[str, Any]:
+        return {"metrics": evaluate_arm(teacher, data, fabric, recipe.data.workers).to_dict()}
+
+    weights = weights_sha256(teacher)
+    measured = manifest.stage(
+        "teacher_check", {"data": data.identity, "weights": weights}, [], check, write=first
+    )
+    found = measured["metrics"]["map"]
+    console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images", highlight=False)
+    if found < settings.min_map:
+        raise UserError(
+            f"the teacher reaches {found:.2f} mAP on {data.val_split.annotations}, teacher.min_map asks for "
+            f"{settings.min_map:g}: train it longer, or check that its classes and images are these"
+        )
+    return teacher
+
+
+def _describe(record: ModelRecord) -> str:
+    return f"{record.detector} {record.backbone}"
