@@ -314,50 +314,59 @@ def _cell(
     warm_up: WarmUp,
     seed: int,
 ) -> Cell:
-    def percentiles(rounds: list[np.ndarray]) -> np.ndarray:
-        return np.percentile(np.concatenate(rounds), PERCENTILES)
-
-    def throughput(rounds: list[np.ndarray]) -> float:
-        samples = np.concatenate(rounds)
-        return batch_size * len(samples) * 1000.0 / float(samples.sum())
-
-    mine = [np.asarray(samples) for samples in rounds]
-    others = None if base is None else [np.asarray(samples) for samples in base]
-    point = percentiles(mine)
-    drawn_percentiles, drawn_throughput, drawn_speedup = [], [], []
-    rng = np.random.default_rng(seed)
-    for _ in range(_RESAMPLES):
-        chosen = rng.integers(0, len(mine), len(mine))
-        resample = [mine[i] for i in chosen]
-        drawn_percentiles.append(percentiles(resample))
-        drawn_throughput.append(throughput(resample))
-        if others is not None:  # the same rounds of both: what disturbed one disturbed the other
-            drawn_speedup.append(
-                np.median(np.concatenate([others[i] for i in chosen])) / drawn_percentiles[-1][0]
-            )
+    everything = np.concatenate([np.asarray(samples) for samples in rounds])
+    point = np.percentile(everything, PERCENTILES)
+    # How often each round is drawn, [resamples, rounds]. The same draw serves both runners of a speed-up: what
+    # disturbed one in a round disturbed the other.
+    times = np.random.default_rng(seed).multinomial(len(rounds), [1 / len(rounds)] * len(rounds), _RESAMPLES)
+    drawn = _resampled_percentiles(rounds, times)
+    calls = np.asarray([len(samples) for samples in rounds])
+    spent_ms = np.asarray([sum(samples) for samples in rounds])
     speedup = None
-    if others is not None:
-        speedup = _estimate(float(np.median(np.concatenate(others)) / point[0]), drawn_speedup)
+    if base is not None:
+        value = float(np.median(np.concatenate([np.asarray(samples) for samples in base])) / point[0])
+        speedup = _estimate(value, _resampled_percentiles(base, times)[:, 0] / drawn[:, 0])
     return Cell(
         runner=name,
         backend=backend,
         batch_size=batch_size,
         scope=scope,
-        latency_ms={
-            f"p{p}": _estimate(float(point[i]), [draw[i] for draw in drawn_percentiles])
-            for i, p in enumerate(PERCENTILES)
-        },
-        mean_ms=float(np.concatenate(mine).mean()),
-        throughput_ips=_estimate(throughput(mine), drawn_throughput),
+        latency_ms={f"p{p}": _estimate(float(point[i]), drawn[:, i]) for i, p in enumerate(PERCENTILES)},
+        mean_ms=float(everything.mean()),
+        throughput_ips=_estimate(
+            1000.0 * batch_size * len(everything) / float(everything.sum()),
+            1000.0 * batch_size * (times @ calls) / (times @ spent_ms),
+        ),
         speedup=speedup,
         warm_up=warm_up,
         samples_ms=rounds,
     )
 
 
-def _estimate(value: float, draws: list[Any]) -> Estimate:
+def _resampled_percentiles(rounds: list[list[float]], times: np.ndarray) -> np.ndarray:
+    """Percentiles of the pooled samples with round i taken times[r, i] times: [resamples, percentiles].
+
+    Equal to np.percentile of the repeated samples (linear interpolation), without repeating or sorting them
+    again.
+    """
+    samples = np.concatenate([np.asarray(part) for part in rounds])
+    order = np.argsort(samples)
+    owner = np.repeat(np.arange(len(rounds)), [len(part) for part in rounds])[order]
+    samples = samples[order]
+    out = np.empty((len(times), len(PERCENTILES)))
+    for r, weights in enumerate(times):
+        ranks_below = weights[owner].cumsum()
+        position = (ranks_below[-1] - 1) * np.asarray(PERCENTILES) / 100
+        low = np.floor(position)
+        high = np.minimum(low + 1, ranks_below[-1] - 1)
+        left, right = (samples[np.searchsorted(ranks_below, rank, side="right")] for rank in (low, high))
+        out[r] = left + (right - left) * (position - low)
+    return out
+
+
+def _estimate(value: float, draws: np.ndarray) -> Estimate:
     tail = (1.0 - CONFIDENCE) / 2 * 100
-    low, high = np.percentile(np.asarray(draws, dtype=np.float64), [tail, 100 - tail])
+    low, high = np.percentile(draws, [tail, 100 - tail])
     return Estimate(value, float(low), float(high))
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deploy.environment import environment
 from deploy.errors import UserError
-from deploy.latency import benchmark, report_table, write_report
+from deploy.latency import PERCENTILES, _resampled_percentiles, benchmark, report_table, write_report
 from deploy.runtimes.base import Detections
 from deploy.runtimes.onnx import OnnxRunner
 from tests.deploy.tiny import CARD
@@ -87,6 +87,27 @@ def test_figures_are_those_of_the_samples_and_the_speedup_is_real(images: list[P
     assert "slow" in text and "×" in text and "[" in text.split("inference")[1]
     with pytest.raises(KeyError):
         report.cell("slow", 2, "inference")
+
+
+def test_the_bootstrap_equals_percentiles_of_repeated_samples() -> None:
+    rng = np.random.default_rng(0)
+    rounds = [rng.lognormal(0, 1, n).tolist() for n in (1, 7, 30, 12)]
+    times = rng.multinomial(4, [0.25] * 4, 50)
+    for weights, found in zip(times, _resampled_percentiles(rounds, times), strict=True):
+        repeated = np.concatenate([np.tile(part, k) for part, k in zip(rounds, weights, strict=True)])
+        np.testing.assert_allclose(found, np.percentile(repeated, PERCENTILES))
+
+
+def test_a_steady_runner_has_a_narrower_interval_than_one_that_drifts(images: list[Path]) -> None:
+    class Drifting(Sleeper):
+        def __call__(self, images: np.ndarray) -> Detections:
+            self.ms = 1.0 + 3.0 * ((time.perf_counter() * 2) % 1)  # faster and slower twice a second
+            return super().__call__(images)
+
+    runners = {"steady": Sleeper("steady", 2.5), "drifting": Drifting("drifting", 1.0)}
+    report = benchmark(runners, images, scopes=["inference"], seconds=0.8, rounds=8, warm_up_seconds=0.3)
+    width = {cell.runner: cell.latency_ms["p50"].high - cell.latency_ms["p50"].low for cell in report.cells}
+    assert width["drifting"] > width["steady"]
 
 
 def test_runners_take_turns(images: list[Path]) -> None:
