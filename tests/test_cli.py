@@ -298,9 +298,7 @@ def test_a_failed_gate_is_exit_code_1(run: Run, pipeline: types.ModuleType) -> N
     assert "report.html" in out
 
 
-def test_other_processes_are_silent(
-    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_processes_are_silent(run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run("run good.yaml") == (0, "", "")
 
@@ -327,12 +325,8 @@ def test_control_c_says_how_to_go_on(
 
 
 def test_a_missing_extra_is_named(run: Run, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; from compress.cli import main; main(['train', 'good.yaml'])"
-    )
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    code = "import sys; sys.modules['torch'] = None; from compress.cli import main; main(['train', 'good.yaml'])"
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     wanted = "error: torch is not installed; this command needs: pip install 'compress-detectors[train]'\n"
     assert (outcome.returncode, outcome.stderr) == (2, wanted)
 
@@ -363,9 +357,7 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "compress", "--help"]
-    outcome = subprocess.run(
-        command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60
-    )
+    outcome = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert (outcome.returncode, outcome.stderr) == (141, "")
 
@@ -393,9 +385,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = {
         "images": rows,
         "categories": [{"id": number, "name": name} for number, name in names],
-        "annotations": [
-            {"id": 1, "image_id": 0, "category_id": 2, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}
-        ],
+        "annotations": [{"id": 1, "image_id": 0, "category_id": 2, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}],
     }
     (folder / "labels.json").write_text(json.dumps(document))
     return folder
@@ -447,9 +437,7 @@ def test_export_takes_its_settings_from_the_run(run: Run) -> None:
     (folder / "recipe.yaml").write_text(text + "deploy: {max_detections: 7, candidates: 50, max_batch: 2}\n")
     code, out, err = run("export runs/example/student.safetensors --nms-threshold 0.5")
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1].startswith(
-        "next: compress validate runs/example/student.onnx --data runs/data/"
-    )
+    assert out.splitlines()[-1].startswith("next: compress validate runs/example/student.onnx --data runs/data/")
     card = OnnxRunner(folder / "student.onnx").card
     assert (card.input_size, card.max_detections, card.candidates, card.nms_threshold) == (
         (64, 64),
