@@ -29,8 +29,8 @@ format: .venv/.dev  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev  ## the benchmarks that need nothing but this machine
-	$(BIN)/python -m benchmarks
+bench: .venv/.dev  ## every program in benchmarks/, one after the other
+	@set -e; for program in benchmarks/*.py; do echo "$$program"; $(BIN)/python "$$program"; done
 
 clean:  ## remove the environment and caches, never runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
