@@ -368,7 +368,7 @@ def test_coco_recipes_have_the_published_settings(depth: int) -> None:
     student = recipe.student
     assert (student.backbone, student.weights, student.frozen_stages) == (f"resnet{depth}", "imagenet", 1)
     assert (student.norm_eval, student.neck_channels, student.head_depth) == (True, 256, 4)
-    assert recipe.teacher is not None and recipe.teacher.checkpoint == "zoo:gfl_r101_fpn_ms-2x_coco"
+    assert recipe.teacher is not None and recipe.teacher.checkpoint == "zoo:gfl_r101_fpn_mstrain_2x_coco"
     assert bckd is not None
     assert (bckd.weight, bckd.cls_weight, bckd.loc_weight, bckd.beta) == (1.0, 1.0, 4.0, 1.0)
     assert recipe.deploy.nms_threshold == 0.6 and recipe.deploy.score_threshold == 0.05
@@ -380,3 +380,12 @@ def test_every_setting_is_explained() -> None:
     assert len(models) > 10
     silent = [f"{m.__name__}.{n}" for m in models for n, f in m.model_fields.items() if not f.description]
     assert silent == []
+
+
+def test_teachers_from_the_zoo_are_in_it() -> None:
+    from compress.detectors.checkpoints import ZOO
+
+    for path in RECIPES.rglob("*.yaml"):
+        teacher = load_recipe(path).teacher
+        if teacher is not None and (teacher.checkpoint or "").startswith("zoo:"):
+            assert str(teacher.checkpoint).removeprefix("zoo:") in ZOO
