@@ -17,9 +17,7 @@ def foreign_kernels() -> str | None:
     found = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
     if found is not None and (found / "quality_focal_loss.py").is_file():
         return None
-    what = (
-        f"the package 'kernels' at {found} is not ours" if found else "our package 'kernels' is not installed"
-    )
+    what = f"the package 'kernels' at {found} is not ours" if found else "our package 'kernels' is not installed"
     return (
         f"{what} (Hugging Face publishes one of that name): pip uninstall -y kernels; "
         "pip install --force-reinstall --no-deps compress-detectors"

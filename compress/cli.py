@@ -51,9 +51,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Build everything and take one step on made-up data; keep nothing.")
 ]
-Devices = Annotated[
-    int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")
-]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files.")]
 Providers = Annotated[Provider, typer.Option("--provider", help="Where ONNX Runtime runs.")]
 Fallback = Annotated[
@@ -79,14 +77,14 @@ def _root(
 
 
 @app.command()
-def quickstart(settings: Set = None, resume: Resume = False) -> None:
-    """The whole path on generated data, in minutes."""
+def quickstart(settings: Set = None) -> None:
+    """The whole path on generated data, in minutes; continues what was interrupted."""
     from importlib import resources
 
     packaged = resources.files("compress") / "assets" / "quickstart.yaml"
     with resources.as_file(packaged) as path:
         recipe = _recipe(path, settings)
-    _run(recipe, resume=resume)
+    _run(recipe, resume=True)
 
 
 @app.command()
@@ -245,9 +243,7 @@ def check(
 
 @data_app.command("synthetic")
 def synthetic(
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write: train.json, val.json, images/.")
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: train.json, val.json, images/.")],
     train: Annotated[int, typer.Option(help="Training images.")] = 800,
     val: Annotated[int, typer.Option(help="Validation images.")] = 200,
     size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 160,
@@ -333,9 +329,7 @@ def export(
     _next("validate", out, "--data", data, "--images", folder)
 
 
-def _validation_images(
-    recipe: Recipe, size: tuple[int, int] | None
-) -> tuple[Path, Path, list[Path], tuple[int, int]]:
+def _validation_images(recipe: Recipe, size: tuple[int, int] | None) -> tuple[Path, Path, list[Path], tuple[int, int]]:
     """The recipe's validation set: annotations, folder, image files, and the input size (`size` if given)."""
     from compress.arms import splits
     from compress.data.coco import CocoDetection
@@ -380,9 +374,7 @@ def validate(
     images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
     reference: Annotated[
         Path | None,
-        typer.Option(
-            "--reference", metavar="FILE", help="Compare with this file and gate on the difference."
-        ),
+        typer.Option("--reference", metavar="FILE", help="Compare with this file and gate on the difference."),
     ] = None,
     max_map_drop: Annotated[
         float | None,
@@ -442,10 +434,7 @@ def _open(
             raise UserError(f"{file}: given twice")
     from deploy.runtimes.onnx import OnnxRunner
 
-    return {
-        str(file): OnnxRunner(file, (provider,), allow_fallback=allow_fallback, threads=threads)
-        for file in files
-    }
+    return {str(file): OnnxRunner(file, (provider,), allow_fallback=allow_fallback, threads=threads) for file in files}
 
 
 @contextmanager
@@ -629,7 +618,6 @@ _EXTRA_OF = {
             "onnx",
             "onnxscript",
             "tensorboard",
-            "matplotlib",
         ),
         "train",
     ),
@@ -653,7 +641,8 @@ def _missing_package(error: ImportError) -> str | None:
 def _how_to_resume(arguments: list[str]) -> str:
     if not arguments or arguments[0] not in ("quickstart", "run", "distill", "train"):
         return ""
-    again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    continues = "--resume" in arguments or arguments[0] == "quickstart"
+    again = [*arguments, *([] if continues else ["--resume"])]
     return f"; continue with: compress {shlex.join(again)}"
 
 

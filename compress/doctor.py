@@ -166,9 +166,7 @@ def check_import(name: str, installed: Mapping[str, str]) -> list[Finding]:
         return []
     try:
         import_module(name)
-    except (
-        Exception
-    ) as error:  # a torchvision built for another torch raises RuntimeError, a lost library OSError
+    except Exception as error:  # a torchvision built for another torch raises RuntimeError, a lost library OSError
         remedy = "pip install --force-reinstall torch torchvision (both from the same index)"
         return [Finding(name, f"does not import: {_first_line(error)}", "broken", remedy)]
     return [Finding(name, f"{installed[name]} imports")]
@@ -223,9 +221,7 @@ def check_providers(installed: Mapping[str, str]) -> list[Finding]:
         (starts if _provider_starts(onnxruntime.InferenceSession, provider) else listed).append(
             provider.removesuffix("ExecutionProvider")
         )
-    text = f"{', '.join(starts) or 'none'} start" + (
-        f"; {', '.join(listed)} listed but do not" if listed else ""
-    )
+    text = f"{', '.join(starts) or 'none'} start" + (f"; {', '.join(listed)} listed but do not" if listed else "")
     if "CPU" not in starts:
         return [Finding("providers", text, "broken", "pip install --force-reinstall compress-detectors")]
     gpu_libraries = "for CUDA: pip install 'compress-detectors[gpu]' and a driver" if "CUDA" in listed else ""

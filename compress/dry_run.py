@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from compress.arms import build_detector, build_methods, model_size, open_data, train_arm
 from compress.data.coco import read_coco
+from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
 from compress.detectors.gfl import GFL
 from compress.distill.teacher import check_capabilities, freeze, load_teacher
@@ -31,7 +33,7 @@ IMAGES = 8
 def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
     """Raises UserError for what would also stop the real run."""
     console = Console(quiet=not fabric.is_global_zero)
-    categories = _categories(recipe)
+    categories = _categories(recipe, console)
     teacher = _teacher(recipe, categories, console) if distillation and recipe.teacher is not None else None
     methods = build_methods(recipe) if teacher is not None else {}
     if teacher is not None:
@@ -59,15 +61,15 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
     )
 
 
-def _categories(recipe: Recipe) -> dict[int, str]:
+def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
     """The data's categories by id when its file is there, otherwise COCO's (and the output says so)."""
     data = recipe.data
     if data.synthetic is not None:
-        return {i + 1: f"class {i + 1}" for i in range(data.synthetic.classes)}
+        return dict(enumerate(class_names(data.synthetic.classes), start=1))
     assert data.train is not None
     if data.train.annotations.is_file():
         return {row["id"]: row["name"] for row in read_coco(data.train.annotations)["categories"]}
-    print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
+    console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
     return dict(COCO_CATEGORIES)
 
 
@@ -76,14 +78,10 @@ def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> GF
     assert settings is not None
     if settings.checkpoint is None:
         assert settings.model is not None
-        return freeze(
-            build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0)
-        )
-    if not settings.checkpoint.startswith("zoo:"):
-        return load_teacher(settings.checkpoint, list(categories.values()))[0]
+        return freeze(build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0))
     name = settings.checkpoint.removeprefix("zoo:")
     if name not in ZOO:
-        raise UserError(f"zoo:{name} is unknown; use one of {', '.join('zoo:' + known for known in ZOO)}")
+        return load_teacher(settings.checkpoint, list(categories.values()))[0]
     if len(categories) != len(COCO_CATEGORIES):
         raise UserError(f"teacher zoo:{name} knows COCO's 80 classes, the data has {len(categories)}")
     console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in", highlight=False)
@@ -94,9 +92,7 @@ def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> GF
 def _without_download(model: Model, console: Console, who: str) -> Model:
     if model.weights != "imagenet":
         return model
-    console.print(
-        f"dry run: the {who}'s ImageNet weights are not downloaded; random ones stand in", highlight=False
-    )
+    console.print(f"dry run: the {who}'s ImageNet weights are not downloaded; random ones stand in", highlight=False)
     return model.model_copy(update={"weights": "none"})
 
 
@@ -106,27 +102,28 @@ def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str]) -> Reci
     short = min(recipe.data.eval_short, SHORT_PX)
     data = recipe.data.model_copy(
         update={
-            "synthetic": None, "train": split, "val": split, "short": short, "long": max(short, min(recipe.data.long, LONG_PX)),
+            "synthetic": None,
+            "train": split,
+            "val": split,
+            "short": short,
+            "long": max(short, min(recipe.data.long, LONG_PX)),
             "workers": 0,
         }
-    )  # fmt: skip
+    )
     train = recipe.train.model_copy(
         update={"batch_size": 2 * recipe.train.devices * recipe.train.accumulate, "steps": 1, "epochs": None}
     )
     student = _without_download(recipe.student, Console(), "student")
-    return recipe.model_copy(
-        update={"data": data, "train": train, "student": student, "runs": folder / "runs"}
-    )
+    return recipe.model_copy(update={"data": data, "train": train, "student": student, "runs": folder / "runs"})
 
 
 def _draw(folder: Path, categories: dict[int, str], seed: int) -> Split:
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id in range(1, 2 * IMAGES + 1):
-        Image.fromarray(random.integers(0, 256, (240, 320, 3), dtype=np.uint8)).save(
-            folder / f"{image_id}.png"
-        )
+        Image.fromarray(random.integers(0, 256, (240, 320, 3), dtype=np.uint8)).save(folder / f"{image_id}.png")
         images.append({"id": image_id, "file_name": f"{image_id}.png", "width": 320, "height": 240})
         for _ in range(4):
             w, h = random.uniform(20, 150, 2)
@@ -138,7 +135,5 @@ def _draw(folder: Path, categories: dict[int, str], seed: int) -> Split:
                 }
             )  # fmt: skip
     rows = [{"id": key, "name": name} for key, name in categories.items()]
-    (folder / "noise.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": rows})
-    )
+    (folder / "noise.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": rows}))
     return Split(annotations=folder / "noise.json", images=folder)

@@ -16,9 +16,7 @@ from deploy.coco_map import CocoMetrics, evaluate_coco
 
 
 @torch.no_grad()
-def evaluate(
-    detector: GFL, loader: DataLoader[Batch], dataset: CocoDetection, device: torch.device
-) -> CocoMetrics:
+def evaluate(detector: GFL, loader: DataLoader[Batch], dataset: CocoDetection, device: torch.device) -> CocoMetrics:
     """mAP (percent) of `detector` on `loader`, an evaluation loader of `dataset`.
 
     With several processes each loader holds its own share of the images; every process gets the metrics of

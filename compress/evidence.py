@@ -21,7 +21,7 @@ from compress.data.batch import collate
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform, fit_size
 from compress.detectors.base import Detections
-from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
+from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
 from compress.export import export_checkpoint, torch_runner
 from compress.manifest import Manifest
@@ -31,8 +31,10 @@ from compress.versions import versions
 from deploy import latency, validate
 from deploy.environment import environment
 from deploy.files import sha256_of, write_json
+from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 
+TEACHER = "teacher (torch)"
 PICTURES = 6
 SHOWN_SCORE = 0.3  # detections below are not kept for the pictures
 
@@ -46,9 +48,7 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     console = Console()
     manifest = Manifest(run_dir, versions())
     _, split = splits(recipe.data, recipe.runs)
-    val = CocoDetection(
-        split.annotations, split.images, eval_transform(recipe.data.eval_short, recipe.data.long)
-    )
+    val = CocoDetection(split.annotations, split.images, eval_transform(recipe.data.eval_short, recipe.data.long))
     input_size = recipe.deploy.input_size or canvas(val, recipe)
     files = [val.path(index) for index in range(len(val))]
     student = run_dir / "student.safetensors"
@@ -67,8 +67,8 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
         highlight=False,
     )
 
-    runners = {
-        student.name: torch_runner(student, recipe.deploy, input_size),
+    runners: dict[str, Runner] = {
+        student.name: torch_runner(str(student), recipe.deploy, input_size),
         onnx_file.name: OnnxRunner(onnx_file, recipe.deploy.providers),
     }
     inputs = {"onnx": sha256_of(onnx_file), "data": sha256_of(split.annotations), "deploy": settings}
@@ -83,10 +83,11 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
 
     proofs = manifest.stage("validate", inputs, [], prove)
 
-    teacher = _teacher_path(recipe, run_dir)
-    timed: dict[str, Any] = dict(runners)
-    if teacher is not None and teacher.suffix == ".safetensors":
-        timed = {f"teacher: {teacher.name}": torch_runner(teacher, recipe.deploy, input_size), **timed}
+    teacher = _teacher(recipe, run_dir)
+    timed = dict(runners)
+    if teacher is not None:
+        categories = dict(zip(val.category_ids, val.categories, strict=True))
+        timed = {TEACHER: torch_runner(teacher, recipe.deploy, input_size, categories=categories), **timed}
     measured_file = run_dir / "benchmark.json"
 
     def measure() -> dict[str, Any]:
@@ -117,12 +118,11 @@ def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
     return -(-height // 32) * 32, -(-width // 32) * 32
 
 
-def _teacher_path(recipe: Recipe, run_dir: Path) -> Path | None:
+def _teacher(recipe: Recipe, run_dir: Path) -> str | None:
+    """The checkpoint of the teacher that the student learned from."""
     if recipe.teacher is None or not recipe.methods.enabled():
         return None
-    if recipe.teacher.checkpoint is None:
-        return run_dir / "teacher.safetensors"
-    return Path(recipe.teacher.checkpoint)
+    return recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
 
 
 def _report(
@@ -132,17 +132,12 @@ def _report(
     input_size: tuple[int, int],
     proofs: list[dict[str, Any]],
     latencies: dict[str, Any],
-    teacher: Path | None,
+    teacher: str | None,
 ) -> dict[str, Any]:
     stages = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]
     detectors: dict[str, GFL] = {}
     if teacher is not None:
-        spec = (
-            str(run_dir / "teacher.safetensors")
-            if recipe.teacher.checkpoint is None
-            else recipe.teacher.checkpoint
-        )  # type: ignore[union-attr]
-        detectors["teacher"] = load_teacher_checkpoint(spec)[0]
+        detectors["teacher"] = load_teacher_checkpoint(teacher)[0]
     for arm in ("baseline", "student"):
         if (run_dir / f"{arm}.safetensors").is_file() and arm in stages:
             detectors[arm] = load_detector(run_dir / f"{arm}.safetensors")[0]
@@ -154,14 +149,18 @@ def _report(
             models[name]["train_seconds"] = stage["result"]["seconds"]
 
     artifacts = []
-    if teacher is not None and (timed := latencies.get(f"teacher: {teacher.name}")):
+    if teacher is not None:
         artifacts.append(
             {
-                "file": f"teacher: {teacher.name}", "backend": "torch cpu", "precision": "fp32",
-                "size_mb": round(teacher.stat().st_size / 1e6, 2), "map": models["teacher"]["map"],
-                "gate": "not run: the teacher does not ship", **timed,
+                "file": TEACHER,
+                "backend": "torch",
+                "precision": "fp32",
+                "size_mb": round(checkpoint_file(teacher).stat().st_size / 1e6, 2),
+                "map": models["teacher"]["map"],
+                "gate": "not run: the teacher does not ship",
+                **latencies.get(TEACHER, {}),
             }
-        )  # fmt: skip
+        )
     for proof in proofs:
         agreement = proof["agreement"]
         artifacts.append(
@@ -233,9 +232,7 @@ def _pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[dict[str, A
 def _boxes(found: Detections, val: CocoDetection) -> list[dict[str, Any]]:
     return [
         {"box": [round(x, 1) for x in box], "label": val.categories[label], "score": round(score, 3)}
-        for box, label, score in zip(
-            found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
-        )
+        for box, label, score in zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
         if score >= SHOWN_SCORE
     ]
 

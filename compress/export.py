@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from compress.data.batch import PAD_COLOR
-from compress.detectors.checkpoints import load_detector
+from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.detectors.deployable import Deployable, TorchRunner
 from compress.recipe import Deploy
 from compress.versions import versions
@@ -35,22 +35,27 @@ def export_checkpoint(
     Raises:
         UserError: the checkpoint or an image cannot be used. `deploy.export.ExportMismatchError`: the graph is wrong.
     """
-    runner = torch_runner(checkpoint, settings, input_size)
+    runner = torch_runner(str(checkpoint), settings, input_size)
     samples = sample_canvases(images, input_size)
     return export_onnx(runner.module, runner.card, out, samples=samples, max_batch=settings.max_batch)
 
 
 def torch_runner(
-    checkpoint: Path, settings: Deploy, input_size: tuple[int, int], device: str = "cpu"
+    checkpoint: str, settings: Deploy, input_size: tuple[int, int], *, categories: Mapping[int, str] | None = None
 ) -> TorchRunner:
-    """The checkpoint as a Runner in PyTorch, with the post-processing that the exported file has."""
-    detector, record = load_detector(checkpoint)
-    if record.class_names is None or record.category_ids is None:
+    """A checkpoint (a file or `zoo:<name>`) in PyTorch on the CPU, with the post-processing of an exported file.
+
+    categories: id → name in label order, for a checkpoint that does not say which classes it knows.
+    """
+    detector, record = load_teacher_checkpoint(checkpoint)
+    if record.class_names is not None and record.category_ids is not None:
+        categories = dict(zip(record.category_ids, record.class_names, strict=True))
+    if categories is None:
         raise UserError(f"{checkpoint}: does not say which classes it was trained on; a shipped file must")
     card = ModelCard(
-        name=checkpoint.stem,
-        class_names=list(record.class_names),
-        category_ids=list(record.category_ids),
+        name=Path(checkpoint).stem,
+        class_names=list(categories.values()),
+        category_ids=list(categories),
         input_size=input_size,
         pad_color=PAD_COLOR,
         score_threshold=settings.score_threshold,
@@ -58,13 +63,13 @@ def torch_runner(
         max_detections=settings.max_detections,
         candidates=settings.candidates,
         precision={"model": "fp32", "pre- and post-processing": "fp32"},
-        checkpoint_sha256=sha256_of(checkpoint),
+        checkpoint_sha256=sha256_of(checkpoint_file(checkpoint)),
         recipe_sha256=record.recipe_sha256 or "",
         val_map=record.val_map,
         versions=versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return TorchRunner(Deployable.from_card(detector, card), card, device)
+    return TorchRunner(Deployable.from_card(detector, card), card)
 
 
 def sample_canvases(images: Sequence[Path], input_size: tuple[int, int]) -> np.ndarray:

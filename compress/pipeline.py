@@ -7,8 +7,9 @@ process 0 does the rest.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric import Fabric
 from rich.console import Console
@@ -44,9 +45,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
     return run_dir
 
 
-def distill(
-    recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True
-) -> Path:
+def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True) -> Path:
     """Train teacher (if the recipe says so), baseline (if asked for) and student. Returns the run folder.
 
     With `distillation` False only the student is trained, alone, from the labels.
@@ -126,14 +125,22 @@ def _launch(recipe: Recipe) -> Fabric:
                     f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
                     "trains all its arms alike; give both the same value"
                 )
-    precision = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[train.precision]
-    strategy = "ddp" if train.devices > 1 else "auto"
+    started = int(os.environ.get("WORLD_SIZE", train.devices))
+    if started != train.devices and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError(
+            f"torchrun started {started} processes, train.devices is {train.devices}; add --devices {started}"
+        )
+    precisions: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+        "32": "32-true",
+        "bf16": "bf16-mixed",
+        "fp16": "16-mixed",
+    }
     try:
         fabric = Fabric(
             accelerator=train.accelerator,
             devices=train.devices,
-            precision=precision,
-            strategy=strategy,  # type: ignore[arg-type]
+            precision=precisions[train.precision],
+            strategy="ddp" if train.devices > 1 else "auto",
         )
     except Exception as error:
         message = str(error).strip().splitlines()[0]
@@ -155,8 +162,7 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
     unfinished = [
         name
         for name in ("teacher", "baseline", "student")
-        if (run_dir / name / "checkpoints" / "last.ckpt").is_file()
-        and not (run_dir / f"{name}.safetensors").is_file()
+        if (run_dir / name / "checkpoints" / "last.ckpt").is_file() and not (run_dir / f"{name}.safetensors").is_file()
     ]
     if unfinished and not resume:
         raise UserError(
@@ -221,9 +227,7 @@ def _teacher(
         return {"metrics": evaluate_arm(teacher, data, fabric, recipe.data.workers).to_dict()}
 
     weights = weights_sha256(teacher)
-    measured = manifest.stage(
-        "teacher_check", {"data": data.identity, "weights": weights}, [], check, write=first
-    )
+    measured = manifest.stage("teacher_check", {"data": data.identity, "weights": weights}, [], check, write=first)
     found = measured["metrics"]["map"]
     console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images", highlight=False)
     if found < settings.min_map:

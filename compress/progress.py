@@ -80,17 +80,13 @@ class TrainingLog:
         for key, value in row.items():
             if key not in ("step", "epoch", "seconds"):
                 self._board.add_scalar(key, value, step)
-        text = f"loss {loss:.3f}  " + "  ".join(
-            f"{k.removeprefix('loss_')} {v:.3f}" for k, v in losses.items()
-        )
+        text = f"loss {loss:.3f}  " + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in losses.items())
         self._progress.update(self._task, completed=step, text=text)
         now = time.perf_counter()
         if not self._live and (now - self._printed > PLAIN_EVERY_S or step == self._total):
             self._printed = now
             left = (now - self._started) / max(1, step - self._from_step) * (self._total - step)
-            self._console.print(
-                f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}", highlight=False
-            )
+            self._console.print(f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}", highlight=False)
             self._write()
 
     def evaluated(self, step: int, epoch: int, metrics: CocoMetrics) -> None:

@@ -103,10 +103,7 @@ class Data(_Settings):
     photometric: bool = False
     """Random brightness, contrast, saturation and hue while training."""
     scale_jitter: (
-        Annotated[
-            tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], AfterValidator(_ordered)
-        ]
-        | None
+        Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], AfterValidator(_ordered)] | None
     ) = None
     """Random zoom while training: a factor in this range, then crop (above 1) or pad (below 1)."""
     workers: Count = 2
@@ -263,9 +260,7 @@ class Train(_Settings):
             raise _broken_rule("steps", "excludes epochs; keep one of the two")
         parts = self.devices * self.accumulate
         if self.batch_size % parts:
-            raise _broken_rule(
-                "batch_size", f"{self.batch_size} is not a multiple of devices x accumulate = {parts}"
-            )
+            raise _broken_rule("batch_size", f"{self.batch_size} is not a multiple of devices x accumulate = {parts}")
         warmup = self.schedule.warmup_steps
         if self.steps is not None and warmup >= self.steps:
             raise _broken_rule(
@@ -380,9 +375,7 @@ class Deploy(_Settings):
     @model_validator(mode="after")
     def _rules(self) -> Deploy:
         if self.candidates < self.max_detections:
-            raise _broken_rule(
-                "candidates", f"{self.candidates} is less than max_detections, {self.max_detections}"
-            )
+            raise _broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
         return self
 
 
@@ -599,9 +592,7 @@ class _Document:
             return items
         assert isinstance(node, yaml.ScalarNode)
         if node.value == "" and node.style is None:  # `bckd:` looks like "on" and would mean "off"
-            self.problems.append(
-                self.report(key, "no value; write {} for a section of defaults, null for none")
-            )
+            self.problems.append(self.report(key, "no value; write {} for a section of defaults, null for none"))
             return None
         match node.tag.rpartition(":")[2]:
             case "null":
@@ -703,11 +694,7 @@ def _message(item: Any, key: _Key) -> str:
         return f"needs {item['loc'][-1] + 1} numbers" if isinstance(item["loc"][-1], int) else "missing"
     if kind == "extra_forbidden":
         meant = _closest(key)
-        hint = (
-            f"did you mean {meant}?"
-            if meant
-            else f"known here: {', '.join(_model_at(key[:-1]).model_fields)}"
-        )
+        hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(_model_at(key[:-1]).model_fields)}"
         return f"unknown key; {hint}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])

@@ -42,9 +42,7 @@ class Learner(nn.Module):
     The teacher is kept out of the module tree: it has no gradient, goes to no checkpoint and stays in eval mode.
     """
 
-    def __init__(
-        self, student: GFL, methods: Mapping[str, Method], teacher: GFL | None, reduce: Reduce | None
-    ) -> None:
+    def __init__(self, student: GFL, methods: Mapping[str, Method], teacher: GFL | None, reduce: Reduce | None) -> None:
         super().__init__()
         self.student = student
         self.methods = nn.ModuleDict(methods)
@@ -155,7 +153,8 @@ def fit(
         fabric.barrier()
 
     def assess(epoch: int) -> None:
-        weights = average.module if average is not None else student
+        weights = student if average is None else average.module
+        assert isinstance(weights, GFL)
         metrics = evaluate(weights)
         log.evaluated(state.step, epoch, metrics)
         state.evaluated_step = state.step
@@ -260,9 +259,7 @@ def _sum_over_processes(fabric: Fabric) -> Reduce:
     return reduce
 
 
-def _mean_over_processes(
-    losses: dict[str, Tensor], reduce: Reduce | None, world_size: int
-) -> dict[str, float]:
+def _mean_over_processes(losses: dict[str, Tensor], reduce: Reduce | None, world_size: int) -> dict[str, float]:
     values = torch.stack(list(losses.values()))
     if reduce is not None:
         values = reduce(values) / world_size
@@ -332,8 +329,6 @@ def _restore(
 
 
 def _metrics(values: dict[str, Any]) -> CocoMetrics:
-    numbers = {
-        key: math.nan if value is None else value for key, value in values.items() if key != "per_class"
-    }
+    numbers = {key: math.nan if value is None else value for key, value in values.items() if key != "per_class"}
     per_class = {key: math.nan if value is None else value for key, value in values["per_class"].items()}
     return CocoMetrics(**numbers, per_class=per_class)

@@ -86,9 +86,7 @@ def _images(file: Path, folder: Path, document: dict[str, Any]) -> Iterator[Prob
             return Problem("error", path, where, f"cannot be read as an image: {str(error).splitlines()[0]}")
         if (height, width) != (entry["height"], entry["width"]):
             said = f"{entry['width']}x{entry['height']}"
-            return Problem(
-                "error", path, where, f"the file is {width}x{height} pixels, {file.name} says {said}"
-            )
+            return Problem("error", path, where, f"the file is {width}x{height} pixels, {file.name} says {said}")
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
@@ -114,9 +112,7 @@ def _annotations(file: Path, document: dict[str, Any]) -> Iterator[Problem]:
         if identifier is None:
             yield Problem("error", file, where, "id is missing; COCO evaluation needs one")
         if annotation["category_id"] not in categories:
-            yield Problem(
-                "error", file, where, f"category_id {annotation['category_id']} is not in categories"
-            )
+            yield Problem("error", file, where, f"category_id {annotation['category_id']} is not in categories")
         if annotation["image_id"] not in sizes:
             yield Problem("error", file, where, f"image_id {annotation['image_id']} is not in images")
         problem = _box_problem(annotation["bbox"], sizes.get(annotation["image_id"]))

@@ -26,9 +26,7 @@ from compress.data.batch import Target
 from deploy.errors import UserError
 
 # torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
-warnings.filterwarnings(
-    "ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning
-)
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
@@ -47,17 +45,13 @@ def read_coco(path: Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-        ) from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text, so not COCO JSON") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(document, dict):
-        raise UserError(
-            f"{path}: COCO JSON is an object with images, annotations and categories; this is not"
-        )
+        raise UserError(f"{path}: COCO JSON is an object with images, annotations and categories; this is not")
     for section, fields in _FIELDS.items():
         entries = document.get(section)
         if not isinstance(entries, list):
@@ -167,9 +161,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         flat = self._cache[start : start + height * width * 3]
         return flat.view(height, width, 3).permute(2, 0, 1)
 
-    def _load_tables(
-        self, entries: list[dict[str, Any]], kept: dict[int, list[tuple[list[float], int, bool]]]
-    ) -> None:
+    def _load_tables(self, entries: list[dict[str, Any]], kept: dict[int, list[tuple[list[float], int, bool]]]) -> None:
         self.image_ids = tuple(entry["id"] for entry in entries)
         self._names = [entry["file_name"] for entry in entries]
         self.sizes = [(entry["height"], entry["width"]) for entry in entries]

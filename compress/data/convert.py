@@ -104,9 +104,7 @@ class _CocoWriter:
 
     def add_image(self, path: Path, width: int, height: int) -> None:
         name = path.relative_to(self._folder).as_posix()
-        self._images.append(
-            {"id": len(self._images) + 1, "file_name": name, "width": width, "height": height}
-        )
+        self._images.append({"id": len(self._images) + 1, "file_name": name, "width": width, "height": height})
 
     def add_box(self, label: int, box: list[float], crowd: bool) -> None:
         """A box (x, y, w, h in pixels) of the image added last."""
@@ -158,9 +156,7 @@ def _yolo_label_file(image: Path, folder: Path) -> Path | None:
     parts = image.relative_to(folder).with_suffix(".txt").parts
     candidates = [image.with_suffix(".txt")]
     candidates += [
-        folder.joinpath(*parts[:i], "labels", *parts[i + 1 :])
-        for i, part in enumerate(parts)
-        if part == "images"
+        folder.joinpath(*parts[:i], "labels", *parts[i + 1 :]) for i, part in enumerate(parts) if part == "images"
     ]
     if folder.name == "images":
         candidates.append(folder.parent.joinpath("labels", *parts))
@@ -242,9 +238,7 @@ def _voc_object(file: Path, node: _Node) -> tuple[str, tuple[float, float, float
         raise UserError(f"{file}:{node.line}: the object has no <bndbox>")
     xmin, ymin, xmax, ymax = (_voc_number(file, box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
     if xmax < xmin or ymax < ymin:
-        raise UserError(
-            f"{file}:{box.line}: the box is turned around: x {xmin:g}..{xmax:g}, y {ymin:g}..{ymax:g}"
-        )
+        raise UserError(f"{file}:{box.line}: the box is turned around: x {xmin:g}..{xmax:g}, y {ymin:g}..{ymax:g}")
     difficult = node.first("difficult")
     return (
         name.text.strip(),
@@ -276,6 +270,4 @@ def _voc_image(file: Path, root: _Node, folder: Path) -> Path:
             if (parent / name).is_file():
                 return parent / name
     line = root.line if node is None else node.line
-    raise UserError(
-        f"{file}:{line}: no image {given or file.stem!r} in JPEGImages/, images/ or beside the XML"
-    )
+    raise UserError(f"{file}:{line}: no image {given or file.stem!r} in JPEGImages/, images/ or beside the XML")

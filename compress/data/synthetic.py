@@ -53,11 +53,7 @@ def generate(folder: Path, *, train: int, val: int, size: int, classes: int, see
     specification = dict(version=VERSION, train=train, val=val, size=size, classes=classes, seed=seed)
     if _is_complete(folder, specification):
         return
-    if (
-        folder.exists()
-        and not (folder / "spec.json").is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
+    if folder.exists() and not (folder / "spec.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a synthetic dataset; name another folder or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -237,9 +233,7 @@ def _blob(canvas: Array, rng: np.random.Generator) -> None:
     if window is None:
         return
     rows, columns, across, down = window
-    alpha = (
-        np.exp(-(across**2) / radius**2) * np.exp(-(down**2) / radius**2) * np.float32(rng.uniform(0.3, 0.9))
-    )
+    alpha = np.exp(-(across**2) / radius**2) * np.exp(-(down**2) / radius**2) * np.float32(rng.uniform(0.3, 0.9))
     _blend(canvas[:, rows, columns], _color(rng), alpha)
 
 
@@ -275,9 +269,7 @@ def _place(size: int, placed: list[Circle], rng: np.random.Generator) -> Circle:
     margin = 0.35 * radius
     for _ in range(6):
         x, y = (float(value) for value in rng.uniform(margin, size - margin, 2))
-        if all(
-            math.hypot(x - px, y - py) > 0.75 * max(radius, r) + 0.15 * min(radius, r) for px, py, r in placed
-        ):
+        if all(math.hypot(x - px, y - py) > 0.75 * max(radius, r) + 0.15 * min(radius, r) for px, py, r in placed):
             break
     return x, y, radius
 

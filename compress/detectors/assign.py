@@ -66,15 +66,11 @@ def atss(
     A = int(sum(h * w for h, w in level_sizes))
 
     padded = (image_sizes + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
-    extent = torch.minimum(
-        (padded[:, None] + stride[:, None] - 1) // stride[:, None], grid
-    )  # [B, L, 2] (h, w)
+    extent = torch.minimum((padded[:, None] + stride[:, None] - 1) // stride[:, None], grid)  # [B, L, 2] (h, w)
     valid = _valid_locations(extent, level_sizes)
     if G == 0:
         none = torch.full((B, A), -1, dtype=torch.int64, device=device)
-        return Assignment(
-            none, valid, boxes.new_zeros(B, 0), torch.zeros(B, dtype=torch.int64, device=device)
-        )
+        return Assignment(none, valid, boxes.new_zeros(B, 0), torch.zeros(B, dtype=torch.int64, device=device))
 
     center = (boxes[..., :2] + boxes[..., 2:]) / 2  # [B, G, 2] (x, y)
     columns, column_exists = _nearest(center[..., 0], stride, extent[..., 1])  # [B, G, L, 9]

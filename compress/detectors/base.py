@@ -39,14 +39,10 @@ class DensePrediction:
 
     def float(self) -> DensePrediction:
         """The same prediction in float32: losses are never computed in half precision."""
-        return DensePrediction(
-            [x.float() for x in self.logits], [x.float() for x in self.distribution], self.strides
-        )
+        return DensePrediction([x.float() for x in self.logits], [x.float() for x in self.distribution], self.strides)
 
     def detach(self) -> DensePrediction:
-        return DensePrediction(
-            [x.detach() for x in self.logits], [x.detach() for x in self.distribution], self.strides
-        )
+        return DensePrediction([x.detach() for x in self.logits], [x.detach() for x in self.distribution], self.strides)
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:

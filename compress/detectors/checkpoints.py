@@ -179,11 +179,14 @@ ZOO = {
         42.9,
     ),
     "gfl_r101_fpn_mstrain_2x_coco": Published(
-        f"{_OPENMMLAB}/gfl_r101_fpn_mstrain_2x_coco/"
-        "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth",
+        f"{_OPENMMLAB}/gfl_r101_fpn_mstrain_2x_coco/gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth",
         44.7,
     ),
 }
+
+
+PACKAGED = {"quickstart": "quickstart_teacher.safetensors"}
+"""Teachers that come with the package, `zoo:<name>`: file names in compress/assets."""
 
 
 def fetch(name: str) -> Path:
@@ -192,7 +195,7 @@ def fetch(name: str) -> Path:
     Raises UserError for an unknown name, a failed download and a file with another hash.
     """
     if name not in ZOO:
-        raise UserError(f"zoo:{name} is unknown; use one of {', '.join('zoo:' + known for known in ZOO)}")
+        raise UserError(f"zoo:{name} is unknown; use one of {', '.join('zoo:' + known for known in (*PACKAGED, *ZOO))}")
     published = ZOO[name]
     path = Path.home() / ".cache" / "compress" / published.filename
     if path.is_file():
@@ -225,16 +228,25 @@ def load_teacher_checkpoint(spec: str) -> tuple[GFL, ModelRecord]:
     `spec` is a native `.safetensors` file, an mmdet GFL `.pth` file, or `zoo:NAME` with a name in `ZOO`.
     Raises UserError as `load_detector`, `load_mmdet_gfl` and `fetch` do.
     """
-    if spec.startswith("zoo:"):
-        name = spec.removeprefix("zoo:")
-        path = fetch(name)
+    name = spec.removeprefix("zoo:")
+    path = checkpoint_file(spec)
+    if spec.startswith("zoo:") and name in ZOO:
         return load_mmdet_gfl(path, val_map=ZOO[name].val_map, source=ZOO[name].url)
-    path = Path(spec).expanduser()
     if path.suffix == NATIVE_SUFFIX:
         return load_detector(path)
     if path.suffix in TORCH_SUFFIXES:
         return load_mmdet_gfl(path)
     raise UserError(f"{spec}: not a checkpoint name; use FILE.safetensors, FILE.pth or zoo:NAME")
+
+
+def checkpoint_file(spec: str) -> Path:
+    """The file behind `spec` (see `load_teacher_checkpoint`); one of the zoo is downloaded if need be."""
+    if not spec.startswith("zoo:"):
+        return Path(spec).expanduser()
+    name = spec.removeprefix("zoo:")
+    if name in PACKAGED:
+        return Path(__file__).parents[1] / "assets" / PACKAGED[name]
+    return fetch(name)
 
 
 def mmdet_key(key: str) -> str:
@@ -285,13 +297,9 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
     needed = ("neck.lateral_convs.0.conv.weight", "bbox_head.gfl_cls.weight", "bbox_head.gfl_reg.weight")
     absent = [key for key in needed if key not in state]
     if absent:
-        raise UserError(
-            f"{path}: not an mmdet GFL checkpoint; missing {len(absent)} key(s): {listed(absent)}"
-        )
+        raise UserError(f"{path}: not an mmdet GFL checkpoint; missing {len(absent)} key(s): {listed(absent)}")
     blocks = tuple(_count(state, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-    kind = (
-        "bottleneck" if any(re.match(r"backbone\.layer\d\.\d+\.conv3\.", key) for key in state) else "basic"
-    )
+    kind = "bottleneck" if any(re.match(r"backbone\.layer\d\.\d+\.conv3\.", key) for key in state) else "basic"
     if (kind, blocks) not in _RESNETS:
         raise UserError(
             f"{path}: its backbone of {kind} blocks {list(blocks)} is none of ResNet-18, 34, 50, 101, "
@@ -322,9 +330,7 @@ def _validated(path: Path, fields: Mapping[str, object]) -> ModelRecord:
 
 def _one_line(error: ValidationError) -> str:
     return "; ".join(
-        ": ".join(
-            filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")))
-        )
+        ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
         for problem in error.errors(include_url=False)
     )
 

@@ -42,9 +42,7 @@ class Deployable(nn.Module):
         if not isinstance(detector, nn.Module):
             raise TypeError(f"a deployable detector is a torch module, got {type(detector).__name__}")
         if any(side < 1 or side % 32 for side in input_size):
-            raise UserError(
-                f"deploy.input_size: {list(input_size)}: height and width must be multiples of 32"
-            )
+            raise UserError(f"deploy.input_size: {list(input_size)}: height and width must be multiples of 32")
         self.detector = detector
         self.input_size = input_size
         self.score_threshold = score_threshold

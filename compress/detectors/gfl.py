@@ -12,20 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss
-from compress.detectors.backbones import Backbone
 from compress.detectors.base import Capability, DensePrediction, Detections
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
 from kernels.iou_loss import giou_loss, paired_iou
 from kernels.quality_focal_loss import quality_focal_loss
+
+if TYPE_CHECKING:
+    from compress.detectors.backbones import Backbone
 
 MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 STD = (58.395, 57.12, 57.375)
@@ -69,7 +71,7 @@ class GFL(nn.Module):
     """
 
     capabilities = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
-    strides = STRIDES
+    strides: tuple[int, ...] = STRIDES
 
     def __init__(
         self,
@@ -88,15 +90,15 @@ class GFL(nn.Module):
         self.backbone = backbone
         self.neck = FPN(backbone.out_channels, neck_channels)
         self.head = GFLHead(num_classes, neck_channels, head_depth)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """uint8 RGB images [B, 3, H, W] → P3..P7, each float [B, neck_channels, h, w]."""
         x = (images.to(self.mean.dtype) - self.mean) / self.std
-        if (
-            not torch.compiler.is_exporting()
-        ):  # on CPUs and GPUs alike convolutions are faster with channels last
+        if not torch.compiler.is_exporting():  # on CPUs and GPUs alike convolutions are faster with channels last
             x = x.contiguous(memory_format=torch.channels_last)
         return self.neck(self.backbone(x))
 
@@ -113,9 +115,7 @@ class GFL(nn.Module):
         return torch.cat([decode_level(x) * stride for x, stride in levels], 1)
 
     @torch.no_grad()
-    def assign(
-        self, prediction: DensePrediction, targets: list[Target], reduce: Reduce | None = None
-    ) -> Targets:
+    def assign(self, prediction: DensePrediction, targets: list[Target], reduce: Reduce | None = None) -> Targets:
         """Assign ground truth to locations and compute the normalisers that all losses share.
 
         `reduce` sums over processes; with it the losses of n processes average to the loss of one process
@@ -124,9 +124,9 @@ class GFL(nn.Module):
         boxes, labels, mask = pad_targets(targets, prediction.logits[0].device)
         sizes = torch.tensor([t.size for t in targets], device=boxes.device)
         assignment = atss(boxes, mask, sizes, prediction.level_sizes, prediction.strides)
-        per_level = torch.stack(
-            [(x >= 0).sum() for x in assignment.gt_index.split(_locations(prediction), dim=1)]
-        ).to(boxes.dtype)
+        per_level = torch.stack([(x >= 0).sum() for x in assignment.gt_index.split(_locations(prediction), dim=1)]).to(
+            boxes.dtype
+        )
         at_least_one = assignment.num_positives.clamp(min=1).sum().to(boxes.dtype)
         totals = torch.cat((at_least_one[None], per_level))
         world_size = 1
@@ -134,9 +134,7 @@ class GFL(nn.Module):
             totals, world_size = reduce(totals), dist.get_world_size()
         return Targets(boxes, labels, assignment, totals[0] / world_size, totals[1:], world_size)
 
-    def loss(
-        self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None
-    ) -> dict[str, Tensor]:
+    def loss(self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """Quality focal, GIoU and distribution focal loss: scalars, weighted (1, 2, 0.25), float32."""
         return {name: value.sum() for name, value in self.loss_by_level(prediction, targets, reduce).items()}
 
@@ -166,16 +164,12 @@ class GFL(nn.Module):
             box = targets.boxes[b, gt[b, m]] / stride
             label = targets.labels[b, gt[b, m]] if G else b
             point = torch.stack((m % w, m // w), -1).to(box.dtype)  # stride units
-            side_logits = (
-                prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)
-            )  # [P, 4, R]
+            side_logits = prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)  # [P, 4, R]
             decoded = distances_to_boxes(point, integral(side_logits))
             iou = paired_iou(decoded.detach(), box)
             weight = valid_levels[level].to(logits.dtype)
             classification.append(
-                quality_focal_loss(
-                    logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled
-                )
+                quality_focal_loss(logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled)
             )
             scores.append(logits.detach()[b, :, m].amax(1).sigmoid() if K else iou)
             positive_logits.append(side_logits)
@@ -190,9 +184,7 @@ class GFL(nn.Module):
         total = total.clamp(min=1) / targets.world_size
         box_rows = giou_loss(torch.cat(predicted), torch.cat([box for box, _ in wanted]))
         sides = torch.cat([distance for _, distance in wanted]).flatten()
-        dfl_rows = (
-            distribution_focal_loss(torch.cat(positive_logits).flatten(0, 1), sides).view(-1, 4).sum(1) / 4
-        )
+        dfl_rows = distribution_focal_loss(torch.cat(positive_logits).flatten(0, 1), sides).view(-1, 4).sum(1) / 4
         levels = torch.cat(level_of)
         zero = weight.new_zeros(L)
         return {
@@ -242,6 +234,7 @@ class FPN(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -269,6 +262,7 @@ class GFLHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        assert self.gfl_cls.bias is not None
         nn.init.constant_(self.gfl_cls.bias, -math.log((1 - 0.01) / 0.01))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -340,6 +334,8 @@ def _detect(
     limit: int,
 ) -> Detections:
     """One image: per level scores [M, K] and boxes [M, 4] in pixels of the network image."""
+    from torchvision.ops import batched_nms  # here: assignment and losses need only torch
+
     kept_scores, kept_labels, kept_boxes = [], [], []
     for scores, boxes in levels:
         K = scores.shape[1]

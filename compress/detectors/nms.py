@@ -77,15 +77,11 @@ def select_detections(
     beyond TensorRT's limit.
     """
     if not 1 <= candidates <= MAX_CANDIDATES:
-        raise ValueError(
-            f"candidates must be in 1..{MAX_CANDIDATES} (the limit of TensorRT's TopK), got {candidates}"
-        )
+        raise ValueError(f"candidates must be in 1..{MAX_CANDIDATES} (the limit of TensorRT's TopK), got {candidates}")
     locations, classes = scores.shape[1], scores.shape[2]
     count = min(candidates, locations * classes)
     top_scores, pairs = scores.flatten(1).topk(count)  # [B, N], descending: precedence is the index order
-    where = (
-        pairs // classes
-    )  # [B, N] location; `//` stays an integer division in ONNX, torch.div(floor) does not
+    where = pairs // classes  # [B, N] location; `//` stays an integer division in ONNX, torch.div(floor) does not
     labels = pairs - where * classes
     top_boxes = boxes.gather(1, where[:, :, None].expand(-1, -1, 4))
     extent = top_boxes[..., 2:] - top_boxes[..., :2]
@@ -114,16 +110,12 @@ def _suppress(
 ) -> Tensor:
     """The iteration. precedes: bool, broadcasts to [B, N, N]: row i goes before column j."""
     if iterations < 2 or iterations % 2:
-        raise ValueError(
-            f"iterations must be even and positive, got {iterations}: an odd count can lose detections"
-        )
+        raise ValueError(f"iterations must be even and positive, got {iterations}: an odd count can lose detections")
     kind = labels.to(boxes.dtype)  # exact up to 2^24 classes, and half the memory of int64 to compare
     same_class = kind[:, :, None] == kind[:, None, :]
     overlaps = _pairwise_iou(boxes) > _round_down(iou_threshold)
     suppresses = (overlaps & same_class & precedes).to(boxes.dtype)  # [B, N, N] of 0 and 1
-    start = valid.to(boxes.dtype)[
-        :, None, :
-    ]  # [B, 1, N]; the others are never in `keep`, so suppress nothing
+    start = valid.to(boxes.dtype)[:, None, :]  # [B, 1, N]; the others are never in `keep`, so suppress nothing
     keep = start
     for _ in range(iterations):
         keep = start * (torch.matmul(keep, suppresses) == 0).to(boxes.dtype)
@@ -138,9 +130,7 @@ def _pairwise_iou(boxes: Tensor) -> Tensor:
     """
     x1, y1, x2, y2 = boxes.unbind(-1)  # each [B, N]
     area = (x2 - x1) * (y2 - y1)
-    width = (torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])).clamp(
-        min=0
-    )
+    width = (torch.minimum(x2[:, :, None], x2[:, None]) - torch.maximum(x1[:, :, None], x1[:, None])).clamp(min=0)
     height = torch.minimum(y2[:, :, None], y2[:, None]) - torch.maximum(y1[:, :, None], y1[:, None])
     intersection = width * height
     return intersection / (area[:, :, None] + area[:, None] - intersection)

@@ -47,6 +47,4 @@ def check_capabilities(methods: dict[str, Method], teacher: GFL) -> None:
         missing = method.needs - teacher.capabilities
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
-            raise UserError(
-                f"methods.{name} needs {wanted} of the teacher, which {type(teacher).__name__} cannot give"
-            )
+            raise UserError(f"methods.{name} needs {wanted} of the teacher, which {type(teacher).__name__} cannot give")

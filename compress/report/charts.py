@@ -165,17 +165,13 @@ def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
         for t in ticks
     ]
     parts.append(
-        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            WIDTH / 2, height - 6, x_label
-        )
+        Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(WIDTH / 2, height - 6, x_label)
     )
     for index, r in enumerate(ranges):
         y = _TOP + row * index
         middle = y + 30
         first, last = to_x(r.values[0]), to_x(r.values[-1])
-        parts.append(
-            Markup('<text class="label" x="14" y="{}">{}</text>').format(y + 15, _shorten(r.label, 52))
-        )
+        parts.append(Markup('<text class="label" x="14" y="{}">{}</text>').format(y + 15, _shorten(r.label, 52)))
         parts.append(
             Markup(
                 '<rect class="bar student" x="14" y="{}" width="{:.1f}" height="12" rx="2"/>'
@@ -192,9 +188,9 @@ def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
 
 
 def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>{}</svg>'
-    ).format(WIDTH, height, title, title, Markup("").join(parts))
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>{}</svg>').format(
+        WIDTH, height, title, title, Markup("").join(parts)
+    )
 
 
 def _axes(
@@ -226,9 +222,9 @@ def _axes(
     )
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
     parts.append(
-        Markup(
-            '<text class="axis up" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>'
-        ).format(middle, y_label)
+        Markup('<text class="axis up" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>').format(
+            middle, y_label
+        )
     )
     return Markup("").join(parts)
 
@@ -236,12 +232,12 @@ def _axes(
 def _spot_mark(s: Spot, x: float, y: float) -> Markup:
     tip = f"{s.label}: {s.x:.4g} ms, mAP {s.y:.1f}"
     if s.kind == "fail":
-        return Markup(
-            '<path class="spot fail" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>'
-        ).format(x - 5, y - 5, tip)
-    return Markup(
-        '<circle class="spot {}" cx="{:.1f}" cy="{:.1f}" r="5.5"><title>{}</title></circle>'
-    ).format(s.kind, x, y, tip)
+        return Markup('<path class="spot fail" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>').format(
+            x - 5, y - 5, tip
+        )
+    return Markup('<circle class="spot {}" cx="{:.1f}" cy="{:.1f}" r="5.5"><title>{}</title></circle>').format(
+        s.kind, x, y, tip
+    )
 
 
 def _free_baseline(

@@ -153,9 +153,7 @@ def read_document(run_dir: Path) -> Document:
     try:
         value = json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity: not measured
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again"
-        ) from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
     metrics = {arm: _read_metrics(run_dir / arm / "metrics.csv") for arm in ARMS}
     recipe = run_dir / "recipe.yaml"
     return Document(

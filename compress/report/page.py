@@ -86,18 +86,14 @@ def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
             ("operations", teacher.gflops, student.gflops),
         ):
             if big and small:
-                sizes.append(
-                    f"{big / small:.1f}× fewer {what}" if big >= small else f"{small / big:.1f}× more {what}"
-                )
+                sizes.append(f"{big / small:.1f}× fewer {what}" if big >= small else f"{small / big:.1f}× more {what}")
     kept = None
     if teacher and teacher.map and student.map is not None:
         kept = f"reaches {student.map:.1f} mAP against the teacher's {teacher.map:.1f}"
     if sizes and kept:
         sentences.append(f"The student has {' and '.join(sizes)}, and {kept}.")
     elif sizes:
-        sentences.append(
-            f"The student has {' and '.join(sizes)}; its mAP was not compared with the teacher's."
-        )
+        sentences.append(f"The student has {' and '.join(sizes)}; its mAP was not compared with the teacher's.")
     elif kept:
         sentences.append(f"The student {kept}.")
     elif student.map is not None:
@@ -110,14 +106,10 @@ def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
             sentences.append("It ends level with the same student trained without the teacher.")
         else:
             word = "above" if gain > 0 else "below"
-            sentences.append(
-                f"That is {abs(gain):.1f} points {word} the same student trained without the teacher."
-            )
+            sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained without the teacher.")
     best = _fastest(artifacts)
     if best and best.map is not None:
-        sentences.append(
-            f"Exported as {best.file}, it answers in {_ms(best.p50)} (median) at {best.map:.1f} mAP."
-        )
+        sentences.append(f"Exported as {best.file}, it answers in {_ms(best.p50)} (median) at {best.map:.1f} mAP.")
     return " ".join(sentences)
 
 
@@ -138,9 +130,7 @@ def _tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
         if baseline.map is not None:
             gain = student.map - baseline.map
             tone = "good" if gain > 0 else "bad"
-            tiles[0] = Tile(
-                "Student mAP", _text(student.map, 1), "", f"{_signed(gain, 1)} over the baseline", tone
-            )
+            tiles[0] = Tile("Student mAP", _text(student.map, 1), "", f"{_signed(gain, 1)} over the baseline", tone)
         else:
             tiles[0] = Tile("Student mAP", _text(student.map, 1), "", "no baseline to compare with")
     for label, unit, big, small in (
@@ -150,17 +140,13 @@ def _tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
         note = "not measured" if small is None else "no teacher to compare with"
         if big and small:
             note = f"{_text(big, 1)} {unit} in the teacher: {_ratio(big, small)}"
-        tiles.append(
-            Tile(label, _text(small, 2 if (small or 0) < 10 else 1), unit if small is not None else "", note)
-        )
+        tiles.append(Tile(label, _text(small, 2 if (small or 0) < 10 else 1), unit if small is not None else "", note))
     best = _fastest(artifacts)
     if best:
         tiles.append(Tile("Latency, median", _text(best.p50, 2), "ms", best.file))
     else:
         measured = any(a.p50 is not None for a in artifacts)
-        tiles.append(
-            Tile("Latency, median", "–", "", "no artifact passed its gate" if measured else "not measured")
-        )
+        tiles.append(Tile("Latency, median", "–", "", "no artifact passed its gate" if measured else "not measured"))
     passed = sum(a.gate == "pass" for a in artifacts)
     failed = sum(a.gate == "fail" for a in artifacts)
     idle = len(artifacts) - passed - failed
@@ -243,8 +229,7 @@ def _model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
 
 def _artifact_row(a: Artifact) -> dict[str, Any]:
     latency = {
-        name: _text(getattr(a.latency_ms, name) if a.latency_ms else None, 2)
-        for name in ("p50", "p90", "p95", "p99")
+        name: _text(getattr(a.latency_ms, name) if a.latency_ms else None, 2) for name in ("p50", "p90", "p95", "p99")
     }
     word, _, why = a.gate.partition(":")
     return {
@@ -339,9 +324,7 @@ class Curve:
 def _curves(document: Document) -> list[Curve]:
     """mAP and detection loss first, then the parts of the loss, then what the methods add."""
     metrics = document.metrics
-    arms: list[str] = [a for a in ("baseline", "student") if a in metrics] or [
-        a for a in ARMS if a in metrics
-    ]
+    arms: list[str] = [a for a in ("baseline", "student") if a in metrics] or [a for a in ARMS if a in metrics]
     curves = []
 
     def add(
@@ -392,9 +375,7 @@ def _detection_loss(metrics: Metrics) -> list[tuple[float, float]]:
     parts = [dict(metrics.columns[c]) for c in DETECTION_LOSSES if c in metrics.columns]
     if len(parts) < len(DETECTION_LOSSES):
         return []
-    return [
-        (step, sum(p[step] for p in parts)) for step in sorted(set.intersection(*(set(p) for p in parts)))
-    ]
+    return [(step, sum(p[step] for p in parts)) for step in sorted(set.intersection(*(set(p) for p in parts)))]
 
 
 # ---- figures as text ---------------------------------------------------------------------------------------

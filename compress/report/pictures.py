@@ -54,9 +54,7 @@ def _draw(index: int, picture: Picture, document: Document) -> DrawnPicture:
     name = Path(picture.image).name
     path = next((p for p in (document.run_dir / picture.image, Path(picture.image)) if p.is_file()), None)
     if path is None:
-        return DrawnPicture(
-            name, f"The image {picture.image} was not found when this page was written.", [], []
-        )
+        return DrawnPicture(name, f"The image {picture.image} was not found when this page was written.", [], [])
     try:
         uri, (width, height) = _embed(path)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
@@ -76,9 +74,9 @@ def _draw(index: int, picture: Picture, document: Document) -> DrawnPicture:
         image = (
             Markup('<use href="#photo{}"/>').format(index)
             if embedded
-            else Markup(
-                '<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>'
-            ).format(index, uri, width, height)
+            else Markup('<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(
+                index, uri, width, height
+            )
         )
         embedded = True
         drawn = Markup("").join(_draw_boxes(shown, document.report, kinds, width, height))
@@ -112,9 +110,7 @@ def _embed(path: Path) -> tuple[str, tuple[int, int]]:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), size
 
 
-def _draw_boxes(
-    boxes: Sequence[Box], report: Report, kinds: dict[str, str], width: int, height: int
-) -> list[Markup]:
+def _draw_boxes(boxes: Sequence[Box], report: Report, kinds: dict[str, str], width: int, height: int) -> list[Markup]:
     parts = []
     font = width / 23  # a panel is about 240 CSS pixels wide: about 10.5 of them
     tags = len(boxes) <= _MOST_TAGS
