@@ -82,9 +82,7 @@ def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder)], env=environment, stdout=subprocess.DEVNULL
-        )
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment, stdout=subprocess.DEVNULL)
 
     checkpoint = tiny.recipe(killed).run_dir / "student" / "checkpoints" / "last.ckpt"
     kills = 0

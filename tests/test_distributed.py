@@ -1,0 +1,59 @@
+"""Two gloo processes and one process with the same global batch: the same losses, the same weights.
+
+BatchNorm runs on its statistics here (norm_eval), as in the published recipes; in training mode every process would
+use the statistics of its own share, which is another computation.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.detectors.backbones import build_backbone
+from tests import tiny
+
+
+def train(folder: Path, launcher: list[str], devices: int) -> Path:
+    """`compress distill` of the tiny recipe on `devices` processes; returns the run folder."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    torch.save(build_backbone("nano", weights="none").state_dict(), folder / "nano.pth")
+    settings = ["train.steps=10", "train.ema=null"]
+    for model in ("student", "teacher.model"):
+        settings += [f"{model}.weights={folder / 'nano.pth'}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
+    arguments = ["distill", str(tiny.recipe_file(folder)), "--devices", str(devices)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    with open(run / "student" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    return [{k: float(v) for k, v in row.items() if k.startswith(("loss", "bckd"))} for row in rows]
+
+
+@pytest.mark.parametrize("launch", ["subprocess", "torchrun"])
+def test_two_processes_equal_one(tmp_path: Path, launch: str) -> None:
+    python = [sys.executable, "-m", "compress"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
+    one = train(tmp_path / "one", python, 1)
+    two = train(tmp_path / "two", python if launch == "subprocess" else torchrun, 2)
+    assert len(losses(one)) == 2  # steps 1 and 10
+    for a, b in zip(losses(one), losses(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), key
+    weights, others = (load_file(run / "student.safetensors") for run in (one, two))
+    for key, value in weights.items():
+        torch.testing.assert_close(value, others[key], rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
