@@ -53,7 +53,7 @@ def main() -> None:
         parser.error(f"--mmdet-python: {args.mmdet_python} does not exist")
     with tempfile.TemporaryDirectory(prefix="bench-jpeg-") as name:
         folder = Path(name)
-        kib = _generate(folder, args.images)
+        kib = write_photographs(folder, args.images)
         runs = {allocator: _measure(args, folder, allocator) for allocator in args.allocators}
     bars = [bar for run in runs.values() for bar in run["bars"]]
     files = {"count": args.images, "mean_kib": round(kib, 1), "size": FILE_SIZE, "jpeg_quality": QUALITY}
@@ -206,7 +206,7 @@ def _theirs(folder: Path) -> tuple[Iterator[Any], Callable[[Any], object]]:
 # --- files ----------------------------------------------------------------------------------------------
 
 
-def _generate(folder: Path, count: int) -> float:
+def write_photographs(folder: Path, count: int) -> float:
     """Shaded, noisy images about as large as photographs, and their boxes. Returns the mean size in KiB."""
     import numpy as np
     from PIL import Image

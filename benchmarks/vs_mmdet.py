@@ -307,9 +307,7 @@ def _print(report: dict[str, Any]) -> None:
             console.print(table)
     for entry in report["bars"]:
         verdict = "met" if entry["met"] else "MISSED"
-        print(
-            f"{verdict}: {entry['name']} ({entry['allocator']}): {entry['seen']:.2f}× of {entry['wanted']}×"
-        )
+        print(f"{verdict}: {entry['name']} ({entry['allocator']}): {entry['seen']:.2f}× of {entry['wanted']}×")
     if not report["compared"]:
         print("not compared: mmdet was not given (--mmdet-python)")
 
