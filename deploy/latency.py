@@ -126,23 +126,28 @@ def benchmark(
     before = environment()
     cells: list[Cell] = []
     total, done = len(batch_sizes) * len(scopes) * rounds * len(runners), 0
-    for batch_size in batch_sizes:
-        for scope in scopes:
-            tasks = {name: _task(runner, scope, encoded, batch_size) for name, runner in runners.items()}
-            warm_ups = {name: _warm_up(task, warm_up_seconds) for name, task in tasks.items()}
-            samples: dict[str, list[list[float]]] = {name: [] for name in runners}
-            for _ in range(rounds):
-                for name in rng.permutation(list(runners)):
-                    samples[name].append(_slice(tasks[name], seconds / rounds))
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-            first = next(iter(runners))
-            for name, runner in runners.items():
-                base = None if name == first else samples[first]
-                cells.append(
-                    _cell(name, runner.backend, batch_size, scope, samples[name], base, warm_ups[name], seed)
-                )
+    gc.collect()
+    gc.freeze()  # what lives now is not looked at again, so that collecting before every slice stays cheap
+    try:
+        for batch_size in batch_sizes:
+            for scope in scopes:
+                tasks = {name: _task(runner, scope, encoded, batch_size) for name, runner in runners.items()}
+                warm_ups = {name: _warm_up(task, warm_up_seconds) for name, task in tasks.items()}
+                samples: dict[str, list[list[float]]] = {name: [] for name in runners}
+                for _ in range(rounds):
+                    for name in rng.permutation(list(runners)):
+                        samples[name].append(_slice(tasks[name], seconds / rounds))
+                        done += 1
+                        if progress is not None:
+                            progress(done, total)
+                first = next(iter(runners))
+                for name, runner in runners.items():
+                    base = None if name == first else samples[first]
+                    cells.append(
+                        _cell(name, runner.backend, batch_size, scope, samples[name], base, warm_ups[name], seed)
+                    )
+    finally:
+        gc.unfreeze()
     settings = {
         "images": len(encoded),
         "batch_sizes": list(batch_sizes),
@@ -214,9 +219,7 @@ def _check(
         raise UserError(f"seconds must be positive and rounds at least 2, got {seconds:g} and {rounds}")
 
 
-def _task(
-    runner: Runner, scope: Scope, encoded: list[tuple[Path, bytes]], batch_size: int
-) -> Callable[[], object]:
+def _task(runner: Runner, scope: Scope, encoded: list[tuple[Path, bytes]], batch_size: int) -> Callable[[], object]:
     """One call is one batch; successive calls take the next images."""
     card = runner.card
     position = 0
