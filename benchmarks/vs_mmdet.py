@@ -290,7 +290,7 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     for allocator, run in report["runs"].items():
         for group, content in run["groups"].items():
             table = Table(title=f"{group} an image, allocator {allocator}, {report['threads']} threads")

@@ -1,0 +1,133 @@
+"""An ONNX student against the same student in PyTorch, end to end, in turn.
+
+    python -m benchmarks.latency                                    GFL-R18 with random weights at 320 x 320
+    python -m benchmarks.latency --checkpoint student.safetensors --onnx student.onnx --images FOLDER
+
+`end_to_end` begins with the bytes of an image file and ends with boxes in that file's pixels; `inference` is the
+network with its suppression. Both runners get the same number of threads. The figures come from
+`deploy.latency`: warm-up until stable, interleaved rounds, 95 % confidence from a bootstrap over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from benchmarks import measure
+from benchmarks.data_path import write_photographs
+from compress.detectors.backbones import build_backbone
+from compress.detectors.checkpoints import load_teacher_checkpoint
+from compress.detectors.deployable import Deployable, TorchRunner
+from compress.detectors.gfl import GFL
+from deploy.card import ModelCard
+from deploy.errors import UserError
+from deploy.export import export_onnx
+from deploy.files import write_json
+from deploy.latency import SCOPES, benchmark, report_table
+from deploy.preprocess import decode_image, letterbox, read_image_bytes
+from deploy.runtimes.base import Runner
+from deploy.runtimes.onnx import OnnxRunner
+
+CLASSES, SPREAD = 80, 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="FILE.safetensors, FILE.pth or zoo:NAME; default: random weights")
+    parser.add_argument("--onnx", type=Path, help="file exported from that checkpoint; default: export it now")
+    parser.add_argument("--images", type=Path, help="folder of image files; default: made ones of 640 x 480")
+    parser.add_argument("--size", type=int, nargs=2, default=(320, 320), help="height width, without --onnx")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time of a cell")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "latency.json")
+    args = parser.parse_args()
+    if args.onnx and not args.checkpoint:
+        parser.error("--onnx needs the --checkpoint that it was exported from")
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
+        try:
+            _run(args, Path(name))
+        except UserError as error:
+            parser.error(str(error))
+
+
+def _run(args: argparse.Namespace, folder: Path) -> None:
+    images = _images(args.images, folder)
+    detector = load_teacher_checkpoint(args.checkpoint)[0] if args.checkpoint else _random_detector()
+    path = args.onnx or folder / "student.onnx"
+    if args.onnx:
+        onnx = OnnxRunner(path, threads=args.threads)
+        if len(onnx.card.class_names) != detector.num_classes:
+            raise UserError(f"{path} has {len(onnx.card.class_names)} classes, the checkpoint {detector.num_classes}")
+        module = Deployable.from_card(detector, onnx.card)
+    else:
+        card = _card(detector.num_classes, tuple(args.size))
+        module = Deployable.from_card(detector, card)
+        export_onnx(module, card, path, samples=_canvases(images[:2], card), max_batch=max(args.batch_sizes))
+        onnx = OnnxRunner(path, threads=args.threads)
+    runners: dict[str, Runner] = {"torch eager": TorchRunner(module, onnx.card), "onnx": onnx}
+    counts = {name: runner(_canvases(images[:4], onnx.card)).count.tolist() for name, runner in runners.items()}
+    report = benchmark(runners, images, batch_sizes=args.batch_sizes, scopes=SCOPES, seconds=args.seconds, rounds=10)
+    write_json(
+        args.out,
+        measure.record(
+            model=args.checkpoint or "GFL-R18, random weights",
+            onnx_mib=round(path.stat().st_size / 2**20, 1),
+            threads=args.threads,
+            detections_of_first_images=counts,
+            benchmark=report.to_dict(),
+        ),
+    )
+    Console(width=None if sys.stdout.isatty() else 150).print(report_table(report))
+    for warning in report.warnings:
+        print(f"warning: {warning}")
+    print(f"detections in the first images: {counts}")
+    print(f"written: {args.out}")
+
+
+def _random_detector() -> GFL:
+    """Class logits are spread a little, so that suppression has boxes to work on, as in a trained detector."""
+    torch.manual_seed(0)
+    detector = GFL(CLASSES, build_backbone("resnet18", weights="none", frozen_stages=-1, norm_eval=False))
+    with torch.no_grad():
+        detector.head.gfl_cls.weight.mul_(SPREAD)
+    return detector.eval()
+
+
+def _card(classes: int, size: tuple[int, int]) -> ModelCard:
+    return ModelCard(
+        name="benchmark",
+        class_names=[f"class {k}" for k in range(classes)],
+        category_ids=list(range(1, classes + 1)),
+        input_size=size,
+    )
+
+
+def _images(given: Path | None, folder: Path) -> list[Path]:
+    if given is None:
+        write_photographs(folder, 32)
+        return sorted(folder.glob("*.jpg"))
+    found = sorted(p for p in given.glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not found:
+        raise UserError(f"--images: no .jpg or .png files in {given}")
+    return found
+
+
+def _canvases(images: list[Path], card: ModelCard) -> np.ndarray:
+    return np.stack(
+        [
+            letterbox(decode_image(read_image_bytes(path), str(path)), card.input_size, card.pad_color)[0]
+            for path in images
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
