@@ -24,9 +24,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600; the renamed file should look like any other
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600; the renamed file should look like any other
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
