@@ -162,6 +162,9 @@ def understood(words: list[str]) -> None:
             assert key in model.model_fields, f"--set {setting}: no such setting"
             classes = [model.model_fields[key].annotation, *getattr(model.model_fields[key].annotation, "__args__", ())]
             model = next((c for c in classes if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    shown = context.params.get("recipe")
+    if shown is not None and (ROOT / shown).is_file():
+        load_recipe(ROOT / shown, context.params["settings"] or ())
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
