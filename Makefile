@@ -29,8 +29,8 @@ format: .venv/.dev  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev  ## every program in benchmarks/, one after the other
-	@set -e; for program in benchmarks/*.py; do echo "$$program"; $(BIN)/python "$$program"; done
+bench: .venv/.dev  ## speed against PyTorch and, with MMDET_PYTHON=/path/to/python, against mmdet
+	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and caches, never runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

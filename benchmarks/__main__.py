@@ -1,6 +1,6 @@
 """Every benchmark of speed, one after the other: `python -m benchmarks [--mmdet-python PATH]`.
 
-`distill_gain`, which trains for an hour, is not among them.
+`distill_gain`, which trains, is not among them.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from compress.console import open_console
 from compress.pipeline import distill
 from compress.recipe import load_recipe, recipe_sha256
 from compress.versions import versions
@@ -40,13 +40,12 @@ def main() -> int:
     for seed in arguments.seeds:
         baseline, student = train_pair(arguments.recipe, seed, arguments.set)
         pairs.append({"seed": seed, "baseline": baseline, "student": student})
-    console = Console()
+    console = open_console()
     console.print(table(pairs))
     summary = summarise(pairs)
     console.print(
         f"distilled minus baseline: {summary['gain_mean']:+.2f} mAP, standard deviation {summary['gain_stdev']:.2f}, "
         f"95 % interval [{summary['gain_low']:+.2f}, {summary['gain_high']:+.2f}], {len(pairs)} seeds",
-        highlight=False,
     )
     recipe = load_recipe(arguments.recipe, arguments.set)
     out = arguments.out or ROOT / "benchmarks" / "results" / f"distill_gain-{recipe.name}.json"
@@ -68,7 +67,7 @@ def main() -> int:
             "pairs": pairs,
         },
     )
-    console.print(f"written: {out}", highlight=False)
+    console.print(f"written: {out}")
     return 0
 
 
@@ -124,9 +123,13 @@ def table(pairs: list[dict[str, Any]]) -> Table:
     for pair in pairs:
         baseline, student = pair["baseline"], pair["student"]
         result.add_row(
-            str(pair["seed"]), f"{baseline['map']:.2f}", f"{student['map']:.2f}", f"{student['map'] - baseline['map']:+.2f}",
-            f"{baseline['map50']:.1f} → {student['map50']:.1f}", f"{baseline['seconds']:.0f} → {student['seconds']:.0f}",
-        )  # fmt: skip
+            str(pair["seed"]),
+            f"{baseline['map']:.2f}",
+            f"{student['map']:.2f}",
+            f"{student['map'] - baseline['map']:+.2f}",
+            f"{baseline['map50']:.1f} → {student['map50']:.1f}",
+            f"{baseline['seconds']:.0f} → {student['seconds']:.0f}",
+        )
     return result
 
 

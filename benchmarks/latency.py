@@ -30,7 +30,7 @@ from deploy.errors import UserError
 from deploy.export import export_onnx
 from deploy.files import write_json
 from deploy.latency import SCOPES, benchmark, report_table
-from deploy.preprocess import decode_image, letterbox, read_image_bytes
+from deploy.preprocess import decode_image, fit_canvas, read_image_bytes
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 
@@ -121,12 +121,7 @@ def _images(given: Path | None, folder: Path) -> list[Path]:
 
 
 def _canvases(images: list[Path], card: ModelCard) -> np.ndarray:
-    return np.stack(
-        [
-            letterbox(decode_image(read_image_bytes(path), str(path)), card.input_size, card.pad_color)[0]
-            for path in images
-        ]
-    )
+    return np.stack([fit_canvas(decode_image(read_image_bytes(path), str(path)), card)[0] for path in images])
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
     train_split, val_split = splits(data, recipe.runs, write=fabric.is_global_zero)
     fabric.barrier()
     transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
-    train = CocoDetection(train_split.annotations, train_split.images, transform, cache=data.cache)
+    train = CocoDetection(
+        train_split.annotations, train_split.images, transform, cache=data.cache, drop_empty=data.drop_empty
+    )
     val = CocoDetection(
         val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
     )

@@ -311,15 +311,16 @@ def export(
     from compress.export import export_checkpoint
     from deploy.export import ExportMismatchError
 
-    data, folder, size = Path("instances.json"), images, settings.input_size
+    data, folder, size, limits = Path("instances.json"), images, settings.input_size, None
     files: list[Path] = []
     if recipe is not None:
         data, folder, files, size = _validation_images(recipe, size)
+        limits = (recipe.data.eval_short, recipe.data.long)
     if images is not None:
         folder, files = images, _images_in(images)
     assert size is not None and folder is not None, "checked above"
     try:
-        done = export_checkpoint(checkpoint, out, settings, input_size=size, images=files)
+        done = export_checkpoint(checkpoint, out, settings, input_size=size, images=files, limits=limits)
     except ExportMismatchError as error:
         _gate_failed(f"{checkpoint}: {' '.join(str(error).split())}")
     print(
@@ -398,8 +399,7 @@ def validate(
     _need_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
     runners = _open(files, provider, allow_fallback, threads)
-    from rich.console import Console
-
+    from compress.console import open_console
     from deploy import validate as validation
 
     with _progress("validating") as progress:
@@ -412,7 +412,7 @@ def validate(
             batch_size=batch_size,
             progress=progress,
         )
-    Console().print(validation.results_table(results))
+    open_console().print(validation.results_table(results))
     if json_out is not None:
         validation.write_results(json_out, results)
     failed = [result.name for result in results if result.gate == "fail"]
@@ -499,8 +499,7 @@ def benchmark(
         _need_folder(images, "--images")
     _need_place(json_out)
     runners = _open(artifacts, provider, allow_fallback, threads)
-    from rich.console import Console
-
+    from compress.console import open_console
     from deploy import latency
 
     with _image_files(images, runners) as files, _progress("measuring") as progress:
@@ -512,12 +511,12 @@ def benchmark(
             warm_up_seconds=warm_up,
             progress=progress,
         )
-    Console().print(latency.report_table(measured))
+    open_console().print(latency.report_table(measured))
     for warning in measured.warnings:
         print(f"warning: {warning}")
     if json_out is not None:
         latency.write_report(json_out, measured)
-    _next("validate", *artifacts, "--data", "instances.json", "--images", images or "IMAGES")
+    _next("doctor")
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from compress.arms import build_detector, build_methods, model_size, open_data, train_arm
+from compress.console import open_console
 from compress.data.coco import read_coco
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
@@ -32,14 +33,15 @@ IMAGES = 8
 
 def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
     """Raises UserError for what would also stop the real run."""
-    console = Console(quiet=not fabric.is_global_zero)
+    console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
     teacher = _teacher(recipe, categories, console) if distillation and recipe.teacher is not None else None
     methods = build_methods(recipe) if teacher is not None else {}
     if teacher is not None:
         check_capabilities(methods, teacher)
-    with tempfile.TemporaryDirectory() as folder:
-        small = _rehearsal(recipe, Path(folder), categories)
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(fabric.broadcast(own))  # the first process's: all of them read what it writes
+        small = _rehearsal(recipe, folder, categories, console, write=fabric.is_global_zero)
         data = open_data(small, fabric)
         size = (recipe.data.eval_short, recipe.data.long)
         student = build_detector(small.student, len(categories), recipe.seed)
@@ -47,7 +49,6 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
         console.print(
             f"student: gfl {recipe.student.backbone}, {figures['params_m']:.2f} M parameters, "
             f"{figures['gflops']:.1f} GFLOPs at {size[0]} x {size[1]}",
-            highlight=False,
         )
         if teacher is not None:
             teacher.to(fabric.device)
@@ -57,7 +58,6 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
         )  # fmt: skip
     console.print(
         f"dry run of {recipe.name}: {result['steps']} step on made-up images; everything fits together",
-        highlight=False,
     )
 
 
@@ -84,7 +84,7 @@ def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> GF
         return load_teacher(settings.checkpoint, list(categories.values()))[0]
     if len(categories) != len(COCO_CATEGORIES):
         raise UserError(f"teacher zoo:{name} knows COCO's 80 classes, the data has {len(categories)}")
-    console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in", highlight=False)
+    console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
     backbone = "resnet101" if "_r101_" in name else "resnet50"
     return freeze(ModelRecord(backbone=backbone, num_classes=len(categories)).build())
 
@@ -92,13 +92,15 @@ def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> GF
 def _without_download(model: Model, console: Console, who: str) -> Model:
     if model.weights != "imagenet":
         return model
-    console.print(f"dry run: the {who}'s ImageNet weights are not downloaded; random ones stand in", highlight=False)
+    console.print(f"dry run: the {who}'s ImageNet weights are not downloaded; random ones stand in")
     return model.model_copy(update={"weights": "none"})
 
 
-def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str]) -> Recipe:
+def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str], console: Console, *, write: bool) -> Recipe:
     """The recipe on a few noise images in `folder`, two a process and micro-batch."""
-    split = _draw(folder / "noise", categories, recipe.seed)
+    split = Split(annotations=folder / "noise" / "noise.json", images=folder / "noise")
+    if write:
+        _draw(split, categories, recipe.seed)
     short = min(recipe.data.eval_short, SHORT_PX)
     data = recipe.data.model_copy(
         update={
@@ -113,11 +115,12 @@ def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str]) -> Reci
     train = recipe.train.model_copy(
         update={"batch_size": 2 * recipe.train.devices * recipe.train.accumulate, "steps": 1, "epochs": None}
     )
-    student = _without_download(recipe.student, Console(), "student")
+    student = _without_download(recipe.student, console, "student")
     return recipe.model_copy(update={"data": data, "train": train, "student": student, "runs": folder / "runs"})
 
 
-def _draw(folder: Path, categories: dict[int, str], seed: int) -> Split:
+def _draw(split: Split, categories: dict[int, str], seed: int) -> None:
+    folder = split.images
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -135,5 +138,4 @@ def _draw(folder: Path, categories: dict[int, str], seed: int) -> Split:
                 }
             )  # fmt: skip
     rows = [{"id": key, "name": name} for key, name in categories.items()]
-    (folder / "noise.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": rows}))
-    return Split(annotations=folder / "noise.json", images=folder)
+    split.annotations.write_text(json.dumps({"images": images, "annotations": annotations, "categories": rows}))

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 from compress.arms import model_size, splits
+from compress.console import open_console
 from compress.data.batch import collate
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform, fit_size
@@ -45,7 +45,7 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     Raises UserError for files that cannot be used and `deploy.export.ExportMismatchError` for a graph that computes
     something else than torch. A failed accuracy gate is recorded in report.json.
     """
-    console = Console()
+    console = open_console()
     manifest = Manifest(run_dir, versions())
     _, split = splits(recipe.data, recipe.runs)
     val = CocoDetection(split.annotations, split.images, eval_transform(recipe.data.eval_short, recipe.data.long))
@@ -53,10 +53,13 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     files = [val.path(index) for index in range(len(val))]
     student = run_dir / "student.safetensors"
     onnx_file = run_dir / "student.onnx"
-    settings = recipe.deploy.model_dump(mode="json") | {"input_size": list(input_size)}
+    limits = (recipe.data.eval_short, recipe.data.long)
+    settings = recipe.deploy.model_dump(mode="json") | {"input_size": list(input_size), "limits": list(limits)}
 
     def export() -> dict[str, Any]:
-        report = export_checkpoint(student, onnx_file, recipe.deploy, input_size=input_size, images=files)
+        report = export_checkpoint(
+            student, onnx_file, recipe.deploy, input_size=input_size, images=files, limits=limits
+        )
         return {key: value for key, value in asdict(report).items() if key != "path"}
 
     inputs = {"checkpoint": sha256_of(student), "deploy": settings}
@@ -64,11 +67,10 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     console.print(
         f"export: {onnx_file}, {exported['size_bytes'] / 1e6:.1f} MB; largest difference from torch: score "
         f"{exported['max_score_difference']:.1e}, box {exported['max_box_difference_px']:.1e} px",
-        highlight=False,
     )
 
     runners: dict[str, Runner] = {
-        student.name: torch_runner(str(student), recipe.deploy, input_size),
+        student.name: torch_runner(str(student), recipe.deploy, input_size, limits=limits),
         onnx_file.name: OnnxRunner(onnx_file, recipe.deploy.providers),
     }
     inputs = {"onnx": sha256_of(onnx_file), "data": sha256_of(split.annotations), "deploy": settings}
@@ -87,7 +89,10 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     timed = dict(runners)
     if teacher is not None:
         categories = dict(zip(val.category_ids, val.categories, strict=True))
-        timed = {TEACHER: torch_runner(teacher, recipe.deploy, input_size, categories=categories), **timed}
+        timed = {
+            TEACHER: torch_runner(teacher, recipe.deploy, input_size, limits=limits, categories=categories),
+            **timed,
+        }
     measured_file = run_dir / "benchmark.json"
 
     def measure() -> dict[str, Any]:
@@ -241,7 +246,7 @@ class _progress:
     """A progress bar on a terminal, nothing elsewhere: `with _progress(name) as step: step(done, total)`."""
 
     def __init__(self, name: str) -> None:
-        console = Console()
+        console = open_console()
         self._bar = Progress(console=console, disable=not console.is_terminal, transient=True)
         self._name = name
 

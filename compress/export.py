@@ -17,35 +17,48 @@ from deploy.card import ModelCard
 from deploy.errors import UserError
 from deploy.export import ExportReport, export_onnx
 from deploy.files import sha256_of
-from deploy.preprocess import letterbox, load_image
+from deploy.preprocess import fit_canvas, load_image
 
 SAMPLES = 16  # images that an export is checked on
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, settings: Deploy, *, input_size: tuple[int, int], images: Sequence[Path]
+    checkpoint: Path,
+    out: Path,
+    settings: Deploy,
+    *,
+    input_size: tuple[int, int],
+    images: Sequence[Path],
+    limits: tuple[int, int] | None = None,
 ) -> ExportReport:
     """Export a native checkpoint to `out`.
 
     Args:
         settings: thresholds and limits; its `input_size` is not looked at.
         input_size: (height, width) of the canvas in pixels, multiples of 32.
+        limits: (short, long) in pixels that an image is not enlarged beyond, as in training; None: the canvas alone.
         images: files that the result is compared with torch on; the first 16 are used.
 
     Raises:
         UserError: the checkpoint or an image cannot be used. `deploy.export.ExportMismatchError`: the graph is wrong.
     """
-    runner = torch_runner(str(checkpoint), settings, input_size)
-    samples = sample_canvases(images, input_size)
+    runner = torch_runner(str(checkpoint), settings, input_size, limits=limits)
+    samples = sample_canvases(images, runner.card)
     return export_onnx(runner.module, runner.card, out, samples=samples, max_batch=settings.max_batch)
 
 
 def torch_runner(
-    checkpoint: str, settings: Deploy, input_size: tuple[int, int], *, categories: Mapping[int, str] | None = None
+    checkpoint: str,
+    settings: Deploy,
+    input_size: tuple[int, int],
+    *,
+    limits: tuple[int, int] | None = None,
+    categories: Mapping[int, str] | None = None,
 ) -> TorchRunner:
     """A checkpoint (a file or `zoo:<name>`) in PyTorch on the CPU, with the post-processing of an exported file.
 
-    categories: id → name in label order, for a checkpoint that does not say which classes it knows.
+    limits: see `export_checkpoint`. categories: id → name in label order, for a checkpoint that does not say which
+    classes it knows.
     """
     detector, record = load_teacher_checkpoint(checkpoint)
     if record.class_names is not None and record.category_ids is not None:
@@ -57,6 +70,8 @@ def torch_runner(
         class_names=list(categories.values()),
         category_ids=list(categories),
         input_size=input_size,
+        short=limits[0] if limits else None,
+        long=limits[1] if limits else None,
         pad_color=PAD_COLOR,
         score_threshold=settings.score_threshold,
         nms_threshold=settings.nms_threshold,
@@ -72,9 +87,9 @@ def torch_runner(
     return TorchRunner(Deployable.from_card(detector, card), card)
 
 
-def sample_canvases(images: Sequence[Path], input_size: tuple[int, int]) -> np.ndarray:
-    """The first images as uint8 [N, 3, H, W] canvases."""
+def sample_canvases(images: Sequence[Path], card: ModelCard) -> np.ndarray:
+    """The first images as uint8 [N, 3, H, W] canvases of `card`."""
     if not images:
         raise UserError("no images to check the export on; give a folder with --images")
-    canvases = [letterbox(load_image(path), input_size, PAD_COLOR)[0] for path in images[:SAMPLES]]
+    canvases = [fit_canvas(load_image(path), card)[0] for path in images[:SAMPLES]]
     return np.stack(canvases)

@@ -7,6 +7,7 @@ process 0 does the rest.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from compress.arms import (
     train_arm,
     weights_sha256,
 )
+from compress.console import open_console
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.gfl import GFL
 from compress.distill.teacher import check_capabilities, freeze, load_teacher
@@ -60,7 +62,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     if dry_run:
         rehearse(recipe, fabric, distillation=distillation)
         return recipe.run_dir
-    console = Console(quiet=not fabric.is_global_zero)
+    console = open_console(quiet=not fabric.is_global_zero)
     run_dir = recipe.run_dir
     _open_run(run_dir, recipe, fabric, resume)
     manifest = Manifest(run_dir, versions())
@@ -68,7 +70,6 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     console.print(
         f"{recipe.name}: {len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
-        highlight=False,
     )
     common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
 
@@ -110,7 +111,6 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         result = manifest.stage(name, inputs, outputs, work, write=fabric.is_global_zero)
         console.print(
             f"{name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)",
-            highlight=False,
         )
     return run_dir
 
@@ -125,6 +125,7 @@ def _launch(recipe: Recipe) -> Fabric:
                     f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
                     "trains all its arms alike; give both the same value"
                 )
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its banner would mix with our lines
     started = int(os.environ.get("WORLD_SIZE", train.devices))
     if started != train.devices and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
@@ -229,7 +230,7 @@ def _teacher(
     weights = weights_sha256(teacher)
     measured = manifest.stage("teacher_check", {"data": data.identity, "weights": weights}, [], check, write=first)
     found = measured["metrics"]["map"]
-    console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images", highlight=False)
+    console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
     if found < settings.min_map:
         raise UserError(
             f"the teacher reaches {found:.2f} mAP on {data.val_split.annotations}, teacher.min_map asks for "

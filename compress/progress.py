@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from compress.console import open_console
 from deploy.coco_map import CocoMetrics
 from deploy.files import write_text
 
@@ -40,7 +40,7 @@ class TrainingLog:
         self._path = folder / "metrics.csv"
         self._rows = _rows_until(self._path, from_step)
         self._name, self._total, self._from_step = name, total, from_step
-        self._console = Console()
+        self._console = open_console()
         self._live = sys.stdout.isatty()
         self._progress = Progress(
             TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -86,7 +86,7 @@ class TrainingLog:
         if not self._live and (now - self._printed > PLAIN_EVERY_S or step == self._total):
             self._printed = now
             left = (now - self._started) / max(1, step - self._from_step) * (self._total - step)
-            self._console.print(f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}", highlight=False)
+            self._console.print(f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}")
             self._write()
 
     def evaluated(self, step: int, epoch: int, metrics: CocoMetrics) -> None:
@@ -106,7 +106,6 @@ class TrainingLog:
         self._board.add_scalar("map", metrics.map, step)
         self._progress.console.print(
             f"{self._name}: step {step}/{self._total}: mAP {metrics.map:.2f}, AP50 {metrics.map50:.2f}",
-            highlight=False,
         )
         self._write()
 

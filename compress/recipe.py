@@ -108,6 +108,8 @@ class Data(_Settings):
     """Random zoom while training: a factor in this range, then crop (above 1) or pad (below 1)."""
     workers: Count = 2
     """Loader processes for each training process; 0 loads in the process itself."""
+    drop_empty: bool = False
+    """Do not train on images without objects or with a side below 32 pixels, as mmdet does."""
     cache: bool = False
     """Keep every decoded image in memory (uint8)."""
 
@@ -166,7 +168,7 @@ class Model(_Settings):
     weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
     """Start of the backbone: torchvision's ImageNet weights, random, or a file with such weights."""
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
-    """Channels of the pyramid and the head (a multiple of 32: the head's GroupNorm has 32 groups)."""
+    """Channels of the pyramid and the head (a multiple of 32; the head's GroupNorm takes 8 channels a group)."""
     head_depth: Annotated[int, Field(ge=0)] = 4
     """3x3 convolutions in each of the head's two towers."""
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
@@ -236,7 +238,7 @@ class Train(_Settings):
     ] = "32"
     """Mixed precision of the network; losses are always float32."""
     accumulate: Positive = 1
-    """Parts that a batch is split into to save memory; gradients add up."""
+    """Parts that a batch is split into to save memory. Gradients add up; each part has its own normaliser."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm; null: no clipping."""
     eval_every: Positive | None = None
@@ -244,7 +246,7 @@ class Train(_Settings):
     checkpoint_every: Positive | None = None
     """Optimizer steps between checkpoints; null: after every epoch."""
     compile: bool = False
-    """Compile the model and losses with torch.compile."""
+    """Compile the dense passes of the losses with torch.compile (the first step then takes longer)."""
     devices: Positive = 1
     """Processes, one for each device."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"

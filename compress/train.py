@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -155,6 +156,9 @@ def fit(
     def assess(epoch: int) -> None:
         weights = student if average is None else average.module
         assert isinstance(weights, GFL)
+        if fabric.world_size > 1:  # each process has seen its own share: BatchNorm's statistics differ
+            for buffer in weights.buffers():
+                dist.broadcast(buffer, 0)
         metrics = evaluate(weights)
         log.evaluated(state.step, epoch, metrics)
         state.evaluated_step = state.step

@@ -33,6 +33,10 @@ class ModelCard(BaseModel):
     input_size: tuple[_Pixels, _Pixels]
     resize: Literal["fit"] = "fit"
     """`fit`: keep the ratio, fill the canvas at the right and at the bottom with `pad_color`."""
+    short: _Pixels | None = None
+    """Images are not made larger than this on the short side (nor `long` on the long side), however large the
+    canvas: the scale that the model was trained and evaluated at. None: the canvas alone decides."""
+    long: _Pixels | None = None
     pad_color: tuple[_Byte, _Byte, _Byte] = (124, 116, 104)
     score_threshold: _Share = 0.05
     nms_threshold: _Share = 0.6
@@ -81,9 +85,7 @@ def card_from_session(session: Any, where: str = "model") -> ModelCard:
 def parse_card(text: str | None, where: str) -> ModelCard:
     """The card in a metadata string. Raises UserError, naming `where`."""
     if not text:
-        raise UserError(
-            f"{where}: no model card (metadata key '{METADATA_KEY}'): export it with `compress export`"
-        )
+        raise UserError(f"{where}: no model card (metadata key '{METADATA_KEY}'): export it with `compress export`")
     try:
         content = json.loads(text)
         if isinstance(content, dict) and content.get("schema_version", 1) != 1:

@@ -140,9 +140,7 @@ def _prepare_dataset(annotations: Path | Mapping[str, Any]) -> dict[str, Any]:
     return {
         "info": {},
         "images": [dict(image) for image in content["images"]],
-        "categories": sorted(
-            (dict(category) for category in content["categories"]), key=lambda row: row["id"]
-        ),
+        "categories": sorted((dict(category) for category in content["categories"]), key=lambda row: row["id"]),
         "annotations": rows,
     }
 
@@ -166,9 +164,7 @@ def _prepare_rows(results: Sequence[Mapping[str, Any]], dataset: dict[str, Any])
         )
     if not rows:  # one certain miss scores the same as nothing, and spares both evaluators the empty case
         first = (dataset["images"][0]["id"], dataset["categories"][0]["id"])
-        rows = [
-            {"image_id": first[0], "category_id": first[1], "bbox": [-10.0, -10.0, 1.0, 1.0], "score": 0.0}
-        ]
+        rows = [{"image_id": first[0], "category_id": first[1], "bbox": [-10.0, -10.0, 1.0, 1.0], "score": 0.0}]
     return rows
 
 

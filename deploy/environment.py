@@ -52,9 +52,7 @@ def gpus() -> list[dict[str, Any]] | None:
     except Exception:  # no package, no driver, no permission: in each case nothing is known
         return None
     try:
-        return [
-            _gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
+        return [_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
 

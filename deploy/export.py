@@ -94,9 +94,7 @@ def export_onnx(
     onnx.checker.check_model(model)
     with atomic_path(Path(path)) as temporary:
         onnx.save(model, str(temporary))
-        measured = _compare(
-            module, inner, _session(str(temporary)), images, batches, score_tolerance, box_tolerance_px
-        )
+        measured = _compare(module, inner, _session(str(temporary)), images, batches, score_tolerance, box_tolerance_px)
     return ExportReport(
         path=Path(path),
         size_bytes=Path(path).stat().st_size,
@@ -186,9 +184,7 @@ def _compare(
     box_tolerance_px: float,
 ) -> dict[str, Any]:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    halves = [
-        module.dense(torch.from_numpy(part).to(device)) for part in np.array_split(images, len(images) // 2)
-    ]
+    halves = [module.dense(torch.from_numpy(part).to(device)) for part in np.array_split(images, len(images) // 2)]
     expected = [torch.cat([half[i] for half in halves]).float().cpu().numpy() for i in range(2)]
     score_difference = box_difference = 0.0
     total = matched = 0
@@ -197,9 +193,7 @@ def _compare(
         found = inner.run(list(_INNER), feed)
         for name, value, wanted in zip(_INNER, found, expected, strict=True):
             if value.shape != wanted[:batch].shape:
-                raise ExportMismatchError(
-                    f"batch {batch}: {name} is {value.shape}, torch's {wanted[:batch].shape}"
-                )
+                raise ExportMismatchError(f"batch {batch}: {name} is {value.shape}, torch's {wanted[:batch].shape}")
             if not np.isfinite(value).all():
                 raise ExportMismatchError(f"batch {batch}: {name} holds values that are not finite")
         score_difference = max(score_difference, float(np.abs(found[0] - expected[0][:batch]).max()))

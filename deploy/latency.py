@@ -28,7 +28,7 @@ from rich.table import Table
 from deploy.environment import environment
 from deploy.errors import UserError
 from deploy.files import write_json
-from deploy.preprocess import decode_image, letterbox, read_image_bytes, to_original
+from deploy.preprocess import decode_image, fit_canvas, read_image_bytes, to_original
 from deploy.runtimes.base import Runner
 
 Scope = Literal["preprocess", "inference", "end_to_end"]
@@ -234,7 +234,7 @@ def _task(runner: Runner, scope: Scope, encoded: list[tuple[Path, bytes]], batch
         canvases, geometry = [], []
         for path, data in files:
             pixels = decode_image(data, str(path))
-            canvas, scale = letterbox(pixels, card.input_size, card.pad_color)
+            canvas, scale = fit_canvas(pixels, card)
             canvases.append(canvas)
             geometry.append((scale, (pixels.shape[0], pixels.shape[1])))
         return np.stack(canvases), geometry

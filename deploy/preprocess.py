@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deploy.card import ModelCard
 from deploy.errors import UserError
 
 
@@ -40,17 +41,32 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
         raise UserError(f"{where}: cannot decode the image: {error}") from error
 
 
+def fit_canvas(image: np.ndarray, card: ModelCard) -> tuple[np.ndarray, tuple[float, float]]:
+    """`letterbox` with the canvas, the limits and the padding of `card`."""
+    return letterbox(image, card.input_size, card.pad_color, short=card.short, long=card.long)
+
+
 def letterbox(
-    image: np.ndarray, size_hw: tuple[int, int], pad_color: tuple[int, int, int]
+    image: np.ndarray,
+    size_hw: tuple[int, int],
+    pad_color: tuple[int, int, int],
+    *,
+    short: int | None = None,
+    long: int | None = None,
 ) -> tuple[np.ndarray, tuple[float, float]]:
     """Fit an RGB uint8 image [h, w, 3] into a canvas uint8 [3, H, W]; return it with its scale (sx, sy).
 
-    The image keeps its ratio: factor f = min(H/h, W/w), new side = int(side·f + 0.5) (at least 1), bilinear
-    with antialiasing; the rest, right and bottom, is `pad_color`. The scale is canvas pixels per image pixel
+    The image keeps its ratio: factor f = min(H/h, W/w), limited so that the sides do not exceed `short` and
+    `long` pixels; new side = int(side·f + 0.5) (at least 1), bilinear with antialiasing; the rest, right and
+    bottom, is `pad_color`. The scale is canvas pixels per image pixel
     on each axis; the two differ a little, because each side is rounded.
     """
     (height, width), (canvas_height, canvas_width) = image.shape[:2], size_hw
     factor = min(canvas_height / height, canvas_width / width)
+    if short is not None:
+        factor = min(factor, short / min(height, width))
+    if long is not None:
+        factor = min(factor, long / max(height, width))
     new_height = min(max(int(height * factor + 0.5), 1), canvas_height)
     new_width = min(max(int(width * factor + 0.5), 1), canvas_width)
     if (new_height, new_width) != (height, width):
@@ -67,6 +83,4 @@ def to_original(boxes: np.ndarray, scale: tuple[float, float], original_hw: tupl
     sx, sy = scale
     height, width = original_hw
     boxes = boxes / np.asarray([sx, sy, sx, sy], dtype=np.float32)
-    return np.clip(boxes, 0.0, np.asarray([width, height, width, height], dtype=np.float32)).astype(
-        np.float32
-    )
+    return np.clip(boxes, 0.0, np.asarray([width, height, width, height], dtype=np.float32)).astype(np.float32)

@@ -22,7 +22,7 @@ from deploy.card import ModelCard
 from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
 from deploy.errors import UserError
 from deploy.files import write_json
-from deploy.preprocess import letterbox, load_image, to_original
+from deploy.preprocess import fit_canvas, load_image, to_original
 from deploy.runtimes.base import Runner
 
 AGREEMENT_SCORE = 0.3
@@ -118,8 +118,7 @@ def validate(
             progress(done, len(rows))
 
     metrics = {
-        name: evaluate_coco(truth, list(_coco_rows(found[name], runner.card)))
-        for name, runner in runners.items()
+        name: evaluate_coco(truth, list(_coco_rows(found[name], runner.card))) for name, runner in runners.items()
     }
     results = []
     for name, runner in runners.items():
@@ -187,9 +186,7 @@ def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], wh
     names = {category["id"]: category["name"] for category in content["categories"]}
     for category, class_name in zip(card.category_ids, card.class_names, strict=True):
         if category not in names:
-            raise UserError(
-                f"{name}: its class '{class_name}' is category {category}, which {where} does not have"
-            )
+            raise UserError(f"{name}: its class '{class_name}' is category {category}, which {where} does not have")
         if names[category] != class_name:
             raise UserError(
                 f"{name}: category {category} is '{class_name}' to the model, '{names[category]}' in {where}"
@@ -225,15 +222,13 @@ def _batches(rows: list[dict[str, Any]], folder: Path, batch_size: int) -> Itera
 def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _Found]) -> float:
     """Fill `found` with the batch's detections; return the seconds spent in the runner."""
     card = runner.card
-    fitted = [letterbox(item.pixels, card.input_size, card.pad_color) for item in batch]
+    fitted = [fit_canvas(item.pixels, card) for item in batch]
     images = np.stack([canvas for canvas, _ in fitted])
     start = time.perf_counter()
     out = runner(images)
     seconds = time.perf_counter() - start
     if not (np.isfinite(out.boxes).all() and np.isfinite(out.scores).all()):
-        raise UserError(
-            f"{name}: the detections hold values that are not finite (image {batch[0].image_id} or after)"
-        )
+        raise UserError(f"{name}: the detections hold values that are not finite (image {batch[0].image_id} or after)")
     for i, (item, (_, scale)) in enumerate(zip(batch, fitted, strict=True)):
         n = int(out.count[i])
         height, width = item.pixels.shape[:2]
@@ -311,7 +306,4 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in values.items()
-    }
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

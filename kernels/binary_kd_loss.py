@@ -42,9 +42,7 @@ def binary_kd_loss(
         ValueError: the shapes do not agree.
     """
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"student {list(student.shape)} and teacher {list(teacher.shape)} logits differ in shape"
-        )
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} logits differ in shape")
     if weight.shape != (student.shape[0], student.shape[2]):
         raise ValueError(f"weight must be [B, M] of {list(student.shape)}, got {list(weight.shape)}")
     loss, disagreement = _BinaryKD.apply(student, teacher, weight, beta, compiled)
@@ -59,9 +57,7 @@ def reference(student: Tensor, teacher: Tensor, weight: Tensor, beta: float = 1.
     return (rows.sum(1) * weight).sum(), difference.detach().amax(1)
 
 
-def _loss_and_gradient(
-    z: Tensor, teacher: Tensor, weight: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_and_gradient(z: Tensor, teacher: Tensor, weight: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     s, t = z.sigmoid(), teacher.sigmoid()
     signed = s - t
     difference = signed.abs()
@@ -78,9 +74,7 @@ def _loss_and_gradient(
 
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(
-        _loss_and_gradient, dynamic=True
-    )  # imports the compiler: only when somebody asks for it
+    return torch.compile(_loss_and_gradient, dynamic=True)  # imports the compiler: only when somebody asks for it
 
 
 class _BinaryKD(torch.autograd.Function):
@@ -89,9 +83,7 @@ class _BinaryKD(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, beta: float, compiled: bool
     ) -> tuple[Tensor, Tensor]:
         run = _compiled() if compiled else _loss_and_gradient
-        loss, disagreement, grad = run(
-            student.detach().float(), teacher.detach().float(), weight.float(), beta
-        )
+        loss, disagreement, grad = run(student.detach().float(), teacher.detach().float(), weight.float(), beta)
         ctx.save_for_backward(grad.to(student.dtype))
         ctx.mark_non_differentiable(disagreement)
         return loss, disagreement

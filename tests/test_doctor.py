@@ -92,9 +92,7 @@ def test_states(finding: Finding, state: str, says: str, remedy: str) -> None:
 
 
 def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "broken_one.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist\\nx')"
-    )
+    (tmp_path / "broken_one.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nx')")
     monkeypatch.syspath_prepend(tmp_path)
     (finding,) = doctor.check_import("broken_one", {"broken_one": "1.0"})
     assert finding.state == "broken"
@@ -146,9 +144,7 @@ def test_the_first_import_says_so_in_one_line(hugging_face: dict[str, str]) -> N
         outcome = run(f"import {module}", hugging_face)
         assert outcome.returncode == 1
         last = outcome.stderr.strip().splitlines()[-1]
-        assert (
-            last.startswith("ImportError: the package 'kernels' at ") and "pip uninstall -y kernels" in last
-        )
+        assert last.startswith("ImportError: the package 'kernels' at ") and "pip uninstall -y kernels" in last
 
 
 def test_a_command_says_so_in_one_line(hugging_face: dict[str, str], tmp_path: Path) -> None:

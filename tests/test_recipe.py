@@ -139,8 +139,7 @@ def test_precision_may_be_written_as_a_number(load: Load) -> None:
         (
             "epochs: 3",
             "steps: 300",
-            "r.yaml:17: train.schedule.warmup_steps: 500 warm-up steps leave nothing of 300 steps; "
-            "set it to 30",
+            "r.yaml:17: train.schedule.warmup_steps: 500 warm-up steps leave nothing of 300 steps; set it to 30",
         ),
         (
             "  epochs: 3\n  batch_size: 4",
@@ -243,9 +242,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_listed(load: Load) -> None:
-    text = (
-        TEXT.replace("  epochs: 3", "  epochs: 0").replace("nano", "nanno").replace("short: 64", "shrt: 64")
-    )
+    text = TEXT.replace("  epochs: 3", "  epochs: 0").replace("nano", "nanno").replace("short: 64", "shrt: 64")
     lines = problems(load, text, "train.ema=2")
     assert [line.split(":")[:3] for line in lines] == [
         ["r.yaml", "4", " data.shrt"],

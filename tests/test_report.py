@@ -171,9 +171,7 @@ def test_minimal_report_says_what_is_missing(tmp_path: Path) -> None:
 def test_empty_report_and_unmeasured_figures(tmp_path: Path) -> None:
     page = Page(build_report(write_run(tmp_path, {})).read_text("utf-8"))
     assert "This run has no student figures" in page.text
-    text = (
-        '{"models": {"student": {"map": NaN}}, "artifacts": [{"file": "a.onnx", "gate": "pass", "map": 3}]}'
-    )
+    text = '{"models": {"student": {"map": NaN}}, "artifacts": [{"file": "a.onnx", "gate": "pass", "map": 3}]}'
     (tmp_path / "report.json").write_text(text)
     page = Page(build_report(tmp_path).read_text("utf-8"))
     assert "mAP was not measured" in page.text
@@ -227,8 +225,7 @@ def test_unreadable_picture_is_said(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
     report = {"pictures": [{"image": "bad.jpg", "ground_truth": []}]}
     assert (
-        "The image bad.jpg could not be read"
-        in Page(build_report(write_run(tmp_path, report)).read_text("utf-8")).text
+        "The image bad.jpg could not be read" in Page(build_report(write_run(tmp_path, report)).read_text("utf-8")).text
     )
 
 

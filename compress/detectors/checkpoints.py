@@ -305,6 +305,12 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
             f"{path}: its backbone of {kind} blocks {list(blocks)} is none of ResNet-18, 34, 50, 101, "
             "the only mmdet backbones that can be loaded"
         )
+    channels = state["neck.lateral_convs.0.conv.weight"].shape[0]
+    if channels != 256:
+        raise UserError(
+            f"{path}: its neck has {channels} channels; mmdet's GroupNorm then has groups of another size than ours, "
+            "so only the usual 256 can be loaded"
+        )
     return _validated(
         path,
         {

@@ -88,9 +88,7 @@ def _open(path: Path, providers: Sequence[str], threads: int | None) -> onnxrunt
     onnxruntime.set_default_logger_severity(4)  # a provider that fails to load is reported by us, in one line
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return onnxruntime.InferenceSession(
-                str(path), options, providers=wanted or ["CPUExecutionProvider"]
-            )
+            return onnxruntime.InferenceSession(str(path), options, providers=wanted or ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
     finally:

@@ -38,9 +38,7 @@ def test_sample_against_pillow(document: dict[str, Any], save: Save, tmp_path: P
         assert dataset.aspect_ratios[index] == np.float32(entry["width"] / entry["height"])
 
 
-def test_what_cannot_be_learned_is_dropped_and_counted(
-    document: dict[str, Any], save: Save, tmp_path: Path
-) -> None:
+def test_what_cannot_be_learned_is_dropped_and_counted(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
     def add(bbox: list[float], **change: Any) -> None:
         document["annotations"].append(
             {"id": 100, "image_id": 10, "category_id": 3, "bbox": bbox, "area": 9, "iscrowd": 0, **change}
@@ -70,9 +68,7 @@ def test_drop_empty(document: dict[str, Any], save: Save, tmp_path: Path) -> Non
     assert len(CocoDetection(path, tmp_path / "images", KEEP)[1][1].boxes) == 0
 
 
-def test_cache_gives_the_same_pixels_without_the_files(
-    document: dict[str, Any], save: Save, tmp_path: Path
-) -> None:
+def test_cache_gives_the_same_pixels_without_the_files(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
     path, transform = save(document), train_transform((40, 64), 96, scale_jitter=(0.7, 1.5))
     plain = CocoDetection(path, tmp_path / "images", transform)
     samples = [plain[(index, 77)] for index in range(len(plain))]
@@ -107,10 +103,7 @@ def test_grey_palette_and_turned_images_are_rgb(save: Save, tmp_path: Path) -> N
     exif[0x0112] = 6  # turn by 90 degrees to show
     Image.fromarray(pixels).save(tmp_path / "images" / "turned.jpg", exif=exif)
     names = {"grey.png": (60, 40), "palette.png": (60, 40), "plain.bmp": (60, 40), "turned.jpg": (40, 60)}
-    entries = [
-        {"id": i, "file_name": name, "width": w, "height": h}
-        for i, (name, (w, h)) in enumerate(names.items())
-    ]
+    entries = [{"id": i, "file_name": name, "width": w, "height": h} for i, (name, (w, h)) in enumerate(names.items())]
     document = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
     dataset = CocoDetection(save(document), tmp_path / "images", identity)
     for index, (width, height) in enumerate(names.values()):
@@ -144,13 +137,11 @@ def test_missing_and_wrong_size_images(document: dict[str, Any], save: Save, tmp
             r"images\[0\]: height is missing",
         ),
         (
-            '{"annotations": [], "categories": [],'
-            ' "images": [{"id": 1, "file_name": "a", "width": 0, "height": 3}]}',
+            '{"annotations": [], "categories": [], "images": [{"id": 1, "file_name": "a", "width": 0, "height": 3}]}',
             r"images\[0\]: width must be a positive integer, found 0",
         ),
         (
-            '{"images": [], "categories": [],'
-            ' "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]}',
+            '{"images": [], "categories": [], "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]}',
             r"annotations\[0\]: bbox must be four numbers",
         ),
         (

@@ -77,9 +77,7 @@ def test_ranks_share_out_the_batches_of_one_rank(dataset: CocoDetection) -> None
             assert torch.equal(image[:, :h, :w], part[:, :h, :w])
 
 
-@given(
-    st.lists(st.floats(0.2, 5), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 99), st.booleans()
-)
+@given(st.lists(st.floats(0.2, 5), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 99), st.booleans())
 def test_epochs_of_the_sampler(ratios: list[float], batch_size: int, seed: int, group: bool) -> None:
     if batch_size > len(ratios):
         with pytest.raises(UserError, match="more than"):

@@ -71,9 +71,7 @@ def test_refuses_a_foreign_folder(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize(
-    "bad", [{"classes": 1}, {"classes": 25}, {"train": 0}, {"val": 0}, {"size": 16}, {"seed": -1}]
-)
+@pytest.mark.parametrize("bad", [{"classes": 1}, {"classes": 25}, {"train": 0}, {"val": 0}, {"size": 16}, {"seed": -1}])
 def test_arguments_out_of_range(tmp_path: Path, bad: dict[str, int]) -> None:
     arguments = {"train": 3, "val": 2, "size": 64, "classes": 3, "seed": 0, **bad}
     with pytest.raises(UserError, match=next(iter(bad))):

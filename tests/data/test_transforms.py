@@ -83,9 +83,7 @@ def test_flip_twice_is_nothing(scene: tuple[Tensor, Tensor, Tensor]) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(scenes(), st.integers(0, 2**31), st.booleans())
-def test_boxes_stay_inside_whatever_happens(
-    scene: tuple[Tensor, Tensor, Tensor], seed: int, photometric: bool
-) -> None:
+def test_boxes_stay_inside_whatever_happens(scene: tuple[Tensor, Tensor, Tensor], seed: int, photometric: bool) -> None:
     image, boxes, ignore = scene
     torch.manual_seed(seed)
     transform = train_transform((40, 80), 120, photometric=photometric, scale_jitter=(0.5, 2.0))

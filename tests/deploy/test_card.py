@@ -19,9 +19,7 @@ CARD = ModelCard(name="tiny", class_names=["a", "b"], category_ids=[3, 7], input
 def model_with(text: str | None) -> onnx.ModelProto:
     value = helper.make_tensor_value_info
     node = helper.make_node("Identity", ["x"], ["y"])
-    graph = helper.make_graph(
-        [node], "g", [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])]
-    )
+    graph = helper.make_graph([node], "g", [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     if text is not None:
         helper.set_model_props(model, {METADATA_KEY: text})

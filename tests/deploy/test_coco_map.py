@@ -46,9 +46,7 @@ def random_case(seed: int, images: int = 25, classes: int = 4) -> tuple[dict[str
                     }
                 )
     dataset = {
-        "images": [
-            {"id": i * 11, "file_name": f"{i}.jpg", "width": 640, "height": 640} for i in range(images)
-        ],
+        "images": [{"id": i * 11, "file_name": f"{i}.jpg", "width": 640, "height": 640} for i in range(images)],
         "categories": [{"id": k * 7 + 3, "name": f"class {k}"} for k in reversed(range(classes))],
         "annotations": annotations,
     }
@@ -89,9 +87,7 @@ def test_figures_equal_the_summary_of_pycocotools(capsys: pytest.CaptureFixture[
         metrics.map_medium,
         metrics.map_large,
     ]
-    np.testing.assert_allclose(
-        [*found, metrics.mar100], 100 * evaluation.stats[[0, 1, 2, 3, 4, 5, 8]], atol=1e-9
-    )
+    np.testing.assert_allclose([*found, metrics.mar100], 100 * evaluation.stats[[0, 1, 2, 3, 4, 5, 8]], atol=1e-9)
     assert capsys.readouterr().out == ""
 
 

@@ -63,14 +63,10 @@ def test_letterbox_fits_pads_and_inverts(height: int, width: int, canvas_h: int,
     assert new_w == canvas_w or new_h == canvas_h  # it touches one border
     assert (canvas[:, :new_h, :new_w] == 200).all()
     for channel in range(3):
-        assert (canvas[channel, new_h:] == PAD[channel]).all() and (
-            canvas[channel, :, new_w:] == PAD[channel]
-        ).all()
+        assert (canvas[channel, new_h:] == PAD[channel]).all() and (canvas[channel, :, new_w:] == PAD[channel]).all()
     corner = to_original(np.asarray([[0, 0, new_w, new_h]], np.float32), (sx, sy), (height, width))
     np.testing.assert_allclose(corner, [[0, 0, width, height]], rtol=1e-5)
-    outside = to_original(
-        np.asarray([[-9, -9, canvas_w * 9, canvas_h * 9]], np.float32), (sx, sy), (height, width)
-    )
+    outside = to_original(np.asarray([[-9, -9, canvas_w * 9, canvas_h * 9]], np.float32), (sx, sy), (height, width))
     np.testing.assert_allclose(outside, [[0, 0, width, height]], rtol=1e-5)
 
 

@@ -107,9 +107,7 @@ def test_torch_and_onnx_agree_and_a_spoiled_file_fails(
         "empty": Spoiled(torch_runner, lambda out: replace(out, count=out.count * 0)),
     }
     steps: list[tuple[int, int]] = []
-    results = validate(
-        runners, *dataset, reference="torch", batch_size=4, progress=lambda *step: steps.append(step)
-    )
+    results = validate(runners, *dataset, reference="torch", batch_size=4, progress=lambda *step: steps.append(step))
     assert steps == [(4, 13), (8, 13), (12, 13), (13, 13)]
     torch_result, onnx_result, shifted, empty = results
     annotations = json.loads(dataset[0].read_text())

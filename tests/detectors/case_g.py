@@ -15,9 +15,7 @@ SIZES = ((16, 16), (8, 8))
 
 def prediction(kind: str, *, shift: float = 0.0) -> DensePrediction:
     """`student` or `teacher` outputs; `shift` is added to the class logits. Leaves that require grad."""
-    a_cls, c_cls, d_cls, a_reg, c_reg = (
-        (1.5, 0.1, -2.0, 2.0, 0.5) if kind == "student" else (1.8, 0.4, -1.8, 2.2, 0.9)
-    )
+    a_cls, c_cls, d_cls, a_reg, c_reg = (1.5, 0.1, -2.0, 2.0, 0.5) if kind == "student" else (1.8, 0.4, -1.8, 2.2, 0.9)
     logits, distribution = [], []
     for level, (h, w) in enumerate(SIZES):
         z = sine((2, 3, h, w), a_cls, 0.37, c_cls + 0.7 * level, d_cls).float() + shift

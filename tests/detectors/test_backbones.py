@@ -36,9 +36,7 @@ def last_map_of_each_stride(model: nn.Module, images: Tensor) -> dict[int, Tenso
     def record(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         maps[images.shape[-1] // output.shape[-1]] = output
 
-    blocks = (
-        model.features if hasattr(model, "features") else [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
-    )
+    blocks = model.features if hasattr(model, "features") else [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
     hooks = [block.register_forward_hook(record) for block in blocks]
     with torch.no_grad():
         model(images)

@@ -141,8 +141,7 @@ def hashed_state(depth: int) -> dict[str, Tensor]:
 def test_names_and_shapes_are_mmdets(depth: int) -> None:
     official = official_shapes(depth)
     text = "".join(
-        f"{name} {shape} torch.{'int64' if 'num_batches' in name else 'float32'}\n"
-        for name, shape in official.items()
+        f"{name} {shape} torch.{'int64' if 'num_batches' in name else 'float32'}\n" for name, shape in official.items()
     )
     assert hashlib.sha256(text.encode()).hexdigest() == LIST_SHA256[depth]
     with torch.device("meta"):
@@ -257,9 +256,7 @@ SMALL = official_shapes(18, classes=3, width=32, towers=1)
         (None, "backbone.layer3.2.conv1.weight", "basic blocks [2, 2, 3, 2] is none of ResNet-18"),
     ],
 )
-def test_missing_and_unexpected_keys(
-    removed: str | None, added: str | None, message: str, tmp_path: Path
-) -> None:
+def test_missing_and_unexpected_keys(removed: str | None, added: str | None, message: str, tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in SMALL.items() if name != removed}
     if added:
         shapes[added] = (1,)
@@ -420,9 +417,7 @@ def test_bad_headers(header: dict[str, str] | None, message: str, tmp_path: Path
 
 
 def test_native_keys_must_match(tmp_path: Path) -> None:
-    path = native_file(
-        tmp_path / "a.safetensors", {HEADER_KEY: GOOD_HEADER}, "head.gfl_reg.bias", "teacher.x"
-    )
+    path = native_file(tmp_path / "a.safetensors", {HEADER_KEY: GOOD_HEADER}, "head.gfl_reg.bias", "teacher.x")
     with pytest.raises(UserError, match=r"missing 1 key.*head.gfl_reg.bias; unexpected 1 key.*teacher.x"):
         load_detector(path)
 
@@ -503,9 +498,7 @@ def publish(folder: Path, monkeypatch: pytest.MonkeyPatch, *, prefix: str | None
     return entry
 
 
-def test_zoo_downloads_once_and_says_where_from(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zoo_downloads_once_and_says_where_from(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = publish(tmp_path / "server", monkeypatch)
     _, record = load_teacher_checkpoint("zoo:tiny")
     assert (record.source, record.val_map) == (entry.url, 33.3)
@@ -515,9 +508,7 @@ def test_zoo_downloads_once_and_says_where_from(
     assert fetch("tiny") == cached
 
 
-def test_zoo_refuses_a_download_with_another_hash(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zoo_refuses_a_download_with_another_hash(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = publish(tmp_path / "server", monkeypatch, prefix="00c0ffee")
     with pytest.raises(UserError, match="instead of 00c0ffee") as error:
         fetch("tiny")
@@ -525,9 +516,7 @@ def test_zoo_refuses_a_download_with_another_hash(
     assert not list((home / ".cache" / "compress").iterdir())
 
 
-def test_zoo_refuses_a_damaged_cached_file(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zoo_refuses_a_damaged_cached_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = publish(tmp_path / "server", monkeypatch)
     cached = fetch("tiny")
     cached.write_bytes(cached.read_bytes()[:-1])

@@ -14,9 +14,7 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}  # the oracles are printed with six decima
 
 
 def close(value: torch.Tensor, expected: object) -> None:
-    torch.testing.assert_close(
-        value.detach().double(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE
-    )
+    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -57,13 +55,9 @@ def test_assignment_on_five_levels() -> None:
     expected = ORACLES["F6_atss5"]
     boxes = torch.tensor([expected["gt"]])
     sizes = [tuple(x) for x in expected["fs"]]
-    result = atss(
-        boxes, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[128, 160]]), sizes, (8, 16, 32, 64, 128)
-    )
+    result = atss(boxes, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[128, 160]]), sizes, (8, 16, 32, 64, 128))
     close(result.thresholds[0], (torch.tensor(expected["mean"]) + torch.tensor(expected["std"])).tolist())
-    found = [
-        [a, int(result.gt_index[0, a]) + 1] for a in (result.gt_index[0] >= 0).nonzero().flatten().tolist()
-    ]
+    found = [[a, int(result.gt_index[0, a]) + 1] for a in (result.gt_index[0] >= 0).nonzero().flatten().tolist()]
     assert found == [[a, gt] for a, gt, _ in expected["pos"]]
 
 
@@ -89,9 +83,17 @@ def test_inference_scales_to_the_original_image() -> None:
 def test_an_empty_batch_is_all_negative_and_differentiable() -> None:
     detector, prediction = case_g.detector(), case_g.prediction("student")
     empty = [
-        Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), None, 0, (128, 128), (128, 128))
+        Target(
+            boxes=torch.zeros(0, 4),
+            labels=torch.zeros(0, dtype=torch.int64),
+            ignore=torch.zeros(0, dtype=torch.bool),
+            scores=None,
+            image_id=0,
+            size=(128, 128),
+            original_size=(128, 128),
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     targets = detector.assign(prediction, empty)
     assert int(targets.avg_factor) == 2  # at least one an image
     losses = detector.loss(prediction, targets)

@@ -120,9 +120,7 @@ def test_the_default_is_exact_up_to_chains_of_33_boxes() -> None:
 
 @pytest.mark.parametrize("iterations", [2, 4, 8, 32])
 @pytest.mark.parametrize("excess", [1, 2, 3, 20])
-def test_a_chain_that_is_too_long_leaves_duplicates_at_its_end_and_loses_nothing(
-    iterations: int, excess: int
-) -> None:
+def test_a_chain_that_is_too_long_leaves_duplicates_at_its_end_and_loses_nothing(iterations: int, excess: int) -> None:
     tiles = iterations + 1 + excess
     keep = class_aware_nms(*roof(tiles), iou_threshold=0.6, iterations=iterations)[0]
     greedy = reference(*roof(tiles), 0.6)[0]

@@ -49,9 +49,7 @@ def test_case_g_losses_weights_and_gradients() -> None:
     assert loc_grad[0] is None and loc_grad[1] is None
     close(torch.stack([g.norm() for g in loc_grad[2:]]), expected["grad_norm_scorekd"][2:])
 
-    disagreement = binary_kd_loss(
-        logits[0].flatten(2), teacher.prediction.logits[0].flatten(2), torch.ones(2, 256)
-    )[1]
+    disagreement = binary_kd_loss(logits[0].flatten(2), teacher.prediction.logits[0].flatten(2), torch.ones(2, 256))[1]
     close(disagreement[0, :8], expected["weight_first8_l0"])
 
 

@@ -15,9 +15,7 @@ from tests.oracles import ORACLES, sine
 
 
 def close(value: torch.Tensor, expected: object) -> None:
-    torch.testing.assert_close(
-        value.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6)
 
 
 def test_quality_focal_loss_oracle() -> None:
@@ -124,9 +122,7 @@ def test_giou_oracle() -> None:
 
 
 def test_gradients_against_finite_differences() -> None:
-    a = torch.tensor(
-        [[0.0, 0, 10, 10], [1.2, 1.1, 5, 3], [0, 0, 4, 4]], dtype=torch.float64, requires_grad=True
-    )
+    a = torch.tensor([[0.0, 0, 10, 10], [1.2, 1.1, 5, 3], [0, 0, 4, 4]], dtype=torch.float64, requires_grad=True)
     b = torch.tensor([[5.0, 5, 15, 12], [1, 1.3, 5.5, 3.7], [6, 6, 8, 9]], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: giou_loss(x, b), a)
     z = sine((3, 17), 1.5, 0.45, 0.2).requires_grad_()
