@@ -57,3 +57,12 @@ def test_two_processes_equal_one(tmp_path: Path, launch: str) -> None:
     weights, others = (load_file(run / "student.safetensors") for run in (one, two))
     for key, value in weights.items():
         torch.testing.assert_close(value, others[key], rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
+    arguments = ["distill", str(tiny.recipe_file(tmp_path)), "--devices", "2", "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "everything fits together" in done.stdout and not (tmp_path / "runs").exists()

@@ -77,3 +77,12 @@ def test_the_resize_is_the_one_of_training_within_one_grey_level() -> None:
     new_h, new_w = round(sy * 75), round(sx * 133)
     expected = F.resize(torch.from_numpy(image).permute(2, 0, 1), [new_h, new_w], antialias=True).numpy()
     assert np.abs(canvas[:, :new_h, :new_w].astype(int) - expected).max() <= 1
+
+
+def test_limits_keep_the_scale_of_training() -> None:
+    """A portrait image on a square canvas is not enlarged beyond short and long: 800 x 1333 gives 800 x 1067."""
+    image = np.zeros((640, 480, 3), np.uint8)
+    canvas, scale = letterbox(image, (1344, 1344), PAD, short=800, long=1333)
+    assert scale == (800 / 480, 1067 / 640)
+    assert (canvas[:, 1067:] == np.array(PAD, np.uint8)[:, None, None]).all()
+    assert letterbox(image, (1344, 1344), PAD)[1] == (1008 / 480, 1344 / 640)
