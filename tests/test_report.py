@@ -105,7 +105,7 @@ def full_run(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text("name: run\n# <script>alert(1)</script>\n", encoding="utf-8")
     for arm in ("baseline", "student"):
         (tmp_path / arm).mkdir()
-        rows = ["step,epoch,seconds,lr,loss,loss_cls,loss_bbox,loss_dfl,kd_bckd_cls,map"]
+        rows = ["step,epoch,seconds,lr,loss,loss_cls,loss_bbox,loss_dfl,bckd_cls,map"]
         rows += [f"{s},0,1,0.01,4,1,{2 - s / 1000},0.5,0.3,{30 if s % 50 == 0 else ''}" for s in range(400)]
         (tmp_path / arm / "metrics.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return write_run(tmp_path, full_report())

@@ -21,6 +21,9 @@ from compress.report.pictures import MATCH_IOU, MIN_SCORE, draw_pictures
 from deploy.files import write_text
 
 DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
+_KNOWN_COLUMNS = {
+    *DETECTION_LOSSES, "step", "epoch", "seconds", "lr", "loss", "grad_norm", "map", "map50", "map75",
+}  # fmt: skip
 _LOSS_NAMES = {
     "loss_cls": "Classification (QFL)",
     "loss_bbox": "Box (GIoU)",
@@ -365,8 +368,9 @@ def _curves(document: Document) -> list[Curve]:
     for column in DETECTION_LOSSES:
         add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in arms}, "loss")
     student = metrics.get("student")
-    for column in sorted(c for c in student.columns if c.startswith("kd_")) if student else ():
-        add(f"Distillation: {column.removeprefix('kd_')}", "", {"student": student.columns[column]}, "loss")  # type: ignore[union-attr]
+    if student is not None:  # whatever is not of the detector or of the loop is a method's
+        for column in (c for c in student.columns if c not in _KNOWN_COLUMNS):
+            add(f"Distillation: {column}", "", {"student": student.columns[column]}, "loss")
     return curves
 
 
