@@ -225,8 +225,11 @@ def _pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[dict[str, A
         image, target = val[index]
         batch = collate([(image, target)])
         scale = target.original_size[1] / target.size[1]
-        truth = Detections(target.boxes * scale, torch.ones(len(target.labels)), target.labels)
-        picture: dict[str, Any] = {"image": str(val.path(index)), "ground_truth": _boxes(truth, val)}
+        truth = [
+            {"box": [round(x * scale, 1) for x in box], "label": val.categories[label]}
+            for box, label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True)
+        ]
+        picture: dict[str, Any] = {"image": str(val.path(index)), "ground_truth": truth}
         for name, detector in detectors.items():
             with torch.no_grad():
                 picture[name] = _boxes(detector.decode(detector(batch.images), batch.targets)[0], val)
