@@ -69,8 +69,9 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
         f"{exported['max_score_difference']:.1e}, box {exported['max_box_difference_px']:.1e} px",
     )
 
+    device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     runners: dict[str, Runner] = {
-        student.name: torch_runner(str(student), recipe.deploy, input_size, limits=limits),
+        student.name: torch_runner(str(student), recipe.deploy, input_size, limits=limits, device=device),
         onnx_file.name: OnnxRunner(onnx_file, recipe.deploy.providers),
     }
     inputs = {"onnx": sha256_of(onnx_file), "data": sha256_of(split.annotations), "deploy": settings}
@@ -90,7 +91,9 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     if teacher is not None:
         categories = dict(zip(val.category_ids, val.categories, strict=True))
         timed = {
-            TEACHER: torch_runner(teacher, recipe.deploy, input_size, limits=limits, categories=categories),
+            TEACHER: torch_runner(
+                teacher, recipe.deploy, input_size, limits=limits, categories=categories, device=device
+            ),
             **timed,
         }
     measured_file = run_dir / "benchmark.json"

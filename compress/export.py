@@ -54,8 +54,9 @@ def torch_runner(
     *,
     limits: tuple[int, int] | None = None,
     categories: Mapping[int, str] | None = None,
+    device: str = "cpu",
 ) -> TorchRunner:
-    """A checkpoint (a file or `zoo:<name>`) in PyTorch on the CPU, with the post-processing of an exported file.
+    """A checkpoint (a file or `zoo:<name>`) in PyTorch, with the post-processing of an exported file.
 
     limits: see `export_checkpoint`. categories: id → name in label order, for a checkpoint that does not say which
     classes it knows.
@@ -84,7 +85,7 @@ def torch_runner(
         versions=versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    return TorchRunner(Deployable.from_card(detector, card), card)
+    return TorchRunner(Deployable.from_card(detector, card), card, device)
 
 
 def sample_canvases(images: Sequence[Path], card: ModelCard) -> np.ndarray:
