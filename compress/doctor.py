@@ -30,7 +30,6 @@ TRAIN = (
     "onnx",
     "onnxscript",
     "tensorboard",
-    "matplotlib",
 )
 BASE = ("numpy", "pydantic", "typer", "rich", "pyyaml", "pillow", "jinja2", "pycocotools", "faster-coco-eval")
 DISK_WANTED_GB = 5

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ GOOD = {
 
 def without(*names: str) -> dict[str, str]:
     return {name: version for name, version in GOOD.items() if name not in names}
+
+
+def test_the_lists_are_those_of_pyproject() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.match(r"[A-Za-z0-9_-]+", text)[0] for text in requirements}  # type: ignore[index]
+
+    onnxruntime = {"onnxruntime", "onnxruntime-gpu"}  # one of the two, which check_onnxruntime looks at
+    assert sorted(doctor.BASE) == sorted(names(project["dependencies"]) - onnxruntime)
+    assert sorted(doctor.TRAIN) == sorted(names(project["optional-dependencies"]["train"]))
 
 
 @pytest.mark.parametrize(
