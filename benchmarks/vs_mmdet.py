@@ -27,7 +27,7 @@ from deploy.files import write_json
 HOW_TO_BUILD = """\
 no --mmdet-python: only our side is measured. An environment with mmdet 3.3 (any torch that we support will do):
     python3.11 -m venv mmdet-env
-    mmdet-env/bin/pip install torch (PyTorch's build for the CPU is enough)
+    mmdet-env/bin/pip install torch  # its build for the CPU is enough
     mmdet-env/bin/pip install 'setuptools<81' wheel openmim && mmdet-env/bin/pip install mmengine 'mmdet==3.3.0'
     MMCV_WITH_OPS=0 mmdet-env/bin/pip install --no-build-isolation 'mmcv==2.1.0'
 then: python -m benchmarks.vs_mmdet --mmdet-python mmdet-env/bin/python"""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.errors import UserError
 from deploy.files import sha256_of, write_json
 
 
@@ -19,12 +20,7 @@ class Manifest:
         self._path = run_dir / "manifest.json"
         self._run_dir = run_dir
         self._versions = dict(versions)
-        self._rows: dict[str, dict[str, Any]] = {}
-        if self._path.is_file():
-            try:
-                self._rows = json.loads(self._path.read_text(encoding="utf-8"))["stages"]
-            except (ValueError, KeyError, TypeError):
-                self._rows = {}  # a damaged manifest only costs time: every stage runs again
+        self._rows = _read_rows(self._path)
 
     def stage(
         self,
@@ -68,6 +64,29 @@ class Manifest:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._run_dir).as_posix()
+
+
+def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The stages that the file records. What is damaged in it counts as absent and only costs time: those stages
+    run again. Raises UserError when a folder stands in its place."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a run keeps its record in a file of this name, so remove the folder")
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    if not isinstance(stages, dict):
+        return {}
+    return {name: row for name, row in stages.items() if _is_row(row)}
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("inputs"), str)
+        and isinstance(row.get("outputs"), dict)
+        and "result" in row
+    )
 
 
 def fingerprint(value: Mapping[str, Any]) -> str:
