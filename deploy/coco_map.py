@@ -11,7 +11,8 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,28 +92,113 @@ def evaluate_coco(
     )
 
 
+def read_annotations(path: Path, *, sizes: bool = False) -> dict[str, Any]:
+    """Read a COCO detection file and check its shape: three lists of objects with the fields that we use.
+
+    Lists may be empty, and ids may repeat. sizes: every image must also say its width and height.
+
+    Raises:
+        UserError: no such file, not JSON (with the line), or a field missing or of the wrong type (with its list, the
+            index in it and the key).
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text, so not COCO JSON") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{path}: not COCO JSON: {error}") from None
+    _check_shape(content, str(path), sizes)
+    return content
+
+
 def load_annotations(annotations: Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """The COCO object of a file (or the object itself), with its three lists present. Raises UserError."""
-    where = "annotations"
+    """A COCO object to evaluate against: of a file, or the object itself.
+
+    Raises UserError as `read_annotations`, and for a file without images or categories or with an id that repeats.
+    """
+    where = "annotations" if isinstance(annotations, Mapping) else str(annotations)
     if isinstance(annotations, Mapping):
-        content: Any = annotations
+        content: Mapping[str, Any] = annotations
+        _check_shape(content, where, sizes=False)
     else:
-        where = str(annotations)
-        try:
-            content = json.loads(Path(annotations).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{where}: cannot read the annotations: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{where}: not a JSON file: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
-            raise UserError(f"{where}: not a COCO file: it has no list '{key}'")
-    if not content["images"] or not content["categories"]:
-        raise UserError(f"{where}: nothing to evaluate: the file lists no images or no categories")
+        content = read_annotations(annotations)
+    for section in ("images", "categories"):
+        if not content[section]:
+            raise UserError(f"{where}: {section}: the list is empty, there is nothing to evaluate")
+        repeated = [key for key, count in Counter(entry["id"] for entry in content[section]).items() if count > 1]
+        if repeated:
+            raise UserError(f"{where}: {section}: id {repeated[0]} stands there more than once; ids must differ")
     return content
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+_FIELDS: dict[str, dict[str, str]] = {
+    "categories": {"id": "integer", "name": "text"},
+    "images": {"id": "integer", "file_name": "text"},
+    "annotations": {"image_id": "integer", "category_id": "integer", "bbox": "box"},
+}
+_SIZES = {"width": "size", "height": "size"}
+_OPTIONAL = {"area": "number", "iscrowd": "flag", "ignore": "flag"}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("text", lambda value: isinstance(value, str)),
+    "integer": ("an integer", _is_integer),
+    "size": ("a positive integer", lambda value: _is_integer(value) and value > 0),
+    "number": ("a number", _is_number),
+    "flag": ("0 or 1", lambda value: value in (0, 1)),
+    "box": (
+        "four numbers [x, y, w, h]",
+        lambda value: isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_number, value)),
+    ),
+}
+
+
+def _check_shape(content: Any, where: str, sizes: bool) -> None:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where}: COCO JSON is an object with images, annotations and categories; this is not")
+    for section, fields in _FIELDS.items():
+        entries = content.get(section)
+        if not isinstance(entries, list):
+            raise UserError(f"{where}: {section}: must be a list, found {_kind(entries)}")
+        if section == "images" and sizes:
+            fields = fields | _SIZES
+        optional = _OPTIONAL if section == "annotations" else {}
+        for index, entry in enumerate(entries):
+            place = f"{where}: {section}[{index}]"
+            if not isinstance(entry, Mapping):
+                raise UserError(f"{place}: must be an object, found {_kind(entry)}")
+            for key, kind in fields.items():
+                if key not in entry:
+                    raise UserError(f"{place}: {key} is missing")
+                _check_value(place, key, kind, entry[key])
+            for key, kind in optional.items():
+                if key in entry:
+                    _check_value(place, key, kind, entry[key])
+
+
+def _check_value(place: str, key: str, kind: str, value: Any) -> None:
+    wanted, fits = _KINDS[kind]
+    if not fits(value):
+        raise UserError(f"{place}: {key} must be {wanted}, found {json.dumps(value, default=str)[:60]}")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
 
 
 def _prepare_dataset(annotations: Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from deploy.card import ModelCard
 from deploy.errors import UserError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Files that count as images where a folder is searched; lower case."""
+
 
 def load_image(path: Path) -> np.ndarray:
     """Decode an image file to RGB uint8 [H, W, 3], turned as its EXIF orientation says.
@@ -28,6 +31,8 @@ def read_image_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: no such image") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read the image: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{str(path)!r}: cannot read the image: {error}") from error
 
 
 def decode_image(data: bytes, where: str = "image") -> np.ndarray:
