@@ -9,7 +9,7 @@ Everything here works the same in one process and in several; process 0 writes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,10 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
     name = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
     if write:
-        synthetic.generate(folder, **settings)
+        try:
+            synthetic.generate(folder, **settings)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot draw the images: {error.strerror or error}") from error
     images = folder / "images"
     return (
         Split(annotations=folder / "train.json", images=images),
@@ -69,8 +72,8 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
 def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
     """Draw (synthetic) or open the recipe's images. Raises UserError for files that cannot be used."""
     data = recipe.data
-    train_split, val_split = splits(data, recipe.runs, write=fabric.is_global_zero)
-    fabric.barrier()
+    on_first_process(fabric, lambda: splits(data, recipe.runs))
+    train_split, val_split = splits(data, recipe.runs, write=False)
     transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
     train = CocoDetection(
         train_split.annotations, train_split.images, transform, cache=data.cache, drop_empty=data.drop_empty
@@ -83,11 +86,29 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
             f"{train_split.annotations} and {val_split.annotations} have different categories: "
             f"{_first_difference(train, val)}"
         )
+    for split, images in ((train_split, train), (val_split, val)):
+        if images.num_boxes == 0:
+            raise UserError(
+                f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
+            )
     identity = data.model_dump(mode="json", exclude={"workers", "cache"}) | {
         "train_sha256": sha256_of(train_split.annotations),
         "val_sha256": sha256_of(val_split.annotations),
     }
     return Datasets(train, val, train_split, val_split, identity)
+
+
+def on_first_process(fabric: Fabric, work: Callable[[], Any]) -> None:
+    """Run `work` on process 0 while the others wait. Its UserError is raised on all of them, so that none hangs."""
+    message = None
+    if fabric.is_global_zero:
+        try:
+            work()
+        except UserError as error:
+            message = str(error)
+    message = fabric.broadcast(message)
+    if message is not None:
+        raise UserError(message)
 
 
 def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> GFL:
@@ -145,6 +166,9 @@ def train_arm(
     max_steps: int | None = None,
 ) -> dict[str, Any]:
     """Train one arm and save it as `<run>/<name>.safetensors`. Returns its figures (JSON-able)."""
+    output = recipe.run_dir / f"{name}.safetensors"
+    if fabric.is_global_zero:
+        output.unlink(missing_ok=True)  # from now on this arm is unfinished
     fabric.seed_everything(recipe.seed, verbose=False)
     detector = build_detector(model, len(data.train.categories), recipe.seed, compiled=settings.compile)
     loader = train_loader(
@@ -180,7 +204,7 @@ def train_arm(
             val_map=result.metrics.map,
             recipe_sha256=recipe_sha256(recipe),
         )
-        save_detector(recipe.run_dir / f"{name}.safetensors", detector, metadata=record)
+        save_detector(output, detector, metadata=record)
     fabric.barrier()
     metrics = result.metrics.to_dict() if result.metrics is not None else {}
     return {"metrics": metrics, "steps": result.steps, "seconds": round(result.seconds, 1)}

@@ -28,7 +28,6 @@ from compress.recipe import Model, Recipe, Split
 from deploy.errors import UserError
 
 SHORT_PX, LONG_PX = 256, 448
-IMAGES = 8
 
 
 def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
@@ -100,7 +99,7 @@ def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str], console
     """The recipe on a few noise images in `folder`, two a process and micro-batch."""
     split = Split(annotations=folder / "noise" / "noise.json", images=folder / "noise")
     if write:
-        _draw(split, categories, recipe.seed)
+        _draw(split, categories, recipe.seed, images=4 * recipe.train.devices * recipe.train.accumulate)
     short = min(recipe.data.eval_short, SHORT_PX)
     data = recipe.data.model_copy(
         update={
@@ -112,22 +111,28 @@ def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str], console
             "workers": 0,
         }
     )
+    schedule = recipe.train.schedule.model_copy(update={"warmup_steps": 0})
     train = recipe.train.model_copy(
-        update={"batch_size": 2 * recipe.train.devices * recipe.train.accumulate, "steps": 1, "epochs": None}
+        update={
+            "batch_size": 2 * recipe.train.devices * recipe.train.accumulate,
+            "steps": 1,
+            "epochs": None,
+            "schedule": schedule,
+        }
     )
     student = _without_download(recipe.student, console, "student")
     return recipe.model_copy(update={"data": data, "train": train, "student": student, "runs": folder / "runs"})
 
 
-def _draw(split: Split, categories: dict[int, str], seed: int) -> None:
+def _draw(split: Split, categories: dict[int, str], seed: int, *, images: int) -> None:
     folder = split.images
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image_id in range(1, 2 * IMAGES + 1):
+    for image_id in range(1, images + 1):
         Image.fromarray(random.integers(0, 256, (240, 320, 3), dtype=np.uint8)).save(folder / f"{image_id}.png")
-        images.append({"id": image_id, "file_name": f"{image_id}.png", "width": 320, "height": 240})
+        rows.append({"id": image_id, "file_name": f"{image_id}.png", "width": 320, "height": 240})
         for _ in range(4):
             w, h = random.uniform(20, 150, 2)
             x, y = random.uniform(0, 320 - w), random.uniform(0, 240 - h)
@@ -137,5 +142,5 @@ def _draw(split: Split, categories: dict[int, str], seed: int) -> None:
                     "category_id": int(random.choice(list(categories))), "bbox": [x, y, w, h],
                 }
             )  # fmt: skip
-    rows = [{"id": key, "name": name} for key, name in categories.items()]
-    split.annotations.write_text(json.dumps({"images": images, "annotations": annotations, "categories": rows}))
+    names = [{"id": key, "name": name} for key, name in categories.items()]
+    split.annotations.write_text(json.dumps({"images": rows, "annotations": annotations, "categories": names}))

@@ -108,15 +108,19 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
         latency.write_report(measured_file, report)
         return {name: _latency(report, name) for name in timed}
 
-    latencies = manifest.stage(
-        "benchmark", {**inputs, "machine": environment()["cpu"]["model"]}, [measured_file], measure
-    )
+    latencies = manifest.stage("benchmark", {**inputs, "machine": _machine()}, [measured_file], measure)
 
     report = _report(recipe, run_dir, val, input_size, proofs, latencies, teacher)
     write_json(run_dir / "report.json", report)
     page = build_report(run_dir)
     console.print(summary_table(report))
     return page
+
+
+def _machine() -> dict[str, Any]:
+    """What a latency belongs to."""
+    found = environment()
+    return {"cpu": found["cpu"]["model"], "gpus": [gpu.get("name") for gpu in found["gpus"] or []]}
 
 
 def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
@@ -161,7 +165,6 @@ def _report(
         artifacts.append(
             {
                 "file": TEACHER,
-                "backend": "torch",
                 "precision": "fp32",
                 "size_mb": round(checkpoint_file(teacher).stat().st_size / 1e6, 2),
                 "map": models["teacher"]["map"],
@@ -201,6 +204,7 @@ def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
     cells = [cell for cell in report.cells if cell.runner == name and cell.scope == "inference"]
     single = min(cells, key=lambda cell: cell.batch_size)
     return {
+        "backend": single.backend,
         "latency_ms": {key: round(value.value, 3) for key, value in single.latency_ms.items()},
         "latency_batch": single.batch_size,
         "throughput_ips": round(max(cell.throughput_ips.value for cell in cells), 1),

@@ -19,6 +19,7 @@ from compress.arms import (
     Datasets,
     build_methods,
     evaluate_arm,
+    on_first_process,
     open_data,
     train_arm,
     weights_sha256,
@@ -71,6 +72,10 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         f"{recipe.name}: {len(data.train)} training and {len(data.val)} validation images, "
         f"{len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
     )
+    for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
+        if images.dropped:
+            counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
+            console.print(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
     common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
 
     teacher = None
@@ -148,6 +153,8 @@ def _launch(recipe: Recipe) -> Fabric:
         raise UserError(
             f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here ({message})"
         ) from error
+    if train.precision == "fp16" and fabric.device.type == "cpu":
+        raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")
     fabric.launch()
     return fabric
 
@@ -170,8 +177,8 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
             f"{run_dir} holds an interrupted run ({unfinished[0]} is unfinished); add --resume to continue it, or "
             "remove the folder to start again"
         )
-    fabric.barrier()
-    if fabric.is_global_zero:
+
+    def create() -> None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
@@ -179,7 +186,8 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
             raise UserError(
                 f"{run_dir}: cannot write the run: {error.strerror or error}; change runs: in the recipe"
             ) from error
-    fabric.barrier()
+
+    on_first_process(fabric, create)
 
 
 def _teacher(

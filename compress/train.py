@@ -1,8 +1,8 @@
 """The training loop: one detector, with or without a teacher, on Lightning Fabric.
 
 `fit` trains one arm of a run (teacher, baseline or student) in its own folder: `metrics.csv`, TensorBoard
-events, `checkpoints/last.ckpt` (everything that resuming needs) and `checkpoints/best.ckpt` (weights of the
-best evaluation).
+events, `checkpoints/last.ckpt` (everything that resuming needs) and `checkpoints/best-<step>.ckpt` (weights of
+the best evaluation).
 
 Resuming is exact: the order of the images and their augmentation are pure functions of (seed, epoch), and
 the checkpoint holds model, moving average, optimizer, scaler, position and random state. On the CPU, k steps, a
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,7 +87,8 @@ class _State:
     step: int = 0  # finished optimizer steps
     seconds: float = 0.0
     evaluated_step: int = 0
-    best: dict[str, Any] = field(default_factory=dict)  # metrics of the weights in best.ckpt
+    best: dict[str, Any] = field(default_factory=dict)  # metrics of the weights in best-<best_step>.ckpt
+    best_step: int = 0
 
 
 def fit(
@@ -118,11 +119,11 @@ def fit(
         max_steps: stop early after that many steps, leaving a checkpoint (used by --dry-run and the tests).
 
     Raises:
-        UserError: a loss is not finite (the batch and the weights are saved for replay), or the checkpoint
-            belongs to another recipe.
+        UserError: a loss or gradient is not finite (the batches and the weights are saved for replay), the warm-up
+            is longer than the run, or the checkpoint is damaged or belongs to another recipe.
     """
     checkpoints = folder / "checkpoints"
-    last, best = checkpoints / "last.ckpt", checkpoints / "best.ckpt"
+    last = checkpoints / "last.ckpt"
     reduce = _sum_over_processes(fabric) if fabric.world_size > 1 else None
     learner = Learner(student, methods or {}, teacher, reduce)
     optimizer = _optimizer(learner, settings.optimizer)
@@ -138,19 +139,27 @@ def fit(
             "batch_size or accumulate"
         )
     total = settings.steps or (settings.epochs or 0) * epoch_steps
+    if settings.schedule.warmup_steps >= total:
+        raise UserError(
+            f"{name}: schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the run's {total} "
+            f"steps; set it to {total // 10}"
+        )
     schedule = learning_rate(settings.schedule, total, epoch_steps)
     state = _State()
     modules = {"student": student, "methods": learner.methods}
     if average is not None:
         modules["average"] = average
     if resume and last.is_file():
-        state = _restore(last, modules, optimizer, fabric, identity)
+        state = _restore(last, modules, optimizer, fabric, identity, total) or state
     log = TrainingLog(folder, name=name, total=total, from_step=state.step, enabled=fabric.is_global_zero)
     log.start()
 
     def save() -> None:
         if fabric.is_global_zero:
-            _save(last, modules, optimizer, fabric, identity, state)
+            _save(last, modules, optimizer, fabric, identity, total, state)
+            for path in checkpoints.glob("best-*.ckpt"):  # only now: until here a kill goes back to the older one
+                if path != _best(checkpoints, state):
+                    path.unlink()
         fabric.barrier()
 
     def assess(epoch: int) -> None:
@@ -163,9 +172,9 @@ def fit(
         log.evaluated(state.step, epoch, metrics)
         state.evaluated_step = state.step
         if settings.select == "last" or not state.best or metrics.map > state.best["map"]:
-            state.best = metrics.to_dict()
+            state.best, state.best_step = metrics.to_dict(), state.step
             if fabric.is_global_zero:
-                with atomic_path(best) as temporary:
+                with atomic_path(_best(checkpoints, state)) as temporary:
                     torch.save(weights.state_dict(), temporary)
 
     learner.train()
@@ -178,20 +187,25 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = settings.optimizer.lr * schedule(state.step)
         means: dict[str, Tensor] = {}
+        seen: list[Batch] = []
         for part in range(settings.accumulate):
             batch = next(batches).to(fabric.device, non_blocking=True)
+            seen.append(batch)
             with fabric.no_backward_sync(fabric_learner, enabled=part < settings.accumulate - 1):
                 losses = fabric_learner(batch)
                 loss = torch.stack(list(losses.values())).sum() / settings.accumulate
-                _stop_unless_finite(loss, losses, batch, learner, folder, name, state.step, reduce)
+                if not _is_finite(loss.detach(), reduce):
+                    _stop("loss", losses, seen, learner, fabric, folder, name, state.step)
                 fabric.backward(loss)
             for key, value in losses.items():
                 means[key] = means.get(key, 0) + value.detach() / settings.accumulate
-        norm = None
-        if settings.clip_norm is not None:
-            norm = fabric.clip_gradients(
-                fabric_learner, fabric_optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False
-            )
+        norm = fabric.clip_gradients(
+            fabric_learner, fabric_optimizer, max_norm=settings.clip_norm or math.inf, error_if_nonfinite=False
+        )
+        assert norm is not None
+        # Before the step, while the weights are still good. fp16's scaler expects overflows and skips such steps.
+        if settings.precision != "fp16" and not _is_finite(norm, None):
+            _stop("gradient", losses, seen, learner, fabric, folder, name, state.step)
         fabric_optimizer.step()
         fabric_optimizer.zero_grad(set_to_none=True)
         if average is not None:
@@ -201,8 +215,7 @@ def fit(
         state.seconds = time.perf_counter() - started
         if state.step % LOG_EVERY == 0 or state.step in (1, stop):
             values = _mean_over_processes(means, reduce, fabric.world_size)
-            if norm is not None:
-                values["grad_norm"] = float(norm)
+            values["grad_norm"] = float(norm)
             log.step(state.step, epoch, state.seconds, optimizer.param_groups[0]["lr"], values)
         else:
             log.tick(state.step)
@@ -218,6 +231,9 @@ def fit(
     log.stop()
     if not state.best:
         return FitResult(None, state.step, state.seconds)
+    best = _best(checkpoints, state)
+    if not best.is_file():
+        raise UserError(f"{best}: the best weights are gone; remove {folder} to train again")
     student.load_state_dict(torch.load(best, map_location=fabric.device, weights_only=True))
     return FitResult(_metrics(state.best), state.step, state.seconds)
 
@@ -270,30 +286,37 @@ def _mean_over_processes(losses: dict[str, Tensor], reduce: Reduce | None, world
     return dict(zip(losses, values.tolist(), strict=True))
 
 
-def _stop_unless_finite(
-    loss: Tensor,
+def _is_finite(value: Tensor, reduce: Reduce | None) -> bool:
+    """Of all processes together: a NaN survives the sum, so that they stop together."""
+    return bool(torch.isfinite(value if reduce is None else reduce(value.clone())))
+
+
+def _stop(
+    what: str,
     losses: dict[str, Tensor],
-    batch: Batch,
+    batches: list[Batch],
     learner: Learner,
+    fabric: Fabric,
     folder: Path,
     name: str,
     step: int,
-    reduce: Reduce | None,
-) -> None:
-    """Stop before the weights are spoilt. All processes stop together: a NaN survives the sum."""
-    total = loss.detach()
-    if reduce is not None:
-        total = reduce(total.clone())
-    if torch.isfinite(total):
-        return
-    path = folder / "nonfinite.pt"
+) -> NoReturn:
+    """Save what is needed to see it again (the weights before the step, the step's batches) and raise.
+
+    BatchNorm's running statistics have seen the step's forward pass; training mode does not read them.
+    """
+    path = folder / ("nonfinite.pt" if fabric.world_size == 1 else f"nonfinite-rank{fabric.global_rank}.pt")
     with atomic_path(path) as temporary:
-        torch.save({"step": step, "batch": batch, "learner": learner.state_dict()}, temporary)
+        torch.save({"step": step, "batches": batches, "learner": learner.state_dict()}, temporary)
     terms = ", ".join(f"{key} {value.item():g}" for key, value in losses.items())
     raise UserError(
-        f"{name}: the loss is not finite at step {step} ({terms}); batch and weights are saved in {path} for "
+        f"{name}: the {what} is not finite at step {step} ({terms}); batches and weights are saved in {path} for "
         "replay; a lower optimizer.lr, a longer schedule.warmup_steps or clip_norm usually helps"
     )
+
+
+def _best(checkpoints: Path, state: _State) -> Path:
+    return checkpoints / f"best-{state.best_step}.ckpt"
 
 
 def _save(
@@ -302,6 +325,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     fabric: Fabric,
     identity: str,
+    total: int,
     state: _State,
 ) -> None:
     content = {
@@ -310,6 +334,7 @@ def _save(
         "precision": fabric._precision.state_dict(),  # the gradient scaler of fp16
         "random": torch.get_rng_state(),
         "identity": identity,
+        "finished": state.step >= total,
         "state": vars(state),
     }
     with atomic_path(path) as temporary:
@@ -317,19 +342,32 @@ def _save(
 
 
 def _restore(
-    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, fabric: Fabric, identity: str
-) -> _State:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if content["identity"] != identity:
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    fabric: Fabric,
+    identity: str,
+    total: int,
+) -> _State | None:
+    """Load everything, or None when the file is of an earlier, finished run with other settings."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, finished, state = content["identity"], content["finished"], _State(**content["state"])
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
+        raise UserError(f"{path}: damaged ({type(error).__name__}); remove it to start again") from error
+    if theirs != identity:
+        if finished:
+            return None
         raise UserError(
-            f"{path}: belongs to a run with other settings or data; remove its folder or give the recipe another name"
+            f"{path}: belongs to an unfinished run with other settings or data; remove its folder or give the recipe "
+            "another name"
         )
     for name, module in modules.items():
         module.load_state_dict(content["modules"][name])
     optimizer.load_state_dict(content["optimizer"])
     fabric._precision.load_state_dict(content["precision"])
     torch.set_rng_state(content["random"])
-    return _State(**content["state"])
+    return state
 
 
 def _metrics(values: dict[str, Any]) -> CocoMetrics:

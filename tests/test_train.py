@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file
 
 from compress import arms, pipeline
+from compress.manifest import fingerprint
 from compress.recipe import Recipe, Schedule
-from compress.train import learning_rate
+from compress.train import Learner, learning_rate
 from deploy.errors import UserError
 from tests import tiny
 
@@ -54,11 +56,15 @@ def assert_same(a: object, b: object) -> None:
         assert a == b or (a != a and b != b)
 
 
-@pytest.mark.parametrize("extra", [(), ("train.accumulate=2", "train.optimizer.name=adamw")])
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("train.accumulate=2", "train.optimizer.name=adamw"), ("train.eval_every=1", "train.steps=18")],
+    ids=["plain", "accumulate", "best"],
+)
 def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
     whole, parts = tiny.recipe(tmp_path / "a", *extra), tiny.recipe(tmp_path / "b", *extra)
     train(whole)
-    train(parts, max_steps=4)
+    train(parts, max_steps=10 if "train.steps=18" in extra else 4)
     torch.manual_seed(123)  # whatever state the process is in does not matter
     train(parts, resume=True)
     assert_same(last_checkpoint(whole), last_checkpoint(parts))
@@ -103,11 +109,59 @@ def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
     assert_same(*(load_file(tiny.recipe(f).run_dir / "student.safetensors") for f in (whole, killed)))
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_of_other_settings_is_refused_and_a_finished_one_replaced(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
     train(recipe, max_steps=2)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="unfinished run with other settings"):
         train(recipe, resume=True, identity="b")
+    train(recipe, resume=True)
+    train(recipe, resume=True, identity="b")
+    assert last_checkpoint(recipe)["identity"] != fingerprint({"of": "a"})
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    train(recipe, max_steps=2)
+    (recipe.run_dir / "student" / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match=r"last.ckpt: damaged .*remove it to start again"):
+        train(recipe, resume=True)
+
+
+def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
+    """Direction of the whole gradient; 64 px makes P6 and P7 maps of one pixel."""
+    recipe = tiny.recipe(tmp_path)
+    data = arms.open_data(recipe, fabric())
+    batch = next(iter(arms.train_loader(data.train, batch_size=4, seed=0, workers=0))).to("cpu")
+
+    def gradient(half: bool) -> torch.Tensor:
+        learner = Learner(arms.build_detector(recipe.student, 3, 0), {}, None, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = learner(batch)
+        assert all(value.dtype == torch.float32 for value in losses.values())
+        sum(losses.values()).backward()
+        return torch.cat([p.grad.flatten().float() for p in learner.parameters() if p.grad is not None])
+
+    exact, rounded = gradient(False), gradient(True)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.98
+    assert float(rounded.norm()) == pytest.approx(float(exact.norm()), rel=0.1)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "train.steps=null", "train.epochs=1", "train.schedule.warmup_steps=6")
+    with pytest.raises(UserError, match="leaves nothing of the run's 6 steps"):
+        train(recipe)
+
+
+def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    drawn = arms.open_data(recipe, fabric()).val_split
+    empty = drawn.model_copy(update={"annotations": tmp_path / "empty.json"})
+    empty.annotations.write_text(json.dumps({**json.loads(drawn.annotations.read_text()), "annotations": []}))
+    for arm, word in (("val", "found"), ("train", "learned")):
+        splits = {"train": drawn, "val": drawn, arm: empty, "synthetic": None}
+        data = recipe.data.model_copy(update=splits)
+        with pytest.raises(UserError, match=rf"empty.json: no box in it that could be {word}"):
+            arms.open_data(recipe.model_copy(update={"data": data}), fabric())
 
 
 def test_weight_zero_is_plain_training(tmp_path: Path) -> None:
@@ -137,7 +191,15 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"not finite at step \d+ .*nonfinite.pt"):
         train(recipe)
     saved = torch.load(recipe.run_dir / "student" / "nonfinite.pt", weights_only=False)
-    assert saved["batch"].images.shape[1:] == (3, 64, 64) and len(saved["batch"].targets) == 4
+    learner = Learner(arms.build_detector(recipe.student, 3, 0), {}, None, None)
+    learner.load_state_dict(saved["learner"])
+    assert all(torch.isfinite(p).all() for p in learner.parameters()), "saved after the damage"
+    (batch,) = saved["batches"]
+    assert batch.images.shape == (4, 3, 64, 64) and len(batch.targets) == 4
+    loss = sum(learner(batch).values())
+    loss.backward()
+    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+    assert not (torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)), "does not show the event"
     assert not (recipe.run_dir / "student.safetensors").exists()
 
 

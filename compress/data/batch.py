@@ -28,7 +28,8 @@ class Target:
     labels: Tensor
     """int64 [n], 0-based and contiguous."""
     ignore: Tensor
-    """bool [n]; True = a crowd region: neither positive nor negative, losses skip it."""
+    """bool [n]; True = no target of the losses (crowd regions, objects cut to a rest). Its locations are background,
+    as in mmdet's GFL; evaluation does not count detections there."""
     scores: Tensor | None
     """float32 [n] for pseudo labels, else None."""
     image_id: int

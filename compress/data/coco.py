@@ -111,6 +111,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.categories = tuple(names[identifier] for identifier in self.category_ids)
 
         entries = document["images"]
+        repeated = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
+        if repeated:
+            raise UserError(f"{annotations}: images: id {repeated[0]} stands there more than once; ids must differ")
         kept, self.dropped = _usable(document, {value: i for i, value in enumerate(self.category_ids)})
         if drop_empty:
             entries = [
@@ -126,6 +129,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def num_boxes(self) -> int:
+        """Boxes to learn or to find; crowd regions do not count."""
+        return int((~self._crowd).sum())
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         if isinstance(key, tuple):

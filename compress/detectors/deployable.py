@@ -91,13 +91,12 @@ class Deployable(nn.Module):
 class TorchRunner:
     """A `Deployable` as a Runner: NumPy in, NumPy out, on one device, in float32."""
 
-    backend = "torch"
-
     def __init__(self, module: Deployable, card: ModelCard, device: str | torch.device = "cpu") -> None:
         if card.input_size != tuple(module.input_size):
             raise ValueError(f"the card says {card.input_size}, the module {module.input_size}")
         self.card = card
         self.device = torch.device(device)
+        self.backend = f"torch {self.device.type}"
         self.module = module.eval().to(self.device)
 
     @torch.inference_mode()

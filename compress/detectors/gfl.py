@@ -243,8 +243,15 @@ class FPN(nn.Module):
             lateral[i] = lateral[i] + F.interpolate(lateral[i + 1], size=lateral[i].shape[2:], mode="nearest")
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, lateral, strict=False)]
         for conv in self.fpn_convs[3:]:
-            outputs.append(conv(outputs[-1]))
+            outputs.append(_in_float32(conv, outputs[-1]) if torch.is_autocast_enabled("cpu") else conv(outputs[-1]))
         return outputs
+
+
+def _in_float32(conv: nn.Module, x: Tensor) -> Tensor:
+    """bfloat16 convolutions of 1 × 1 maps are wrong on the CPU (torch 2.15, channels last); these maps are tiny."""
+    with torch.autocast("cpu", enabled=False):
+        result: Tensor = conv(x.float())
+    return result
 
 
 class GFLHead(nn.Module):
