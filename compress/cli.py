@@ -10,10 +10,11 @@ exported files run where torch is not installed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -21,14 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from compress import __version__
-from deploy.errors import UserError
+from deploy.errors import LocalUserError, UserError
 
 if TYPE_CHECKING:
-    from compress.recipe import Deploy, Recipe
+    from compress.recipe import Deploy, Recipe, Split
     from deploy.runtimes.onnx import OnnxRunner
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 app = typer.Typer(
     name="compress",
@@ -192,7 +192,9 @@ def convert(
     if layout == "voc" and names is not None:
         raise UserError("--names: voc files hold the class names themselves; leave it out")
     from compress.data.convert import from_voc, from_yolo
+    from deploy.files import need_place
 
+    need_place(out)
     converted = from_voc(source, out) if names is None else from_yolo(source, _class_names(names), out)
     print(f"{out}: {converted.images} images, {converted.annotations} boxes")
     _next("data", "check", out, "--images", converted.image_folder)
@@ -206,14 +208,16 @@ def _class_names(text: str) -> list[str]:
     else:
         import yaml
 
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))["names"]
+        try:  # all scalars as text: a class may be called `no` or 2020-01-01
+            found = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["names"]
         except OSError as error:
             raise UserError(f"--names: {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        except (KeyError, TypeError):
             raise UserError(f"--names: {path}: no key 'names' in it") from None
-        if isinstance(found, dict) and sorted(found, key=str) == sorted(range(len(found)), key=str):
-            found = [found[number] for number in range(len(found))]
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+            raise UserError(f"--names: {path}: not a YAML file in UTF-8") from None
+        if isinstance(found, dict) and set(found) == {str(number) for number in range(len(found))}:
+            found = [found[str(number)] for number in range(len(found))]
         names = found if isinstance(found, list) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"--names: {text}: needs names numbered from 0 without a gap, and none empty")
@@ -237,8 +241,8 @@ def check(
     errors = sum(problem.level == "error" for problem in problems)
     if errors:
         _gate_failed(f"{annotations}: {errors} problem{'s' * (errors > 1)}")
-    print(f"{annotations}: fit for training")
-    _next("run", "RECIPE", "--set", f"data.train.annotations={annotations}")
+    print(f"{annotations}: fit for training; in a recipe, data.train.annotations, with data.train.images: {images}")
+    _next("run", "--help")
 
 
 @data_app.command("synthetic")
@@ -252,7 +256,9 @@ def synthetic(
 ) -> None:
     """Draw a dataset: textured shapes on clutter."""
     from compress.data.synthetic import generate
+    from deploy.files import need_place
 
+    need_place(out / "train.json")
     generate(out, train=train, val=val, size=size, classes=classes, seed=seed)
     print(f"{train} training and {val} validation images in {out}")
     _next("data", "check", out / "train.json", "--images", out / "images")
@@ -290,6 +296,9 @@ def export(
     out = out or checkpoint.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise UserError(f"--out: {out} does not end in .onnx")
+    from deploy.files import need_place
+
+    need_place(out)
     if images is not None:
         _need_folder(images, "--images")
     given = {
@@ -311,14 +320,14 @@ def export(
     from compress.export import export_checkpoint
     from deploy.export import ExportMismatchError
 
-    data, folder, size, limits = Path("instances.json"), images, settings.input_size, None
-    files: list[Path] = []
-    if recipe is not None:
-        data, folder, files, size = _validation_images(recipe, size)
-        limits = (recipe.data.eval_short, recipe.data.long)
-    if images is not None:
-        folder, files = images, _images_in(images)
-    assert size is not None and folder is not None, "checked above"
+    size, files = settings.input_size, [] if images is None else _images_in(images)
+    limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
+    following: tuple[Any, ...] = ("benchmark", out, "--images", images)
+    if recipe is not None and (images is None or size is None):  # these may lie on another machine
+        split, of_recipe, canvas_size = _validation_images(recipe)
+        files, size = files or of_recipe, size or canvas_size
+        following = ("validate", out, "--data", split.annotations, "--images", split.images)
+    assert size is not None and files, "checked above"
     try:
         done = export_checkpoint(checkpoint, out, settings, input_size=size, images=files, limits=limits)
     except ExportMismatchError as error:
@@ -327,11 +336,11 @@ def export(
         f"{out}: {done.size_bytes / 1e6:.1f} MB; largest difference from torch: score "
         f"{done.max_score_difference:.1e}, box {done.max_box_difference_px:.1e} px"
     )
-    _next("validate", out, "--data", data, "--images", folder)
+    _next(*following)
 
 
-def _validation_images(recipe: Recipe, size: tuple[int, int] | None) -> tuple[Path, Path, list[Path], tuple[int, int]]:
-    """The recipe's validation set: annotations, folder, image files, and the input size (`size` if given)."""
+def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, int]]:
+    """The recipe's validation set: where it is, its image files, and the canvas (height, width) that holds them."""
     from compress.arms import splits
     from compress.data.coco import CocoDetection
     from compress.data.transforms import eval_transform
@@ -341,7 +350,7 @@ def _validation_images(recipe: Recipe, size: tuple[int, int] | None) -> tuple[Pa
     transform = eval_transform(recipe.data.eval_short, recipe.data.long)
     images = CocoDetection(split.annotations, split.images, transform)
     files = [images.path(index) for index in range(len(images))]
-    return split.annotations, split.images, files, size or canvas(images, recipe)
+    return split, files, canvas(images, recipe)
 
 
 def _height_width(text: str | None) -> tuple[int, int] | None:
@@ -350,6 +359,8 @@ def _height_width(text: str | None) -> tuple[int, int] | None:
     height, times, width = text.lower().partition("x")
     if not (times and height.isdecimal() and width.isdecimal()):
         raise UserError(f"--input-size: '{text}' is not HEIGHTxWIDTH, for example 800x1344")
+    if max(len(height), len(width)) > 9:  # no number to compare with
+        raise UserError("--input-size: at most 8192 pixels high and wide")
     if int(height) % 32 or int(width) % 32 or not int(height) or not int(width):
         raise UserError(f"--input-size: '{text}': height and width must be multiples of 32")
     return int(height), int(width)
@@ -365,7 +376,13 @@ def _deploy_settings(recipe: Recipe | None, given: dict[str, Any]) -> Deploy:
     try:
         return Deploy.model_validate({**base.model_dump(), **given})
     except ValidationError as error:
-        raise UserError("; ".join(problem["msg"] for problem in error.errors())) from None
+        raise UserError("; ".join(map(_deploy_problem, error.errors()))) from None
+
+
+def _deploy_problem(problem: Any) -> str:
+    key = problem.get("ctx", {}).get("key") or problem["loc"][0]
+    option, message = f"--{str(key).replace('_', '-')}", problem["msg"].removeprefix("Input ")
+    return f"{option}: {message}" if problem["type"] == "rule" else f"{option}: {problem['input']} {message}"
 
 
 @app.command()
@@ -396,13 +413,15 @@ def validate(
     if reference is None and max_map_drop is not None:
         raise UserError("--max-map-drop: needs --reference, the file to compare with")
     max_map_drop = 0.5 if max_map_drop is None else max_map_drop
+    _need_finite(max_map_drop, "--max-map-drop")
     _need_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
     runners = _open(files, provider, allow_fallback, threads)
     from compress.console import open_console
+    from compress.console import progress as progress_of
     from deploy import validate as validation
 
-    with _progress("validating") as progress:
+    with progress_of("validating") as progress:
         results = validation.validate(
             runners,
             data,
@@ -437,27 +456,9 @@ def _open(
     return {str(file): OnnxRunner(file, (provider,), allow_fallback=allow_fallback, threads=threads) for file in files}
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function (done, total): a bar with the time left on a terminal, ten plain lines elsewhere."""
-    from rich.progress import Progress
-
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task(what, total=None)
-
-        before = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal before
-            if bar.disable and done * 10 // total > before * 10 // total:
-                print(f"{what}: {done} of {total}", flush=True)
-            before = done
-            bar.update(task, completed=done, total=total)
-
-        yield advance
-
-
 def _images_in(folder: Path) -> list[Path]:
+    from deploy.preprocess import IMAGE_SUFFIXES
+
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"--images: {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
@@ -471,9 +472,18 @@ def _need_folder(folder: Path, option: str) -> None:
 
 def _need_place(json_out: Path | None) -> None:
     """Find out before the long work that the results can be written."""
-    if json_out is not None and (json_out.is_dir() or not json_out.absolute().parent.is_dir()):
-        problem = "is a folder" if json_out.is_dir() else "its folder does not exist"
-        raise UserError(f"--json: {json_out}: {problem}")
+    if json_out is None:
+        return
+    from deploy.files import need_place
+
+    if not json_out.absolute().parent.exists():
+        raise UserError(f"--json: {json_out}: its folder does not exist")
+    need_place(json_out)
+
+
+def _need_finite(number: float, option: str) -> None:
+    if not math.isfinite(number):  # infinity and NaN pass typer's bounds
+        raise UserError(f"{option}: needs a finite number, got {number}")
 
 
 @app.command()
@@ -495,14 +505,17 @@ def benchmark(
     Rounds of all files are interleaved, so that they meet the same machine.
     """
     batch_sizes = _batch_sizes(batch)
+    _need_finite(seconds, "--seconds")
+    _need_finite(warm_up, "--warm-up")
     if images is not None:
         _need_folder(images, "--images")
     _need_place(json_out)
     runners = _open(artifacts, provider, allow_fallback, threads)
     from compress.console import open_console
+    from compress.console import progress as progress_of
     from deploy import latency
 
-    with _image_files(images, runners) as files, _progress("measuring") as progress:
+    with _image_files(images, runners) as files, progress_of("measuring") as progress:
         measured = latency.benchmark(
             runners,
             files,
@@ -521,8 +534,8 @@ def benchmark(
 
 def _batch_sizes(text: str) -> list[int]:
     sizes = text.split(",")
-    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
-        raise UserError(f"--batch: '{text}' is not a list of batch sizes, for example 1,8")
+    if not all(size.strip().isdecimal() and len(size) < 5 and int(size) >= 1 for size in sizes):
+        raise UserError(f"--batch: '{text[:60]}' is not a list of batch sizes, for example 1,8")
     return [int(size) for size in sizes]
 
 
@@ -549,7 +562,10 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder
     from compress.report import build_report
 
     print(f"report: {build_report(run_dir)}")
-    _next("benchmark", run_dir / "student.onnx")
+    if (run_dir / "student.onnx").is_file():
+        _next("benchmark", run_dir / "student.onnx")
+    elif (run_dir / "student.safetensors").is_file():
+        _next("export", run_dir / "student.safetensors")
 
 
 @app.command()
@@ -586,7 +602,7 @@ def _exit_code(arguments: list[str]) -> int:
         return 130
     except UserError as error:
         for line in str(error).splitlines():
-            _to_stderr(f"error: {line}")
+            _to_stderr(f"error: {line}", everywhere=isinstance(error, LocalUserError))
         return 2
     except ImportError as error:
         explanation = _missing_package(error)
@@ -601,6 +617,11 @@ def _exit_code(arguments: list[str]) -> int:
     except BrokenPipeError:  # `compress … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141
+    except OSError as error:  # a full disk, a folder that may not be written, a file where a folder should be
+        place = error.filename2 or error.filename
+        reason = " ".join((error.strerror or str(error) or type(error).__name__).split())
+        _to_stderr(f"error: {place}: {reason}" if place else f"error: {reason}", everywhere=True)
+        return 2
     return 0
 
 
@@ -660,5 +681,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+def _to_stderr(line: str, *, everywhere: bool = False) -> None:
+    """`everywhere`: a line that this process alone can say, so it speaks even when it is not the first."""
+    if everywhere or _is_first_process():
+        print(line, file=sys.stderr)

@@ -36,6 +36,7 @@ from deploy.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator takes
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -74,7 +75,7 @@ class Synthetic(_Settings):
     """Height and width of every image."""
     classes: Annotated[int, Field(ge=2, le=24)] = 10
     """Object classes."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the generator."""
 
 
@@ -351,8 +352,8 @@ class Deploy(_Settings):
 
     input_size: (
         tuple[
-            Annotated[int, Field(ge=32, multiple_of=32)],
-            Annotated[int, Field(ge=32, multiple_of=32)],
+            Annotated[int, Field(ge=32, le=8192, multiple_of=32)],
+            Annotated[int, Field(ge=32, le=8192, multiple_of=32)],
         ]
         | None
     ) = None
@@ -363,7 +364,7 @@ class Deploy(_Settings):
     """Boxes of one class that overlap more than this IoU suppress each other."""
     max_detections: Positive = 100
     """Detections for each image."""
-    candidates: Positive = 1000
+    candidates: Annotated[int, Field(ge=1, le=3840)] = 1000  # the limit of TensorRT's TopK
     """Highest-scoring boxes that enter the suppression."""
     max_batch: Positive = 8
     """Largest batch that the file is checked with."""
@@ -386,7 +387,7 @@ class Recipe(_Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run and of its folder."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of everything random in training."""
     runs: Path = Path("runs")
     """Folder of run folders."""
@@ -454,6 +455,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         # Through JSON, because strict mode then means what YAML means: lists fill tuples, text fills
         # paths, whole numbers fill floats; and nothing else is converted.
         return Recipe.model_validate_json(json.dumps(data))
+    except RecursionError:  # a --set of thousands of keys in each other
+        raise UserError(f"{path}: not a recipe: nested too deeply") from None
     except ValidationError as error:
         raise UserError("\n".join(_problems(error, data, document))) from None
 
@@ -498,6 +501,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 _Key = tuple[str | int, ...]
+MAX_DIGITS = 100  # of a whole number; Python itself refuses to read thousands
 
 
 class _Document:
@@ -515,13 +519,18 @@ class _Document:
             mark = error.problem_mark or error.context_mark
             where = f"{self.name}:{mark.line + 1}" if mark else self.name
             raise UserError(f"{where}: not valid YAML: {_one_line(error.problem or error.context)}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets "\\UFFFFFFFF" become a ValueError
             raise UserError(f"{self.name}: not valid YAML: {_one_line(str(error))}") from None
+        except RecursionError:
+            raise UserError(f"{self.name}: not a recipe: nested too deeply") from None
         if node is None:
             raise UserError(f"{self.name}: the recipe is empty")
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{self.name}:{node.start_mark.line + 1}: a recipe is a list of `key: value`")
-        return self._value(node, (), None, ())
+        try:
+            return self._value(node, (), None, ())
+        except RecursionError:
+            raise UserError(f"{self.name}: not a recipe: nested too deeply") from None
 
     def override(self, data: dict[str, Any], text: str) -> None:
         dotted, equals, written = text.partition("=")
@@ -532,8 +541,8 @@ class _Document:
             return
         try:
             node = yaml.compose(written, Loader=_Loader)
-        except yaml.YAMLError:
-            self.problems.append(f"{place}: '{written}' is not valid YAML")
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+            self.problems.append(f"{place}: '{written[:60]}' is not valid YAML")
             return
         if node is None:
             self.problems.append(f"{place}: no value; write null to unset it")
@@ -602,6 +611,9 @@ class _Document:
             case "bool":
                 return node.value.lower() == "true"
             case "int":
+                if len(node.value) > MAX_DIGITS:
+                    self.problems.append(self.report(key, f"a number of more than {MAX_DIGITS} digits"))
+                    return None
                 return int(node.value)
             case "float":
                 return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
@@ -692,6 +704,8 @@ _BOUNDS = {
 
 def _message(item: Any, key: _Key) -> str:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "json_invalid":
+        return "not a recipe: nested too deeply, or text that is not Unicode"
     if kind == "missing":
         return f"needs {item['loc'][-1] + 1} numbers" if isinstance(item["loc"][-1], int) else "missing"
     if kind == "extra_forbidden":
@@ -714,7 +728,7 @@ def _message(item: Any, key: _Key) -> str:
         return f"needs at least {context['min_length']} items, got {value!r}"
     if kind in _BOUNDS:
         bound = next(iter(context.values()))
-        return f"must be {_BOUNDS[kind]} {bound:g}, got {value!r}"
+        return f"must be {_BOUNDS[kind]} {bound if isinstance(bound, int) else f'{bound:g}'}, got {value!r}"
     return f"{item['msg'].removeprefix('Input ')}, got {value!r}"
 
 

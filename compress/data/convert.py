@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from deploy.errors import UserError
 from deploy.files import write_json
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from deploy.preprocess import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def from_voc(folder: Path, out: Path) -> Converted:
 
     Reads `Annotations/*.xml` (or `*.xml` in `folder`); images are in `JPEGImages/`, `images/` or beside it.
     VOC counts pixels from 1 and includes the last: xmin 1, xmax 2 is two pixels wide. Objects marked
-    `difficult` become crowd regions: neither right nor wrong.
+    `difficult` become crowd regions: not learned, and not counted in evaluation.
 
     Raises:
         UserError: no XML files, bad XML or a bad value (file:line), a missing or unreadable image.
@@ -137,7 +136,7 @@ def _image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             width, height = image.size
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image: {str(error).splitlines()[0]}") from None
     return (height, width) if turned else (width, height)
 
@@ -145,6 +144,8 @@ def _image_size(path: Path) -> tuple[int, int]:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
 
@@ -221,6 +222,8 @@ def _parse_xml(file: Path) -> _Node:
     parser.CharacterDataHandler = text
     try:
         parser.Parse(file.read_bytes(), True)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except expat.ExpatError as error:
         raise UserError(f"{file}:{error.lineno}: not valid XML: {expat.ErrorString(error.code)}") from None
     root = top.children[0]

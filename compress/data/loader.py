@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from compress.data.batch import Batch, Target, collate
 from compress.data.coco import CocoDetection
-from deploy.errors import UserError
+from deploy.errors import LocalUserError, UserError
 
 
 def train_loader(
@@ -154,7 +154,7 @@ class _Loader(DataLoader[Batch]):
             if isinstance(item, UserError):
                 # A new one: an exception raised from a variable of this frame keeps the frame, and so the
                 # workers, alive until garbage collection, which then waits five seconds for them.
-                raise UserError(str(item))
+                raise LocalUserError(str(item))
             yield item
 
 

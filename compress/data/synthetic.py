@@ -55,8 +55,11 @@ def generate(folder: Path, *, train: int, val: int, size: int, classes: int, see
         return
     if folder.exists() and not (folder / "spec.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a synthetic dataset; name another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:  # whoever reads it knows `folder`, not the temporary name
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
         _write(temporary / "new", specification)
         if folder.exists():

@@ -19,7 +19,7 @@ from compress.data.batch import PAD_COLOR
 from compress.data.coco import Transform
 
 MIN_KEPT = 0.3
-"""After zooming in, a box of which less than this share is left is ignored, not learned."""
+"""After zooming in, a box of which less than this share is left is no target any more, but background."""
 
 
 def train_transform(

@@ -125,14 +125,18 @@ def load_mmdet_gfl(
 
     Depth, number of classes and widths come from the keys and shapes. mmdet's `integral.project`, which is
     0..16 in every file, and BatchNorm's batch counters may be absent. Without `class_names`, 80 classes are
-    taken for COCO's; the file's own list of names is not read.
+    taken for COCO's unless the file's own list of names says otherwise.
 
     Raises UserError for an unreadable file, another kind of model, and missing or unexpected keys.
     """
     state = read_tensors(path)
     record = _record_of_mmdet(path, state)
+    if class_names is None:
+        class_names = _names_in(path, record.num_classes)
     if class_names is None and record.num_classes == len(COCO_CATEGORIES):
-        class_names, category_ids = tuple(COCO_CATEGORIES.values()), tuple(COCO_CATEGORIES)
+        class_names = tuple(COCO_CATEGORIES.values())
+    if category_ids is None and class_names is not None and list(class_names) == list(COCO_CATEGORIES.values()):
+        category_ids = tuple(COCO_CATEGORIES)
     record = _validated(
         path,
         record.model_dump()
@@ -293,6 +297,21 @@ _RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
 }
 
 
+def _names_in(path: Path, num_classes: int) -> tuple[str, ...] | None:
+    """The class names that mmdet wrote into the file's `meta` (CLASSES, or dataset_meta since 3.0), if any."""
+    content = torch.load(path, map_location="cpu", weights_only=True) if path.suffix in TORCH_SUFFIXES else {}
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    if not isinstance(meta, Mapping):
+        return None
+    dataset = meta.get("dataset_meta")
+    found = meta.get("CLASSES") or (
+        (dataset.get("CLASSES") or dataset.get("classes")) if isinstance(dataset, Mapping) else None
+    )
+    if not isinstance(found, (list, tuple)) or len(found) != num_classes:
+        return None
+    return tuple(str(name) for name in found)
+
+
 def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
     needed = ("neck.lateral_convs.0.conv.weight", "bbox_head.gfl_cls.weight", "bbox_head.gfl_reg.weight")
     absent = [key for key in needed if key not in state]
@@ -316,7 +335,7 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
         {
             "backbone": _RESNETS[kind, blocks],
             "num_classes": state["bbox_head.gfl_cls.weight"].shape[0],
-            "neck_channels": state["neck.lateral_convs.0.conv.weight"].shape[0],
+            "neck_channels": channels,
             "head_depth": _count(state, r"bbox_head\.cls_convs\.(\d+)\."),
         },
     )

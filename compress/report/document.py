@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from deploy.errors import UserError
 
@@ -109,12 +109,12 @@ class Picture(_Part):
 
 
 class Report(_Part):
-    """report.json."""
+    """report.json; name and models make it one, the rest may be absent."""
 
-    name: str = ""
+    name: Annotated[str, Field(min_length=1)]
+    models: Models
     created: str = ""
     classes: list[str] = []
-    models: Models = Models()
     artifacts: list[Artifact] = []
     environment: dict[str, Any] = {}
     commands: list[str] = []
@@ -154,6 +154,8 @@ def read_document(run_dir: Path) -> Document:
         value = json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity: not measured
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{path}: not a report ({_one_line(error)})") from None
     metrics = {arm: _read_metrics(run_dir / arm / "metrics.csv") for arm in ARMS}
     recipe = run_dir / "recipe.yaml"
     return Document(
@@ -173,7 +175,8 @@ def parse_report(value: Any, source: str = "report.json") -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{source}: {key}: {_one_line(first['msg'])}") from None
+        problem = "is missing" if first["type"] == "missing" else _one_line(first["msg"])
+        raise UserError(f"{source}: {key}: {problem}") from None
 
 
 def _read_metrics(path: Path) -> Metrics | None:

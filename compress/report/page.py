@@ -48,7 +48,7 @@ def build_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     html = templates.get_template("report.html.j2").render(
-        name=report.name or run_dir.name,
+        name=report.name,
         created=_date(report.created),
         headline=headline(report.models, report.artifacts),
         tiles=_tiles(report.models, report.artifacts),

@@ -18,7 +18,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     """
     document = parse_report(report)
     table = Table(
-        title=Text(document.name or "Summary"),
+        title=Text(document.name),
         caption="mAP in percent · drop in points of mAP below the reference · – not measured",
         title_style="bold",
         title_justify="left",

@@ -201,11 +201,11 @@ def write_official(path: Path, state: dict[str, Tensor], **settings: bool) -> Pa
 @pytest.mark.parametrize(("depth", "zipped"), [(18, False), (18, True), (34, True), (50, True), (101, True)])
 def test_settings_come_from_keys_and_shapes(depth: int, zipped: bool, tmp_path: Path) -> None:
     """Both of torch's file formats: the official files date from before the present one."""
-    shapes = official_shapes(depth, classes=7, width=64, towers=2)
+    shapes = official_shapes(depth, classes=7, width=256, towers=2)
     path = write_official(tmp_path / "gfl.pth", blank(shapes), _use_new_zipfile_serialization=zipped)
     detector, record = load_mmdet_gfl(path)
     assert record == ModelRecord(
-        backbone=f"resnet{depth}", num_classes=7, neck_channels=64, head_depth=2, source="gfl.pth"
+        backbone=f"resnet{depth}", num_classes=7, neck_channels=256, head_depth=2, source="gfl.pth"
     )
     assert not detector.training
     assert all(not p.any() for p in detector.parameters())
@@ -228,7 +228,7 @@ def test_every_tensor_lands_where_it_belongs(tmp_path: Path) -> None:
 
 
 def test_given_class_names_are_kept_and_counted(tmp_path: Path) -> None:
-    shapes = official_shapes(18, classes=2, width=32, towers=1)
+    shapes = official_shapes(18, classes=2, width=256, towers=1)
     path = write_official(tmp_path / "gfl.pth", blank(shapes))
     _, record = load_mmdet_gfl(path, class_names=["cat", "dog"], category_ids=[3, 9], val_map=12.5)
     assert (record.class_names, record.category_ids, record.val_map) == (("cat", "dog"), (3, 9), 12.5)
@@ -236,7 +236,23 @@ def test_given_class_names_are_kept_and_counted(tmp_path: Path) -> None:
         load_mmdet_gfl(path, class_names=["cat"])
 
 
-SMALL = official_shapes(18, classes=3, width=32, towers=1)
+def test_class_names_of_the_file_are_read(tmp_path: Path) -> None:
+    """An 80-class file is COCO's only if it does not say otherwise."""
+    shapes = official_shapes(18, towers=1)
+    names = tuple(f"thing {i}" for i in range(80))
+    for meta in ({"CLASSES": names}, {"dataset_meta": {"classes": names}}):
+        torch.save({"meta": meta, "state_dict": blank(shapes)}, tmp_path / "gfl.pth")
+        _, record = load_mmdet_gfl(tmp_path / "gfl.pth")
+        assert (record.class_names, record.category_ids) == (names, None)
+
+
+def test_a_neck_of_another_width_is_refused(tmp_path: Path) -> None:
+    path = write_official(tmp_path / "gfl.pth", blank(official_shapes(18, classes=2, width=64, towers=1)))
+    with pytest.raises(UserError, match="its neck has 64 channels"):
+        load_mmdet_gfl(path)
+
+
+SMALL = official_shapes(18, classes=3, width=256, towers=1)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +296,7 @@ def test_missing_and_unexpected_keys(removed: str | None, added: str | None, mes
             (64, 2, 3, 3),
             "backbone.layer1.0.conv1.weight (64, 2, 3, 3) inst",
         ),
-        ("neck.lateral_convs.0.conv.weight", (48, 128, 1, 1), "neck_channels: Input should be a multiple of"),
+        ("neck.lateral_convs.0.conv.weight", (48, 128, 1, 1), "its neck has 48 channels"),
         (
             "bbox_head.gfl_cls.weight",
             (0, 32, 3, 3),
