@@ -6,5 +6,10 @@ from __future__ import annotations
 class UserError(ValueError):
     """Bad input. The message is one line: what was wrong, where, and what to do.
 
-    The command line prints it as `error: …` on stderr and exits with code 2.
+    The command line prints it as `error: …` on stderr and exits with code 2. Of several training processes only the
+    first prints, because all of them meet the same error.
     """
+
+
+class LocalUserError(UserError):
+    """Bad input that one of several processes met alone, such as an image of its share: that process prints it."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deploy.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -20,8 +22,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The rename is atomic on one file system: a reader sees the old file or the new one, never a part.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = _make_temporary(path, path.parent)
+    except OSError as error:  # whoever reads it knows `path`, not the temporary name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -30,6 +35,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def need_place(path: Path) -> None:
+    """Find out before long work that `atomic_path` will be able to write `path`. Leaves nothing behind.
+
+    Raises UserError when `path` is a folder, lies below a file, or its folder (the nearest one that exists; those below
+    will be made) does not take a new file.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        handle, name = _make_temporary(path, folder)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    os.close(handle)
+    os.unlink(name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,6 +72,10 @@ def sha256_of(path: Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_temporary(path: Path, folder: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder)
 
 
 def _umask() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from compress import __version__, cli
-from deploy.errors import UserError
+from deploy.errors import LocalUserError, UserError
 
 RECIPE = """\
 name: example
@@ -46,6 +48,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     Path("text.safetensors").write_text("not a checkpoint")
     Path("broken.json").write_text("{")
     Path("list.json").write_text("[]")
+    Path("date.yaml").write_text("names: 2020-99-99\n")
+    Path("deep.yaml").write_text(f"names: {'[' * 3000}")
+    Path("folder_xml/a.xml").mkdir(parents=True)
+    Path("folder.json").mkdir()
+    Path("folder.onnx").mkdir()
+    Path("folder_report/report.html").mkdir(parents=True)
+    Path("folder_report/report.json").write_text('{"name": "a", "models": {}}')
+    Path("empty_report").mkdir()
+    Path("empty_report/report.json").write_text("{}")
     Path("images").mkdir()
     Path("void").mkdir()
     Image.new("RGB", (64, 64)).save("images/a.png")
@@ -105,6 +116,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("train good.yaml --set train.epoch=3", "--set train.epoch: unknown key; did you mean epochs?"),
         ("train good.yaml --set train.epochs", "--set train.epochs: write it as key=value"),
         ("train good.yaml --set train.epochs=soon", "--set train.epochs: needs a whole number, got 'soon'"),
+        ("train deep.yaml", "deep.yaml: not a recipe: nested too deeply"),
+        (f"train good.yaml --set seed={'9' * 5000}", "--set seed: a number of more than 100 digits"),
+        ("train good.yaml --set seed=4294967296", "--set seed: must be at most 4294967295"),
         ("train good.yaml --set train.steps=9", "--set train.steps: excludes epochs"),
         ("train good.yaml --devices 3", "2 is not a multiple of devices x accumulate = 3"),
         ("distill good.yaml", "good.yaml: no method to distill with"),
@@ -123,6 +137,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("data convert yolo images out.txt --names a", "out.txt: OUT is a JSON file"),
         ("data convert voc images out.json --names a", "--names: voc files hold the class names themselves"),
         ("data convert voc images out.json", "images: no .xml files in it"),
+        ("data convert voc folder_xml out.json", "a.xml: cannot be read: Is a directory"),
+        ("data convert yolo images out.json --names date.yaml", "needs names numbered from 0"),
+        ("data convert yolo images out.json --names deep.yaml", "--names: deep.yaml: not a YAML file"),
+        ("data convert yolo images out.json --names latin.yaml", "--names: latin.yaml: not a YAML file"),
+        ("data convert yolo images /proc/x.json --names a", "/proc/x.json: cannot be written: "),
+        ("data convert yolo images images/a.png/x.json --names a", "images/a.png/x.json: cannot be written: Not a dir"),
+        ("data convert yolo images folder.json --names a", "folder.json: is a folder"),
+        ("data synthetic /proc/x", "/proc/x/train.json: cannot be written: "),
+        ("data synthetic images/a.png/x", "images/a.png/x/train.json: cannot be written: Not a directory"),
         ("data check none.json --images images", "none.json"),
         ("data check broken.json --images images", "broken.json"),
         ("data check list.json --images images", "list.json"),
@@ -133,6 +156,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("export text.safetensors --images none", "--images: none: no such folder"),
         ("export text.safetensors --input-size 800", "--input-size: '800' is not HEIGHTxWIDTH"),
         ("export text.safetensors --input-size 100x100", "must be multiples of 32"),
+        (
+            "export text.safetensors --input-size 64x99999968",
+            "--input-size: 99999968 should be less than or equal to 8",
+        ),
+        (f"export text.safetensors --input-size 64x{'9' * 5000}", "--input-size: at most 8192 pixels"),
+        ("export text.safetensors --candidates 5000", "--candidates: 5000 should be less than or equal to 3840"),
+        ("export text.safetensors --score-threshold nan", "--score-threshold"),
+        ("export text.safetensors --out /proc/x.onnx", "/proc/x.onnx: cannot be written: "),
+        ("export text.safetensors --out text.onnx/x.onnx", "text.onnx/x.onnx: cannot be written: Not a directory"),
+        ("export text.safetensors --out folder.onnx", "folder.onnx: is a folder"),
         ("export text.safetensors --score-threshold 2", "--score-threshold"),
         ("export text.safetensors --max-detections 2000", "1000 is less than max_detections, 2000"),
         ("export text.safetensors", "--images: there is no recipe.yaml to take images from"),
@@ -149,15 +182,28 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("validate text.onnx --data good.json --images images --max-map-drop -1", "--max-map-drop"),
         ("validate text.onnx --data good.json --images images --provider npu", "--provider"),
         ("validate text.onnx --data good.json --images images --json none/out.json", "folder does not exist"),
+        ("validate text.onnx --data good.json --images images --json /proc/x.json", "/proc/x.json: cannot be written"),
+        (
+            "validate text.onnx --reference text.onnx --data good.json --images images --max-map-drop inf",
+            "--max-map-drop: needs a finite number, got inf",
+        ),
         ("benchmark none.onnx", "none.onnx: no such file"),
         ("benchmark text.onnx", "text.onnx"),
         ("benchmark text.onnx --batch 1,two", "--batch: '1,two' is not a list of batch sizes"),
         ("benchmark text.onnx --batch 0", "--batch: '0' is not a list of batch sizes"),
         ("benchmark text.onnx --seconds 0", "--seconds"),
+        ("benchmark text.onnx --seconds inf", "--seconds: needs a finite number, got inf"),
+        ("benchmark text.onnx --seconds nan", "--seconds"),
+        ("benchmark text.onnx --warm-up inf", "--warm-up: needs a finite number, got inf"),
+        (f"benchmark text.onnx --batch {'9' * 5000}", "is not a list of batch sizes"),
+        ("benchmark text.onnx --json /proc/x.json", "/proc/x.json: cannot be written"),
+        ("benchmark text.onnx --json text.onnx/x.json", "text.onnx/x.json: cannot be written: Not a directory"),
         ("benchmark text.onnx --images none", "--images: none: no such folder"),
-        ("benchmark text.onnx --json images", "--json: images: is a folder"),
+        ("benchmark text.onnx --json images", "images: is a folder"),
         ("report none", "none"),
         ("report void", "void"),
+        ("report empty_report", "empty_report/report.json: name: is missing"),
+        ("report folder_report", "folder_report/report.html: Is a directory"),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, tmp_path: Path, line: str, says: str) -> None:
@@ -215,7 +261,16 @@ def test_data_commands(run: Run) -> None:
     assert code == 0
     assert out.splitlines()[-1] == "next: compress data check made/train.json --images made/images"
     code, out, _ = run("data check made/train.json --images made/images")
-    assert code == 0 and out.splitlines()[-1].startswith("next: compress run ")
+    assert code == 0 and out.splitlines()[-1] == "next: compress run --help"
+
+
+def test_report_names_a_next_step_that_exists(run: Run) -> None:
+    shutil.rmtree("folder_report/report.html")
+    assert run("report folder_report") == (0, "report: folder_report/report.html\n", "")
+    Path("folder_report/student.safetensors").touch()
+    assert run("report folder_report")[1].endswith("next: compress export folder_report/student.safetensors\n")
+    Path("folder_report/student.onnx").touch()
+    assert run("report folder_report")[1].endswith("next: compress benchmark folder_report/student.onnx\n")
 
 
 def test_wrong_data_fails_the_check(run: Run) -> None:
@@ -226,6 +281,13 @@ def test_wrong_data_fails_the_check(run: Run) -> None:
     assert code == 1
     assert out.startswith("bad.json: annotation 1: ")
     assert err == "failed: bad.json: 1 problem\n"
+
+
+def test_class_names_are_words_whatever_they_look_like(run: Run) -> None:
+    Path("words.yaml").write_text("names: [no, 2020-99-99, 7]\n")
+    assert run("data convert yolo images made.json --names words.yaml")[0] == 0
+    categories = json.loads(Path("made.json").read_text())["categories"]
+    assert [category["name"] for category in categories] == ["no", "2020-99-99", "7"]
 
 
 @pytest.mark.parametrize("names", ["cat,dog", "names.yaml", "numbered.yaml"])
@@ -281,7 +343,7 @@ def test_quickstart_runs_the_packaged_recipe(run: Run, pipeline: types.ModuleTyp
     code, out, _ = run("quickstart --set seed=3")
     recipe, options = pipeline.calls[0]
     assert (code, recipe.name, recipe.seed) == (0, "quickstart", 3)
-    assert options == {"resume": False, "dry_run": False}
+    assert options == {"resume": True, "dry_run": False}
     assert out.splitlines()[-1] == "next: compress benchmark runs/quickstart/student.onnx --batch 1,8"
 
 
@@ -342,6 +404,34 @@ def test_our_own_mistakes_keep_their_traceback(
         cli.main(["run", "good.yaml"])
 
 
+def test_an_error_of_the_system_is_one_line(
+    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "run", full)
+    assert run("run good.yaml") == (2, "", "error: No space left on device\n")
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: Path("good.json/student").mkdir(parents=True))
+    assert run("run good.yaml") == (2, "", "error: good.json/student: Not a directory\n")
+
+
+def test_the_first_of_several_processes_tells_the_mistake(
+    run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They all meet the same one; what one of them meets alone, it tells itself."""
+    monkeypatch.setenv("RANK", "0")
+    assert run("run none.yaml") == (2, "", "error: none.yaml: no such recipe file\n")
+    monkeypatch.setenv("RANK", "1")
+    assert run("run none.yaml") == (2, "", "")
+
+    def alone(*_: object, **__: object) -> None:
+        raise LocalUserError("a.png: cannot be read as an image")
+
+    monkeypatch.setattr(pipeline, "run", alone)
+    assert run("run good.yaml") == (2, "", "error: a.png: cannot be read as an image\n")
+
+
 def test_messages_of_errors_are_printed_line_by_line(
     run: Run, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +490,15 @@ def test_validate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["gate"] for row in json.loads(Path("out.json").read_text())] == ["pass", "pass"]
 
 
+def test_validate_names_the_wrong_row(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported)
+    document = json.loads(Path("labels.json").read_text())
+    del document["images"][2]["file_name"]
+    Path("nameless.json").write_text(json.dumps(document))
+    code, _, err = run("validate tiny.onnx --data nameless.json --images images")
+    assert (code, err) == (2, "error: nameless.json: images[2]: file_name is missing\n")
+
+
 def test_benchmark(exported: Path) -> None:
     """In a process of its own, which also shows that it runs without torch."""
 
@@ -420,7 +519,7 @@ def test_benchmark(exported: Path) -> None:
     assert benchmark("").startswith("no --images: measuring on eight drawn images of 96x96 pixels\n")
 
 
-def test_export_takes_its_settings_from_the_run(run: Run) -> None:
+def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe beside the checkpoint says the thresholds, the input size and where images are."""
     import torch
 
@@ -455,6 +554,15 @@ def test_export_takes_its_settings_from_the_run(run: Run) -> None:
         50,
         0.5,
     )
+
+    # With images and a size given, the recipe's own images may lie on another machine.
+    shutil.rmtree("runs/data")
+    monkeypatch.setattr("compress.data.synthetic.generate", None)
+    code, out, err = run("export runs/example/student.safetensors --images images --input-size 32x64 --out other.onnx")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "next: compress benchmark other.onnx --images images"
+    card = OnnxRunner(Path("other.onnx")).card
+    assert (card.input_size, card.max_detections, card.short, card.long) == ((32, 64), 7, 64, 64)
 
 
 def test_a_lost_map_fails_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

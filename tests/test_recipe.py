@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from compress import recipe as recipe_module
-from compress.recipe import Backbone, Methods, Recipe, dump_recipe, load_recipe, recipe_sha256
+from compress.recipe import Backbone, Deploy, Methods, Recipe, dump_recipe, load_recipe, recipe_sha256
 from deploy.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -207,6 +207,7 @@ def test_precision_may_be_written_as_a_number(load: Load) -> None:
         ),
         ("name: example", "name: !env HOME", "r.yaml:1: name: the tag !env has no meaning here"),
         ("student:", "student: &s\n  again: *s", "r.yaml:7: student.again: an alias may not contain itself"),
+        ("name: example", f"name: example\nseed: {'9' * 5000}", "r.yaml:2: seed: a number of more than 100 digits"),
         ("name: example", "? [a, b]\n: c\nname: example", "r.yaml:1: a key must be a word"),
     ],
 )
@@ -224,6 +225,10 @@ def test_one_problem_is_one_line(load: Load, old: str, new: str, line: str) -> N
         ("name: a\n--- \nname: b\n", "r.yaml:2: not valid YAML: but found another document"),
         ("name: a\x00b\n", "r.yaml: not valid YAML: "),
         ("name: *nothing\n", "r.yaml:1: not valid YAML: found undefined alias 'nothing'"),
+        ('name: "\\UFFFFFFFF"\n', "r.yaml: not valid YAML: "),  # PyYAML raises a bare OverflowError
+        ('name: "\\uD800"\n', "r.yaml:1: not a recipe: nested too deeply, or text that is not Unicode"),
+        ("name: " + "[" * 3000 + "]" * 3000, "r.yaml: not a recipe: nested too deeply"),
+        ("name: " + "[" * 300 + "]" * 300, "r.yaml:1: not a recipe: nested too deeply"),
     ],
 )
 def test_not_a_recipe(load: Load, text: str, line: str) -> None:
@@ -282,6 +287,15 @@ def test_overrides(load: Load) -> None:
         ("train..epochs=3", "--set train..epochs=3: write it as key=value, for example train.epochs=3"),
         ("train.epochs=", "--set train.epochs: no value; write null to unset it"),
         ("train.epochs=[1", "--set train.epochs: '[1' is not valid YAML"),
+        ("train.epochs=" + "[" * 3000, f"--set train.epochs: '{'[' * 60}' is not valid YAML"),
+        ("a" + ".a" * 3000 + "=3", "r.yaml: not a recipe: nested too deeply"),
+        ("seed=" + "9" * 5000, "--set seed: a number of more than 100 digits"),
+        ("seed=4294967296", "--set seed: must be at most 4294967295, got 4294967296"),
+        ("deploy.candidates=5000", "--set deploy.candidates: must be at most 3840, got 5000"),
+        (
+            "deploy.input_size=[64, 99999968]",
+            "--set deploy.input_size: deploy.input_size.1: must be at most 8192, got 99999968",
+        ),
         ("name.x=3", "--set name.x: name is a value, not a section; set name as a whole"),
         (
             "data.short.0=3",
@@ -369,6 +383,14 @@ def test_coco_recipes_have_the_published_settings(depth: int) -> None:
     assert bckd is not None
     assert (bckd.weight, bckd.cls_weight, bckd.loc_weight, bckd.beta) == (1.0, 1.0, 4.0, 1.0)
     assert recipe.deploy.nms_threshold == 0.6 and recipe.deploy.score_threshold == 0.05
+
+
+def test_the_limit_of_candidates_is_that_of_the_suppression() -> None:
+    from compress.detectors.nms import MAX_CANDIDATES
+
+    Deploy(candidates=MAX_CANDIDATES)
+    with pytest.raises(ValidationError):
+        Deploy(candidates=MAX_CANDIDATES + 1)
 
 
 def test_every_setting_is_explained() -> None:

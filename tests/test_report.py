@@ -94,8 +94,9 @@ def full_report() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_run(folder: Path, report: object) -> Path:
-    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+def write_run(folder: Path, report: dict[str, Any]) -> Path:
+    least = {"name": folder.name, "models": {}}
+    (folder / "report.json").write_text(json.dumps({**least, **report}), encoding="utf-8")
     return folder
 
 
@@ -171,7 +172,8 @@ def test_minimal_report_says_what_is_missing(tmp_path: Path) -> None:
 def test_empty_report_and_unmeasured_figures(tmp_path: Path) -> None:
     page = Page(build_report(write_run(tmp_path, {})).read_text("utf-8"))
     assert "This run has no student figures" in page.text
-    text = '{"models": {"student": {"map": NaN}}, "artifacts": [{"file": "a.onnx", "gate": "pass", "map": 3}]}'
+    artifact = '{"file": "a.onnx", "gate": "pass", "map": 3}'
+    text = f'{{"name": "a", "models": {{"student": {{"map": NaN}}}}, "artifacts": [{artifact}]}}'
     (tmp_path / "report.json").write_text(text)
     page = Page(build_report(tmp_path).read_text("utf-8"))
     assert "mAP was not measured" in page.text
@@ -183,12 +185,16 @@ def test_empty_report_and_unmeasured_figures(tmp_path: Path) -> None:
     [
         (None, "not found"),
         ("{", "report.json:1: not valid JSON"),
+        ("[" * 100_000, "not a report"),
         ("[]", "expected an object"),
-        ('{"models": {"student": {"map": "high"}}}', "models.student.map"),
-        ('{"artifacts": [{"file": "a.onnx", "gate": "maybe"}]}', "artifacts.0.gate"),
-        ('{"artifacts": [{"gate": "pass"}]}', "artifacts.0.file"),
+        ("{}", "report.json: name: is missing"),
+        ('{"name": "a"}', "report.json: models: is missing"),
+        ('{"name": "", "models": {}}', "report.json: name: "),
+        ('{"name": "a", "models": {"student": {"map": "high"}}}', "models.student.map"),
+        ('{"name": "a", "models": {}, "artifacts": [{"file": "a.onnx", "gate": "maybe"}]}', "artifacts.0.gate"),
+        ('{"name": "a", "models": {}, "artifacts": [{"gate": "pass"}]}', "artifacts.0.file: is missing"),
         (
-            '{"pictures": [{"image": "a.png", "student": [{"box": [1, 2], "label": 0}]}]}',
+            '{"name": "a", "models": {}, "pictures": [{"image": "a", "student": [{"box": [1, 2], "label": 0}]}]}',
             "pictures.0.student.0.box",
         ),
     ],
@@ -242,7 +248,7 @@ def test_headline_tells_a_loss_as_a_loss() -> None:
 
 
 def test_count_matches_takes_each_object_once() -> None:
-    report = Report(classes=["a", "b"])
+    report = Report(name="run", models=Models(), classes=["a", "b"])
     truth = [Box(box=(0, 0, 10, 10), label=0), Box(box=(20, 0, 30, 10), label=1)]
     twice = [Box(box=(0, 0, 10, 10), label="a", score=s) for s in (0.9, 0.8)]
     assert count_matches(twice, truth, report) == 1
@@ -284,6 +290,6 @@ def test_summary_table_has_every_row() -> None:
 
 def test_summary_table_without_teacher_and_with_markup_in_a_name() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(summary_table({"artifacts": [{"file": "[bold]a.onnx", "gate": "pass"}]}))
+    console.print(summary_table({"name": "run", "models": {}, "artifacts": [{"file": "[bold]a.onnx", "gate": "pass"}]}))
     text = console.export_text()
     assert "not in this run" in text and "[bold]a.onnx" in text

@@ -453,7 +453,7 @@ def test_specification_dispatch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("zoo:gfl_r50", "zoo:gfl_r50 is unknown; use one of zoo:gfl_r50_fpn_1x_coco"),
+        ("zoo:gfl_r50", "zoo:gfl_r50 is unknown; use one of zoo:quickstart, zoo:gfl_r50_fpn_1x_coco"),
         ("resnet50", "not a checkpoint name; use FILE.safetensors, FILE.pth or zoo:NAME"),
         ("model.onnx", "not a checkpoint name"),
         ("absent.safetensors", "absent.safetensors: no such file"),
