@@ -87,10 +87,14 @@ def accepted(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}
     text = "path" if schema.get("format") == "path" else {**words, "object": "section", "null": "`null`"}[kind]
     bounds = {"minimum": "≥ ", "exclusiveMinimum": "> ", "maximum": "≤ ", "exclusiveMaximum": "< "}
-    limits = [f"{sign}{schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    limits = [f"{sign}{_plain(schema[key])}" for key, sign in bounds.items() if key in schema]
     if "multipleOf" in schema:
         limits.append(f"a multiple of {schema['multipleOf']}")
     return ", ".join([text, *limits])
+
+
+def _plain(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def test_the_reference_is_that_of_the_recipe() -> None:
