@@ -58,10 +58,7 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
     name = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
     if write:
-        try:
-            synthetic.generate(folder, **settings)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot draw the images: {error.strerror or error}") from error
+        synthetic.generate(folder, **settings)
     images = folder / "images"
     return (
         Split(annotations=folder / "train.json", images=images),
@@ -99,13 +96,15 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
 
 
 def on_first_process(fabric: Fabric, work: Callable[[], Any]) -> None:
-    """Run `work` on process 0 while the others wait. Its UserError is raised on all of them, so that none hangs."""
+    """Run `work` on process 0 while the others wait. What goes wrong is raised on all of them, so that none hangs."""
     message = None
     if fabric.is_global_zero:
         try:
             work()
         except UserError as error:
             message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'file'}: {error.strerror or error}"
     message = fabric.broadcast(message)
     if message is not None:
         raise UserError(message)

@@ -19,12 +19,12 @@ from rich.console import Console
 
 from compress.arms import build_detector, build_methods, model_size, open_data, train_arm
 from compress.console import open_console
-from compress.data.coco import read_coco
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
 from compress.detectors.gfl import GFL
 from compress.distill.teacher import check_capabilities, freeze, load_teacher
 from compress.recipe import Model, Recipe, Split
+from deploy.coco_map import read_annotations
 from deploy.errors import UserError
 
 SHORT_PX, LONG_PX = 256, 448
@@ -67,7 +67,7 @@ def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
         return dict(enumerate(class_names(data.synthetic.classes), start=1))
     assert data.train is not None
     if data.train.annotations.is_file():
-        return {row["id"]: row["name"] for row in read_coco(data.train.annotations)["categories"]}
+        return {row["id"]: row["name"] for row in read_annotations(data.train.annotations, sizes=True)["categories"]}
     console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
     return dict(COCO_CATEGORIES)
 

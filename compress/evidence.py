@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from compress.arms import model_size, splits
-from compress.console import open_console
+from compress.console import open_console, progress
 from compress.data.batch import collate
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform, fit_size
@@ -77,7 +75,7 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     inputs = {"onnx": sha256_of(onnx_file), "data": sha256_of(split.annotations), "deploy": settings}
 
     def prove() -> list[dict[str, Any]]:
-        with _progress("validate") as step:
+        with progress("validate") as step:
             results = validate.validate(
                 runners, split.annotations, split.images, reference=student.name,
                 max_map_drop=recipe.deploy.max_map_drop, progress=step,
@@ -100,7 +98,7 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
 
     def measure() -> dict[str, Any]:
         bench = recipe.deploy.benchmark
-        with _progress("benchmark") as step:
+        with progress("benchmark") as step:
             report = latency.benchmark(
                 timed, files, batch_sizes=bench.batch_sizes, seconds=bench.seconds,
                 warm_up_seconds=2 * bench.seconds, progress=step,
@@ -250,20 +248,3 @@ def _boxes(found: Detections, val: CocoDetection) -> list[dict[str, Any]]:
         for box, label, score in zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
         if score >= SHOWN_SCORE
     ]
-
-
-class _progress:
-    """A progress bar on a terminal, nothing elsewhere: `with _progress(name) as step: step(done, total)`."""
-
-    def __init__(self, name: str) -> None:
-        console = open_console()
-        self._bar = Progress(console=console, disable=not console.is_terminal, transient=True)
-        self._name = name
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar.start()
-        task = self._bar.add_task(self._name, total=None)
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

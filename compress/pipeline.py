@@ -179,13 +179,8 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
         )
 
     def create() -> None:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-        except OSError as error:
-            raise UserError(
-                f"{run_dir}: cannot write the run: {error.strerror or error}; change runs: in the recipe"
-            ) from error
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
 
     on_first_process(fabric, create)
 

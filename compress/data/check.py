@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from compress.data.coco import decode, read_coco
+from compress.data.coco import decode
+from deploy.coco_map import read_annotations
 
 TOLERANCE_PX = 1.0
 """A box may reach this far out of its image: exporters round."""
@@ -38,9 +39,9 @@ def check(annotations: Path, images: Path) -> list[Problem]:
     Returns the findings in the order categories, images, annotations.
 
     Raises:
-        UserError: the file is no COCO JSON at all (see `read_coco`).
+        UserError: the file is no COCO JSON at all (see `deploy.coco_map.read_annotations`).
     """
-    document = read_coco(annotations)
+    document = read_annotations(annotations, sizes=True)
     images = Path(images)
     return [
         *_categories(Path(annotations), document),

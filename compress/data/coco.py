@@ -6,7 +6,6 @@ gigabytes of dictionaries in every worker.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
 
 from compress.data.batch import Target
+from deploy.coco_map import read_annotations
 from deploy.errors import UserError
 
 # torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
@@ -33,32 +33,6 @@ Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 A box that has left the image comes back empty; the dataset drops it.
 """
-
-
-def read_coco(path: Path) -> dict[str, Any]:
-    """Read a COCO detection file and check its shape: three lists of objects with the fields we use.
-
-    Raises:
-        UserError: no such file, not JSON (with the line), or a field missing or of the wrong type.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text, so not COCO JSON") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: COCO JSON is an object with images, annotations and categories; this is not")
-    for section, fields in _FIELDS.items():
-        entries = document.get(section)
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: {section}: must be a list, found {_kind(entries)}")
-        for position, entry in enumerate(entries):
-            _check_entry(path, f"{section}[{position}]", entry, fields)
-    return document
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
@@ -78,7 +52,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_empty: leave out images with no box to learn, and images with a side below 32 px.
 
     Raises:
-        UserError: as `read_coco`; no images left; with `cache`, too little memory; on access, an image
+        UserError: as `read_annotations`; no images left; with `cache`, too little memory; on access, an image
             that is missing, unreadable or not of the size that the file says.
     """
 
@@ -103,7 +77,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_empty: bool = False,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
-        document = read_coco(self.annotations)
+        document = read_annotations(self.annotations, sizes=True)
         if not document["categories"]:
             raise UserError(f"{annotations}: categories: the list is empty, there is nothing to detect")
         names = {category["id"]: category["name"] for category in document["categories"]}
@@ -262,39 +236,3 @@ def _usable(
             crowd = bool(annotation.get("iscrowd", 0))
             kept.setdefault(annotation["image_id"], []).append(([x, y, x + w, y + h], label, crowd))
     return kept, dropped
-
-
-_FIELDS: dict[str, dict[str, str]] = {
-    "categories": {"id": "integer", "name": "text"},
-    "images": {"id": "integer", "file_name": "text", "width": "size", "height": "size"},
-    "annotations": {"image_id": "integer", "category_id": "integer", "bbox": "four numbers [x, y, w, h]"},
-}
-_OPTIONAL = {"area": "a number", "iscrowd": "0 or 1"}
-
-
-def _check_entry(path: Path, where: str, entry: Any, fields: dict[str, str]) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: {where}: must be an object, found {_kind(entry)}")
-    for field, kind in (fields | {name: kind for name, kind in _OPTIONAL.items() if name in entry}).items():
-        if field not in entry:
-            raise UserError(f"{path}: {where}: {field} is missing")
-        value = entry[field]
-        if kind == "text":
-            good = isinstance(value, str)
-        elif kind == "integer":
-            good = type(value) is int
-        elif kind == "size":
-            good = type(value) is int and value > 0
-        elif kind == "a number":
-            good = type(value) in (int, float)
-        elif kind == "0 or 1":
-            good = value in (0, 1)
-        else:
-            good = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-        if not good:
-            wanted = {"size": "a positive integer", "integer": "an integer"}.get(kind, kind)
-            raise UserError(f"{path}: {where}: {field} must be {wanted}, found {json.dumps(value)[:60]}")
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__

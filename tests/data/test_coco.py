@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from compress.data.coco import CocoDetection, read_coco
+from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform, train_transform
+from deploy.coco_map import read_annotations
 from deploy.errors import UserError
 
 Save = Callable[[Any], Path]
@@ -152,13 +153,13 @@ def test_missing_and_wrong_size_images(document: dict[str, Any], save: Save, tmp
 )
 def test_malformed_files_are_one_line(text: str, message: str, save: Save) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        read_coco(save(text))
+        read_annotations(save(text), sizes=True)
     assert "\n" not in str(caught.value)
 
 
 def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        read_coco(tmp_path / "none.json")
+        read_annotations(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(UserError, match="not UTF-8"):
-        read_coco(tmp_path / "binary.json")
+        read_annotations(tmp_path / "binary.json")
