@@ -99,7 +99,7 @@ def record(**more: Any) -> dict[str, Any]:
     """Date, command, machine, load and versions of this process, and `more`."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": "python " + " ".join([_relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": "python " + " ".join(_relative(word) for word in sys.argv),
         "machine": {
             "cpu": _cpu_model(),
             "cpus": os.cpu_count(),
@@ -207,6 +207,10 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _relative(path: str) -> str:
+def _relative(word: str) -> str:
+    """A word of the command line for a file that others read: no absolute paths of this machine."""
+    if not Path(word).is_absolute():
+        return word
+    path = word
     absolute = Path(path).resolve()
     return str(absolute.relative_to(ROOT)) if absolute.is_relative_to(ROOT) else absolute.name
