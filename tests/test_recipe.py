@@ -402,9 +402,9 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_teachers_from_the_zoo_are_in_it() -> None:
-    from compress.detectors.checkpoints import ZOO
+    from compress.detectors.checkpoints import PACKAGED, ZOO
 
     for path in RECIPES.rglob("*.yaml"):
         teacher = load_recipe(path).teacher
         if teacher is not None and (teacher.checkpoint or "").startswith("zoo:"):
-            assert str(teacher.checkpoint).removeprefix("zoo:") in ZOO
+            assert str(teacher.checkpoint).removeprefix("zoo:") in {*PACKAGED, *ZOO}
