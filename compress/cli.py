@@ -628,32 +628,17 @@ def _exit_code(arguments: list[str]) -> int:
 # typer's own copy of click is private; its exceptions are the base classes of a public one.
 _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-_EXTRA_OF = {
-    **dict.fromkeys(
-        (
-            "torch",
-            "torchvision",
-            "lightning",
-            "safetensors",
-            "onnx",
-            "onnxscript",
-            "tensorboard",
-        ),
-        "train",
-    ),
-    **dict.fromkeys(("tensorrt", "pycuda"), "trt"),
-}
-
 
 def _missing_package(error: ImportError) -> str | None:
     """What to tell a user about a package that is not there, or None when the mistake is ours."""
     from compress import foreign_kernels
+    from compress.doctor import TRAIN
 
     package = (error.name or "").partition(".")[0]
     if package == "kernels":
         return foreign_kernels()
-    if isinstance(error, ModuleNotFoundError) and package in _EXTRA_OF:
-        extra = _EXTRA_OF[package]
+    extra = "train" if package in TRAIN else "trt" if package in ("tensorrt", "pycuda") else None
+    if isinstance(error, ModuleNotFoundError) and extra is not None:
         return f"{package} is not installed; this command needs: pip install 'compress-detectors[{extra}]'"
     return None
 

@@ -9,6 +9,7 @@ Shapes: B images, H × W pixels, both multiples of 32.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -60,7 +61,7 @@ def build_backbone(
     return backbone
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A chain of a stem and four stages. Subclasses register the modules and say in `stages` how they chain.
 
     out_channels: channels of C3, C4 and C5.
@@ -70,9 +71,9 @@ class Backbone(nn.Module):
     frozen_stages: int = -1
     norm_eval: bool = False
 
+    @abstractmethod
     def stages(self) -> Sequence[Sequence[nn.Module]]:
         """The stem and the stages ending at strides 4, 8, 16 and 32, each a chain of modules."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised float [B, 3, H, W] → C3, C4, C5: [B, out_channels[l], H/s, W/s] for s = 8, 16, 32."""

@@ -148,9 +148,8 @@ class GFL(nn.Module):
         one process both are the same, with several ours does not depend on their number.)
         """
         prediction = prediction.float()
-        K, L = self.num_classes, len(prediction.logits)
+        L = len(prediction.logits)
         locations = _locations(prediction)
-        G = targets.labels.shape[1]
         classification, level_of = [], []
         positive_logits, predicted, wanted = [], [], []
         scores = []
@@ -162,7 +161,7 @@ class GFL(nn.Module):
             gt = gt_levels[level]
             b, m = (gt >= 0).nonzero(as_tuple=True)  # [P]
             box = targets.boxes[b, gt[b, m]] / stride
-            label = targets.labels[b, gt[b, m]] if G else b
+            label = targets.labels[b, gt[b, m]]
             point = torch.stack((m % w, m // w), -1).to(box.dtype)  # stride units
             side_logits = prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)  # [P, 4, R]
             decoded = distances_to_boxes(point, integral(side_logits))
@@ -171,7 +170,7 @@ class GFL(nn.Module):
             classification.append(
                 quality_focal_loss(logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled)
             )
-            scores.append(logits.detach()[b, :, m].amax(1).sigmoid() if K else iou)
+            scores.append(logits.detach()[b, :, m].amax(1).sigmoid())
             positive_logits.append(side_logits)
             predicted.append(decoded)
             wanted.append((box, boxes_to_distances(point, box, limit=REG_MAX - 0.1)))

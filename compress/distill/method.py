@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Outputs:
     targets: Targets | None = None
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """One way of learning from a teacher. Several methods add up.
 
     A method owns what it has to train (adapters); its parameters go to the optimizer and to the checkpoint for
@@ -29,9 +30,9 @@ class Method(nn.Module):
 
     needs: frozenset[Capability] = frozenset()
 
+    @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Weighted scalar terms, float32. The names appear in the logs; the sum is added to the detection loss.
 
         The teacher's tensors carry no gradient.
         """
-        raise NotImplementedError(type(self).__name__)
