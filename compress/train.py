@@ -59,13 +59,13 @@ class Learner(nn.Module):
         if teacher is not None and len(self.methods):
             with torch.no_grad():
                 teacher_features = teacher.features(batch.images)
-                taught = Outputs(teacher_features, teacher.predict(teacher_features))
+                taught = Outputs(teacher_features, teacher.predict(teacher_features), teacher)
         with torch.autocast(batch.images.device.type, enabled=False):
             prediction = prediction.float()
             targets = self.student.assign(prediction, batch.targets, self._reduce)
             losses = self.student.loss(prediction, targets, self._reduce)
             if taught is not None:
-                student = Outputs(features, prediction, targets)
+                student = Outputs(features, prediction, self.student, targets)
                 for method in self.methods.values():
                     losses.update(method(student, taught, batch))
         return losses

@@ -1,4 +1,7 @@
-"""The contract of a distillation method: student and teacher outputs in, named loss terms out."""
+"""The contract of a distillation method: student and teacher outputs in, named loss terms out.
+
+Shape letters of this package: see `compress.detectors.base`; C_s and C_t are the widths of the two pyramids.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,26 @@ from torch import Tensor, nn
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction
-from compress.detectors.gfl import Targets
+from compress.detectors.gfl import GFL, Targets
 
 
 @dataclass
 class Outputs:
-    """What a model made of a batch: pyramid maps, dense prediction, and (for the student) its targets."""
+    """What a model made of a batch.
+
+    features: pyramid maps, a level each [B, C, h, w].
+    prediction: of the dense head.
+    detector: the model itself, for methods that run parts of it again.
+    targets: the student's assignment and normalisers (None for the teacher).
+    certainty: of the teacher, weights [B, h, w] a level with mean 1 over the batch, constant; a method multiplies
+        what it asks at a location by it. None: 1 everywhere. (UET's MC-dropout variance sets it.)
+    """
 
     features: list[Tensor]
     prediction: DensePrediction
+    detector: GFL
     targets: Targets | None = None
+    certainty: list[Tensor] | None = None
 
 
 class Method(nn.Module, ABC):
@@ -36,3 +49,33 @@ class Method(nn.Module, ABC):
 
         The teacher's tensors carry no gradient.
         """
+
+
+class Adapter(nn.Module):
+    """Student features → the teacher's width: one 1×1 convolution a level, or nothing where the widths agree.
+
+    Args:
+        student_channels, teacher_channels: C_s and C_t.
+        levels: number of pyramid levels.
+        always: convolve even where the widths agree. UET with `combine: sum` asks for features twice as large as
+            the teacher's head knows; a convolution takes up that factor.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, levels: int, *, always: bool = False) -> None:
+        super().__init__()
+        self.convs: nn.ModuleList | None = None
+        if always or student_channels != teacher_channels:
+            self.convs = nn.ModuleList(nn.Conv2d(student_channels, teacher_channels, 1) for _ in range(levels))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """[B, C_s, h, w] a level → float32 [B, C_t, h, w]."""
+        features = [x.float() for x in features]
+        return features if self.convs is None else [conv(x) for conv, x in zip(self.convs, features, strict=True)]
+
+
+def weigh(values: Tensor, certainty: Tensor | None) -> Tensor:
+    """Multiply `values` [B, h, w] or [B, C, h, w] by the certainty [B, h, w] of their locations."""
+    if certainty is None:
+        return values
+    return values * (certainty.unsqueeze(1) if values.dim() == 4 else certainty)
+

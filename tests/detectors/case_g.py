@@ -8,6 +8,7 @@ from compress.data.batch import Target
 from compress.detectors.backbones import build_backbone
 from compress.detectors.base import DensePrediction
 from compress.detectors.gfl import GFL
+from compress.distill.method import Outputs
 from tests.oracles import sine
 
 SIZES = ((16, 16), (8, 8))
@@ -41,3 +42,10 @@ def targets() -> list[Target]:
 
 def detector() -> GFL:
     return GFL(3, build_backbone("nano", weights="none", frozen_stages=-1), neck_channels=32, head_depth=1)
+
+
+def outputs() -> tuple[Outputs, Outputs]:
+    """Student (with targets) and teacher; without feature maps."""
+    model, student, teacher = detector(), prediction("student"), prediction("teacher")
+    targets_ = model.assign(student, targets())
+    return Outputs([], student, model, targets_), Outputs([], teacher.detach(), model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from compress.distill.bckd import BCKD
-from compress.distill.method import Outputs
 from kernels.binary_kd_loss import binary_kd_loss
 from kernels.iou_loss import giou_loss
 from tests.detectors import case_g
@@ -29,15 +28,9 @@ def test_localization_rows() -> None:
     close(4 * (rows * torch.tensor(expected["w"])).sum() / 3, expected["loss4_avg3"])
 
 
-def outputs() -> tuple[Outputs, Outputs]:
-    detector, student, teacher = case_g.detector(), case_g.prediction("student"), case_g.prediction("teacher")
-    targets = detector.assign(student, case_g.targets())
-    return Outputs([], student, targets), Outputs([], teacher.detach())
-
-
 def test_case_g_losses_weights_and_gradients() -> None:
     expected = ORACLES["B_bckd_case"]
-    student, teacher = outputs()
+    student, teacher = case_g.outputs()
     losses = BCKD().by_level(student, teacher)
     close(losses["bckd_cls"], expected["loss_kd"])
     close(losses["bckd_loc"], expected["loss_score_kd"])
@@ -54,7 +47,7 @@ def test_case_g_losses_weights_and_gradients() -> None:
 
 
 def test_a_level_without_positives_contributes_nothing() -> None:
-    student, teacher = outputs()
+    student, teacher = case_g.outputs()
     assert student.targets is not None
     student.targets.level_positives[1] = 0
     losses = BCKD().by_level(student, teacher)
@@ -63,7 +56,7 @@ def test_a_level_without_positives_contributes_nothing() -> None:
 
 
 def test_weights_scale_the_terms() -> None:
-    student, teacher = outputs()
+    student, teacher = case_g.outputs()
     plain = BCKD().by_level(student, teacher)
     scaled = BCKD(weight=0.5, cls_weight=3.0, loc_weight=2.0).by_level(student, teacher)
     torch.testing.assert_close(scaled["bckd_cls"], plain["bckd_cls"] * 1.5)
