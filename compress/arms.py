@@ -1,7 +1,7 @@
 """The arms of a run: teacher, baseline and student, each built from the recipe, trained and saved.
 
     data = open_data(recipe, fabric)
-    arm = train_arm(fabric, recipe, "student", recipe.student, recipe.train, data, teacher=…, methods=…)
+    arm = train_arm(fabric, recipe, "student", recipe.student, recipe.train, data, teacher=…)
 
 Everything here works the same in one process and in several; process 0 writes.
 """
@@ -25,8 +25,7 @@ from compress.data.transforms import eval_transform, train_transform
 from compress.detectors.backbones import build_backbone
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.detectors.gfl import GFL
-from compress.distill.bckd import BCKD
-from compress.distill.method import Method
+from compress.distill.build import build_methods
 from compress.evaluate import evaluate
 from compress.manifest import fingerprint
 from compress.recipe import Data, Model, Recipe, Split, Train, recipe_sha256
@@ -130,12 +129,23 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
     return detector.to(memory_format=torch.channels_last)
 
 
-def build_methods(recipe: Recipe) -> dict[str, Method]:
-    """The recipe's distillation methods by name."""
-    methods: dict[str, Method] = {}
-    if recipe.methods.bckd is not None:
-        methods["bckd"] = BCKD(**recipe.methods.bckd.model_dump(), compiled=recipe.train.compile)
-    return methods
+def check_methods(recipe: Recipe, num_classes: int, teacher: GFL) -> None:
+    """Build what the student's training will build, and drop it. Raises UserError where teacher, student and methods
+    do not fit each other."""
+    student = build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
+    build_methods(recipe.methods, student, teacher)
+
+
+def inherit(student: GFL, teacher: GFL) -> list[str]:
+    """Copy the teacher's neck and head into the student where names and shapes agree. Returns the copied keys."""
+    own = student.state_dict()
+    given = {
+        key: value
+        for key, value in teacher.state_dict().items()
+        if not key.startswith("backbone.") and key in own and own[key].shape == value.shape
+    }
+    student.load_state_dict(given, strict=False)
+    return list(given)
 
 
 def evaluate_arm(detector: GFL, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
@@ -159,17 +169,24 @@ def train_arm(
     data: Datasets,
     *,
     teacher: GFL | None = None,
-    methods: Mapping[str, Method] | None = None,
     identity: Mapping[str, Any],
     resume: bool,
     max_steps: int | None = None,
 ) -> dict[str, Any]:
-    """Train one arm and save it as `<run>/<name>.safetensors`. Returns its figures (JSON-able)."""
+    """Train one arm and save it as `<run>/<name>.safetensors`. Returns its figures (JSON-able).
+
+    With a teacher it learns by the recipe's methods, and inherits if the recipe says so.
+    """
     output = recipe.run_dir / f"{name}.safetensors"
     if fabric.is_global_zero:
         output.unlink(missing_ok=True)  # from now on this arm is unfinished
     fabric.seed_everything(recipe.seed, verbose=False)
     detector = build_detector(model, len(data.train.categories), recipe.seed, compiled=settings.compile)
+    methods = {}
+    if teacher is not None:
+        methods = build_methods(recipe.methods, detector, teacher, seed=recipe.seed, compiled=settings.compile)
+        if recipe.teacher is not None and recipe.teacher.inherit:
+            inherit(detector, teacher)
     loader = train_loader(
         data.train,
         batch_size=settings.batch_size // settings.accumulate,

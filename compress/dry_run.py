@@ -17,12 +17,12 @@ from lightning.fabric import Fabric
 from PIL import Image
 from rich.console import Console
 
-from compress.arms import build_detector, build_methods, model_size, open_data, train_arm
+from compress.arms import build_detector, check_methods, model_size, open_data, train_arm
 from compress.console import open_console
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
 from compress.detectors.gfl import GFL
-from compress.distill.teacher import check_capabilities, freeze, load_teacher
+from compress.distill.teacher import freeze, load_teacher
 from compress.recipe import Model, Recipe, Split
 from deploy.coco_map import read_annotations
 from deploy.errors import UserError
@@ -35,9 +35,8 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
     teacher = _teacher(recipe, categories, console) if distillation and recipe.teacher is not None else None
-    methods = build_methods(recipe) if teacher is not None else {}
     if teacher is not None:
-        check_capabilities(methods, teacher)
+        check_methods(recipe, len(categories), teacher)
     with tempfile.TemporaryDirectory() as own:
         folder = Path(fabric.broadcast(own))  # the first process's: all of them read what it writes
         small = _rehearsal(recipe, folder, categories, console, write=fabric.is_global_zero)
@@ -53,7 +52,7 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
             teacher.to(fabric.device)
         result = train_arm(
             fabric, small, "student", small.student, small.train, data,
-            teacher=teacher, methods=methods, identity={}, resume=False, max_steps=1,
+            teacher=teacher, identity={}, resume=False, max_steps=1,
         )  # fmt: skip
     console.print(
         f"dry run of {recipe.name}: {result['steps']} step on made-up images; everything fits together",

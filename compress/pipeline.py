@@ -17,7 +17,8 @@ from rich.console import Console
 
 from compress.arms import (
     Datasets,
-    build_methods,
+    build_detector,
+    check_methods,
     evaluate_arm,
     on_first_process,
     open_data,
@@ -27,7 +28,7 @@ from compress.arms import (
 from compress.console import open_console
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.gfl import GFL
-from compress.distill.teacher import check_capabilities, freeze, load_teacher
+from compress.distill.teacher import freeze, load_teacher
 from compress.manifest import Manifest
 from compress.recipe import Recipe, dump_recipe
 from compress.versions import versions
@@ -79,11 +80,8 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
 
     teacher = None
-    methods = {}
     if distillation and recipe.teacher is not None:
         teacher = _teacher(recipe, data, fabric, manifest, common, resume, console)
-        methods = build_methods(recipe)
-        check_capabilities(methods, teacher)
     student = {
         **common,
         "model": recipe.student.model_dump(mode="json"),
@@ -95,21 +93,23 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     taught = (
         {}
         if teacher is None
-        else {"methods": recipe.methods.model_dump(mode="json"), "teacher": weights_sha256(teacher)}
+        else {
+            "methods": recipe.methods.model_dump(mode="json"),
+            "inherit": recipe.teacher is not None and recipe.teacher.inherit,
+            "teacher": weights_sha256(teacher),
+        }
     )
     arms.append(("student", {**student, **taught}, teacher))
     for name, inputs, arm_teacher in arms:
-        arm_methods = methods if arm_teacher is not None else {}
 
         def work(
             name: str = name,
             inputs: dict[str, Any] = inputs,
             arm_teacher: GFL | None = arm_teacher,
-            arm_methods: Any = arm_methods,
         ) -> dict[str, Any]:
             return train_arm(
                 fabric, recipe, name, recipe.student, recipe.train, data,
-                teacher=arm_teacher, methods=arm_methods, identity=inputs, resume=resume,
+                teacher=arm_teacher, identity=inputs, resume=resume,
             )  # fmt: skip
 
         outputs = [run_dir / f"{name}.safetensors"]
@@ -141,12 +141,14 @@ def _launch(recipe: Recipe) -> Fabric:
         "bf16": "bf16-mixed",
         "fp16": "16-mixed",
     }
+    # The adapters of a method that ends before the training get no gradient from then on.
+    ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
     try:
         fabric = Fabric(
             accelerator=train.accelerator,
             devices=train.devices,
             precision=precisions[train.precision],
-            strategy="ddp" if train.devices > 1 else "auto",
+            strategy="auto" if train.devices == 1 else f"ddp_find_unused_parameters_{'true' if ends else 'false'}",
         )
     except Exception as error:
         message = str(error).strip().splitlines()[0]
@@ -198,10 +200,15 @@ def _teacher(
     settings = recipe.teacher
     assert settings is not None
     first = fabric.is_global_zero
+    classes = len(data.train.categories)
     if settings.checkpoint is not None:
         teacher, record = load_teacher(settings.checkpoint, data.train.categories)
+        check_methods(recipe, classes, teacher)
     else:
         assert settings.model is not None and settings.train is not None, "the recipe was validated"
+        check_methods(
+            recipe, classes, build_detector(settings.model.model_copy(update={"weights": "none"}), classes, 0)
+        )
         path = recipe.run_dir / "teacher.safetensors"
         inputs = {
             **common,

@@ -22,6 +22,7 @@ from compress.console import open_console
 from deploy.coco_map import CocoMetrics
 from deploy.files import write_text
 
+OBSERVED = ("map", "grad_", "scale_", "variance_")  # how columns that are no losses begin
 PLAIN_EVERY_S = 15.0  # seconds between plain lines when the output is not a terminal
 
 
@@ -29,7 +30,8 @@ class TrainingLog:
     """Progress and history of one arm. `enabled` is False on all processes but the first.
 
     Rows after `from_step` of an earlier, interrupted run are dropped from metrics.csv, so that the file tells
-    one story. Columns: step, epoch, seconds, lr, loss, every loss term, map (filled at evaluations).
+    one story. Columns: step, epoch, seconds, lr, loss, every loss term; grad_norm, with methods grad_detection,
+    grad_<method>, scale_<method>, and what they report (variance_<level>_<method>); map (filled at evaluations).
     """
 
     def __init__(self, folder: Path, *, name: str, total: int, from_step: int, enabled: bool) -> None:
@@ -60,11 +62,18 @@ class TrainingLog:
         if self._enabled:
             self._progress.update(self._task, completed=step)
 
-    def step(self, step: int, epoch: int, seconds: float, lr: float, losses: dict[str, float]) -> None:
-        """Record one row of losses (the values of this step)."""
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        seconds: float,
+        lr: float,
+        losses: dict[str, float],
+        observed: dict[str, float],
+    ) -> None:
+        """Record one row: the losses of this step, and what else was observed (gradient norms, scales …)."""
         if not self._enabled:
             return
-        norm = losses.pop("grad_norm", None)
         loss = sum(losses.values())
         row: dict[str, Any] = {
             "step": step,
@@ -73,9 +82,8 @@ class TrainingLog:
             "lr": lr,
             "loss": loss,
             **losses,
+            **observed,
         }
-        if norm is not None:
-            row["grad_norm"] = norm
         self._rows.append(row)
         for key, value in row.items():
             if key not in ("step", "epoch", "seconds"):
@@ -117,9 +125,7 @@ class TrainingLog:
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        order = [c for c in columns if not c.startswith(("map", "grad"))] + [
-            c for c in columns if c.startswith(("map", "grad"))
-        ]
+        order = sorted(columns, key=lambda column: column.startswith(OBSERVED))  # stable: those come last
         text = io.StringIO()
         writer = csv.DictWriter(text, order, restval="", lineterminator="\n")
         writer.writeheader()

@@ -25,37 +25,20 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from compress.methods import Methods
+from compress.settings import Count, Fraction, Positive, Seed, Settings, Weight, broken_rule
 from deploy.errors import UserError
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator takes
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-def _broken_rule(key: str, problem: str) -> PydanticCustomError:
-    """An error of a rule between fields, reported at `key` of the model that raises it."""
-    return PydanticCustomError("rule", "{problem}", {"problem": problem, "key": key})
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
 
 # ------------------------------------------------------------------------------------------------ data
 
 
-class Split(_Settings):
+class Split(Settings):
     """One labelled set of images in COCO format."""
 
     annotations: Path
@@ -64,7 +47,7 @@ class Split(_Settings):
     """Folder that the JSON's file names are relative to."""
 
 
-class Synthetic(_Settings):
+class Synthetic(Settings):
     """The generated dataset: textured shapes on clutter, the same pixels for the same settings."""
 
     train: Positive
@@ -85,7 +68,7 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-class Data(_Settings):
+class Data(Settings):
     """The images, and what happens to them before the network. Either `synthetic`, or `train` and `val`."""
 
     train: Split | None = None
@@ -117,13 +100,13 @@ class Data(_Settings):
     @model_validator(mode="after")
     def _rules(self) -> Data:
         if self.synthetic is not None and (self.train is not None or self.val is not None):
-            raise _broken_rule("synthetic", "excludes data.train and data.val; keep one of the two")
+            raise broken_rule("synthetic", "excludes data.train and data.val; keep one of the two")
         if self.synthetic is None and (self.train is None or self.val is None):
             absent = " and ".join(k for k in ("train", "val") if getattr(self, k) is None)
-            raise _broken_rule("", f"needs train and val, or synthetic; there is no {absent}")
+            raise broken_rule("", f"needs train and val, or synthetic; there is no {absent}")
         short = self.short if isinstance(self.short, int) else self.short[1]
         if short > self.long:
-            raise _broken_rule("short", f"{short} is more than data.long, {self.long}")
+            raise broken_rule("short", f"{short} is more than data.long, {self.long}")
         return self
 
     @property
@@ -159,7 +142,7 @@ def _whole_unless_pretrained(pretrained: Any, untrained: Any) -> Callable[[dict[
     return lambda fields: untrained if fields.get("weights", "none") == "none" else pretrained
 
 
-class Model(_Settings):
+class Model(Settings):
     """A detector: backbone, feature pyramid, dense head."""
 
     detector: Literal["gfl"] = "gfl"
@@ -181,11 +164,11 @@ class Model(_Settings):
     @model_validator(mode="after")
     def _rules(self) -> Model:
         if self.backbone.startswith("nano") and self.weights == "imagenet":
-            raise _broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
+            raise broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
         return self
 
 
-class Optimizer(_Settings):
+class Optimizer(Settings):
     """The optimizer; weight decay applies to every parameter."""
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -204,7 +187,7 @@ def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-class Schedule(_Settings):
+class Schedule(Settings):
     """The learning rate over time: linear warm-up, then steps or a half cosine down to zero."""
 
     name: Literal["multistep", "cosine"] = "multistep"
@@ -219,7 +202,7 @@ class Schedule(_Settings):
     """Share of the rate at the first step."""
 
 
-class Train(_Settings):
+class Train(Settings):
     """One training run. Exactly one of `epochs` and `steps`."""
 
     epochs: Positive | None = None
@@ -258,20 +241,20 @@ class Train(_Settings):
     @model_validator(mode="after")
     def _rules(self) -> Train:
         if self.epochs is None and self.steps is None:
-            raise _broken_rule("", "no length; give epochs or steps")
+            raise broken_rule("", "no length; give epochs or steps")
         if self.epochs is not None and self.steps is not None:
-            raise _broken_rule("steps", "excludes epochs; keep one of the two")
+            raise broken_rule("steps", "excludes epochs; keep one of the two")
         parts = self.devices * self.accumulate
         if self.batch_size % parts:
-            raise _broken_rule("batch_size", f"{self.batch_size} is not a multiple of devices x accumulate = {parts}")
+            raise broken_rule("batch_size", f"{self.batch_size} is not a multiple of devices x accumulate = {parts}")
         warmup = self.schedule.warmup_steps
         if self.steps is not None and warmup >= self.steps:
-            raise _broken_rule(
+            raise broken_rule(
                 "schedule.warmup_steps",
                 f"{warmup} warm-up steps leave nothing of {self.steps} steps; set it to {self.steps // 10}",
             )
         if self.precision == "fp16" and self.accelerator == "cpu":
-            raise _broken_rule("precision", "fp16 needs accelerator cuda; on the CPU use bf16 or 32")
+            raise broken_rule("precision", "fp16 needs accelerator cuda; on the CPU use bf16 or 32")
         return self
 
 
@@ -288,7 +271,7 @@ def _checkpoint_name(name: str) -> str:
     return name
 
 
-class Teacher(_Settings):
+class Teacher(Settings):
     """The detector to learn from. Exactly one of `checkpoint` and `train`."""
 
     checkpoint: Annotated[str, AfterValidator(_checkpoint_name)] | None = None
@@ -299,46 +282,24 @@ class Teacher(_Settings):
     """Train the teacher first, on the same data."""
     min_map: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Stop before distilling when the teacher's validation mAP (percent) is lower."""
+    inherit: bool = False
+    """Start the student's neck and head from the teacher's, where the shapes agree (as published for FGD and MGD)."""
 
     @model_validator(mode="after")
     def _rules(self) -> Teacher:
         if self.checkpoint is None and self.train is None:
-            raise _broken_rule("", "no source; give teacher.checkpoint, or teacher.model and teacher.train")
+            raise broken_rule("", "no source; give teacher.checkpoint, or teacher.model and teacher.train")
         if self.checkpoint is not None and self.train is not None:
-            raise _broken_rule("train", "excludes teacher.checkpoint; keep one of the two")
+            raise broken_rule("train", "excludes teacher.checkpoint; keep one of the two")
         if self.train is not None and self.model is None:
-            raise _broken_rule("train", "needs teacher.model, the detector to train")
+            raise broken_rule("train", "needs teacher.model, the detector to train")
         return self
-
-
-class Bckd(_Settings):
-    """Bridging Cross-task Protocol Inconsistency (arXiv 2308.14286): logits and boxes of a dense head."""
-
-    weight: Weight = 1.0
-    """Multiplies both terms; 0 is bit-identical to plain training."""
-    cls_weight: Weight = 1.0
-    """Weight of the binary classification term."""
-    loc_weight: Weight = 4.0
-    """Weight of the box (GIoU) term."""
-    beta: Annotated[float, Field(gt=0)] = 1.0
-    """Exponent of |teacher - student| in the classification term."""
-
-
-class Methods(_Settings):
-    """Distillation losses; those given add up. Write `bckd: {}` for a method with its defaults."""
-
-    bckd: Bckd | None = None
-    """BCKD."""
-
-    def enabled(self) -> tuple[str, ...]:
-        """Names of the methods that are given."""
-        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
 
 
 # ----------------------------------------------------------------------------------------------- deploy
 
 
-class Benchmark(_Settings):
+class Benchmark(Settings):
     """How latency is measured."""
 
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
@@ -347,7 +308,7 @@ class Benchmark(_Settings):
     """Measuring time for each file and batch size, after the warm-up."""
 
 
-class Deploy(_Settings):
+class Deploy(Settings):
     """The exported file and the gate that it must pass."""
 
     input_size: (
@@ -378,11 +339,11 @@ class Deploy(_Settings):
     @model_validator(mode="after")
     def _rules(self) -> Deploy:
         if self.candidates < self.max_detections:
-            raise _broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
+            raise broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
         return self
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """Everything about one run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -415,17 +376,17 @@ class Recipe(_Settings):
     def _rules(self) -> Recipe:
         methods = self.methods.enabled()
         if methods and self.teacher is None:
-            raise _broken_rule(f"methods.{methods[0]}", "needs a teacher; add the section teacher")
+            raise broken_rule(f"methods.{next(iter(methods))}", "needs a teacher; add the section teacher")
         if self.baseline and not methods:
-            raise _broken_rule("baseline", "needs a method to compare with; add one under methods")
+            raise broken_rule("baseline", "needs a method to compare with; add one under methods")
         trained = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model
         for key, model in trained.items():
             if model.weights == "none" and model.frozen_stages >= 0:
-                raise _broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to -1")
+                raise broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to -1")
             if model.weights == "none" and model.norm_eval:
-                raise _broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
+                raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
         return self
 
 

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 
 from compress.data.batch import Batch
 from compress.detectors.gfl import GFL, Reduce
-from compress.distill.method import Method, Outputs
+from compress.distill.balance import Balanced, Position, gradient_norm
+from compress.distill.method import Outputs
 from compress.progress import TrainingLog
 from compress.recipe import Optimizer, Schedule, Train
 from deploy.coco_map import CocoMetrics
@@ -43,20 +44,25 @@ class Learner(nn.Module):
     The teacher is kept out of the module tree: it has no gradient, goes to no checkpoint and stays in eval mode.
     """
 
-    def __init__(self, student: GFL, methods: Mapping[str, Method], teacher: GFL | None, reduce: Reduce | None) -> None:
+    def __init__(
+        self, student: GFL, methods: Mapping[str, Balanced], teacher: GFL | None, reduce: Reduce | None
+    ) -> None:
         super().__init__()
         self.student = student
         self.methods = nn.ModuleDict(methods)
         self._teacher = (teacher,)
         self._reduce = reduce
+        self.detection_norm: Tensor
+        self.register_buffer("detection_norm", torch.zeros(()), persistent=False)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, position: Position) -> dict[str, Tensor]:
         """Weighted scalar losses of a batch; their sum is what is minimised."""
         (teacher,) = self._teacher
         features = self.student.features(batch.images)
         prediction = self.student.predict(features)
+        factors = {name: method.factor(position) for name, method in self._balanced()}
         taught = None
-        if teacher is not None and len(self.methods):
+        if teacher is not None and any(factors.values()):
             with torch.no_grad():
                 teacher_features = teacher.features(batch.images)
                 taught = Outputs(teacher_features, teacher.predict(teacher_features), teacher)
@@ -66,9 +72,36 @@ class Learner(nn.Module):
             losses = self.student.loss(prediction, targets, self._reduce)
             if taught is not None:
                 student = Outputs(features, prediction, self.student, targets)
-                for method in self.methods.values():
-                    losses.update(method(student, taught, batch))
+                terms = {name: m.method(student, taught, batch) for name, m in self._balanced() if factors[name]}
+                if position.measures and features[0].requires_grad:
+                    self._measure(losses, terms, features)
+                for name, balanced in self._balanced():
+                    factor = factors[name] * balanced.scale
+                    losses.update({key: value * factor for key, value in terms.get(name, {}).items()})
         return losses
+
+    def observations(self) -> dict[str, Tensor]:
+        """Scalars for the logs besides the losses: gradient norms, automatic weights, what the methods report."""
+        values: dict[str, Tensor] = {}
+        for name, balanced in self._balanced():
+            values[f"grad_{name}"] = balanced.norm
+            if balanced.auto_ratio is not None:
+                values[f"scale_{name}"] = balanced.scale
+            values |= {f"{key}_{name}": value for key, value in balanced.method.observations().items()}
+        if len(self.methods):
+            values["grad_detection"] = self.detection_norm
+        return values
+
+    def _balanced(self) -> list[tuple[str, Balanced]]:
+        return list(self.methods.items())  # type: ignore[arg-type]
+
+    def _measure(self, losses: dict[str, Tensor], terms: dict[str, dict[str, Tensor]], features: list[Tensor]) -> None:
+        """Gradient norms of the detection loss and of each method at the student's pyramid."""
+        self.detection_norm.copy_(gradient_norm(_total(losses), features, self._reduce))
+        for name, balanced in self._balanced():
+            if name in terms:
+                norm = gradient_norm(_total(terms[name]), features, self._reduce)
+                balanced.measure(norm, self.detection_norm)
 
 
 @dataclass
@@ -102,7 +135,7 @@ def fit(
     name: str,
     identity: str,
     teacher: GFL | None = None,
-    methods: Mapping[str, Method] | None = None,
+    methods: Mapping[str, Balanced] | None = None,
     resume: bool = False,
     max_steps: int | None = None,
 ) -> FitResult:
@@ -192,8 +225,8 @@ def fit(
             batch = next(batches).to(fabric.device, non_blocking=True)
             seen.append(batch)
             with fabric.no_backward_sync(fabric_learner, enabled=part < settings.accumulate - 1):
-                losses = fabric_learner(batch)
-                loss = torch.stack(list(losses.values())).sum() / settings.accumulate
+                losses = fabric_learner(batch, Position(state.step, total, epoch_steps))
+                loss = _total(losses) / settings.accumulate
                 if not _is_finite(loss.detach(), reduce):
                     _stop("loss", losses, seen, learner, fabric, folder, name, state.step)
                 fabric.backward(loss)
@@ -215,8 +248,11 @@ def fit(
         state.seconds = time.perf_counter() - started
         if state.step % LOG_EVERY == 0 or state.step in (1, stop):
             values = _mean_over_processes(means, reduce, fabric.world_size)
-            values["grad_norm"] = float(norm)
-            log.step(state.step, epoch, state.seconds, optimizer.param_groups[0]["lr"], values)
+            observed = {"grad_norm": norm, **learner.observations()}
+            log.step(
+                state.step, epoch, state.seconds, optimizer.param_groups[0]["lr"], values,
+                {key: float(value) for key, value in observed.items()},
+            )  # fmt: skip
         else:
             log.tick(state.step)
         epoch_ended = state.step % epoch_steps == 0
@@ -268,6 +304,10 @@ def _optimizer(learner: Learner, settings: Optimizer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
     )
+
+
+def _total(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
 
 
 def _sum_over_processes(fabric: Fabric) -> Reduce:

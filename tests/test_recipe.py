@@ -67,7 +67,7 @@ def test_values_and_defaults(load: Load) -> None:
     recipe = load()
     assert recipe.train.optimizer.lr == 1e-3  # a number, although YAML 1.1 reads the text "1e-3"
     assert recipe.train.schedule.milestones == (8, 11)
-    assert recipe.methods.enabled() == ("bckd",)
+    assert list(recipe.methods.enabled()) == ["bckd"]
     assert recipe.run_dir == Path("runs/example")
     assert (recipe.student.frozen_stages, recipe.student.norm_eval) == (-1, False)  # random weights
     pretrained = load(TEXT, "student.backbone=resnet18", "student.weights=imagenet").student
@@ -96,7 +96,7 @@ def test_precision_may_be_written_as_a_number(load: Load) -> None:
         (
             "    weight: 1.5",
             "    colour: 1.5",
-            "r.yaml:16: methods.bckd.colour: unknown key; known here: weight, cls_weight, loc_weight, beta",
+            "r.yaml:16: methods.bckd.colour: unknown key; known here: weight, ratio, stop_epoch, decay, cls_weight, loc_weight, beta",
         ),
         (
             "backbone: nano",

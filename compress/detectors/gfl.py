@@ -86,6 +86,7 @@ class GFL(nn.Module):
         if neck_channels % GROUP_WIDTH:
             raise ValueError(f"neck_channels must be a multiple of {GROUP_WIDTH}, got {neck_channels}")
         self.num_classes = num_classes
+        self.feature_channels = neck_channels
         self.compiled = compiled
         self.backbone = backbone
         self.neck = FPN(backbone.out_channels, neck_channels)

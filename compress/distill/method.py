@@ -50,6 +50,10 @@ class Method(nn.Module, ABC):
         The teacher's tensors carry no gradient.
         """
 
+    def observations(self) -> dict[str, Tensor]:
+        """Scalars for the logs that are no loss terms; of the last forward pass that made them."""
+        return {}
+
 
 class Adapter(nn.Module):
     """Student features → the teacher's width: one 1×1 convolution a level, or nothing where the widths agree.
@@ -78,4 +82,3 @@ def weigh(values: Tensor, certainty: Tensor | None) -> Tensor:
     if certainty is None:
         return values
     return values * (certainty.unsqueeze(1) if values.dim() == 4 else certainty)
-

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from compress.detectors.checkpoints import ModelRecord, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
-from compress.distill.method import Method
 from deploy.errors import UserError
 
 
@@ -39,12 +38,3 @@ def load_teacher(checkpoint: str, categories: Sequence[str]) -> tuple[GFL, Model
 def freeze(detector: GFL) -> GFL:
     """In eval mode, without gradients."""
     return detector.requires_grad_(False).eval()
-
-
-def check_capabilities(methods: dict[str, Method], teacher: GFL) -> None:
-    """Raise a UserError when a method asks for what the teacher cannot give."""
-    for name, method in methods.items():
-        missing = method.needs - teacher.capabilities
-        if missing:
-            wanted = ", ".join(sorted(capability.value for capability in missing))
-            raise UserError(f"methods.{name} needs {wanted} of the teacher, which {type(teacher).__name__} cannot give")

@@ -370,8 +370,22 @@ def _curves(document: Document) -> list[Curve]:
     student = metrics.get("student")
     if student is not None:  # whatever is not of the detector or of the loop is a method's
         for column in (c for c in student.columns if c not in _KNOWN_COLUMNS):
-            add(f"Distillation: {column}", "", {"student": student.columns[column]}, "loss")
+            title, note, unit = _describe_column(column)
+            add(title, note, {"student": student.columns[column]}, unit)
     return curves
+
+
+def _describe_column(column: str) -> tuple[str, str, str]:
+    """Title, note and y label of a column that a method brought."""
+    kind, _, of = column.partition("_")
+    if kind == "grad":
+        return f"Gradient norm: {of}", "At the student's pyramid, as weighted.", "norm"
+    if kind == "scale":
+        return f"Automatic weight: {of}", "", "factor"
+    if kind == "variance":
+        level, _, method = of.partition("_")
+        return f"Teacher's variance: {level.upper()}", f"Over the dropout samples of {method}.", "variance"
+    return f"Distillation: {column}", "", "loss"
 
 
 def _detection_loss(metrics: Metrics) -> list[tuple[float, float]]:
