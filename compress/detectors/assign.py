@@ -40,6 +40,22 @@ class Assignment:
     thresholds: Tensor
     num_positives: Tensor
 
+    @property
+    def is_box(self) -> Tensor:
+        """bool [B, G], True for real ground truth: neither padding nor a crowd box."""
+        return ~self.thresholds.isnan()
+
+
+def anchors(level_sizes: list[tuple[int, int]], strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """The anchors of all levels: float32 [A, 4] xyxy in pixels, levels concatenated, row-major."""
+    levels = []
+    for (h, w), stride in zip(level_sizes, strides, strict=True):
+        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        center = torch.stack((x, y), -1).flatten(0, 1).float() * stride
+        half = ANCHOR_SCALE * stride / 2
+        levels.append(torch.cat((center - half, center + half), -1))
+    return torch.cat(levels)
+
 
 def atss(
     boxes: Tensor,
