@@ -20,6 +20,26 @@ _Pixels = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+class Quantization(BaseModel):
+    """How an int8 file was made. `layers` counts the quantized ones; `float_layers` names the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: Literal["tensorrt", "cpu"]
+    """Whose format it is: int8 symmetric activations (`tensorrt`) or uint8 activations with a zero point (`cpu`)."""
+    weight_bits: Literal[7, 8] = 8
+    layers: int = Field(ge=1)
+    float_layers: list[str] = []
+    method: str
+    """How the ranges of the activations were chosen: `minmax`, `percentile` or `entropy`."""
+    images_sha256: str
+    """Of the sorted SHA-256 of the calibration images."""
+    image_hashes: list[str] = Field(min_length=1)
+    """The first 16 digits of the SHA-256 of each calibration image file: validation refuses these images."""
+    guided_map_drop: float | None = None
+    """mAP points that the search measured on its labelled split; None when there was no search."""
+
+
 class ModelCard(BaseModel):
     """What a deployable file says about itself. `input_size` is (height, width) in pixels."""
 
@@ -43,7 +63,9 @@ class ModelCard(BaseModel):
     max_detections: int = Field(default=100, ge=1)
     candidates: int = Field(default=1000, ge=1)
     precision: dict[str, str] = {}
-    """Number format of each part, for example `{"backbone": "fp32", "head": "fp32"}`."""
+    """Number format of each part as the graph has it, for example `{"backbone": "int8", "head": "fp32+int8"}`."""
+    quantization: Quantization | None = None
+    """None for a file without int8 layers."""
     checkpoint_sha256: str = ""
     recipe_sha256: str = ""
     val_map: float | None = None

@@ -28,9 +28,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from deploy.card import METADATA_KEY, ModelCard
+from deploy.card import ModelCard
 from deploy.errors import UserError
 from deploy.files import atomic_path
+from deploy.precision import precisions, set_card
 
 OUTPUTS = ("boxes", "scores", "labels", "count")
 _INNER = ("dense_scores", "dense_boxes")
@@ -65,6 +66,7 @@ def export_onnx(
     path: Path,
     *,
     samples: np.ndarray,
+    reference: nn.Module | None = None,
     max_batch: int = 8,
     opset: int = 20,
     score_tolerance: float = 1e-3,
@@ -85,16 +87,18 @@ def export_onnx(
     images = np.ascontiguousarray(samples[np.arange(max(max_batch, 2)) % len(samples)])
     module.eval()
     model = _convert(module, images[:2], opset)
-    onnx.helper.set_model_props(model, {METADATA_KEY: card.model_dump_json()})
+    set_card(model, card.model_copy(update={"precision": precisions(model)}))
     model.producer_name = "compress-detectors"
 
     batches = tuple(sorted({1, 2, max_batch}))
     inner = _session(model.SerializeToString())
+    reference = module if reference is None else reference.eval()
     del model.graph.output[len(OUTPUTS) :]
     onnx.checker.check_model(model)
     with atomic_path(Path(path)) as temporary:
         onnx.save(model, str(temporary))
-        measured = _compare(module, inner, _session(str(temporary)), images, batches, score_tolerance, box_tolerance_px)
+        final = _session(str(temporary))
+        measured = _compare(reference, inner, final, images, batches, score_tolerance, box_tolerance_px)
     return ExportReport(
         path=Path(path),
         size_bytes=Path(path).stat().st_size,

@@ -6,6 +6,7 @@ Detections are compared in pixels of the original image.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from deploy.card import ModelCard
 from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
 from deploy.errors import UserError
 from deploy.files import write_json
-from deploy.preprocess import fit_canvas, load_image, to_original
+from deploy.preprocess import fit_canvas, load_image, read_image_bytes, to_original
 from deploy.runtimes.base import Runner
 
 AGREEMENT_SCORE = 0.3
@@ -90,7 +91,8 @@ def validate(
     likewise. progress(done, total) is called after every batch of images.
 
     Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
-    are not those of the annotations, or a runner that gives values that are not finite.
+    are not those of the annotations, a file that was calibrated on one of the images, or a runner that gives values
+    that are not finite.
     """
     content = load_annotations(annotations)
     if reference is not None and reference not in runners:
@@ -100,6 +102,7 @@ def validate(
     for name, runner in runners.items():
         _check_categories(name, runner.card, content, str(annotations))
     rows = sorted(content["images"], key=lambda row: row["id"])[:limit]
+    _check_calibration(runners, [Path(images) / row["file_name"] for row in rows])
     chosen = {row["id"] for row in rows}
     truth = {
         "images": rows,
@@ -190,6 +193,23 @@ def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], wh
         if names[category] != class_name:
             raise UserError(
                 f"{name}: category {category} is '{class_name}' to the model, '{names[category]}' in {where}"
+            )
+
+
+def _check_calibration(runners: Mapping[str, Runner], files: list[Path]) -> None:
+    """An int8 file must not be judged on the images that its ranges come from."""
+    calibrated = {
+        digest: name
+        for name, runner in runners.items()
+        if runner.card.quantization is not None
+        for digest in runner.card.quantization.image_hashes
+    }
+    for file in files if calibrated else []:
+        name = calibrated.get(hashlib.sha256(read_image_bytes(file)).hexdigest()[:16])
+        if name is not None:
+            raise UserError(
+                f"{name}: was calibrated on {file}, which is one of the validation images: "
+                "export it again with training or unlabelled images (--calibration)"
             )
 
 

@@ -6,6 +6,9 @@ of the `deploy` package, so that validation and benchmarks treat a checkpoint an
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -86,6 +89,35 @@ class Deployable(nn.Module):
             candidates=card.candidates,
         )
         return module.eval()
+
+
+def half_precision(module: Deployable) -> Deployable:
+    """A copy that computes its network in float16, with islands of float32.
+
+    Every submodule of the detector (backbone, neck, head) is converted and takes its inputs in float16. In float32
+    remain: what the detector itself holds and does (it normalises the pixels), everything after its predictions
+    (scores, boxes, suppression), and norms that average over a map. A strongly typed TensorRT network computes in the
+    types that are written, and the sum of squares over a map of 100 × 168 does not fit into float16.
+    """
+    module = copy.deepcopy(module)
+    detector = module.detector
+    assert isinstance(detector, nn.Module), "checked on construction"
+    for child in detector.children():
+        child.half()
+        child.register_forward_pre_hook(lambda _, inputs: _to(torch.float16, inputs))
+        for norm in child.modules():
+            if isinstance(norm, (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
+                norm.float()
+                norm.register_forward_pre_hook(lambda _, inputs: _to(torch.float32, inputs))
+                norm.register_forward_hook(lambda _, inputs, output: _to(torch.float16, output))
+    return module.eval()
+
+
+def _to(dtype: torch.dtype, value: Any) -> Any:
+    """Floating-point tensors in `dtype`, in tuples and lists too; other values as they are."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return type(value)(_to(dtype, item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 class TorchRunner:
