@@ -236,5 +236,5 @@ def foreground(boxes: Tensor, real: Tensor, sizes: Tensor, grid: tuple[int, int]
 
 def background(fg: Tensor) -> Tensor:
     """M_bg [B, h, w]: equal shares of 1 for the locations in no box; zeros where boxes cover the whole map."""
-    outside = fg == 0
+    outside = (fg == 0).to(fg.dtype)
     return outside / outside.sum((1, 2), keepdim=True).clamp(min=1)

@@ -10,10 +10,11 @@ with class scores t, s = sigmoid(logits) [B, K, M] and the boxes of both models:
 S is the adapted student map, T the teacher's, [B, C, h, w]. The mean is over the kept locations of a level and the
 channels. Detached: the teacher, and the whole selection.
 
-Published settings: loss_weight 2, topk 10, nms_threshold 0.3. Confirmed against the authors' code, but for the
-selection: theirs pools the images of a batch, so that `topk` locations are kept in all and boxes of different images
-suppress each other (`pool_batch`); ours selects for each image, among the locations that are not padding. Certainty
-weighs the squared differences, not the selection.
+Published settings: loss_weight 2, topk 10, nms_threshold 0.3. Confirmed against the authors' code, but for three
+accidents of it. It pools the images of a batch, so that `topk` locations are kept in all and boxes of different images
+suppress each other; and it decodes the boxes of padding around the point (0, 0) (`pool_batch` does both). Ours selects
+for each image, among the locations that are not padding. It also leaves out levels without positives; ours never does.
+Certainty weighs the squared differences, not the selection.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class GI(Method):
         loss_weight: the published constant.
         topk: locations kept a level, of each image or of the batch.
         nms_threshold: IoU above which the lower score falls.
-        pool_batch: select from the whole batch as if it were one image, padding included, as published.
+        pool_batch: select as the authors' code does, from the whole batch as if it were one image, padding included.
     """
 
     needs = frozenset({Capability.FEATURES, Capability.DENSE})
@@ -85,14 +86,18 @@ class GI(Method):
         z_s, z_t = student.prediction.float(), teacher.prediction.float()
         valid_levels = student.targets.assignment.valid.split([h * w for h, w in z_s.level_sizes], 1)
         kept = []
-        for level in range(min(self.levels, len(z_s.logits))):
+        for level, (h, w) in enumerate(z_s.level_sizes[: self.levels]):
+            valid = valid_levels[level]  # [B, M]
             scores, boxes = general_instances(
                 z_s.logits[level], z_t.logits[level], z_s.distribution[level], z_t.distribution[level]
             )
             if self.pool_batch:
+                m = torch.arange(h * w, device=boxes.device)
+                point = torch.stack((m % w, m // w), 1).repeat(1, 2)  # [M, 4]
+                boxes = torch.where(valid[..., None], boxes, boxes - point)
                 scores, boxes = scores.view(1, -1), boxes.view(1, -1, 4)
             else:
-                scores = scores.where(valid_levels[level], -1.0)
+                scores = scores.where(valid, -1.0)
             kept.append(best_apart(scores, boxes, self.topk, self.nms_threshold))
         return kept
 
