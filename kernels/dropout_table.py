@@ -33,6 +33,7 @@ class Outcomes:
     """One group of copies: what can happen and how likely it is, in float64."""
 
     copies: int
+    rate: float | None  # of all copies; None where they differ
     probability: tuple[float, ...]
     mean: tuple[float, ...]  # a of the group's copies
     variance: tuple[float, ...]  # v of the group's copies
@@ -40,28 +41,40 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Group:
-    """One alias table inside `Table`. The upper `bits` of a random number choose a column, the others are the coin."""
+    """One alias table inside `Table`: columns `start` to `start` + 2^`bits`.
 
-    start: int  # of its columns in `threshold`; of its values 2 * start
+    The upper `bits` of a random number choose a column, the others are the coin. A column's word holds a limit (upper
+    32 - `bits`) and an alias (lower `bits`): the outcome is the column itself where coin < limit, else the alias.
+    """
+
+    start: int
     bits: int
     copies: int
+    rate: float | None
+    """Of all copies, or None. With one rate the outcome is the count k of copies that keep the element, and the values
+    need no table: a = k * `per_copy`, v = k * (copies - k) * `per_pair`."""
+
+    @property
+    def per_copy(self) -> float:
+        return 0.0 if self.rate is None else 1 / (self.copies * (1 - self.rate))
+
+    @property
+    def per_pair(self) -> float:
+        return self.per_copy**2
 
 
 @dataclass(frozen=True)
 class Table:
-    """Alias tables of all groups, one after the other. Column c holds a threshold and two values, own and alias.
-
-    Column c of a group keeps its own value (2c) where coin < threshold and takes the alias (2c + 1) elsewhere.
-    """
+    """Alias tables of all groups, one after the other."""
 
     groups: tuple[Group, ...]
-    threshold: Tensor  # int32 [columns]
-    mean: Tensor  # float32 [2 * columns]
-    variance: Tensor  # float32 [2 * columns]
+    words: Tensor  # int32 [columns]
+    mean: Tensor  # float32 [columns], a of the outcome
+    variance: Tensor  # float32 [columns], v of the outcome
 
 
 def outcomes(rates: tuple[float, ...]) -> list[Outcomes]:
-    """Groups of outcomes, outcomes of probability 0 left out (a rate of 0 always keeps)."""
+    """The copies in groups, every group with its joint distribution."""
     packs: list[list[tuple[float, int]]] = []
     for rate, copies in sorted(Counter(rates).items()):
         for pack in packs:
@@ -77,20 +90,19 @@ def outcomes(rates: tuple[float, ...]) -> list[Outcomes]:
 def table(rates: tuple[float, ...], device: torch.device) -> Table:
     """Alias tables of these rates on a device; made once."""
     groups: list[Group] = []
-    threshold: list[int] = []
+    words: list[int] = []
     mean: list[float] = []
     variance: list[float] = []
     for group in outcomes(rates):
-        bits, thresholds, aliases = _alias(group.probability)
-        groups.append(Group(len(threshold), bits, group.copies))
-        for column, (limit, alias) in enumerate(zip(thresholds, aliases, strict=True)):
-            own = min(column, len(group.probability) - 1)  # a column past the outcomes has threshold 0: never its own
-            threshold.append(limit)
-            mean += group.mean[own], group.mean[alias]
-            variance += group.variance[own], group.variance[alias]
+        bits, columns = _alias(group.probability)
+        padding = [0.0] * (len(columns) - len(group.mean))  # never drawn
+        groups.append(Group(len(words), bits, group.copies, group.rate))
+        words += columns
+        mean += *group.mean, *padding
+        variance += *group.variance, *padding
     return Table(
         tuple(groups),
-        torch.tensor(threshold, dtype=torch.int32, device=device),
+        torch.tensor(words, dtype=torch.int64).to(torch.int32).to(device),
         torch.tensor(mean, dtype=torch.float32, device=device),
         torch.tensor(variance, dtype=torch.float32, device=device),
     )
@@ -100,37 +112,38 @@ def _joint(pack: list[tuple[float, int]]) -> Outcomes:
     copies = sum(c for _, c in pack)
     probability, mean, variance = [], [], []
     for kept in itertools.product(*(range(c + 1) for _, c in pack)):
-        p = math.prod(
-            math.comb(c, k) * (1 - rate) ** k * rate ** (c - k) for k, (rate, c) in zip(kept, pack, strict=True)
-        )
-        if p == 0:
-            continue
-        a = math.fsum(k / (1 - rate) for k, (rate, _) in zip(kept, pack, strict=True)) / copies
+        counts = [(k, rate, c) for k, (rate, c) in zip(kept, pack, strict=True)]
+        a = math.fsum(k / (1 - rate) for k, rate, _ in counts) / copies
         # The sum of squared deviations: kept copies lie at 1 / (1 - rate), dropped ones at 0.
-        squares = [k * (1 / (1 - rate) - a) ** 2 for k, (rate, _) in zip(kept, pack, strict=True)]
-        probability.append(p)
+        squares = [k * (1 / (1 - rate) - a) ** 2 for k, rate, _ in counts]
+        probability.append(math.prod(math.comb(c, k) * (1 - rate) ** k * rate ** (c - k) for k, rate, c in counts))
         mean.append(a)
         variance.append((math.fsum(squares) + (copies - sum(kept)) * a**2) / copies)
-    return Outcomes(copies, tuple(probability), tuple(mean), tuple(variance))
+    rate = pack[0][0] if len(pack) == 1 else None
+    return Outcomes(copies, rate, tuple(probability), tuple(mean), tuple(variance))
 
 
-def _alias(probability: tuple[float, ...]) -> tuple[int, list[int], list[int]]:
-    """Bits of the column, thresholds and aliases; the columns are padded to a power of two."""
-    total = 1 << 32
-    weights = _rounded(probability, total)
-    bits = max(2, (len(weights) - 1).bit_length())  # two at least: a threshold then fits into int32
+def _alias(probability: tuple[float, ...]) -> tuple[int, list[int]]:
+    """Bits of a column and the columns' words (see `Group`), padded to a power of two."""
+    weights = _rounded(probability, 1 << 32)
+    bits = max(1, (len(weights) - 1).bit_length())
     size = 1 << (32 - bits)
-    weights += [0] * ((1 << bits) - len(weights))
-    thresholds, aliases = list(weights), list(range(len(weights)))
-    small = [c for c, w in enumerate(weights) if w < size]
-    large = [c for c, w in enumerate(weights) if w >= size]
-    while small and large:
+    limits = weights + [0] * ((1 << bits) - len(weights))
+    aliases = list(range(len(limits)))
+    small = [c for c, w in enumerate(limits) if w < size]
+    large = [c for c, w in enumerate(limits) if w > size]
+    while small:  # the weights add up to all columns: a small one always finds a donor
         column, donor = small.pop(), large[-1]
         aliases[column] = donor
-        thresholds[donor] -= size - thresholds[column]
-        if thresholds[donor] < size:
-            small.append(large.pop())
-    return bits, thresholds, aliases
+        limits[donor] -= size - limits[column]
+        if limits[donor] <= size:
+            large.pop()
+            if limits[donor] < size:
+                small.append(donor)
+    # A full column has no room for its limit, and needs none: it is its own alias.
+    return bits, [
+        alias if limit == size else limit << bits | alias for limit, alias in zip(limits, aliases, strict=True)
+    ]
 
 
 def _rounded(probability: tuple[float, ...], total: int) -> list[int]:

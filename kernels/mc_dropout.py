@@ -101,7 +101,9 @@ def reference(x: Tensor, kept: Tensor, rates: tuple[float, ...], combine: Combin
     """
     scale = torch.tensor([1 / (1 - rate) for rate in rates], dtype=x.dtype, device=x.device)
     copies = x * kept * scale.view(-1, *[1] * x.dim())
-    return _combined(x, copies.mean(0), combine), copies.var(0, unbiased=False)
+    mean = copies.mean(0)
+    out = mean if combine == "none" else x + mean if combine == "sum" else (x + mean) / 2
+    return out, copies.var(0, unbiased=False)
 
 
 def _check(x: Tensor, dropout: Dropout) -> None:
@@ -115,8 +117,9 @@ def _arguments(dropout: Dropout) -> tuple[list[float], int, int, str, str]:
     return list(dropout.rates), dropout.seed, dropout.offset, dropout.mode, dropout.combine
 
 
-def _combined(x: Any, mean: Any, combine: str) -> Any:
-    return mean if combine == "none" else x + mean if combine == "sum" else (x + mean) / 2
+def _combined(a: Tensor, combine: str) -> Tensor:
+    """Factor of the mean of the copies → factor of the result."""
+    return a if combine == "none" else a + 1 if combine == "sum" else (a + 1) * 0.5
 
 
 # Registration ---------------------------------------------------------------------------------------------------
@@ -243,14 +246,15 @@ def _backward_torch(
 
 
 def _forward(x: Tensor, draw: Draw, combine: str, variance: bool) -> tuple[Tensor, Tensor | None]:
-    a, v = _factors(x, draw)
+    a, v = _factors(x, draw, variance)
     x = x.float()
-    return _combined(x, a * x, combine), v * x * x if variance else None
+    return x * _combined(a, combine), None if v is None else v * x * x
 
 
 def _backward_pass(grad_out: Tensor, grad_var: Tensor, x: Tensor, draw: Draw, combine: str) -> Tensor:
-    a, v = _factors(x, draw)
-    return grad_out.float() * _combined(1.0, a, combine) + 2 * v * x.float() * grad_var.float()
+    a, v = _factors(x, draw, variance=True)
+    assert v is not None
+    return grad_out.float() * _combined(a, combine) + 2 * v * x.float() * grad_var.float()
 
 
 @functools.cache
@@ -267,10 +271,12 @@ class Draw(NamedTuple):
     """What `_factors` needs for one chunk."""
 
     keys: Tensor | tuple[tuple[int, int], ...]  # int32 [G, 2] (a tensor for compiled code: it is no constant)
-    threshold: Tensor  # of `Table`
+    words: Tensor  # of `Table`
     mean: Tensor
     variance: Tensor
     groups: tuple[Group, ...]
+    bits: Tensor | None = None
+    """int32, one number a row that replaces the drawn ones (tests with given masks; one group only)."""
 
 
 def _rows(t: Tensor, dropout: Dropout) -> Tensor:
@@ -294,7 +300,7 @@ def _chunks(rows: Tensor, dropout: Dropout, compiled: bool) -> Iterator[tuple[sl
             slice(start, min(start + size, len(rows))),
             Draw(
                 torch.tensor(keys, dtype=torch.int32, device=rows.device) if compiled else keys,
-                tables.threshold,
+                tables.words,
                 tables.mean,
                 tables.variance,
                 tables.groups,
@@ -302,35 +308,49 @@ def _chunks(rows: Tensor, dropout: Dropout, compiled: bool) -> Iterator[tuple[sl
         )
 
 
-def _factors(rows: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """a and v of every row of a chunk, float32, broadcast against the rows."""
-    a = v = torch.empty(0)
-    copies = 0
+def _factors(rows: Tensor, draw: Draw, variance: bool) -> tuple[Tensor, Tensor | None]:
+    """a of every row of a chunk, and v if asked for; float32, broadcast against the rows."""
+    a, v, copies = torch.empty(0), None, 0
     for number, group in enumerate(draw.groups):
         index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        bits = _random(index, draw.keys[number][0], draw.keys[number][1])
-        a_g, v_g = _look_up(bits, draw, group)
+        bits = _random(index, draw.keys[number][0], draw.keys[number][1]) if draw.bits is None else draw.bits
+        outcome = _outcome(bits, draw.words[group.start : group.start + (1 << group.bits)], group.bits)
+        a_g, v_g = _values(outcome, draw, group, variance)
         a, v = (a_g, v_g) if copies == 0 else _merged(a, v, copies, a_g, v_g, group.copies)
         copies += group.copies
-    return (a, v) if rows.dim() == 1 else (a[:, None], v[:, None])
+    if rows.dim() == 1:
+        return a, v
+    return a[:, None], None if v is None else v[:, None]
 
 
-def _look_up(random: Tensor, draw: Draw, group: Group) -> tuple[Tensor, Tensor]:
-    """int32 [n] random bits → a and v of the group's copies, float32 [n]."""
-    coin_bits = 32 - group.bits
-    column = (random >> coin_bits).bitwise_and_((1 << group.bits) - 1)
-    coin = random.bitwise_and_((1 << coin_bits) - 1)
+def _outcome(random: Tensor, words: Tensor, bits: int) -> Tensor:
+    """int32 [n] random numbers → the outcome of each (see `Group`)."""
+    column = _shifted(random, 32 - bits)
+    coin = random.bitwise_and((1 << (32 - bits)) - 1)
+    word = words.index_select(0, column)
+    alias = word.bitwise_and((1 << bits) - 1)
+    # where(coin < limit, column, alias), with two passes less over memory
+    own = torch.lt(coin, _shifted(word, bits))
+    return torch.where(own, column, alias)
+
+
+def _values(outcome: Tensor, draw: Draw, group: Group, variance: bool) -> tuple[Tensor, Tensor | None]:
+    if group.rate is not None:
+        a = outcome * group.per_copy
+        return a, outcome * (group.copies - outcome) * group.per_pair if variance else None
     columns = slice(group.start, group.start + (1 << group.bits))
-    values = slice(2 * columns.start, 2 * columns.stop)
-    limit = draw.threshold[columns].index_select(0, column)
-    entry = column.mul_(2).add_(torch.ge(coin, limit))
-    return draw.mean[values].index_select(0, entry), draw.variance[values].index_select(0, entry)
+    a = draw.mean[columns].index_select(0, outcome)
+    return a, draw.variance[columns].index_select(0, outcome) if variance else None
 
 
-def _merged(a: Tensor, v: Tensor, n: int, a2: Tensor, v2: Tensor, n2: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of n copies and n2 others together; never negative (Chan et al. 1979)."""
+def _merged(
+    a: Tensor, v: Tensor | None, n: int, a2: Tensor, v2: Tensor | None, n2: int
+) -> tuple[Tensor, Tensor | None]:
+    """Mean and variance of n copies and n2 others together; the variance is never negative (Chan et al. 1979)."""
     w = n2 / (n + n2)
     delta = a2 - a
+    if v is None or v2 is None:
+        return a + w * delta, None
     return a + w * delta, (1 - w) * v + w * v2 + w * (1 - w) * delta * delta
 
 
@@ -350,8 +370,12 @@ def _random(index: Tensor, key: Any, key2: Any) -> Tensor:
 
 
 def _xor_shift(x: Tensor, shift: int) -> Tensor:
-    """x ^= x >>> shift: the shift of int32 copies the sign, the mask takes it away again."""
-    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+    return x.bitwise_xor_(_shifted(x, shift))
+
+
+def _shifted(x: Tensor, shift: int) -> Tensor:
+    """x >>> shift: the shift of int32 copies the sign, the mask takes it away again."""
+    return (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
 
 
 def _keys(dropout: Dropout, group: int, start: int) -> tuple[int, int]:
