@@ -12,7 +12,16 @@ from compress.distill.ld import LD, side_rows, softened_kl, vlr_region
 from deploy.errors import UserError
 from tests.detectors import case_g
 from tests.detectors.test_gfl_oracles import close
-from tests.distill.variations import assert_same, batch, check_common, leaves, outputs, total, without_boxes
+from tests.distill.variations import (
+    assert_same,
+    batch,
+    check_common,
+    leaves,
+    outputs,
+    total,
+    without_boxes,
+    without_values,
+)
 from tests.oracles import ORACLES, sine
 
 
@@ -110,6 +119,12 @@ def test_true_diou_bounds_a_region_of_its_own() -> None:
     student, teacher = case_g.outputs()
     official, intended = (LD(vlr_overlap=x).by_level(student, teacher)["ld_vlr"] for x in ("iof", "diou"))
     assert (official != intended).all() and (intended > 0).all()
+
+
+def test_the_box_terms_read_no_value_on_the_way() -> None:
+    student, teacher = (without_values(x) for x in case_g.outputs())
+    losses = LD(classification=0.0)(student, teacher, batch())
+    assert all(value.is_meta for value in losses.values())
 
 
 def test_normalised_by_positives() -> None:

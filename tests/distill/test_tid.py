@@ -28,7 +28,7 @@ from deploy.errors import UserError
 from tests.detectors import case_g
 from tests.detectors.test_gfl_oracles import close
 from tests.distill import variations
-from tests.distill.variations import batch, check_common, total, without_boxes
+from tests.distill.variations import batch, check_common, total, without_boxes, without_values
 from tests.oracles import ORACLES, sine
 
 LEVELS = len(case_g.SIZES)
@@ -166,6 +166,13 @@ def test_crowd_boxes_are_no_ground_truth() -> None:
 def test_what_holds_for_every_method() -> None:
     student, teacher = outputs(case_g.targets(), (4, 4))
     check_common(TID(4, 4, levels=LEVELS), TID(4, 4, levels=LEVELS, weight=0.0), student, teacher)
+
+
+def test_no_value_is_read_on_the_way() -> None:
+    student, teacher = (without_values(x) for x in outputs(case_g.targets(), (4, 6)))
+    loss = TID(4, 6, levels=LEVELS).to("meta")(student, teacher, batch())["tid"]
+    loss.backward()
+    assert loss.is_meta and all(x.grad is not None for x in student.features)
 
 
 def test_constants_scale_the_loss() -> None:

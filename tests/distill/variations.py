@@ -94,3 +94,21 @@ def check_common(method: Method, weightless: Method, student: Outputs, teacher: 
     total(method(student, careless, batch())).backward()
     assert all(x.grad is None for x in trainable)
     assert any(x.grad is not None and (x.grad != 0).any() for x in (*student.features, *leaves(student.prediction)))
+
+
+def without_values(model: Outputs) -> Outputs:
+    """The same outputs on the meta device, where an operation that must read a value (and wait for a GPU) fails."""
+
+    def meta(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.detach().to("meta").requires_grad_(x.requires_grad) for x in tensors]
+
+    p, targets = model.prediction, model.targets
+    prediction = DensePrediction(meta(p.logits), meta(p.distribution), p.strides)
+    if targets is not None:
+        fields = {k: v.to("meta") for k, v in vars(targets.assignment).items()}
+        targets = dataclasses.replace(
+            targets,
+            assignment=dataclasses.replace(targets.assignment, **fields),
+            **{k: v.to("meta") for k, v in vars(targets).items() if isinstance(v, Tensor)},
+        )
+    return dataclasses.replace(model, features=meta(model.features), prediction=prediction, targets=targets)
