@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.distill.pkd import PKD, PUBLISHED, pearson_distance
+from compress.distill.pkd import PKD, PUBLISHED, pearson_distance, standardise
 from tests.distill import pyramids
 from tests.oracles import ORACLES, sine
 
@@ -89,6 +89,20 @@ def test_a_single_location_contributes_nothing() -> None:
     torch.testing.assert_close(value, loss(PKD(4, 4, levels=1), s, t))
     value.backward()
     assert s[1].grad is not None and not s[1].grad.any()
+
+
+def test_standardise() -> None:
+    x = sine((2, 3, 4, 5), 1.4, 0.6, 0.9, 30.0).requires_grad_()
+    slow = (x - x.mean((0, 2, 3), keepdim=True)) / (x.std((0, 2, 3), keepdim=True) + 1e-6)
+    torch.testing.assert_close(standardise(x), slow, rtol=1e-12, atol=1e-12)
+    low = standardise(x.float())
+    torch.testing.assert_close(low.double(), slow, rtol=0, atol=1e-4)  # of a mean that is 20 deviations away
+    constant = torch.cat((x[:, :1], torch.full_like(x[:, :1], 7.0)), 1).detach().requires_grad_()
+    result = standardise(constant)
+    torch.testing.assert_close(result[:, 0], slow[:, 0])
+    assert not result[:, 1].any()
+    (grad,) = torch.autograd.grad(result.square().sum(), constant)
+    assert grad.isfinite().all()
 
 
 def test_adapters_precision_and_weights() -> None:
