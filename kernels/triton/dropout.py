@@ -1,0 +1,208 @@
+"""Drawing dropout factors inside a kernel: Philox4x32-7, then the alias tables of `kernels.dropout_table`.
+
+A tensor is seen as [B, C, S]: images, channels, positions. One Philox call serves four channels of one position:
+
+    counter = (position, image * ceil(C / 4) + channel // 4, offset (56 bits) | group (8 bits)),  key = seed (64 bits)
+    word channel % 4 of the result is the random number of the element
+
+so that contiguous maps (positions inside: four rows of one tile) and channels_last maps (channels inside: four
+neighbours of a row) both use all four words, and what an element gets depends on nothing but its place. Mode
+`channel` draws for position 0 and uses that for the whole plane.
+
+Shape letters: Q quads (groups of four channels), S positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dropout_table import MAX_GROUPS, Table
+
+COMBINE = {"none": 0, "sum": 1, "mean": 2}
+NOT_SPECIALIZED = ["seed_low", "seed_high", "offset_low", "offset_high"]
+"""Arguments of `draw_quads` whose values change from call to call: a kernel is not compiled anew for some of them."""
+
+
+def draw_arguments(tables: Table | None, seed: int, offset: int, mode: str, combine: str) -> dict[str, Any]:
+    """The arguments that every kernel passes on to `draw_quads`; without tables nothing is drawn."""
+    if tables is None:
+        one = dict.fromkeys(NOT_SPECIALIZED, 0)
+        return one | {
+            "words": None,
+            "means": None,
+            "variances": None,
+            "groups": None,
+            "per_copy": 0.0,
+            "per_pair": 0.0,
+            "GROUPS": 0,
+            "COPIES": 0,
+            "CHANNEL": False,
+            "COMBINE": 0,
+        }
+    first = tables.groups[0]
+    one_rate = len(tables.groups) == 1 and first.rate is not None
+    return {
+        "seed_low": _int32(seed),
+        "seed_high": _int32(seed >> 32),
+        "offset_low": _int32(offset),
+        "offset_high": _int32(offset >> 32),
+        "words": tables.words,
+        "means": None if one_rate else tables.mean,
+        "variances": None if one_rate else tables.variance,
+        "groups": tables.header,
+        "per_copy": first.per_copy,
+        "per_pair": first.per_pair,
+        "GROUPS": len(tables.groups),
+        "COPIES": first.copies if one_rate else 0,
+        "CHANNEL": mode == "channel",
+        "COMBINE": COMBINE[combine],
+    }
+
+
+def three_dimensions(x: Tensor, mode: str = "elementwise") -> tuple[int, int, int]:
+    """B, C, S of a tensor of any shape. Fewer than three dimensions: rows are channels, a vector is one row."""
+    if x.dim() >= 3 or (x.dim() == 2 and mode == "channel"):
+        B, C = x.shape[:2]
+        return B, C, x.numel() // max(B * C, 1) if x.numel() else 0
+    if x.dim() == 2:
+        return 1, x.shape[0], x.shape[1]
+    return 1, 1, x.numel()
+
+
+def dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x in one of the two layouts that kernels read, and whether it is channels_last ([B, S, C] in memory)."""
+    if x.is_contiguous():
+        return x, False
+    if x.dim() >= 3 and x.movedim(1, -1).is_contiguous():
+        return x, True
+    return x.contiguous(), False
+
+
+def _int32(bits: int) -> int:
+    """The low 32 bits, as a signed number."""
+    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+@triton.jit
+def draw_quads(
+    position,
+    quad,
+    given,
+    inside,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    words,
+    means,
+    variances,
+    groups,
+    per_copy,
+    per_pair,
+    GROUPS: tl.constexpr,
+    COPIES: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    COMBINE: tl.constexpr,
+):
+    """Factors f (the result is f x) and v (the variance is v x^2) of four channels: eight float32 tiles.
+
+    position, quad: int32, broadcast against each other, e.g. [1, S] and [Q, 1].
+    given: None, or a pointer tile [.., ..] to int32 numbers [n, 4] that replace the drawn ones (with `inside`).
+    groups: int32 [GROUPS, 3]: first column, bits, copies; see `dropout_table.Group`.
+    COPIES: N where all rates are equal (values by formula), else 0 (values from the tables).
+    """
+    if CHANNEL:
+        position = position * 0
+    f0, v0, f1, v1, f2, v2, f3, v3 = 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0
+    drawn = 0.0
+    for group in tl.static_range(GROUPS):
+        start = tl.load(groups + 3 * group)
+        bits = tl.load(groups + 3 * group + 1)
+        copies = tl.load(groups + 3 * group + 2).to(tl.float32)
+        if given is None:
+            r0, r1, r2, r3 = philox(
+                position, quad, offset_low, offset_high + (group << 24), seed_low, seed_high
+            )
+        else:
+            r0 = tl.load(given, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            r1 = tl.load(given + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            r2 = tl.load(given + 2, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            r3 = tl.load(given + 3, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        a0, w0 = moments(r0, start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a1, w1 = moments(r1, start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a2, w2 = moments(r2, start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a3, w3 = moments(r3, start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        if group == 0:
+            f0, v0, f1, v1, f2, v2, f3, v3 = a0, w0, a1, w1, a2, w2, a3, w3
+        else:
+            share = copies / (drawn + copies)
+            f0, v0 = merged(f0, v0, a0, w0, share)
+            f1, v1 = merged(f1, v1, a1, w1, share)
+            f2, v2 = merged(f2, v2, a2, w2, share)
+            f3, v3 = merged(f3, v3, a3, w3, share)
+        drawn += copies
+    if COMBINE == 1:
+        f0, f1, f2, f3 = f0 + 1.0, f1 + 1.0, f2 + 1.0, f3 + 1.0
+    elif COMBINE == 2:
+        f0, f1, f2, f3 = (f0 + 1.0) * 0.5, (f1 + 1.0) * 0.5, (f2 + 1.0) * 0.5, (f3 + 1.0) * 0.5
+    return f0, v0, f1, v1, f2, v2, f3, v3
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7 (Salmon et al., SC 2011): int32 counters and keys → four uint32 words."""
+    c0 = c0.to(tl.uint32, bitcast=True)
+    c1 = c1.to(tl.uint32, bitcast=True)
+    c2 = c2.to(tl.uint32, bitcast=True)
+    c3 = c3.to(tl.uint32, bitcast=True)
+    k0 = k0.to(tl.uint32, bitcast=True)
+    k1 = k1.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        k0 = k0 + tl.full([], 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def moments(random, start, bits, words, means, variances, per_copy, per_pair, COPIES: tl.constexpr):
+    """Random uint32 → a and v of one group's copies, by the alias method: one table look-up, and two for the values
+    where the rates differ."""
+    coin_bits = (32 - bits).to(tl.uint32)
+    column = (random >> coin_bits).to(tl.int32)
+    coin = random & ((tl.full([], 1, tl.uint32) << coin_bits) - 1)
+    word = tl.load(words + start + column).to(tl.uint32, bitcast=True)
+    alias = (word & ((tl.full([], 1, tl.uint32) << bits.to(tl.uint32)) - 1)).to(tl.int32)
+    outcome = tl.where(coin < (word >> bits.to(tl.uint32)), column, alias)
+    if COPIES:
+        kept = outcome.to(tl.float32)
+        a = kept * per_copy
+        v = kept * (COPIES - kept) * per_pair
+    else:
+        a = tl.load(means + start + outcome)
+        v = tl.load(variances + start + outcome)
+    return a, v
+
+
+@triton.jit
+def merged(a, v, a2, v2, share):
+    """Mean and variance of copies with (a, v) and of others with (a2, v2), which are `share` of the total."""
+    delta = a2 - a
+    rest = 1.0 - share
+    return a + share * delta, rest * v + share * v2 + share * rest * delta * delta
+
+
+@triton.jit
+def interleave(t0, t1, t2, t3, ROWS: tl.constexpr, QUADS: tl.constexpr):
+    """Four tiles [ROWS, QUADS] → [ROWS, 4 * QUADS] with tile j at columns 4 i + j."""
+    return tl.reshape(tl.join(tl.join(t0, t2), tl.join(t1, t3)), [ROWS, 4 * QUADS])

@@ -1,0 +1,156 @@
+"""Triton kernels of `kernels.mc_dropout`: x is read once, every result is written once, no mask is kept.
+
+A program has a tile of positions times quads (four channels) of one image; see `kernels.triton.dropout` for the
+random numbers. With positions inside, the four channels of a quad are four tiles with one set of random calls.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dropout_table import Table
+from kernels.triton.dropout import NOT_SPECIALIZED, dense, draw_arguments, draw_quads, interleave, three_dimensions
+from kernels.triton.math import unit
+
+TILE = 512  # quads times positions of a program: 16 elements a thread
+
+
+def forward(
+    x: Tensor,
+    tables: Table,
+    stream: tuple[int, int, str, str],
+    variance: bool,
+    *,
+    given: Tensor | None = None,
+    tile: int = TILE,
+) -> tuple[Tensor, Tensor | None]:
+    """out and var, both like x. stream: seed, offset, mode, combine."""
+    source, channels_last = dense(x)
+    out = torch.empty_like(source)
+    var = torch.empty_like(source) if variance else None
+    _launch(_forward_kernel, (source, out, var), channels_last, tables, stream, given, tile)
+    return _like(out, x), None if var is None else _like(var, x)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_var: Tensor,
+    x: Tensor,
+    tables: Table,
+    stream: tuple[int, int, str, str],
+    *,
+    given: Tensor | None = None,
+    tile: int = TILE,
+) -> Tensor:
+    """Gradient like x from those of out and var."""
+    source, channels_last = dense(x)
+    grad = torch.empty_like(source)
+    tensors = (source, _like(grad_out, source), _like(grad_var, source), grad)
+    _launch(_backward_kernel, tensors, channels_last, tables, stream, given, tile)
+    return _like(grad, x)
+
+
+def _like(t: Tensor, model: Tensor) -> Tensor:
+    """t with the memory layout that `torch.empty_like(model)` has."""
+    wanted = torch.empty_like(model, device="meta").stride()
+    return t if t.stride() == wanted else torch.empty_like(model).copy_(t)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    tensors: tuple[Tensor | None, ...],
+    channels_last: bool,
+    tables: Table,
+    stream: tuple[int, int, str, str],
+    given: Tensor | None,
+    tile: int,
+) -> None:
+    x = tensors[0]
+    assert x is not None
+    if x.numel() == 0:
+        return
+    B, C, S = three_dimensions(x, stream[2])
+    quads = triton.cdiv(C, 4)
+    if channels_last:
+        block_q = min(triton.next_power_of_2(quads), 32)
+        block_s = tile // block_q
+    else:
+        block_s = min(triton.next_power_of_2(S), tile)
+        block_q = tile // block_s
+    grid = (triton.cdiv(S, block_s) * triton.cdiv(quads, block_q) * B,)
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            *tensors,
+            given,
+            C // unit(C),
+            S // unit(S),
+            **draw_arguments(tables, *stream),
+            C_UNIT=unit(C),
+            S_UNIT=unit(S),
+            CHANNELS_LAST=channels_last,
+            BLOCK_Q=block_q,
+            BLOCK_S=block_s,
+        )
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _forward_kernel(
+    x,
+    out,
+    var,
+    given,
+    c_units,
+    s_units,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    words,
+    means,
+    variances,
+    groups,
+    per_copy,
+    per_pair,
+    GROUPS: tl.constexpr,
+    COPIES: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    COMBINE: tl.constexpr,
+    C_UNIT: tl.constexpr,
+    S_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    C = c_units * C_UNIT
+    S = s_units * S_UNIT
+    image, quad, position = tile_of_program(C, S, CHANNELS_LAST, BLOCK_Q, BLOCK_S)
+    quads = (C + 3) // 4
+    inside = (quad < quads) & (position < S)
+    numbers = given
+    if given is not None:
+        numbers = given + ((image * quads + quad) * S + position) * 4
+    f0, v0, f1, v1, f2, v2, f3, v3 = draw_quads(
+        position,
+        (image * quads + quad).to(tl.int32),
+        numbers,
+        inside,
+        seed_low,
+        seed_high,
+        offset_low,
+        offset_high,
+        words,
+        means,
+        variances,
+        groups,
+        per_copy,
+        per_pair,
+        GROUPS,
+        COPIES,
+        CHANNEL,
+        COMBINE,
+    )
+    if CHANNELS_LAST:
+        channel = tl.program_id(0) * 0
