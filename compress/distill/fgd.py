@@ -2,13 +2,13 @@
 
 For each pyramid level, S the adapted student map and T the teacher's, both [B, C, h, w]:
 
-    A_sp(x) = hw * softmax_hw(mean_c |x| / temperature)    [B, h, w]     where a map is strong      (equations 5-8)
-    A_ch(x) = C * softmax_c(mean_hw |x| / temperature)     [B, C]
-    fg   = sum M_fg * A_sp(T) * A_ch(T) * (S - T)^2 / B                  at objects                     (9)
+    A_sp(x) = hw * softmax_hw(mean_c |x| / temperature)    [B, h, w]     where a map is strong
+    A_ch(x) = C * softmax_c(mean_hw |x| / temperature)     [B, C]        and in which channels
+    fg   = sum M_fg * A_sp(T) * A_ch(T) * (S - T)^2 / B                  at objects
     bg   = sum M_bg * A_sp(T) * A_ch(T) * (S - T)^2 / B                  elsewhere
-    mask = (sum |A_ch(S) - A_ch(T)| + sum |A_sp(S) - A_sp(T)|) / B       the attention itself           (10)
-    rela = sum (R_s(S) - R_t(T))^2 / B                                   relations between pixels       (12)
-    R(x) = x + W2 ReLU(LN(W1 ctx(x))),   ctx(x) = sum_hw softmax_hw(w · x) * x   [B, C]   (GcBlock)
+    mask = (sum |A_ch(S) - A_ch(T)| + sum |A_sp(S) - A_sp(T)|) / B       the attention itself
+    rela = sum (R_s(S) - R_t(T))^2 / B                                   relations between pixels
+    R(x) = x + W2 ReLU(LN(W1 ctx(x))),   ctx(x) = sum_hw softmax_hw(w · x) * x   [B, C]   (a global context block)
     L    = alpha * fg + beta * bg + gamma * mask + relation * rela,  summed over levels
 
 M_fg is 1 / (rows · columns) inside each ground-truth box as drawn on the map, the larger value (the smaller box)
@@ -218,6 +218,7 @@ def foreground(boxes: Tensor, real: Tensor, sizes: Tensor, grid: tuple[int, int]
     boxes: [B, G, 4] xyxy in pixels. real: bool [B, G]; the others are not drawn. sizes: (height, width) [B, 2] or
     [1, 2] in pixels, what boxes are divided by. grid: (h, w). A box covers the columns floor(x1) to ceil(x2) and the
     rows floor(y1) to ceil(y2) of the map, both ends included; they are counted before the map's edge cuts them.
+    (The authors round one step more, which can move a side that lies exactly between two cells to the next.)
     """
     h, w = grid
     if boxes.shape[1] == 0:
