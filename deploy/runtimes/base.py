@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,8 +35,33 @@ class Runner(Protocol):
     @property
     def card(self) -> ModelCard: ...
 
+    @property
+    def on_cpu(self) -> bool:
+        """The network runs on the CPU, in host memory: there is nothing to copy to a device and back."""
+
     def __call__(self, images: np.ndarray) -> Detections:
         """images: uint8 [B, 3, H, W] RGB canvases of the card's input size."""
+
+
+@runtime_checkable
+class StagedRunner(Runner, Protocol):
+    """A runner whose call can be taken apart, so that a clock can stand between the steps.
+
+    `runner(images)` is `stage(images)`, `compute()`, `fetch()`. Each returns when its work is done, on the device too.
+    The steps belong to one thread.
+    """
+
+    def stage(self, images: np.ndarray) -> None:
+        """Bring the images to where they are computed."""
+
+    def compute(self) -> None:
+        """Run the network on what was staged last; may be repeated."""
+
+    def fetch(self) -> Detections:
+        """The detections of the last `compute`, in host memory."""
+
+    def compute_ms(self) -> float | None:
+        """`compute()` once, timed by the device's own clock in milliseconds; None when the device has none (a CPU)."""
 
 
 def check_images(images: np.ndarray, card: ModelCard) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from deploy.card import card_from_session
+from deploy.card import METADATA_KEY, card_from_session, parse_card
 from deploy.errors import UserError
+from deploy.files import sha256_of
+from deploy.onnx_scan import scan_onnx
 from deploy.runtimes.base import Detections, check_images
 
 PROVIDERS = {
@@ -22,12 +25,27 @@ PROVIDERS = {
 _OUTPUTS = ["boxes", "scores", "labels", "count"]
 
 
+@dataclass(frozen=True)
+class TensorRTProvider:
+    """Settings of ONNX Runtime's TensorRT provider, which builds an engine when a file is opened, unless it finds it.
+
+    cache: folder for engines and timings. ep_context: also keep the whole optimised model there, as
+    `<name>-<sha>_ctx.onnx`, and open that one when it is there: the fastest start.
+    """
+
+    cache: Path = Path.home() / ".cache" / "compress" / "onnxruntime"
+    ep_context: bool = False
+    workspace_gb: float | None = None
+
+
 class OnnxRunner:
     """Runs `path` on `providers`, in order of preference: `cpu`, `cuda`, `tensorrt`.
 
     ONNX Runtime quietly continues on the CPU when a provider does not come up; here that is a UserError,
     unless `allow_fallback`. `active_providers` says what the session really has. `threads`: CPU threads
-    inside an operator, None for ONNX Runtime's choice (all cores).
+    inside an operator, None for ONNX Runtime's choice (all cores). device: the GPU's number.
+
+    On a GPU, input and outputs are bound to its memory, so that the steps of a call can be taken apart.
     """
 
     def __init__(
@@ -37,11 +55,16 @@ class OnnxRunner:
         *,
         allow_fallback: bool = False,
         threads: int | None = None,
+        device: int = 0,
+        tensorrt: TensorRTProvider | None = None,
     ) -> None:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        self._session = _open(path, providers, threads)
+        file, settings = path, dict[str, str]()
+        if "tensorrt" in providers:
+            file, settings = _tensorrt_settings(path, tensorrt or TensorRTProvider())
+        self._session = _open(file, providers, threads, device, settings)
         names = {value: key for key, value in PROVIDERS.items()}
         self.active_providers = tuple(names.get(name, name) for name in self._session.get_providers())
         missing = [name for name in providers if name not in self.active_providers]
@@ -51,27 +74,90 @@ class OnnxRunner:
                 f"{path}: provider '{missing[0]}' does not come up here, {running} would run it: "
                 "install its libraries, choose another provider, or allow the fallback"
             )
-        self.card = card_from_session(self._session, str(path))
+        if file == path:
+            self.card = card_from_session(self._session, str(path))
+        else:
+            self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
         self.path = path
         self.threads = threads
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
         if inputs != [("images", "tensor(uint8)")] or outputs != _OUTPUTS:
             raise UserError(f"{path}: not a deployable file: it takes {inputs} and gives {outputs}")
+        self._device = device
+        self._binding = None if self.active_providers[0] == "cpu" else self._session.io_binding()
+        self._staged: np.ndarray | None = None
+        self._fetched: list[np.ndarray] = []
 
     @property
     def backend(self) -> str:
         return f"onnxruntime {self.active_providers[0]}"
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.active_providers[0] == "cpu"
+
     def __call__(self, images: np.ndarray) -> Detections:
         check_images(images, self.card)
         return Detections(*self._session.run(_OUTPUTS, {"images": images}))
+
+    def stage(self, images: np.ndarray) -> None:
+        """See `deploy.runtimes.base.StagedRunner`. On the CPU there is nothing to move."""
+        check_images(images, self.card)
+        self._staged = images
+        if self._binding is not None:
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images), "cuda", self._device)
+            self._binding.bind_ortvalue_input("images", value)
+            for name in _OUTPUTS:
+                self._binding.bind_output(name, "cuda", self._device)
+            self._binding.synchronize_inputs()
+
+    def compute(self) -> None:
+        if self._staged is None:
+            raise RuntimeError("compute() before stage()")
+        if self._binding is None:
+            self._fetched = self._session.run(_OUTPUTS, {"images": self._staged})
+            return
+        self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
+
+    def compute_ms(self) -> None:
+        """None: ONNX Runtime does not give its stream away, so only the host's clock sees it."""
+        return None
+
+    def fetch(self) -> Detections:
+        return Detections(*(self._fetched if self._binding is None else self._binding.copy_outputs_to_cpu()))
 
 
 # ----------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
+def _tensorrt_settings(path: Path, wanted: TensorRTProvider) -> tuple[Path, dict[str, str]]:
+    """The file to open, and the options of the TensorRT provider. Number formats follow the card: TensorRT 10 uses
+    fp16 and int8 kernels only where they are allowed."""
+    card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+    formats = "+".join(card.precision.values())
+    settings = {
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(wanted.cache),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(wanted.cache),
+        "trt_fp16_enable": str("fp16" in formats),
+        "trt_int8_enable": str("int8" in formats),
+    }
+    if wanted.workspace_gb is not None:
+        settings["trt_max_workspace_size"] = str(int(wanted.workspace_gb * 1e9))
+    if not wanted.ep_context:
+        return path, settings
+    context = wanted.cache / f"{path.stem}-{sha256_of(path)[:16]}_ctx.onnx"
+    if context.is_file():
+        return context, settings
+    return path, {**settings, "trt_dump_ep_context_model": "True", "trt_ep_context_file_path": str(context)}
+
+
+def _open(
+    path: Path, providers: Sequence[str], threads: int | None, device: int, tensorrt: dict[str, str]
+) -> onnxruntime.InferenceSession:
     if not providers:
         raise UserError(f"{path}: no provider given: choose from {', '.join(PROVIDERS)}")
     for name in providers:
@@ -80,7 +166,9 @@ def _open(path: Path, providers: Sequence[str], threads: int | None) -> onnxrunt
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
     available = onnxruntime.get_available_providers()
-    wanted = [PROVIDERS[name] for name in providers if PROVIDERS[name] in available]
+    on_gpu = {"device_id": str(device)}
+    settings: dict[str, dict[str, str]] = {"cpu": {}, "cuda": on_gpu, "tensorrt": {**on_gpu, **tensorrt}}
+    wanted = [(PROVIDERS[name], settings[name]) for name in providers if PROVIDERS[name] in available]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if threads is not None:
@@ -88,7 +176,7 @@ def _open(path: Path, providers: Sequence[str], threads: int | None) -> onnxrunt
     onnxruntime.set_default_logger_severity(4)  # a provider that fails to load is reported by us, in one line
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return onnxruntime.InferenceSession(str(path), options, providers=wanted or ["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(str(path), options, providers=wanted or [(PROVIDERS["cpu"], {})])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
     finally:
