@@ -181,7 +181,7 @@ def best_share(quality: Tensor, valid: Tensor, share: float) -> Tensor:
     count = _share_of(valid.sum(1), share)  # [B], at most `largest`
     order = quality.masked_fill(~valid, -torch.inf).topk(int(largest), dim=1).indices
     chosen = torch.arange(order.shape[1], device=order.device) < count[:, None]
-    return torch.zeros_like(valid).scatter(1, order, chosen) & valid
+    return torch.zeros_like(valid).scatter(1, order, chosen)
 
 
 def split_regions(teacher: Tensor, student: Tensor, key_score: float) -> Tensor:
