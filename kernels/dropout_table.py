@@ -68,6 +68,7 @@ class Table:
     """Alias tables of all groups, one after the other."""
 
     groups: tuple[Group, ...]
+    header: Tensor  # int32 [groups, 3]: start, bits, copies
     words: Tensor  # int32 [columns]
     mean: Tensor  # float32 [columns], a of the outcome
     variance: Tensor  # float32 [columns], v of the outcome
@@ -102,6 +103,7 @@ def table(rates: tuple[float, ...], device: torch.device) -> Table:
         variance += *group.variance, *padding
     return Table(
         tuple(groups),
+        torch.tensor([(g.start, g.bits, g.copies) for g in groups], dtype=torch.int32, device=device),
         torch.tensor(words, dtype=torch.int64).to(torch.int32).to(device),
         torch.tensor(mean, dtype=torch.float32, device=device),
         torch.tensor(variance, dtype=torch.float32, device=device),

@@ -138,6 +138,11 @@ def _mc_dropout(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out, and var or an empty tensor."""
+    if backend == "triton":
+        from kernels.triton import mc_dropout as kernel
+
+        out, drawn = kernel.forward(x, table(tuple(rates), x.device), (seed, offset, mode, combine), variance)
+        return out, x.new_empty(0) if drawn is None else drawn
     dropout = Dropout(tuple(rates), seed, offset, mode, combine)  # type: ignore[arg-type]
     out = torch.empty_like(x)
     var = torch.empty_like(x) if variance else x.new_empty(0)
@@ -174,6 +179,11 @@ def _mc_dropout_backward(
     backend: str,
 ) -> Tensor:
     """d out / d x = a (combined), d var / d x = 2 v x."""
+    if backend == "triton":
+        from kernels.triton import mc_dropout as kernel
+
+        tables = table(tuple(rates), x.device)
+        return kernel.backward(grad_out, grad_var, x, tables, (seed, offset, mode, combine))
     dropout = Dropout(tuple(rates), seed, offset, mode, combine)  # type: ignore[arg-type]
     grad = torch.empty_like(x)
     _backward_torch(grad_out, grad_var, x, dropout, grad, compiled)

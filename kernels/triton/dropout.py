@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout_table import MAX_GROUPS, Table
+from kernels.dropout_table import Table
 
 COMBINE = {"none": 0, "sum": 1, "mean": 2}
 NOT_SPECIALIZED = ["seed_low", "seed_high", "offset_low", "offset_high"]
@@ -109,48 +108,40 @@ def draw_quads(
     CHANNEL: tl.constexpr,
     COMBINE: tl.constexpr,
 ):
-    """Factors f (the result is f x) and v (the variance is v x^2) of four channels: eight float32 tiles.
+    """Factors f (the result is f x) and v (the variance is v x^2) of four channels, as two tuples of float32 tiles.
 
-    position, quad: int32, broadcast against each other, e.g. [1, S] and [Q, 1].
-    given: None, or a pointer tile [.., ..] to int32 numbers [n, 4] that replace the drawn ones (with `inside`).
+    position, quad: int32, broadcast against each other, e.g. [1, S] and [Q, 1]. Mode `channel` gives [Q, 1] back.
+    given: None, or a tile of pointers to four int32 numbers that replace the drawn ones where `inside`.
     groups: int32 [GROUPS, 3]: first column, bits, copies; see `dropout_table.Group`.
     COPIES: N where all rates are equal (values by formula), else 0 (values from the tables).
     """
     if CHANNEL:
-        position = position * 0
-    f0, v0, f1, v1, f2, v2, f3, v3 = 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0
+        position = tl.zeros([1, 1], tl.int32)
+    a = (0.0, 0.0, 0.0, 0.0)
+    v = (0.0, 0.0, 0.0, 0.0)
     drawn = 0.0
     for group in tl.static_range(GROUPS):
         start = tl.load(groups + 3 * group)
         bits = tl.load(groups + 3 * group + 1)
         copies = tl.load(groups + 3 * group + 2).to(tl.float32)
-        if given is None:
-            r0, r1, r2, r3 = philox(
-                position, quad, offset_low, offset_high + (group << 24), seed_low, seed_high
-            )
-        else:
-            r0 = tl.load(given, mask=inside, other=0).to(tl.uint32, bitcast=True)
-            r1 = tl.load(given + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
-            r2 = tl.load(given + 2, mask=inside, other=0).to(tl.uint32, bitcast=True)
-            r3 = tl.load(given + 3, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        a0, w0 = moments(r0, start, bits, words, means, variances, per_copy, per_pair, COPIES)
-        a1, w1 = moments(r1, start, bits, words, means, variances, per_copy, per_pair, COPIES)
-        a2, w2 = moments(r2, start, bits, words, means, variances, per_copy, per_pair, COPIES)
-        a3, w3 = moments(r3, start, bits, words, means, variances, per_copy, per_pair, COPIES)
-        if group == 0:
-            f0, v0, f1, v1, f2, v2, f3, v3 = a0, w0, a1, w1, a2, w2, a3, w3
-        else:
-            share = copies / (drawn + copies)
-            f0, v0 = merged(f0, v0, a0, w0, share)
-            f1, v1 = merged(f1, v1, a1, w1, share)
-            f2, v2 = merged(f2, v2, a2, w2, share)
-            f3, v3 = merged(f3, v3, a3, w3, share)
+        share = copies / (drawn + copies)
         drawn += copies
-    if COMBINE == 1:
-        f0, f1, f2, f3 = f0 + 1.0, f1 + 1.0, f2 + 1.0, f3 + 1.0
-    elif COMBINE == 2:
-        f0, f1, f2, f3 = (f0 + 1.0) * 0.5, (f1 + 1.0) * 0.5, (f2 + 1.0) * 0.5, (f3 + 1.0) * 0.5
-    return f0, v0, f1, v1, f2, v2, f3, v3
+        if given is None:
+            r = philox(position, quad, offset_low, offset_high + (group << 24), seed_low, seed_high)
+        else:
+            r = (
+                tl.load(given, mask=inside, other=0).to(tl.uint32, bitcast=True),
+                tl.load(given + 1, mask=inside, other=0).to(tl.uint32, bitcast=True),
+                tl.load(given + 2, mask=inside, other=0).to(tl.uint32, bitcast=True),
+                tl.load(given + 3, mask=inside, other=0).to(tl.uint32, bitcast=True),
+            )
+        a0, v0 = merged(a[0], v[0], share, r[0], start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a1, v1 = merged(a[1], v[1], share, r[1], start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a2, v2 = merged(a[2], v[2], share, r[2], start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a3, v3 = merged(a[3], v[3], share, r[3], start, bits, words, means, variances, per_copy, per_pair, COPIES)
+        a = (a0, a1, a2, a3)
+        v = (v0, v1, v2, v3)
+    return (combined(a[0], COMBINE), combined(a[1], COMBINE), combined(a[2], COMBINE), combined(a[3], COMBINE)), v
 
 
 @triton.jit
@@ -195,14 +186,55 @@ def moments(random, start, bits, words, means, variances, per_copy, per_pair, CO
 
 
 @triton.jit
-def merged(a, v, a2, v2, share):
-    """Mean and variance of copies with (a, v) and of others with (a2, v2), which are `share` of the total."""
-    delta = a2 - a
-    rest = 1.0 - share
-    return a + share * delta, rest * v + share * v2 + share * rest * delta * delta
+def merged(a, v, share, random, start, bits, words, means, variances, per_copy, per_pair, COPIES: tl.constexpr):
+    """Mean and variance of the copies before this group and of its own, which are `share` of all so far."""
+    a2, v2 = moments(random, start, bits, words, means, variances, per_copy, per_pair, COPIES)
+    if COPIES:  # the only group
+        return a2, v2
+    else:
+        delta = a2 - a
+        rest = 1.0 - share
+        return a + share * delta, rest * v + share * v2 + share * rest * delta * delta
 
 
 @triton.jit
-def interleave(t0, t1, t2, t3, ROWS: tl.constexpr, QUADS: tl.constexpr):
-    """Four tiles [ROWS, QUADS] → [ROWS, 4 * QUADS] with tile j at columns 4 i + j."""
-    return tl.reshape(tl.join(tl.join(t0, t2), tl.join(t1, t3)), [ROWS, 4 * QUADS])
+def combined(a, COMBINE: tl.constexpr):
+    """Factor of the mean of the copies → factor of the result."""
+    if COMBINE == 1:
+        return a + 1.0
+    elif COMBINE == 2:
+        return (a + 1.0) * 0.5
+    else:
+        return a
+
+
+@triton.jit
+def tile_of_program(C, S, CHANNELS_LAST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr):
+    """image (int64), quad and position (int32 tiles): [Q, 1] and [1, S], or [1, Q] and [S, 1] for channels_last.
+
+    The grid is one-dimensional; tiles of positions follow each other, then quads, then images.
+    """
+    program = tl.program_id(0)
+    tiles_s = tl.cdiv(S, BLOCK_S)
+    tiles_q = tl.cdiv(tl.cdiv(C, 4), BLOCK_Q)
+    position = (program % tiles_s).to(tl.int32) * BLOCK_S + tl.arange(0, BLOCK_S)
+    rest = program // tiles_s
+    quad = (rest % tiles_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    image = (rest // tiles_q).to(tl.int64)
+    if CHANNELS_LAST:
+        return image, quad[None, :], position[:, None]
+    else:
+        return image, quad[:, None], position[None, :]
+
+
+@triton.jit
+def interleave(t):
+    """Four tiles [S, Q] → [S, 4 * Q] with tile j at columns 4 i + j."""
+    wide = tl.join(tl.join(t[0], t[2]), tl.join(t[1], t[3]))
+    return tl.reshape(wide, [wide.shape[0], 4 * wide.shape[1]])
+
+
+@triton.jit
+def first_channel(C, S, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr):
+    """First channel of the tile of this program (see `tile_of_program`)."""
+    return (tl.program_id(0) // tl.cdiv(S, BLOCK_S)) % tl.cdiv(tl.cdiv(C, 4), BLOCK_Q) * (4 * BLOCK_Q)

@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout_table import Table
-from kernels.triton.dropout import NOT_SPECIALIZED, dense, draw_arguments, draw_quads, interleave, three_dimensions
+from kernels.triton.dropout import (
+    NOT_SPECIALIZED,
+    dense,
+    draw_arguments,
+    draw_quads,
+    first_channel,
+    interleave,
+    three_dimensions,
+    tile_of_program,
+)
 from kernels.triton.math import unit
 
 TILE = 512  # quads times positions of a program: 16 elements a thread
@@ -132,7 +141,7 @@ def _forward_kernel(
     numbers = given
     if given is not None:
         numbers = given + ((image * quads + quad) * S + position) * 4
-    f0, v0, f1, v1, f2, v2, f3, v3 = draw_quads(
+    f, v = draw_quads(
         position,
         (image * quads + quad).to(tl.int32),
         numbers,
@@ -153,4 +162,99 @@ def _forward_kernel(
         COMBINE,
     )
     if CHANNELS_LAST:
-        channel = tl.program_id(0) * 0
+        channel = first_channel(C, S, BLOCK_Q, BLOCK_S) + tl.arange(0, 4 * BLOCK_Q)[None, :]
+        at = (image * S + position) * C + channel
+        within = (channel < C) & (position < S)
+        _store_moments(x, out, var, at, within, interleave(f), interleave(v))
+    else:
+        for lane in tl.static_range(4):
+            channel = 4 * quad + lane
+            at = (image * C + channel) * S + position
+            within = (channel < C) & (position < S)
+            _store_moments(x, out, var, at, within, f[lane], v[lane])
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _backward_kernel(
+    x,
+    grad_out,
+    grad_var,
+    grad,
+    given,
+    c_units,
+    s_units,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    words,
+    means,
+    variances,
+    groups,
+    per_copy,
+    per_pair,
+    GROUPS: tl.constexpr,
+    COPIES: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    COMBINE: tl.constexpr,
+    C_UNIT: tl.constexpr,
+    S_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    C = c_units * C_UNIT
+    S = s_units * S_UNIT
+    image, quad, position = tile_of_program(C, S, CHANNELS_LAST, BLOCK_Q, BLOCK_S)
+    quads = (C + 3) // 4
+    inside = (quad < quads) & (position < S)
+    numbers = given
+    if given is not None:
+        numbers = given + ((image * quads + quad) * S + position) * 4
+    f, v = draw_quads(
+        position,
+        (image * quads + quad).to(tl.int32),
+        numbers,
+        inside,
+        seed_low,
+        seed_high,
+        offset_low,
+        offset_high,
+        words,
+        means,
+        variances,
+        groups,
+        per_copy,
+        per_pair,
+        GROUPS,
+        COPIES,
+        CHANNEL,
+        COMBINE,
+    )
+    if CHANNELS_LAST:
+        channel = first_channel(C, S, BLOCK_Q, BLOCK_S) + tl.arange(0, 4 * BLOCK_Q)[None, :]
+        at = (image * S + position) * C + channel
+        within = (channel < C) & (position < S)
+        _store_gradient(x, grad_out, grad_var, grad, at, within, interleave(f), interleave(v))
+    else:
+        for lane in tl.static_range(4):
+            channel = 4 * quad + lane
+            at = (image * C + channel) * S + position
+            within = (channel < C) & (position < S)
+            _store_gradient(x, grad_out, grad_var, grad, at, within, f[lane], v[lane])
+
+
+@triton.jit
+def _store_moments(x, out, var, at, within, f, v):
+    value = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
+    tl.store(out + at, (value * f).to(out.dtype.element_ty), mask=within)
+    if var is not None:
+        tl.store(var + at, (value * value * v).to(var.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _store_gradient(x, grad_out, grad_var, grad, at, within, f, v):
+    value = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
+    through_out = tl.load(grad_out + at, mask=within, other=0.0).to(tl.float32) * f
+    through_var = tl.load(grad_var + at, mask=within, other=0.0).to(tl.float32) * (2.0 * value * v)
+    tl.store(grad + at, (through_out + through_var).to(grad.dtype.element_ty), mask=within)
