@@ -44,6 +44,7 @@ clean:  ## remove the environment and caches, never runs/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
 	@touch $@
 
-.venv/.dev: .venv/bin/python pyproject.toml
+.venv/.dev: .venv/bin/python pyproject.toml $(wildcard tests/trt_rig/*.* tests/trt_rig/*/*.py)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	$(BIN)/python tests/trt_rig/install.py
 	@touch $@ .venv/.train
