@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from deploy.runtimes.onnx import OnnxRunner
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
+Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 app = typer.Typer(
     name="compress",
@@ -435,6 +437,9 @@ def validate(
     if json_out is not None:
         validation.write_results(json_out, results)
     failed = [result.name for result in results if result.gate == "fail"]
+    for result in results:
+        if result.diagnosis is not None:
+            print(f"{result.name}: {result.diagnosis}")
     if failed:
         _gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
     _next("benchmark", *files, "--images", images)
@@ -470,15 +475,15 @@ def _need_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}: {folder}: no such folder")
 
 
-def _need_place(json_out: Path | None) -> None:
+def _need_place(file: Path | None, option: str = "--json") -> None:
     """Find out before the long work that the results can be written."""
-    if json_out is None:
+    if file is None:
         return
     from deploy.files import need_place
 
-    if not json_out.absolute().parent.exists():
-        raise UserError(f"--json: {json_out}: its folder does not exist")
-    need_place(json_out)
+    if not file.absolute().parent.exists():
+        raise UserError(f"{option}: {file}: its folder does not exist")
+    need_place(file)
 
 
 def _need_finite(number: float, option: str) -> None:
@@ -488,48 +493,200 @@ def _need_finite(number: float, option: str) -> None:
 
 @app.command()
 def benchmark(
-    artifacts: Artifacts,
+    artifacts: Annotated[
+        list[Path] | None, typer.Argument(metavar="ARTIFACT...", help="Exported files; measured in turn.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Images. Default: eight drawn ones.")
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="Batch sizes.")] = "1",
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N,N", help="Batch sizes. Default: 1; offline: 1,2,4,8,16,32.")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            "--scope",
+            metavar="NAME,NAME",
+            help="compute, h2d+compute+d2h, end_to_end, preprocess. Default: the first three; server: end_to_end.",
+        ),
+    ] = None,
+    scenario: Annotated[Scenario, typer.Option("--scenario", help="How calls follow each other.")] = "single-stream",
+    streams: Annotated[
+        int | None, typer.Option("--streams", min=1, metavar="N", help="Sessions that work at the same time.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="R,R", help="Server: mean requests a second, at random times.")
+    ] = None,
+    latency_bound: Annotated[
+        float | None,
+        typer.Option("--latency-bound", metavar="MS", help="Server: find the highest rate with p99 within this."),
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each measurement.")] = 5.0,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Turns of each file in a measurement.")] = 20,
     warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Most seconds before each.")] = 10.0,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="OLD.json NEW.json", help="Measure nothing; compare two results."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0,
+            metavar="PERCENT",
+            help="Exit with 1 when significantly slower by more: NEW than OLD (default 2), files than the first.",
+        ),
+    ] = None,
     provider: Providers = "cpu",
     allow_fallback: Fallback = False,
     threads: Threads = None,
     json_out: JsonOut = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a document there, and its picture.")
+    ] = None,
 ) -> None:
-    """Measure the latency of exported files.
+    """Measure the latency of exported files, or compare two results.
 
-    Rounds of all files are interleaved, so that they meet the same machine.
+    Rounds of all files are interleaved, so that they meet the same machine. Exit code 1 if a file is significantly
+    slower than --tolerance allows.
     """
-    batch_sizes = _batch_sizes(batch)
+    if tolerance is not None:
+        _need_finite(tolerance, "--tolerance")
+    if compare is not None:
+        if artifacts or json_out is not None or markdown is not None:
+            raise UserError("--compare: takes two results and nothing else: no ARTIFACT, --json or --markdown")
+        _compare_results(*compare, tolerance=(2.0 if tolerance is None else tolerance) / 100)
+        return
+    if not artifacts:
+        raise UserError("ARTIFACT: name exported files to measure, or two results with --compare OLD.json NEW.json")
+    if tolerance is not None and (len(artifacts) < 2 or scenario == "server"):
+        raise UserError("--tolerance: needs --compare, or several files that are measured in turn")
+    sessions = _streams(scenario, streams)
+    rates = _rates(scenario, rate, latency_bound)
+    batch_sizes = _batch_sizes(batch or ("1,2,4,8,16,32" if scenario == "offline" else "1"))
+    if scenario == "server" and len(batch_sizes) > 1:
+        raise UserError("--batch: the server scenario takes one number, the most requests handled together")
     _need_finite(seconds, "--seconds")
     _need_finite(warm_up, "--warm-up")
     if images is not None:
         _need_folder(images, "--images")
     _need_place(json_out)
-    runners = _open(artifacts, provider, allow_fallback, threads)
-    from compress.console import open_console
-    from compress.console import progress as progress_of
+    _need_place(markdown, "--markdown")
+    if markdown is not None and markdown.suffix != ".md":
+        raise UserError(f"--markdown: {markdown} does not end in .md")
     from deploy import latency
 
-    with _image_files(images, runners) as files, progress_of("measuring") as progress:
-        measured = latency.benchmark(
-            runners,
-            files,
-            batch_sizes=batch_sizes,
-            seconds=seconds,
-            warm_up_seconds=warm_up,
-            progress=progress,
-        )
-    open_console().print(latency.report_table(measured))
+    scopes = _scopes(scope, scenario)
+    if sessions > 1 and threads is None and provider == "cpu":
+        threads = max(1, _usable_cores() // sessions)
+        print(f"--threads: {threads} for each of {sessions} sessions")
+    opened = [_open(artifacts, provider, allow_fallback, threads) for _ in range(sessions)]
+    runners = {name: [session[name] for session in opened] for name in opened[0]}
+    from compress.console import open_console
+    from compress.console import progress as progress_of
+
+    with _image_files(images, opened[0]) as files, progress_of("measuring") as progress:
+        if scenario == "server":
+            measured = latency.benchmark_server(
+                runners, files, rates_ips=rates, bound_ms=latency_bound, batch_size=batch_sizes[0], scope=scopes[0],
+                seconds=seconds, warm_up_seconds=warm_up, progress=progress,
+            )  # fmt: skip
+        else:
+            measured = latency.benchmark(
+                runners, files, batch_sizes=batch_sizes, scopes=scopes, scenario=scenario, seconds=seconds,
+                rounds=rounds, warm_up_seconds=warm_up, tolerance=(tolerance or 0.0) / 100, progress=progress,
+            )  # fmt: skip
+    console = open_console()
+    if measured.cells:
+        console.print(latency.report_table(measured))
+    if measured.comparisons:
+        console.print(latency.comparison_table(measured.comparisons, tolerance=(tolerance or 0.0) / 100))
+    for line in [*latency.offline_lines(measured.cells), *latency.bounded_lines(measured.bounded)]:
+        print(line)
+    for note in measured.notes:
+        print(f"note: {note}")
     for warning in measured.warnings:
         print(f"warning: {warning}")
     if json_out is not None:
         latency.write_report(json_out, measured)
+    if markdown is not None:
+        latency.write_markdown(markdown, measured)
+    if tolerance is not None:
+        _need_fast_enough(latency.slower(measured.comparisons), tolerance)
     _next("doctor")
+
+
+def _compare_results(old: Path, new: Path, *, tolerance: float) -> None:
+    from compress.console import open_console
+    from deploy import latency
+
+    comparisons, differences = latency.compare_reports(
+        latency.read_report(old), latency.read_report(new), tolerance=tolerance
+    )
+    open_console().print(latency.comparison_table(comparisons, tolerance=tolerance))
+    for line in differences:
+        print(f"warning: {line}")
+    print(
+        "note: measured at different times: what changed on the machine in between is in the difference and not in its "
+        "interval; files measured together, compress benchmark OLD.onnx NEW.onnx, are compared more reliably"
+    )
+    _need_fast_enough(latency.slower(comparisons), tolerance * 100)
+    _next("benchmark", "--help")
+
+
+def _need_fast_enough(slower: Sequence[Any], tolerance: float) -> None:
+    if slower:
+        worst = max(slower, key=lambda found: found.ratio.value)
+        _gate_failed(
+            f"{worst.other} is more than {tolerance:g} % slower than {worst.base}: {worst.figure} "
+            f"{worst.ratio.value - 1:+.1%} ({worst.where}); {len(slower)} figure{'s' * (len(slower) > 1)} in all"
+        )
+
+
+def _streams(scenario: Scenario, streams: int | None) -> int:
+    if scenario == "single-stream" and (streams or 1) > 1:
+        raise UserError(f"--streams: single-stream has one; for {streams} give --scenario multi-stream")
+    if scenario == "multi-stream" and (streams or 1) < 2:
+        raise UserError("--streams: multi-stream needs at least 2, for example --streams 2")
+    return streams or 1
+
+
+def _rates(scenario: Scenario, rate: str | None, latency_bound: float | None) -> list[float]:
+    """Requests a second for the server scenario; none when only a bound is given."""
+    if scenario != "server":
+        if rate is not None or latency_bound is not None:
+            option = "--rate" if rate is not None else "--latency-bound"
+            raise UserError(f"{option}: only --scenario server has arrivals")
+        return []
+    if rate is None and latency_bound is None:
+        raise UserError("--scenario server: needs --rate (requests a second) or --latency-bound (milliseconds)")
+    if latency_bound is not None and not 0 < latency_bound < math.inf:
+        raise UserError(f"--latency-bound: needs a number of milliseconds above 0, got {latency_bound}")
+    try:
+        rates = [float(part) for part in rate.split(",")] if rate is not None else []
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < value < 1e6 for value in rates):
+        raise UserError(f"--rate: '{(rate or '')[:60]}' is not a list of requests a second, for example 10,20")
+    return rates
+
+
+def _scopes(text: str | None, scenario: Scenario) -> list[Any]:
+    from deploy.latency import SCOPES, USUAL_SCOPES
+
+    if text is None:
+        return ["end_to_end"] if scenario == "server" else list(USUAL_SCOPES)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SCOPES:
+            raise UserError(f"--scope: unknown scope '{name[:60]}': choose from {', '.join(SCOPES)}")
+    if scenario == "server" and (len(names) > 1 or names[0] not in ("h2d+compute+d2h", "end_to_end")):
+        raise UserError("--scope: the server scenario takes one, h2d+compute+d2h or end_to_end")
+    return list(dict.fromkeys(names))
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batch_sizes(text: str) -> list[int]:
@@ -554,6 +711,114 @@ def _image_files(folder: Path | None, runners: dict[str, OnnxRunner]) -> Iterato
     with tempfile.TemporaryDirectory() as drawn:
         generate(Path(drawn) / "drawn", train=8, val=1, size=side, classes=10, seed=0)
         yield sorted((Path(drawn) / "drawn" / "images").glob("train_*.png"))
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Exported .onnx files; default name: the file's.")
+    ],
+    host: Annotated[str, typer.Option("--host", help="0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    provider: Annotated[
+        str, typer.Option("--provider", metavar="NAME,NAME", help="cpu, cuda, tensorrt, in order of preference.")
+    ] = "cpu",
+    allow_fallback: Fallback = False,
+    threads: Threads = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Images in one call.")] = 16,
+    max_delay_ms: Annotated[
+        float, typer.Option("--max-delay-ms", min=0, help="Longest wait for images that are still being decoded.")
+    ] = 3.0,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Images inside the server, a model.")] = 256,
+    deadline_ms: Annotated[
+        float, typer.Option("--deadline-ms", min=1, help="Who would wait longer is answered 429.")
+    ] = 2000.0,
+    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Largest request.")] = 20.0,
+    max_megapixels: Annotated[float, typer.Option("--max-megapixels", min=0.001, help="Largest picture.")] = 32.0,
+    decode_workers: Annotated[
+        int | None, typer.Option("--decode-workers", min=1, help="Threads that decode. Default: one a core, at most 8.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", metavar="FILE", help="Ask for the token in it. Also: COMPRESS_SERVE_TOKEN."),
+    ] = None,
+    allow_reload: Annotated[
+        bool, typer.Option("--allow-reload", help="Clients may have a model's file loaded again.")
+    ] = False,
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", min=0, help="After SIGTERM: not ready, but accepting.")
+    ] = 1.0,
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option("--log-level")] = "info",
+) -> None:
+    """Serve exported files over HTTP: pictures, the Open Inference Protocol, metrics, a web page.
+
+    Ends with SIGTERM or SIGINT, after answering what it accepted; SIGHUP loads the files again."""
+    for number, option in (
+        (max_delay_ms, "--max-delay-ms"),
+        (deadline_ms, "--deadline-ms"),
+        (max_megabytes, "--max-megabytes"),
+        (max_megapixels, "--max-megapixels"),
+        (drain_seconds, "--drain-seconds"),
+    ):
+        _need_finite(number, option)
+    files = _named_files(models)
+    providers = [name.strip() for name in provider.split(",")]
+    token = _token(token_file)
+    from deploy.runtimes.onnx import OnnxRunner
+    from deploy.serve.server import serve as serve_files
+    from deploy.serve.settings import Settings
+
+    settings = Settings(
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        max_queue=max_queue,
+        deadline_ms=deadline_ms,
+        max_bytes=int(max_megabytes * 1e6),
+        max_pixels=int(max_megapixels * 1e6),
+        drain_s=drain_seconds,
+        allow_reload=allow_reload,
+        token=token,
+        **({} if decode_workers is None else {"decode_workers": decode_workers}),
+    )
+    serve_files(
+        files,
+        lambda path: OnnxRunner(path, providers, allow_fallback=allow_fallback, threads=threads),
+        settings,
+        host=host,
+        port=port,
+        log_level=log_level,
+        say=partial(print, flush=True),
+    )
+
+
+def _named_files(models: Sequence[str]) -> dict[str, Path]:
+    """Name → file, from `NAME=FILE` or `FILE`, which is called what the file is called."""
+    files: dict[str, Path] = {}
+    for text in models:
+        name, given, file = text.partition("=")
+        if not given or "/" in name:  # a path may hold an equals sign
+            name, file = Path(text).stem, text
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if path.suffix != ".onnx":
+            raise UserError(f"{path}: not an .onnx file; make one with compress export")
+        if name in files:
+            raise UserError(f"{path}: a second model named '{name}': give NAME={path}")
+        files[name] = path
+    return files
+
+
+def _token(file: Path | None) -> str | None:
+    """From the file, or from COMPRESS_SERVE_TOKEN: on a command line every user of the machine could read it."""
+    if file is None:
+        return os.environ.get("COMPRESS_SERVE_TOKEN") or None
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise UserError(f"--token-file: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--token-file: {file}: the token must be ASCII") from None
 
 
 @app.command()
@@ -637,7 +902,9 @@ def _missing_package(error: ImportError) -> str | None:
     package = (error.name or "").partition(".")[0]
     if package == "kernels":
         return foreign_kernels()
-    extra = "train" if package in TRAIN else "trt" if package in ("tensorrt", "pycuda") else None
+    serving = ("fastapi", "starlette", "uvicorn", "prometheus_client", "python_multipart")
+    extras = {**dict.fromkeys(TRAIN, "train"), **dict.fromkeys(serving, "serve"), "tensorrt": "trt", "pycuda": "trt"}
+    extra = extras.get(package)
     if isinstance(error, ModuleNotFoundError) and extra is not None:
         return f"{package} is not installed; this command needs: pip install 'compress-detectors[{extra}]'"
     return None

@@ -32,12 +32,8 @@ def precisions(model: onnx.ModelProto) -> dict[str, str]:
             int8 = all(source is not None and source.op_type == "DequantizeLinear" for source in (data, weight))
             kind = "int8" if int8 else _NAMES.get(kinds.get(nodes[name].input[1], 0), "unknown")
             found.setdefault(part_of(layer.name), set()).add(kind)
-    outside = {
-        _NAMES[kinds[name]]
-        for node in _processing(graph, structure)
-        for name in node.output
-        if kinds.get(name) in _NAMES
-    }
+    results = [name for node in _processing(graph, structure) for name in node.output]
+    outside = {_NAMES[kinds[name]] for name in results if kinds.get(name) in _NAMES}
     return {part: "+".join(sorted(kind)) for part, kind in {**found, PROCESSING: outside}.items()}
 
 

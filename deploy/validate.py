@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
 from deploy.errors import UserError
 from deploy.files import write_json
 from deploy.preprocess import fit_canvas, load_image, read_image_bytes, to_original
-from deploy.runtimes.base import Runner
+from deploy.runtimes.base import Detections, Runner
+from deploy.score_calibration import detection_ece
 
 AGREEMENT_SCORE = 0.3
 AGREEMENT_SLACK = 0.05
 AGREEMENT_IOU = 0.9
+DIAGNOSED_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class ArtifactResult:
     backend: str
     precision: dict[str, str]
     metrics: CocoMetrics
+    d_ece: float
+    """Detection expected calibration error in 0..1, see `deploy.score_calibration`; NaN without confident detections."""
     map_drop: float | None
     """mAP of the reference minus this one's, in points."""
     agreement: Agreement | None
@@ -66,11 +70,13 @@ class ArtifactResult:
     images: int
     seconds: float
     """Time spent in the runner, all images."""
+    diagnosis: str | None = None
+    """Where a failing file starts to compute something else, or why that was not found; None when the gate passes."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: NaN becomes None."""
         agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
-        return {**asdict(self), "metrics": self.metrics.to_dict(), "agreement": agreement}
+        return {**_without_nan(asdict(self)), "metrics": self.metrics.to_dict(), "agreement": agreement}
 
 
 def validate(
@@ -120,9 +126,8 @@ def validate(
         if progress is not None:
             progress(done, len(rows))
 
-    metrics = {
-        name: evaluate_coco(truth, list(_coco_rows(found[name], runner.card))) for name, runner in runners.items()
-    }
+    detections = {name: list(_coco_rows(found[name], runner.card)) for name, runner in runners.items()}
+    metrics = {name: evaluate_coco(truth, rows) for name, rows in detections.items()}
     results = []
     for name, runner in runners.items():
         drop = None if reference is None else metrics[reference].map - metrics[name].map
@@ -132,6 +137,7 @@ def validate(
                 backend=runner.backend,
                 precision=dict(runner.card.precision),
                 metrics=metrics[name],
+                d_ece=detection_ece(truth, detections[name]),
                 map_drop=drop,
                 agreement=None if reference is None else _agreement(found[reference], found[name]),
                 gate=_gate(drop, max_map_drop),
@@ -139,7 +145,12 @@ def validate(
                 seconds=seconds[name],
             )
         )
-    return results
+    good = _graph_to_trust(runners, results, reference)
+    first = [Path(images) / row["file_name"] for row in rows[:DIAGNOSED_IMAGES]]
+    return [
+        replace(row, diagnosis=_diagnose(runners[row.name], good, first)) if row.gate == "fail" else row
+        for row in results
+    ]
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -147,7 +158,7 @@ def results_table(results: list[ArtifactResult]) -> Table:
     table = Table(title=f"COCO mAP on {results[0].images} images" if results else None)
     table.add_column("artifact")
     table.add_column("backend")
-    for heading in ("mAP", "AP50", "AP75", "drop", "agreement", "gate"):
+    for heading in ("mAP", "AP50", "AP75", "drop", "agreement", "D-ECE", "gate"):
         table.add_column(heading, justify="right")
     style = {"pass": "green", "fail": "red"}
     for row in results:
@@ -157,6 +168,7 @@ def results_table(results: list[ArtifactResult]) -> Table:
             *(f"{value:.2f}" for value in (row.metrics.map, row.metrics.map50, row.metrics.map75)),
             "-" if row.map_drop is None else f"{row.map_drop:+.2f}",
             "-" if row.agreement is None or not row.agreement.detections else f"{row.agreement.share:.1%}",
+            "-" if math.isnan(row.d_ece) else f"{row.d_ece:.3f}",
             f"[{style.get(row.gate, 'yellow')}]{row.gate}[/]",
         )
     return table
@@ -247,6 +259,7 @@ def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _F
     start = time.perf_counter()
     out = runner(images)
     seconds = time.perf_counter() - start
+    _check_shapes(name, out, len(batch))
     if not (np.isfinite(out.boxes).all() and np.isfinite(out.scores).all()):
         raise UserError(f"{name}: the detections hold values that are not finite (image {batch[0].image_id} or after)")
     for i, (item, (_, scale)) in enumerate(zip(batch, fitted, strict=True)):
@@ -255,6 +268,54 @@ def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _F
         boxes = to_original(out.boxes[i, :n], scale, (height, width))
         found[item.image_id] = _Found(boxes, out.scores[i, :n], out.labels[i, :n])
     return seconds
+
+
+def _check_shapes(name: str, out: Detections, batch: int) -> None:
+    """Raise UserError, naming the output, when one of them cannot be what it is called."""
+    most = out.scores.shape[1] if out.scores.ndim == 2 else -1
+    wanted = {"scores": (batch, most), "boxes": (batch, most, 4), "labels": (batch, most), "count": (batch,)}
+    for output, shape in wanted.items():
+        value = getattr(out, output)
+        integer = output in ("labels", "count")
+        if value.shape != shape or np.issubdtype(value.dtype, np.integer) != integer:
+            raise UserError(
+                f"{name}: output '{output}' is {value.dtype} {list(value.shape)}, which cannot be {output}: its outputs "
+                "are damaged or exchanged; export it again"
+            )
+    if not ((out.count >= 0) & (out.count <= most)).all():
+        raise UserError(f"{name}: output 'count' is beyond the {most} places of an image; export it again")
+
+
+def _graph_to_trust(runners: Mapping[str, Runner], results: list[ArtifactResult], reference: str | None) -> Path | None:
+    """The ONNX file that failing ones are compared with: the reference, or else a float file that passed."""
+    order = sorted(results, key=lambda row: row.name != reference)
+    for row in order:
+        path = _onnx_path(runners[row.name])
+        if row.gate == "pass" and path is not None and runners[row.name].card.quantization is None:
+            return path
+    return None
+
+
+def _onnx_path(runner: Runner) -> Path | None:
+    path = getattr(runner, "path", None)
+    return path if isinstance(path, Path) and path.suffix == ".onnx" else None
+
+
+def _diagnose(runner: Runner, good: Path | None, images: list[Path]) -> str:
+    bad = _onnx_path(runner)
+    if bad is None:
+        return "not run: only ONNX files can be compared value by value"
+    if good is None:
+        return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
+    try:
+        from deploy.diagnose import first_divergence
+    except ModuleNotFoundError as error:
+        return f"not run: the package {error.name} is not installed"
+    canvases = np.stack([fit_canvas(load_image(image), runner.card)[0] for image in images])
+    try:
+        return str(first_divergence(good, bad, canvases))
+    except UserError as error:
+        return f"not found: {error}"
 
 
 def _coco_rows(found: dict[int, _Found], card: ModelCard) -> Iterator[dict[str, Any]]:

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from deploy.card import ModelCard, Quantization, parse_card
+from deploy.card import METADATA_KEY, Quantization, parse_card
 from deploy.errors import UserError
 from deploy.files import atomic_path
-from deploy.precision import METADATA_KEY, precisions, set_card
+from deploy.precision import precisions, set_card
 from deploy.quantize.calibrate import CalibrationImages, Method, activation_ranges, canvases
 from deploy.quantize.qdq import Target, check_format, integer_dot_product, quantize
 from deploy.quantize.structure import structure_of
@@ -86,7 +86,7 @@ class Quantizer:
         guided_map_drop: float | None = None,
         max_batch: int = 8,
     ) -> QuantizeReport:
-        """Write the int8 file. Before it gets its name it runs in ONNX Runtime on the CPU at batch 1, 2 and `max_batch`.
+        """Write the int8 file. Before it gets its name it runs in ONNX Runtime (CPU) at batch 1, 2 and `max_batch`.
 
         Raises RuntimeError when a detection is not finite or depends on the batch that its image is in.
         """
