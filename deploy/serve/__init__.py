@@ -1,0 +1,1 @@
+"""An HTTP server over the runtimes: `serve` in `deploy.serve.server` is what `compress serve` calls."""

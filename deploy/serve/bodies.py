@@ -1,0 +1,117 @@
+"""Request bodies of strangers: bounded in bytes, in time, and all together in memory.
+
+Nothing here holds a place in a model's queue: that is taken when the body has arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from deploy.serve.settings import RefusalError
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody is there to be answered."""
+
+
+class Bodies:
+    """Reads bodies; knows how many bytes of them are in memory."""
+
+    def __init__(self, *, max_bytes: int, max_held_bytes: int, timeout_s: float) -> None:
+        self._max_bytes, self._max_held_bytes, self._timeout_s = max_bytes, max_held_bytes, timeout_s
+        self.held_bytes = 0
+        self._arriving: dict[_Reading, None] = {}  # in order of arrival
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body; its memory counts as held until the block is left.
+
+        Raises RefusalError 408 (too slow), 413 (too large), 415 (compressed), 503 (no memory left), and
+        ClientGoneError.
+        """
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise RefusalError(415, "compressed bodies are not taken: send it without Content-Encoding")
+        if _declared_length(request) > self._max_bytes:
+            raise self._too_large()
+        reading = _Reading(asyncio.timeout(self._timeout_s))
+        try:
+            yield await self._read(request, reading)
+        finally:
+            self.held_bytes -= reading.held
+
+    async def _read(self, request: Request, reading: _Reading) -> bytes:
+        body = bytearray()
+        self._arriving[reading] = None
+        try:
+            async with reading.limit:
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > self._max_bytes:
+                        raise self._too_large()
+                    self._hold(len(chunk), reading)
+                    body += chunk
+        except ClientDisconnect:
+            raise ClientGoneError from None
+        except TimeoutError:
+            raise RefusalError(408, "the body did not arrive in time") from None
+        finally:
+            self._arriving.pop(reading, None)
+        return bytes(body)
+
+    def _hold(self, count: int, reading: _Reading) -> None:
+        """When memory runs out, the bodies that have been arriving longest make room: slow clients do not keep others
+        out."""
+        while self.held_bytes + count > self._max_held_bytes:
+            oldest = next(iter(self._arriving))
+            if oldest is reading:
+                raise RefusalError(503, "too many bodies at one time; try again in 1 s", retry_after_s=1)
+            del self._arriving[oldest]
+            self.held_bytes -= oldest.held
+            oldest.held = 0
+            if not oldest.limit.expired():
+                oldest.limit.reschedule(asyncio.get_running_loop().time())
+        self.held_bytes += count
+        reading.held += count
+
+    def _too_large(self) -> RefusalError:
+        return RefusalError(413, f"the body is too large: at most {self._max_bytes} bytes are taken")
+
+
+async def multipart_files(request: Request, body: bytes, *, max_files: int) -> list[bytes]:
+    """The contents of all parts that are files, in order. Raises RefusalError 400."""
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = _InMemory(request.headers, whole(), max_files=max_files, max_fields=16)  # type: ignore[arg-type]
+    try:
+        form = await parser.parse()
+        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        return [await part.read() for part in files]
+    except (MultiPartException, FormParserError) as error:
+        raise RefusalError(400, f"bad multipart body: {getattr(error, 'message', 'cannot be parsed')}") from error
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Reading:
+    limit: asyncio.Timeout
+    held: int = 0
+
+
+class _InMemory(MultiPartParser):
+    spool_max_size = 2**62  # never a temporary file: the body is in memory anyway
+
+
+def _declared_length(request: Request) -> int:
+    text = request.headers.get("content-length", "0")
+    return int(text) if text.isdecimal() and len(text) < 19 else 0

@@ -1,0 +1,107 @@
+"""Encoded picture from a stranger → network canvas, through the same functions as `compress validate`.
+
+The header is read before anything is decoded: format by content (never by name or Content-Type), pixel count,
+number of JPEG scans. Only then `deploy.preprocess.decode_image` decodes: the first frame of an animation, turned as
+EXIF says, transparency dropped, CMYK and palettes converted.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+# Registers WebP among the formats that Pillow tries first. Otherwise it would load all its parsers for a WebP file,
+# and try those without a magic number on it.
+from PIL import WebPImagePlugin as _webp
+
+from deploy.card import ModelCard
+from deploy.errors import UserError
+from deploy.preprocess import decode_image, fit_canvas
+from deploy.serve.settings import RefusalError
+
+assert _webp
+FORMATS = ("JPEG", "PNG", "WebP", "BMP", "GIF")
+MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif")
+MAX_JPEG_SCANS = 100
+"""A progressive JPEG has about ten. Every scan costs a pass over all pixels, and takes twenty bytes."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """canvas: uint8 [3, H, W] of the card's input size. scale: canvas pixels per image pixel (x, y).
+    pixels: uint8 [h, w, 3] when they are wanted later, else None."""
+
+    canvas: np.ndarray
+    scale: tuple[float, float]
+    size_hw: tuple[int, int]
+    pixels: np.ndarray | None
+
+
+def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str, keep_pixels: bool = False) -> Decoded:
+    """Raises RefusalError: 415 for another format, 413 for too many pixels, 422 for a broken file; it names `where`."""
+    name, width, height = read_header(data, where)
+    if width * height > max_pixels:
+        raise RefusalError(413, f"{where}: {width} x {height} pixels; at most {max_pixels} are taken")
+    if width < 1 or height < 1:
+        raise RefusalError(422, f"{where}: the picture has no pixels")
+    if name == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise RefusalError(422, f"{where}: more than {MAX_JPEG_SCANS} JPEG scans")
+    try:
+        pixels = decode_image(data, where)
+        canvas, scale = fit_canvas(pixels, card)
+    except UserError as error:
+        raise RefusalError(422, str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what a parser raises on hostile bytes: struct.error, KeyError, zlib.error …
+        raise RefusalError(422, f"{where}: cannot decode the image") from error
+    return Decoded(canvas, scale, (pixels.shape[0], pixels.shape[1]), pixels if keep_pixels else None)
+
+
+def read_header(data: bytes, where: str) -> tuple[str, int, int]:
+    """Format, width and height, without decoding. Raises RefusalError 415 or 422."""
+    name = _sniff(data)
+    if name is None:
+        raise RefusalError(415, f"{where}: not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
+    try:
+        if name == "WebP":  # Pillow allocates the whole canvas when it opens one
+            return (name, *_webp_size(data))
+        with Image.open(io.BytesIO(data), formats=[name]) as file:
+            return (name, *file.size)
+    except Image.DecompressionBombError as error:
+        raise RefusalError(413, f"{where}: too many pixels") from error
+    except Exception as error:
+        raise RefusalError(422, f"{where}: broken {name} file") from error
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _sniff(data: bytes) -> str | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    if data.startswith(b"BM"):
+        return "BMP"
+    return "GIF" if data[:6] in (b"GIF87a", b"GIF89a") else None
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas (RFC 9649, sections 2.5 to 2.7)."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        raise ValueError("truncated")
+    if chunk == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if chunk == b"VP8L" and body[0] == 0x2F:
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise ValueError("unknown WebP")

@@ -1,0 +1,219 @@
+"""From files to a listening process, and back to nothing: `serve` is `compress serve`.
+
+SIGTERM: /readyz answers 503 and answers close their connections for `drain_s`, so that balancers and clients go
+elsewhere; then nothing new is accepted, everything accepted is answered, and the process ends with 0. SIGINT: the
+same without the pause. A second signal ends it at once. SIGHUP: every model's file is loaded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from deploy.errors import UserError
+from deploy.runtimes.base import Runner
+from deploy.serve.app import Service, create_app
+from deploy.serve.gate import Gate, log_as_json
+from deploy.serve.metrics import Metrics
+from deploy.serve.models import Models
+from deploy.serve.settings import RefusalError, Settings
+
+MAX_HEAD_BYTES = 32 * 1024
+log = logging.getLogger("compress.serve")
+
+
+def serve(
+    files: Mapping[str, Path],
+    open_runner: Callable[[Path], Runner],
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve `files` (name → file) until a signal ends it.
+
+    say: gets one line when the server listens and one when it is ready. Raises UserError when a file cannot be
+    opened or the address is taken, before anything listens.
+    """
+    log_as_json(log_level)
+    _allow_connections(settings.max_connections)
+    metrics = Metrics()
+    models = Models(files, open_runner, settings, metrics)
+    service = Service(settings, models, metrics)
+    listening = _listen(host, port)
+    asyncio.run(_serve(service, listening, say))
+
+
+async def _serve(service: Service, listening: socket.socket, say: Callable[[str], None]) -> None:
+    settings = service.settings
+    gate = Gate(
+        create_app(service), token=settings.token, send_timeout_s=settings.send_timeout_s, metrics=service.metrics
+    )
+    server = _Server(
+        uvicorn.Config(
+            gate,
+            http=guarded_connection(settings),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=max(1, int(settings.idle_timeout_s)),
+            timeout_graceful_shutdown=max(1, int(settings.drain_timeout_s)),
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        )
+    )
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def start(work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        return task
+
+    def end(pause_s: float) -> None:
+        if service.draining:
+            server.should_exit = server.force_exit = True
+            return
+        log.info("draining", extra={"requests": len(server.server_state.tasks)})
+        service.draining = gate.draining = True
+        loop.call_later(pause_s, setattr, server, "should_exit", True)
+
+    async def reload_all() -> None:
+        for name in service.models.names:
+            with contextlib.suppress(RefusalError):  # logged; the old one goes on
+                await service.models.reload(name)
+
+    loop.add_signal_handler(signal.SIGTERM, end, settings.drain_s)
+    loop.add_signal_handler(signal.SIGINT, end, 0.0)
+    loop.add_signal_handler(signal.SIGHUP, lambda: start(reload_all()))
+
+    address, port = listening.getsockname()[:2]
+    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    warm = start(_warm_up(service, server, say, url))
+    say(f"listening on {url}, warming up")
+    await server.serve(sockets=[listening])
+    if warm.done() and not warm.cancelled() and (error := warm.exception()) is not None:
+        raise error
+    for task in list(tasks):
+        task.cancel()
+    await service.models.close()
+    service.pool.shutdown(cancel_futures=True)
+
+
+async def _warm_up(service: Service, server: _Server, say: Callable[[str], None], url: str) -> None:
+    try:
+        await service.models.warm_up()
+    except Exception as error:
+        server.should_exit = True  # `_serve` raises it on
+        raise UserError(f"warm-up failed: {' '.join(str(error).split())[:300]}") from error
+    for name in service.models.names:
+        served = service.models.get(name)
+        say(f"{name}: {served.runner.backend}, warm after {served.warm_up_s:.1f} s")
+    say(f"ready: {url}")
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The handlers are `_serve`'s."""
+        yield
+
+
+def _allow_connections(count: int) -> None:
+    """Many systems start a process with room for 1024 open files, and let it ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        room = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{host}:{port}: cannot listen there: {reason}; choose another --host or --port") from error
+
+
+# ------------------------------------------------------------------------------------------- connections
+
+
+class GuardedConnection(H11Protocol):
+    """uvicorn's connection, plus limits on clients that do nothing.
+
+    uvicorn has no limit on how long a request head takes to arrive, nor on what an answered client still sends; here
+    a connection without a request in work for `idle_timeout_s` is cut. Bodies have their own limit (`Bodies`).
+    """
+
+    idle_timeout_s: ClassVar[float]
+    send_timeout_s: ClassVar[float]
+    max_connections: ClassVar[int]
+
+    _idle_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        peer = transport.get_extra_info("socket")
+        if peer is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # unread answers are not kept for ever
+            with contextlib.suppress(OSError):
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * self.send_timeout_s))
+        self._start_idling()
+        if len(self.connections) > self.max_connections:
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_idling()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_idling()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # may begin a request that was sent ahead
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._start_idling()
+
+    def _start_idling(self) -> None:
+        self._stop_idling()
+        self._idle_timer = self.loop.call_later(self.idle_timeout_s, self.transport.abort)
+
+    def _stop_idling(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _make_room(self) -> None:
+        idle = [c for c in self.connections if isinstance(c, GuardedConnection) and c._idle_timer is not None]
+        oldest = min(idle, key=lambda c: c._idle_timer.when() if c._idle_timer is not None else 0.0)
+        oldest.transport.abort()  # perhaps the newest itself, when all others have a request in work
+
+
+def guarded_connection(settings: Settings) -> type[GuardedConnection]:
+    """uvicorn makes connections itself, so that the limits have to be attributes of the class."""
+    limits = {
+        "idle_timeout_s": settings.idle_timeout_s,
+        "send_timeout_s": settings.send_timeout_s,
+        "max_connections": settings.max_connections,
+    }
+    return type("Connection", (GuardedConnection,), limits)
