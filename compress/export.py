@@ -1,25 +1,54 @@
-"""Checkpoint → deployable ONNX file: rebuild the detector, wrap it, export it, prove it (`deploy.export`)."""
+"""Checkpoint → deployable ONNX files: rebuild the detector, wrap it, export it, prove it (`deploy.export`)."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from compress.data.batch import PAD_COLOR
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
-from compress.detectors.deployable import Deployable, TorchRunner
-from compress.recipe import Deploy
+from compress.detectors.deployable import Deployable, TorchRunner, half_precision
+from compress.recipe import Deploy, Int8, Split
 from compress.versions import versions
-from deploy.card import ModelCard
+from deploy.card import ModelCard, card_from_file
+from deploy.coco_map import load_annotations
 from deploy.errors import UserError
 from deploy.export import ExportReport, export_onnx
-from deploy.files import sha256_of
+from deploy.files import sha256_of, write_json, write_text
+from deploy.precision import PROCESSING
 from deploy.preprocess import fit_canvas, load_image
+from deploy.quantize.calibrate import CalibrationImages, check_apart
+from deploy.quantize.file import QuantizeReport, Quantizer
+from deploy.quantize.guided import GuidedResult, Progress, search
+from deploy.quantize.picture import trade_off_svg
 
 SAMPLES = 16  # images that an export is checked on
+HALF_SCORE_TOLERANCE = 0.01
+HALF_BOX_TOLERANCE = 0.005  # of the canvas; everywhere, also where the distances of an empty place are a coin toss
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """Everything that an int8 file needs besides the float one."""
+
+    settings: Int8
+    images: CalibrationImages
+    split: tuple[Path, Path] | None = None
+    """Annotations and image folder that a guided search decides on; None: all layers but the last in int8."""
+    max_map_drop: float = 0.5
+    """The search's budget in mAP points."""
+
+
+class BudgetError(RuntimeError):
+    """No choice of float layers holds the loss of mAP within the budget. No file was written; `result` has the search."""
+
+    def __init__(self, message: str, result: GuidedResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def export_checkpoint(
@@ -30,6 +59,7 @@ def export_checkpoint(
     input_size: tuple[int, int],
     images: Sequence[Path],
     limits: tuple[int, int] | None = None,
+    half: bool = False,
 ) -> ExportReport:
     """Export a native checkpoint to `out`.
 
@@ -38,13 +68,91 @@ def export_checkpoint(
         input_size: (height, width) of the canvas in pixels, multiples of 32.
         limits: (short, long) in pixels that an image is not enlarged beyond, as in training; None: the canvas alone.
         images: files that the result is compared with torch on; the first 16 are used.
+        half: the network in float16; it is compared with the float32 module, with wider tolerances.
 
     Raises:
         UserError: the checkpoint or an image cannot be used. `deploy.export.ExportMismatchError`: the graph is wrong.
     """
     runner = torch_runner(str(checkpoint), settings, input_size, limits=limits)
     samples = sample_canvases(images, runner.card)
-    return export_onnx(runner.module, runner.card, out, samples=samples, max_batch=settings.max_batch)
+    if not half:
+        return export_onnx(runner.module, runner.card, out, samples=samples, max_batch=settings.max_batch)
+    return export_onnx(
+        half_precision(runner.module),
+        runner.card,
+        out,
+        samples=samples,
+        reference=runner.module,
+        max_batch=settings.max_batch,
+        score_tolerance=HALF_SCORE_TOLERANCE,
+        box_tolerance_px=HALF_BOX_TOLERANCE * max(input_size),
+    )
+
+
+def file_for(out: Path, precision: str) -> Path:
+    """Where a precision goes: `student.onnx` for fp32, `student.int8.onnx` for int8."""
+    return out if precision == "fp32" else out.with_suffix(f".{precision}.onnx")
+
+
+def quantize_export(
+    source: Path, out: Path, how: Quantizing, *, max_batch: int, progress: Progress | None = None
+) -> tuple[QuantizeReport, GuidedResult | None]:
+    """Quantize the exported file `source` (fp32; fp16 for a mixed one, which is always in TensorRT's format) to `out`.
+
+    A guided search leaves its measurements, `<out>.guided.json`, and a picture, `<out>.guided.svg`, beside `out`.
+
+    Raises UserError for images that cannot be used, BudgetError when the search fails.
+    """
+    mixed = "fp16" in set(card_from_file(source).precision.values())
+    quantizer = Quantizer(
+        source,
+        how.images,
+        "tensorrt" if mixed else how.settings.target,
+        method=how.settings.method,
+        reduce_range=how.settings.reduce_range,
+    )
+    if how.split is None:
+        return quantizer.save(out, max_batch=max_batch), None
+    check_apart(how.images, split_files(*how.split), "the images that the search decides on")
+    beside = out.with_suffix(".guided.json")
+    result = search(quantizer, *how.split, beside, max_map_drop=how.max_map_drop, progress=progress)
+    write_text(beside.with_suffix(".svg"), trade_off_svg(result))
+    if result.chosen is None:
+        best = min((trial.map_drop for trial in result.trials), default=float("nan"))
+        raise BudgetError(
+            f"{out.name}: no choice of layers loses at most {how.max_map_drop:g} mAP points (the best of "
+            f"{len(result.trials)} lost {best:.2f}); not written",
+            result,
+        )
+    chosen = result.chosen
+    report = quantizer.save(out, chosen.float_layers, guided_map_drop=round(chosen.map_drop, 4), max_batch=max_batch)
+    return report, result
+
+
+def split_files(annotations: Path, folder: Path) -> list[Path]:
+    """The image files of a COCO JSON."""
+    return [folder / row["file_name"] for row in load_annotations(annotations)["images"]]
+
+
+def deciding_split(split: Split, calibration: CalibrationImages, count: int, out: Path) -> tuple[Path, Path]:
+    """Write to `out` the part of a labelled set that a search decides on: `count` images spread evenly over those with
+    boxes that are not for calibration. Returns (annotations, image folder). Raises UserError when none is left."""
+    content = load_annotations(split.annotations)
+    taken = set(calibration.hashes)
+    labelled = {row["image_id"] for row in content["annotations"]}
+    rows = [row for row in content["images"] if row["id"] in labelled]
+    spread = [rows[index * len(rows) // (2 * count)] for index in range(2 * count)] if len(rows) > 2 * count else rows
+    free = [row for row in spread if sha256_of(split.images / row["file_name"]) not in taken]
+    chosen = free[:: max(1, len(free) // count)][:count]
+    if not chosen:
+        raise UserError(
+            f"{split.annotations}: every labelled image is for calibration, and none is left to decide on: calibrate "
+            "on fewer, or give another labelled set"
+        )
+    ids = {row["id"] for row in chosen}
+    annotations = [row for row in content["annotations"] if row["image_id"] in ids]
+    write_json(out, {"images": chosen, "annotations": annotations, "categories": content["categories"]})
+    return out, split.images
 
 
 def torch_runner(
@@ -78,7 +186,7 @@ def torch_runner(
         nms_threshold=settings.nms_threshold,
         max_detections=settings.max_detections,
         candidates=settings.candidates,
-        precision={"model": "fp32", "pre- and post-processing": "fp32"},
+        precision={"model": "fp32", PROCESSING: "fp32"},
         checkpoint_sha256=sha256_of(checkpoint_file(checkpoint)),
         recipe_sha256=record.recipe_sha256 or "",
         val_map=record.val_map,

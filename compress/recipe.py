@@ -308,8 +308,33 @@ class Benchmark(Settings):
     """Measuring time for each file and batch size, after the warm-up."""
 
 
+class Int8(Settings):
+    """How int8 files are made."""
+
+    target: Literal["cpu", "tensorrt"] = "cpu"
+    """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly."""
+    calibration: Path | None = None
+    """Folder of images, or COCO JSON beside its images, that the ranges come from; null: the training images."""
+    images: Positive = 128
+    """Calibration images, spread evenly over what there is."""
+    method: Literal["minmax", "percentile", "entropy"] = "minmax"
+    """How a range is chosen: the extremes, 99.99 % of the values, or least loss of information."""
+    reduce_range: bool | None = None
+    """Weights of cpu files in 7 bits, for processors without VNNI; null: what this machine needs."""
+    guided: bool = False
+    """Keep the fewest layers in float that hold the loss within max_map_drop."""
+    deciding_images: Positive = 300
+    """Labelled training images, none of them for calibration, that guided decides on."""
+
+
 class Deploy(Settings):
-    """The exported file and the gate that it must pass."""
+    """The exported files and the gate that they must pass."""
+
+    precisions: Annotated[tuple[Literal["fp32", "fp16", "int8", "mixed"], ...], Field(min_length=1)] = ("fp32",)
+    """Files to write: student.onnx, student.fp16.onnx, student.int8.onnx, student.mixed.onnx (int8 layers, the rest
+    fp16, for TensorRT)."""
+    int8: Int8 = Int8()
+    """How int8 and mixed files are made."""
 
     input_size: (
         tuple[
@@ -338,6 +363,8 @@ class Deploy(Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> Deploy:
+        if "fp32" not in self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise broken_rule("precisions", "each once, and fp32 among them: the others are compared with it")
         if self.candidates < self.max_detections:
             raise broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
         return self

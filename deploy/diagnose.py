@@ -286,8 +286,8 @@ def _compare(
     for start in range(0, len(names), _AT_ONCE):
         part = names[start : start + _AT_ONCE]
         wanted = good.values(sorted({pairs[name] for name in part}), feed)
-        for name, found in bad.values(part, feed).items():
-            ratios[name], details[name] = _ratio(wanted[pairs[name]], found)
+        for name, value in bad.values(part, feed).items():
+            ratios[name], details[name] = _ratio(wanted[pairs[name]], value)
     worst = max(((name, ratios[name]) for name in details), key=lambda pair: pair[1], default=("", 0.0))
     found = _first(bad, ratios, details, explains)
     return Diagnosis(number_format, len(pairs), len(bad.comparable), found, worst)

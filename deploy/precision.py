@@ -9,6 +9,7 @@ from deploy.card import METADATA_KEY, ModelCard
 from deploy.quantize.structure import Structure, part_of, structure_of
 
 PROCESSING = "pre- and post-processing"
+_CONVERTING = ("Cast", "QuantizeLinear", "DequantizeLinear")
 _NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
 
@@ -58,6 +59,6 @@ def _processing(graph: onnx.GraphProto, structure: Structure) -> list[onnx.NodeP
             after.update(node.output)
         inside = node.name in structure.body if behind else False
         factor = behind and bool(parameters.intersection(node.input))
-        if node.name not in weighted and not inside and not factor and node.op_type != "Cast":
+        if node.name not in weighted and not inside and not factor and node.op_type not in _CONVERTING:
             found.append(node)
     return found

@@ -61,7 +61,7 @@ class ArtifactResult:
     precision: dict[str, str]
     metrics: CocoMetrics
     d_ece: float
-    """Detection expected calibration error in 0..1, see `deploy.score_calibration`; NaN without confident detections."""
+    """Detection expected calibration error in 0..1 (`deploy.score_calibration`); NaN without confident detections."""
     map_drop: float | None
     """mAP of the reference minus this one's, in points."""
     agreement: Agreement | None
@@ -279,8 +279,8 @@ def _check_shapes(name: str, out: Detections, batch: int) -> None:
         integer = output in ("labels", "count")
         if value.shape != shape or np.issubdtype(value.dtype, np.integer) != integer:
             raise UserError(
-                f"{name}: output '{output}' is {value.dtype} {list(value.shape)}, which cannot be {output}: its outputs "
-                "are damaged or exchanged; export it again"
+                f"{name}: output '{output}' is {value.dtype} {list(value.shape)}, which cannot be {output}: its "
+                "outputs are damaged or exchanged; export it again"
             )
     if not ((out.count >= 0) & (out.count <= most)).all():
         raise UserError(f"{name}: output 'count' is beyond the {most} places of an image; export it again")

@@ -59,7 +59,9 @@ def quantize(
         raise UserError("every layer is kept in float: nothing would be quantized")
     symmetric = target == "tensorrt"
     source = shape_inference.infer_shapes(model)  # a copy; the quantizer changes it
-    limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+    halves = {v.name for v in source.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+    kinds = {name: np.float16 if name in halves else np.float32 for name in ranges}  # a scale has its tensor's type
+    limits = {name: (kinds[name](low), kinds[name](high)) for name, (low, high) in ranges.items()}
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises preparations that an exported graph has behind it
     try:
