@@ -27,7 +27,8 @@ from deploy.errors import LocalUserError, UserError
 
 if TYPE_CHECKING:
     from compress.recipe import Deploy, Recipe, Split
-    from deploy.runtimes.onnx import OnnxRunner
+    from deploy.engine_card import EngineCard, EngineOptions
+    from deploy.runtimes.base import Runner
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
@@ -54,7 +55,7 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Build everything and take one step on made-up data; keep nothing.")
 ]
 Devices = Annotated[int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")]
-Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files.")]
+Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files, or .engine files.")]
 Providers = Annotated[Provider, typer.Option("--provider", help="Where ONNX Runtime runs.")]
 Fallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
@@ -271,7 +272,10 @@ def synthetic(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A student.safetensors.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A student.safetensors; for --trt and --triton-repo also .onnx."),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Default: the checkpoint's name with .onnx.")
     ] = None,
@@ -287,14 +291,64 @@ def export(
     max_detections: Annotated[int | None, typer.Option(min=1)] = None,
     candidates: Annotated[int | None, typer.Option(min=1)] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch to check.")] = None,
+    trt: Annotated[
+        bool, typer.Option("--trt", help="Also build a TensorRT engine, with a card, for this GPU.")
+    ] = False,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,N,N", help="Engine: smallest, best and largest batch.")
+    ] = "1,8,32",
+    workspace_gb: Annotated[
+        float | None, typer.Option("--workspace-gb", help="Engine: most scratch memory. Default: all there is.")
+    ] = None,
+    optimization_level: Annotated[
+        int, typer.Option("--builder-optimization-level", min=0, max=5, help="Engine: 5 searches longest.")
+    ] = 3,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Engine: also for later TensorRT of the same major version.")
+    ] = False,
+    hardware_compatible: Annotated[
+        Literal["ampere+", "same"] | None,
+        typer.Option("--hardware-compatible", help="Engine: also for later GPUs, or all of this compute capability."),
+    ] = None,
+    refit: Annotated[
+        Literal["all", "individual"] | None,
+        typer.Option("--refit", help="Engine: weights can be replaced later, all or each that has a name."),
+    ] = None,
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Engine: without weights, which compress refit puts in.")
+    ] = False,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="DIR", help="Engine: default ~/.cache/compress/timing."),
+    ] = None,
+    triton_repo: Annotated[
+        Path | None,
+        typer.Option("--triton-repo", metavar="DIR", help="Also add it to a model repository of NVIDIA Triton."),
+    ] = None,
 ) -> None:
-    """Write a checkpoint as one ONNX file.
+    """Write a checkpoint as one ONNX file; build engines.
 
     It takes pixels and gives final boxes, and is compared with torch on real images before it gets its name.
     Settings that are not given come from the recipe.yaml beside the checkpoint, or are the defaults.
     """
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint}: no such file")
+    ship = None
+    if trt:
+        given_options = {
+            "workspace_gb": workspace_gb,
+            "optimization_level": optimization_level,
+            "version_compatible": version_compatible,
+            "hardware_compatible": hardware_compatible,
+            "refit": "all" if strip else refit,
+            "strip": strip,
+        }
+        ship = _engine_options(batch, given_options)
+    if checkpoint.suffix == ".onnx":
+        if not trt and triton_repo is None:
+            raise UserError(f"{checkpoint}: is an ONNX file already; give --trt or --triton-repo")
+        _next(*_deliver(checkpoint, out, ship, timing_cache, triton_repo))
+        return
     out = out or checkpoint.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise UserError(f"--out: {out} does not end in .onnx")
@@ -338,7 +392,72 @@ def export(
         f"{out}: {done.size_bytes / 1e6:.1f} MB; largest difference from torch: score "
         f"{done.max_score_difference:.1e}, box {done.max_box_difference_px:.1e} px"
     )
+    if trt or triton_repo is not None:
+        _deliver(out, None, ship, timing_cache, triton_repo)
     _next(*following)
+
+
+def _engine_options(batch: str, given: dict[str, Any]) -> EngineOptions:
+    from pydantic import ValidationError
+
+    from deploy.engine_card import EngineOptions
+
+    sizes = _batch_sizes(batch)
+    if len(sizes) > 3 or sizes != sorted(sizes):
+        raise UserError(f"--batch: '{batch}': an engine has a smallest, a best and a largest batch, for example 1,8,32")
+    smallest, largest = sizes[0], sizes[-1]
+    try:
+        return EngineOptions(batches=(smallest, sizes[1] if len(sizes) == 3 else largest, largest), **given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""
+        raise UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from None
+
+
+def _deliver(
+    onnx: Path, out: Path | None, options: EngineOptions | None, timing_cache: Path | None, triton_repo: Path | None
+) -> tuple[Any, ...]:
+    """Build the engine of an ONNX file and put it, or the file, into a model repository. The next command."""
+    artifact = onnx
+    if options is not None:
+        from compress.console import progress as progress_of
+        from deploy.engine import TIMING_CACHES, build_engine
+
+        artifact = onnx.with_suffix(".engine") if out is None else out
+        with progress_of(f"building {artifact.name}") as progress:
+            card = build_engine(onnx, artifact, options, timing_caches=timing_cache or TIMING_CACHES, progress=progress)
+        print(f"{artifact}: {_engine_in_words(card)}")
+    if triton_repo is not None:
+        from deploy.triton_repo import write_triton_model
+
+        added = write_triton_model(triton_repo, artifact)
+        print(f"{added.folder}: version {added.version}, backend {added.backend}, batches up to {added.max_batch}")
+    return ("benchmark", artifact)
+
+
+def _engine_in_words(card: EngineCard) -> str:
+    share = ", ".join(f"{part:.0%} {name}" for name, part in card.network.share.items())
+    layers = f"{card.layers.count} layers" if card.layers is not None else f"layers not known ({card.layers_missing})"
+    smallest, best, largest = card.options.batches
+    return (
+        f"{card.engine_bytes / 1e6:.1f} MB in {card.build_seconds:.0f} s with {card.machine.library} "
+        f"{card.machine.version} for {card.machine.gpu or 'no GPU'}; batch {smallest} to {largest}, best at {best}; "
+        f"convolutions and matrix products {share}; {layers}"
+    )
+
+
+@app.command()
+def refit(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Built with --refit or --strip.")],
+    onnx: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The same student with other weights.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: over ENGINE.")] = None,
+) -> None:
+    """Put the weights of an ONNX file into an engine, without building it again."""
+    from deploy.engine import refit_engine
+
+    card = refit_engine(engine, onnx, out)
+    print(f"{out or engine}: {card.engine_bytes / 1e6:.1f} MB with the weights of {onnx}")
+    _next("benchmark", out or engine)
 
 
 def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, int]]:
@@ -445,20 +564,18 @@ def validate(
     _next("benchmark", *files, "--images", images)
 
 
-def _open(
-    files: Sequence[Path], provider: Provider, allow_fallback: bool, threads: int | None
-) -> dict[str, OnnxRunner]:
+def _open(files: Sequence[Path], provider: Provider, allow_fallback: bool, threads: int | None) -> dict[str, Runner]:
     """A runner for each file, by the path as it was given."""
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
-        if file.suffix != ".onnx":
-            raise UserError(f"{file}: not an .onnx file; make one with compress export")
+        if file.suffix not in (".onnx", ".engine"):
+            raise UserError(f"{file}: neither .onnx nor .engine; make one with compress export")
         if files.count(file) > 1:
             raise UserError(f"{file}: given twice")
-    from deploy.runtimes.onnx import OnnxRunner
+    from deploy.runtimes.files import open_runner
 
-    return {str(file): OnnxRunner(file, (provider,), allow_fallback=allow_fallback, threads=threads) for file in files}
+    return {str(file): open_runner(file, (provider,), allow_fallback=allow_fallback, threads=threads) for file in files}
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -697,7 +814,7 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 @contextmanager
-def _image_files(folder: Path | None, runners: dict[str, OnnxRunner]) -> Iterator[list[Path]]:
+def _image_files(folder: Path | None, runners: dict[str, Runner]) -> Iterator[list[Path]]:
     """The image files of `folder`, or drawn ones as large as the largest input, for as long as it is open."""
     if folder is not None:
         yield _images_in(folder)
@@ -764,7 +881,7 @@ def serve(
     files = _named_files(models)
     providers = [name.strip() for name in provider.split(",")]
     token = _token(token_file)
-    from deploy.runtimes.onnx import OnnxRunner
+    from deploy.runtimes.files import open_runner
     from deploy.serve.server import serve as serve_files
     from deploy.serve.settings import Settings
 
@@ -782,7 +899,7 @@ def serve(
     )
     serve_files(
         files,
-        lambda path: OnnxRunner(path, providers, allow_fallback=allow_fallback, threads=threads),
+        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads),
         settings,
         host=host,
         port=port,
@@ -801,8 +918,8 @@ def _named_files(models: Sequence[str]) -> dict[str, Path]:
         path = Path(file)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        if path.suffix != ".onnx":
-            raise UserError(f"{path}: not an .onnx file; make one with compress export")
+        if path.suffix not in (".onnx", ".engine"):
+            raise UserError(f"{path}: neither .onnx nor .engine; make one with compress export")
         if name in files:
             raise UserError(f"{path}: a second model named '{name}': give NAME={path}")
         files[name] = path

@@ -173,7 +173,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("export text.safetensors --images images --input-size 64x64", "text.safetensors"),
         ("export text.safetensors --images void --input-size 64x64", "--images: void: no images in it"),
         ("validate none.onnx --data good.json --images images", "none.onnx: no such file"),
-        ("validate model.pt --data good.json --images images", "model.pt: not an .onnx file"),
+        ("validate model.pt --data good.json --images images", "model.pt: neither .onnx nor .engine"),
         ("validate text.onnx --data good.json --images images", "text.onnx"),
         ("validate text.onnx text.onnx --data good.json --images images", "text.onnx: given twice"),
         ("validate text.onnx --data none.json --images images", "--data: none.json: no such file"),

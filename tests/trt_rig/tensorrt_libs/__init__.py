@@ -1,4 +1,4 @@
-"""Puts TensorRT-RTX and the bridge into the process; `tensorrt_bindings` imports this package before its own library."""
+"""Puts TensorRT-RTX and the bridge into the process: `tensorrt_bindings` imports this before its own library."""
 
 from __future__ import annotations
 
