@@ -129,6 +129,7 @@ class TorchRunner:
         self.card = card
         self.device = torch.device(device)
         self.backend = f"torch {self.device.type}"
+        self.on_cpu = self.device.type == "cpu"
         self.module = module.eval().to(self.device)
 
     @torch.inference_mode()

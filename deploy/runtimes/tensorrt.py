@@ -55,6 +55,10 @@ class TensorRTRunner:
         return f"{machine.library.lower()} {machine.version}{' graph' if self._graphs is not None else ''}"
 
     @property
+    def on_cpu(self) -> bool:
+        return False
+
+    @property
     def batches(self) -> tuple[int, int]:
         """Smallest and largest batch of one launch."""
         return self._buffers.smallest, self._buffers.largest
