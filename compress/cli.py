@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
+Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 app = typer.Typer(
     name="compress",
