@@ -28,7 +28,7 @@ VERSION = "1"
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 HEADER_LENGTH = "Inference-Header-Content-Length"
 OUTPUTS = {"boxes": "FP32", "scores": "FP32", "labels": "INT64", "count": "INT32"}
-_DTYPES = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
 MAX_TOKENS = 200_000
 """Brackets and quotes in a JSON body. A body of empty lists would take thirty times its size in memory."""
 
@@ -144,8 +144,9 @@ def _images(inputs: Any, tail: memoryview, card: ModelCard, max_images: int) -> 
     if tensor.get("datatype") != "UINT8":
         raise _bad("images: datatype must be UINT8")
     shape, wanted = tensor.get("shape"), [3, *card.input_size]
-    numbers = isinstance(shape, list) and all(type(side) is int for side in shape)
-    if not numbers or len(shape) != 4 or shape[1:] != wanted or shape[0] < 1:
+    if not isinstance(shape, list) or not all(type(side) is int for side in shape) or len(shape) != 4:
+        raise _bad("images: shape must be four whole numbers")
+    if shape[1:] != wanted or shape[0] < 1:
         raise _bad(f"images: shape must be [n, {', '.join(map(str, wanted))}]")
     if shape[0] > max_images:
         raise RefusalError(413, f"images: at most {max_images} in a request")
