@@ -26,12 +26,12 @@ from compress import __version__
 from deploy.errors import LocalUserError, UserError
 
 if TYPE_CHECKING:
+    from compress.export import Quantizing
     from compress.recipe import Deploy, Recipe, Split
     from deploy.engine_card import EngineCard, EngineOptions
     from deploy.runtimes.base import Runner
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
-Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 app = typer.Typer(
@@ -292,6 +292,29 @@ def export(
     max_detections: Annotated[int | None, typer.Option(min=1)] = None,
     candidates: Annotated[int | None, typer.Option(min=1)] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch to check.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="P,P", help="Of fp32, fp16, int8, mixed. Default: fp32.")
+    ] = None,
+    target: Annotated[
+        Literal["cpu", "tensorrt"] | None,
+        typer.Option("--target", help="int8: whose format. Default: cpu, and tensorrt with --trt."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="DIR|JSON", help="int8: images for its ranges. Default: for training."),
+    ] = None,
+    calibration_images: Annotated[int | None, typer.Option(min=1, help="int8: how many. Default: 128.")] = None,
+    calibration_method: Annotated[
+        Literal["minmax", "percentile", "entropy"] | None, typer.Option(help="int8: default minmax.")
+    ] = None,
+    max_map_drop: Annotated[
+        float | None,
+        typer.Option("--max-map-drop", min=0, help="int8: keep layers in float until the loss is within these points."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="JSON", help="int8: labels of --images to decide on. Default: for training."),
+    ] = None,
     trt: Annotated[
         bool, typer.Option("--trt", help="Also build a TensorRT engine, with a card, for this GPU.")
     ] = False,
@@ -327,9 +350,9 @@ def export(
         typer.Option("--triton-repo", metavar="DIR", help="Also add it to a model repository of NVIDIA Triton."),
     ] = None,
 ) -> None:
-    """Write a checkpoint as one ONNX file; build engines.
+    """Write a checkpoint as ONNX files; build engines.
 
-    It takes pixels and gives final boxes, and is compared with torch on real images before it gets its name.
+    They take pixels and give final boxes, and are compared with torch on real images before they get their names.
     Settings that are not given come from the recipe.yaml beside the checkpoint, or are the defaults.
     """
     if not checkpoint.is_file():
@@ -369,32 +392,59 @@ def export(
     beside = checkpoint.parent / "recipe.yaml"
     recipe = _recipe(beside, None) if beside.is_file() else None
     settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
+    wanted = _precisions(precision)
+    quantized = [name for name in wanted if name in ("int8", "mixed")]
+    int8 = {"target": target, "calibration": calibration, "images": calibration_images, "method": calibration_method}
+    int8 = {key: value for key, value in int8.items() if value is not None}
+    _check_int8_options(quantized, int8, max_map_drop, data, images)
+    if trt and target is None:
+        int8["target"] = "tensorrt"
+    settings = settings.model_copy(update={"int8": settings.int8.model_copy(update=int8)})
     if recipe is None and images is None:
         raise UserError(f"--images: there is no {beside} to take images from; give a folder")
     if recipe is None and settings.input_size is None:
         raise UserError(f"--input-size: there is no {beside} to take it from; give it, for example 800x1344")
 
-    from compress.export import export_checkpoint
+    import tempfile
+
+    from compress.export import SOURCES, export_checkpoint, file_for
     from deploy.export import ExportMismatchError
 
+    for name in wanted:
+        need_place(file_for(out, name))
+    how = _quantizing(recipe, settings, max_map_drop, data, images, out) if quantized else None
     size, files = settings.input_size, [] if images is None else _images_in(images)
     limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
-    following: tuple[Any, ...] = ("benchmark", out, "--images", images)
+    written = [file_for(out, name) for name in wanted]
+    following: tuple[Any, ...] = ("benchmark", *written, "--images", images)
     if recipe is not None and (images is None or size is None):  # these may lie on another machine
         split, of_recipe, canvas_size = _validation_images(recipe)
         files, size = files or of_recipe, size or canvas_size
-        following = ("validate", out, "--data", split.annotations, "--images", split.images)
+        following = ("validate", *written, "--data", split.annotations, "--images", split.images)
+        if len(written) > 1:
+            following = (*following, "--reference", written[0])
     assert size is not None and files, "checked above"
     try:
-        done = export_checkpoint(checkpoint, out, settings, input_size=size, images=files, limits=limits)
+        with tempfile.TemporaryDirectory() as folder:
+            made: dict[str, Path] = {}
+            for name in sorted({SOURCES[name] for name in wanted}, reverse=True):
+                file = made[name] = file_for(out if name in wanted else Path(folder) / out.name, name)
+                done = export_checkpoint(
+                    checkpoint, file, settings, input_size=size, images=files, limits=limits, half=name == "fp16"
+                )
+                if name in wanted:
+                    print(
+                        f"{file}: {done.size_bytes / 1e6:.1f} MB; largest difference from torch: score "
+                        f"{done.max_score_difference:.1e}, box {done.max_box_difference_px:.1e} px"
+                    )
+            if how is not None:
+                for name in quantized:
+                    _quantize(made[SOURCES[name]], file_for(out, name), how, settings.max_batch)
     except ExportMismatchError as error:
         _gate_failed(f"{checkpoint}: {' '.join(str(error).split())}")
-    print(
-        f"{out}: {done.size_bytes / 1e6:.1f} MB; largest difference from torch: score "
-        f"{done.max_score_difference:.1e}, box {done.max_box_difference_px:.1e} px"
-    )
     if trt or triton_repo is not None:
-        _deliver(out, None, ship, timing_cache, triton_repo)
+        for name in wanted:
+            _deliver(file_for(out, name), None, ship, timing_cache, triton_repo)
     _next(*following)
 
 
@@ -459,6 +509,87 @@ def refit(
     card = refit_engine(engine, onnx, out)
     print(f"{out or engine}: {card.engine_bytes / 1e6:.1f} MB with the weights of {onnx}")
     _next("benchmark", out or engine)
+
+
+def _precisions(text: str | None) -> list[str]:
+    names = [name.strip() for name in (text or "fp32").split(",")]
+    for name in names:
+        if name not in ("fp32", "fp16", "int8", "mixed"):
+            raise UserError(f"--precision: '{name[:20]}' is none of fp32, fp16, int8, mixed")
+    return list(dict.fromkeys(names))
+
+
+def _check_int8_options(
+    quantized: Sequence[str], int8: dict[str, Any], max_map_drop: float | None, data: Path | None, images: Path | None
+) -> None:
+    """Options that would do nothing are mistakes."""
+    options = {"target": "--target", "calibration": "--calibration"}
+    options |= {"images": "--calibration-images", "method": "--calibration-method"}
+    given = [options[key] for key in int8] + ["--max-map-drop"] * (max_map_drop is not None)
+    if given and not quantized:
+        raise UserError(f"{given[0]}: is about int8 files; add --precision fp32,int8")
+    if int8.get("target") == "cpu" and "mixed" in quantized:
+        raise UserError("--target: mixed files are for TensorRT only; leave out mixed or --target cpu")
+    if data is not None and (max_map_drop is None or images is None):
+        raise UserError("--data: is what --max-map-drop decides on; give --max-map-drop, and --images, its folder")
+    if data is not None and not data.is_file():
+        raise UserError(f"--data: {data}: no such file")
+    if max_map_drop is not None:
+        _need_finite(max_map_drop, "--max-map-drop")
+
+
+def _quantizing(
+    recipe: Recipe | None,
+    settings: Deploy,
+    max_map_drop: float | None,
+    data: Path | None,
+    images: Path | None,
+    out: Path,
+) -> Quantizing:
+    """What int8 files are made with: calibration images, apart from the validation images, and what decides."""
+    from compress.export import Quantizing, calibration_of, deciding_split
+
+    if recipe is None and settings.int8.calibration is None:
+        raise UserError("--calibration: there is no recipe.yaml to take training images from; give a folder or a JSON")
+    if recipe is None and max_map_drop is not None and data is None:
+        raise UserError("--max-map-drop: needs labels to decide on; give --data and --images")
+    chosen = calibration_of(recipe, settings.int8)
+    if max_map_drop is None:
+        return Quantizing(settings.int8, chosen)
+    if data is not None and images is not None:
+        split = (data, images)
+    else:
+        assert recipe is not None, "checked above"
+        from compress.arms import splits
+
+        count = settings.int8.deciding_images
+        split = deciding_split(splits(recipe.data, recipe.runs)[0], chosen, count, out.with_suffix(".deciding.json"))
+    return Quantizing(settings.int8, chosen, split, max_map_drop)
+
+
+def _quantize(source: Path, out: Path, how: Quantizing, max_batch: int) -> None:
+    from compress.console import open_console
+    from compress.console import progress as progress_of
+    from compress.export import BudgetError, quantize_export
+    from deploy.quantize.picture import sensitivity_table, trials_table
+
+    try:
+        with progress_of("quantizing") as progress:
+            report, found = quantize_export(source, out, how, max_batch=max_batch, progress=progress)
+    except BudgetError as error:
+        open_console().print(sensitivity_table(error.result))
+        open_console().print(trials_table(error.result))
+        _gate_failed(str(error))
+    if found is not None:
+        if found.sensitivities:
+            open_console().print(sensitivity_table(found))
+        open_console().print(trials_table(found))
+        print(f"the search: {out.with_suffix('.guided.json')}, {out.with_suffix('.guided.svg')}")
+    print(
+        f"{out}: {report.size_bytes / 1e6:.1f} MB, for {report.target}; {report.layers} layers in int8, "
+        f"{len(report.float_layers)} in float; output error on {report.images} calibration images: scores "
+        f"{report.score_error:.1%}, boxes {report.box_error:.1%}"
+    )
 
 
 def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, int]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.arms import splits
 from compress.data.batch import PAD_COLOR
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.detectors.deployable import Deployable, TorchRunner, half_precision
-from compress.recipe import Deploy, Int8, Split
+from compress.recipe import Deploy, Int8, Recipe, Split
 from compress.versions import versions
 from deploy.card import ModelCard, card_from_file
 from deploy.coco_map import load_annotations
@@ -21,12 +22,14 @@ from deploy.export import ExportReport, export_onnx
 from deploy.files import sha256_of, write_json, write_text
 from deploy.precision import PROCESSING
 from deploy.preprocess import fit_canvas, load_image
-from deploy.quantize.calibrate import CalibrationImages, check_apart
-from deploy.quantize.file import QuantizeReport, Quantizer
+from deploy.quantize.calibrate import CalibrationImages, check_apart, choose_images, list_images
+from deploy.quantize.file import Quantizer, QuantizeReport
 from deploy.quantize.guided import GuidedResult, Progress, search
 from deploy.quantize.picture import trade_off_svg
 
 SAMPLES = 16  # images that an export is checked on
+SOURCES = {"fp32": "fp32", "fp16": "fp16", "int8": "fp32", "mixed": "fp16"}
+"""Precision → the float file that it is, or is quantized from."""
 HALF_SCORE_TOLERANCE = 0.01
 HALF_BOX_TOLERANCE = 0.005  # of the canvas; everywhere, also where the distances of an empty place are a coin toss
 
@@ -44,7 +47,7 @@ class Quantizing:
 
 
 class BudgetError(RuntimeError):
-    """No choice of float layers holds the loss of mAP within the budget. No file was written; `result` has the search."""
+    """No choice of float layers holds the loss of mAP within the budget: no file was written. `result`: the search."""
 
     def __init__(self, message: str, result: GuidedResult) -> None:
         super().__init__(message)
@@ -92,6 +95,22 @@ def export_checkpoint(
 def file_for(out: Path, precision: str) -> Path:
     """Where a precision goes: `student.onnx` for fp32, `student.int8.onnx` for int8."""
     return out if precision == "fp32" else out.with_suffix(f".{precision}.onnx")
+
+
+def calibration_of(recipe: Recipe | None, settings: Int8) -> CalibrationImages:
+    """The calibration images: `settings.calibration`, or the recipe's training images.
+
+    Raises UserError when there are none, and when one of them is among the recipe's validation images.
+    """
+    if recipe is None:
+        assert settings.calibration is not None, "without a recipe there is nothing else"
+        return choose_images(list_images(settings.calibration), settings.images)
+    train, val = splits(recipe.data, recipe.runs)
+    source = settings.calibration
+    files = split_files(train.annotations, train.images) if source is None else list_images(source)
+    chosen = choose_images(files, settings.images)
+    check_apart(chosen, split_files(val.annotations, val.images))
+    return chosen
 
 
 def quantize_export(

@@ -118,7 +118,7 @@ def search(
     whole = trial([])
     if meets(whole):
         result.chosen = whole
-        return result
+        return measure.finish(result)
     measure.expect(len(inner) + steps)
     result.sensitivities = sorted((measure.sensitivity(name) for name in inner), key=lambda row: -row.error)
     ranked = [row.layer for row in result.sensitivities]
@@ -129,7 +129,7 @@ def search(
         done = trial(ranked[:middle])
         low, high, best = (low, middle, done) if meets(done) else (middle, high, best)
     if best is None:
-        return result
+        return measure.finish(result)
     kept = ranked[:high]
     measure.expect(len(kept))
     for name in reversed(ranked[:high]):
@@ -138,7 +138,7 @@ def search(
         if meets(done):
             kept, best = fewer, done
     result.chosen = best
-    return result
+    return measure.finish(result)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -186,6 +186,11 @@ class _Measurements:
             return list(output_error(self._reference, dense_outputs(self._quantizer.graph(others), images)))
 
         return Sensitivity(layer, *self._once(f"alone {layer}", work))
+
+    def finish(self, result: GuidedResult) -> GuidedResult:
+        """Put the outcome beside the measurements, for people."""
+        write_json(self._record, {"key": self._key, "values": self._values, "result": result.to_dict()})
+        return result
 
     def _map_of(self, path: Path) -> float:
         return validate({"trial": OnnxRunner(path)}, self._annotations, self._images)[0].metrics.map
