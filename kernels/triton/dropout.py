@@ -16,20 +16,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout_table import Table
+from kernels.dropout import Dropout, int32
+from kernels.dropout_table import table
 
 COMBINE = {"none": 0, "sum": 1, "mean": 2}
 NOT_SPECIALIZED = ["seed_low", "seed_high", "offset_low", "offset_high"]
 """Arguments of `draw_quads` whose values change from call to call: a kernel is not compiled anew for some of them."""
 
 
-def draw_arguments(tables: Table | None, seed: int, offset: int, mode: str, combine: str) -> dict[str, Any]:
-    """The arguments that every kernel passes on to `draw_quads`; without tables nothing is drawn."""
-    if tables is None:
+def draw_arguments(dropout: Dropout | None, device: torch.device) -> dict[str, Any]:
+    """The arguments that every kernel passes on to `draw_quads`; nothing is drawn without a dropout."""
+    if dropout is None:
         one = dict.fromkeys(NOT_SPECIALIZED, 0)
         return one | {
             "words": None,
@@ -43,13 +45,14 @@ def draw_arguments(tables: Table | None, seed: int, offset: int, mode: str, comb
             "CHANNEL": False,
             "COMBINE": 0,
         }
+    tables = table(dropout.rates, device)
     first = tables.groups[0]
     one_rate = len(tables.groups) == 1 and first.rate is not None
     return {
-        "seed_low": _int32(seed),
-        "seed_high": _int32(seed >> 32),
-        "offset_low": _int32(offset),
-        "offset_high": _int32(offset >> 32),
+        "seed_low": int32(dropout.seed),
+        "seed_high": int32(dropout.seed >> 32),
+        "offset_low": int32(dropout.offset),
+        "offset_high": int32(dropout.offset >> 32),
         "words": tables.words,
         "means": None if one_rate else tables.mean,
         "variances": None if one_rate else tables.variance,
@@ -58,19 +61,9 @@ def draw_arguments(tables: Table | None, seed: int, offset: int, mode: str, comb
         "per_pair": first.per_pair,
         "GROUPS": len(tables.groups),
         "COPIES": first.copies if one_rate else 0,
-        "CHANNEL": mode == "channel",
-        "COMBINE": COMBINE[combine],
+        "CHANNEL": dropout.mode == "channel",
+        "COMBINE": COMBINE[dropout.combine],
     }
-
-
-def three_dimensions(x: Tensor, mode: str = "elementwise") -> tuple[int, int, int]:
-    """B, C, S of a tensor of any shape. Fewer than three dimensions: rows are channels, a vector is one row."""
-    if x.dim() >= 3 or (x.dim() == 2 and mode == "channel"):
-        B, C = x.shape[:2]
-        return B, C, x.numel() // max(B * C, 1) if x.numel() else 0
-    if x.dim() == 2:
-        return 1, x.shape[0], x.shape[1]
-    return 1, 1, x.numel()
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
@@ -82,17 +75,10 @@ def dense(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
-def _int32(bits: int) -> int:
-    """The low 32 bits, as a signed number."""
-    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
 @triton.jit
 def draw_quads(
     position,
     quad,
-    given,
-    inside,
     seed_low,
     seed_high,
     offset_low,
@@ -111,7 +97,6 @@ def draw_quads(
     """Factors f (the result is f x) and v (the variance is v x^2) of four channels, as two tuples of float32 tiles.
 
     position, quad: int32, broadcast against each other, e.g. [1, S] and [Q, 1]. Mode `channel` gives [Q, 1] back.
-    given: None, or a tile of pointers to four int32 numbers that replace the drawn ones where `inside`.
     groups: int32 [GROUPS, 3]: first column, bits, copies; see `dropout_table.Group`.
     COPIES: N where all rates are equal (values by formula), else 0 (values from the tables).
     """
@@ -126,15 +111,7 @@ def draw_quads(
         copies = tl.load(groups + 3 * group + 2).to(tl.float32)
         share = copies / (drawn + copies)
         drawn += copies
-        if given is None:
-            r = philox(position, quad, offset_low, offset_high + (group << 24), seed_low, seed_high)
-        else:
-            r = (
-                tl.load(given, mask=inside, other=0).to(tl.uint32, bitcast=True),
-                tl.load(given + 1, mask=inside, other=0).to(tl.uint32, bitcast=True),
-                tl.load(given + 2, mask=inside, other=0).to(tl.uint32, bitcast=True),
-                tl.load(given + 3, mask=inside, other=0).to(tl.uint32, bitcast=True),
-            )
+        r = philox(position, quad, offset_low, offset_high + (group << 24), seed_low, seed_high)
         a0, v0 = merged(a[0], v[0], share, r[0], start, bits, words, means, variances, per_copy, per_pair, COPIES)
         a1, v1 = merged(a[1], v[1], share, r[1], start, bits, words, means, variances, per_copy, per_pair, COPIES)
         a2, v2 = merged(a[2], v[2], share, r[2], start, bits, words, means, variances, per_copy, per_pair, COPIES)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout_table import Table
+from kernels.dropout import Dropout, three_dimensions
 from kernels.triton.dropout import (
     NOT_SPECIALIZED,
     dense,
@@ -19,28 +19,25 @@ from kernels.triton.dropout import (
     draw_quads,
     first_channel,
     interleave,
-    three_dimensions,
     tile_of_program,
 )
 from kernels.triton.math import unit
 
-TILE = 512  # quads times positions of a program: 16 elements a thread
+TILE_BYTES = 2048  # of a lane: 16 a thread
 
 
 def forward(
     x: Tensor,
-    tables: Table,
-    stream: tuple[int, int, str, str],
+    dropout: Dropout,
     variance: bool,
     *,
-    given: Tensor | None = None,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """out and var, both like x. stream: seed, offset, mode, combine."""
+    """out and var, both like x."""
     source, channels_last = dense(x)
     out = torch.empty_like(source)
     var = torch.empty_like(source) if variance else None
-    _launch(_forward_kernel, (source, out, var), channels_last, tables, stream, given, tile)
+    _launch(_forward_kernel, (source, out, var), channels_last, dropout, tile)
     return _like(out, x), None if var is None else _like(var, x)
 
 
@@ -48,17 +45,15 @@ def backward(
     grad_out: Tensor,
     grad_var: Tensor,
     x: Tensor,
-    tables: Table,
-    stream: tuple[int, int, str, str],
+    dropout: Dropout,
     *,
-    given: Tensor | None = None,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Tensor:
     """Gradient like x from those of out and var."""
     source, channels_last = dense(x)
     grad = torch.empty_like(source)
     tensors = (source, _like(grad_out, source), _like(grad_var, source), grad)
-    _launch(_backward_kernel, tensors, channels_last, tables, stream, given, tile)
+    _launch(_backward_kernel, tensors, channels_last, dropout, tile)
     return _like(grad, x)
 
 
@@ -72,16 +67,15 @@ def _launch(
     kernel: triton.JITFunction,
     tensors: tuple[Tensor | None, ...],
     channels_last: bool,
-    tables: Table,
-    stream: tuple[int, int, str, str],
-    given: Tensor | None,
-    tile: int,
+    dropout: Dropout,
+    tile: int | None,
 ) -> None:
     x = tensors[0]
     assert x is not None
     if x.numel() == 0:
         return
-    B, C, S = three_dimensions(x, stream[2])
+    tile = tile or TILE_BYTES // x.element_size()
+    B, C, S = three_dimensions(x, dropout.mode)
     quads = triton.cdiv(C, 4)
     if channels_last:
         block_q = min(triton.next_power_of_2(quads), 32)
@@ -93,10 +87,9 @@ def _launch(
     with torch.cuda.device_of(x):
         kernel[grid](
             *tensors,
-            given,
             C // unit(C),
             S // unit(S),
-            **draw_arguments(tables, *stream),
+            **draw_arguments(dropout, x.device),
             C_UNIT=unit(C),
             S_UNIT=unit(S),
             CHANNELS_LAST=channels_last,
@@ -110,7 +103,6 @@ def _forward_kernel(
     x,
     out,
     var,
-    given,
     c_units,
     s_units,
     seed_low,
@@ -137,15 +129,9 @@ def _forward_kernel(
     S = s_units * S_UNIT
     image, quad, position = tile_of_program(C, S, CHANNELS_LAST, BLOCK_Q, BLOCK_S)
     quads = (C + 3) // 4
-    inside = (quad < quads) & (position < S)
-    numbers = given
-    if given is not None:
-        numbers = given + ((image * quads + quad) * S + position) * 4
     f, v = draw_quads(
         position,
         (image * quads + quad).to(tl.int32),
-        numbers,
-        inside,
         seed_low,
         seed_high,
         offset_low,
@@ -180,7 +166,6 @@ def _backward_kernel(
     grad_out,
     grad_var,
     grad,
-    given,
     c_units,
     s_units,
     seed_low,
@@ -207,15 +192,9 @@ def _backward_kernel(
     S = s_units * S_UNIT
     image, quad, position = tile_of_program(C, S, CHANNELS_LAST, BLOCK_Q, BLOCK_S)
     quads = (C + 3) // 4
-    inside = (quad < quads) & (position < S)
-    numbers = given
-    if given is not None:
-        numbers = given + ((image * quads + quad) * S + position) * 4
     f, v = draw_quads(
         position,
         (image * quads + quad).to(tl.int32),
-        numbers,
-        inside,
         seed_low,
         seed_high,
         offset_low,
