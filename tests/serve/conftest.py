@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serve.red import write_red_model
+from tests.serve.running import Server, server
+
+
+@pytest.fixture(scope="session")
+def red_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that finds the red rectangle, at once."""
+    path = tmp_path_factory.mktemp("red") / "red.onnx"
+    write_red_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def slow_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with some milliseconds of work an image."""
+    path = tmp_path_factory.mktemp("slow") / "slow.onnx"
+    write_red_model(path, work=12)
+    return path
+
+
+@pytest.fixture(scope="session")
+def red_server(red_onnx: Path) -> Iterator[Server]:
+    """A server of the red model with everything at its default."""
+    with server(red_onnx, "--threads", "1") as running:
+        yield running

@@ -1,0 +1,133 @@
+"""Pictures from strangers: every kind that is taken, and refusals for the rest."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deploy.preprocess import decode_image, fit_canvas
+from deploy.serve.decode import decode, read_header
+from deploy.serve.settings import RefusalError
+from tests.serve.pictures import encode, hostile, jpeg_of_many_scans, kinds, png_that_claims
+from tests.serve.red import CARD, picture
+
+GOOD, BAD = kinds(), hostile()
+LIMIT = 1_000_000
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_is_what_validation_sees(name: str) -> None:
+    """The same canvas, bit for bit, as `compress validate` makes of the file."""
+    found = decode(GOOD[name], CARD, max_pixels=LIMIT, where="image", keep_pixels=True)
+    pixels = decode_image(GOOD[name])
+    canvas, scale = fit_canvas(pixels, CARD)
+    assert np.array_equal(found.canvas, canvas) and found.scale == scale
+    assert found.size_hw == pixels.shape[:2] == (60, 90)
+    assert found.pixels is not None and np.array_equal(found.pixels, pixels)
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if not any(word in name for word in ("grey", "16", "bile"))])
+def test_the_first_frame_upright_and_in_colour(name: str) -> None:
+    """Against the picture that was encoded: red inside the rectangle, grey outside."""
+    pixels = decode(GOOD[name], CARD, max_pixels=LIMIT, where="image", keep_pixels=True).pixels
+    assert pixels is not None
+    wanted = picture((60, 90), (20, 10, 70, 40)).astype(int)
+    for y, x in ((25, 45), (15, 25), (35, 65), (5, 5), (50, 80), (25, 10)):
+        assert np.abs(pixels[y, x] - wanted[y, x]).max() < 30, (name, y, x)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_picture_is_refused(name: str) -> None:
+    with pytest.raises(RefusalError) as caught:
+        decode(BAD[name], CARD, max_pixels=LIMIT, where="image 3")
+    assert caught.value.status in (413, 415, 422)
+    assert caught.value.message.startswith("image 3: ")
+    assert "0x" not in caught.value.message and "/" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("tiff", 415), ("text", 415), ("truncated jpeg", 422), ("huge png", 413), ("huge webp", 413), ("huge gif", 413)],
+)
+def test_the_refusal_says_why(name: str, status: int) -> None:
+    with pytest.raises(RefusalError) as caught:
+        decode(BAD[name], CARD, max_pixels=LIMIT, where="image")
+    assert caught.value.status == status
+
+
+def test_a_claim_of_many_pixels_costs_nothing() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    for name in ("huge png", "huge webp", "huge gif", "huge bmp", "a jpeg of 3000 scans"):
+        with pytest.raises(RefusalError):
+            decode(BAD[name], CARD, max_pixels=LIMIT, where="image")
+    assert time.monotonic() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 * (1024 if sys.platform == "darwin" else 1)
+
+
+def test_the_limit_is_the_limit() -> None:
+    data = encode(picture((100, 100), None))
+    assert decode(data, CARD, max_pixels=10_000, where="image").size_hw == (100, 100)
+    with pytest.raises(RefusalError, match="100 x 100 pixels; at most 9999"):
+        decode(data, CARD, max_pixels=9_999, where="image")
+    decode(jpeg_of_many_scans(80), CARD, max_pixels=LIMIT, where="image")
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if "webp" in name])
+def test_webp_sizes_are_read_by_hand_as_pillow_reads_them(name: str) -> None:
+    assert read_header(GOOD[name], "image") == ("WebP", 90, 60)
+
+
+def test_webp_sizes_of_any_kind() -> None:
+    for width, height in ((1, 1), (3, 500), (511, 2)):
+        image = Image.new("RGB", (width, height))
+        for more in ({"lossless": True}, {"quality": 50}, {"lossless": True, "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}):
+            assert read_header(encode(image, "WEBP", **more), "image")[1:] == (width, height)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    st.sampled_from(sorted(GOOD)),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),
+    st.floats(0.2, 1),
+    st.binary(max_size=20),
+)
+def test_damaged_files_are_decoded_or_refused(
+    name: str, changes: list[tuple[float, int]], share: float, tail: bytes
+) -> None:
+    data = bytearray(GOOD[name][: max(16, int(share * len(GOOD[name])))] if share < 0.9 else GOOD[name])
+    for place, value in changes:
+        data[int(place * (len(data) - 1))] = value
+    try:
+        found = decode(bytes(data) + tail, CARD, max_pixels=LIMIT, where="image")
+    except RefusalError as error:
+        assert error.status in (413, 415, 422)
+    else:
+        assert found.canvas.shape == (3, *CARD.input_size)
+
+
+def test_damaged_headers_are_refused() -> None:
+    """Every byte of the first hundred of every kind, changed to 0, 255 and by one."""
+    for name in ("png", "webp", "gif", "bmp"):
+        data = GOOD[name]
+        for place in range(0, 60, 2):
+            for value in (0, 255, (data[place] + 1) % 256):
+                changed = data[:place] + bytes([value]) + data[place + 1 :]
+                try:
+                    decode(changed, CARD, max_pixels=LIMIT, where="image")
+                except RefusalError as error:
+                    assert error.status in (413, 415, 422)
+
+
+def test_png_claims_are_written_right() -> None:
+    """The generator of hostile files itself: its small claim is only truncated."""
+    with pytest.raises(RefusalError) as caught:
+        decode(png_that_claims(100, 100), CARD, max_pixels=LIMIT, where="image")
+    assert caught.value.status == 422
