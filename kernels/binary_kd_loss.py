@@ -5,7 +5,8 @@
 
 over positive and negative locations alike; gradient flows through the modulating factor |t - s|^beta.
 The same pass emits d[b, m] = max_c |t - s|, which weighs BCKD's localisation term. As in
-`quality_focal_loss`, forward leaves the gradient behind and backward is one multiplication.
+`quality_focal_loss`, forward leaves the gradient behind and backward is one multiplication. On CUDA one Triton kernel
+does all of it: it reads both logits once and writes the gradient once.
 
 Shape letters: B images, K classes, M locations of a level.
 """
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import backend as backends
+from kernels.logits import same_layout
+
 
 def binary_kd_loss(
     student: Tensor, teacher: Tensor, weight: Tensor, *, beta: float = 1.0, compiled: bool = False
@@ -28,11 +32,11 @@ def binary_kd_loss(
     """Summed binary distillation loss, and how far the two models disagree.
 
     Args:
-        student: float [B, K, M] logits; computed in float32.
+        student: float [B, K, M] logits, with either M or K inside (maps that are channels last); computed in float32.
         teacher: float [B, K, M] logits; no gradient.
         weight: float [B, M], v: 1 for a location that counts, 0 for one that does not.
         beta: exponent of the modulating factor, > 0; the paper's is 1.
-        compiled: run the pass through torch.compile.
+        compiled: run the PyTorch pass through torch.compile.
 
     Returns:
         Scalar float32 loss (gradient reaches `student` only), and the disagreement max_c |t - s| as float32
@@ -45,6 +49,11 @@ def binary_kd_loss(
         raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} logits differ in shape")
     if weight.shape != (student.shape[0], student.shape[2]):
         raise ValueError(f"weight must be [B, M] of {list(student.shape)}, got {list(weight.shape)}")
+    if backends.chosen(student) == "triton":
+        student, teacher = same_layout(student, teacher)
+        with_gradient = torch.is_grad_enabled() and student.requires_grad
+        loss, disagreement, _ = _fused(student, teacher, weight.contiguous(), beta, with_gradient)
+        return loss, disagreement.detach()
     loss, disagreement = _BinaryKD.apply(student, teacher, weight, beta, compiled)
     return loss, disagreement
 
@@ -93,3 +102,40 @@ class _BinaryKD(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _disagreement: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * upstream, None, None, None, None  # teacher, weight, beta, compiled
+
+
+# --- the fused operator ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("detector_kernels::binary_kd_loss", mutates_args=())
+def _fused(
+    student: Tensor, teacher: Tensor, weight: Tensor, beta: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, disagreement, gradient."""
+    from kernels.triton import binary_kd_loss as kernel
+
+    return kernel.binary_kd_loss(student, teacher, weight, beta, with_gradient)
+
+
+@_fused.register_fake
+def _(
+    student: Tensor, teacher: Tensor, weight: Tensor, beta: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, M = student.shape
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty(B, M, dtype=torch.float32),
+        torch.empty_like(student) if with_gradient else student.new_empty(0),
+    )
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[2])
+
+
+def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * upstream, None, None, None, None  # teacher, weight, beta, with_gradient
+
+
+_fused.register_autograd(_scale_gradient, setup_context=_save_gradient)

@@ -5,7 +5,8 @@
 y[b, c, m] is the IoU quality where c is the label of a positive location, 0 everywhere else, and constant;
 gradient flows through the modulating factor |y - sigmoid(z)|^beta as well. Because y is zero almost everywhere
 the loss is one dense pass for y = 0 plus a correction at the P positive entries: no target tensor is built.
-The loss is a scalar of the batch, so backward is one multiplication by the upstream gradient.
+The loss is a scalar of the batch, so backward is one multiplication by the upstream gradient. On CUDA both parts are
+Triton kernels: the logits are read once and the gradient is written once.
 
 Shape letters: B images, K classes, M locations of a level, P positives.
 """
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import backend as backends
+from kernels.logits import dense
+
 
 def quality_focal_loss(
     logits: Tensor,
@@ -35,13 +39,13 @@ def quality_focal_loss(
     """Summed quality focal loss; divide it by the number of positives yourself.
 
     Args:
-        logits: float [B, K, M], class-quality logits; computed in float32.
+        logits: float [B, K, M], class-quality logits, with either M or K inside; computed in float32.
         index: int64 [P], flat location b * M + m of every positive; no location twice.
         labels: int64 [P], class of every positive.
         quality: float [P] in 0..1, IoU of the predicted box with its ground truth; no gradient.
         weight: float [B, M], v: 1 for a location that counts, 0 for one that does not.
         beta: exponent of the modulating factor, > 0.
-        compiled: run the dense pass through torch.compile.
+        compiled: run the dense PyTorch pass through torch.compile.
 
     Returns:
         Scalar float32 tensor. Gradient reaches `logits` only.
@@ -54,6 +58,11 @@ def quality_focal_loss(
         raise ValueError(f"weight must be {[B, M]} for logits {[B, K, M]}, got {list(weight.shape)}")
     if not index.shape == labels.shape == quality.shape:
         raise ValueError(f"index, labels, quality differ: {index.shape}, {labels.shape}, {quality.shape}")
+    if backends.chosen(logits) == "triton":
+        logits = dense(logits)
+        with_gradient = torch.is_grad_enabled() and logits.requires_grad
+        places = index.contiguous(), labels.contiguous(), quality.detach().contiguous()
+        return _fused(logits, *places, weight.contiguous(), beta, with_gradient)[0]
     return _QualityFocalLoss.apply(logits, index, labels, quality, weight, beta, compiled)
 
 
@@ -137,3 +146,36 @@ class _QualityFocalLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * upstream, *[None] * 6  # index, labels, quality, weight, beta, compiled
+
+
+# --- the fused operator ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("detector_kernels::quality_focal_loss", mutates_args=())
+def _fused(
+    logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss, gradient."""
+    from kernels.triton import quality_focal_loss as kernel
+
+    return kernel.quality_focal_loss(logits, index, labels, quality, weight, beta, with_gradient)
+
+
+@_fused.register_fake
+def _(
+    logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    return logits.new_empty((), dtype=torch.float32), gradient
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * upstream, *[None] * 6  # index, labels, quality, weight, beta, with_gradient
+
+
+_fused.register_autograd(_scale_gradient, setup_context=_save_gradient)

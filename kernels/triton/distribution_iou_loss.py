@@ -38,7 +38,7 @@ def distribution_iou_loss(
     if iou.numel() == 0:
         return logits.new_zeros((), dtype=torch.float32), iou, gradient
     m_inner = logits.is_contiguous() and M > 1
-    block = 64 * 16 // logits.element_size() if m_inner else 32 if points is not None else 64
+    block = 256 if m_inner else 32 if points is not None else 64
     grid = (triton.cdiv(M, block), B)
     partial = logits.new_empty(grid[0] * B, dtype=torch.float32)
     with torch.cuda.device_of(logits):
@@ -85,7 +85,6 @@ def _distribution_iou_kernel(
     b = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = m < M
-    w = tl.load(weight + b * M + m, mask=inside, other=0.0).to(tl.float32)
     image = b * 4 * R * M
     left, x1 = _side(logits + image, m, M, 0, R, M_INNER, BLOCK)
     top, y1 = _side(logits + image, m, M, 1, R, M_INNER, BLOCK)
@@ -112,6 +111,7 @@ def _distribution_iou_kernel(
         -x1, -y1, x2, y2, bx1, by1, bx2, by2, eps, KIND
     )
     tl.store(iou_out + b * M + m, iou, mask=inside)
+    w = tl.load(weight + b * M + m, mask=inside, other=0.0).to(tl.float32)
     tl.store(partial + b * tl.num_programs(0) + tl.program_id(0), tl.sum(loss * w))
     if GRADIENT:
         # d(distance) / d(logit of bin j) = p_j * (j - distance), with log(p_j) = logit - log(sum(exp))
