@@ -102,15 +102,14 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json(level: str) -> None:
-    """Everything that the server and uvicorn log, to stderr."""
+    """Everything that is logged, to stderr: our requests from `level` on, of other packages warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("compress.serve", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level.upper())
-        logger.propagate = False
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger("compress.serve").level))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings are our answers with 400
+    log.setLevel(level.upper())
 
 
 # ----------------------------------------------------------------------------------------------------

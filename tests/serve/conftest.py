@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.tiny import export_tiny
 from tests.serve.red import write_red_model
 from tests.serve.running import Server, server
 
@@ -30,3 +31,11 @@ def red_server(red_onnx: Path) -> Iterator[Server]:
     """A server of the red model with everything at its default."""
     with server(red_onnx, "--threads", "1") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector with decoding and suppression in its graph."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    export_tiny(path)
+    return path

@@ -39,9 +39,7 @@ class Watched:
         if self.score_of_7 is not None:
             scores[images[:, 0, 0, 0] == 7] = self.score_of_7
         n = len(images)
-        return Detections(
-            np.zeros((n, 1, 4), np.float32), scores, np.zeros((n, 1), np.int64), np.ones(n, np.int32)
-        )
+        return Detections(np.zeros((n, 1, 4), np.float32), scores, np.zeros((n, 1), np.int64), np.ones(n, np.int32))
 
 
 def canvas(k: int) -> np.ndarray:

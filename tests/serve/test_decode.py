@@ -69,7 +69,9 @@ def test_a_claim_of_many_pixels_costs_nothing() -> None:
         with pytest.raises(RefusalError):
             decode(BAD[name], CARD, max_pixels=LIMIT, where="image")
     assert time.monotonic() - start < 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 * (1024 if sys.platform == "darwin" else 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 * (
+        1024 if sys.platform == "darwin" else 1
+    )
 
 
 def test_the_limit_is_the_limit() -> None:
