@@ -63,6 +63,10 @@ class Dropout:
         return list(self.rates), self.seed, self.offset, self.mode, self.combine
 
 
+NO_DRAW: tuple[list[float], int, int, str, str] = ([], 0, 0, "elementwise", "none")
+"""`Dropout.arguments` of an operator that is called without a dropout."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """A draw for B images on a device.
