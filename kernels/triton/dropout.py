@@ -75,6 +75,84 @@ def dense(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
+def walk(
+    B: int, C: int, S: int, element_size: int, channels_last: bool, tile: int | None = None
+) -> tuple[int, dict[str, int]]:
+    """Programs and block sizes of a kernel that stays at some positions and walks over channels.
+
+    A warp's loads are 512 bytes of a row; the eight rows of a tile make two loads a thread and channel of a quad.
+    """
+    quads = triton.cdiv(C, 4)
+    wide = 512 // element_size  # elements
+    tile = tile or 8 * wide
+    if channels_last:
+        block_q = min(triton.next_power_of_2(quads), wide // 4)
+        block_s = max(1, tile // block_q // 4)
+    else:
+        block_s = min(triton.next_power_of_2(S), wide)
+        block_q = min(triton.next_power_of_2(quads), max(1, tile // block_s))
+    steps = min(triton.cdiv(quads, block_q), 4)
+    programs = B * triton.cdiv(S, block_s) * triton.cdiv(quads, block_q * steps)
+    return programs, {"BLOCK_Q": block_q, "BLOCK_S": block_s, "STEPS": steps}
+
+
+@triton.jit
+def program_of_image(C, S, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr):
+    """image (int64), first quad and first position of this program in the grid of `walk`."""
+    program = tl.program_id(0)
+    tiles_s = tl.cdiv(S, BLOCK_S)
+    parts = tl.cdiv(tl.cdiv(C, 4), BLOCK_Q * STEPS)
+    rest = program // tiles_s
+    return (rest // parts).to(tl.int64), (rest % parts) * (BLOCK_Q * STEPS), (program % tiles_s) * BLOCK_S
+
+
+@triton.jit
+def factors(
+    position,
+    quad,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    words,
+    means,
+    variances,
+    groups,
+    per_copy,
+    per_pair,
+    GROUPS: tl.constexpr,
+    COPIES: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    COMBINE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Factors alone: a tuple of four tiles, one tile of four times the width for channels_last; 1 without a draw."""
+    if GROUPS == 0:
+        f = 1.0 if CHANNELS_LAST else (1.0, 1.0, 1.0, 1.0)
+    else:
+        f, _ = draw_quads(
+            position,
+            quad.to(tl.int32),
+            seed_low,
+            seed_high,
+            offset_low,
+            offset_high,
+            words,
+            means,
+            variances,
+            groups,
+            per_copy,
+            per_pair,
+            GROUPS,
+            COPIES,
+            CHANNEL,
+            COMBINE,
+        )
+        if CHANNELS_LAST:
+            f = interleave(f)
+    return f
+
+
 @triton.jit
 def draw_quads(
     position,
