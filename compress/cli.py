@@ -422,7 +422,7 @@ def export(
         files, size = files or of_recipe, size or canvas_size
         following = ("validate", *written, "--data", split.annotations, "--images", split.images)
         if len(written) > 1:
-            following = (*following, "--reference", written[0])
+            following = (*following, "--reference", out if out in written else written[0])
     assert size is not None and files, "checked above"
     try:
         with tempfile.TemporaryDirectory() as folder:

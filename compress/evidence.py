@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,23 @@ from compress.data.transforms import eval_transform, fit_size
 from compress.detectors.base import Detections
 from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
-from compress.export import export_checkpoint, torch_runner
+from compress.export import (
+    SOURCES,
+    BudgetError,
+    Quantizing,
+    calibration_of,
+    deciding_split,
+    export_checkpoint,
+    file_for,
+    quantize_export,
+    torch_runner,
+)
 from compress.manifest import Manifest
 from compress.recipe import Recipe
 from compress.report import build_report, summary_table
 from compress.versions import versions
 from deploy import latency, validate
+from deploy.card import network_precision
 from deploy.environment import environment
 from deploy.files import sha256_of, write_json
 from deploy.runtimes.base import Runner
@@ -52,27 +64,49 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     student = run_dir / "student.safetensors"
     onnx_file = run_dir / "student.onnx"
     limits = (recipe.data.eval_short, recipe.data.long)
-    settings = recipe.deploy.model_dump(mode="json") | {"input_size": list(input_size), "limits": list(limits)}
-
-    def export() -> dict[str, Any]:
-        report = export_checkpoint(
-            student, onnx_file, recipe.deploy, input_size=input_size, images=files, limits=limits
+    settings = recipe.deploy.model_dump(mode="json", exclude={"precisions", "int8"})
+    settings |= {"input_size": list(input_size), "limits": list(limits)}
+    inputs: dict[str, Any] = {"checkpoint": sha256_of(student), "deploy": settings}
+    written = [onnx_file]
+    missed: dict[str, str] = {}  # file → why there is none
+    with tempfile.TemporaryDirectory() as scratch:
+        half_file = file_for(
+            onnx_file if "fp16" in recipe.deploy.precisions else Path(scratch) / onnx_file.name, "fp16"
         )
-        return {key: value for key, value in asdict(report).items() if key != "path"}
+        halves = {"fp16", "mixed"} & set(recipe.deploy.precisions)
+        for file, half in [(onnx_file, False)] + [(half_file, True)] * bool(halves):
 
-    inputs = {"checkpoint": sha256_of(student), "deploy": settings}
-    exported = manifest.stage("export", inputs, [onnx_file], export)
-    console.print(
-        f"export: {onnx_file}, {exported['size_bytes'] / 1e6:.1f} MB; largest difference from torch: score "
-        f"{exported['max_score_difference']:.1e}, box {exported['max_box_difference_px']:.1e} px",
-    )
+            def export(file: Path = file, half: bool = half) -> dict[str, Any]:
+                report = export_checkpoint(
+                    student, file, recipe.deploy, input_size=input_size, images=files, limits=limits, half=half
+                )
+                return {key: value for key, value in asdict(report).items() if key != "path"}
+
+            kept = file.parent == run_dir
+            exported = manifest.stage("export fp16" if half else "export", inputs, [file], export) if kept else export()
+            written += [file] if half and kept else []
+            console.print(
+                f"export: {file.name}, {exported['size_bytes'] / 1e6:.1f} MB; largest difference from torch: score "
+                f"{exported['max_score_difference']:.1e}, box {exported['max_box_difference_px']:.1e} px",
+            )
+        for precision in recipe.deploy.precisions:
+            if SOURCES[precision] == precision:
+                continue
+            source = half_file if SOURCES[precision] == "fp16" else onnx_file
+            file = file_for(onnx_file, precision)
+            found = _quantize(recipe, run_dir, manifest, source, file, inputs)
+            if found["missed"] is None:
+                written.append(file)
+            else:
+                missed[file.name] = found["missed"]
+            console.print(f"export: {found['missed'] or found['summary']}")
 
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     runners: dict[str, Runner] = {
         student.name: torch_runner(str(student), recipe.deploy, input_size, limits=limits, device=device),
-        onnx_file.name: OnnxRunner(onnx_file, recipe.deploy.providers),
+        **{file.name: OnnxRunner(file, recipe.deploy.providers) for file in written},
     }
-    inputs = {"onnx": sha256_of(onnx_file), "data": sha256_of(split.annotations), "deploy": settings}
+    inputs = {"onnx": [sha256_of(file) for file in written], "data": sha256_of(split.annotations), "deploy": settings}
 
     def prove() -> list[dict[str, Any]]:
         with progress("validate") as step:
@@ -80,6 +114,9 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
                 runners, split.annotations, split.images, reference=student.name,
                 max_map_drop=recipe.deploy.max_map_drop, progress=step,
             )  # fmt: skip
+        for result in results:
+            if result.diagnosis is not None:
+                console.print(f"{result.name}: {result.diagnosis}")
         return [result.to_dict() for result in results]
 
     proofs = manifest.stage("validate", inputs, [], prove)
@@ -109,10 +146,44 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     latencies = manifest.stage("benchmark", {**inputs, "machine": _machine()}, [measured_file], measure)
 
     report = _report(recipe, run_dir, val, input_size, proofs, latencies, teacher)
+    report["artifacts"] += [{"file": name, "precision": "int8", "gate": "fail"} for name in missed]
     write_json(run_dir / "report.json", report)
     page = build_report(run_dir)
     console.print(summary_table(report))
     return page
+
+
+def _quantize(
+    recipe: Recipe, run_dir: Path, manifest: Manifest, source: Path, out: Path, inputs: dict[str, Any]
+) -> dict[str, Any]:
+    """A quantized file, and one line about it; `missed` says why there is none when the search found no choice."""
+    settings = recipe.deploy.int8
+
+    def work() -> dict[str, Any]:
+        images = calibration_of(recipe, settings)
+        chosen = None
+        if settings.guided:
+            train, _ = splits(recipe.data, recipe.runs, write=False)
+            chosen = deciding_split(train, images, settings.deciding_images, run_dir / "deciding.json")
+        how = Quantizing(settings, images, chosen, recipe.deploy.max_map_drop)
+        with progress("quantize") as step:
+            report, _ = quantize_export(source, out, how, max_batch=recipe.deploy.max_batch, progress=step)
+        return {
+            "missed": None,
+            "summary": f"{out.name}, {report.size_bytes / 1e6:.1f} MB, for {report.target}; {report.layers} layers in "
+            f"int8, {len(report.float_layers)} in float",
+        }
+
+    shaped_by = {**inputs, "int8": settings.model_dump(mode="json"), "guided": recipe.deploy.max_map_drop}
+    if settings.calibration is not None:
+        shaped_by["calibration"] = calibration_of(recipe, settings).sha256
+    precision = out.suffixes[-2].lstrip(".")
+    try:
+        result: dict[str, Any] = manifest.stage(f"export {precision}", shaped_by, [out], work)
+    except BudgetError as error:
+        out.unlink(missing_ok=True)  # of an earlier run
+        return {"missed": str(error), "summary": None}
+    return result
 
 
 def _machine() -> dict[str, Any]:
@@ -176,7 +247,7 @@ def _report(
             {
                 "file": proof["name"],
                 "backend": proof["backend"],
-                "precision": ", ".join(sorted(set(proof["precision"].values()))),
+                "precision": network_precision(proof["precision"]),
                 "size_mb": round((run_dir / proof["name"]).stat().st_size / 1e6, 2),
                 "map": proof["metrics"]["map"],
                 "map_drop": proof["map_drop"],

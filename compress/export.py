@@ -15,12 +15,11 @@ from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpo
 from compress.detectors.deployable import Deployable, TorchRunner, half_precision
 from compress.recipe import Deploy, Int8, Recipe, Split
 from compress.versions import versions
-from deploy.card import ModelCard, card_from_file
+from deploy.card import PROCESSING, ModelCard, card_from_file
 from deploy.coco_map import load_annotations
 from deploy.errors import UserError
 from deploy.export import ExportReport, export_onnx
 from deploy.files import sha256_of, write_json, write_text
-from deploy.precision import PROCESSING
 from deploy.preprocess import fit_canvas, load_image
 from deploy.quantize.calibrate import CalibrationImages, check_apart, choose_images, list_images
 from deploy.quantize.file import Quantizer, QuantizeReport

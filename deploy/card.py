@@ -6,6 +6,7 @@ It is one JSON object under the key `compress` of the ONNX metadata.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deploy.errors import UserError
 
 METADATA_KEY = "compress"
+PROCESSING = "pre- and post-processing"
+"""The part of `ModelCard.precision` that is not the network."""
 
 _Byte = Annotated[int, Field(ge=0, le=255)]
 _Pixels = Annotated[int, Field(ge=1)]
@@ -81,6 +84,12 @@ class ModelCard(BaseModel):
         if len(set(self.category_ids)) != len(self.category_ids):
             raise ValueError("category_ids are not unique")
         return self
+
+
+def network_precision(precision: Mapping[str, str]) -> str:
+    """The number formats of the network in short, narrowest first: `fp16`, `int8+fp32`."""
+    kinds = {kind for part, formats in precision.items() if part != PROCESSING for kind in formats.split("+")}
+    return "+".join(sorted(kinds, key=lambda kind: ("int8", "fp16", "bf16", "fp32").index(kind)))
 
 
 def card_from_file(path: Path) -> ModelCard:

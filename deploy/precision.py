@@ -5,10 +5,9 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, shape_inference
 
-from deploy.card import METADATA_KEY, ModelCard
+from deploy.card import METADATA_KEY, PROCESSING, ModelCard
 from deploy.quantize.structure import Structure, part_of, structure_of
 
-PROCESSING = "pre- and post-processing"
 _CONVERTING = ("Cast", "QuantizeLinear", "DequantizeLinear")
 _NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -31,7 +30,7 @@ def precisions(model: onnx.ModelProto) -> dict[str, str]:
         for name in layer.nodes:
             data, weight = (maker.get(value) for value in nodes[name].input[:2])
             int8 = all(source is not None and source.op_type == "DequantizeLinear" for source in (data, weight))
-            kind = "int8" if int8 else _NAMES.get(kinds.get(nodes[name].input[1], 0), "unknown")
+            kind = "int8" if int8 else _NAMES[kinds[nodes[name].input[1]]]
             found.setdefault(part_of(layer.name), set()).add(kind)
     results = [name for node in _processing(graph, structure) for name in node.output]
     outside = {_NAMES[kinds[name]] for name in results if kinds.get(name) in _NAMES}
