@@ -80,11 +80,12 @@ def walk(
 ) -> tuple[int, dict[str, int]]:
     """Programs and block sizes of a kernel that stays at some positions and walks over channels.
 
-    A warp's loads are 512 bytes of a row; the eight rows of a tile make two loads a thread and channel of a quad.
+    A warp loads 512 bytes of a row. A tile has four rows, one a warp, and with the four channels of a quad every thread
+    has four loads a map in flight; larger tiles would need too many registers for the draws.
     """
     quads = triton.cdiv(C, 4)
     wide = 512 // element_size  # elements
-    tile = tile or 8 * wide
+    tile = tile or 4 * wide
     if channels_last:
         block_q = min(triton.next_power_of_2(quads), wide // 4)
         block_s = max(1, tile // block_q // 4)
