@@ -3,9 +3,10 @@
     python -m benchmarks.latency                                    GFL-R18 with random weights at 320 x 320
     python -m benchmarks.latency --checkpoint student.safetensors --onnx student.onnx --images FOLDER
 
-`end_to_end` begins with the bytes of an image file and ends with boxes in that file's pixels; `inference` is the
-network with its suppression. Both runners get the same number of threads. The figures come from
-`deploy.latency`: warm-up until stable, interleaved rounds, 95 % confidence from a bootstrap over rounds.
+`end_to_end` begins with the bytes of an image file and ends with boxes in that file's pixels; `h2d+compute+d2h` is the
+network with its suppression, from and to host memory. All runners get the same number of threads. The figures come
+from `deploy.latency`: warm-up until stable, interleaved rounds, 95 % confidence from a bootstrap over rounds, and a
+randomisation test of each difference.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ from deploy.card import ModelCard
 from deploy.errors import UserError
 from deploy.export import export_onnx
 from deploy.files import write_json
-from deploy.latency import SCOPES, benchmark, report_table
+from deploy.latency import Scope, benchmark, comparison_table, report_table
 from deploy.preprocess import decode_image, fit_canvas, read_image_bytes
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 
 CLASSES, SPREAD = 80, 2.0
+SCOPES_MEASURED: tuple[Scope, ...] = ("preprocess", "h2d+compute+d2h", "end_to_end")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="FILE.safetensors, FILE.pth or zoo:NAME; default: random weights")
     parser.add_argument("--onnx", type=Path, help="file exported from that checkpoint; default: export it now")
+    parser.add_argument("--more", type=Path, nargs="+", default=[], help="more files of it, as int8; measured in turn")
     parser.add_argument("--images", type=Path, help="folder of image files; default: made ones of 640 x 480")
     parser.add_argument("--size", type=int, nargs=2, default=(320, 320), help="height width, without --onnx")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
@@ -73,8 +76,9 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
         export_onnx(module, card, path, samples=_canvases(images[:2], card), max_batch=max(args.batch_sizes))
         onnx = OnnxRunner(path, threads=args.threads)
     runners: dict[str, Runner] = {"torch eager": TorchRunner(module, onnx.card), "onnx": onnx}
+    runners |= {file.name: OnnxRunner(file, threads=args.threads) for file in args.more}
     counts = {name: runner(_canvases(images[:4], onnx.card)).count.tolist() for name, runner in runners.items()}
-    report = benchmark(runners, images, batch_sizes=args.batch_sizes, scopes=SCOPES, seconds=args.seconds, rounds=10)
+    report = benchmark(runners, images, batch_sizes=args.batch_sizes, scopes=SCOPES_MEASURED, seconds=args.seconds)
     write_json(
         args.out,
         measure.record(
@@ -82,10 +86,12 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
             onnx_mib=round(path.stat().st_size / 2**20, 1),
             threads=args.threads,
             detections_of_first_images=counts,
-            benchmark=report.to_dict(),
+            benchmark=report.model_dump(mode="json"),
         ),
     )
-    Console(width=None if sys.stdout.isatty() else 150).print(report_table(report))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report_table(report))
+    console.print(comparison_table(report.comparisons, tolerance=0.0))
     for warning in report.warnings:
         print(f"warning: {warning}")
     print(f"detections in the first images: {counts}")

@@ -61,7 +61,8 @@ def compare_reports(
     missing = len(old.cells) + len(new.cells) - 2 * len(pairs)
     differences = _differences(old, new)
     if missing:
-        differences.append(f"{missing} measurement{'s' * (missing > 1)} stand in one of the two results only")
+        what = "1 measurement stands" if missing == 1 else f"{missing} measurements stand"
+        differences.append(f"{what} in one of the two results only")
     return _compare(pairs, compare_apart, tolerance, seed), differences
 
 

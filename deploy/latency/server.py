@@ -95,7 +95,7 @@ def open_loop(
                     last += 1
                 next_request = last
                 if early:
-                    delays.append((now - start - due[first]) * 1e3)
+                    delays.append(max(now - start - due[first], 0.0) * 1e3)
             task(last - first)
             end = clock.now() - start
             ends[first:last] = end
@@ -123,6 +123,8 @@ def highest_rate(passes: Callable[[float], bool], high: float, *, precision: flo
         if not passes(high):
             break
         low, high = high, high * 1.3
+    else:
+        return low
     floor = high / 1000
     while high - low > precision * max(low, floor):
         middle = (low + high) / 2

@@ -34,7 +34,7 @@ RESAMPLES = 1000
 SWAPS = 1999
 SWAPS_A_FIGURE = 500  # so that Holm's correction leaves the smallest possible p-value at 0.002
 _SIMILAR = 0.2  # lag-1 autocorrelation above which neighbouring blocks are joined
-_CHUNK = 2_000_000  # weights held at once
+_CHUNK = 1_000_000  # weights held at once
 
 Blocks = Sequence[np.ndarray]
 """Samples in the order of time, an array a block."""
@@ -104,25 +104,40 @@ def join_size(series: np.ndarray) -> int:
 
 
 def weighted_percentiles(blocks: Blocks, times: np.ndarray, percents: Sequence[float]) -> np.ndarray:
-    """Percentiles of the pooled samples with block i taken times[r, i] times: [resamples, percentiles].
+    """Percentiles of the pooled samples with block i taken times[r, i] times: [resamples R, percentiles P].
 
     Equal to np.percentile of the repeated samples (linear interpolation), without repeating or sorting them again.
+    The weight below every √n-th sample is one matrix product for all rows; the rest of the search is within √n samples.
     """
     samples = np.concatenate(blocks)
     order = np.argsort(samples, kind="stable")
     owner = np.repeat(np.arange(len(blocks)), [len(part) for part in blocks])[order]
     samples = samples[order]
+    step = max(math.isqrt(len(samples)), 1)
+    edges = np.arange(step, len(samples) + 1, step)
+    below = np.stack([np.searchsorted(np.flatnonzero(owner == b), edges) for b in range(len(blocks))])  # [B, edges]
     share = np.asarray(percents) / 100
-    out = np.empty((len(times), len(share)))
-    rows = max(_CHUNK // len(samples), 1)
-    for start in range(0, len(times), rows):
-        below = np.cumsum(times[start : start + rows, owner], axis=1, dtype=np.int32)
-        for r, counts in enumerate(below, start):
-            position = (counts[-1] - 1) * share
-            low = np.floor(position)
-            ranks = np.concatenate([low, np.minimum(low + 1, counts[-1] - 1)])
-            left, right = samples[np.searchsorted(counts, ranks, side="right")].reshape(2, -1)
-            out[r] = left + (right - left) * (position - low)
+    rows = max(_CHUNK // (2 * len(share) * step), 1)
+    parts = [_search(samples, owner, below, times[r : r + rows], share, step) for r in range(0, len(times), rows)]
+    return np.concatenate(parts)
+
+
+def _search(
+    samples: np.ndarray, owner: np.ndarray, below: np.ndarray, times: np.ndarray, share: np.ndarray, step: int
+) -> np.ndarray:
+    coarse = (times.astype(float) @ below).astype(np.int64)  # [R, edges]: weight of the samples before each edge
+    last = times @ np.bincount(owner, minlength=len(below)) - 1  # [R]: rank of the largest sample
+    position = last[:, None] * share
+    low = np.floor(position).astype(np.int64)
+    ranks = np.concatenate([low, np.minimum(low + 1, last[:, None])], axis=1)  # [R, 2P]
+    interval = (coarse[:, None, :] <= ranks[:, :, None]).sum(axis=2)
+    start = np.take_along_axis(np.pad(coarse, ((0, 0), (1, 0))), interval, axis=1)
+    index = interval[:, :, None] * step + np.arange(step)  # [R, 2P, step]
+    weight = times[np.arange(len(times))[:, None, None], owner[np.minimum(index, len(owner) - 1)]]
+    weight = np.where(index < len(owner), weight, 0)
+    inside = (start[:, :, None] + weight.cumsum(axis=2) <= ranks[:, :, None]).sum(axis=2)
+    left, right = np.split(samples[np.minimum(interval * step + inside, len(samples) - 1)], 2, axis=1)
+    out: np.ndarray = left + (right - left) * (position - low)
     return out
 
 
@@ -181,7 +196,7 @@ def compare_apart(
         df = min(max(df, min(df_a, df_b)), df_a + df_b)
         half = student_quantile((1 + CONFIDENCE) / 2, df) * error
         low, high = math.exp(difference - half), math.exp(difference + half)
-        two_sided = 2 * student_tail(abs(difference) / error, df)
+        two_sided = min(2 * student_tail(abs(difference) / error, df), 1.0)
         one_sided = student_tail((difference - math.log1p(tolerance)) / error, df)
         out.append((Estimate(value=math.exp(difference), low=low, high=high), two_sided, one_sided))
     return out
@@ -203,13 +218,12 @@ def probability_slower(base: np.ndarray, other: np.ndarray) -> float:
     return float(below.mean() / (2 * len(base)))
 
 
-@lru_cache(maxsize=256)
 def student_tail(t: float, df: float) -> float:
-    """P(T > t) of Student's t: with t = √df·tan φ its density is proportional to cos^(df-1) φ."""
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 4001)
-    above = np.linspace(math.atan(t / math.sqrt(df)), math.pi / 2, 4001)
-    whole, part = (np.trapezoid(np.cos(x).clip(0) ** (df - 1), x) for x in (angle, above))
-    return float(part / whole)
+    """P(T > t) of Student's t, df ≥ 1: with t = √df·tan φ its density is proportional to cos^(df-1) φ, whose integral
+    from -π/2 to π/2 is √π·Γ(df/2) / Γ((df+1)/2)."""
+    angle = np.linspace(math.atan(t / math.sqrt(df)), math.pi / 2, 1001)
+    part = float(np.trapezoid(np.cos(angle).clip(0) ** (df - 1), angle))
+    return part / math.sqrt(math.pi) * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2))
 
 
 @lru_cache(maxsize=256)
@@ -218,7 +232,7 @@ def student_quantile(probability: float, df: float) -> float:
     low, high = 0.0, 1.0
     while student_tail(high, df) > 1 - probability:
         high *= 2
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if student_tail(middle, df) > 1 - probability else (low, middle)
     return (low + high) / 2
