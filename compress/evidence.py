@@ -16,10 +16,8 @@ import torch
 
 from compress.arms import model_size, splits
 from compress.console import open_console, progress
-from compress.data.batch import collate
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform, fit_size
-from compress.detectors.base import Detections
 from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
 from compress.export import (
@@ -34,6 +32,7 @@ from compress.export import (
     torch_runner,
 )
 from compress.manifest import Manifest
+from compress.pictures import detection_pictures, uncertainty_pictures
 from compress.recipe import Recipe
 from compress.report import build_report, summary_table
 from compress.versions import versions
@@ -45,8 +44,6 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 
 TEACHER = "teacher (torch)"
-PICTURES = 6
-SHOWN_SCORE = 0.3  # detections below are not kept for the pictures
 
 
 def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
@@ -264,7 +261,8 @@ def _report(
         "artifacts": artifacts,
         "environment": environment(),
         "commands": _commands(recipe, run_dir),
-        "pictures": _pictures(val, detectors),
+        "pictures": detection_pictures(val, detectors),
+        "uncertainty": uncertainty_pictures(val, detectors["teacher"]) if "teacher" in detectors else [],
     }
 
 
@@ -289,33 +287,4 @@ def _commands(recipe: Recipe, run_dir: Path) -> list[str]:
         f"compress validate {onnx_file} --data {split.annotations} --images {split.images}",
         f"compress benchmark {onnx_file} --images {split.images} --batch 1,8",
         f"compress report {run_dir}",
-    ]
-
-
-def _pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[dict[str, Any]]:
-    """Ground truth and detections of a few validation images with objects, spread over the set."""
-    busy = [index for index in range(len(val)) if len(val[index][1].labels) >= 2] or list(range(len(val)))
-    step = max(1, len(busy) // PICTURES)
-    pictures = []
-    for index in busy[::step][:PICTURES]:
-        image, target = val[index]
-        batch = collate([(image, target)])
-        scale = target.original_size[1] / target.size[1]
-        truth = [
-            {"box": [round(x * scale, 1) for x in box], "label": val.categories[label]}
-            for box, label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True)
-        ]
-        picture: dict[str, Any] = {"image": str(val.path(index)), "ground_truth": truth}
-        for name, detector in detectors.items():
-            with torch.no_grad():
-                picture[name] = _boxes(detector.decode(detector(batch.images), batch.targets)[0], val)
-        pictures.append(picture)
-    return pictures
-
-
-def _boxes(found: Detections, val: CocoDetection) -> list[dict[str, Any]]:
-    return [
-        {"box": [round(x, 1) for x in box], "label": val.categories[label], "score": round(score, 3)}
-        for box, label, score in zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
-        if score >= SHOWN_SCORE
     ]

@@ -21,10 +21,11 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """`arm` is the CSS class that gives colour and dash: teacher, baseline or student."""
+    """`kind` is the CSS class that gives colour and dash: teacher, baseline, student, or s0 to s5 for anything else."""
 
-    arm: str
+    kind: str
     points: Sequence[Point]
+    label: str
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,22 @@ def line_chart(
 ) -> Markup:
     """Lines over a common x axis, y from 0. Longer series are drawn as means of equal runs of points.
 
-    `level` is a labelled horizontal line of the teacher; `marks` draws each point.
+    Where several lines lie more than a factor of 15 apart the y axis is logarithmic. `level` is a labelled horizontal
+    line of the teacher; `marks` draws each point.
     """
-    thinned = [Series(s.arm, _thin(s.points, most_points)) for s in series if s.points]
+    thinned = [Series(s.kind, _thin(s.points, most_points), s.label) for s in series if s.points]
     xs = [x for s in thinned for x, _ in s.points]
     ys = [y for s in thinned for _, y in s.points] + ([level[1]] if level else [])
-    x_ticks, y_ticks = _ticks(0, max(xs)), _ticks(min(0, *ys), max(*ys, 1e-9), 5)
+    x_ticks = _ticks(0, max(xs))
     x_end = max(max(xs), 1e-9)
     to_x = _scale(0, x_end, _LEFT, WIDTH - _RIGHT)
-    to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    if _far_apart(thinned):
+        y_ticks = _few_log_ticks(min(ys), max(ys))
+        to_y = _log_scale(min(ys), max(ys), HEIGHT - _BOTTOM, _TOP)
+        y_label += ", logarithmic"
+    else:
+        y_ticks = _ticks(min(0, *ys), max(*ys, 1e-9), 5)
+        to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     parts = [_axes([t for t in x_ticks if t <= x_end], y_ticks, to_x, to_y, x_label, y_label)]
     if level:
         y = to_y(level[1])
@@ -77,13 +85,13 @@ def line_chart(
         )
     for s in thinned:
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in s.points)
-        parts.append(Markup('<polyline class="line {}" points="{}"/>').format(s.arm, path))
+        parts.append(Markup('<polyline class="line {}" points="{}"/>').format(s.kind, path))
         if marks or len(s.points) == 1:
             parts += [
                 Markup(
                     '<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.2">'
                     "<title>{}: {} {:g}, {:.4g}</title></circle>"
-                ).format(s.arm, to_x(x), to_y(y), s.arm, x_label, x, y)
+                ).format(s.kind, to_x(x), to_y(y), s.label, x_label, x, y)
                 for x, y in s.points
             ]
     return _svg(parts, HEIGHT, title)
@@ -284,6 +292,20 @@ def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [m * 10.0**p for p in powers for m in (1, 2, 5)]
+
+
+def _far_apart(series: Sequence[Series]) -> bool:
+    """Several lines, all above 0, whose means differ by more than a factor of 15."""
+    means = [sum(y for _, y in s.points) / len(s.points) for s in series]
+    return len(series) > 1 and min(y for s in series for _, y in s.points) > 0 and max(means) > 15 * min(means)
+
+
+def _few_log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from `low` to `high`, seven at most; also 2 and 5 times them where there are less than three."""
+    powers = [10.0**p for p in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    if len(powers) < 3:
+        return [t for t in _log_ticks(low, high) if low <= t <= high]
+    return powers[:: math.ceil(len(powers) / 7)]
 
 
 def _tick_text(value: float) -> str:

@@ -108,6 +108,44 @@ class Picture(_Part):
     student: list[Box] | None = None
 
 
+class Uncertainty(_Part):
+    """How far the teacher's scores move on one picture under Monte Carlo dropout (`compress.distill.uncertainty`).
+
+    samples, rate: of the dropout on the teacher's pyramid maps.
+    teacher: its detections without dropout.
+    stride: pixels of the image file between neighbouring values, (x, y).
+    rows: one string a row, standard deviations separated by spaces; value j of row i is that of pixel
+        (j * stride x, i * stride y).
+    variance: of the dropout copies by pyramid level, mean over channels and locations.
+    """
+
+    image: str
+    samples: int
+    rate: float
+    teacher: list[Box] = []
+    stride: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    rows: Annotated[list[str], Field(min_length=1)]
+    variance: dict[str, Number] = {}
+
+    @field_validator("rows")
+    @classmethod
+    def _a_rectangle_of_deviations(cls, rows: list[str]) -> list[str]:
+        for index, row in enumerate(rows):
+            try:
+                values = [float(word) for word in row.split()]
+            except ValueError:
+                raise ValueError(f"row {index} is not numbers separated by spaces") from None
+            if not values or len(values) != len(rows[0].split()):
+                raise ValueError(f"row {index} has {len(values)} values, row 0 has {len(rows[0].split())}")
+            if not all(0 <= value < math.inf for value in values):
+                raise ValueError(f"row {index} holds a value that is no standard deviation")
+        return rows
+
+    @property
+    def values(self) -> list[list[float]]:
+        return [[float(word) for word in row.split()] for row in self.rows]
+
+
 class Report(_Part):
     """report.json; name and models make it one, the rest may be absent."""
 
@@ -119,6 +157,7 @@ class Report(_Part):
     environment: dict[str, Any] = {}
     commands: list[str] = []
     pictures: list[Picture] = []
+    uncertainty: list[Uncertainty] = []
 
     def class_name(self, label: str | int) -> str:
         if isinstance(label, int) and 0 <= label < len(self.classes):

@@ -17,13 +17,15 @@ from markupsafe import Markup
 
 from compress.report.charts import Range, Series, Spot, line_chart, range_chart, scatter_chart
 from compress.report.document import ARMS, Artifact, Document, Figures, Metrics, Models, read_document
-from compress.report.pictures import MATCH_IOU, MIN_SCORE, draw_pictures
+from compress.report.heat import draw_uncertainty
+from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
 from deploy.files import write_text
 
 DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 _KNOWN_COLUMNS = {
     *DETECTION_LOSSES, "step", "epoch", "seconds", "lr", "loss", "grad_norm", "map", "map50", "map75",
 }  # fmt: skip
+_LINE_COLOURS = 6  # classes .s0 … .s5 of the style sheet
 _LOSS_NAMES = {
     "loss_cls": "Classification (QFL)",
     "loss_bbox": "Box (GIoU)",
@@ -40,6 +42,7 @@ def build_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     document = read_document(run_dir)
     report = document.report
+    photos = Photos(run_dir)
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -61,7 +64,8 @@ def build_report(run_dir: Path) -> Path:
         latency=_latency_chart(report.artifacts),
         curves=_curves(document),
         classes=_class_rows(report.models),
-        pictures=draw_pictures(document),
+        pictures=draw_pictures(document, photos),
+        uncertainty=draw_uncertainty(document, photos),
         min_score=MIN_SCORE,
         match_iou=MATCH_IOU,
         environment=list(_flatten(report.environment)),
@@ -321,7 +325,7 @@ class Curve:
     title: str
     note: str
     svg: Markup
-    arms: list[str]
+    key: list[tuple[str, str]]  # CSS class and name of each line
 
 
 def _curves(document: Document) -> list[Curve]:
@@ -333,15 +337,18 @@ def _curves(document: Document) -> list[Curve]:
     def add(
         title: str, note: str, columns: Mapping[str, list[tuple[float, float]]], y_label: str, **options: Any
     ) -> None:
-        series = [Series(arm, points) for arm, points in columns.items() if points]
+        colours = (f"s{index % _LINE_COLOURS}" for index in range(len(columns)))
+        series = [
+            Series(name if name in ARMS else colour, points, name)
+            for (name, points), colour in zip(columns.items(), colours, strict=True)
+            if points
+        ]
         if series:
-            last = ", ".join(f"{s.arm} ends at {s.points[-1][1]:.4g}" for s in series)
+            last = ", ".join(f"{s.label} ends at {s.points[-1][1]:.4g}" for s in series)
+            chart = line_chart(series, title=f"{title} by step: {last}", y_label=y_label, **options)
             curves.append(
                 Curve(
-                    title,
-                    note,
-                    line_chart(series, title=f"{title} by step: {last}", y_label=y_label, **options),
-                    [s.arm for s in series],
+                    title, note, chart, [(s.kind, s.label.capitalize() if s.label in ARMS else s.label) for s in series]
                 )
             )
 
@@ -369,23 +376,44 @@ def _curves(document: Document) -> list[Curve]:
         add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in arms}, "loss")
     student = metrics.get("student")
     if student is not None:  # whatever is not of the detector or of the loop is a method's
-        for column in (c for c in student.columns if c not in _KNOWN_COLUMNS):
-            title, note, unit = _describe_column(column)
-            add(title, note, {"student": student.columns[column]}, unit)
+        single = [c for c in student.columns if c not in _KNOWN_COLUMNS]
+        for group in _method_charts(single):
+            add(group.title, group.note, {name: student.columns[c] for name, c in group.lines.items()}, group.y_label)
+            single = [c for c in single if c not in group.lines.values()]
+        for column in single:
+            add(f"Distillation: {column}", "", {"student": student.columns[column]}, "loss")
     return curves
 
 
-def _describe_column(column: str) -> tuple[str, str, str]:
-    """Title, note and y label of a column that a method brought."""
-    kind, _, of = column.partition("_")
-    if kind == "grad":
-        return f"Gradient norm: {of}", "At the student's pyramid, as weighted.", "norm"
-    if kind == "scale":
-        return f"Automatic weight: {of}", "", "factor"
-    if kind == "variance":
+@dataclass(frozen=True)
+class _Group:
+    """Columns of one chart: name of the line → column."""
+
+    title: str
+    note: str
+    y_label: str
+    lines: dict[str, str]
+
+
+def _method_charts(columns: Sequence[str]) -> list[_Group]:
+    """The charts of `grad_<method>`, `scale_<method>` and `variance_<level>_<method>`, in this order."""
+    norms = {c.removeprefix("grad_"): c for c in columns if c.startswith("grad_")}
+    norms = {"detection": norms.pop("detection"), **norms} if "detection" in norms else norms
+    scales = {c.removeprefix("scale_"): c for c in columns if c.startswith("scale_")}
+    variances: dict[str, dict[str, str]] = {}
+    for column in columns:
+        kind, _, of = column.partition("_")
         level, _, method = of.partition("_")
-        return f"Teacher's variance: {level.upper()}", f"Over the dropout samples of {method}.", "variance"
-    return f"Distillation: {column}", "", "loss"
+        if kind == "variance" and method:
+            variances.setdefault(method, {})[level.upper()] = column
+    groups = [
+        _Group("Gradient norms", "Of each loss at the student's pyramid, automatic weights included.", "norm", norms),
+        _Group("Automatic weights", "What `weight: auto` multiplies each method by.", "factor", scales),
+    ]
+    for method, levels in variances.items():
+        note = f"Of the pyramid maps over the dropout samples of {method}, mean of a level."
+        groups.append(_Group(f"Teacher's variance: {method}", note, "variance", dict(sorted(levels.items()))))
+    return [group for group in groups if group.lines]
 
 
 def _detection_loss(metrics: Metrics) -> list[tuple[float, float]]:

@@ -1,7 +1,8 @@
 """Photographs with boxes: ground truth, teacher, baseline and student side by side.
 
-Public: `draw_pictures(document)`. Each image is embedded once, as a downscaled JPEG; the panels reuse it and
-draw the boxes over it as vectors in the pixels of the file.
+Public: `draw_pictures(document, photos)`, and for other sections `Photos` and what draws on them.
+Each image is embedded once, as a downscaled JPEG; the panels of all sections reuse it and draw the boxes over it as
+vectors in the pixels of the file.
 """
 
 from __future__ import annotations
@@ -45,58 +46,95 @@ class DrawnPicture:
     legend: list[tuple[str, str]]  # (CSS class, class name)
 
 
-def draw_pictures(document: Document) -> list[DrawnPicture]:
+class PhotoError(Exception):
+    """The image cannot be shown; the message says why."""
+
+
+class Photos:
+    """The images of one page. Each is embedded where it is drawn first and referred to after that."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._read: dict[Path, tuple[int, str, tuple[int, int]]] = {}  # path → number, data URI, size
+        self._drawn: set[int] = set()
+
+    def size(self, image: str) -> tuple[int, int]:
+        """(width, height) of the upright file. Raises PhotoError."""
+        return self._open(image)[2]
+
+    def draw(self, image: str) -> Markup:
+        """The image at (0, 0) in pixels of the file. Raises PhotoError."""
+        number, uri, (width, height) = self._open(image)
+        if number in self._drawn:
+            return Markup('<use href="#photo{}"/>').format(number)
+        self._drawn.add(number)
+        return Markup('<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(
+            number, uri, width, height
+        )
+
+    def _open(self, image: str) -> tuple[int, str, tuple[int, int]]:
+        path = next((p for p in (self._run_dir / image, Path(image)) if p.is_file()), None)
+        if path is None:
+            raise PhotoError(f"The image {image} was not found when this page was written.")
+        if path not in self._read:
+            try:
+                uri, size = _embed(path)
+            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+                raise PhotoError(f"The image {image} could not be read ({error}).") from None
+            self._read[path] = (len(self._read), uri, size)
+        return self._read[path]
+
+
+def draw_pictures(document: Document, photos: Photos) -> list[DrawnPicture]:
     """One entry for each picture of report.json, in its order."""
-    return [_draw(index, p, document) for index, p in enumerate(document.report.pictures)]
+    return [_draw(picture, document, photos) for picture in document.report.pictures]
 
 
-def _draw(index: int, picture: Picture, document: Document) -> DrawnPicture:
+def _draw(picture: Picture, document: Document, photos: Photos) -> DrawnPicture:
     name = Path(picture.image).name
-    path = next((p for p in (document.run_dir / picture.image, Path(picture.image)) if p.is_file()), None)
-    if path is None:
-        return DrawnPicture(name, f"The image {picture.image} was not found when this page was written.", [], [])
     try:
-        uri, (width, height) = _embed(path)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        return DrawnPicture(name, f"The image {picture.image} could not be read ({error}).", [], [])
+        width, height = photos.size(picture.image)
+    except PhotoError as error:
+        return DrawnPicture(name, str(error), [], [])
 
-    kinds = {name: f"k{i % _COLOURS}" for i, name in enumerate(_class_names(picture, document.report))}
+    drawn_boxes = [b for key, _ in _PANELS for b in _shown(key, getattr(picture, key) or ())]
+    kinds = class_kinds(drawn_boxes, document.report)
     panels: list[Panel] = []
-    embedded = False
     for key, title in _PANELS:
         boxes: list[Box] | None = getattr(picture, key)
         if boxes is None:
             what = "No ground truth recorded." if key == "ground_truth" else f"No {key} detections recorded."
             panels.append(Panel(title, what, None))
             continue
-        shown = [b for b in boxes if key == "ground_truth" or b.score is None or b.score >= MIN_SCORE]
+        shown = _shown(key, boxes)
         caption = _caption(key, shown, picture, document.report)
-        image = (
-            Markup('<use href="#photo{}"/>').format(index)
-            if embedded
-            else Markup('<image id="photo{}" href="{}" width="{}" height="{}" preserveAspectRatio="none"/>').format(
-                index, uri, width, height
-            )
-        )
-        embedded = True
-        drawn = Markup("").join(_draw_boxes(shown, document.report, kinds, width, height))
+        drawn = draw_boxes(shown, document.report, kinds, width, height)
         alt = f"{name}, {title.lower()}: {caption}"
-        svg = Markup('<svg class="photo" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>').format(
-            width, height, alt, image, drawn
-        )
-        panels.append(Panel(title, caption, svg))
+        panels.append(Panel(title, caption, photo_svg((width, height), alt, photos.draw(picture.image), drawn)))
     return DrawnPicture(name, None, panels, [(kind, name) for name, kind in kinds.items()])
 
 
-def _class_names(picture: Picture, report: Report) -> list[str]:
-    """Names that occur in the picture, in the order of the classes."""
-    present = {
-        report.class_name(b.label)
-        for key, _ in _PANELS
-        for b in getattr(picture, key) or ()
-        if key == "ground_truth" or b.score is None or b.score >= MIN_SCORE
-    }
-    return [c for c in report.classes if c in present] + sorted(present.difference(report.classes))
+def photo_svg(size: tuple[int, int], alt: str, *parts: Markup) -> Markup:
+    """A drawing whose units are pixels of an image of `size` (width, height)."""
+    return Markup('<svg class="photo" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        *size, alt, Markup("").join(parts)
+    )
+
+
+def class_kinds(boxes: Sequence[Box], report: Report) -> dict[str, str]:
+    """CSS class of the colour of each class name that occurs, in the order of the report's classes."""
+    present = {report.class_name(b.label) for b in boxes}
+    names = [c for c in report.classes if c in present] + sorted(present.difference(report.classes))
+    return {name: f"k{i % _COLOURS}" for i, name in enumerate(names)}
+
+
+def _shown(key: str, boxes: Sequence[Box]) -> list[Box]:
+    return list(boxes) if key == "ground_truth" else confident(boxes)
+
+
+def confident(boxes: Sequence[Box]) -> list[Box]:
+    """The detections that are strong enough to be drawn."""
+    return [b for b in boxes if b.score is None or b.score >= MIN_SCORE]
 
 
 def _embed(path: Path) -> tuple[str, tuple[int, int]]:
@@ -110,7 +148,8 @@ def _embed(path: Path) -> tuple[str, tuple[int, int]]:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), size
 
 
-def _draw_boxes(boxes: Sequence[Box], report: Report, kinds: dict[str, str], width: int, height: int) -> list[Markup]:
+def draw_boxes(boxes: Sequence[Box], report: Report, kinds: dict[str, str], width: int, height: int) -> Markup:
+    """Outlines in the colours of `kinds`, and names and scores as long as there is room for them."""
     parts = []
     font = width / 23  # a panel is about 240 CSS pixels wide: about 10.5 of them
     tags = len(boxes) <= _MOST_TAGS
@@ -147,7 +186,7 @@ def _draw_boxes(boxes: Sequence[Box], report: Report, kinds: dict[str, str], wid
                     short,
                 )
             )
-    return parts
+    return Markup("").join(parts)
 
 
 def _caption(key: str, shown: Sequence[Box], picture: Picture, report: Report) -> str:
