@@ -42,7 +42,6 @@ from deploy.tensorrt_network import (
     load_tensorrt,
     log,
     parse_network,
-    structure_sha256,
 )
 
 Progress = Callable[[int, int], None]
@@ -111,7 +110,7 @@ def build_engine(
         engine_bytes=len(data),
         onnx=onnx.name,
         onnx_sha256=onnx_sha256,
-        structure_sha256=structure_sha256(parsed.trt, parsed.network),
+        structure_sha256=parsed.facts.structure_sha256,
         precision=precision,
         machine=machine,
         options=options,
@@ -149,7 +148,7 @@ def refit_engine(engine: Path, onnx: Path, out: Path | None = None) -> EngineCar
         raise UserError(f"{engine}: built without --refit or --strip, its weights are fixed: {rebuild(card)}")
     parsed = parse_network(onnx)
     model = parse_card(parsed.facts.metadata.get(METADATA_KEY), str(onnx))
-    if structure_sha256(trt, parsed.network) != card.structure_sha256:
+    if parsed.facts.structure_sha256 != card.structure_sha256:
         raise UserError(f"{onnx}: not the structure that {engine} was built from (layers, shapes or constants differ)")
     changed = {name for name, digest in parsed.facts.weights.items() if card.weights_sha256.get(name) != digest}
     refitted = _refit(trt, data, engine, onnx, changed)

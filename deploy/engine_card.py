@@ -129,7 +129,7 @@ class EngineCard(_Model):
     """File name of the model it was built from."""
     onnx_sha256: str
     structure_sha256: str
-    """Of the network without its floating-point weights; a refit needs the same structure."""
+    """Of the graph without its floating-point weights (`OnnxFacts.structure_sha256`); a refit needs the same."""
     precision: Precision | None
     """What the file claims, from its name or from the model card; None: no claim."""
     machine: Machine

@@ -37,6 +37,9 @@ class OnnxFacts:
     external: list[str] = field(default_factory=list)
     weights: dict[str, str] = field(default_factory=dict)
     """Floating-point initializers: name → first 16 digits of the SHA-256 of the tensor as it is stored."""
+    structure_sha256: str = ""
+    """Of everything else that computes: nodes with their attributes and connections, integer constants, shapes of the
+    floating-point ones. Two trainings of one architecture have the same."""
 
 
 def scan_onnx(path: Path) -> OnnxFacts:
@@ -63,7 +66,7 @@ def scan_onnx(path: Path) -> OnnxFacts:
             ) from None
         except (_NotProtobufError, UnicodeDecodeError):
             raise UserError(f"{path}: not an ONNX model, or damaged: export it again") from None
-        if not scan.graphs or not scan.ir_version:
+        if not (scan.graphs and scan.ir_version and scan.opsets):
             raise UserError(f"{path}: not an ONNX model")
         _check_external(path, scan.external)
         weights = {name: scan.digest(span, entries) for name, (span, entries) in scan.weights.items()}
@@ -76,6 +79,7 @@ def scan_onnx(path: Path) -> OnnxFacts:
         operators=[operator for operator in operators if (operator.op_type, operator.domain) not in local],
         external=sorted(scan.external),
         weights=weights,
+        structure_sha256=scan.structure.hexdigest(),
     )
 
 
@@ -109,6 +113,7 @@ class _Scan:
         self.functions: list[tuple[str, str]] = []
         self.external: dict[str, int] = {}
         self.weights: dict[str, tuple[tuple[int, int], dict[str, str]]] = {}
+        self.structure = hashlib.sha256()
 
     def model(self) -> None:
         for number, value in self.fields(0, len(self.data)):
@@ -132,9 +137,22 @@ class _Scan:
             if isinstance(value, int):
                 continue
             if number == 1:
+                self.structure.update(self.data[slice(*value)])
                 self.node(value)
             elif number == 5:
+                self.structure.update(self.shape(value))
                 self.tensor(value)
+
+    def shape(self, span: tuple[int, int]) -> bytes:
+        """What a tensor adds to the structure: all of it, or of a floating-point one type, name and dimensions."""
+        fields = list(self.fields(*span))
+        if not any(number == 2 and value in _FLOATS for number, value in fields):
+            return self.data[slice(*span)]
+        return b"".join(
+            repr((number, value if isinstance(value, int) else self.data[slice(*value)])).encode()
+            for number, value in fields
+            if number in (1, 2, 8)
+        )
 
     def node(self, span: tuple[int, int]) -> None:
         op_type = domain = name = ""
@@ -198,6 +216,7 @@ class _Scan:
             if number == 1:
                 name = self.text(value)
             elif number == 7:
+                self.structure.update(self.data[slice(*value)])
                 self.node(value)
             elif number == 10:
                 domain = self.text(value)

@@ -7,7 +7,6 @@ ONNX graph, which is why one path serves both.
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -213,21 +212,6 @@ def format_name(text: str) -> str:
         ("fp32", r"float|fp32"),
     )
     return next((name for name, pattern in spellings if re.search(pattern, text, re.IGNORECASE)), text.lower())
-
-
-def structure_sha256(trt: Any, network: Any) -> str:
-    """SHA-256 of everything about a network but its floating-point weights: layers, connections, shapes, integers."""
-    digest = hashlib.sha256()
-    for layer in layers_of(network):
-        ends = [layer.get_input(i) for i in range(layer.num_inputs)] + [
-            layer.get_output(i) for i in range(layer.num_outputs)
-        ]
-        described = [(end.name, end.dtype.name, tuple(end.shape)) if end is not None else None for end in ends]
-        digest.update(repr((layer.name, layer.type.name, described)).encode())
-        if layer.type.name == "CONSTANT" and format_name(layer.get_output(0).dtype.name) in ("int32", "int64", "bool"):
-            layer.__class__ = trt.IConstantLayer
-            digest.update(bytes(layer.weights))
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------
