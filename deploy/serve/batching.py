@@ -93,14 +93,21 @@ class Batcher:
     def seconds_an_image(self) -> float:
         return self._seconds_an_image
 
+    def refusal(self, images: int, deadline_s: float) -> OverloadedError | None:
+        """Why `images` would not be admitted now, or None."""
+        wait_s = self._inside * self._seconds_an_image
+        if self._inside + images > self._max_queue:
+            return OverloadedError("the queue is full", wait_s)
+        if wait_s > deadline_s:  # never with an empty server, however slow the model is
+            return OverloadedError("the wait would exceed the deadline", wait_s - deadline_s)
+        return None
+
     def admit(self, images: int, deadline_s: float) -> Ticket:
         """Places for `images`. Raises OverloadedError."""
         with self._changed:
-            wait_s = self._inside * self._seconds_an_image
-            if self._inside + images > self._max_queue:
-                raise OverloadedError("the queue is full", wait_s)
-            if wait_s > deadline_s:  # never with an empty server, however slow the model is
-                raise OverloadedError("the wait would exceed the deadline", wait_s - deadline_s)
+            refusal = self.refusal(images, deadline_s)
+            if refusal is not None:
+                raise refusal
             if self._inside == 0:
                 self._busy_since = time.monotonic()
             self._inside += images

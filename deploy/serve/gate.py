@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,10 +38,21 @@ _SECURITY = [
 
 
 class Gate:
-    """Wraps the application. While `draining`, answers ask the client to close its connection."""
+    """Wraps the application. While `draining`, answers ask the client to close its connection.
 
-    def __init__(self, app: ASGIApp, *, token: str | None, send_timeout_s: float, metrics: Metrics) -> None:
-        self._app, self._send_timeout_s, self._metrics = app, send_timeout_s, metrics
+    shed: path, query → a refusal that needs no more of the request, or None.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None,
+        send_timeout_s: float,
+        metrics: Metrics,
+        shed: Callable[[str, bytes], RefusalError | None],
+    ) -> None:
+        self._app, self._send_timeout_s, self._metrics, self._shed = app, send_timeout_s, metrics, shed
         self._token = None if token is None else token.encode()
         self.draining = False
 
@@ -51,10 +63,13 @@ class Gate:
         exchange = _Exchange(scope, send, self)
         self._metrics.in_progress.inc()
         try:
-            if self._allowed(scope):
-                await self._app(scope, receive, exchange.send)
-            else:
+            if not self._allowed(scope):
                 await exchange.refuse(RefusalError(401, "a token is needed: Authorization: Bearer <token>"))
+            elif scope["method"] == "POST" and (refusal := self._shed(scope["path"], scope["query_string"])):
+                exchange.route = "shed"
+                await exchange.refuse(refusal)
+            else:
+                await self._app(scope, receive, exchange.send)
         except ClientGoneError:
             exchange.status = 499
         except TimeoutError:
@@ -85,16 +100,18 @@ def refusal_headers(refusal: RefusalError) -> dict[str, str]:
     return {**headers, "WWW-Authenticate": "Bearer"} if refusal.status == 401 else headers
 
 
+_RECORD = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName", "color_message"}
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        known = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName", "color_message"}
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "message": record.getMessage(),
-            **{key: value for key, value in record.__dict__.items() if key not in known},
+            **{key: value for key, value in record.__dict__.items() if key not in _RECORD},
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["traceback"] = self.formatException(record.exc_info)
@@ -122,6 +139,7 @@ class _Exchange:
         self.start = time.monotonic()
         self.status = 0
         self.error: Exception | None = None
+        self.route: str | None = None
         self._scope, self._send, self._gate = scope, send, gate
         given = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"x-request-id"), "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -169,4 +187,4 @@ class _Exchange:
 
     def _route(self) -> str:
         """The pattern of the path, so that strangers cannot make new time series."""
-        return getattr(self._scope.get("route"), "path", None) or "none"
+        return self.route or getattr(self._scope.get("route"), "path", None) or "none"

@@ -76,6 +76,11 @@ class Models:
             raise RefusalError(503, f"model {name} is warming up", retry_after_s=1)
         return self._served[name]
 
+    def batcher(self, name: str) -> Batcher | None:
+        """That of a ready model, else None."""
+        served = self._served.get(name)
+        return None if served is None else served.batcher
+
     async def warm_up(self) -> None:
         """Make every model ready, one after the other."""
         async with self._loading:

@@ -59,7 +59,11 @@ def serve(
 async def _serve(service: Service, listening: socket.socket, say: Callable[[str], None]) -> None:
     settings = service.settings
     gate = Gate(
-        create_app(service), token=settings.token, send_timeout_s=settings.send_timeout_s, metrics=service.metrics
+        create_app(service),
+        token=settings.token,
+        send_timeout_s=settings.send_timeout_s,
+        metrics=service.metrics,
+        shed=service.shed,
     )
     server = _Server(
         uvicorn.Config(

@@ -20,6 +20,7 @@ class Watched:
     """Answers image k (all pixels k) with one box whose score is k / 255; waits for `gate` first, if there is one."""
 
     backend = "watched"
+    on_cpu = True
     card = CARD
 
     def __init__(self, seconds: float = 0.0, gate: threading.Event | None = None) -> None:

@@ -393,7 +393,7 @@ def test_mistakes_on_the_command_line(
         ([f"a b={model}"], "'a b': not a model name"),
         ([model, "--provider", "tpu"], "unknown provider 'tpu'"),
         ([model, "--max-queue", "4"], "--max-queue: 4 is less than one batch (--max-batch 16)"),
-        ([model, "--deadline-ms", "nan"], "--deadline-ms: needs a finite number"),
+        ([model, "--deadline-ms", "inf"], "--deadline-ms: needs a finite number"),
         ([model, "--token-file", str(tmp_path / "none")], "--token-file"),
         ([model, "--port", red_server.url.rsplit(":", 1)[1]], "cannot listen there: Address already in use"),
         ([model, "--host", "256.0.0.1", "--port", "0"], "cannot listen there"),
