@@ -13,8 +13,7 @@ from PIL import Image
 
 from compress import arms, pipeline
 from compress.data.loader import eval_loader
-from compress.distill.bckd import BCKD
-from compress.distill.teacher import check_capabilities, load_teacher
+from compress.distill.teacher import load_teacher
 from compress.evaluate import evaluate
 from compress.evidence import canvas
 from deploy.card import card_from_file
@@ -109,14 +108,6 @@ def test_a_teacher_of_other_classes_is_refused(run_dir: Path) -> None:
     names = list(card_from_file(run_dir / "student.onnx").class_names)
     with pytest.raises(UserError, match="calls label 0"):
         load_teacher(checkpoint, names[::-1])
-
-
-def test_a_teacher_without_a_dense_head_is_refused_before_training() -> None:
-    class BoxesOnly:
-        capabilities = frozenset()  # type: ignore[var-annotated]
-
-    with pytest.raises(UserError, match=r"methods.bckd needs dense of the teacher, which BoxesOnly cannot give"):
-        check_capabilities({"bckd": BCKD()}, BoxesOnly())  # type: ignore[arg-type]
 
 
 def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
