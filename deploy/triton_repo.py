@@ -84,7 +84,7 @@ def write_triton_model(
     if artifact.suffix == ".engine":
         with atomic_path(folder / str(version) / "model.plan.json") as temporary:
             shutil.copyfile(card_path(artifact), temporary)
-    write_text(folder / "labels.txt", "".join(f"{label}\n" for label in card.class_names))
+    write_text(folder / "labels.txt", "".join(" ".join(label.splitlines()) + "\n" for label in card.class_names))
     preferred = sorted({size for size in (best, max_batch) if size is not None and size > 1})
     text = config_pbtxt(card, name, backend, max_batch, preferred, max_queue_delay_us, instances, kind)
     write_text(folder / "config.pbtxt", text)

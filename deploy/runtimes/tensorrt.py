@@ -29,7 +29,10 @@ class TensorRTRunner:
     """Runs the engine at `path` on GPU `device`.
 
     cuda_graph: record the work of a batch size at its first call, and launch it with one call from then on, which
-    spares the host's work for each kernel. Calls from several threads take turns.
+    spares the host's work for each kernel. A graph needs an execution context of its own, with its own scratch memory,
+    because TensorRT forbids to change the shape of a recorded one; so batches are then filled up to powers of two.
+
+    Calls from several threads take turns.
 
     Raises UserError when the engine and its card do not fit each other or this machine (`deploy.engine_card`), or when
     TensorRT, PyCUDA or a GPU is missing.
@@ -46,8 +49,8 @@ class TensorRTRunner:
         self._buffers = EngineBuffers(self.engine_card, path)
         self._cuda = CudaDevice(device)
         with self._cuda.active():
-            self._context = _load(trt, data, path)
-        self._start(cuda_graph)
+            self._new_context = _load(trt, data, path)
+            self._start(cuda_graph)
 
     @property
     def backend(self) -> str:
@@ -104,29 +107,43 @@ class TensorRTRunner:
     # ------------------------------------------------------------------------------------------------
 
     def _start(self, cuda_graph: bool) -> None:
-        """Allocate for the largest batch and tell TensorRT the addresses, which never change."""
+        """Allocate for the largest batch, and make the first context, so that what fails does so now."""
         self._lock = threading.Lock()
         self._graphs: dict[tuple[int, bool], Callable[[], None]] | None = {} if cuda_graph else None
         self._count = self._launched = 0
+        self._contexts: dict[int, Any] = {}  # batch → context; with 0 for all batches when there are no graphs
+        self._shaped: dict[int, int] = {}  # the same key → the batch that the context was told
         self._host: dict[str, np.ndarray] = {}
         self._device: dict[str, Any] = {}
-        with self._cuda.active():
-            for name, (shape, dtype) in self._buffers.shapes.items():
-                self._host[name] = self._cuda.pinned(shape, dtype)
-                self._device[name] = self._cuda.allocate(self._host[name].nbytes)
-                if not self._context.set_tensor_address(name, int(self._device[name])):
-                    raise UserError(f"{self.path}: TensorRT knows no tensor '{name}': {_last_error()}")
+        for name, (shape, dtype) in self._buffers.shapes.items():
+            self._host[name] = self._cuda.pinned(shape, dtype)
+            self._device[name] = self._cuda.allocate(self._host[name].nbytes)
+        self._shape(self._buffers.smallest)
 
     def _put(self, images: np.ndarray) -> None:
-        """Into the pinned input, filled up to the smallest batch."""
+        """Into the pinned input, filled up to a batch that is launched."""
         self._count = len(images)
-        launched = max(self._count, self._buffers.smallest)
+        wanted = self._count if self._graphs is None else 1 << (self._count - 1).bit_length()
+        launched = min(max(wanted, self._buffers.smallest), self._buffers.largest)
         self._host["images"][: self._count] = images
         self._host["images"][self._count : launched] = 0
-        if launched != self._launched:
+        self._shape(launched)
+
+    def _shape(self, launched: int) -> None:
+        """Choose the context for a batch and tell it the shape. The addresses never change."""
+        self._launched = launched
+        key = 0 if self._graphs is None else launched
+        if key not in self._contexts:
+            context = self._new_context()
+            for name in self._buffers.shapes:
+                if not context.set_tensor_address(name, int(self._device[name])):
+                    raise UserError(f"{self.path}: TensorRT knows no tensor '{name}': {_last_error()}")
+            self._contexts[key] = context
+        self._context = self._contexts[key]
+        if self._shaped.get(key) != launched:
             if not self._context.set_input_shape("images", (launched, *self._host["images"].shape[1:])):
                 raise UserError(f"{self.path}: TensorRT refuses a batch of {launched}: {_last_error()}")
-            self._launched = launched
+            self._shaped[key] = launched
 
     def _copy_in(self) -> None:
         self._cuda.to_device(self._device["images"], self._host["images"][: self._launched])
@@ -182,15 +199,20 @@ class EngineBuffers:
             self.shapes[spec.name] = ((self.largest, *spec.shape[1:]), np.dtype(_DTYPES[spec.dtype]))
 
 
-def _load(trt: Any, data: bytes, path: Path) -> Any:
-    """An execution context of the engine; it keeps the engine alive."""
+def _load(trt: Any, data: bytes, path: Path) -> Callable[[], Any]:
+    """Makes execution contexts of the engine, and keeps it alive."""
     log().clear()
-    engine = trt.Runtime(log().logger).deserialize_cuda_engine(data)
+    runtime = trt.Runtime(log().logger)
+    engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise UserError(f"{path}: TensorRT does not load it: {_last_error()}")
-    context = engine.create_execution_context()
-    if context is None:
-        raise UserError(f"{path}: not enough device memory to run it: {_last_error()}")
+
+    def context() -> Any:
+        made = engine.create_execution_context()
+        if made is None:
+            raise UserError(f"{path}: not enough device memory to run it: {_last_error()}")
+        return made
+
     return context
 
 

@@ -36,6 +36,8 @@ def not_runnable() -> str | None:
 
 needs_gpu = pytest.mark.skipif(not_runnable() is not None, reason=f"runs engines: {not_runnable()}")
 
+needs_device = pytest.mark.skipif(cuda_driver.gpu() is None, reason="no NVIDIA GPU or driver here")
+
 
 def if_possible(build: Callable[[], T]) -> T:
     """What `build` returns, or a skip with TensorRT's own words when this machine cannot do it."""
