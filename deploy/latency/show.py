@@ -66,7 +66,7 @@ def offline_lines(cells: Sequence[Cell]) -> list[str]:
         also = f"; its interval meets that of batch {', '.join(equal)}" if equal else ""
         lines.append(
             f"{runner}, {scope}: most images a second at batch {best.batch_size}: "
-            f"{_with_interval(best.throughput_ips, 1)}{also}"
+            f"{_with_interval(best.throughput_ips)}{also}"
         )
     return lines
 
@@ -109,12 +109,12 @@ def _figures(report: BenchmarkReport) -> tuple[list[str], Rows]:
         row = [names[cell.runner], cell.backend, cell.scope]
         row += [cell.clock] * clocks + [str(cell.batch_size)] + [str(cell.streams)] * streams
         row += [f"{cell.offered_ips:.4g}" if cell.offered_ips else "-"] * server
-        row += [_with_interval(cell.latency_ms["p50"], 2)]
-        row += [_figure(cell.latency_ms[name_of(p)], 2) for p in PERCENTILES[1:]]
-        row += [f"{cell.throughput_ips.value:.1f}"]
+        row += [_with_interval(cell.latency_ms["p50"])]
+        row += [_figure(cell.latency_ms[name_of(p)]) for p in PERCENTILES[1:]]
+        row += [_number(cell.throughput_ips.value)]
         if compared:
             speedup = report.speedup(cell)
-            row.append("-" if speedup is None else _with_interval(speedup, 2, "×"))
+            row.append("-" if speedup is None else _with_interval(speedup, "×"))
         rows.append([*row, str(cell.calls)])
     return headings, rows
 
@@ -154,14 +154,19 @@ def _change(ratio: Estimate) -> str:
     return f"{ratio.value - 1:+.1%} [{ratio.low - 1:+.1%}, {ratio.high - 1:+.1%}]"
 
 
-def _with_interval(found: Estimate, digits: int, unit: str = "") -> str:
+def _with_interval(found: Estimate, unit: str = "") -> str:
     if found.low is None or found.high is None:
-        return f"({found.value:.{digits}f}{unit})"
-    return f"{found.value:.{digits}f}{unit} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+        return f"({_number(found.value)}{unit})"
+    return f"{_number(found.value)}{unit} [{_number(found.low)}, {_number(found.high)}]"
 
 
-def _figure(found: Estimate, digits: int) -> str:
-    return f"{found.value:.{digits}f}" if found.supported else f"({found.value:.{digits}f})"
+def _figure(found: Estimate) -> str:
+    return _number(found.value) if found.supported else f"({_number(found.value)})"
+
+
+def _number(value: float) -> str:
+    """Two decimals, fewer for large numbers."""
+    return f"{value:.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
 
 
 def _table(title: str, headings: list[str], rows: Rows, caption: str | None) -> Table:

@@ -86,20 +86,20 @@ def test_p99_and_throughput_cover_the_truth(quick: None) -> None:
 def test_a_plain_bootstrap_over_calls_would_not_cover(quick: None) -> None:
     """Why blocks: with correlated calls, the same interval from single calls is far too narrow."""
     rng, covered = np.random.default_rng(3), 0
-    for seed in range(60):
+    for seed in range(40):
         calls = 10 * np.exp(0.05 * correlated(rng, 400, 0.9))
         found = estimates(list(calls[:, None]), [50], seed=seed)[0]
         covered += (found.low or 0) <= 10 <= (found.high or 0)
         assert len(joined(list(calls[:, None]))) < 100  # joined, because neighbours are alike
-    assert covered >= 0.85 * 60
+    assert covered >= 0.85 * 40
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "_SIMILAR", 2.0)  # never join
         rng, naive = np.random.default_rng(3), 0
-        for seed in range(60):
+        for seed in range(40):
             calls = 10 * np.exp(0.05 * correlated(rng, 400, 0.9))
             found = estimates(list(calls[:, None]), [50], seed=seed)[0]
             naive += (found.low or 0) <= 10 <= (found.high or 0)
-    assert naive < 0.6 * 60, naive
+    assert naive < 0.6 * 40, naive
 
 
 def test_percentiles_that_the_calls_do_not_support_have_no_interval() -> None:
@@ -145,10 +145,11 @@ def test_in_turn_equals_are_equal_and_three_percent_is_found(quick: None, kind: 
             b *= np.exp(0.005 * rng.normal(size=(ROUNDS, 1)))
         equal = compare_in_turn(list(a), list(b), (50, 90), tolerance=0, seed=seed)
         false += min(holm([p for _, p, _ in equal])) < SIGNIFICANCE
-        slower = compare_in_turn(list(a), list(1.03 * b), (50, 90), tolerance=0, seed=seed)
-        found += slower[0][1] * 2 < SIGNIFICANCE
+        if seed % 2:
+            slower = compare_in_turn(list(a), list(1.03 * b), (50, 90), tolerance=0, seed=seed)
+            found += 2 * slower[0][1] < SIGNIFICANCE
     assert false <= 5
-    assert found >= (60 if kind == "calls correlated" else 95), found
+    assert found >= (30 if kind == "calls correlated" else 47), found
 
 
 @pytest.mark.parametrize("kind", ["independent", "calls correlated", "rounds correlated", "drift"])
@@ -161,7 +162,8 @@ def test_apart_equals_are_equal(quick: None, kind: str) -> None:
         figures = compare_apart(list(a), list(b), (50, 90), tolerance=0.02, seed=seed)
         false += min(holm([p for _, p, _ in figures])) < SIGNIFICANCE
         failed += min(holm([p for *_, p in figures])) < SIGNIFICANCE
-        found += compare_apart(list(a), list(1.03 * b), (50,), tolerance=0, seed=seed)[0][1] < SIGNIFICANCE
+        if kind == "independent":
+            found += compare_apart(list(a), list(1.03 * b), (50,), tolerance=0, seed=seed)[0][1] < SIGNIFICANCE
     assert false <= 5 and failed <= 1, (false, failed)
     if kind == "independent":
         assert found >= 95, found
