@@ -325,8 +325,8 @@ def _first(bad: _Graph, ratios: dict[str, float], details: dict[str, str], numbe
                     ratios[name], _WEIGHT_LIMIT[number_format], 0.0, True, detail,
                 )  # fmt: skip
         worst = max((ratios[name] for name in node.input if name in ratios), default=0.0)
-        for name in node.output:
-            ratio, limit = ratios.get(name, 0.0), LIMITS[number_format]
+        for name in (name for name in node.output if name in details):
+            ratio, limit = ratios[name], LIMITS[number_format]
             if ratio <= limit:
                 continue
             introduced = ratio > JUMP * max(worst, limit / 10)
