@@ -1,0 +1,25 @@
+# Train, distill, export, validate. The wheels bring their own CUDA libraries; the machine brings the driver.
+#
+#   docker build -f docker/train.Dockerfile -t compress-train .
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" compress-train run recipes/bccd.yaml
+FROM python:3.12.8-slim-bookworm
+
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+
+# triton compiles a small launcher on the target
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/compress
+COPY pyproject.toml README.md LICENSE ./
+COPY compress compress
+COPY deploy deploy
+COPY kernels kernels
+RUN pip install '.[train,gpu]'
+
+RUN useradd --create-home --uid 1000 compress
+USER compress
+WORKDIR /work
+ENTRYPOINT ["compress"]
+CMD ["--help"]
