@@ -38,6 +38,8 @@ class Adapted(Term):
 
     adapter: Literal["auto", "always"] = "auto"
     """1×1 convolutions on the student's maps; auto: only where the widths differ."""
+    levels: Annotated[int, Field(ge=1, le=5)] = 5
+    """How many levels of the pyramid to compare, from the finest on."""
 
 
 class Bckd(Term):
