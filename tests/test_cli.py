@@ -200,6 +200,25 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("benchmark text.onnx --json text.onnx/x.json", "text.onnx/x.json: cannot be written: Not a directory"),
         ("benchmark text.onnx --images none", "--images: none: no such folder"),
         ("benchmark text.onnx --json images", "images: is a folder"),
+        ("benchmark", "ARTIFACT: name exported files to measure, or two results with --compare"),
+        ("benchmark text.onnx --markdown latency.txt", "--markdown: latency.txt does not end in .md"),
+        ("benchmark text.onnx --markdown none/latency.md", "--markdown: none/latency.md: its folder does not exist"),
+        ("benchmark text.onnx --scope gpu", "--scope: unknown scope 'gpu': choose from preprocess, compute"),
+        ("benchmark text.onnx --scenario batch", "--scenario"),
+        ("benchmark text.onnx --streams 2", "--streams: single-stream has one; for 2 give --scenario multi-stream"),
+        ("benchmark text.onnx --scenario multi-stream", "--streams: multi-stream needs at least 2"),
+        ("benchmark text.onnx --rate 5", "--rate: only --scenario server has arrivals"),
+        ("benchmark text.onnx --scenario server", "--scenario server: needs --rate (requests a second) or"),
+        ("benchmark text.onnx --scenario server --rate 5,x", "--rate: '5,x' is not a list of requests a second"),
+        ("benchmark text.onnx --scenario server --rate nan", "--rate: 'nan' is not a list of requests a second"),
+        ("benchmark text.onnx --scenario server --latency-bound nan", "--latency-bound: needs a number of millisec"),
+        ("benchmark text.onnx --scenario server --rate 5 --batch 1,2", "--batch: the server scenario takes one number"),
+        ("benchmark text.onnx --scenario server --rate 5 --scope compute", "--scope: the server scenario takes one"),
+        ("benchmark text.onnx --tolerance 2", "--tolerance: needs --compare, or several files"),
+        ("benchmark text.onnx --tolerance nan", "--tolerance"),
+        ("benchmark --compare none.json none.json", "none.json: no such file"),
+        ("benchmark --compare text.onnx text.onnx", "text.onnx: not a JSON file"),
+        ("benchmark text.onnx --compare a.json b.json", "--compare: takes two results and nothing else"),
         ("report none", "none"),
         ("report void", "void"),
         ("report empty_report", "empty_report/report.json: name: is missing"),
@@ -517,6 +536,42 @@ def test_benchmark(exported: Path) -> None:
     cells = json.loads((exported / "latency.json").read_text())["cells"]
     assert {cell["batch_size"] for cell in cells} == {1, 2}
     assert benchmark("").startswith("no --images: measuring on eight drawn images of 96x96 pixels\n")
+
+
+def test_benchmark_against_a_result_of_before(exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two results of one file are equal; one with all times three times as long fails the gate."""
+    monkeypatch.chdir(exported)
+    options = "tiny.onnx --images images --scope h2d+compute+d2h --seconds 0.5 --warm-up 1 --threads 1"
+    assert run(f"benchmark {options} --json old.json --markdown old.md")[0] == 0
+    assert "](old.svg)" in Path("old.md").read_text() and Path("old.svg").read_text().startswith("<svg")
+    code, out, _ = run("benchmark --compare old.json old.json")
+    assert code == 0 and "no difference seen" in out and "measured at different times" in out
+    content = json.loads(Path("old.json").read_text())
+    for cell in content["cells"]:
+        cell["samples_ms"] = [[3 * ms for ms in part] for part in cell["samples_ms"]]
+    Path("slow.json").write_text(json.dumps(content))
+    code, out, err = run("benchmark --compare old.json slow.json --tolerance 5")
+    assert (
+        code == 1 and err.startswith("failed: tiny.onnx is more than 5 % slower than tiny.onnx: p") and "+200.0%" in err
+    )
+    assert run("benchmark --compare slow.json old.json")[0] == 0
+    assert run("benchmark --compare old.json slow.json --tolerance 1000")[0] == 0
+
+
+def test_benchmark_under_load(exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported)
+    code, out, _ = run(
+        "benchmark tiny.onnx --images images --scenario server --rate 400 --seconds 0.1 --warm-up 0.2 --threads 1"
+    )
+    assert code == 0 and "requests/s" in out and " 400 " in out
+    code, out, _ = run(
+        "benchmark tiny.onnx --images images --scenario multi-stream --streams 2 --seconds 0.2 --warm-up 0.2"
+    )
+    assert code == 0 and "multi-stream" in out and "for each of 2 sessions" in out
+    code, out, _ = run(
+        "benchmark tiny.onnx --images images --scenario offline --batch 1,2 --scope compute --seconds 0.2 --warm-up 0.2"
+    )
+    assert code == 0 and "most images a second at batch" in out and "nothing is copied" in out
 
 
 def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
