@@ -129,21 +129,24 @@ def _check(boxes: Tensor, target: Tensor, kind: str) -> None:
 
 
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overlap and union; width and height of the enclosing box. Each [...]."""
+    """Overlap and union; width and height of the enclosing box. Each [...].
+
+    relu, not clamp: its gradient at 0 is 0 in every version of PyTorch.
+    """
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)
-    overlap_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    overlap_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    overlap_w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).relu()
+    overlap_h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).relu()
     overlap = overlap_w * overlap_h
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap
-    enclosing_w = (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).clamp(min=0)
-    enclosing_h = (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)
+    enclosing_w = (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).relu()
+    enclosing_h = (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).relu()
     return overlap, union, enclosing_w, enclosing_h
 
 
 def _aspect_angle(boxes: Tensor) -> Tensor:
     """atan(width / height) of sides clamped to 0, [...]; 0 for a point, without a gradient."""
-    w, h = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    w, h = (boxes[..., 2:] - boxes[..., :2]).relu().unbind(-1)
     point = (w == 0) & (h == 0)
     return torch.atan2(w, torch.where(point, torch.ones_like(h), h)) * ~point
 

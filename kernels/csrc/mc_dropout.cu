@@ -37,16 +37,17 @@ __device__ void apply(const Tensors<T>& tensors, int64_t at, const float* factor
   *reinterpret_cast<Values*>(tensors.out + at) = first;
 }
 
-// Positions inside: grid (positions / N, quads, images). Four rows, N positions of each.
+// Positions inside: grid (blocks of positions * quads, images). Four rows, N positions of each.
 template <typename T, int N, bool backward>
 __global__ void __launch_bounds__(kThreads) rows_kernel(Tensors<T> tensors, int C, int S, Draw draw) {
-  const int position = (blockIdx.x * kThreads + threadIdx.x) * N, quad = blockIdx.y;
+  const int quads = (C + 3) / 4, blocks_of_quad = gridDim.x / quads, quad = blockIdx.x / blocks_of_quad;
+  const int position = (blockIdx.x % blocks_of_quad * kThreads + threadIdx.x) * N;
   if (position >= S) return;
-  const int64_t image = blockIdx.z;
+  const int64_t image = blockIdx.y;
   float factor[4][N], variance[4][N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const Quad drawn = draw_quad(draw, uint32_t(position + n), uint32_t(image * gridDim.y + quad));
+    const Quad drawn = draw_quad(draw, uint32_t(position + n), uint32_t(image * quads + quad));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       factor[i][n] = drawn.factor[i];
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Tensors<T> tensors, int 
     if (4 * quad + i < C) apply<T, N, backward>(tensors, (image * C + 4 * quad + i) * S + position, factor[i], variance[i]);
 }
 
-// Channels inside: grid (positions * ceil(C / N) / threads, 1, images). N channels of one position; N = 1 stands for a
+// Channels inside: grid (blocks of positions * quads, images). N channels of one position; N = 1 stands for a
 // quad whose channels are taken one by one, where C is no multiple of 4.
 template <typename T, int N, bool backward>
 __global__ void __launch_bounds__(kThreads) channels_kernel(Tensors<T> tensors, int C, int S, Draw draw) {
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) channels_kernel(Tensors<T> tensors, 
   const int thread = blockIdx.x * kThreads + threadIdx.x;
   const int position = thread / per_position, quad = thread % per_position * kQuads;
   if (position >= S) return;
-  const int64_t image = blockIdx.z, at = (image * S + position) * C + 4 * quad;
+  const int64_t image = blockIdx.y, at = (image * S + position) * C + 4 * quad;
   float factor[4 * kQuads], variance[4 * kQuads];
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
@@ -97,13 +98,13 @@ void launch(const Tensors<T>& tensors, const Shape& shape, const Draw& draw, cud
                         : C % 4 == 0   ? channels_kernel<T, 4, backward>
                                        : channels_kernel<T, 1, backward>;
     const int64_t threads = int64_t{S} * (C % kWide == 0 ? C / kWide : quads);
-    kernel<<<dim3(blocks(threads), 1, shape.images), kThreads, 0, stream>>>(tensors, C, S, draw);
+    kernel<<<dim3(blocks(threads), shape.images), kThreads, 0, stream>>>(tensors, C, S, draw);
   } else {
     const int width = S % kWide == 0 ? kWide : S % 2 == 0 ? 2 : 1;
     const auto kernel = width == kWide ? rows_kernel<T, kWide, backward>
                         : width == 2   ? rows_kernel<T, 2, backward>
                                        : rows_kernel<T, 1, backward>;
-    kernel<<<dim3(blocks(S / width), quads, shape.images), kThreads, 0, stream>>>(tensors, C, S, draw);
+    kernel<<<dim3(blocks(S / width) * quads, shape.images), kThreads, 0, stream>>>(tensors, C, S, draw);
   }
 }
 

@@ -175,11 +175,11 @@ def iou_and_gradients(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, eps, KIND: tl.cons
                 by_ah = -by_angle * a_by_h
                 by_bw = by_angle * b_by_w
                 by_bh = by_angle * b_by_h
-        by_enclosing_w = tl.where(raw_ew >= 0, by_enclosing_w, 0.0)
-        by_enclosing_h = tl.where(raw_eh >= 0, by_enclosing_h, 0.0)
+        by_enclosing_w = tl.where(raw_ew > 0, by_enclosing_w, 0.0)
+        by_enclosing_h = tl.where(raw_eh > 0, by_enclosing_h, 0.0)
     by_overlap = -inverse_union - by_union
-    by_overlap_w = tl.where(raw_w >= 0, by_overlap * overlap_h, 0.0)
-    by_overlap_h = tl.where(raw_h >= 0, by_overlap * overlap_w, 0.0)
+    by_overlap_w = tl.where(raw_w > 0, by_overlap * overlap_h, 0.0)
+    by_overlap_h = tl.where(raw_h > 0, by_overlap * overlap_w, 0.0)
     by_aw += by_union * ah
     by_ah += by_union * aw
     by_bw += by_union * bh
@@ -206,4 +206,4 @@ def aspect(w, h):
     angle = atan_unit(ratio)
     angle = tl.where(w_ > h_, 1.5707963267948966 - angle, angle)
     scale = inverse * inverse / (1.0 + ratio * ratio)  # 1 / (w^2 + h^2)
-    return angle, tl.where(w >= 0, h_ * scale, 0.0), tl.where(h >= 0, -w_ * scale, 0.0)
+    return angle, tl.where(w > 0, h_ * scale, 0.0), tl.where(h > 0, -w_ * scale, 0.0)
