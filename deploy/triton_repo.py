@@ -48,17 +48,18 @@ def write_triton_model(
 ) -> TritonModel:
     """Add `artifact`, a deployable .onnx or an .engine with its card, to `repository`.
 
-    name: of the model; default: the file's, dots become underscores. A model of that name that is there already gets a
-    new version, unless its newest is this very file. max_batch: of an .onnx file; an engine knows its own.
-    max_queue_delay_us: how long the server waits to fill a batch. kind: where it runs; default: KIND_GPU for an engine,
-    KIND_AUTO (a GPU if there is one) for an .onnx file.
+    name: of the model; default: the file's, dots become underscores, with `_trt` for an engine. A model of that name
+    that is there already gets a new version, unless its newest is this very file. max_batch: of an .onnx file; an
+    engine knows its own. max_queue_delay_us: how long the server waits to fill a batch. kind: where it runs; default:
+    KIND_GPU for an engine, KIND_AUTO (a GPU if there is one) for an .onnx file.
 
     Raises UserError.
     """
     repository, artifact = Path(repository), Path(artifact)
     if max_batch < 1 or instances < 1 or max_queue_delay_us < 0:
         raise UserError("max_batch and instances must be at least 1, max_queue_delay_us at least 0")
-    name = re.sub(r"[^\w-]+", "_", artifact.stem) if name is None else name
+    if name is None:
+        name = re.sub(r"[^\w-]+", "_", artifact.stem) + ("_trt" if artifact.suffix == ".engine" else "")
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"'{name}': a model's name is made of letters, digits, _ and -")
     best = None
@@ -78,6 +79,9 @@ def write_triton_model(
         raise UserError(f"{artifact}: neither .onnx nor .engine; make one with compress export")
 
     folder = repository / name
+    config = folder / "config.pbtxt"
+    if config.is_file() and f'backend: "{backend}"' not in config.read_text(encoding="utf-8"):
+        raise UserError(f"{folder}: a model of another backend has this name: give another one")
     version = _next_version(folder, file, artifact)
     with atomic_path(folder / str(version) / file) as temporary:
         shutil.copyfile(artifact, temporary)
@@ -87,7 +91,7 @@ def write_triton_model(
     write_text(folder / "labels.txt", "".join(" ".join(label.splitlines()) + "\n" for label in card.class_names))
     preferred = sorted({size for size in (best, max_batch) if size is not None and size > 1})
     text = config_pbtxt(card, name, backend, max_batch, preferred, max_queue_delay_us, instances, kind)
-    write_text(folder / "config.pbtxt", text)
+    write_text(config, text)
     return TritonModel(name, folder, version, "tensorrt" if file == "model.plan" else "onnxruntime", max_batch)
 
 

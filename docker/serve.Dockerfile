@@ -5,7 +5,7 @@
 #
 # With --build-arg EXTRAS=serve,gpu for ONNX Runtime on a GPU, or EXTRAS=serve,trt for engines; run with --gpus all.
 
-# PyCUDA comes as source and needs CUDA's headers to compile, but not to run.
+# PyCUDA comes as source and needs CUDA's headers to compile, but not to run. It would link CURAND, which nobody uses.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS wheels
 ARG EXTRAS=serve
 RUN apt-get update \
@@ -16,10 +16,11 @@ COPY pyproject.toml README.md LICENSE ./
 COPY compress compress
 COPY deploy deploy
 COPY kernels kernels
-RUN python3.12 -m venv /opt/build \
+RUN echo "CUDA_ENABLE_CURAND = False" > ~/.aksetup-defaults.py \
+    && python3.12 -m venv /opt/build \
     && /opt/build/bin/pip wheel --no-cache-dir --wheel-dir /wheels ".[${EXTRAS}]"
 
-FROM python:3.12.8-slim-bookworm
+FROM python:3.12.11-slim-trixie
 ARG EXTRAS=serve
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 COPY --from=wheels /wheels /wheels

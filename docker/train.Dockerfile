@@ -2,7 +2,7 @@
 #
 #   docker build -f docker/train.Dockerfile -t compress-train .
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" compress-train run recipes/bccd.yaml
-FROM python:3.12.8-slim-bookworm
+FROM python:3.12.11-slim-trixie
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 

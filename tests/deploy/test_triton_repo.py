@@ -137,8 +137,8 @@ def test_warm_up_is_of_the_input(tiny_onnx: Path, tmp_path: Path) -> None:
 
 def test_an_engine_brings_its_own_batches(engine: Path, tmp_path: Path) -> None:
     added = write_triton_model(tmp_path / "repository", engine)
-    assert (added.name, added.backend, added.max_batch) == ("tiny_fp16", "tensorrt", 32)
-    folder = tmp_path / "repository" / "tiny_fp16"
+    assert (added.name, added.backend, added.max_batch) == ("tiny_fp16_trt", "tensorrt", 32)
+    folder = tmp_path / "repository" / "tiny_fp16_trt"
     assert (folder / "1" / "model.plan").read_bytes() == b"engine" and (folder / "1" / "model.plan.json").is_file()
     config = parse((folder / "config.pbtxt").read_text())
     assert config.backend == "tensorrt" and list(config.dynamic_batching.preferred_batch_size) == [8, 32]
@@ -152,6 +152,8 @@ def test_versions_count_up_and_the_same_file_is_no_new_one(engine: Path, tiny_on
     other.write_bytes(tiny_onnx.read_bytes() + b"\x12\x01x")  # a producer name: other bytes
     assert write_triton_model(repository, other, name="m").version == 2
     assert sorted(path.name for path in (repository / "m").iterdir()) == ["1", "2", "config.pbtxt", "labels.txt"]
+    with pytest.raises(UserError, match="a model of another backend has this name"):
+        write_triton_model(repository, engine, name="m")
 
 
 def test_a_batch_of_one_is_not_batched() -> None:
