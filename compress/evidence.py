@@ -98,7 +98,7 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
                 missed[file.name] = found["missed"]
             console.print(f"export: {found['missed'] or found['summary']}")
 
-    device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    device = _device(recipe)
     runners: dict[str, Runner] = {
         student.name: torch_runner(str(student), recipe.deploy, input_size, limits=limits, device=device),
         **{file.name: OnnxRunner(file, recipe.deploy.providers) for file in written},
@@ -183,6 +183,11 @@ def _quantize(
     return result
 
 
+def _device(recipe: Recipe) -> str:
+    """Where torch runs after training."""
+    return "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def _machine() -> dict[str, Any]:
     """What a latency belongs to."""
     found = environment()
@@ -253,6 +258,11 @@ def _report(
                 **latencies.get(proof["name"], {}),
             }
         )
+    pictures = detection_pictures(val, detectors)
+    uncertainty = []
+    if teacher is not None:
+        with progress("uncertainty") as step:
+            uncertainty = uncertainty_pictures(val, detectors["teacher"].to(_device(recipe)), progress=step)
     return {
         "name": recipe.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -261,8 +271,8 @@ def _report(
         "artifacts": artifacts,
         "environment": environment(),
         "commands": _commands(recipe, run_dir),
-        "pictures": detection_pictures(val, detectors),
-        "uncertainty": uncertainty_pictures(val, detectors["teacher"]) if "teacher" in detectors else [],
+        "pictures": pictures,
+        "uncertainty": uncertainty,
     }
 
 

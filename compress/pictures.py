@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +35,18 @@ def detection_pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[di
     return pictures
 
 
-def uncertainty_pictures(val: CocoDetection, teacher: GFL) -> list[dict[str, Any]]:
-    """The teacher's detections and Monte Carlo dropout map: entries of `uncertainty` in report.json."""
-    entries = []
-    for index in _spread(val, PICTURES)[:UNCERTAIN_PICTURES]:
-        batch = collate([val[index]])
+def uncertainty_pictures(
+    val: CocoDetection, teacher: GFL, *, progress: Callable[[int, int], None] | None = None
+) -> list[dict[str, Any]]:
+    """The teacher's detections and Monte Carlo dropout maps: entries of `uncertainty` in report.json.
+
+    The same images as the first of `detection_pictures`, on the teacher's device. `progress` is called with (images
+    done, images).
+    """
+    entries: list[dict[str, Any]] = []
+    chosen = _spread(val, PICTURES)[:UNCERTAIN_PICTURES]
+    for index in chosen:
+        batch = collate([val[index]]).to(teacher.mean.device)
         target = batch.targets[0]
         found = predictive_uncertainty(teacher, batch.images)
         height, width = (-(-side // found.stride) for side in target.size)  # locations outside of the padding
@@ -54,6 +62,8 @@ def uncertainty_pictures(val: CocoDetection, teacher: GFL) -> list[dict[str, Any
                 "variance": {f"P{level + 3}": float(v) for level, v in enumerate(found.variance[0])},
             }
         )
+        if progress is not None:
+            progress(len(entries), len(chosen))
     return entries
 
 

@@ -54,6 +54,14 @@ def test_the_report_has_measured_figures_for_everything(run_dir: Path) -> None:
         assert artifact["throughput_ips"] > 0
 
 
+def test_the_report_shows_where_the_teacher_is_unsure(run_dir: Path) -> None:
+    report = json.loads((run_dir / "report.json").read_text())
+    assert [entry["image"] for entry in report["uncertainty"]] == [p["image"] for p in report["pictures"][:4]]
+    for entry, picture in zip(report["uncertainty"], report["pictures"], strict=False):
+        assert len(entry["rows"]) == 64 // 8 and entry["teacher"] == picture["teacher"]
+    assert "Monte Carlo dropout on the teacher" in (run_dir / "report.html").read_text()
+
+
 def test_the_card_says_where_the_file_comes_from(run_dir: Path) -> None:
     card = card_from_file(run_dir / "student.onnx")
     assert card.checkpoint_sha256 == sha256_of(run_dir / "student.safetensors")

@@ -54,12 +54,12 @@ def line_chart(
     x_label: str = "step",
     level: tuple[str, float] | None = None,
     marks: bool = False,
+    logarithmic: bool = False,
     most_points: int = 160,
 ) -> Markup:
     """Lines over a common x axis, y from 0. Longer series are drawn as means of equal runs of points.
 
-    Where several lines lie more than a factor of 15 apart the y axis is logarithmic. `level` is a labelled horizontal
-    line of the teacher; `marks` draws each point.
+    `level` is a labelled horizontal line of the teacher; `marks` draws each point; `logarithmic` is for values above 0.
     """
     thinned = [Series(s.kind, _thin(s.points, most_points), s.label) for s in series if s.points]
     xs = [x for s in thinned for x, _ in s.points]
@@ -67,7 +67,7 @@ def line_chart(
     x_ticks = _ticks(0, max(xs))
     x_end = max(max(xs), 1e-9)
     to_x = _scale(0, x_end, _LEFT, WIDTH - _RIGHT)
-    if _far_apart(thinned):
+    if logarithmic:
         y_ticks = _few_log_ticks(min(ys), max(ys))
         to_y = _log_scale(min(ys), max(ys), HEIGHT - _BOTTOM, _TOP)
         y_label += ", logarithmic"
@@ -292,12 +292,6 @@ def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [m * 10.0**p for p in powers for m in (1, 2, 5)]
-
-
-def _far_apart(series: Sequence[Series]) -> bool:
-    """Several lines, all above 0, whose means differ by more than a factor of 15."""
-    means = [sum(y for _, y in s.points) / len(s.points) for s in series]
-    return len(series) > 1 and min(y for s in series for _, y in s.points) > 0 and max(means) > 15 * min(means)
 
 
 def _few_log_ticks(low: float, high: float) -> list[float]:

@@ -378,11 +378,21 @@ def _curves(document: Document) -> list[Curve]:
     if student is not None:  # whatever is not of the detector or of the loop is a method's
         single = [c for c in student.columns if c not in _KNOWN_COLUMNS]
         for group in _method_charts(single):
-            add(group.title, group.note, {name: student.columns[c] for name, c in group.lines.items()}, group.y_label)
+            lines = {name: student.columns[c] for name, c in group.lines.items()}
+            far = _far_apart(list(lines.values()))
+            note = group.note + " Logarithmic axis." * far
+            add(group.title, note, lines, group.y_label, logarithmic=far)
             single = [c for c in single if c not in group.lines.values()]
         for column in single:
             add(f"Distillation: {column}", "", {"student": student.columns[column]}, "loss")
     return curves
+
+
+def _far_apart(lines: Sequence[Sequence[tuple[float, float]]]) -> bool:
+    """Several lines, all above 0, whose means are more than a factor of 15 apart."""
+    drawn = [[y for _, y in points] for points in lines]
+    means = [sum(ys) / len(ys) for ys in drawn]
+    return len(drawn) > 1 and min(map(min, drawn)) > 0 and max(means) > 15 * min(means)
 
 
 @dataclass(frozen=True)
@@ -408,7 +418,7 @@ def _method_charts(columns: Sequence[str]) -> list[_Group]:
             variances.setdefault(method, {})[level.upper()] = column
     groups = [
         _Group("Gradient norms", "Of each loss at the student's pyramid, automatic weights included.", "norm", norms),
-        _Group("Automatic weights", "What `weight: auto` multiplies each method by.", "factor", scales),
+        _Group("Automatic weights", "The factor that weight: auto gives to a method.", "factor", scales),
     ]
     for method, levels in variances.items():
         note = f"Of the pyramid maps over the dropout samples of {method}, mean of a level."
