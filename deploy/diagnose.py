@@ -87,7 +87,7 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         found = None if self.divergence is None else self.divergence.to_dict()
-        worst = {"tensor": self.worst[0], "ratio": self.worst[1]}
+        worst = {"tensor": self.worst[0], "ratio": self.worst[1] if np.isfinite(self.worst[1]) else None}
         return {**asdict(self), "divergence": found, "worst": worst}
 
     def __str__(self) -> str:
@@ -260,9 +260,10 @@ def _constants(good: _Graph, bad: _Graph) -> dict[str, float]:
         if node.op_type != "DequantizeLinear" or node.input[0] not in bad.initializers:
             continue
         if original in good.initializers:
-            integers, scale, zero = (
+            integers, scale, *rest = (
                 numpy_helper.to_array(bad.initializers[name]).astype(np.float64) for name in node.input
             )
+            zero = rest[0] if rest else np.zeros_like(scale)
             wanted = numpy_helper.to_array(good.initializers[original]).astype(np.float64)
             axis = next((int(x.i) for x in node.attribute if x.name == "axis"), 1)
             if scale.ndim:
