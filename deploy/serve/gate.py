@@ -22,7 +22,7 @@ from deploy.serve.settings import RefusalError
 log = logging.getLogger("compress.serve")
 PROBES = {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
 OPEN_PATHS = {"/", "/docs", *PROBES}
-"""Need no token, as the files of the page: they say nothing, and probes have none."""
+"""Need no token, as the files of the page: probes have none, and the page asks for it."""
 OPEN_PREFIX = "/page/"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _SECURITY = [

@@ -90,9 +90,8 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
         return task
 
     def end(pause_s: float) -> None:
-        if service.draining:
-            server.should_exit = server.force_exit = True
-            return
+        for again in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(again)  # a second one has the system's effect
         log.info("draining", extra={"requests": len(server.server_state.tasks)})
         service.draining = gate.draining = True
         loop.call_later(pause_s, setattr, server, "should_exit", True)
