@@ -69,7 +69,7 @@ class Page:
             raise AssertionError(f"{script}: {answer['exceptionDetails'].get('exception', {}).get('description')}")
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 20.0) -> Any:
+    def wait(self, script: str, seconds: float = 60.0) -> Any:
         """Until the expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):

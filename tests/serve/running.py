@@ -31,7 +31,7 @@ class Server:
         host, port = self.url.removeprefix("http://").split(":")
         return host, int(port)
 
-    def connect(self, timeout: float = 20.0) -> socket.socket:
+    def connect(self, timeout: float = 60.0) -> socket.socket:
         return socket.create_connection(self.address, timeout=timeout)
 
     def log(self) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def server(*arguments: str | Path, environment: dict[str, str] | None = None, re
 
 def _url(process: subprocess.Popen[str], log_file: Path, ready: bool) -> str:
     assert process.stdout is not None
-    watchdog = threading.Timer(60, process.kill)
+    watchdog = threading.Timer(180, process.kill)
     watchdog.start()
     try:
         for line in process.stdout:
