@@ -54,7 +54,7 @@ HOST_DEVICE PairLoss pair_loss(const Box& a, const Box& b, float eps) {
       by_eh = by_enclosing * ew;
     } else {
       const float diagonal = ew * ew + eh * eh, inverse = 1.f / fmaxf(diagonal, eps);
-      const float dx = 0.5f * (a.x1 + a.x2 - b.x1 - b.x2), dy = 0.5f * (a.y1 + a.y2 - b.y1 - b.y2);
+      const float dx = 0.5f * ((a.x1 - b.x1) + (a.x2 - b.x2)), dy = 0.5f * ((a.y1 - b.y1) + (a.y2 - b.y2));
       const float distance = (dx * dx + dy * dy) * inverse;
       loss += distance;
       const float by_diagonal = diagonal >= eps ? -distance * inverse : 0.f;

@@ -154,8 +154,8 @@ def iou_and_gradients(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, eps, KIND: tl.cons
         else:
             diagonal = enclosing_w * enclosing_w + enclosing_h * enclosing_h
             inverse = 1.0 / tl.maximum(diagonal, eps)
-            dx = 0.5 * (ax1 + ax2 - bx1 - bx2)
-            dy = 0.5 * (ay1 + ay2 - by1 - by2)
+            dx = 0.5 * ((ax1 - bx1) + (ax2 - bx2))
+            dy = 0.5 * ((ay1 - by1) + (ay2 - by2))
             distance = (dx * dx + dy * dy) * inverse
             loss += distance
             by_diagonal = tl.where(diagonal >= eps, -distance * inverse, 0.0)
