@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
@@ -34,6 +35,11 @@ from compress.recipe import Recipe, dump_recipe
 from compress.versions import versions
 from deploy.errors import UserError
 from deploy.files import write_text
+from kernels.backend import chosen, set_backend
+
+
+NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
+"""Settings of training that say where it runs, not what comes out."""
 
 
 def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
@@ -85,7 +91,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     student = {
         **common,
         "model": recipe.student.model_dump(mode="json"),
-        "train": recipe.train.model_dump(mode="json", exclude={"devices", "accelerator"}),
+        "train": recipe.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
     }
     arms: list[tuple[str, dict[str, Any], GFL | None]] = []
     if distillation and recipe.baseline:
@@ -157,6 +163,11 @@ def _launch(recipe: Recipe) -> Fabric:
         ) from error
     if train.precision == "fp16" and fabric.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")
+    try:
+        set_backend(train.kernels)
+        chosen(torch.empty(0, device=fabric.device))
+    except ValueError as error:
+        raise UserError(f"train.kernels {train.kernels}: {error}") from None
     fabric.launch()
     return fabric
 
@@ -213,7 +224,7 @@ def _teacher(
         inputs = {
             **common,
             "model": settings.model.model_dump(mode="json"),
-            "train": settings.train.model_dump(mode="json", exclude={"devices", "accelerator"}),
+            "train": settings.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
         }
 
         def train() -> dict[str, Any]:

@@ -231,6 +231,8 @@ class Train(Settings):
     """Optimizer steps between checkpoints; null: after every epoch."""
     compile: bool = False
     """Compile the dense passes of the losses with torch.compile (the first step then takes longer)."""
+    kernels: Literal["auto", "triton", "cuda", "torch"] = "auto"
+    """What computes losses and dropout; auto: Triton on CUDA, CUDA C++ where there is no Triton, PyTorch on CPUs."""
     devices: Positive = 1
     """Processes, one for each device."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"

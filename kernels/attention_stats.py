@@ -10,15 +10,23 @@ Shape letters: B images, C channels, h, w the map, S its h * w positions.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, chunks, stream
+from kernels.dropout import (
+    NO_DRAW,
+    Dropout,
+    Stream,
+    all_factors,
+    chunk_factors,
+    chunks,
+    compiled_once,
+    fits_a_chunk,
+    stream,
+)
 
 
 def attention_stats(x: Tensor, *, dropout: Dropout | None = None, compiled: bool = False) -> tuple[Tensor, Tensor]:
@@ -60,8 +68,9 @@ def _attention_stats(
 
         return kernel.forward(x, dropout)
     B, C, h, w = x.shape
-    draw = stream(dropout, B, x.device, compiled=compiled) if dropout else None
-    spatial, channel = (_compiled_means() if compiled else _means)(x.reshape(B, C, h * w), draw)
+    whole = compiled or fits_a_chunk(x)
+    draw = stream(dropout, B, x.device, whole=whole) if dropout else None
+    spatial, channel = (compiled_once(_whole_means) if compiled else _means)(x.reshape(B, C, h * w), draw)
     return spatial.view(B, h, w), channel
 
 
@@ -93,11 +102,12 @@ def _attention_stats_backward(
 
         return kernel.backward(grad_spatial, grad_channel, x, dropout)
     B, C, h, w = x.shape
-    draw = stream(dropout, B, x.device, compiled=compiled) if dropout else None
-    run = _compiled_gradient() if compiled else _gradient
+    whole = compiled or fits_a_chunk(x)
+    draw = stream(dropout, B, x.device, whole=whole) if dropout else None
+    run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
     by_position, by_channel = grad_spatial.reshape(B, h * w) / C, grad_channel / (h * w)
     rows = run(by_position, by_channel, x.reshape(B, C, h * w), draw).view(x.shape)
-    return rows if x.is_contiguous() else torch.empty_like(x).copy_(rows)
+    return rows if rows.stride() == x.stride() else torch.empty_like(x).copy_(rows)
 
 
 @_attention_stats_backward.register_fake
@@ -158,23 +168,15 @@ def _gradient(by_position: Tensor, by_channel: Tensor, x: Tensor, draw: Stream |
     return grad
 
 
-@functools.cache
-def _compiled_means() -> Callable[[Tensor, Stream | None], tuple[Tensor, Tensor]]:
-    def means(x: Tensor, draw: Stream | None) -> tuple[Tensor, Tensor]:
-        size = x.float().abs()
-        if draw is not None:
-            size = size * all_factors(draw, x.shape[1], x.shape[2], variance=False)[0]
-        return size.mean(1), size.mean(2)
-
-    return torch.compile(means, dynamic=True)  # imports the compiler: only when somebody asks for it
+def _whole_means(x: Tensor, draw: Stream | None) -> tuple[Tensor, Tensor]:
+    size = x.float().abs()
+    if draw is not None:
+        size = size * all_factors(draw, x.shape[1], x.shape[2], variance=False)[0]
+    return size.mean(1), size.mean(2)
 
 
-@functools.cache
-def _compiled_gradient() -> Callable[[Tensor, Tensor, Tensor, Stream | None], Tensor]:
-    def gradient(by_position: Tensor, by_channel: Tensor, x: Tensor, draw: Stream | None) -> Tensor:
-        weight = (by_position[:, None] + by_channel[:, :, None]) * x.float().sign()
-        if draw is not None:
-            weight = weight * all_factors(draw, x.shape[1], x.shape[2], variance=False)[0]
-        return weight.to(x.dtype)
-
-    return torch.compile(gradient, dynamic=True)
+def _whole_gradient(by_position: Tensor, by_channel: Tensor, x: Tensor, draw: Stream | None) -> Tensor:
+    weight = (by_position[:, None] + by_channel[:, :, None]) * x.float().sign()
+    if draw is not None:
+        weight = weight * all_factors(draw, x.shape[1], x.shape[2], variance=False)[0]
+    return weight.to(x.dtype)

@@ -9,7 +9,8 @@ Shape letters: B images, C channels, S positions, G groups of copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -97,19 +98,30 @@ def three_dimensions(x: Tensor, mode: str = "elementwise") -> tuple[int, int, in
     return B, C, S
 
 
-def stream(dropout: Dropout, images: int, device: torch.device, *, compiled: bool) -> Stream:
-    """The draw of a dropout for so many images."""
+def stream(dropout: Dropout, images: int, device: torch.device, *, whole: bool) -> Stream:
+    """The draw of a dropout for so many images; `whole` for `all_factors`, else for `chunk_factors`."""
     tables = table(dropout.rates, device)
     keys: Any = tuple(
         tuple(_key(dropout, image, group) for group in range(len(tables.groups))) for image in range(images)
     )
-    if compiled:
-        keys = torch.tensor(keys, dtype=torch.int32, device=device).view(images, -1, 2)
+    if whole:
+        keys = torch.tensor(keys, dtype=torch.int32, device=device).view(images, len(tables.groups), 2)
     return Stream(keys, tables, dropout.mode, dropout.combine)
 
 
 CHUNK = 1 << 17
 """Elements worked on at a time in eager mode: the temporaries of a chunk stay in the cache."""
+
+
+def fits_a_chunk(x: Tensor) -> bool:
+    """Whether all of a tensor may be worked on at once; then a few large operations beat many small ones."""
+    return x.numel() <= CHUNK
+
+
+@functools.cache
+def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function for all shapes; imports the compiler, so only when somebody asks for it."""
+    return torch.compile(function, dynamic=True)
 
 
 def chunks(B: int, C: int, S: int) -> Iterator[tuple[int, slice]]:
@@ -133,7 +145,7 @@ def chunk_factors(draw: Stream, image: int, channels: slice, S: int, *, variance
 
 
 def all_factors(draw: Stream, C: int, S: int, *, variance: bool) -> tuple[Tensor, Tensor | None]:
-    """The same for all images at once, float32 [B, C, S] ([B, C, 1]). For compiled code: keys are a tensor."""
+    """The same for all images at once, float32 [B, C, S] ([B, C, 1]): for compiled code and for small maps."""
     row = S if draw.mode == "elementwise" else 1
     index = torch.arange(C * row, dtype=torch.int32, device=draw.tables.words.device).view(1, C, row)
     keys = [(draw.keys[:, g, 0, None, None], draw.keys[:, g, 1, None, None]) for g in range(len(draw.tables.groups))]

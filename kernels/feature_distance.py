@@ -11,15 +11,23 @@ Shape letters: W weights, B images, C channels, h, w the map, S its h * w positi
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, chunks, stream
+from kernels.dropout import (
+    NO_DRAW,
+    Dropout,
+    Stream,
+    all_factors,
+    chunk_factors,
+    chunks,
+    compiled_once,
+    fits_a_chunk,
+    stream,
+)
 
 
 def feature_distance(
@@ -58,7 +66,7 @@ def feature_distance(
     sums = _feature_distance(
         student,
         teacher.detach(),
-        spatial.detach().reshape(-1, B, h, w),
+        spatial.detach() if spatial.dim() == 4 else spatial.detach()[None],
         channel.detach(),
         *draw,
         compiled,
@@ -97,10 +105,12 @@ def _feature_distance(
 
         return kernel.forward(student, teacher, spatial, channel, dropout)
     B, C = channel.shape
-    draw = stream(dropout, B, student.device, compiled=compiled) if dropout else None
-    run = _compiled_sums() if compiled else _sums
-    maps = student.reshape(B, C, -1), teacher.reshape(B, C, -1)
-    return run(*maps, spatial.reshape(len(spatial), B, -1).float(), channel.float(), draw)
+    whole = compiled or fits_a_chunk(student)
+    draw = stream(dropout, B, student.device, whole=whole) if dropout else None
+    run = compiled_once(_whole_sums) if compiled else _whole_sums if whole else _sums
+    S = student.shape[2] * student.shape[3]
+    maps = student.reshape(B, C, S), teacher.reshape(B, C, S)
+    return run(*maps, spatial.reshape(len(spatial), B, S).float(), channel.float(), draw)
 
 
 @_feature_distance.register_fake
@@ -142,11 +152,13 @@ def _feature_distance_backward(
 
         return kernel.backward(grad, student, teacher, spatial, channel, dropout)
     B, C = channel.shape
-    draw = stream(dropout, B, student.device, compiled=compiled) if dropout else None
-    weight = torch.tensordot(2 * grad, spatial.reshape(len(spatial), B, -1).float(), dims=1)  # [B, S]
-    run = _compiled_gradient() if compiled else _gradient
-    rows = run(student.reshape(B, C, -1), teacher.reshape(B, C, -1), weight, channel.float(), draw).view(student.shape)
-    return rows if student.is_contiguous() else torch.empty_like(student).copy_(rows)
+    whole = compiled or fits_a_chunk(student)
+    draw = stream(dropout, B, student.device, whole=whole) if dropout else None
+    S = student.shape[2] * student.shape[3]
+    weight = torch.tensordot(2 * grad, spatial.reshape(len(spatial), B, S).float(), dims=1)  # [B, S]
+    run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
+    rows = run(student.reshape(B, C, S), teacher.reshape(B, C, S), weight, channel.float(), draw).view(student.shape)
+    return rows if rows.stride() == student.stride() else torch.empty_like(student).copy_(rows)
 
 
 @_feature_distance_backward.register_fake
@@ -213,23 +225,15 @@ def _difference(student: Tensor, teacher: Tensor, draw: Stream | None, image: in
     return torch.addcmul(s, t, f, value=-1)
 
 
-@functools.cache
-def _compiled_sums() -> Callable[..., Tensor]:
-    def sums(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
-        d = student.float() - _target(teacher, draw)
-        inner = (d * d * channel[:, :, None]).sum(1)
-        return (spatial * inner).sum((1, 2))
-
-    return torch.compile(sums, dynamic=True)  # imports the compiler: only when somebody asks for it
+def _whole_sums(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
+    d = student.float() - _target(teacher, draw)
+    inner = (d * d * channel[:, :, None]).sum(1)
+    return (spatial * inner).sum((1, 2))
 
 
-@functools.cache
-def _compiled_gradient() -> Callable[..., Tensor]:
-    def gradient(student: Tensor, teacher: Tensor, weight: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
-        d = student.float() - _target(teacher, draw)
-        return (d * channel[:, :, None] * weight[:, None]).to(student.dtype)
-
-    return torch.compile(gradient, dynamic=True)
+def _whole_gradient(student: Tensor, teacher: Tensor, weight: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
+    d = student.float() - _target(teacher, draw)
+    return (d * channel[:, :, None] * weight[:, None]).to(student.dtype)
 
 
 def _target(teacher: Tensor, draw: Stream | None) -> Tensor:

@@ -16,15 +16,23 @@ Shape letters: B images, C channels, S positions.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.dropout import Combine, Stream, all_factors, chunk_factors, chunks, stream, three_dimensions
+from kernels.dropout import (
+    Combine,
+    Stream,
+    all_factors,
+    chunk_factors,
+    chunks,
+    compiled_once,
+    fits_a_chunk,
+    stream,
+    three_dimensions,
+)
 from kernels.dropout import Dropout as Dropout  # part of this module's interface
 
 
@@ -101,7 +109,10 @@ def _mc_dropout(
 
         out, drawn = kernel.forward(x, dropout, variance)
         return out, x.new_empty(0) if drawn is None else drawn
-    out, var = (_moments_compiled if compiled else _moments)(x, dropout, variance)
+    B, C, S = three_dimensions(x, dropout.mode)
+    whole = compiled or fits_a_chunk(x)
+    run = compiled_once(_whole_moments) if compiled else _whole_moments if whole else _moments
+    out, var = run(x.reshape(B, C, S), stream(dropout, B, x.device, whole=whole), variance)
     return _like(out, x), x.new_empty(0) if var is None else _like(var, x)
 
 
@@ -139,7 +150,11 @@ def _mc_dropout_backward(
         from kernels.triton import mc_dropout as kernel
 
         return kernel.backward(grad_out, grad_var, x, dropout)
-    return _like((_gradient_compiled if compiled else _gradient)(grad_out, grad_var, x, dropout), x)
+    B, C, S = three_dimensions(x, dropout.mode)
+    whole = compiled or fits_a_chunk(x)
+    run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
+    rows = [t.reshape(B, C, S) for t in (grad_out, grad_var, x)]
+    return _like(run(*rows, stream(dropout, B, x.device, whole=whole)), x)
 
 
 @_mc_dropout_backward.register_fake
@@ -178,13 +193,12 @@ _mc_dropout.register_autograd(_backward, setup_context=_setup)
 # PyTorch --------------------------------------------------------------------------------------------------------
 
 
-def _moments(x: Tensor, dropout: Dropout, variance: bool) -> tuple[Tensor, Tensor | None]:
-    B, C, S = three_dimensions(x, dropout.mode)
-    rows, draw = x.reshape(B, C, S), stream(dropout, B, x.device, compiled=False)
+def _moments(x: Tensor, draw: Stream, variance: bool) -> tuple[Tensor, Tensor | None]:
+    B, C, S = x.shape
     out = x.new_empty(B, C, S)
     var = x.new_empty(B, C, S) if variance else None
     for image, channels in chunks(B, C, S):
-        part = rows[image, channels].float()
+        part = x[image, channels].float()
         f, v = chunk_factors(draw, image, channels, S, variance=variance)
         out[image, channels] = part * f
         if var is not None and v is not None:
@@ -192,51 +206,28 @@ def _moments(x: Tensor, dropout: Dropout, variance: bool) -> tuple[Tensor, Tenso
     return out, var
 
 
-def _gradient(grad_out: Tensor, grad_var: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
-    B, C, S = three_dimensions(x, dropout.mode)
-    rows, to_out, to_var = (t.reshape(B, C, S) for t in (x, grad_out, grad_var))
-    draw = stream(dropout, B, x.device, compiled=False)
-    grad = x.new_empty(B, C, S)
-    for image, channels in chunks(B, C, S):
-        f, v = chunk_factors(draw, image, channels, S, variance=True)
+def _gradient(grad_out: Tensor, grad_var: Tensor, x: Tensor, draw: Stream) -> Tensor:
+    grad = torch.empty_like(x)
+    for image, channels in chunks(*x.shape):
+        f, v = chunk_factors(draw, image, channels, x.shape[2], variance=True)
         assert v is not None
-        through_var = (rows[image, channels].float() * v).mul_(to_var[image, channels])
-        grad[image, channels] = (to_out[image, channels].float() * f).add_(through_var, alpha=2)
+        through_var = (x[image, channels].float() * v).mul_(grad_var[image, channels])
+        grad[image, channels] = (grad_out[image, channels].float() * f).add_(through_var, alpha=2)
     return grad
 
 
-def _moments_compiled(x: Tensor, dropout: Dropout, variance: bool) -> tuple[Tensor, Tensor | None]:
-    B, C, S = three_dimensions(x, dropout.mode)
-    draw = stream(dropout, B, x.device, compiled=True)
-    return _whole_moments()(x.reshape(B, C, S), draw, variance)
+def _whole_moments(x: Tensor, draw: Stream, variance: bool) -> tuple[Tensor, Tensor | None]:
+    f, v = all_factors(draw, x.shape[1], x.shape[2], variance=variance)
+    return (x.float() * f).to(x.dtype), None if v is None else (v * x.float() * x.float()).to(x.dtype)
 
 
-def _gradient_compiled(grad_out: Tensor, grad_var: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
-    B, C, S = three_dimensions(x, dropout.mode)
-    draw = stream(dropout, B, x.device, compiled=True)
-    return _whole_gradient()(grad_out.reshape(B, C, S), grad_var.reshape(B, C, S), x.reshape(B, C, S), draw)
-
-
-@functools.cache
-def _whole_moments() -> Callable[[Tensor, Stream, bool], tuple[Tensor, Tensor | None]]:
-    def moments(x: Tensor, draw: Stream, variance: bool) -> tuple[Tensor, Tensor | None]:
-        f, v = all_factors(draw, x.shape[1], x.shape[2], variance=variance)
-        return (x.float() * f).to(x.dtype), None if v is None else (v * x.float() * x.float()).to(x.dtype)
-
-    return torch.compile(moments, dynamic=True)  # imports the compiler: only when somebody asks for it
-
-
-@functools.cache
-def _whole_gradient() -> Callable[[Tensor, Tensor, Tensor, Stream], Tensor]:
-    def gradient(grad_out: Tensor, grad_var: Tensor, x: Tensor, draw: Stream) -> Tensor:
-        f, v = all_factors(draw, x.shape[1], x.shape[2], variance=True)
-        assert v is not None
-        return (grad_out.float() * f + 2 * v * x.float() * grad_var.float()).to(x.dtype)
-
-    return torch.compile(gradient, dynamic=True)
+def _whole_gradient(grad_out: Tensor, grad_var: Tensor, x: Tensor, draw: Stream) -> Tensor:
+    f, v = all_factors(draw, x.shape[1], x.shape[2], variance=True)
+    assert v is not None
+    return (grad_out.float() * f + 2 * v * x.float() * grad_var.float()).to(x.dtype)
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:
     """[B, C, S] → shape and memory layout of x."""
-    result = torch.empty_like(x) if not x.is_contiguous() else rows.view(x.shape)
-    return result if x.is_contiguous() else result.copy_(rows.view(x.shape))
+    rows = rows.view(x.shape)
+    return rows if rows.stride() == x.stride() else torch.empty_like(x).copy_(rows)

@@ -23,7 +23,7 @@ from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss
 from compress.detectors.base import Capability, DensePrediction, Detections
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
-from kernels.iou_loss import giou_loss, paired_iou
+from kernels.distribution_iou_loss import distribution_iou_loss
 from kernels.quality_focal_loss import quality_focal_loss
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ class GFL(nn.Module):
         L = len(prediction.logits)
         locations = _locations(prediction)
         classification, level_of = [], []
-        positive_logits, predicted, wanted = [], [], []
-        scores = []
+        positive_logits, wanted, scores, box_losses = [], [], [], []
         gt_levels = targets.assignment.gt_index.split(locations, 1)
         valid_levels = targets.assignment.valid.split(locations, 1)
         for level, stride in enumerate(prediction.strides):
@@ -165,16 +164,16 @@ class GFL(nn.Module):
             label = targets.labels[b, gt[b, m]]
             point = torch.stack((m % w, m // w), -1).to(box.dtype)  # stride units
             side_logits = prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)  # [P, 4, R]
-            decoded = distances_to_boxes(point, integral(side_logits))
-            iou = paired_iou(decoded.detach(), box)
+            score = logits.detach()[b, :, m].amax(1).sigmoid()
+            box_loss, iou = distribution_iou_loss(side_logits, point, box, score)
             weight = valid_levels[level].to(logits.dtype)
             classification.append(
                 quality_focal_loss(logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled)
             )
-            scores.append(logits.detach()[b, :, m].amax(1).sigmoid())
+            scores.append(score)
+            box_losses.append(box_loss)
             positive_logits.append(side_logits)
-            predicted.append(decoded)
-            wanted.append((box, boxes_to_distances(point, box, limit=REG_MAX - 0.1)))
+            wanted.append(boxes_to_distances(point, box, limit=REG_MAX - 0.1))
             level_of.append(torch.full_like(b, level))
 
         weight = torch.cat(scores)
@@ -182,14 +181,13 @@ class GFL(nn.Module):
         if reduce is not None:
             total = reduce(total)
         total = total.clamp(min=1) / targets.world_size
-        box_rows = giou_loss(torch.cat(predicted), torch.cat([box for box, _ in wanted]))
-        sides = torch.cat([distance for _, distance in wanted]).flatten()
+        sides = torch.cat(wanted).flatten()
         dfl_rows = distribution_focal_loss(torch.cat(positive_logits).flatten(0, 1), sides).view(-1, 4).sum(1) / 4
         levels = torch.cat(level_of)
         zero = weight.new_zeros(L)
         return {
             "loss_cls": torch.stack(classification) / (targets.avg_factor + torch.finfo(torch.float32).eps),
-            "loss_bbox": BOX_WEIGHT * zero.index_add(0, levels, box_rows * weight) / total,
+            "loss_bbox": BOX_WEIGHT * torch.stack(box_losses) / total,
             "loss_dfl": DFL_WEIGHT * zero.index_add(0, levels, dfl_rows * weight) / total,
         }
 

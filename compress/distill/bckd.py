@@ -1,6 +1,7 @@
 """BCKD: bridging cross-task protocol inconsistency (Yang et al., ICCV 2023).
 
-    t = sigmoid(z_t), s = sigmoid(z_s);   v = 1 for valid locations, positive or negative;   A = number of positives
+    t = sigmoid(z_t), s = sigmoid(z_s);   v = 1 for valid locations, positive or negative (times the teacher's
+    certainty, if it has one);   A = number of positives
     L_cls = sum_{i,c} v_i * BCE(z_s, t) * |t - s|^beta / A                                         (section 3.2)
     L_loc = sum_i v_i * max_c |t - s| * (1 - GIoU(box_s, box_t)) / A                               (section 3.3)
 
@@ -18,10 +19,9 @@ from torch import Tensor
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.detectors.gfl import decode_level
 from compress.distill.method import Method, Outputs
 from kernels.binary_kd_loss import binary_kd_loss
-from kernels.iou_loss import giou_loss
+from kernels.distribution_iou_loss import distribution_iou_kd_loss
 
 
 class BCKD(Method):
@@ -64,6 +64,8 @@ class BCKD(Method):
         classification, localization = [], []
         for level, valid in enumerate(targets.assignment.valid.split(locations, 1)):
             v = valid.float()  # [B, M]
+            if teacher.certainty is not None:
+                v = v * teacher.certainty[level].flatten(1)
             loss, disagreement = binary_kd_loss(
                 z_s.logits[level].flatten(2),
                 z_t.logits[level].flatten(2),
@@ -71,11 +73,12 @@ class BCKD(Method):
                 beta=self.beta,
                 compiled=self.compiled,
             )
-            with torch.no_grad():
-                teacher_boxes = decode_level(z_t.distribution[level])
-            rows = giou_loss(decode_level(z_s.distribution[level]), teacher_boxes)  # [B, M]
             classification.append(loss)
-            localization.append((rows * disagreement * v).sum())
+            localization.append(
+                distribution_iou_kd_loss(
+                    z_s.distribution[level].flatten(2), z_t.distribution[level].flatten(2), disagreement * v
+                )
+            )
         has_positive = (targets.level_positives > 0).float()
         scale = has_positive / (targets.avg_factor + torch.finfo(torch.float32).eps)
         return {

@@ -38,6 +38,10 @@ from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.detectors.gfl import pad_targets
 from compress.distill.method import Adapter, Method, Outputs
+from kernels.attention_stats import attention_stats
+from kernels.attention_stats import reference as mean_magnitudes
+from kernels.feature_distance import feature_distance
+from kernels.feature_distance import reference as weighted_squares
 
 
 @dataclass(frozen=True)
@@ -152,27 +156,16 @@ class ContextBlock(nn.Module):
         return result
 
 
-# Arithmetic, in the dtype of its arguments --------------------------------------------------------------
+# Arithmetic, in the dtype of its arguments; float32 takes the fused operators ---------------------------
 
 
 def attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Spatial attention [B, h, w] (mean 1 an image) and channel attention [B, C] (mean 1) of a map [B, C, h, w]."""
     B, C, h, w = x.shape
-    magnitude = x.abs()
-    spatial = (magnitude.mean(1).flatten(1) / temperature).softmax(1).view(B, h, w) * (h * w)
-    channel = (magnitude.mean((2, 3)) / temperature).softmax(1) * C
+    over_channels, over_positions = attention_stats(x) if x.dtype == torch.float32 else mean_magnitudes(x)
+    spatial = (over_channels.flatten(1) / temperature).softmax(1).view(B, h, w) * (h * w)
+    channel = (over_positions / temperature).softmax(1) * C
     return spatial, channel
-
-
-def weighted_distance(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
-    """sum_{b,c,h,w} spatial * channel * (student - teacher)^2, for several pairs of weights at once.
-
-    student, teacher: [B, C, h, w]. spatial: constant [..., B, h, w]. channel: constant [..., B, C]. Returns [...]:
-    a scalar for one pair of weights, [n] for n of them, which share one pass over the maps.
-    """
-    assert student.shape == teacher.shape, f"maps differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}"
-    squared = (student - teacher).square()
-    return (torch.einsum("...bc,bchw->...bhw", channel, squared) * spatial).sum((-3, -2, -1))
 
 
 def focal_terms(
@@ -188,9 +181,10 @@ def focal_terms(
         spatial, channel = attention(teacher, temperature)
         ones = torch.ones_like(spatial)
         everywhere = ones if certainty is None else certainty.to(ones.dtype)
-        spatial_weights = torch.stack((fg * spatial, bg * spatial, ones)) * everywhere  # [3, B, h, w]
-        channel_weights = torch.stack((channel, channel, torch.ones_like(channel)))  # [3, B, C]
-    fg_term, bg_term, plain = weighted_distance(student, teacher, spatial_weights, channel_weights).unbind()
+        focal = torch.stack((fg * spatial, bg * spatial)) * everywhere  # [2, B, h, w]
+    distance = feature_distance if student.dtype == torch.float32 else weighted_squares
+    fg_term, bg_term = distance(student, teacher, focal, channel).unbind()
+    plain = distance(student, teacher, everywhere, torch.ones_like(channel))
     channel_term = (student_channel - channel).abs().sum(1) @ everywhere.mean((1, 2))
     mask_term = channel_term + ((student_spatial - spatial).abs() * everywhere).sum()
     return fg_term / B, bg_term / B, mask_term / B, plain / B

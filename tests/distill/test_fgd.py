@@ -7,8 +7,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.data.batch import Batch
@@ -20,7 +18,6 @@ from compress.distill.fgd import (
     focal_terms,
     foreground,
     relation_rest,
-    weighted_distance,
 )
 from tests.distill import pyramids
 from tests.oracles import ORACLES, sine
@@ -176,56 +173,13 @@ def test_finite_differences() -> None:
     generator = torch.Generator().manual_seed(1)
     s, t = (torch.randn(2, 3, 2, 3, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
     spatial = torch.rand(2, 2, 2, 3, dtype=torch.float64, generator=generator)
-    channel = torch.rand(2, 2, 3, dtype=torch.float64, generator=generator)
     shift = torch.randn(2, 3, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: attention(x, 0.5), s)
-    assert torch.autograd.gradcheck(lambda a, b: weighted_distance(a, b, spatial, channel), (s, t))
     assert torch.autograd.gradcheck(lambda a, b, c: relation_rest(a, b, c, spatial[0]), (s, t, shift))
     assert torch.autograd.gradcheck(lambda a, b, c: relation_rest(a, b, c, None), (s, t, shift))
     fg = spatial[0] * (spatial[0] > 0.5)
     constant = t.detach()
     assert torch.autograd.gradcheck(lambda a: focal_terms(a, constant, fg, background(fg), 0.5, spatial[1]), s)
-
-
-def test_weighted_distance_of_one_and_of_several_weights() -> None:
-    s, t = pyramids.maps(4, 0)[0], pyramids.maps(4, 1)[0]
-    spatial, channel = torch.rand(3, 2, 5, 7), torch.rand(3, 2, 4)
-    several = weighted_distance(s, t, spatial, channel)
-    assert several.shape == (3,)
-    for i in range(3):
-        one = weighted_distance(s, t, spatial[i], channel[i])
-        assert one.shape == ()
-        weight = spatial[i].double()[:, None] * channel[i].double()[:, :, None, None]
-        torch.testing.assert_close(one.double(), (weight * (s.double() - t.double()) ** 2).sum(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(several[i], one)
-    with pytest.raises(AssertionError, match="differ in shape"):
-        weighted_distance(s, t[:, :, :1], spatial, channel)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_masks_equal_the_slow_form(data: st.DataObject) -> None:
-    # quarters of pixels and sides that are powers of two: products and quotients are exact in float32
-    size = data.draw(st.sampled_from([(32, 64), (64, 32), (16, 16)]))
-    grid = data.draw(st.sampled_from([(4, 6), (1, 1), (3, 8)]))
-    side = st.integers(0, 4 * max(size)).map(lambda q: q / 4)
-    box = st.tuples(side, side, side, side).map(
-        lambda b: [min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3])]
-    )
-    images = data.draw(st.lists(st.lists(box, max_size=4), min_size=1, max_size=3))
-    rows = [torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) for boxes in images]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(b), dtype=torch.bool) for b in rows], batch_first=True)
-    mask = foreground(padded, real, torch.tensor([size] * len(images)), grid)
-    expected = torch.stack([slow_mask(boxes, size, grid) for boxes in images])
-    torch.testing.assert_close(mask.double(), expected, rtol=1e-6, atol=0)
-    outside = background(mask)
-    assert not (outside[mask > 0]).any()
-    covered = (mask > 0).flatten(1).all(1)
-    torch.testing.assert_close(outside.sum((1, 2)), (~covered).float())
-
-
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_crowds_are_background_and_empty_images_have_no_foreground() -> None:
