@@ -39,6 +39,7 @@ from deploy.tensorrt_network import (
     compute_layers,
     format_name,
     library,
+    load_engine,
     load_tensorrt,
     log,
     parse_network,
@@ -101,7 +102,7 @@ def build_engine(
     data = bytes(plan)
     _keep_timing_cache(config, cache_file)
 
-    layers, missing = inspect_layers(parsed.trt, data)
+    layers, missing = inspect_layers(parsed.trt, data, version_compatible=options.version_compatible)
     if problem := contradiction(precision, compute, layers):
         raise UserError(f"{onnx}: {problem}; the engine was not written")
     card = EngineCard(
@@ -151,7 +152,7 @@ def refit_engine(engine: Path, onnx: Path, out: Path | None = None) -> EngineCar
     if parsed.facts.structure_sha256 != card.structure_sha256:
         raise UserError(f"{onnx}: not the structure that {engine} was built from (layers, shapes or constants differ)")
     changed = {name for name, digest in parsed.facts.weights.items() if card.weights_sha256.get(name) != digest}
-    refitted = _refit(trt, data, engine, onnx, changed)
+    refitted = _refit(trt, data, engine, onnx, changed, card.options.version_compatible)
     new = card.model_copy(
         update={
             "engine": out.name,
@@ -170,10 +171,9 @@ def refit_engine(engine: Path, onnx: Path, out: Path | None = None) -> EngineCar
     return new
 
 
-def inspect_layers(trt: Any, engine: bytes) -> tuple[Layers | None, str]:
+def inspect_layers(trt: Any, engine: bytes, *, version_compatible: bool = False) -> tuple[Layers | None, str]:
     """Layers of a built engine and the share of each number format, and if that cannot be had None and why."""
-    log().clear()
-    loaded = trt.Runtime(log().logger).deserialize_cuda_engine(engine)
+    loaded = load_engine(trt, engine, version_compatible=version_compatible)
     if loaded is None:
         return None, f"the engine does not load here: {_why_not(log().errors())}"
     inspector = loaded.create_engine_inspector()
@@ -288,10 +288,9 @@ def _keep_timing_cache(config: Any, file: Path) -> None:
         temporary.write_bytes(bytes(cache.serialize()))
 
 
-def _refit(trt: Any, data: bytes, engine: Path, onnx: Path, changed: set[str]) -> bytes:
+def _refit(trt: Any, data: bytes, engine: Path, onnx: Path, changed: set[str], version_compatible: bool) -> bytes:
     """The engine with the weights of `onnx`; `changed` names those that differ from the engine's."""
-    log().clear()
-    loaded = trt.Runtime(log().logger).deserialize_cuda_engine(data)
+    loaded = load_engine(trt, data, version_compatible=version_compatible)
     if loaded is None:
         raise UserError(f"{engine}: does not load here: {_why_not(log().errors())}")
     refitter = trt.Refitter(loaded, log().logger)

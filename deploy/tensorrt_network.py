@@ -141,6 +141,19 @@ def parse_network(path: Path) -> ParsedNetwork:
     return ParsedNetwork(trt, builder, network, parser, facts)
 
 
+def load_engine(trt: Any, engine: bytes, *, version_compatible: bool) -> Any:
+    """The engine on this machine's GPU, or None with the reason in `log()`.
+
+    A version-compatible engine brings its own runtime, which is code: TensorRT runs it only when told to. Give it
+    engines whose hash was compared with their card.
+    """
+    log().clear()
+    runtime = trt.Runtime(log().logger)
+    if version_compatible:
+        runtime.engine_host_code_allowed = True
+    return runtime.deserialize_cuda_engine(engine)
+
+
 def check_operators(path: Path, operators: list[Operator], supported: Any, where: str) -> None:
     """Raise UserError naming every operator for which `supported(op_type)` is false."""
     missing = [operator for operator in operators if not supported(operator.op_type)]

@@ -137,6 +137,7 @@ def _tensorrt_settings(path: Path, wanted: TensorRTProvider) -> tuple[Path, dict
     fp16 and int8 kernels only where they are allowed."""
     card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
     formats = "+".join(card.precision.values())
+    wanted.cache.mkdir(parents=True, exist_ok=True)
     settings = {
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(wanted.cache),

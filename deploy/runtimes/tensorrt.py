@@ -18,7 +18,7 @@ from deploy.engine_card import EngineCard, Machine, open_engine, this_machine
 from deploy.errors import UserError
 from deploy.runtimes.base import Detections, check_images
 from deploy.runtimes.cuda import CudaDevice
-from deploy.tensorrt_network import library, load_tensorrt, log
+from deploy.tensorrt_network import library, load_engine, load_tensorrt, log
 
 _OUTPUTS = ("boxes", "scores", "labels", "count")
 _FINAL = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int32}
@@ -49,7 +49,7 @@ class TensorRTRunner:
         self._buffers = EngineBuffers(self.engine_card, path)
         self._cuda = CudaDevice(device)
         with self._cuda.active():
-            self._new_context = _load(trt, data, path)
+            self._new_context = _load(trt, data, path, self.engine_card.options.version_compatible)
             self._start(cuda_graph)
 
     @property
@@ -199,11 +199,9 @@ class EngineBuffers:
             self.shapes[spec.name] = ((self.largest, *spec.shape[1:]), np.dtype(_DTYPES[spec.dtype]))
 
 
-def _load(trt: Any, data: bytes, path: Path) -> Callable[[], Any]:
+def _load(trt: Any, data: bytes, path: Path, version_compatible: bool) -> Callable[[], Any]:
     """Makes execution contexts of the engine, and keeps it alive."""
-    log().clear()
-    runtime = trt.Runtime(log().logger)
-    engine = runtime.deserialize_cuda_engine(data)
+    engine = load_engine(trt, data, version_compatible=version_compatible)
     if engine is None:
         raise UserError(f"{path}: TensorRT does not load it: {_last_error()}")
 

@@ -165,7 +165,9 @@ def runner(
         monkeypatch.setattr(tensorrt, "load_tensorrt", lambda: SimpleNamespace())
         monkeypatch.setattr(tensorrt, "library", lambda trt: (T4.library, T4.version))
         monkeypatch.setattr(tensorrt, "this_machine", lambda library, version, device: T4)
-        monkeypatch.setattr(tensorrt, "_load", lambda trt, data, path: lambda: FakeContext(cuda, reference, limits))
+        monkeypatch.setattr(
+            tensorrt, "_load", lambda trt, data, path, version_compatible: lambda: FakeContext(cuda, reference, limits)
+        )
         monkeypatch.setattr(tensorrt, "_last_error", lambda: "no reason")
         return tensorrt.TensorRTRunner(path, **arguments)
 
