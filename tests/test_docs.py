@@ -1,6 +1,7 @@
-"""The documents say what the program does: the reference of the recipe is generated, and shown commands exist.
+"""The documents say what the program does: references and figures are generated, and shown commands exist.
 
-After a change of `compress/recipe.py`, `python -m tests.test_docs` writes the reference in docs/recipe.md again.
+`python -m tests.test_docs` writes the generated parts again: the reference in docs/recipe.md after a change of
+`compress/recipe.py` or `compress/methods.py`, and the figures in docs/methods after a run of the benchmark.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from compress import cli, recipe
+from compress import cli, methods, recipe
+from compress.methods import Methods
 from compress.recipe import Recipe, load_recipe
+from compress.settings import Settings
 from deploy.errors import UserError
 from deploy.files import write_text
 
@@ -26,6 +29,9 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 REFERENCE = ROOT / "docs" / "recipe.md"
 BEGIN, END = "<!-- reference -->\n", "<!-- /reference -->\n"
+METHODS = ROOT / "docs" / "methods"
+INDEX = METHODS / "README.md"
+GAINS = ROOT / "benchmarks" / "results" / "distill_gain-cpu-methods.json"
 
 
 # ------------------------------------------------------------------------------- the reference of the recipe
@@ -105,13 +111,139 @@ def test_the_reference_is_that_of_the_recipe() -> None:
 
 def test_every_setting_is_in_the_reference() -> None:
     """Against the generator's own mistakes: a settings class that nobody reaches, a field without a word."""
-    classes = [c for c in vars(recipe).values() if isinstance(c, type) and issubclass(c, recipe._Settings)]
+    known = [*vars(recipe).values(), *vars(methods).values()]
+    classes = [c for c in known if isinstance(c, type) and issubclass(c, Settings)]
     documented = {model for _, model in sections(Recipe, "")}
-    assert documented == set(classes) - {recipe._Settings}
+    assert documented == set(classes) - {Settings, methods.Term, methods.Adapted}  # what others are made of
     text = reference()
     for model in documented:
         for name, field in model.model_fields.items():
             assert f"| `{name}` |" in text and field.description, f"{model.__name__}.{name} says nothing"
+
+
+# ---------------------------------------------------------------------------------- the figures of the methods
+
+
+def with_figures(page: Path, gains: Path = GAINS) -> str:
+    """The text of a page of docs/methods, its figures (and the index's column "our gain") as in the benchmark."""
+    text = page.read_text(encoding="utf-8")
+    results = json.loads(gains.read_text(encoding="utf-8")) if gains.is_file() else None
+    method = None if page == INDEX else page.stem
+    text = filled(text, "figures", figures(results, method, gains.with_suffix(".svg")))
+    if method is None:
+        table = re.search(r"<!-- which -->\n(.*?)<!-- /which -->", text, re.DOTALL)
+        assert table, f"{page} has no table of methods"
+        row = re.compile(r"^(\| \[(\w+)\].*\|)[^|]*\|$", re.MULTILINE)
+        cells = row.sub(lambda match: f"{match[1]} {gain_of(results, match[2])} |", table[1])
+        text = filled(text, "which", cells)
+    return text
+
+
+def filled(text: str, name: str, block: str) -> str:
+    """`text` with `block` between the comments of that name."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->\n)"
+    text, count = re.subn(pattern, lambda match: f"{match[1]}{block}{match[2]}", text, flags=re.DOTALL)
+    assert count == 1, f"one block of {name}, not {count}"
+    return text
+
+
+def figures(results: dict[str, Any] | None, method: str | None, picture: Path = GAINS.with_suffix(".svg")) -> str:
+    """A Markdown table of the benchmark's arms: those with the method, or all, beside the baseline."""
+    if results is None:
+        return "Not measured yet: `python -m benchmarks.distill_gain cpu`.\n"
+    baseline, *others = results["arms"]
+    arms = [row for row in others if method is None or method in parts(row["arm"])]
+    if not arms:
+        return f"Not among the arms of `{results['command']}` of {results['date']}.\n"
+    if method is not None:  # a head start is no gain of a method
+        arms = [row for row in others if row["arm"] == "inherit only" and row not in arms] + arms
+    seeds = ", ".join(map(str, results["seeds"]))
+    lines = [
+        f"`{results['command']}`, {results['date']}; seeds {seeds}; {results['machine']['cpu']}, "
+        f"{results['machine']['cores']} cores. Mean and standard deviation over the seeds; gains are paired with the "
+        "baseline, with the 95 % interval of their mean; time is that of the training beside the baseline's.",
+        "",
+        "| arm | mAP | gain | 95 % interval | time | settings |",
+        "|---|---:|---:|---|---:|---|",
+    ]
+    for row in [baseline, *arms]:
+        spread = f" ± {row['map_stdev']:.2f}" if "map_stdev" in row else ""
+        gain = "" if row is baseline else f"{row['gain_mean']:+.2f}"
+        interval = (
+            "" if row is baseline or "gain_low" not in row else f"{row['gain_low']:+.2f} to {row['gain_high']:+.2f}"
+        )
+        time = f"{row['seconds_mean'] / baseline['seconds_mean']:.2f} ×"
+        settings = " ".join(f"`{setting}`" for setting in row.get("settings", ())).replace("|", "\\|")
+        lines.append(f"| {row['arm']} | {row['map_mean']:.2f}{spread} | {gain} | {interval} | {time} | {settings} |")
+    if method is None and picture.is_file():
+        lines += ["", f"![gain of every arm](../../{picture.relative_to(ROOT).as_posix()})"]
+    return "\n".join([*lines, ""])
+
+
+def gain_of(results: dict[str, Any] | None, name: str) -> str:
+    """The gain of the arm of that method alone, else of the first one with it, in a few words."""
+    rows = [] if results is None else [row for row in results["arms"][1:] if name.lower() in parts(row["arm"])]
+    if not rows:
+        return "not measured"
+    row = next((row for row in rows if row["arm"].lower() == name.lower()), rows[0])
+    where = "" if row["arm"].lower() == name.lower() else f" ({row['arm']})"
+    return f"{row['gain_mean']:+.2f}{where}"
+
+
+def parts(arm: str) -> set[str]:
+    """Names in the name of an arm: `UET+FGD, sum` → uet, fgd, sum."""
+    return set(re.findall(r"[a-z]+", arm.lower()))
+
+
+PAGES = sorted(METHODS.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_figures_are_those_of_the_benchmark(page: Path) -> None:
+    old = f"{page.relative_to(ROOT)} has other figures than the benchmark; run: python -m tests.test_docs"
+    assert page.read_text(encoding="utf-8") == with_figures(page), old
+
+
+def test_every_method_has_a_page_and_a_row() -> None:
+    assert {page.stem for page in PAGES} == {*Methods.model_fields, "README"}
+    table = INDEX.read_text(encoding="utf-8").partition("<!-- which -->")[2].partition("<!-- /which -->")[0]
+    assert {name.lower() for name in re.findall(r"^\| \[(\w+)\]", table, re.MULTILINE)} == {*Methods.model_fields}
+
+
+def test_figures_of_made_up_results(tmp_path: Path) -> None:
+    def row(arm: str, mean: float, gain: float, seconds: float, **more: float) -> dict[str, Any]:
+        return {"arm": arm, "settings": [], "map_mean": mean, "gain_mean": gain, "seconds_mean": seconds, **more}
+
+    spread = {"map_stdev": 0.5, "gain_stdev": 0.6, "gain_low": 1.25, "gain_high": 3.75}
+    results = {
+        "date": "2030-01-02",
+        "command": "python -m benchmarks.distill_gain cpu",
+        "machine": {"cpu": "a processor", "cores": 2},
+        "seeds": [0, 1, 2],
+        "arms": [
+            row("baseline", 20, 0, 50, map_stdev=0.4, gain_low=0, gain_high=0),
+            row("inherit only", 21, 1, 50),
+            row("BCKD+FGD", 24, 4, 75),
+            row("FGD", 22.5, 2.5, 60, **spread) | {"settings": ["methods.fgd.weight=3"]},
+            row("LD", 19, -1, 55),
+        ],
+    }
+    shown = figures(results, "fgd")
+    assert "| FGD | 22.50 ± 0.50 | +2.50 | +1.25 to +3.75 | 1.20 × | `methods.fgd.weight=3` |" in shown
+    assert "| baseline | 20.00 ± 0.40 |  |  | 1.00 ×" in shown and "| BCKD+FGD | 24.00 | +4.00 |  | 1.50 × |" in shown
+    assert "| inherit only | 21.00 | +1.00 |" in shown and "| LD |" not in shown and "seeds 0, 1, 2" in shown
+    assert figures(results, "dkd") == "Not among the arms of `python -m benchmarks.distill_gain cpu` of 2030-01-02.\n"
+    assert all(arm["arm"] in figures(results, None) for arm in results["arms"])
+    assert figures(None, "fgd") == "Not measured yet: `python -m benchmarks.distill_gain cpu`.\n"
+    assert [gain_of(results, name) for name in ("FGD", "BCKD", "LD", "DKD")] == [
+        "+2.50", "+4.00 (BCKD+FGD)", "-1.00", "not measured"
+    ]  # fmt: skip
+    assert gain_of(None, "FGD") == "not measured"
+    path = tmp_path / "gains.json"
+    path.write_text(json.dumps(results))
+    index = with_figures(INDEX, path)
+    assert re.search(r"^\| \[FGD\]\(fgd\.md\) \|.*\| \+2\.50 \|$", index, re.MULTILINE)
+    assert re.search(r"^\| \[DKD\].*\| not measured \|$", index, re.MULTILINE)
 
 
 # ----------------------------------------------------------------------------------------- what is shown
@@ -174,18 +306,17 @@ def understood(words: list[str]) -> None:
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_recipes_load(block: str, tmp_path: Path) -> None:
     """A whole recipe as it is; a part of one inside the smallest recipe that there is."""
+    whole = {
+        "name": "shown",
+        "data": {"synthetic": {"train": 8, "val": 8}, "short": 160},
+        "student": {"backbone": "nano"},
+        "teacher": {"checkpoint": "teacher.safetensors"},
+        "train": {"epochs": 1},
+    }
     shown = yaml.safe_load(block)
-    if "name" not in shown:
-        whole = {
-            "name": "shown",
-            "data": {"synthetic": {"train": 8, "val": 8}, "short": 160},
-            "student": {"backbone": "nano"},
-            "teacher": {"checkpoint": "teacher.safetensors"},
-            "train": {"epochs": 1},
-        }
-        shown = {**whole, **shown}
+    rest = {} if "name" in shown else {key: value for key, value in whole.items() if key not in shown}
     path = tmp_path / "recipe.yaml"
-    path.write_text(block if "name" in yaml.safe_load(block) else json.dumps(shown))
+    path.write_text(block + "".join(f"{key}: {json.dumps(value)}\n" for key, value in rest.items()))
     try:
         load_recipe(path)
     except UserError as error:
@@ -223,3 +354,5 @@ def test_named_files_exist(path: Path) -> None:
 if __name__ == "__main__":
     before, _, rest = REFERENCE.read_text(encoding="utf-8").partition(BEGIN)
     write_text(REFERENCE, f"{before}{BEGIN}\n{reference()}{END}{rest.partition(END)[2]}")
+    for page in PAGES:
+        write_text(page, with_figures(page))
