@@ -259,9 +259,10 @@ def picture(rows: list[dict[str, Any]], name: str) -> str:
     ]
     tick = -(-low // step) * step
     while tick <= high:
-        x, colour = x_of(tick), "#333" if abs(tick) < 1e-9 else "#ddd"
+        x = x_of(tick)
+        colour, label = ("#333", "0") if abs(tick) < 1e-9 else ("#ddd", f"{tick:+g}")
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{height - 34}" stroke="{colour}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{height - 16}" text-anchor="middle" fill="#555">{tick:+g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 16}" text-anchor="middle" fill="#555">{label}</text>')
         tick += step
     for index, row in enumerate(arms):
         y = top + row_height * index + 8
