@@ -26,7 +26,7 @@ MEASURE_EVERY = 20  # steps
 MEMORY = 0.9  # of the running mean of the logarithm
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Fabric's mixed precision walks through the arguments of forward
 class Position:
     """Where training is: finished optimizer steps and epochs, and the length of the whole run in both."""
 
