@@ -310,6 +310,16 @@ class Benchmark(Settings):
     """Measuring time for each file and batch size, after the warm-up."""
 
 
+class Qad(Settings):
+    """Quantization-aware distillation: how the student goes on learning on the grids of its int8 file."""
+
+    steps: Positive = 300
+    """Optimizer steps, with the recipe's data, teacher, methods and batch size."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate (AdamW, a half cosine down to zero after a tenth of warm-up). Scales of activations move by 20
+    times this, relatively."""
+
+
 class Int8(Settings):
     """How int8 files are made."""
 
@@ -327,6 +337,9 @@ class Int8(Settings):
     """Keep the fewest layers in float that hold the loss within max_map_drop."""
     deciding_images: Positive = 300
     """Labelled training images, none of them for calibration, that guided decides on."""
+    qad: Qad | None = None
+    """Also make student.qad.onnx: calibrated like the int8 file, then trained on with the teacher. {} for the
+    defaults."""
 
 
 class Deploy(Settings):

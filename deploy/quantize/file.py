@@ -15,11 +15,13 @@ from deploy.errors import UserError
 from deploy.files import atomic_path
 from deploy.precision import precisions, set_card
 from deploy.quantize.calibrate import CalibrationImages, Method, activation_ranges, canvases
+from deploy.quantize.grids import Grids, grids_of, trained_tensors
 from deploy.quantize.qdq import Target, check_format, integer_dot_product, quantize
 from deploy.quantize.structure import structure_of
 from deploy.runtimes.onnx import OnnxRunner
 
 SCORES, BOXES = "dense_scores", "dense_boxes"  # values inside an exported graph: every location, before suppression
+TRAINED = "trained"  # method of a file whose activation grids were learned
 
 
 @dataclass(frozen=True)
@@ -60,29 +62,50 @@ class Quantizer:
         self.canvases = canvases(images.files, self.card)
         self.ranges = activation_ranges(self.model, self.canvases, method)
 
-    def graph(self, keep_float: Collection[str] | None = None) -> onnx.ModelProto:
-        """The int8 graph with the layers named in `keep_float` in float; None: the output layers."""
+    def graph(self, keep_float: Collection[str] | None = None, *, trained: Grids | None = None) -> onnx.ModelProto:
+        """The int8 graph with the layers named in `keep_float` in float; None: the output layers.
+
+        trained: its activations' scales and zero points, its target, weight bits and float layers hold instead of this
+        quantizer's. Raises UserError when it belongs to another detector.
+        """
         keep_float = self.structure.output_names if keep_float is None else keep_float
-        model = quantize(self.model, self.ranges, self.target, keep_float=keep_float, reduce_range=self.reduce_range)
-        check_format(model, self.target)
+        target, reduce_range, method, grids = self.target, self.reduce_range, str(self.method), None
+        if trained is not None:
+            target, reduce_range, method = trained.target, trained.weight_bits == 7, TRAINED
+            keep_float = trained.float_layers
+            plain = quantize(self.model, self.ranges, target, keep_float=keep_float, reduce_range=reduce_range)
+            grids = trained_tensors(grids_of(plain, self.structure), trained.activations, str(self.source))
+        model = quantize(self.model, self.ranges, target, keep_float=keep_float, reduce_range=reduce_range, grids=grids)
+        check_format(model, target)
         kept = [layer.name for layer in self.structure.layers if layer.name in keep_float]
         quantization = Quantization(
-            target=self.target,
-            weight_bits=7 if self.reduce_range else 8,
+            target=target,
+            weight_bits=7 if reduce_range else 8,
             layers=len(self.structure.layers) - len(kept),
             float_layers=kept,
-            method=self.method,
+            method=method,
             images_sha256=self.images.sha256,
             image_hashes=[digest[:16] for digest in self.images.hashes],
         )
         set_card(model, self.card.model_copy(update={"precision": precisions(model), "quantization": quantization}))
         return model
 
+    def grids(self, keep_float: Collection[str] | None = None) -> Grids:
+        """Where training starts from: the activations' grids of `graph(keep_float)`."""
+        keep_float = self.structure.output_names if keep_float is None else keep_float
+        return Grids(
+            target=self.target,
+            weight_bits=7 if self.reduce_range else 8,
+            float_layers=tuple(layer.name for layer in self.structure.layers if layer.name in keep_float),
+            activations=tuple(grids_of(self.graph(keep_float), self.structure).values()),
+        )
+
     def save(
         self,
         path: Path,
         keep_float: Collection[str] | None = None,
         *,
+        trained: Grids | None = None,
         guided_map_drop: float | None = None,
         max_batch: int = 8,
     ) -> QuantizeReport:
@@ -90,7 +113,7 @@ class Quantizer:
 
         Raises RuntimeError when a detection is not finite or depends on the batch that its image is in.
         """
-        model = self.graph(keep_float)
+        model = self.graph(keep_float, trained=trained)
         card = parse_card(_metadata(model), str(path))
         assert card.quantization is not None
         quantization = card.quantization.model_copy(update={"guided_map_drop": guided_map_drop})
@@ -103,7 +126,7 @@ class Quantizer:
         return QuantizeReport(
             path=Path(path),
             size_bytes=Path(path).stat().st_size,
-            target=self.target,
+            target=quantization.target,
             layers=quantization.layers,
             float_layers=tuple(quantization.float_layers),
             images=len(self.images.files),

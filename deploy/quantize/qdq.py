@@ -25,6 +25,7 @@ import onnx
 from onnx import numpy_helper, shape_inference
 
 from deploy.errors import UserError
+from deploy.quantize.grids import Grid, as_override
 from deploy.quantize.structure import Layer, Structure, structure_of
 
 Target = Literal["tensorrt", "cpu"]
@@ -37,10 +38,12 @@ def quantize(
     *,
     keep_float: Collection[str] | None = None,
     reduce_range: bool = False,
+    grids: Mapping[str, Grid] | None = None,
 ) -> onnx.ModelProto:
     """`model` with its layers in int8; it is left as it is. `ranges`: see `activation_ranges`.
 
-    keep_float: names of the layers that stay in float; None: the output layers. Raises UserError for a graph that is
+    keep_float: names of the layers that stay in float; None: the output layers. grids: trained scales and zero points
+    of tensors, in place of those that follow from `ranges`. Raises UserError for a graph that is
     quantized, for a name that is not a layer, and when no layer is left to quantize.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -80,6 +83,7 @@ def quantize(
                 "WeightSymmetric": True,
                 "QuantizeBias": not symmetric,
                 "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm", "MatMul"] if symmetric else [],
+                "TensorQuantOverrides": {name: as_override(grid, target) for name, grid in (grids or {}).items()},
             },
         )
         quantizer.quantize_model()
