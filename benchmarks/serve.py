@@ -273,7 +273,7 @@ def sigterm(bench: Bench) -> dict[str, Any]:
         with bench.server("--drain-seconds", "1") as (target, process):
             threading.Timer(3.0, process.send_signal, [signal.SIGTERM]).start()
             shots = asyncio.run(closed_loop(target, bench.bodies, clients=bench.clients(), seconds=5.0))
-            codes.append(process.wait(60))
+            codes.append(process.wait(120))
             statuses.update(shot.status for shot in shots)
     return {
         "rounds": rounds,

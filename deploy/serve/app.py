@@ -24,6 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
+from deploy.preprocess import decode_image
 from deploy.serve import protocol
 from deploy.serve.answers import DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
 from deploy.serve.batching import InferenceError, Row, Ticket
@@ -148,16 +149,15 @@ def _add_detect(app: FastAPI, service: Service) -> None:
                 raise RefusalError(400, "annotate takes one picture")
             served = service.models.get(model)
             with _admit(service, served, len(pictures), None if deadline_ms is None else deadline_ms / 1e3) as ticket:
-                work = _detect(service, served, ticket, pictures, keep_pixels=annotate)
+                work = _detect(service, served, ticket, pictures)
                 decoded, rows, decode_s = await _unless_gone(request, work)
-        images = [image_answer(row, item, served.card, min_score) for row, item in zip(rows, decoded, strict=True)]
-        timing = _timing(service, request, served, rows, received, decode_s)
-        if annotate:
-            pixels = decoded[0].pixels
-            assert pixels is not None
-            drawn = await service.in_pool(lambda: draw_boxes(pixels, images[0]["detections"]))
-            stages = ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())
-            return Response(drawn, media_type="image/jpeg", headers={"Server-Timing": stages})
+                images = [image_answer(*pair, served.card, min_score) for pair in zip(rows, decoded, strict=True)]
+                timing = _timing(service, request, served, rows, received, decode_s)
+                if annotate:  # decoded once more: pixels of many waiting pictures would fill the memory
+                    found = images[0]["detections"]
+                    drawn = await service.in_pool(lambda: draw_boxes(decode_image(pictures[0]), found))
+                    stages = ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())
+                    return Response(drawn, media_type="image/jpeg", headers={"Server-Timing": stages})
         answer = {
             "model": served.name,
             "images": images,
@@ -188,15 +188,16 @@ async def _pictures(request: Request, data: bytes, most: int) -> list[bytes]:
         if not files:
             raise RefusalError(400, "no file among the parts: give each a filename")
         return files
+    # curl calls whatever --data-binary sends a form
     if kind.startswith("image/") or kind in ("", "application/octet-stream", "application/x-www-form-urlencoded"):
-        if not data:  # curl calls any --data-binary a form
+        if not data:
             raise RefusalError(400, "the body is empty: send the picture as the body")
         return [data]
     raise RefusalError(415, "send a picture, or pictures as multipart/form-data")
 
 
 async def _detect(
-    service: Service, served: Served, ticket: Ticket, pictures: list[bytes], *, keep_pixels: bool
+    service: Service, served: Served, ticket: Ticket, pictures: list[bytes]
 ) -> tuple[list[Decoded], list[Row], float]:
     start = time.monotonic()
 
@@ -206,7 +207,6 @@ async def _detect(
             served.card,
             max_pixels=service.settings.max_pixels,
             where="image" if len(pictures) == 1 else f"image {index}",
-            keep_pixels=keep_pixels,
         )
 
     decoding = [asyncio.ensure_future(service.in_pool(partial(decode_one, i))) for i in range(len(pictures))]

@@ -69,7 +69,7 @@ class Bodies:
         """When memory runs out, the bodies that have been arriving longest make room: slow clients do not keep others
         out."""
         while self.held_bytes + count > self._max_held_bytes:
-            oldest = next(iter(self._arriving))
+            oldest = next(iter(self._arriving), reading)  # none, when this one had to make room itself
             if oldest is reading:
                 raise RefusalError(503, "too many bodies at one time; try again in 1 s", retry_after_s=1)
             del self._arriving[oldest]

@@ -31,16 +31,14 @@ MAX_JPEG_SCANS = 100
 
 @dataclass(frozen=True)
 class Decoded:
-    """canvas: uint8 [3, H, W] of the card's input size. scale: canvas pixels per image pixel (x, y).
-    pixels: uint8 [h, w, 3] when they are wanted later, else None."""
+    """canvas: uint8 [3, H, W] of the card's input size. scale: canvas pixels per image pixel (x, y)."""
 
     canvas: np.ndarray
     scale: tuple[float, float]
     size_hw: tuple[int, int]
-    pixels: np.ndarray | None
 
 
-def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str, keep_pixels: bool = False) -> Decoded:
+def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str) -> Decoded:
     """Raises RefusalError: 415 for another format, 413 for too many pixels, 422 for a broken file; it names `where`."""
     name, width, height = read_header(data, where)
     if width * height > max_pixels:
@@ -58,7 +56,7 @@ def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str, keep_pi
         raise
     except Exception as error:  # what a parser raises on hostile bytes: struct.error, KeyError, zlib.error …
         raise RefusalError(422, f"{where}: cannot decode the image") from error
-    return Decoded(canvas, scale, (pixels.shape[0], pixels.shape[1]), pixels if keep_pixels else None)
+    return Decoded(canvas, scale, (pixels.shape[0], pixels.shape[1]))
 
 
 def read_header(data: bytes, where: str) -> tuple[str, int, int]:

@@ -20,24 +20,23 @@ from tests.serve.red import CARD, picture
 
 GOOD, BAD = kinds(), hostile()
 LIMIT = 1_000_000
+CARD_90X60 = CARD.model_copy(update={"input_size": (60, 90)})  # nothing is resized
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_every_kind_is_what_validation_sees(name: str) -> None:
     """The same canvas, bit for bit, as `compress validate` makes of the file."""
-    found = decode(GOOD[name], CARD, max_pixels=LIMIT, where="image", keep_pixels=True)
+    found = decode(GOOD[name], CARD, max_pixels=LIMIT, where="image")
     pixels = decode_image(GOOD[name])
     canvas, scale = fit_canvas(pixels, CARD)
     assert np.array_equal(found.canvas, canvas) and found.scale == scale
     assert found.size_hw == pixels.shape[:2] == (60, 90)
-    assert found.pixels is not None and np.array_equal(found.pixels, pixels)
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if not any(word in name for word in ("grey", "16", "bile"))])
 def test_the_first_frame_upright_and_in_colour(name: str) -> None:
     """Against the picture that was encoded: red inside the rectangle, grey outside."""
-    pixels = decode(GOOD[name], CARD, max_pixels=LIMIT, where="image", keep_pixels=True).pixels
-    assert pixels is not None
+    pixels = decode(GOOD[name], CARD_90X60, max_pixels=LIMIT, where="image").canvas.transpose(1, 2, 0).astype(int)
     wanted = picture((60, 90), (20, 10, 70, 40)).astype(int)
     for y, x in ((25, 45), (15, 25), (35, 65), (5, 5), (50, 80), (25, 10)):
         assert np.abs(pixels[y, x] - wanted[y, x]).max() < 30, (name, y, x)
