@@ -66,3 +66,26 @@ def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "everything fits together" in done.stdout and not (tmp_path / "runs").exists()
+
+
+def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
+    """Adapters and context blocks, masks that differ between the processes, one method that ends early."""
+    methods = "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, uet: {of: [fgd, bckd]}}"
+    arguments = [
+        "distill",
+        str(tiny.recipe_file(tmp_path)),
+        "--devices",
+        "2",
+        "--set",
+        methods,
+        "--set",
+        "train.steps=14",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "runs" / "tiny" / "student" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [row["mgd"] != "" for row in rows] == [True, False, False]  # steps 1, 10 and 14; an epoch has 6
+    assert all(float(row["fgd_fg"]) > 0 and float(row["grad_fgd"]) > 0 for row in rows)

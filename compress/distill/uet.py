@@ -88,7 +88,7 @@ class UET(Method):
         self.passes += 1
         features, prediction = maps, teacher.prediction
         if self.on_logits:
-            features, prediction = teacher.features, teacher.detector.predict(maps)
+            features, prediction = teacher.features, teacher.detector.predict([x.float() for x in maps])
         return Outputs(features, prediction, teacher.detector, certainty=weights if self.certainty else None)
 
     def observations(self) -> dict[str, Tensor]:

@@ -91,6 +91,19 @@ def test_composed_methods_train_and_log(tmp_path: Path) -> None:
     assert first["step"] == "1" and second["step"] == "10"
 
 
+def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
+    names = [name for name in Methods.model_fields if name != "uet"]
+    methods = ", ".join(f"{name}: {{}}" for name in names)
+    recipe = tiny.recipe(
+        tmp_path, f"methods={{{methods}, uet: {{of: [{', '.join(names)}]}}}}",
+        "train.precision=bf16", "teacher.train.precision=bf16", "train.steps=2", "train.schedule.warmup_steps=1",
+        "student.head_depth=1",
+    )  # fmt: skip
+    logged = [r for r in rows(pipeline.distill(recipe)) if r["loss"]]
+    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names)
+    assert sum(float(logged[0][f"grad_{name}"]) > 0 for name in names) >= len(names) - 1, "DKD may have no positives"
+
+
 def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
     extra = (COMPOSED, "train.steps=24", "methods.fgd.stop_epoch=3", "methods.bckd.decay=linear")
     whole = tiny.recipe(tmp_path / "a", *extra)
