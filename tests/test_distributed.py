@@ -70,7 +70,10 @@ def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
 
 def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
     """Adapters and context blocks, masks that differ between the processes, one method that ends early."""
-    methods = "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, uet: {of: [fgd, bckd]}}"
+    methods = (
+        "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, "
+        "uet: {of: [fgd, bckd]}}"
+    )
     arguments = [
         "distill",
         str(tiny.recipe_file(tmp_path)),
