@@ -49,7 +49,8 @@ HOST_DEVICE PairLoss pair_loss(const Box& a, const Box& b, float eps) {
       const float enclosing = ew * eh, inverse = 1.f / fmaxf(enclosing, eps), empty = (enclosing - union_) * inverse;
       loss += empty;
       by_union -= inverse;
-      const float by_enclosing = inverse - (enclosing >= eps ? empty * inverse : 0.f);
+      // union / enclosing^2, not 1 / enclosing - (enclosing - union) / enclosing^2: nothing cancels
+      const float by_enclosing = enclosing >= eps ? union_ * inverse * inverse : inverse;
       by_ew = by_enclosing * eh;
       by_eh = by_enclosing * ew;
     } else {

@@ -148,7 +148,8 @@ def iou_and_gradients(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, eps, KIND: tl.cons
             empty = (enclosing - union) * inverse
             loss += empty
             by_union -= inverse
-            by_enclosing = inverse - tl.where(enclosing >= eps, empty * inverse, 0.0)
+            # union / enclosing^2, not 1 / enclosing - (enclosing - union) / enclosing^2: nothing cancels
+            by_enclosing = tl.where(enclosing >= eps, union * inverse * inverse, inverse)
             by_enclosing_w = by_enclosing * enclosing_h
             by_enclosing_h = by_enclosing * enclosing_w
         else:
