@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.loader import eval_loader, train_loader
-from compress.data.transforms import eval_transform, train_transform
+from compress.data.transforms import eval_transform, fit_size, train_transform
 from compress.detectors.backbones import build_backbone
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.detectors.gfl import GFL
@@ -146,6 +146,13 @@ def inherit(student: GFL, teacher: GFL) -> list[str]:
     }
     student.load_state_dict(given, strict=False)
     return list(given)
+
+
+def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as the recipe resizes it."""
+    sizes = [fit_size(*size, recipe.data.eval_short, recipe.data.long) for size in set(dataset.sizes)]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    return -(-height // 32) * 32, -(-width // 32) * 32
 
 
 def evaluate_arm(detector: GFL, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:

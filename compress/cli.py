@@ -594,10 +594,9 @@ def _quantize(source: Path, out: Path, how: Quantizing, max_batch: int) -> None:
 
 def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, int]]:
     """The recipe's validation set: where it is, its image files, and the canvas (height, width) that holds them."""
-    from compress.arms import splits
+    from compress.arms import canvas, splits
     from compress.data.coco import CocoDetection
     from compress.data.transforms import eval_transform
-    from compress.evidence import canvas
 
     _, split = splits(recipe.data, recipe.runs)
     transform = eval_transform(recipe.data.eval_short, recipe.data.long)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from compress.arms import model_size, splits
+from compress import qad
+from compress.arms import canvas, model_size, splits
 from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
-from compress.data.transforms import eval_transform, fit_size
+from compress.data.transforms import eval_transform
 from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
 from compress.export import (
@@ -97,6 +98,10 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
             else:
                 missed[file.name] = found["missed"]
             console.print(f"export: {found['missed'] or found['summary']}")
+    if recipe.deploy.int8.qad is not None:
+        file = run_dir / f"{qad.NAME}.onnx"
+        console.print(f"export: {_export_trained(recipe, run_dir, manifest, file, inputs, limits)}")
+        written.append(file)
 
     device = _device(recipe)
     runners: dict[str, Runner] = {
@@ -171,7 +176,11 @@ def _quantize(
             f"int8, {len(report.float_layers)} in float",
         }
 
-    shaped_by = {**inputs, "int8": settings.model_dump(mode="json"), "guided": recipe.deploy.max_map_drop}
+    shaped_by = {
+        **inputs,
+        "int8": settings.model_dump(mode="json", exclude={"qad"}),
+        "guided": recipe.deploy.max_map_drop,
+    }
     if settings.calibration is not None:
         shaped_by["calibration"] = calibration_of(recipe, settings).sha256
     precision = out.suffixes[-2].lstrip(".")
@@ -183,6 +192,27 @@ def _quantize(
     return result
 
 
+def _export_trained(
+    recipe: Recipe, run_dir: Path, manifest: Manifest, out: Path, inputs: dict[str, Any], limits: tuple[int, int]
+) -> str:
+    """The int8 file of quantization-aware distillation, and one line about it."""
+    checkpoint = run_dir / f"{qad.NAME}.safetensors"
+    height, width = inputs["deploy"]["input_size"]
+
+    def work() -> str:
+        images = calibration_of(recipe, recipe.deploy.int8)
+        report = qad.export_quantized(checkpoint, out, recipe, images, input_size=(height, width), limits=limits)
+        return (
+            f"{out.name}, {report.size_bytes / 1e6:.1f} MB, for {report.target}; {report.layers} layers in int8 on "
+            f"trained grids, {len(report.float_layers)} in float"
+        )
+
+    trained = {"checkpoint": sha256_of(checkpoint), "grids": sha256_of(checkpoint.with_suffix(".json"))}
+    shaped_by = {**inputs, **trained, "int8": recipe.deploy.int8.model_dump(mode="json")}
+    summary: str = manifest.stage("export qad", shaped_by, [out], work)
+    return summary
+
+
 def _device(recipe: Recipe) -> str:
     """Where torch runs after training."""
     return "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
@@ -192,13 +222,6 @@ def _machine() -> dict[str, Any]:
     """What a latency belongs to."""
     found = environment()
     return {"cpu": found["cpu"]["model"], "gpus": [gpu.get("name") for gpu in found["gpus"] or []]}
-
-
-def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
-    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as the recipe resizes it."""
-    sizes = [fit_size(*size, recipe.data.eval_short, recipe.data.long) for size in set(dataset.sizes)]
-    height, width = (max(side) for side in zip(*sizes, strict=True))
-    return -(-height // 32) * 32, -(-width // 32) * 32
 
 
 def _teacher(recipe: Recipe, run_dir: Path) -> str | None:

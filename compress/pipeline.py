@@ -37,7 +37,6 @@ from deploy.errors import UserError
 from deploy.files import write_text
 from kernels.backend import chosen, set_backend
 
-
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
 
@@ -56,7 +55,8 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
 
 
 def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True) -> Path:
-    """Train teacher (if the recipe says so), baseline (if asked for) and student. Returns the run folder.
+    """Train teacher (if the recipe says so), baseline (if asked for) and student, and the student once more on the
+    grids of its int8 file (if asked for). Returns the run folder.
 
     With `distillation` False only the student is trained, alone, from the labels.
 
@@ -123,6 +123,14 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         console.print(
             f"{name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)",
         )
+    if distillation and recipe.deploy.int8.qad is not None:
+        from compress.qad import NAME, distill_quantized
+
+        result = distill_quantized(fabric, recipe, data, manifest, teacher=teacher, taught=taught, resume=resume)
+        console.print(
+            f"{NAME}: mAP {result['metrics']['map']:.2f} on the grids of its int8 file ({result['seconds']:.0f} s of "
+            "training)",
+        )
     return run_dir
 
 
@@ -182,7 +190,7 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
     """Create the folder with its resolved recipe. An unfinished run is only continued when asked to."""
     unfinished = [
         name
-        for name in ("teacher", "baseline", "student")
+        for name in ("teacher", "baseline", "student", "student.qad")
         if (run_dir / name / "checkpoints" / "last.ckpt").is_file() and not (run_dir / f"{name}.safetensors").is_file()
     ]
     if unfinished and not resume:

@@ -22,21 +22,21 @@ from lightning.fabric import Fabric
 from pydantic import ValidationError
 from torch import nn
 
-from compress.arms import Datasets, evaluate_arm
+from compress.arms import Datasets, canvas, evaluate_arm, on_first_process
 from compress.data.loader import train_loader
 from compress.detectors.checkpoints import load_detector, save_detector
 from compress.detectors.deployable import Deployable
 from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
-from compress.export import export_checkpoint
-from compress.manifest import fingerprint
+from compress.export import calibration_of, export_checkpoint
+from compress.manifest import Manifest, fingerprint
 from compress.quantization import FakeQuantized, fold_batch_norms
 from compress.recipe import Int8, Optimizer, Qad, Recipe, Schedule, Train, recipe_sha256
 from compress.train import fit
 from deploy.card import card_from_file
 from deploy.errors import UserError
 from deploy.export import ExportMismatchError
-from deploy.files import write_json
+from deploy.files import sha256_of, write_json
 from deploy.quantize.calibrate import CalibrationImages
 from deploy.quantize.file import Quantizer, QuantizeReport, dense_outputs, output_error
 from deploy.quantize.grids import Grids
@@ -67,6 +67,54 @@ def calibrated_grids(
         return _quantizer(file, images, settings).grids(keep_float)
 
 
+def distill_quantized(
+    fabric: Fabric,
+    recipe: Recipe,
+    data: Datasets,
+    manifest: Manifest,
+    *,
+    teacher: GFL | None,
+    taught: Mapping[str, Any],
+    resume: bool,
+) -> dict[str, Any]:
+    """Calibrate and train the run's student, as two stages of its manifest. Returns the figures of the training.
+
+    taught: what teaches, as JSON. Raises UserError.
+    """
+    settings, student = recipe.deploy.int8, recipe.run_dir / "student.safetensors"
+    start_file = recipe.run_dir / f"{NAME}.start.json"
+    limits = (recipe.data.eval_short, recipe.data.long)
+    inputs: dict[str, Any] = {
+        "data": data.identity,
+        "student": sha256_of(student),
+        "int8": settings.model_dump(mode="json", exclude={"qad", "guided", "deciding_images"}),
+        "input_size": list(recipe.deploy.input_size or canvas(data.val, recipe)),
+    }
+
+    def calibrate() -> None:
+        images = calibration_of(recipe, settings)
+        size = recipe.deploy.input_size or canvas(data.val, recipe)
+        grids = calibrated_grids(student, recipe, images, input_size=size, limits=limits)
+        write_json(start_file, grids.model_dump(mode="json"))
+
+    on_first_process(fabric, lambda: manifest.stage("qad calibration", inputs, [start_file], calibrate))
+    start = load_grids(start_file)
+    inputs |= {
+        "start": start.model_dump(mode="json"),
+        "train": _schedule(recipe.train, _qad(recipe)).model_dump(mode="json", exclude={"devices", "accelerator"}),
+        "taught": dict(taught),
+        "seed": recipe.seed,
+        "world_size": fabric.world_size,
+    }
+
+    def train() -> dict[str, Any]:
+        return train_quantized(fabric, recipe, data, start, teacher=teacher, identity=inputs, resume=resume)
+
+    outputs = [recipe.run_dir / f"{NAME}.{ending}" for ending in ("safetensors", "json")]
+    result: dict[str, Any] = manifest.stage("qad", inputs, outputs, train, write=fabric.is_global_zero)
+    return result
+
+
 def train_quantized(
     fabric: Fabric,
     recipe: Recipe,
@@ -87,7 +135,8 @@ def train_quantized(
 
     Args:
         teacher: as in the student's training; None: from the labels alone.
-        identity: of everything that shapes the result; an unfinished training of another identity is not continued.
+        identity: of everything that shapes the result, `start` included; an unfinished training of another identity is
+            not continued.
         student: the checkpoint to start from; None: the run's.
         folder: where the results go; None: the run's folder.
         quantized: False trains the float student by the same schedule, to tell what rounding adds.
@@ -95,8 +144,6 @@ def train_quantized(
     Raises:
         UserError: as `compress.train.fit` does, and when the grids are not the student's.
     """
-    settings = recipe.deploy.int8.qad
-    assert settings is not None, "the caller looks"
     folder = recipe.run_dir if folder is None else folder
     output = folder / f"{name}.safetensors"
     if fabric.is_global_zero:
@@ -104,14 +151,14 @@ def train_quantized(
     fabric.seed_everything(recipe.seed + 1, verbose=False)  # not the images in the order that the student knows
     checkpoint = recipe.run_dir / "student.safetensors" if student is None else student
     detector, record = load_detector(checkpoint)
-    detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    detector.to(memory_format=torch.channels_last)
     fold_batch_norms(detector)
     network = FakeQuantized(detector, start) if quantized else detector
     methods = {}
     if teacher is not None:
         methods = build_methods(recipe.methods, network, teacher, seed=recipe.seed)
         _restore_adapters(nn.ModuleDict(methods), checkpoint.with_suffix("") / "checkpoints" / "last.ckpt")
-    train = _schedule(recipe.train, settings)
+    train = _schedule(recipe.train, _qad(recipe))
     loader = train_loader(
         data.train,
         batch_size=train.batch_size // train.accumulate,
@@ -128,7 +175,7 @@ def train_quantized(
         evaluate=lambda d: evaluate_arm(d, data, fabric, recipe.data.workers),
         folder=folder / name,
         name=name,
-        identity=fingerprint({**identity, "start": start.model_dump(mode="json")}),
+        identity=fingerprint(identity),
         teacher=teacher,
         methods=methods,
         resume=resume,
@@ -190,6 +237,11 @@ def load_grids(path: Path) -> Grids:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _qad(recipe: Recipe) -> Qad:
+    assert recipe.deploy.int8.qad is not None, "the caller looks"
+    return recipe.deploy.int8.qad
 
 
 def _schedule(train: Train, qad: Qad) -> Train:

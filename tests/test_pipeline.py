@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from compress import arms, pipeline
+from compress.arms import canvas
 from compress.data.loader import eval_loader
 from compress.distill.teacher import load_teacher
 from compress.evaluate import evaluate
-from compress.evidence import canvas
 from deploy.card import card_from_file
 from deploy.coco_map import evaluate_coco
 from deploy.errors import UserError
