@@ -32,6 +32,10 @@ BEGIN, END = "<!-- reference -->\n", "<!-- /reference -->\n"
 METHODS = ROOT / "docs" / "methods"
 INDEX = METHODS / "README.md"
 GAINS = ROOT / "benchmarks" / "results" / "distill_gain-cpu-methods.json"
+MORE = {  # further tables of a page: name of the block, file beside GAINS
+    INDEX: [("photographs", "distill_gain-bccd-methods.json")],
+    METHODS / "uet.md": [("ablation", "distill_gain-cpu-uet.json")],
+}
 
 
 # ------------------------------------------------------------------------------- the reference of the recipe
@@ -130,6 +134,10 @@ def with_figures(page: Path, gains: Path = GAINS) -> str:
     results = json.loads(gains.read_text(encoding="utf-8")) if gains.is_file() else None
     method = None if page == INDEX else page.stem
     text = filled(text, "figures", figures(results, method, gains.with_suffix(".svg")))
+    for block, name in MORE.get(page, ()):
+        path = gains.with_name(name)
+        more = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        text = filled(text, block, figures(more, None, path.with_suffix(".svg")))
     if method is None:
         table = re.search(r"<!-- which -->\n(.*?)<!-- /which -->", text, re.DOTALL)
         assert table, f"{page} has no table of methods"
@@ -161,10 +169,10 @@ def figures(results: dict[str, Any] | None, method: str | None, picture: Path = 
     lines = [
         f"`{results['command']}`, {results['date']}; seeds {seeds}; {results['machine']['cpu']}, "
         f"{results['machine']['cores']} cores. Mean and standard deviation over the seeds; gains are paired with the "
-        "baseline, with the 95 % interval of their mean; time is that of the training beside the baseline's.",
+        "baseline, with the 95 % interval of their mean.",
         "",
-        "| arm | mAP | gain | 95 % interval | time | settings |",
-        "|---|---:|---:|---|---:|---|",
+        "| arm | mAP | gain | 95 % interval | settings |",
+        "|---|---:|---:|---|---|",
     ]
     for row in [baseline, *arms]:
         spread = f" ± {row['map_stdev']:.2f}" if "map_stdev" in row else ""
@@ -172,9 +180,8 @@ def figures(results: dict[str, Any] | None, method: str | None, picture: Path = 
         interval = (
             "" if row is baseline or "gain_low" not in row else f"{row['gain_low']:+.2f} to {row['gain_high']:+.2f}"
         )
-        time = f"{row['seconds_mean'] / baseline['seconds_mean']:.2f} ×"
         settings = " ".join(f"`{setting}`" for setting in row.get("settings", ())).replace("|", "\\|")
-        lines.append(f"| {row['arm']} | {row['map_mean']:.2f}{spread} | {gain} | {interval} | {time} | {settings} |")
+        lines.append(f"| {row['arm']} | {row['map_mean']:.2f}{spread} | {gain} | {interval} | {settings} |")
     if method is None and picture.is_file():
         lines += ["", f"![gain of every arm](../../{picture.relative_to(ROOT).as_posix()})"]
     return "\n".join([*lines, ""])
@@ -229,8 +236,8 @@ def test_figures_of_made_up_results(tmp_path: Path) -> None:
         ],
     }
     shown = figures(results, "fgd")
-    assert "| FGD | 22.50 ± 0.50 | +2.50 | +1.25 to +3.75 | 1.20 × | `methods.fgd.weight=3` |" in shown
-    assert "| baseline | 20.00 ± 0.40 |  |  | 1.00 ×" in shown and "| BCKD+FGD | 24.00 | +4.00 |  | 1.50 × |" in shown
+    assert "| FGD | 22.50 ± 0.50 | +2.50 | +1.25 to +3.75 | `methods.fgd.weight=3` |" in shown
+    assert "| baseline | 20.00 ± 0.40 |  |  |" in shown and "| BCKD+FGD | 24.00 | +4.00 |  |" in shown
     assert "| inherit only | 21.00 | +1.00 |" in shown and "| LD |" not in shown and "seeds 0, 1, 2" in shown
     assert figures(results, "dkd") == "Not among the arms of `python -m benchmarks.distill_gain cpu` of 2030-01-02.\n"
     assert all(arm["arm"] in figures(results, None) for arm in results["arms"])
