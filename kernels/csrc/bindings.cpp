@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> iou_loss_of_tensors(const Tensor& boxes, cons
   const int64_t rows = boxes.size(0);
   Tensor to_boxes = boxes_grad ? at::empty_like(boxes) : at::empty({0}, boxes.options());
   Tensor to_target = target_grad ? at::empty_like(target) : at::empty({0}, target.options());
-  Tensor partial = at::empty({iou_loss_partials(rows, dtype_of(boxes))}, boxes.options().dtype(at::kFloat));
+  Tensor partial = at::empty({iou_loss_partials(rows)}, boxes.options().dtype(at::kFloat));
   if (rows)
     iou_loss(boxes.const_data_ptr(), target.const_data_ptr(), static_cast<const float*>(pointer(weight)),
              boxes_grad ? to_boxes.data_ptr() : nullptr, target_grad ? to_target.data_ptr() : nullptr,

@@ -4,10 +4,14 @@
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kVectors = 4;  // a thread
+constexpr int kBoxes = 4;   // a thread
+constexpr int kBlocks = 5;  // at least, on a multiprocessor: ptxas then knows how many registers it may take
 
 template <typename T>
 constexpr int kRows = 4 / sizeof(T);  // boxes in 16 bytes: one of float, two of half
+
+template <typename T>
+constexpr int kVectors = kBoxes / kRows<T>;  // a thread
 
 template <typename T>
 __device__ Box row(const Vector<T, 4 * kRows<T>>& v, int i) {
@@ -33,14 +37,14 @@ __device__ float sum_of_block(float x) {
 }
 
 template <typename T, Kind kind>
-__global__ void __launch_bounds__(kThreads) iou_loss_kernel(const T* boxes, const T* target, const float* weight,
+__global__ void __launch_bounds__(kThreads, kBlocks) iou_loss_kernel(const T* boxes, const T* target, const float* weight,
                                                             T* to_boxes, T* to_target, float* partial, int64_t rows,
                                                             float eps) {
   using Rows = Vector<T, 4 * kRows<T>>;
-  const int64_t vector0 = int64_t(blockIdx.x) * kVectors * kThreads + threadIdx.x;
-  Rows a[kVectors] = {}, b[kVectors] = {};
+  const int64_t vector0 = int64_t(blockIdx.x) * kVectors<T> * kThreads + threadIdx.x;
+  Rows a[kVectors<T>] = {}, b[kVectors<T>] = {};
 #pragma unroll
-  for (int step = 0; step < kVectors; ++step) {  // all loads are on their way before the first is waited for
+  for (int step = 0; step < kVectors<T>; ++step) {  // all loads are on their way before the first is waited for
     const int64_t vector = vector0 + step * kThreads, first = vector * kRows<T>;
     if (first + kRows<T> <= rows) {
       a[step] = reinterpret_cast<const Rows*>(boxes)[vector];
@@ -54,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) iou_loss_kernel(const T* boxes, cons
   }
   float total = 0.f;
 #pragma unroll
-  for (int step = 0; step < kVectors; ++step) {
+  for (int step = 0; step < kVectors<T>; ++step) {
     const int64_t vector = vector0 + step * kThreads, first = vector * kRows<T>;
     Rows by_a, by_b;
 #pragma unroll
@@ -89,14 +93,14 @@ void launch(const void* boxes, const void* target, const float* weight, void* to
 
 }  // namespace
 
-int64_t iou_loss_partials(int64_t rows, Dtype dtype) {
-  const int64_t rows_of_block = int64_t{kThreads} * kVectors * (dtype == Dtype::f32 ? 1 : 2);
+int64_t iou_loss_partials(int64_t rows) {
+  constexpr int64_t rows_of_block = int64_t{kThreads} * kBoxes;
   return (rows + rows_of_block - 1) / rows_of_block;
 }
 
 void iou_loss(const void* boxes, const void* target, const float* weight, void* to_boxes, void* to_target, float* partial,
               int64_t rows, float eps, Kind kind, Dtype dtype, cudaStream_t stream) {
-  const int64_t blocks = iou_loss_partials(rows, dtype);
+  const int64_t blocks = iou_loss_partials(rows);
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto run = kind == Kind::iou    ? launch<T, Kind::iou>

@@ -7,7 +7,7 @@
 #include "iou.h"
 
 // float [partials] must be summed by the caller: the result does not depend on which block finishes first.
-int64_t iou_loss_partials(int64_t rows, Dtype dtype);
+int64_t iou_loss_partials(int64_t rows);
 void iou_loss(const void* boxes, const void* target, const float* weight, void* to_boxes, void* to_target, float* partial,
               int64_t rows, float eps, Kind kind, Dtype dtype, cudaStream_t stream);
 

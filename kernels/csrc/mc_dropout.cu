@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 8;  // at least, on a multiprocessor: ptxas then knows how many registers it may take
 
 // Forward: inputs x; outputs out and variance (may be null). Backward: inputs x, grad_out, grad_variance; output grad.
 template <typename T>
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Tensors<T> tensors, int 
 // Channels inside: grid (blocks of positions * quads, images). N channels of one position; N = 1 stands for a
 // quad whose channels are taken one by one, where C is no multiple of 4.
 template <typename T, int N, bool backward>
-__global__ void __launch_bounds__(kThreads) channels_kernel(Tensors<T> tensors, int C, int S, Draw draw) {
+__global__ void __launch_bounds__(kThreads, kBlocks) channels_kernel(Tensors<T> tensors, int C, int S, Draw draw) {
   constexpr int kQuads = N < 4 ? 1 : N / 4;
   const int quads = (C + 3) / 4, per_position = quads / kQuads;
   const int thread = blockIdx.x * kThreads + threadIdx.x;
