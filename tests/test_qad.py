@@ -101,7 +101,7 @@ def test_activations_are_rounded_as_onnx_rounds_them(kind: int, zero: int) -> No
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         nodes, "qdq", [value("x", TensorProto.FLOAT, [None])], [value("y", TensorProto.FLOAT, [None])],
-        [numpy_helper.from_array(scale, "s"), helper.make_tensor("z", kind, [], [zero])],
+        [numpy_helper.from_array(np.array(scale), "s"), helper.make_tensor("z", kind, [], [zero])],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     options = onnxruntime.SessionOptions()
@@ -235,7 +235,7 @@ def test_grids_of_another_detector_are_refused(student: GFL, quantizers: dict[st
 
 def test_an_input_that_was_not_rounded_is_noticed(student: GFL, quantizers: dict[str, Quantizer]) -> None:
     network = fake_quantized(student, quantizers["tensorrt"].grids())
-    network.backbone.stem.register_forward_hook(lambda module, args, output: output * 1.0)
+    network.backbone.get_submodule("stem").register_forward_hook(lambda module, args, output: output * 1.0)
     with pytest.raises(RuntimeError, match="its input was not rounded for it"):
         network.features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
@@ -254,7 +254,7 @@ def test_predict_rounds_foreign_maps_once(student: GFL, quantizers: dict[str, Qu
 def test_gradients_reach_every_weight_and_scale(student: GFL, quantizers: dict[str, Quantizer], target: str) -> None:
     network = fake_quantized(student, moved(quantizers[target].grids(())))
     prediction = network(torch.from_numpy(quantizers[target].canvases))
-    sum(x.square().sum() for x in prediction.logits + prediction.distribution).backward()  # type: ignore[union-attr]
+    sum(x.square().sum() for x in prediction.logits + prediction.distribution).backward()
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
