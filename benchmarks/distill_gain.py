@@ -41,7 +41,7 @@ from compress.recipe import Recipe, load_recipe, recipe_sha256
 from compress.versions import versions
 from deploy.environment import environment
 from deploy.errors import UserError
-from deploy.files import write_json, write_text
+from deploy.files import sha256_of, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "benchmarks" / "presets"
@@ -73,6 +73,7 @@ def main() -> int:
 
     recipe = load_recipe(recipe_path, common)
     name = recipe.name if arguments.preset.suffix else f"{arguments.preset}-{arguments.table}"
+    name += "-tune" if arguments.tune else ""
     out = arguments.out or ROOT / "benchmarks" / "results" / f"distill_gain-{name}.json"
     machine = environment()
     write_json(
@@ -89,6 +90,7 @@ def main() -> int:
                 "gpu": [gpu["name"] for gpu in machine.get("gpus") or []],
                 "system": platform.system(),
             },
+            "teacher": taught_by(arm_recipe(recipe_path, arms[-1], arguments.seeds[0], common)),
             "seeds": arguments.seeds,
             "arms": rows,
         },
@@ -103,15 +105,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("preset", nargs="?", type=Path, default=Path("cpu"), metavar="PRESET|RECIPE")
     parser.add_argument("--table", default="methods", help="of the preset's arms.yaml")
     parser.add_argument("--arms", metavar="A,B", help="only these arms (the baseline always runs)")
-    parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="N,N,…", help="1 to 10 different ones")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `compress run`")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time; threads are shared out")
     parser.add_argument("--tune", action="store_true", help="on other images: to choose settings, not to report")
     parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    if not 1 <= len(arguments.seeds) <= 10 or len(set(arguments.seeds)) < len(arguments.seeds):
-        parser.error("--seeds: give 1 to 10 different ones")
+    if arguments.jobs < 1:
+        parser.error("--jobs: give 1 or more")
+    if arguments.preset.suffix:
+        if arguments.tune or arguments.arms or arguments.table != "methods":
+            parser.error("--tune, --table and --arms are for presets; a recipe has one arm and its own images")
+    elif any(setting.partition("=")[0].startswith(("methods", "teacher")) for setting in arguments.set):
+        parser.error("--set: methods and teacher of a preset are those of its arms; edit arms.yaml")
+    elif (arguments.arms or arguments.set) and arguments.out is None and not arguments.tune:
+        parser.error("--arms and --set make another table than the preset's; name a file for it with --out")
     return arguments
+
+
+def seeds(text: str) -> list[int]:
+    try:
+        values = [int(x) for x in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 0,1,2") from None
+    if not 1 <= len(values) <= 10 or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError("give 1 to 10 different ones")
+    return values
 
 
 def read_plan(arguments: argparse.Namespace) -> tuple[Path, list[Arm], tuple[str, ...]]:
@@ -120,7 +139,7 @@ def read_plan(arguments: argparse.Namespace) -> tuple[Path, list[Arm], tuple[str
     if arguments.preset.suffix:
         return arguments.preset, [Arm(BASELINE, (), alone=True), Arm("distilled", ())], common
     folder = PRESETS / arguments.preset
-    if not folder.is_dir():
+    if not (folder / "arms.yaml").is_file():
         names = ", ".join(sorted(path.name for path in PRESETS.iterdir()))
         raise UserError(f"{arguments.preset}: neither a preset ({names}) nor a .yaml recipe")
     recipe_path = folder / "student.yaml"
@@ -192,6 +211,17 @@ def arm_recipe(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> Reci
     label = "".join(c if c.isalnum() or c in "._" else "-" for c in arm.name)
     own = (f"seed={seed}", f"name={name}-gain-{label}-seed{seed}", "baseline=false")
     return load_recipe(path, [*common, *arm.settings, *own])
+
+
+def taught_by(recipe: Recipe) -> dict[str, Any]:
+    """mAP of the teacher on the students' validation images, and which file it is (None: trained in each run)."""
+    stages = json.loads((recipe.run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    checkpoint = recipe.teacher.checkpoint if recipe.teacher is not None else None
+    file = Path(checkpoint) if checkpoint is not None else None
+    return {
+        "map": round(stages["teacher_check"]["result"]["metrics"]["map"], 3),
+        "sha256": sha256_of(file) if file is not None and file.is_file() else None,
+    }
 
 
 def summarise(arm: Arm, figures: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]]) -> dict[str, Any]:

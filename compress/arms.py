@@ -134,18 +134,30 @@ def check_methods(recipe: Recipe, num_classes: int, teacher: GFL) -> None:
     do not fit each other."""
     student = build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
     build_methods(recipe.methods, student, teacher)
+    if recipe.teacher is not None and recipe.teacher.inherit and not inherit(student, teacher):
+        raise UserError(
+            f"teacher.inherit: no layer of the teacher's neck and head (width {teacher.feature_channels}) fits the "
+            f"student's (width {student.feature_channels}); give both the same neck_channels"
+        )
 
 
 def inherit(student: GFL, teacher: GFL) -> list[str]:
-    """Copy the teacher's neck and head into the student where names and shapes agree. Returns the copied keys."""
-    own = student.state_dict()
-    given = {
-        key: value
-        for key, value in teacher.state_dict().items()
-        if not key.startswith("backbone.") and key in own and own[key].shape == value.shape
-    }
-    student.load_state_dict(given, strict=False)
-    return list(given)
+    """Copy the layers of the teacher's neck and head whose weights have the student's shapes. Returns the keys; empty
+    when no convolution fits, and then nothing is copied."""
+    own, theirs = student.state_dict(), teacher.state_dict()
+
+    def fits(key: str) -> bool:
+        return key in own and own[key].shape == theirs[key].shape
+
+    def weight_of(key: str) -> str:
+        layer = key.rpartition(".")[0]
+        return f"{layer}.weight" if f"{layer}.weight" in theirs else key
+
+    keys = [key for key in theirs if not key.startswith("backbone.") and fits(key) and fits(weight_of(key))]
+    if not any(key.endswith("weight") and theirs[key].dim() == 4 for key in keys):
+        return []
+    student.load_state_dict({key: theirs[key] for key in keys}, strict=False)
+    return keys
 
 
 def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:

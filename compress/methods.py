@@ -28,6 +28,12 @@ class Term(Settings):
     decay: Literal["none", "linear"] = "none"
     """linear: the weight falls to zero by the end (or by stop_epoch)."""
 
+    @model_validator(mode="after")
+    def _ratio_is_automatic(self) -> Term:
+        if "ratio" in self.model_fields_set and self.weight != "auto":
+            raise broken_rule("ratio", "has a meaning only with weight: auto")
+        return self
+
     def constants(self) -> dict[str, Any]:
         """The method's own settings, by the names of its constructor."""
         return self.model_dump(exclude=set(Term.model_fields))
@@ -155,6 +161,12 @@ class Ld(Term):
     normalise: Literal["official", "positives"] = "official"
     """official: constants, so that the term grows with the images of a process; positives: their number."""
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Ld:
+        if not (self.main or self.vlr or self.classification):
+            raise broken_rule("", "main, vlr and classification are all 0; leave the method out")
+        return self
+
 
 class Crosskd(Term):
     """CrossKD (arXiv 2306.11369): the student's head features go through the rest of the teacher's head."""
@@ -165,6 +177,12 @@ class Crosskd(Term):
     """Weight of the term on the box distributions."""
     giou_weight: Weight = 0.0
     """Weight of a GIoU term on the boxes."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Crosskd:
+        if not (self.cls_weight or self.reg_weight or self.giou_weight):
+            raise broken_rule("", "all three weights are 0; leave the method out")
+        return self
 
 
 class Dkd(Term):
@@ -219,6 +237,8 @@ class Uet(Settings):
                 f"sample {self.samples} would have the rate {self.rates[-1]:g}; rates stay below 1: lower p_step, "
                 "p_start or samples",
             )
+        if self.certainty and (self.samples == 1 or self.rates[-1] == 0):
+            raise broken_rule("certainty", "needs samples that differ: two or more, with a dropout rate above 0")
         if len(set(self.hosts)) < len(self.hosts):
             raise broken_rule("of", "names a method twice")
         return self

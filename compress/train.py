@@ -177,6 +177,12 @@ def fit(
             f"{name}: schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the run's {total} "
             f"steps; set it to {total // 10}"
         )
+    for method_name, balanced in (methods or {}).items():
+        if balanced.stop_epoch is not None and balanced.stop_epoch * epoch_steps > total:
+            raise UserError(
+                f"{name}: methods.{method_name}.stop_epoch {balanced.stop_epoch} lies behind the end of the training "
+                f"({total / epoch_steps:.1f} epochs); lower it or leave it out"
+            )
     schedule = learning_rate(settings.schedule, total, epoch_steps)
     state = _State()
     modules = {"student": student, "methods": learner.methods}

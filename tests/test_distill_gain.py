@@ -81,8 +81,21 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for arguments, message in (
         (["nonsense"], "neither a preset"),
         (["cpu", "--table", "none"], "no table none; it has methods, uet"),
-        (["cpu", "--arms", "XYZ"], "no arm XYZ"),
+        (["cpu", "--arms", "XYZ", "--out", "x.json"], "no arm XYZ"),
+        (["."], "neither a preset"),
     ):
         monkeypatch.setattr(sys, "argv", ["distill_gain", *arguments])
         with pytest.raises(UserError, match=message):
             distill_gain.main()
+    for arguments in (
+        ["cpu", "--jobs", "0"],
+        ["cpu", "--seeds", "a"],
+        ["cpu", "--seeds", "1,1"],
+        ["cpu", "--arms", "FGD"],
+        ["cpu", "--set", "methods.fgd.weight=3", "--out", "x.json"],
+        ["recipe.yaml", "--tune"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["distill_gain", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            distill_gain.parse_arguments()
+        assert caught.value.code == 2

@@ -23,6 +23,7 @@ from compress.detectors.gfl import Reduce
 from compress.distill.method import Method
 
 MEASURE_EVERY = 20  # steps
+HALF_FACTOR = 2.0**16  # on a loss whose gradients would vanish in float16, as a gradient scaler's
 MEMORY = 0.9  # of the running mean of the logarithm
 
 
@@ -88,8 +89,9 @@ class Balanced(nn.Module):
 
 def gradient_norm(loss: Tensor, features: list[Tensor], reduce: Reduce | None) -> Tensor:
     """L2 norm of d loss / d features over all levels (and processes); the graph is kept. 0 without a path."""
-    zero = torch.zeros((), device=features[0].device)
+    square = torch.zeros((), device=features[0].device)
     if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
-        zero = sum((g.float().square().sum() for g in gradients if g is not None), start=zero)
-    return (zero if reduce is None else reduce(zero)).sqrt()
+        factor = HALF_FACTOR if features[0].dtype == torch.float16 else 1.0
+        gradients = torch.autograd.grad(loss * factor, features, retain_graph=True, allow_unused=True)
+        square = sum(((g.float() / factor).square().sum() for g in gradients if g is not None), start=square)
+    return (square if reduce is None else reduce(square)).sqrt()

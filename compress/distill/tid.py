@@ -95,6 +95,7 @@ class TID(Method):
             raise UserError(f"tid: thr_neg {thr_neg:g} exceeds thr_pos {thr_pos:g}; a bad box is worse than a good one")
         if not 0 < top_share <= 1:
             raise UserError(f"tid: top_share {top_share:g} is not in (0, 1]; it is a share of the locations")
+        self.levels = levels
         self.adapter = Adapter(student_channels, teacher_channels, levels, always=adapter == "always")
         self.rules = Rules(thr_pos, thr_neg, top_share, iou_scores, class_scores, key_score)
         self.lambdas = lambdas
@@ -102,12 +103,13 @@ class TID(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.targets is not None, "the student's targets carry the ground truth"
-        valid = student.targets.assignment.valid
-        weights = region_weights(self.regions(student, teacher), valid, self.lambdas)  # [B, A]
-        loss = torch.zeros((), device=weights.device)
-        maps = zip(self.adapter(student.features), teacher.features, strict=True)
         locations = [h * w for h, w in student.prediction.level_sizes]
-        for level, ((ours, theirs), weight) in enumerate(zip(maps, weights.split(locations, 1), strict=True)):
+        compared = student.targets.assignment.valid.clone()
+        compared[:, sum(locations[: self.levels]) :] = False
+        weights = region_weights(self.regions(student, teacher), compared, self.lambdas)  # [B, A]
+        loss = torch.zeros((), device=weights.device)
+        maps = zip(self.adapter(student.features[: self.levels]), teacher.features[: self.levels], strict=True)
+        for level, ((ours, theirs), weight) in enumerate(zip(maps, weights.split(locations, 1), strict=False)):
             if teacher.certainty is not None:
                 weight = weight * teacher.certainty[level].flatten(1)
             loss = loss + (squared_difference(ours, theirs.detach().float()) * weight).sum()

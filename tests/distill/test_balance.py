@@ -68,6 +68,9 @@ def test_gradient_norm() -> None:
     assert gradient_norm(torch.zeros(()), maps, None) == 0
     other = torch.ones(1, requires_grad=True)
     assert gradient_norm((other * 2).sum(), maps, None) == 0
+    half = [torch.full((2,), 0.5, dtype=torch.float16, requires_grad=True)]
+    tiny_loss = (half[0].float() * 3e-9).sum()  # below the smallest number that float16 knows
+    assert gradient_norm(tiny_loss, half, None).item() == pytest.approx(3e-9 * 2**0.5, rel=0.01)
     loss.backward()  # the graph is still there
     assert all(x.grad is not None for x in maps)
 
@@ -154,11 +157,36 @@ def test_inherit_copies_neck_and_head_where_shapes_agree(tmp_path: Path) -> None
     for key, value in after.items():
         assert torch.equal(value, given[key] if key in copied else before[key])
     wide = arms.build_detector(recipe.student.model_copy(update={"neck_channels": 64}), 3, seed=2)
-    assert set(arms.inherit(wide, teacher)) == {
-        *(f"head.scales.{i}.scale" for i in range(5)),
-        "head.gfl_cls.bias",
-        "head.gfl_reg.bias",
-    }
+    before = {key: value.clone() for key, value in wide.state_dict().items()}
+    assert arms.inherit(wide, teacher) == [], "biases without their weights are worth nothing"
+    assert_same(before, dict(wide.state_dict()))
+    unequal = tiny.recipe(tmp_path, "teacher.inherit=true", "student.neck_channels=64")
+    with pytest.raises(UserError, match=r"teacher.inherit: .*width 32.*width 64"):
+        pipeline.distill(unequal)
+
+
+def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"methods.bckd.stop_epoch 3 lies behind the end .*\(1.0 epochs\)"):
+        pipeline.distill(tiny.recipe(tmp_path, "methods.bckd.stop_epoch=3"))
+
+
+@pytest.mark.parametrize(
+    ("methods", "problem"),
+    [
+        ("{bckd: {ratio: 10}}", "methods.bckd.ratio: has a meaning only with weight: auto"),
+        ("{ld: {main: 0, vlr: 0, classification: 0}}", "are all 0; leave the method out"),
+        ("{crosskd: {cls_weight: 0, reg_weight: 0}}", "all three weights are 0"),
+        ("{fgd: {}, uet: {of: fgd, certainty: true, samples: 1}}", "needs samples that differ"),
+        ("{fgd: {}, uet: {of: fgd, certainty: true, p_start: 0, p_step: 0}}", "needs samples that differ"),
+        ("{fgd: {}, uet: {of: bckd}}", "bckd is not among the methods; add `bckd: {}`"),
+        ("{fgd: {}, uet: {of: [fgd, fgd]}}", "names a method twice"),
+        ("{fgd: {}, uet: {of: fgd, samples: 30}}", "rates stay below 1"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, methods: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny.recipe(tmp_path, f"methods={methods}")
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:

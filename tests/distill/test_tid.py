@@ -131,6 +131,19 @@ def test_gradient_reaches_maps_and_adapter_alone() -> None:
             assert x.grad is not None and not x.grad[b].abs().sum(0).flatten()[~inside].any()
 
 
+def test_fewer_levels_are_compared_and_regions_counted_there_alone() -> None:
+    student, teacher = outputs(case_g.targets(), (4, 4))
+    TID(4, 4, levels=1)(student, teacher, batch())["tid"].backward()
+    assert student.features[0].grad is not None and student.features[1].grad is None
+    M = student.features[0][0, 0].numel()
+    assert student.targets is not None
+    student.targets.assignment.valid[:, M:] = False  # what the coarse level holds takes no share of a region
+    method = TID(4, 4, levels=1)
+    shown = method(student, teacher, batch())["tid"]
+    other = dataclasses.replace(teacher, features=[teacher.features[0], teacher.features[1] + 9])
+    assert method(student, other, batch())["tid"] == shown
+
+
 def test_adapter() -> None:
     assert not list(TID(4, 4).parameters())
     assert len(list(TID(4, 4, adapter="always").parameters())) == 10

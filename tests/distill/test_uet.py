@@ -13,7 +13,9 @@ from compress.detectors.base import Capability
 from compress.distill.bckd import BCKD
 from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
+from kernels.mc_dropout import reference
 from tests.detectors import case_g
+from tests.oracles import ORACLES, sine
 
 RATES = (0.15, 0.2, 0.25, 0.3, 0.35)
 
@@ -47,6 +49,20 @@ def seen(uet: UET, teacher: Outputs) -> Outputs:
     uet(case_g.outputs()[0], teacher, batch())
     assert isinstance(uet.host, Recorder)
     return uet.host.seen
+
+
+@pytest.mark.parametrize("combine", ["none", "sum", "mean"])
+def test_target_of_given_masks(combine: str) -> None:
+    """The formula, on masks and numbers worked out by hand."""
+    expected = ORACLES["A_uet"]
+    x = torch.tensor(expected["F_T"]).view(1, 2, 2, 2)
+    kept = torch.tensor([expected["mask1"], expected["mask2"]]).view(2, 1, 2, 2, 2)
+    target, _ = reference(x, kept, (expected["p1"], expected["p2"]), combine)  # type: ignore[arg-type]
+    key = {"none": "U_K", "sum": "target_sum", "mean": "target_mean"}[combine]
+    torch.testing.assert_close(target.flatten(), torch.tensor(expected[key]), rtol=0, atol=2e-6)
+    if combine == "sum":
+        distance = (target - sine((1, 2, 2, 2), 0.9, 0.8, 0.1).float()).square().sum()
+        assert distance.item() == pytest.approx(expected["mse_sum_vs_student"], abs=1e-5)
 
 
 @pytest.mark.parametrize(("combine", "mean"), [("sum", 2.0), ("mean", 1.0)])
