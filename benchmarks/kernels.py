@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                        on a GPU: every operator, six sizes, bfloat16 and float32
     python -m benchmarks.kernels --step                 a training step R101 → R50 at 800 x 1333, kernels on and off
+    python -m benchmarks.kernels --device cpu           on a CPU: eager and compiled against what they replace
     python -m benchmarks.kernels --device cpu --smoke   that everything runs, in tiny sizes
 
 An operator is timed from its inputs to the gradients, on the largest map (stride 8) of the named image size and batch,
@@ -11,14 +12,17 @@ with the L2 cache overwritten before every repeat; the cases of a size take turn
 `floor bytes` is what must move: every input read once and every result and gradient written once, and in the backward
 pass what the forward pass left behind; `of copy` is the bandwidth that this needs in the time seen, over that of a copy
 on the same machine. Writes benchmarks/results/kernels.json and .svg.
+The CPU part is `benchmarks.kernels_cpu`; it writes benchmarks/results/kernels-cpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import kernels_cpu, measure
 from deploy.files import atomic_path, write_json
 from kernels import backend
 from kernels import binary_kd_loss as kd
@@ -67,13 +71,15 @@ def main() -> None:
     parser.add_argument("--step", action="store_true", help="a training step instead of single operators")
     parser.add_argument("--ops", nargs="+", help="only these operators")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, help="default: 50, on a CPU 7")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU; use --device cpu --smoke to try the benchmark")
-    if args.smoke:
-        args.repeats = 2
+    if args.device == "cpu" and not args.smoke and not args.step:
+        _on_cpu(args.repeats or 7, args.out or measure.RESULTS / "kernels-cpu.json")
+        return
+    args.repeats = 2 if args.smoke else args.repeats or 50
     kind = "kernels_step" if args.step else "kernels"
     out = args.out or measure.RESULTS / (f"{kind}-smoke.json" if args.smoke else f"{kind}.json")
     device = torch.device(args.device)
@@ -88,6 +94,27 @@ def main() -> None:
         with atomic_path(out.with_suffix(".svg")) as path:
             path.write_text(picture(rows))
     write_json(out, report)
+    print(f"written: {out}")
+
+
+def _on_cpu(repeats: int, out: Path) -> None:
+    """A process for every allocator and number of threads."""
+    runs = []
+    for threads, allocator in ((2, "reuse"), (2, "default"), (1, "reuse"), (1, "default")):
+        child = subprocess.run(
+            [sys.executable, "-m", "benchmarks.kernels_cpu", str(threads), str(repeats), "full"],
+            env=measure.environment_of_child(allocator, threads),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if child.returncode:
+            raise SystemExit(child.returncode)
+        runs.append({"threads": threads, "allocator": allocator, "operators": json.loads(child.stdout)})
+        print(kernels_cpu.table(runs[-1]), flush=True)
+        write_json(out, measure.record(runs=runs, bars=kernels_cpu.bars(runs)))
+    for bar in kernels_cpu.bars(runs):
+        print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['seen']:8.2f}x, wanted {bar['wanted']:g}x: {bar['name']}")
     print(f"written: {out}")
 
 

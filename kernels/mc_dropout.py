@@ -56,7 +56,7 @@ def mc_dropout(
             elements an image), or not floating point.
     """
     _check(x, dropout)
-    out, var = _mc_dropout(x, *dropout.arguments(), variance, compiled, backends.chosen(x))
+    out, var = _mc_dropout(x, *dropout.arguments(), variance, compiled, backends.chosen(x, has_cuda=True))
     return out, var if variance else None
 
 
@@ -104,10 +104,12 @@ def _mc_dropout(
 ) -> tuple[Tensor, Tensor]:
     """out, and var or an empty tensor."""
     dropout = Dropout.of(rates, seed, offset, mode, combine)
-    if backend == "triton":
-        from kernels.triton import mc_dropout as kernel
-
-        out, drawn = kernel.forward(x, dropout, variance)
+    if backend != "torch":
+        if backend == "cuda":
+            from kernels.cuda import mc_dropout as forward
+        else:
+            from kernels.triton.mc_dropout import forward
+        out, drawn = forward(x, dropout, variance)
         return out, x.new_empty(0) if drawn is None else drawn
     B, C, S = three_dimensions(x, dropout.mode)
     whole = compiled or fits_a_chunk(x)
@@ -146,10 +148,14 @@ def _mc_dropout_backward(
 ) -> Tensor:
     """d out / d x = a (combined), d var / d x = 2 v x."""
     dropout = Dropout.of(rates, seed, offset, mode, combine)
-    if backend == "triton":
-        from kernels.triton import mc_dropout as kernel
+    if backend == "cuda":
+        from kernels.cuda import mc_dropout_backward
 
-        return kernel.backward(grad_out, grad_var, x, dropout)
+        return mc_dropout_backward(grad_out, grad_var, x, dropout)
+    if backend == "triton":
+        from kernels.triton.mc_dropout import backward
+
+        return backward(grad_out, grad_var, x, dropout)
     B, C, S = three_dimensions(x, dropout.mode)
     whole = compiled or fits_a_chunk(x)
     run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.iou_loss import KINDS, iou_and_gradients, join_rows, split_rows
+from kernels.triton.iou_loss import KINDS, iou_and_gradients, split_rows
 from kernels.triton.math import unit
 
 UNROLL = tl.constexpr(4)  # loads of one thread that wait together

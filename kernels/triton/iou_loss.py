@@ -27,6 +27,8 @@ def iou_loss(
         return boxes.new_zeros((), dtype=torch.float32), to_boxes, to_target
     programs = triton.cdiv(N, BLOCK)
     partial = boxes.new_empty(programs, dtype=torch.float32)
+    # 16 bytes hold two rows of halves: the kernel can load them at once where it sees that none is left over.
+    unit = 2 if boxes.element_size() == 2 and N % 2 == 0 else 1
     with torch.cuda.device_of(boxes):
         _iou_kernel[(programs,)](
             boxes,
@@ -35,8 +37,9 @@ def iou_loss(
             partial,
             to_boxes,
             to_target,
-            N,
+            N // unit,
             eps,
+            UNIT=unit,
             KIND=KINDS[kind],
             BOXES_GRAD=boxes_grad,
             TARGET_GRAD=target_grad,
@@ -53,8 +56,9 @@ def _iou_kernel(
     partial,
     to_boxes,
     to_target,
-    N,
+    n_units,
     eps,
+    UNIT: tl.constexpr,
     KIND: tl.constexpr,
     BOXES_GRAD: tl.constexpr,
     TARGET_GRAD: tl.constexpr,
@@ -62,7 +66,7 @@ def _iou_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, BLOCK)
-    rows_left = N - program * BLOCK
+    rows_left = n_units * UNIT - program * BLOCK
     flat = tl.arange(0, 4 * BLOCK)
     inside = flat < 4 * rows_left
     ax1, ay1, ax2, ay2 = split_rows(tl.load(boxes + program * 4 * BLOCK + flat, mask=inside, other=0.0), BLOCK)

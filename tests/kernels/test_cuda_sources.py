@@ -29,7 +29,8 @@ HOST = """
 
 extern "C" void pairs(const float* a, const float* b, float* out, int n, float eps, int kind) {
   for (int i = 0; i < n; ++i) {
-    const Box p{a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]}, q{b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]};
+    const Box p{a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]};
+    const Box q{b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]};
     const PairLoss r = kind == 0   ? pair_loss<Kind::iou>(p, q, eps)
                        : kind == 1 ? pair_loss<Kind::giou>(p, q, eps)
                        : kind == 2 ? pair_loss<Kind::diou>(p, q, eps)

@@ -191,10 +191,10 @@ def _build(dtype: str, m_inner: bool, boxes: bool = False) -> sass.Build:
 
 @pytest.mark.slow
 def test_machine_code() -> None:
-    """float32 logits in 16 bytes. Of bfloat16 a thread takes four elements, 8 bytes: eight locations a thread would not
-    fit in its registers, and four channels of a location are what lies aligned in memory."""
-    dense = sass.inspect([_build("fp32", True), _build("fp32", False)])
-    halves = sass.inspect([_build("bf16", False), _build("fp32", False, boxes=True)], (75, 90))
+    """float32 logits in 16 bytes. Of bfloat16 a thread takes four elements, 8 bytes: with eight locations a thread
+    ptxas wants 255 registers and spills (sm_90), and with channels inside only four of a location lie aligned."""
+    dense = sass.inspect([_build("fp32", True)])
+    halves = sass.inspect([_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)], (90,))
     for result in (*dense, *halves):
         assert result.local == result.local_instructions == result.atomics == 0, result
         width = 64 if result.build.arguments["logits"] == "*bf16" else 128

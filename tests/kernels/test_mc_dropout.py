@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +19,12 @@ from kernels.dropout_table import outcomes, table
 from kernels.mc_dropout import Dropout, mc_dropout, reference
 from kernels.triton.dropout import philox
 from tests.kernels import given_masks
+from tests.oracles import ORACLES, sine
 
 CPU = torch.device("cpu")
 UET = (0.15, 0.2, 0.25, 0.3, 0.35)
 BACKENDS = ["torch", "triton"]
-ORACLE = json.loads((Path(__file__).parents[1] / "oracles/oracles.json").read_text())["A_uet_fgd"]
+ORACLE = ORACLES["A_uet_fgd"]
 
 rates_lists = st.one_of(
     st.tuples(st.sampled_from([0.0, 0.1, 0.35, 0.9]), st.integers(1, 60)).map(lambda t: (t[0],) * t[1]),
@@ -279,6 +278,46 @@ def test_registered_properly(name: str) -> None:
     for variance in (False, True):
         arguments = (x, list(UET), 1, 2, "elementwise", "mean", variance, False, name)
         torch.library.opcheck(torch.ops.detector_kernels.mc_dropout, arguments)
+
+
+def test_reference_has_the_numbers_of_uet() -> None:
+    """Given masks of two copies of different rates: U, and both residual combinations."""
+    o = ORACLES["A_uet"]
+    teacher = torch.tensor(o["F_T"], dtype=torch.float64)
+    kept = torch.tensor([o["mask1"], o["mask2"]], dtype=torch.float64)
+    for combine, name in (("none", "U_K"), ("sum", "target_sum"), ("mean", "target_mean")):
+        out, _ = reference(teacher, kept, (o["p1"], o["p2"]), combine)  # type: ignore[arg-type]
+        torch.testing.assert_close(out, torch.tensor(o[name], dtype=torch.float64), rtol=0, atol=2e-6)
+    student = sine((8,), 0.9, 0.8, 0.1)
+    target = reference(teacher, kept, (o["p1"], o["p2"]), "sum")[0]
+    assert (student - target).square().sum().item() == pytest.approx(o["mse_sum_vs_student"], abs=2e-5)
+
+
+def test_cuda_backend_takes_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward with a variance, and backward of the mean alone, which is the forward kernel once more."""
+    from kernels import cuda
+    from kernels.triton import mc_dropout as kernel
+
+    called = []
+
+    def forward(x: Tensor, dropout: Dropout, variance: bool) -> tuple[Tensor, Tensor | None]:
+        called.append("forward")
+        return kernel.forward(x, dropout, variance)
+
+    def backward(grad_out: Tensor, grad_var: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+        called.append("backward")
+        return kernel.backward(grad_out, grad_var, x, dropout)
+
+    monkeypatch.setattr(cuda, "mc_dropout", forward)
+    monkeypatch.setattr(cuda, "mc_dropout_backward", backward)
+    asked = []
+    monkeypatch.setattr("kernels.backend.chosen", lambda x, has_cuda=False: "cuda" if has_cuda else asked.append(x))
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    for variance, wanted in ((True, ["forward", "backward"]), (False, ["forward", "forward"])):
+        called.clear()
+        out, var = mc_dropout(x, Dropout(UET, 1), variance=variance)
+        (out.sum() if var is None else out.sum() + var.sum()).backward()
+        assert called == wanted and not asked
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -1,0 +1,274 @@
+"""The operators of `kernels/` on a CPU, eager and compiled, against what they replace: the CPU part of
+`benchmarks.kernels`, which starts it once for every allocator and number of threads.
+
+On the maps of an 800 x 1333 image, batch 2 (256 channels, 80 classes, 5 levels, 22,400 locations an image):
+
+    mc_dropout       mean and variance of 10 copies; peer: ten dropouts stacked, then mean and var
+    fgd              focal, background and attention term of FGD to the student's gradients; peer: the published
+                     composition, which multiplies both maps by the roots of masks and attention
+    iou_loss         GIoU of 4,096 pairs, weighted sum, to the gradient; peer: rows times weights (the same PyTorch) and
+                     torchvision's loss of rows
+    binary_kd_loss   BCKD's classification term of all levels and the disagreement max_c |t - s|, to the student's
+                     gradient; peer: the published composition of sigmoids and binary_cross_entropy_with_logits
+
+All cases of an operator take turns (`benchmarks.measure`), values are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import measure
+from kernels.attention_stats import attention_stats
+from kernels.binary_kd_loss import binary_kd_loss
+from kernels.feature_distance import feature_distance
+from kernels.iou_loss import iou_loss, iou_loss_rows
+from kernels.mc_dropout import Dropout, mc_dropout
+
+LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
+SMALL = ((8, 12), (4, 6))
+BATCH, CHANNELS, CLASSES, COPIES, RATE = 2, 256, 80, 10, 0.1
+PAIRS = 4096
+TEMPERATURE = 0.5
+BARS = {  # operator: [(implementation, times as fast as the peer)]
+    "mc_dropout": [("eager", 8.0), ("compiled", 40.0)],
+    "fgd": [("eager", 2.0), ("compiled", 6.0)],
+    "iou_loss": [("eager", 1.0)],
+    "binary_kd_loss": [("eager", 1.0)],
+}
+
+Result = tuple[Tensor, ...]
+
+
+@dataclass
+class Operator:
+    """peer: what it replaces. Results of all but random operators are compared with the peer's."""
+
+    peer: str
+    runs: dict[str, Callable[[], Result]]
+    random: bool = False
+
+
+def main() -> None:
+    """Arguments: number of threads, repeats, and `small` for tiny maps and no compiler. Prints JSON."""
+    threads, repeats, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(threads)
+    rows = {}
+    for name, operator in operators(LEVELS if size == "full" else SMALL, compiled=size == "full").items():
+        _compare(name, operator)
+        cases = {key: _forget(run) for key, run in operator.runs.items()}
+        timed = measure.interleave(cases, repeats=repeats, min_repeat_s=measure.MIN_REPEAT_S if size == "full" else 0.0)
+        peer = timed[operator.peer]["ms"]["median"]
+        for row in timed.values():
+            row["times_as_fast"] = peer / row["ms"]["median"]
+        rows[name] = timed
+    print(json.dumps(rows))
+
+
+def operators(levels: tuple[tuple[int, int], ...], *, compiled: bool) -> dict[str, Operator]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "mc_dropout": _mc_dropout(levels, g, compiled),
+        "fgd": _fgd(levels, g, compiled),
+        "iou_loss": _iou_loss(g),
+        "binary_kd_loss": _binary_kd_loss(levels, g, compiled),
+    }
+
+
+def _forget(run: Callable[[], Result]) -> measure.Case:
+    def case() -> None:
+        run()
+
+    return case
+
+
+def _compare(name: str, operator: Operator) -> None:
+    wanted = operator.runs[operator.peer]()
+    for key, run in operator.runs.items():
+        found = run()
+        if operator.random:  # sums over all elements, which have the same expectation
+            found, expected = (tuple(t.double().sum() / t.numel() for t in ts) for ts in (found, wanted))
+            error = max(float((a - b).abs()) for a, b in zip(found, expected, strict=True))
+            tolerance = 5 * (RATE / (1 - RATE) / wanted[0].numel()) ** 0.5
+        else:
+            error = max(
+                float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
+                for a, b in zip(found, wanted, strict=True)
+            )
+            tolerance = 1e-4
+        if not error <= tolerance:
+            raise SystemExit(f"error: {name}: {key} differs from {operator.peer} by {error:.1e} > {tolerance:.1e}")
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
+
+
+def _mc_dropout(levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool) -> Operator:
+    maps = [torch.randn(BATCH, CHANNELS, *size, generator=g) for size in levels]
+    drop = Dropout((RATE,) * COPIES, seed=1)
+
+    def stack() -> Result:
+        copies = [torch.stack([F.dropout(x, RATE, True) for _ in range(COPIES)]) for x in maps]
+        return tuple(t for c in copies for t in (c.mean(0), c.var(0, unbiased=False)))
+
+    def ours(with_compiler: bool) -> Callable[[], Result]:
+        def run() -> Result:
+            results = [mc_dropout(x, drop, compiled=with_compiler) for x in maps]
+            return tuple(t for result in results for t in result if t is not None)
+
+        return run
+
+    runs = {"stack_eager": torch.no_grad()(stack), "eager": torch.no_grad()(ours(False))}
+    if compiled:
+        runs["compiled"] = torch.no_grad()(ours(True))
+    return Operator("stack_eager", runs, random=True)
+
+
+def _fgd(levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool) -> Operator:
+    students = [torch.randn(BATCH, CHANNELS, *size, generator=g).requires_grad_() for size in levels]
+    teachers = [torch.randn(BATCH, CHANNELS, *size, generator=g) for size in levels]
+    fgs = [torch.rand(BATCH, *size, generator=g).sub(0.8).relu() for size in levels]
+    bgs = [(fg == 0).float() / (fg == 0).sum((1, 2), keepdim=True) for fg in fgs]
+
+    def differentiated(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Result]:
+        def run() -> Result:
+            terms = [loss(*level) for level in zip(students, teachers, fgs, bgs, strict=True)]
+            total = torch.stack(terms).sum()
+            return total.detach(), *torch.autograd.grad(total, students)
+
+        return run
+
+    def published(s: Tensor, t: Tensor, fg: Tensor, bg: Tensor) -> Tensor:
+        def attention(x: Tensor) -> tuple[Tensor, Tensor]:
+            size = x.abs()
+            B, C, h, w = x.shape
+            spatial = (h * w * F.softmax((size.mean(1, keepdim=True) / TEMPERATURE).view(B, -1), 1)).view(B, h, w)
+            channel = C * F.softmax(size.mean(2).mean(2) / TEMPERATURE, 1)
+            return spatial, channel
+
+        spatial, channel = attention(t)
+        spatial_s, channel_s = attention(s)
+
+        def masked(mask: Tensor) -> Tensor:
+            def root(x: Tensor) -> Tensor:
+                by_position = x * torch.sqrt(spatial.unsqueeze(1))
+                return by_position * torch.sqrt(channel[:, :, None, None]) * torch.sqrt(mask.unsqueeze(1))
+
+            return F.mse_loss(root(s), root(t), reduction="sum") / len(s)
+
+        of_attention = ((channel_s - channel).abs().sum() + (spatial_s - spatial).abs().sum()) / len(s)
+        return 1e-3 * masked(fg) + 5e-4 * masked(bg) + 5e-4 * of_attention
+
+    def ours(with_compiler: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        def attention(x: Tensor) -> tuple[Tensor, Tensor]:
+            B, C, h, w = x.shape
+            spatial, channel = attention_stats(x, compiled=with_compiler)
+            spatial = h * w * F.softmax(spatial.flatten(1) / TEMPERATURE, 1).view(B, h, w)
+            return spatial, C * F.softmax(channel / TEMPERATURE, 1)
+
+        def loss(s: Tensor, t: Tensor, fg: Tensor, bg: Tensor) -> Tensor:
+            spatial, channel = attention(t)
+            spatial_s, channel_s = attention(s)
+            sums = feature_distance(s, t, torch.stack((fg, bg)) * spatial, channel, compiled=with_compiler) / len(s)
+            of_attention = ((channel_s - channel).abs().sum() + (spatial_s - spatial).abs().sum()) / len(s)
+            return 1e-3 * sums[0] + 5e-4 * sums[1] + 5e-4 * of_attention
+
+        return loss
+
+    runs = {"published": differentiated(published), "eager": differentiated(ours(False))}
+    if compiled:
+        runs["compiled"] = differentiated(ours(True))
+    return Operator("published", runs)
+
+
+def _iou_loss(g: torch.Generator) -> Operator:
+    corner, side, shift = (torch.rand(PAIRS, 2, generator=g) * scale for scale in (100.0, 20.0, 5.0))
+    boxes = torch.cat((corner, corner + side + 1), 1).requires_grad_()
+    target = torch.cat((corner + shift, corner + shift + 1.2 * (side + 1)), 1)
+    weight = torch.rand(PAIRS, generator=g)
+
+    def differentiated(loss: Callable[[], Tensor]) -> Callable[[], Result]:
+        def run() -> Result:
+            value = loss()
+            return value.detach(), *torch.autograd.grad(value, boxes)
+
+        return run
+
+    runs = {
+        "rows": differentiated(lambda: (iou_loss_rows(boxes, target) * weight).sum()),
+        "eager": differentiated(lambda: iou_loss(boxes, target, weight)),
+    }
+    try:
+        from torchvision.ops import generalized_box_iou_loss
+    except ImportError:
+        return Operator("rows", runs)
+    runs["torchvision"] = differentiated(lambda: (generalized_box_iou_loss(boxes, target) * weight).sum())
+    return Operator("rows", runs)
+
+
+def _binary_kd_loss(levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool) -> Operator:
+    students = [(torch.randn(BATCH, CLASSES, h * w, generator=g) * 2 - 4.6).requires_grad_() for h, w in levels]
+    teachers = [torch.randn(BATCH, CLASSES, h * w, generator=g) * 2 - 4.6 for h, w in levels]
+    weights = [torch.ones(BATCH, h * w) for h, w in levels]
+
+    def differentiated(term: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[], Result]:
+        def run() -> Result:
+            terms = [term(*level) for level in zip(students, teachers, weights, strict=True)]
+            total = torch.stack([loss for loss, _ in terms]).sum()
+            return total.detach(), *(d for _, d in terms), *torch.autograd.grad(total, students)
+
+        return run
+
+    def published(z: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        t, s = teacher.sigmoid(), z.sigmoid()
+        difference = (t - s).abs()
+        rows = F.binary_cross_entropy_with_logits(z, t, reduction="none") * difference.pow(1.0)
+        return (rows.sum(1) * weight).sum(), difference.detach().amax(1)
+
+    def ours(with_compiler: bool) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return lambda z, teacher, weight: binary_kd_loss(z, teacher, weight, compiled=with_compiler)
+
+    runs = {"published": differentiated(published), "eager": differentiated(ours(False))}
+    if compiled:
+        runs["compiled"] = differentiated(ours(True))
+    return Operator("published", runs)
+
+
+# --- the report, by benchmarks.kernels ------------------------------------------------------------------------------
+
+
+def bars(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is required, of every run {allocator, threads, operators}."""
+    return [
+        measure.bar(
+            f"{operator} {name}, {run['threads']} thread(s), allocator {run['allocator']}",
+            wanted,
+            run["operators"][operator][name]["times_as_fast"],
+        )
+        for run in runs
+        for operator, limits in BARS.items()
+        for name, wanted in limits
+        if name in run["operators"][operator]
+    ]
+
+
+def table(run: dict[str, Any]) -> str:
+    lines = [f"{run['threads']} thread(s), allocator {run['allocator']}"]
+    for operator, rows in run["operators"].items():
+        for name, row in rows.items():
+            disturbed = f"  ({row['disturbed']} repeats disturbed)" if row["disturbed"] else ""
+            fast = f"{row['ms']['median']:10.2f} ms  {row['times_as_fast']:7.2f}x{disturbed}"
+            lines.append(f"  {operator:15s} {name:12s} {fast}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
