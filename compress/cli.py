@@ -27,6 +27,7 @@ from deploy.errors import LocalUserError, UserError
 
 if TYPE_CHECKING:
     from compress.export import Quantizing
+    from compress.pseudo.parts import Shard
     from compress.recipe import Deploy, Recipe, Split
     from deploy.engine_card import EngineCard, EngineOptions
     from deploy.runtimes.base import Runner
@@ -266,6 +267,115 @@ def synthetic(
     generate(out, train=train, val=val, size=size, classes=classes, seed=seed)
     print(f"{train} training and {val} validation images in {out}")
     _next("data", "check", out / "train.json", "--images", out / "images")
+
+
+@app.command("pseudo-label")
+def pseudo_label(
+    teachers: Annotated[
+        list[str], typer.Argument(metavar="TEACHER...", help="Checkpoints: .safetensors, mmdet GFL .pth, zoo:NAME.")
+    ],
+    images: Annotated[Path, typer.Option("--images", metavar="DIR|JSON", help="Folder, or COCO JSON: its image list.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="COCO JSON to write.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Image folder of a JSON. Default: the JSON's folder.")
+    ] = None,
+    tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4,
+    tau_ignore: Annotated[
+        float, typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore.")
+    ] = 0.2,
+    thresholds_from: Annotated[
+        Path | None,
+        typer.Option("--thresholds-from", metavar="JSON", help="Labelled split: per class the tau with the best F1."),
+    ] = None,
+    thresholds_root: Annotated[
+        Path | None, typer.Option("--thresholds-root", metavar="DIR", help="Image folder of that split.")
+    ] = None,
+    merge: Annotated[
+        Literal["nms", "wbf"], typer.Option("--merge", help="Teachers that agree: the best box, or their mean.")
+    ] = "nms",
+    iou: Annotated[float, typer.Option("--iou", help="Boxes agree above this IoU.")] = 0.6,
+    categories: Annotated[
+        Path | None,
+        typer.Option(
+            "--categories", metavar="JSON", help="COCO JSON with the classes. Default: the teachers' together."
+        ),
+    ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option("--class-map", metavar="JSON", help='{"name at a teacher": "name here", "other": null to drop}'),
+    ] = None,
+    short: Annotated[
+        int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")
+    ] = 800,
+    long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode.")] = 2,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Do share I (from 1) of N. Default: torchrun's rank.")
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave broken images out, listed in `skipped`.")
+    ] = False,
+    resume: Resume = False,
+) -> None:
+    """Let teachers label images: COCO JSON with scores, regions to ignore and the classes looked for."""
+    from compress.pseudo.images import images_in
+    from compress.pseudo.label import Labelled, Settings
+    from compress.pseudo.label import pseudo_label as label
+
+    settings = Settings(tau, tau_ignore, merge, iou, short, long, batch)
+    if thresholds_root is not None and thresholds_from is None:
+        raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
+    summary = label(
+        teachers,
+        images_in(images, root),
+        out,
+        settings,
+        categories=categories,
+        table=None if class_map is None else _class_table(class_map),
+        thresholds_from=None if thresholds_from is None else Labelled(thresholds_from, thresholds_root),
+        shard=_shard(shard),
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        resume=resume,
+        quiet=not _is_first_process(),
+    )
+    if summary is not None:
+        print(
+            f"{out}: {summary.labels} labels and {summary.regions} regions to ignore in {summary.images} images, "
+            f"{summary.empty} of them without any; {summary.skipped} images left out"
+        )
+    elif _is_first_process():
+        print(f"{out}: complete" if out.exists() else f"{out}: this shard is done; the last one writes the file")
+    if out.exists():
+        _next("data", "check", out, "--images", images if images.is_dir() else root or images.parent)
+
+
+def _shard(text: str | None) -> Shard:
+    """`I/N` counted from 1, or what torchrun says, or everything."""
+    from compress.pseudo.parts import Shard
+
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if text is None:
+        return Shard(int(rank), int(world))
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard: '{text[:60]}' is not a share I/N counted from 1, for example 1/4 to 4/4")
+    if world != "1":
+        raise UserError(f"--shard: torchrun divides the work among its {world} processes already; leave it out")
+    return Shard(int(index) - 1, int(count))
+
+
+def _class_table(file: Path) -> dict[str, str | None]:
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--class-map: {file}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"--class-map: {file}: not JSON in UTF-8") from None
+    if not isinstance(table, dict) or not all(name is None or isinstance(name, str) for name in table.values()):
+        raise UserError(f'--class-map: {file}: must be an object like {{"kitten": "cat", "bus": null}}')
+    return table
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -1159,7 +1269,7 @@ def _missing_package(error: ImportError) -> str | None:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] not in ("quickstart", "run", "distill", "train"):
+    if not arguments or arguments[0] not in ("quickstart", "run", "distill", "train", "pseudo-label"):
         return ""
     continues = "--resume" in arguments or arguments[0] == "quickstart"
     again = [*arguments, *([] if continues else ["--resume"])]

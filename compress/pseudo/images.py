@@ -1,0 +1,182 @@
+"""The images to label: a folder, or the list in a COCO file; read in chunks that do not depend on who reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from compress.data.batch import Target
+from compress.data.coco import decode
+from compress.data.transforms import eval_transform
+from deploy.errors import LocalUserError, UserError
+from deploy.preprocess import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images by id. names: relative to `folder`. sizes: (height, width) where a COCO file says it, else None."""
+
+    folder: Path
+    ids: list[int]
+    names: list[str]
+    sizes: list[tuple[int, int] | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def sha256(self) -> str:
+        """Of ids, names and sizes, in order; not of the pixels."""
+        digest = hashlib.sha256()
+        for entry in zip(self.ids, self.names, self.sizes, strict=True):
+            digest.update(json.dumps(entry).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def images_in(source: Path, root: Path | None = None) -> ImageList:
+    """The images of a folder and the folders below it, numbered from 1 by name; or those of a COCO file.
+
+    Of a COCO file only `images` is read: labels that it may have are not used.
+
+    Args:
+        source: a folder, or a `.json` file.
+        root: the folder that the file's `file_name`s are relative to; default: the file's own.
+
+    Raises:
+        UserError: nothing there, no images, `root` with a folder, or a file that is not COCO JSON.
+    """
+    if source.is_dir():
+        if root is not None:
+            raise UserError(f"{source}: is a folder of images; a second folder belongs to a JSON file only")
+        names = sorted(
+            path.relative_to(source).as_posix()
+            for path in source.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        )
+        if not names:
+            raise UserError(f"{source}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
+        return ImageList(source, list(range(1, len(names) + 1)), names, [None] * len(names))
+    if source.suffix != ".json":
+        raise UserError(f"{source}: neither a folder of images nor a COCO .json file")
+    folder = source.parent if root is None else root
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return _listed(source, folder)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded image: uint8 [3, h, w] RGB after the resize; the target has no boxes, only id and sizes."""
+
+    image: Tensor
+    target: Target
+    name: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be decoded, and what is wrong with it (with its path)."""
+
+    name: str
+    reason: str
+
+
+Chunk = list[Sample | Unreadable]
+"""Consecutive images."""
+
+
+def read_chunks(
+    images: ImageList, numbers: Sequence[int], *, size: int, short: int, long: int, workers: int
+) -> Iterator[Chunk]:
+    """The chunks with these numbers, in this order; chunk i holds the images from i * size on.
+
+    Args:
+        size: images in a chunk; the last one may have fewer.
+        short, long: limits of the keep-ratio resize, pixels.
+        workers: processes that decode ahead, two chunks each.
+    """
+    loader: DataLoader[Chunk] = DataLoader(
+        _Chunks(images, size, short, long),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(0),  # starting an iteration draws from it, not from the global one
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise LocalUserError(str(item))  # raised in a worker it would arrive as a long traceback
+        yield item
+
+
+def chunk_count(images: ImageList, size: int) -> int:
+    return -(-len(images) // size)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+class _Chunks(Dataset[Any]):
+    def __init__(self, images: ImageList, size: int, short: int, long: int) -> None:
+        self._images, self._size, self._transform = images, size, eval_transform(short, long)
+
+    def __getitem__(self, number: int) -> Chunk | UserError:
+        first = number * self._size
+        try:
+            return [self._sample(index) for index in range(first, min(first + self._size, len(self._images)))]
+        except UserError as error:
+            return error
+
+    def _sample(self, index: int) -> Sample | Unreadable:
+        images = self._images
+        name = images.names[index]
+        path = images.folder / name
+        try:
+            image = decode(path)
+        except FileNotFoundError:
+            return Unreadable(name, f"{path}: no such file")
+        except (OSError, RuntimeError, ValueError) as error:
+            return Unreadable(name, f"{path}: cannot be read as an image: {str(error).splitlines()[0]}")
+        original = (int(image.shape[1]), int(image.shape[2]))
+        listed = images.sizes[index]
+        if listed is not None and listed != original:
+            raise UserError(
+                f"{path}: the file is {original[1]}x{original[0]} pixels, the list says {listed[1]}x{listed[0]}"
+            )
+        nothing = torch.zeros(0, dtype=torch.bool)
+        image, boxes, ignore = self._transform(image, torch.zeros(0, 4), nothing)
+        labels = torch.zeros(0, dtype=torch.int64)
+        size = (int(image.shape[1]), int(image.shape[2]))
+        target = Target(boxes, labels, ignore, None, images.ids[index], size, original)
+        return Sample(image, target, name)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _listed(source: Path, folder: Path) -> ImageList:
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{source}: not JSON in UTF-8") from None
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{source}: images: must be a list with at least one image")
+    for index, entry in enumerate(entries):
+        if not (isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("file_name"), str)):
+            raise UserError(f"{source}: images[{index}]: needs id, an integer, and file_name, text")
+    ids = [entry["id"] for entry in entries]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{source}: images: two images have the same id")
+    sizes = [(e["height"], e["width"]) if "height" in e and "width" in e else None for e in entries]
+    return ImageList(folder, ids, [entry["file_name"] for entry in entries], sizes)

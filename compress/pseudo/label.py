@@ -1,0 +1,353 @@
+"""Teachers and images → a COCO file of pseudo labels (`pseudo_label`).
+
+Every annotation has a `score`. One with `iscrowd` and `ignore` is a region where something may be: too uncertain to
+learn, too likely to call background. `info.coverage` lists the category ids that were looked for. `info.pseudo_labels`
+tells how the file came about: hashes of the teachers, thresholds, settings.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compress import __version__
+from compress.console import progress
+from compress.data.batch import STRIDE, collate
+from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
+from compress.detectors.gfl import GFL
+from compress.distill.teacher import freeze
+from compress.pseudo import parts
+from compress.pseudo.images import Chunk, ImageList, Sample, Unreadable, chunk_count, images_in, read_chunks
+from compress.pseudo.merge import Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
+from compress.pseudo.parts import Shard, Summary
+from compress.pseudo.thresholds import F1Thresholds
+from deploy.coco_map import load_annotations
+from deploy.errors import LocalUserError, UserError
+from deploy.files import need_place, sha256_of
+
+LOWEST_SCORE = 0.05
+"""Detections below it are never looked at, unless a region to ignore may have a lower score."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to label.
+
+    tau: lowest score of a label. tau_ignore: lowest score of a region to ignore, at most tau.
+    how, iou_threshold: see `merge.merge`.
+    short, long: limits of the keep-ratio resize, pixels; those that the teachers were trained with.
+    batch_size: images that go through a teacher at once, at most.
+    """
+
+    tau: float = 0.4
+    tau_ignore: float = 0.2
+    how: Merging = "nms"
+    iou_threshold: float = 0.6
+    short: int = 800
+    long: int = 1333
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau_ignore <= self.tau <= 1:
+            raise UserError(
+                f"thresholds: 0 < tau_ignore <= tau <= 1 is needed, got tau {self.tau}, tau_ignore {self.tau_ignore}"
+            )
+        if not 0 <= self.iou_threshold < 1:
+            raise UserError(f"IoU threshold of the merge: must be at least 0 and below 1, got {self.iou_threshold}")
+        if not 1 <= self.short <= self.long:
+            raise UserError(f"image size: 1 <= short <= long is needed, got {self.short} and {self.long}")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A COCO file with labels, and the folder of its images (None: the file's own)."""
+
+    annotations: Path
+    root: Path | None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen detector. file: its name for messages and provenance. labels: its classes in the common label space."""
+
+    detector: GFL
+    file: str
+    sha256: str
+    labels: list[int]
+
+
+def pseudo_label(
+    checkpoints: Sequence[str],
+    images: ImageList,
+    out: Path,
+    settings: Settings,
+    *,
+    categories: Path | None = None,
+    table: Mapping[str, str | None] | None = None,
+    thresholds_from: Labelled | None = None,
+    shard: Shard = Shard(0, 1),
+    device: torch.device | None = None,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Summary | None:
+    """Label this shard's images, and write `out` if all other shards have done theirs.
+
+    The file is the same for any number of shards and whatever was interrupted and resumed, on machines that compute
+    the same numbers. Memory does not grow with the number of images, but for their names.
+
+    Args:
+        checkpoints: as `load_teacher_checkpoint` takes them.
+        categories: a COCO file whose categories the labels get; default: all classes of all teachers, from 1.
+        table: class name at a teacher → name in the common label space, None to drop it.
+        thresholds_from: a labelled split; per class the threshold is the one with the best F1 there, and `tau_ignore`
+            keeps its ratio to it. A class without a labelled object that a teacher found keeps `settings.tau`.
+        device: default: the first GPU, or the one of LOCAL_RANK, or the CPU.
+        workers: processes that decode images.
+        skip_unreadable: leave out images that cannot be read, and list them in `skipped`; else they are an error.
+        resume: go on with what an interrupted run left.
+        quiet: print nothing.
+
+    Returns:
+        None while other shards are unfinished.
+
+    Raises:
+        UserError: a teacher, a class, an image or a setting is not usable; `out` is there; parts of another run are.
+    """
+    if out.suffix != ".json":
+        raise UserError(f"{out}: pseudo labels are COCO JSON; name a file that ends in .json")
+    need_place(out)
+    if out.exists() and not resume:
+        raise UserError(f"{out}: is there already; delete it, or name another file")
+    parts.need_fresh(out, shard, resume=resume)
+    table = table or {}
+    device = device or _default_device()
+    union, teachers = _load(checkpoints, categories, table, device)
+    counts = looked_for([teacher.labels for teacher in teachers], len(union))
+    tau, tau_ignore = np.full(len(union), settings.tau), np.full(len(union), settings.tau_ignore)
+    if thresholds_from is not None:
+        tau = _measured(teachers, union, counts, settings, thresholds_from, workers, quiet=quiet)
+        tau_ignore = tau * (settings.tau_ignore / settings.tau)
+    document = {
+        "info": {
+            "description": "pseudo labels",
+            "coverage": [union[label][0] for label in np.flatnonzero(counts)],
+            "pseudo_labels": {
+                "version": __version__,
+                "teachers": [{"file": teacher.file, "sha256": teacher.sha256} for teacher in teachers],
+                "table": dict(sorted(table.items())),
+                **{key: value for key, value in asdict(settings).items() if not key.startswith("tau")},
+                "thresholds_from": None if thresholds_from is None else sha256_of(thresholds_from.annotations),
+                "tau": {name: float(value) for (_, name), value in zip(union, tau, strict=True)},
+                "tau_ignore": {name: float(value) for (_, name), value in zip(union, tau_ignore, strict=True)},
+                "images_sha256": images.sha256(),
+            },
+        },
+        "categories": [{"id": number, "name": name} for number, name in union],
+    }
+    if out.exists():
+        if parts.header_of(out) != document["info"]:
+            raise UserError(f"{out}: is there already, made with other settings; delete it, or name another file")
+        return None
+
+    total = chunk_count(images, settings.batch_size)
+    mine = shard.chunks(total)
+    done = parts.begin(out, shard, {"document": document})
+    name = "pseudo labels" if shard.count == 1 else f"pseudo labels, shard {shard}"
+    chunks = read_chunks(
+        images, mine[done:], size=settings.batch_size, short=settings.short, long=settings.long, workers=workers
+    )
+    lowest = min(LOWEST_SCORE, float(tau_ignore.min()))
+    with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
+        for number, chunk in zip(mine[done:], chunks, strict=True):
+            samples, bad = _sorted_out(chunk)
+            if bad and not skip_unreadable:
+                raise LocalUserError(f"{bad[0].reason}; --skip-unreadable leaves such images out")
+            merged = _find(teachers, samples, settings, counts, lowest, device)
+            row = {
+                "number": number,
+                "images": [_image_row(sample) for sample in samples],
+                "annotations": [
+                    annotation
+                    for sample, found in zip(samples, merged, strict=True)
+                    for annotation in _annotations(sample, *split(found, tau, tau_ignore), union)
+                ],
+                "skipped": [item.name for item in bad],
+            }
+            parts.append(file, row)
+            advance(number // shard.count + 1, len(mine))
+    return parts.join(out, shard.count, total)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+Union = list[tuple[int, str]]
+"""The common label space: (category id, name), the place is the label."""
+
+
+def _default_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _load(
+    checkpoints: Sequence[str], categories: Path | None, table: Mapping[str, str | None], device: torch.device
+) -> tuple[Union, list[Teacher]]:
+    loaded = []
+    for checkpoint in checkpoints:
+        detector, record = load_teacher_checkpoint(checkpoint)
+        if record.class_names is None:
+            raise UserError(f"teacher {checkpoint}: does not name its classes, so they cannot be matched")
+        path = checkpoint_file(checkpoint)
+        file = checkpoint if checkpoint.startswith("zoo:") else path.name
+        loaded.append((freeze(detector).to(device), file, sha256_of(path), record.class_names))
+    known = {name for _, _, _, names in loaded for name in names}
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise UserError(f"class map: no teacher has a class {unknown[0]!r}; they have {', '.join(sorted(known))}")
+    if categories is None:
+        union = list(enumerate(union_of([names for _, _, _, names in loaded], table), start=1))
+    else:
+        rows = load_annotations(categories)["categories"]
+        union = sorted((row["id"], row["name"]) for row in rows)
+    names = [name for _, name in union]
+    if len(set(names)) < len(names):
+        raise UserError(f"{categories}: categories: two have the same name, so classes cannot be matched by name")
+    if not names:
+        raise UserError("class map: it drops every class of every teacher, so there is nothing to look for")
+    teachers = [
+        Teacher(detector, file, digest, class_map(theirs, names, table, teacher=f"teacher {file}"))
+        for detector, file, digest, theirs in loaded
+    ]
+    return union, teachers
+
+
+def _measured(
+    teachers: Sequence[Teacher],
+    union: Union,
+    counts: np.ndarray,
+    settings: Settings,
+    split_: Labelled,
+    workers: int,
+    *,
+    quiet: bool,
+) -> np.ndarray:
+    """Per class the threshold with the best F1 on a labelled split: float64 [K]. Prints them."""
+    images = images_in(split_.annotations, split_.root)
+    truth = _truth(split_.annotations, [name for _, name in union])
+    device = next(teachers[0].detector.parameters()).device
+    collected = F1Thresholds(len(union))
+    total = chunk_count(images, settings.batch_size)
+    chunks = read_chunks(
+        images, range(total), size=settings.batch_size, short=settings.short, long=settings.long, workers=workers
+    )
+    nothing = Boxes(np.empty((0, 4)), np.empty(0), np.empty(0, np.int64)), np.empty(0, np.bool_)
+    with _telling("thresholds", quiet) as advance:
+        for number, chunk in enumerate(chunks, start=1):
+            samples, bad = _sorted_out(chunk)
+            if bad:
+                raise UserError(bad[0].reason)
+            for sample, found in zip(
+                samples, _find(teachers, samples, settings, counts, LOWEST_SCORE, device), strict=True
+            ):
+                collected.add(found, *truth.get(sample.target.image_id, nothing))
+            advance(number, total)
+    tau, f1 = collected.best()
+    for label, (_, name) in enumerate(union):
+        if not quiet and counts[label]:
+            what = (
+                f"no labelled object was found, so {settings.tau:g} as given"
+                if np.isnan(tau[label])
+                else f"{tau[label]:.3f}, F1 {f1[label]:.3f}"
+            )
+            print(f"threshold of {name}: {what}")
+    return np.where(np.isnan(tau), settings.tau, tau)
+
+
+def _truth(annotations: Path, names: list[str]) -> dict[int, tuple[Boxes, np.ndarray]]:
+    """Labels of each image with a class in `names`, and which of them are crowd regions."""
+    document = load_annotations(annotations)
+    labels = {row["id"]: names.index(row["name"]) for row in document["categories"] if row["name"] in names}
+    if not labels:
+        raise UserError(f"{annotations}: categories: none is called like a class that the teachers know")
+    rows: dict[int, list[tuple[list[float], int, bool]]] = {}
+    for row in document["annotations"]:
+        if row["category_id"] in labels:
+            x, y, w, h = row["bbox"]
+            of_image = rows.setdefault(row["image_id"], [])
+            of_image.append(([x, y, x + w, y + h], labels[row["category_id"]], bool(row.get("iscrowd", 0))))
+    truth = {}
+    for image, found in rows.items():
+        boxes = np.array([box for box, _, _ in found], np.float64)
+        of_class = np.array([label for _, label, _ in found], np.int64)
+        truth[image] = Boxes(boxes, np.ones(len(found)), of_class), np.array([crowd for _, _, crowd in found])
+    return truth
+
+
+@torch.inference_mode()
+def _find(
+    teachers: Sequence[Teacher],
+    samples: Sequence[Sample],
+    settings: Settings,
+    counts: np.ndarray,
+    lowest: float,
+    device: torch.device,
+) -> list[Boxes]:
+    """Merged boxes of each image. Images share a batch only if they need no padding for it: each is seen as alone."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, sample in enumerate(samples):
+        height, width = sample.target.size
+        groups.setdefault((-(-height // STRIDE), -(-width // STRIDE)), []).append(index)
+    found: list[list[Boxes]] = [[] for _ in samples]
+    for group in groups.values():
+        batch = collate([(samples[index].image, samples[index].target) for index in group]).to(device)
+        for teacher in teachers:
+            prediction = teacher.detector(batch.images)
+            # decode wants scores above its threshold, ours are at or above
+            decoded = teacher.detector.decode(prediction, batch.targets, score_threshold=lowest * (1 - 1e-6))
+            for index, one in zip(group, decoded, strict=True):
+                boxes = one.boxes.double().cpu().numpy(), one.scores.double().cpu().numpy(), one.labels.cpu().numpy()
+                found[index].append(in_union(Boxes(*boxes), teacher.labels))
+    return [merge(one, how=settings.how, iou_threshold=settings.iou_threshold, counts=counts) for one in found]
+
+
+def _sorted_out(chunk: Chunk) -> tuple[list[Sample], list[Unreadable]]:
+    return [item for item in chunk if isinstance(item, Sample)], [
+        item for item in chunk if isinstance(item, Unreadable)
+    ]
+
+
+def _image_row(sample: Sample) -> dict[str, Any]:
+    height, width = sample.target.original_size
+    return {"id": sample.target.image_id, "file_name": sample.name, "width": width, "height": height}
+
+
+def _annotations(sample: Sample, labels: Boxes, regions: Boxes, union: Union) -> Iterator[dict[str, Any]]:
+    """COCO rows without id, rounded to a hundredth of a pixel: what lies below is noise of the arithmetic."""
+    for found, ignore in ((labels, 0), (regions, 1)):
+        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+            x1, y1, x2, y2 = (round(float(side), 2) for side in box)
+            width, height = round(x2 - x1, 2), round(y2 - y1, 2)
+            if width > 0 and height > 0:
+                yield {
+                    "image_id": sample.target.image_id,
+                    "category_id": union[label][0],
+                    "bbox": [x1, y1, width, height],
+                    "area": round(width * height, 2),
+                    "iscrowd": ignore,
+                    "ignore": ignore,
+                    "score": round(float(score), 4),
+                }
+
+
+def _telling(what: str, quiet: bool) -> Any:
+    return nullcontext(lambda done, total: None) if quiet else progress(what)
