@@ -78,18 +78,23 @@ def main() -> int:
     for case in next(iter(columns.values()))["ms"]:
         shown.add_row(case, *(f"{column['ms'][case]:.1f} ms" for column in columns.values()))
     console = open_console()
+    for name in next(iter(columns.values()))["uet_share_of_a_step"]:
+        shown.add_row(f"{name}, share of a step", *(f"{c['uet_share_of_a_step'][name]:.1%}" for c in columns.values()))
     console.print(shown)
     console.print(f"written: {arguments.out}")
     return 0
 
 
 def measure(setting: Setting, repeats: int) -> dict[str, Any]:
-    """Description and `ms` of one column, the methods in the order of `HOSTS`, then UET around a method of each kind."""
+    """Description and `ms` of one column: the methods in the order of `HOSTS`, then UET around one of each kind."""
     student = build_detector(setting.student, setting.classes, 0).train()
     teacher = freeze(build_detector(setting.teacher, setting.classes, 1))
     batch = random_batch(setting)
     wanted = {name: Methods.model_validate({name: {}}) for name in HOSTS}
     wanted |= {f"uet+{of}": Methods.model_validate({of: {}, "uet": {"of": of}}) for of in ("fgd", "bckd")}
+    for samples in (10, 15):
+        uet = {"of": "fgd", "samples": samples}
+        wanted[f"uet+fgd, N={samples}"] = Methods.model_validate({"fgd": {}, "uet": uet})
     methods = {name: build_methods(m, student, teacher) for name, m in wanted.items()}
 
     def pass_of_teacher() -> Outputs:
@@ -135,6 +140,11 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
         "size": setting.size,
         "classes": setting.classes,
         "ms": ms,
+        "uet_share_of_a_step": {  # of the whole step of its host: student, teacher and host
+            name: round((best[name] - best[host]) / (ms["student"] + ms["teacher"] + ms[host]), 4)
+            for name in methods
+            if name.startswith("uet+") and (host := name.removeprefix("uet+").partition(",")[0])
+        },
     }
 
 

@@ -167,9 +167,9 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and the gradients to boxes and target ([N, 4], or empty where not wanted)."""
     if backend == "cuda":
-        from kernels import cuda
+        from kernels.cuda import iou_loss as cuda_iou_loss
 
-        return cuda.iou_loss(boxes, target, weight, kind, eps, boxes_grad, target_grad)
+        return cuda_iou_loss(boxes, target, weight, kind, eps, boxes_grad, target_grad)
     from kernels.triton import iou_loss as kernel
 
     return kernel.iou_loss(boxes, target, weight, kind, eps, boxes_grad, target_grad)

@@ -159,8 +159,8 @@ def _mc_dropout_backward(
     B, C, S = three_dimensions(x, dropout.mode)
     whole = compiled or fits_a_chunk(x)
     run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
-    rows = [t.reshape(B, C, S) for t in (grad_out, grad_var, x)]
-    return _like(run(*rows, stream(dropout, B, x.device, whole=whole)), x)
+    to_out, to_var, rows = (t.reshape(B, C, S) for t in (grad_out, grad_var, x))
+    return _like(run(to_out, to_var, rows, stream(dropout, B, x.device, whole=whole)), x)
 
 
 @_mc_dropout_backward.register_fake

@@ -26,6 +26,7 @@ from torch import Tensor
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.distill.method import Method, Outputs
+from kernels.dropout import CHUNK
 from kernels.mc_dropout import Dropout, mc_dropout
 
 OBSERVE_EVERY = 10  # forward passes between records of the variance
@@ -72,24 +73,38 @@ class UET(Method):
     @torch.no_grad()
     def sample(self, teacher: Outputs) -> Outputs:
         """The teacher's outputs with the uncertain target in place of the plain one; one draw."""
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        observes = self.passes % OBSERVE_EVERY == 0
-        maps, weights = [], []
-        for level, x in enumerate(teacher.features):
-            stream = (self.passes * 65536 + rank) * len(teacher.features) + level
-            dropout = Dropout(self.rates, self.seed, stream, self.mode, "mean" if self.on_logits else self.combine)
-            target, variance = mc_dropout(x, dropout, variance=self.certainty or observes)
-            maps.append(target)
-            if variance is not None:
-                scatter = variance.float().mean(1)  # [B, h, w]
-                self._observed[f"variance_p{level + 3}"] = scatter.mean()
-                weight = 1 / (1 + scatter / scatter.mean().clamp(min=torch.finfo(torch.float32).tiny))
-                weights.append(weight / weight.mean())
-        self.passes += 1
+        maps, variances = self._draw(teacher.features)
+        weights = []
+        for level, variance in enumerate(variances):
+            scatter = variance.float().mean(1)  # [B, h, w]
+            self._observed[f"variance_p{level + 3}"] = scatter.mean()
+            weight = 1 / (1 + scatter / scatter.mean().clamp(min=torch.finfo(torch.float32).tiny))
+            weights.append(weight / weight.mean())
         features, prediction = maps, teacher.prediction
         if self.on_logits:
             features, prediction = teacher.features, teacher.detector.predict([x.float() for x in maps])
         return Outputs(features, prediction, teacher.detector, certainty=weights if self.certainty else None)
+
+    def _draw(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Targets of all levels, and their variances (none in most passes). One draw."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        stream = (self.passes * 65536 + rank) * len(features)
+        variance = self.certainty or self.passes % OBSERVE_EVERY == 0
+        combine = "mean" if self.on_logits else self.combine
+        self.passes += 1
+        sizes = [x.shape[2] * x.shape[3] for x in features]
+        if self.mode == "elementwise" and sum(x.numel() for x in features) <= CHUNK and len(features) > 1:
+            # Small maps: one operator over all levels, since calls cost more than arithmetic.
+            joined = torch.cat([x.flatten(2) for x in features], 2)
+            drawn = mc_dropout(joined, Dropout(self.rates, self.seed, stream, self.mode, combine), variance=variance)
+            parts = [[] if y is None else y.split(sizes, 2) for y in drawn]
+            targets, variances = ([y.view_as(x) for y, x in zip(ys, features, strict=False)] for ys in parts)
+            return targets, variances
+        pairs = [
+            mc_dropout(x, Dropout(self.rates, self.seed, stream + level, self.mode, combine), variance=variance)
+            for level, x in enumerate(features)
+        ]
+        return [target for target, _ in pairs], [v for _, v in pairs if v is not None]
 
     def observations(self) -> dict[str, Tensor]:
         """Mean MC-dropout variance of each level, as of the last recorded pass."""
