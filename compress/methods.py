@@ -21,8 +21,8 @@ class Term(Settings):
     weight: Weight | Literal["auto"] = 1.0
     """Multiplies all terms of the method; 0 is bit-identical to plain training. auto: as much as makes its gradient
     norm `ratio` times that of the detection loss."""
-    ratio: Above = 1.0
-    """weight auto: wanted gradient norm at the student's pyramid, relative to the detection loss."""
+    ratio: Above | None = None
+    """weight auto: wanted gradient norm at the student's pyramid, relative to the detection loss; null: 1."""
     stop_epoch: Positive | None = None
     """The method ends with this many epochs; null: with the training."""
     decay: Literal["none", "linear"] = "none"
@@ -30,7 +30,7 @@ class Term(Settings):
 
     @model_validator(mode="after")
     def _ratio_is_automatic(self) -> Term:
-        if "ratio" in self.model_fields_set and self.weight != "auto":
+        if self.ratio is not None and self.weight != "auto":
             raise broken_rule("ratio", "has a meaning only with weight: auto")
         return self
 

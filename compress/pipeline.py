@@ -162,7 +162,7 @@ def _launch(recipe: Recipe) -> Fabric:
             accelerator=train.accelerator,
             devices=train.devices,
             precision=precisions[train.precision],
-            strategy="auto" if train.devices == 1 else f"ddp_find_unused_parameters_{'true' if ends else 'false'}",
+            strategy="auto" if train.devices == 1 else "ddp_find_unused_parameters_true" if ends else "ddp",
         )
     except Exception as error:
         message = str(error).strip().splitlines()[0]

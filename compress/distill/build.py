@@ -46,7 +46,7 @@ def build_methods(
         _check(name, method, student, teacher)
         built[name] = Balanced(
             method,
-            auto_ratio=term.ratio if term.weight == "auto" else None,
+            auto_ratio=(term.ratio or 1.0) if term.weight == "auto" else None,
             stop_epoch=term.stop_epoch,
             decay=term.decay == "linear",
         )
