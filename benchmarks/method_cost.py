@@ -69,10 +69,12 @@ SETTINGS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", choices=SETTINGS, help="one column")
     parser.add_argument("--out", type=Path, default=RESULTS / "method_cost.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    columns = {name: measure(setting, arguments.repeats) for name, setting in SETTINGS.items()}
+    wanted = [arguments.only] if arguments.only else list(SETTINGS)
+    columns = {name: measure(SETTINGS[name], arguments.repeats) for name in wanted}
     write_json(arguments.out, record(settings=columns))
     shown = Table("", *columns)
     for case in next(iter(columns.values()))["ms"]:
