@@ -252,7 +252,7 @@ def test_predict_rounds_foreign_maps_once(student: GFL, quantizers: dict[str, Qu
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_gradients_reach_every_weight_and_scale(student: GFL, quantizers: dict[str, Quantizer], target: str) -> None:
-    network = fake_quantized(student, moved(quantizers[target].grids(())))
+    network = fake_quantized(student, quantizers[target].grids(()))
     prediction = network(torch.from_numpy(quantizers[target].canvases))
     sum(x.square().sum() for x in prediction.logits + prediction.distribution).backward()
     for name, parameter in network.named_parameters():

@@ -96,7 +96,8 @@ def test_precision_may_be_written_as_a_number(load: Load) -> None:
         (
             "    weight: 1.5",
             "    colour: 1.5",
-            "r.yaml:16: methods.bckd.colour: unknown key; known here: weight, ratio, stop_epoch, decay, cls_weight, loc_weight, beta",
+            "r.yaml:16: methods.bckd.colour: unknown key; known here: weight, ratio, stop_epoch, decay, cls_weight, "
+            "loc_weight, beta",
         ),
         (
             "backbone: nano",

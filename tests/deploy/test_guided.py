@@ -150,7 +150,7 @@ def test_the_layer_that_hurts_stays_in_float_and_the_search_resumes(
     measured: list[str] = []
     monkeypatch.setattr(guided._Measurements, "_map_of", lambda *_: pytest.fail("measured again"))
     original = spoiled.graph
-    monkeypatch.setattr(spoiled, "graph", lambda kept: measured.append("stem") or original(kept))
+    monkeypatch.setattr(spoiled, "graph", lambda kept, **more: measured.append("stem") or original(kept, **more))
     again = search(spoiled, *labelled, record, max_map_drop=10.0)
     assert again.to_dict() == result.to_dict() and measured == ["stem"]
 
