@@ -34,7 +34,7 @@ class Quantization(BaseModel):
     layers: int = Field(ge=1)
     float_layers: list[str] = []
     method: str
-    """How the ranges of the activations were found: `minmax`, `percentile`, `entropy`; `trained`: learned after that."""
+    """How the activations' ranges were found: `minmax`, `percentile`, `entropy`; `trained`: learned after that."""
     images_sha256: str
     """Of the sorted SHA-256 of the calibration images."""
     image_hashes: list[str] = Field(min_length=1)
