@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
 
 from compress.data.batch import Target
 from compress.data.coco import decode
-from compress.data.transforms import eval_transform
+from compress.data.transforms import fit_size
+from compress.teachers.base import Sample, View
 from deploy.errors import LocalUserError, UserError
 from deploy.preprocess import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images by id. names: relative to `folder`. sizes: (height, width) where a COCO file says it, else None."""
+    """Images by id. names: relative to `folder`. sizes: (height, width) where a COCO file says it, else None.
+    listed: a COCO file lists them, so that the ids mean something beyond this list."""
 
     folder: Path
     ids: list[int]
     names: list[str]
     sizes: list[tuple[int, int] | None]
+    listed: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,22 +65,13 @@ def images_in(source: Path, root: Path | None = None) -> ImageList:
         )
         if not names:
             raise UserError(f"{source}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
-        return ImageList(source, list(range(1, len(names) + 1)), names, [None] * len(names))
+        return ImageList(source, list(range(1, len(names) + 1)), names, [None] * len(names), listed=False)
     if source.suffix != ".json":
         raise UserError(f"{source}: neither a folder of images nor a COCO .json file")
     folder = source.parent if root is None else root
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     return _listed(source, folder)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A decoded image: uint8 [3, h, w] RGB after the resize; the target has no boxes, only id and sizes."""
-
-    image: Tensor
-    target: Target
-    name: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,14 @@ Chunk = list[Sample | Unreadable]
 
 
 def read_chunks(
-    images: ImageList, numbers: Sequence[int], *, size: int, short: int, long: int, workers: int
+    images: ImageList,
+    numbers: Sequence[int],
+    *,
+    size: int,
+    short: int,
+    long: int,
+    workers: int,
+    views: Collection[View] = (View.RESIZED,),
 ) -> Iterator[Chunk]:
     """The chunks with these numbers, in this order; chunk i holds the images from i * size on.
 
@@ -101,9 +102,10 @@ def read_chunks(
         size: images in a chunk; the last one may have fewer.
         short, long: limits of the keep-ratio resize, pixels.
         workers: processes that decode ahead, two chunks each.
+        views: which pictures of an image to bring.
     """
     loader: DataLoader[Chunk] = DataLoader(
-        _Chunks(images, size, short, long),
+        _Chunks(images, size, short, long, frozenset(views)),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
@@ -124,8 +126,8 @@ def chunk_count(images: ImageList, size: int) -> int:
 
 
 class _Chunks(Dataset[Any]):
-    def __init__(self, images: ImageList, size: int, short: int, long: int) -> None:
-        self._images, self._size, self._transform = images, size, eval_transform(short, long)
+    def __init__(self, images: ImageList, size: int, short: int, long: int, views: frozenset[View]) -> None:
+        self._images, self._size, self._views, self._limits = images, size, views, (short, long)
 
     def __getitem__(self, number: int) -> Chunk | UserError:
         first = number * self._size
@@ -150,12 +152,18 @@ class _Chunks(Dataset[Any]):
             raise UserError(
                 f"{path}: the file is {original[1]}x{original[0]} pixels, the list says {listed[1]}x{listed[0]}"
             )
-        nothing = torch.zeros(0, dtype=torch.bool)
-        image, boxes, ignore = self._transform(image, torch.zeros(0, 4), nothing)
-        labels = torch.zeros(0, dtype=torch.int64)
-        size = (int(image.shape[1]), int(image.shape[2]))
-        target = Target(boxes, labels, ignore, None, images.ids[index], size, original)
-        return Sample(image, target, name)
+        size = fit_size(*original, *self._limits)
+        target = Target(
+            boxes=torch.zeros(0, 4),
+            labels=torch.zeros(0, dtype=torch.int64),
+            ignore=torch.zeros(0, dtype=torch.bool),
+            scores=None,
+            image_id=images.ids[index],
+            size=size,
+            original_size=original,
+        )
+        small = F.resize_image(image, list(size), antialias=True) if View.RESIZED in self._views else None
+        return Sample(small, target, name, image if View.ORIGINAL in self._views else None)
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -19,15 +19,14 @@ import torch
 
 from compress import __version__
 from compress.console import progress
-from compress.data.batch import STRIDE, collate
-from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
-from compress.detectors.gfl import GFL
-from compress.distill.teacher import freeze
 from compress.pseudo import parts
-from compress.pseudo.images import Chunk, ImageList, Sample, Unreadable, chunk_count, images_in, read_chunks
+from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, images_in, read_chunks
 from compress.pseudo.merge import Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
 from compress.pseudo.parts import Shard, Summary
 from compress.pseudo.thresholds import F1Thresholds
+from compress.teachers.base import BoxTeacher, Sample
+from compress.teachers.load import open_teacher
+from compress.teachers.settings import Source
 from deploy.coco_map import load_annotations
 from deploy.errors import LocalUserError, UserError
 from deploy.files import need_place, sha256_of
@@ -75,16 +74,14 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen detector. file: its name for messages and provenance. labels: its classes in the common label space."""
+    """A frozen teacher. labels: its classes in the common label space."""
 
-    detector: GFL
-    file: str
-    sha256: str
+    boxes: BoxTeacher
     labels: list[int]
 
 
 def pseudo_label(
-    checkpoints: Sequence[str],
+    sources: Sequence[Source | str],
     images: ImageList,
     out: Path,
     settings: Settings,
@@ -105,8 +102,9 @@ def pseudo_label(
     the same numbers. Memory does not grow with the number of images, but for their names.
 
     Args:
-        checkpoints: as `load_teacher_checkpoint` takes them.
-        categories: a COCO file whose categories the labels get; default: all classes of all teachers, from 1.
+        sources: the teachers, as `open_teacher` takes them.
+        categories: a COCO file whose categories the labels get; default: all classes of all teachers, from 1. A
+            teacher that knows its classes by id alone gets their names from it.
         table: class name at a teacher → name in the common label space, None to drop it.
         thresholds_from: a labelled split; per class the threshold is the one with the best F1 there, and `tau_ignore`
             keeps its ratio to it. A class without a labelled object that a teacher found keeps `settings.tau`.
@@ -130,7 +128,11 @@ def pseudo_label(
     parts.need_fresh(out, shard, resume=resume)
     table = table or {}
     device = device or _default_device()
-    union, teachers = _load(checkpoints, categories, table, device)
+    union, teachers = _load(sources, categories, table, device)
+    for teacher in teachers:
+        told = teacher.boxes.covers(images.ids if images.listed else None, images.names)
+        if told is not None and not quiet:
+            print(told)
     counts = looked_for([teacher.labels for teacher in teachers], len(union))
     tau, tau_ignore = np.full(len(union), settings.tau), np.full(len(union), settings.tau_ignore)
     if thresholds_from is not None:
@@ -142,7 +144,7 @@ def pseudo_label(
             "coverage": [union[label][0] for label in np.flatnonzero(counts)],
             "pseudo_labels": {
                 "version": __version__,
-                "teachers": [{"file": teacher.file, "sha256": teacher.sha256} for teacher in teachers],
+                "teachers": [_provenance(teacher.boxes) for teacher in teachers],
                 "table": dict(sorted(table.items())),
                 **{key: value for key, value in asdict(settings).items() if not key.startswith("tau")},
                 "thresholds_from": None if thresholds_from is None else sha256_of(thresholds_from.annotations),
@@ -162,16 +164,14 @@ def pseudo_label(
     mine = shard.chunks(total)
     done = parts.begin(out, shard, {"document": document})
     name = "pseudo labels" if shard.count == 1 else f"pseudo labels, shard {shard}"
-    chunks = read_chunks(
-        images, mine[done:], size=settings.batch_size, short=settings.short, long=settings.long, workers=workers
-    )
+    chunks = _read(images, mine[done:], settings, teachers, workers)
     lowest = min(LOWEST_SCORE, float(tau_ignore.min()))
     with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
         for number, chunk in zip(mine[done:], chunks, strict=True):
             samples, bad = _sorted_out(chunk)
             if bad and not skip_unreadable:
                 raise LocalUserError(f"{bad[0].reason}; --skip-unreadable leaves such images out")
-            merged = _find(teachers, samples, settings, counts, lowest, device)
+            merged = _find(teachers, samples, settings, counts, lowest)
             row = {
                 "number": number,
                 "images": [_image_row(sample) for sample in samples],
@@ -200,33 +200,30 @@ def _default_device() -> torch.device:
 
 
 def _load(
-    checkpoints: Sequence[str], categories: Path | None, table: Mapping[str, str | None], device: torch.device
+    sources: Sequence[Source | str], categories: Path | None, table: Mapping[str, str | None], device: torch.device
 ) -> tuple[Union, list[Teacher]]:
+    union: Union = []
+    if categories is not None:
+        union = sorted((row["id"], row["name"]) for row in load_annotations(categories)["categories"])
     loaded = []
-    for checkpoint in checkpoints:
-        detector, record = load_teacher_checkpoint(checkpoint)
-        if record.class_names is None:
-            raise UserError(f"teacher {checkpoint}: does not name its classes, so they cannot be matched")
-        path = checkpoint_file(checkpoint)
-        file = checkpoint if checkpoint.startswith("zoo:") else path.name
-        loaded.append((freeze(detector).to(device), file, sha256_of(path), record.class_names))
-    known = {name for _, _, _, names in loaded for name in names}
+    for source in sources:
+        boxes = open_teacher(source, device, categories=dict(union) or None)
+        if boxes.class_names is None:
+            raise UserError(f"teacher {boxes.file}: does not name its classes, so they cannot be matched")
+        loaded.append((boxes, boxes.class_names))
+    known = {name for _, names in loaded for name in names}
     unknown = sorted(set(table) - known)
     if unknown:
         raise UserError(f"class map: no teacher has a class {unknown[0]!r}; they have {', '.join(sorted(known))}")
     if categories is None:
-        union = list(enumerate(union_of([names for _, _, _, names in loaded], table), start=1))
-    else:
-        rows = load_annotations(categories)["categories"]
-        union = sorted((row["id"], row["name"]) for row in rows)
+        union = list(enumerate(union_of([names for _, names in loaded], table), start=1))
     names = [name for _, name in union]
     if len(set(names)) < len(names):
         raise UserError(f"{categories}: categories: two have the same name, so classes cannot be matched by name")
     if not names:
         raise UserError("class map: it drops every class of every teacher, so there is nothing to look for")
     teachers = [
-        Teacher(detector, file, digest, class_map(theirs, names, table, teacher=f"teacher {file}"))
-        for detector, file, digest, theirs in loaded
+        Teacher(boxes, class_map(theirs, names, table, teacher=f"teacher {boxes.file}")) for boxes, theirs in loaded
     ]
     return union, teachers
 
@@ -244,21 +241,18 @@ def _measured(
     """Per class the threshold with the best F1 on a labelled split: float64 [K]. Prints them."""
     images = images_in(split_.annotations, split_.root)
     truth = _truth(split_.annotations, [name for _, name in union])
-    device = next(teachers[0].detector.parameters()).device
+    for teacher in teachers:
+        teacher.boxes.covers(images.ids, images.names)
     collected = F1Thresholds(len(union))
     total = chunk_count(images, settings.batch_size)
-    chunks = read_chunks(
-        images, range(total), size=settings.batch_size, short=settings.short, long=settings.long, workers=workers
-    )
+    chunks = _read(images, range(total), settings, teachers, workers)
     nothing = Boxes(np.empty((0, 4)), np.empty(0), np.empty(0, np.int64)), np.empty(0, np.bool_)
     with _telling("thresholds", quiet) as advance:
         for number, chunk in enumerate(chunks, start=1):
             samples, bad = _sorted_out(chunk)
             if bad:
                 raise UserError(bad[0].reason)
-            for sample, found in zip(
-                samples, _find(teachers, samples, settings, counts, LOWEST_SCORE, device), strict=True
-            ):
+            for sample, found in zip(samples, _find(teachers, samples, settings, counts, LOWEST_SCORE), strict=True):
                 collected.add(found, *truth.get(sample.target.image_id, nothing))
             advance(number, total)
     tau, f1 = collected.best()
@@ -293,30 +287,35 @@ def _truth(annotations: Path, names: list[str]) -> dict[int, tuple[Boxes, np.nda
     return truth
 
 
-@torch.inference_mode()
+def _provenance(teacher: BoxTeacher) -> dict[str, Any]:
+    settings = {"settings": dict(teacher.settings)} if teacher.settings else {}
+    return {"file": teacher.file, "sha256": teacher.sha256} | settings
+
+
+def _read(
+    images: ImageList, numbers: Sequence[int], settings: Settings, teachers: Sequence[Teacher], workers: int
+) -> Iterator[Chunk]:
+    return read_chunks(
+        images,
+        numbers,
+        size=settings.batch_size,
+        short=settings.short,
+        long=settings.long,
+        workers=workers,
+        views={teacher.boxes.view for teacher in teachers},
+    )
+
+
 def _find(
-    teachers: Sequence[Teacher],
-    samples: Sequence[Sample],
-    settings: Settings,
-    counts: np.ndarray,
-    lowest: float,
-    device: torch.device,
+    teachers: Sequence[Teacher], samples: Sequence[Sample], settings: Settings, counts: np.ndarray, lowest: float
 ) -> list[Boxes]:
-    """Merged boxes of each image. Images share a batch only if they need no padding for it: each is seen as alone."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, sample in enumerate(samples):
-        height, width = sample.target.size
-        groups.setdefault((-(-height // STRIDE), -(-width // STRIDE)), []).append(index)
+    """Merged boxes of each image."""
     found: list[list[Boxes]] = [[] for _ in samples]
-    for group in groups.values():
-        batch = collate([(samples[index].image, samples[index].target) for index in group]).to(device)
-        for teacher in teachers:
-            prediction = teacher.detector(batch.images)
-            # decode wants scores above its threshold, ours are at or above
-            decoded = teacher.detector.decode(prediction, batch.targets, score_threshold=lowest * (1 - 1e-6))
-            for index, one in zip(group, decoded, strict=True):
-                boxes = one.boxes.double().cpu().numpy(), one.scores.double().cpu().numpy(), one.labels.cpu().numpy()
-                found[index].append(in_union(Boxes(*boxes), teacher.labels))
+    for teacher in teachers:
+        detections = teacher.boxes.detect(samples, score_threshold=lowest)
+        for mine, one in zip(found, detections, strict=True):
+            boxes = one.boxes.double().cpu().numpy(), one.scores.double().cpu().numpy(), one.labels.cpu().numpy()
+            mine.append(in_union(Boxes(*boxes), teacher.labels))
     return [merge(one, how=settings.how, iou_threshold=settings.iou_threshold, counts=counts) for one in found]
 
 

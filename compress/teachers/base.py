@@ -1,0 +1,156 @@
+"""What a teacher is: at the least, something that finds boxes in images (`BoxTeacher`).
+
+Teachers differ in what they look at. A detector of this project takes the images that the student sees, resized and in
+batches. A foreign model prepares the image of the file by its own rules. A file of results looks the image up.
+`BoxTeacher.view` says which, so that nothing is decoded or resized in vain.
+
+`DetectorTeacher` is any `compress.detectors.base.Detector` as a BoxTeacher; its `detector` is what feature and logit
+methods learn from. Other teachers have boxes alone, and `capabilities` says so.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.data.batch import STRIDE, Target, collate
+from compress.detectors.base import Capability, Detections
+from compress.detectors.gfl import GFL, MEAN, STD
+
+
+class View(enum.Enum):
+    """What of an image a teacher looks at."""
+
+    RESIZED = "resized"  # as the student sees it
+    ORIGINAL = "original"  # as the file has it
+    NAME = "name"  # no pixels: its id or name
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image. Both pictures are uint8 [3, h, w] RGB; None where no teacher looks at them.
+
+    image: after the keep-ratio resize, of `target.size`. original: as in the file, of `target.original_size`.
+    target: without boxes; id and sizes only.
+    name: the file's, relative to the image folder, with `/`.
+    """
+
+    image: Tensor | None
+    target: Target
+    name: str
+    original: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a teacher does to an image before its network; for people and for comparison, not for computing.
+
+    mean, std: of RGB pixels 0..255, in the order of the channels that the network gets; None where unknown.
+    order: of the channels that the network gets. size: in words, for example `letterbox to 640 x 640`.
+    """
+
+    size: str
+    order: str = "RGB"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class BoxTeacher(Protocol):
+    """Frozen, in eval mode, on its device."""
+
+    file: str
+    """Its name in messages and provenance: a file name without folder, or `zoo:NAME`."""
+    sha256: str
+    """Of what defines it: file, folder or weights. Same digits, same teacher (given `settings`)."""
+    settings: Mapping[str, Any]
+    """What else decides its boxes (JSON-able, without paths); empty where the file says everything."""
+    class_names: tuple[str, ...] | None
+    """In the order of its labels; None where nothing says."""
+    capabilities: frozenset[Capability]
+    view: View
+    preprocessing: Preprocessing | None
+    """None: it looks at no pixels."""
+
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+        """Can it say something about these images? Asked once, before long work.
+
+        Args:
+            ids: image ids of the COCO file that lists the images; None for a folder, whose images have no ids.
+            names: their file names.
+
+        Returns:
+            A line worth telling the user, or None.
+
+        Raises:
+            UserError: it knows nothing about one of them.
+        """
+
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+        """Detections of each image in pixels of its file (`original_size`), best first, with scores at or above the
+        threshold, on any device; `labels` index `class_names`. What it finds in an image does not depend on the other
+        images of the call.
+        """
+
+
+class DetectorTeacher:
+    """A detector of this project (or one with its contract) as a BoxTeacher. It sees what the student sees.
+
+    Args:
+        detector: frozen and in eval mode; its `decode` takes `score_threshold`.
+        device: where to run; the detector is moved there.
+    """
+
+    view = View.RESIZED
+    preprocessing: Preprocessing | None
+
+    def __init__(
+        self,
+        detector: GFL,
+        *,
+        file: str,
+        sha256: str,
+        class_names: tuple[str, ...] | None,
+        device: torch.device,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.detector = detector.requires_grad_(False).eval().to(device)
+        self.file, self.sha256, self.class_names, self.settings = file, sha256, class_names, settings or {}
+        self.capabilities = detector.capabilities
+        self.preprocessing = Preprocessing("as the student's images", "RGB", MEAN, STD)
+        self._device = device
+
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+        return None
+
+    @torch.inference_mode()
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+        """Images share a batch only if they need no padding for it: each is seen as alone."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, sample in enumerate(samples):
+            height, width = sample.target.size
+            groups.setdefault((-(-height // STRIDE), -(-width // STRIDE)), []).append(index)
+        found: dict[int, Detections] = {}
+        for group in groups.values():
+            batch = collate([(resized(samples[index]), samples[index].target) for index in group]).to(self._device)
+            prediction = self.detector(batch.images)
+            # decode wants scores above its threshold, ours are at or above
+            decoded = self.detector.decode(prediction, batch.targets, score_threshold=score_threshold * (1 - 1e-6))
+            found |= zip(group, decoded, strict=True)
+        return [found[index] for index in range(len(samples))]
+
+
+def resized(sample: Sample) -> Tensor:
+    """The picture that a teacher with `View.RESIZED` gets."""
+    assert sample.image is not None, "the reader was told that a teacher looks at resized images"
+    return sample.image
+
+
+def original(sample: Sample) -> Tensor:
+    """The picture that a teacher with `View.ORIGINAL` gets."""
+    assert sample.original is not None, "the reader was told that a teacher looks at original images"
+    return sample.original
