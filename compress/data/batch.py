@@ -16,6 +16,9 @@ STRIDE = 32
 """Batches are padded to a multiple of this, so that every pyramid level up to P5 divides them exactly."""
 
 
+_TENSORS = ("boxes", "labels", "ignore", "scores", "unsure", "uncovered")  # of a target; some may be None
+
+
 @dataclass
 class Target:
     """The labels of one image. Boxes are in pixels of the network image (after resize and flip).
@@ -31,12 +34,17 @@ class Target:
     """bool [n]; True = no target of the losses (crowd regions, objects cut to a rest). Its locations are background,
     as in mmdet's GFL; evaluation does not count detections there."""
     scores: Tensor | None
-    """float32 [n] for pseudo labels, else None."""
+    """float32 [n], how sure a teacher was, if training is to weight pseudo labels by it; else None."""
     image_id: int
     size: tuple[int, int]
     """(height, width) of the valid area in the padded batch."""
     original_size: tuple[int, int]
     """(height, width) of the image file."""
+    unsure: Tensor | None = None
+    """bool [n]; True = a region of pseudo labels where something may be, also set in `ignore`: what lies in it is not
+    trained as background. None: there is none."""
+    uncovered: Tensor | None = None
+    """int64 [k], labels that nobody looked for in this image: neither there nor absent. None: all were looked for."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -45,25 +53,20 @@ class Target:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Any) -> Target:
-        return replace(
-            self,
-            boxes=function(self.boxes),
-            labels=function(self.labels),
-            ignore=function(self.ignore),
-            scores=None if self.scores is None else function(self.scores),
-        )
+        there: dict[str, Any] = {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
+        return replace(self, **{name: function(x) for name, x in there.items()})
 
     # A tensor crosses from a worker through one file descriptor each: slow, and many images exhaust the
     # limit. As numpy arrays these few numbers travel inside the pickle itself.
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("boxes", "labels", "ignore", "scores"):
+        for name in _TENSORS:
             if state[name] is not None:
                 state[name] = state[name].cpu().numpy()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name in ("boxes", "labels", "ignore", "scores"):
+        for name in _TENSORS:
             if state[name] is not None:
                 state[name] = torch.from_numpy(state[name])
         self.__dict__.update(state)

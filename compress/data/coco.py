@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     nothing else, and the global random state is left as it was. So worker count and order do not matter.
 
     Annotations that cannot be learned are left out and counted in `dropped`: width or height below one
-    pixel, area of zero, outside the image, unknown category or image. Crowd regions are kept as `ignore`.
+    pixel, area of zero, outside the image, unknown category or image, a category that `info.coverage` does not
+    have. Crowd regions are kept as `ignore`, those of pseudo labels (`iscrowd` and `ignore`) also as `unsure`.
 
     Args:
         annotations: a COCO detection file.
@@ -50,6 +51,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transform: see `compress.data.transforms`.
         cache: decode all images now and keep them in memory. Forked workers share that memory.
         drop_empty: leave out images with no box to learn, and images with a side below 32 px.
+        scores: give the targets the annotations' `score`; one without has 1.
 
     Raises:
         UserError: as `read_annotations`; no images left; with `cache`, too little memory; on access, an image
@@ -75,6 +77,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         *,
         cache: bool = False,
         drop_empty: bool = False,
+        scores: bool = False,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
         document = read_annotations(self.annotations, sizes=True)
@@ -88,13 +91,16 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         repeated = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
         if repeated:
             raise UserError(f"{annotations}: images: id {repeated[0]} stands there more than once; ids must differ")
-        kept, self.dropped = _usable(document, {value: i for i, value in enumerate(self.category_ids)})
+        labels = {value: i for i, value in enumerate(self.category_ids)}
+        self._uncovered = _uncovered(document, labels, self.annotations)
+        kept, self.dropped = _usable(document, labels, self._uncovered, self.annotations)
+        self._with_scores = scores
         if drop_empty:
             entries = [
                 entry
                 for entry in entries
                 if min(entry["width"], entry["height"]) >= 32
-                and any(not crowd for _, _, crowd in kept.get(entry["id"], ()))
+                and any(not row.crowd for row in kept.get(entry["id"], ()))
             ]
         if not entries:
             raise UserError(f"{annotations}: no usable image in it")
@@ -123,11 +129,25 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             self.image(index), self._boxes[first:last].clone(), self._crowd[first:last].clone()
         )
         labels = self._labels[first:last].clone()
+        scores = None if self._scores is None else self._scores[first:last].clone()
+        unsure = None if self._unsure is None else self._unsure[first:last].clone()
         keep = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])) if len(boxes) else None
         if keep is not None and not bool(keep.all()):
             boxes, labels, ignore = boxes[keep], labels[keep], ignore[keep]
+            scores = None if scores is None else scores[keep]
+            unsure = None if unsure is None else unsure[keep]
         size = (image.shape[1], image.shape[2])
-        target = Target(boxes, labels, ignore, None, self.image_ids[index], size, self.sizes[index])
+        target = Target(
+            boxes,
+            labels,
+            ignore,
+            scores,
+            self.image_ids[index],
+            size,
+            self.sizes[index],
+            unsure=unsure,
+            uncovered=self._uncovered,
+        )
         return image, target
 
     def path(self, index: int) -> Path:
@@ -143,7 +163,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         flat = self._cache[start : start + height * width * 3]
         return flat.view(height, width, 3).permute(2, 0, 1)
 
-    def _load_tables(self, entries: list[dict[str, Any]], kept: dict[int, list[tuple[list[float], int, bool]]]) -> None:
+    def _load_tables(self, entries: list[dict[str, Any]], kept: dict[int, list[_Row]]) -> None:
         self.image_ids = tuple(entry["id"] for entry in entries)
         self._names = [entry["file_name"] for entry in entries]
         self.sizes = [(entry["height"], entry["width"]) for entry in entries]
@@ -151,9 +171,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         rows = [kept.get(identifier, []) for identifier in self.image_ids]
         self._offsets = np.cumsum([0] + [len(row) for row in rows]).tolist()
         flat = [item for row in rows for item in row]
-        self._boxes = torch.tensor([box for box, _, _ in flat], dtype=torch.float32).reshape(-1, 4)
-        self._labels = torch.tensor([label for _, label, _ in flat], dtype=torch.int64)
-        self._crowd = torch.tensor([crowd for _, _, crowd in flat], dtype=torch.bool)
+        self._boxes = torch.tensor([row.box for row in flat], dtype=torch.float32).reshape(-1, 4)
+        self._labels = torch.tensor([row.label for row in flat], dtype=torch.int64)
+        self._crowd = torch.tensor([row.crowd for row in flat], dtype=torch.bool)
+        scores = torch.tensor([row.score for row in flat], dtype=torch.float32)
+        self._scores = scores if self._with_scores else None
+        unsure = torch.tensor([row.unsure for row in flat], dtype=torch.bool)
+        self._unsure = unsure if bool(unsure.any()) else None
 
     def _decode(self, index: int) -> Tensor:
         path = self.folder / self._names[index]
@@ -213,14 +237,37 @@ def decode(path: Path) -> Tensor:
 # --- details --------------------------------------------------------------------------------------------
 
 
+class _Row(NamedTuple):
+    """An annotation: box xyxy in pixels; unsure: a crowd region that is to be ignored (of pseudo labels)."""
+
+    box: list[float]
+    label: int
+    crowd: bool
+    unsure: bool
+    score: float
+
+
+def _uncovered(document: dict[str, Any], labels: dict[int, int], path: Path) -> Tensor | None:
+    """Labels that `info.coverage`, a list of category ids, does not have; None without it or when it has all."""
+    info = document.get("info")
+    coverage = info.get("coverage") if isinstance(info, dict) else None
+    if coverage is None:
+        return None
+    if not isinstance(coverage, list) or not all(type(value) is int and value in labels for value in coverage):
+        raise UserError(f"{path}: info.coverage: must be a list of ids of its categories, those that were looked for")
+    missing = sorted(set(labels.values()) - {labels[value] for value in coverage})
+    return torch.tensor(missing, dtype=torch.int64) if missing else None
+
+
 def _usable(
-    document: dict[str, Any], labels: dict[int, int]
-) -> tuple[dict[int, list[tuple[list[float], int, bool]]], Counter[str]]:
-    """Per image id the annotations to learn from, as (xyxy, label, crowd); and how many fell out, and why."""
+    document: dict[str, Any], labels: dict[int, int], uncovered: Tensor | None, where: Path
+) -> tuple[dict[int, list[_Row]], Counter[str]]:
+    """Per image id the annotations to learn from; and how many fell out, and why."""
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in document["images"]}
-    kept: dict[int, list[tuple[list[float], int, bool]]] = {}
+    kept: dict[int, list[_Row]] = {}
     dropped: Counter[str] = Counter()
-    for annotation in document["annotations"]:
+    nobody_looked_for = set() if uncovered is None else set(uncovered.tolist())
+    for index, annotation in enumerate(document["annotations"]):
         x, y, w, h = annotation["bbox"]
         size = sizes.get(annotation["image_id"])
         label = labels.get(annotation["category_id"])
@@ -228,11 +275,18 @@ def _usable(
             dropped["unknown image"] += 1
         elif label is None:
             dropped["unknown category"] += 1
+        elif label in nobody_looked_for:
+            dropped["category not in info.coverage"] += 1
         elif not (w >= 1 and h >= 1) or annotation.get("area", 1) <= 0:  # not (…): NaN counts as empty
             dropped["empty box"] += 1
         elif min(x + w, size[0]) <= max(x, 0) or min(y + h, size[1]) <= max(y, 0):
             dropped["outside the image"] += 1
         else:
             crowd = bool(annotation.get("iscrowd", 0))
-            kept.setdefault(annotation["image_id"], []).append(([x, y, x + w, y + h], label, crowd))
+            unsure = crowd and bool(annotation.get("ignore", 0))
+            score = annotation.get("score", 1.0)
+            if type(score) not in (int, float) or not 0 <= score <= 1:
+                raise UserError(f"{where}: annotations[{index}]: score must be a number from 0 to 1, found {score!r}")
+            row = _Row([x, y, x + w, y + h], label, crowd, unsure, score)
+            kept.setdefault(annotation["image_id"], []).append(row)
     return kept, dropped

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.data.batch import Target
+
 ANCHOR_SCALE = 8  # side of an anchor in strides
 TOPK = 9  # candidates a level
 PAD_MULTIPLE = 32  # an image's valid area is its size rounded up to this
@@ -48,13 +50,49 @@ class Assignment:
 
 def anchors(level_sizes: list[tuple[int, int]], strides: tuple[int, ...], device: torch.device) -> Tensor:
     """The anchors of all levels: float32 [A, 4] xyxy in pixels, levels concatenated, row-major."""
+    points = location_points(level_sizes, strides, device)
+    half = torch.cat(
+        [torch.full((h * w, 1), ANCHOR_SCALE * s / 2) for (h, w), s in zip(level_sizes, strides, strict=True)]
+    ).to(device)
+    return torch.cat((points - half, points + half), -1)
+
+
+def location_points(level_sizes: list[tuple[int, int]], strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """The points (x * stride, y * stride) of all levels: float32 [A, 2] in pixels, in the order of `anchors`."""
     levels = []
     for (h, w), stride in zip(level_sizes, strides, strict=True):
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-        center = torch.stack((x, y), -1).flatten(0, 1).float() * stride
-        half = ANCHOR_SCALE * stride / 2
-        levels.append(torch.cat((center - half, center + half), -1))
+        levels.append(torch.stack((x, y), -1).flatten(0, 1).float() * stride)
     return torch.cat(levels)
+
+
+def in_unsure_regions(targets: list[Target], points: Tensor) -> Tensor:
+    """Locations that pseudo labels are unsure about: bool [B, A], those whose point lies in an unsure region.
+
+    A location that would be positive were the region a label lies in it, and so does the centre of every anchor of
+    which the region covers more than half. Such a location is no background, unless a label claims it.
+
+    Args:
+        points: float32 [A, 2], x and y in pixels of the network image.
+    """
+    inside = torch.zeros(len(targets), len(points), dtype=torch.bool, device=points.device)
+    for row, target in zip(inside, targets, strict=True):
+        if target.unsure is not None:
+            regions = target.boxes[target.unsure].to(points.device)  # [n, 4]
+            from_start, to_end = points[:, None] - regions[:, :2], regions[:, 2:] - points[:, None]  # [A, n, 2]
+            row |= ((from_start >= 0) & (to_end >= 0)).all(-1).any(1)
+    return inside
+
+
+def uncovered_classes(targets: list[Target], num_classes: int, device: torch.device) -> Tensor | None:
+    """Classes that nobody looked for in an image: bool [B, K], or None when all were looked for everywhere."""
+    if all(target.uncovered is None for target in targets):
+        return None
+    mask = torch.zeros(len(targets), num_classes, dtype=torch.bool, device=device)
+    for row, target in zip(mask, targets, strict=True):
+        if target.uncovered is not None:
+            row[target.uncovered.to(device)] = True
+    return mask
 
 
 def atss(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.batch import Target
-from compress.detectors.assign import Assignment, atss
+from compress.detectors.assign import Assignment, atss, in_unsure_regions, location_points, uncovered_classes
 from compress.detectors.base import Capability, DensePrediction, Detections
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
 from kernels.distribution_iou_loss import distribution_iou_loss
@@ -35,6 +35,7 @@ STRIDES = (8, 16, 32, 64, 128)
 REG_MAX = 16
 GROUP_WIDTH = 8  # channels of a GroupNorm group in the head
 BOX_WEIGHT, DFL_WEIGHT, QFL_BETA = 2.0, 0.25, 2.0
+NO_PROBABILITY = -1e4  # a logit whose sigmoid is 0 in float32
 PRE_NMS = 1000  # (location, class) pairs kept a level
 
 Reduce = Callable[[Tensor], Tensor]
@@ -49,6 +50,10 @@ class Targets:
     avg_factor: float32 scalar, number of positives (at least one an image), mean over processes.
     level_positives: float32 [L], positives of each level in all processes.
     world_size: processes that share the global batch.
+    learned: bool [B, A], locations with a class loss: those of the valid area, without what lies in unsure regions of
+        pseudo labels and is not positive.
+    uncovered: bool [B, K], classes without a class loss because nobody looked for them; None when there is none.
+    scores: float32 [B, G], how sure a teacher was of each box, 1 for a person's; None when all are.
     """
 
     boxes: Tensor
@@ -57,6 +62,9 @@ class Targets:
     avg_factor: Tensor
     level_positives: Tensor
     world_size: int
+    learned: Tensor
+    uncovered: Tensor | None
+    scores: Tensor | None
 
 
 class GFL(nn.Module):
@@ -133,7 +141,21 @@ class GFL(nn.Module):
         world_size = 1
         if reduce is not None:
             totals, world_size = reduce(totals), dist.get_world_size()
-        return Targets(boxes, labels, assignment, totals[0] / world_size, totals[1:], world_size)
+        learned = assignment.valid
+        if any(target.unsure is not None for target in targets):
+            points = location_points(prediction.level_sizes, prediction.strides, boxes.device)
+            learned = learned & ((assignment.gt_index >= 0) | ~in_unsure_regions(targets, points))
+        return Targets(
+            boxes,
+            labels,
+            assignment,
+            totals[0] / world_size,
+            totals[1:],
+            world_size,
+            learned,
+            uncovered_classes(targets, self.num_classes, boxes.device),
+            _pad_scores(targets, mask),
+        )
 
     def loss(self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """Quality focal, GIoU and distribution focal loss: scalars, weighted (1, 2, 0.25), float32."""
@@ -144,6 +166,7 @@ class GFL(nn.Module):
     ) -> dict[str, Tensor]:
         """The same as [L] tensors. Formulas: methods of mmdet 3.3 `GFLHead`.
 
+        The class target of a positive location is the IoU of its box, times the score of a pseudo label that has one.
         The box terms are weighted by the best class score of the location and divided by the sum of those
         weights over all processes, at least 1. (mmdet takes the mean over processes before that bound; with
         one process both are the same, with several ours does not depend on their number.)
@@ -154,9 +177,11 @@ class GFL(nn.Module):
         classification, level_of = [], []
         positive_logits, wanted, scores, box_losses = [], [], [], []
         gt_levels = targets.assignment.gt_index.split(locations, 1)
-        valid_levels = targets.assignment.valid.split(locations, 1)
+        learned_levels = targets.learned.split(locations, 1)
         for level, stride in enumerate(prediction.strides):
             logits = prediction.logits[level].flatten(2)  # [B, K, M]
+            if targets.uncovered is not None:  # a probability of 0 where it should be 0: no loss, no gradient
+                logits = logits.masked_fill(targets.uncovered[:, :, None], NO_PROBABILITY)
             M, w = logits.shape[2], prediction.logits[level].shape[3]
             gt = gt_levels[level]
             b, m = (gt >= 0).nonzero(as_tuple=True)  # [P]
@@ -165,10 +190,12 @@ class GFL(nn.Module):
             point = torch.stack((m % w, m // w), -1).to(box.dtype)  # stride units
             side_logits = prediction.distribution[level].flatten(2)[b, :, m].view(-1, 4, REG_MAX + 1)  # [P, 4, R]
             score = logits.detach()[b, :, m].amax(1).sigmoid()
-            box_loss, iou = distribution_iou_loss(side_logits, point, box, score)
-            weight = valid_levels[level].to(logits.dtype)
+            box_loss, quality = distribution_iou_loss(side_logits, point, box, score)
+            if targets.scores is not None:
+                quality = quality * targets.scores[b, gt[b, m]]
+            weight = learned_levels[level].to(logits.dtype)
             classification.append(
-                quality_focal_loss(logits, b * M + m, label, iou, weight, beta=QFL_BETA, compiled=self.compiled)
+                quality_focal_loss(logits, b * M + m, label, quality, weight, beta=QFL_BETA, compiled=self.compiled)
             )
             scores.append(score)
             box_losses.append(box_loss)
@@ -325,6 +352,17 @@ def pad_targets(targets: list[Target], device: torch.device) -> tuple[Tensor, Te
     labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True).to(device)
     mask = nn.utils.rnn.pad_sequence([~t.ignore for t in targets], batch_first=True).to(device)
     return boxes, labels, mask
+
+
+def _pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
+    """float32 [B, G], 1 where a target has none; None when no target has any."""
+    if all(target.scores is None for target in targets):
+        return None
+    scores = torch.ones(mask.shape, device=mask.device)
+    for row, target in zip(scores, targets, strict=True):
+        if target.scores is not None:
+            row[: len(target.scores)] = target.scores.to(mask.device)
+    return scores
 
 
 def _locations(prediction: DensePrediction) -> list[int]:
