@@ -42,8 +42,6 @@ class Deployable(nn.Module):
         candidates: int = 1000,
     ) -> None:
         super().__init__()
-        if not isinstance(detector, nn.Module):
-            raise TypeError(f"a deployable detector is a torch module, got {type(detector).__name__}")
         if any(side < 1 or side % 32 for side in input_size):
             raise UserError(f"deploy.input_size: {list(input_size)}: height and width must be multiples of 32")
         self.detector = detector
@@ -61,7 +59,7 @@ class Deployable(nn.Module):
         canvas."""
         height, width = self.input_size
         prediction = self.detector.predict(self.detector.features(images)).float()
-        scores = torch.cat([level.flatten(2) for level in prediction.logits], 2).transpose(1, 2).sigmoid()
+        scores = prediction.scores()
         x1, y1, x2, y2 = self.detector.decode_boxes(prediction).float().unbind(-1)
         boxes = (x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height))
         return scores, torch.stack(boxes, -1)
@@ -100,9 +98,7 @@ def half_precision(module: Deployable) -> Deployable:
     types that are written, and the sum of squares over a map of 100 × 168 does not fit into float16.
     """
     module = copy.deepcopy(module)
-    detector = module.detector
-    assert isinstance(detector, nn.Module), "checked on construction"
-    for child in detector.children():
+    for child in module.detector.children():
         child.half()
         child.register_forward_pre_hook(lambda _, inputs: _to(torch.float16, inputs))
         for norm in child.modules():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, in_unsure_regions, location_points, uncovered_classes
-from compress.detectors.base import Capability, DensePrediction, Detections
+from compress.detectors.base import Capability, DensePrediction, Detections, Detector
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
 from kernels.distribution_iou_loss import distribution_iou_loss
 from kernels.quality_focal_loss import quality_focal_loss
@@ -67,7 +67,7 @@ class Targets:
     scores: Tensor | None
 
 
-class GFL(nn.Module):
+class GFL(Detector):
     """Generalised focal loss detector.
 
     Args:
@@ -78,8 +78,9 @@ class GFL(nn.Module):
         compiled: run the dense loss passes through torch.compile.
     """
 
-    capabilities = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
-    strides: tuple[int, ...] = STRIDES
+    family = "gfl"
+    capabilities = frozenset(Capability)
+    strides = STRIDES
 
     def __init__(
         self,
@@ -99,8 +100,6 @@ class GFL(nn.Module):
         self.backbone = backbone
         self.neck = FPN(backbone.out_channels, neck_channels)
         self.head = GFLHead(num_classes, neck_channels, head_depth)
-        self.mean: Tensor
-        self.std: Tensor
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
