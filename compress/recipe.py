@@ -2,8 +2,8 @@
 
     recipe = load_recipe(Path("recipes/quickstart.yaml"), ["train.epochs=3"])
 
-Public: `load_recipe`, `dump_recipe`, `recipe_sha256`, and the models from `Recipe` down. The models are
-strict (no unknown keys, no silent conversion) and frozen. Relative paths are relative to the working
+Public: `load_recipe`, `load_teacher_file`, `dump_recipe`, `recipe_sha256`, and the models from `Recipe` down. The
+models are strict (no unknown keys, no silent conversion) and frozen. Relative paths are relative to the working
 directory, as in a shell. Sizes are pixels unless the name says otherwise.
 
 YAML is read with the scalar rules of YAML 1.2: `1e-4` is a number and `no` is a word, not false.
@@ -16,9 +16,9 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -33,6 +33,7 @@ from pydantic_core import PydanticCustomError
 
 from compress.methods import Methods
 from compress.settings import Count, Fraction, Positive, Seed, Settings, Weight, broken_rule
+from compress.teachers.settings import BOXES_ALONE, SOURCES, Source
 from deploy.errors import UserError
 
 # ------------------------------------------------------------------------------------------------ data
@@ -263,21 +264,9 @@ class Train(Settings):
 # ----------------------------------------------------------------------------------------- distillation
 
 
-def _checkpoint_name(name: str) -> str:
-    if not (name.startswith("zoo:") and len(name) > 4) and Path(name).suffix not in (".safetensors", ".pth"):
-        raise PydanticCustomError(
-            "rule",
-            "{problem}",
-            {"problem": f"'{name}' is neither a .safetensors file, a .pth file, nor zoo:<name>"},
-        )
-    return name
+class Teacher(Source):
+    """The detector to learn from: exactly one source, or `train`."""
 
-
-class Teacher(Settings):
-    """The detector to learn from. Exactly one of `checkpoint` and `train`."""
-
-    checkpoint: Annotated[str, AfterValidator(_checkpoint_name)] | None = None
-    """A .safetensors file of this project, an official mmdet GFL .pth file, or zoo:<name>."""
     model: Model | None = None
     """What to build when the teacher is trained here."""
     train: Train | None = None
@@ -289,12 +278,16 @@ class Teacher(Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> Teacher:
-        if self.checkpoint is None and self.train is None:
-            raise broken_rule("", "no source; give teacher.checkpoint, or teacher.model and teacher.train")
-        if self.checkpoint is not None and self.train is not None:
-            raise broken_rule("train", "excludes teacher.checkpoint; keep one of the two")
+        if not self.given and self.train is None:
+            raise broken_rule("", f"no source; give one of {', '.join(SOURCES)}, or model and train")
+        if len(self.given) > 1:
+            raise broken_rule(self.given[1], f"excludes teacher.{self.given[0]}; keep one of the two")
+        if self.given and self.train is not None:
+            raise broken_rule("train", f"excludes teacher.{self.given[0]}; keep one of the two")
         if self.train is not None and self.model is None:
             raise broken_rule("train", "needs teacher.model, the detector to train")
+        if self.inherit and self.given and self.checkpoint is None:
+            raise broken_rule("inherit", f"needs a teacher of this project, not teacher.{self.given[0]}")
         return self
 
 
@@ -419,6 +412,12 @@ class Recipe(Settings):
         methods = self.methods.enabled()
         if methods and self.teacher is None:
             raise broken_rule(f"methods.{next(iter(methods))}", "needs a teacher; add the section teacher")
+        if methods and self.teacher is not None and set(self.teacher.given) & set(BOXES_ALONE):
+            raise broken_rule(
+                f"methods.{next(iter(methods))}",
+                f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
+                "pseudo_labels, or another teacher",
+            )
         if self.baseline and not methods:
             raise broken_rule("baseline", "needs a method to compare with; add one under methods")
         trained = {"student": self.student}
@@ -440,6 +439,28 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError with one line for each problem: `file:line: key: problem`, or `--set key: problem`.
     """
+    return _load(path, Recipe, overrides)
+
+
+def load_teacher_file(path: Path) -> Source:
+    """The teacher in a YAML file that has a section `teacher` as recipes have it, with a source and nothing else.
+
+    Raises UserError as `load_recipe` does.
+    """
+    return _load(path, TeacherFile).teacher
+
+
+class TeacherFile(Settings):
+    """A YAML file that describes a teacher."""
+
+    teacher: Source
+    """The teacher."""
+
+
+Root = TypeVar("Root", bound=Settings)
+
+
+def _load(path: Path, root: type[Root], overrides: Sequence[str] = ()) -> Root:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -457,11 +478,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         # Through JSON, because strict mode then means what YAML means: lists fill tuples, text fills
         # paths, whole numbers fill floats; and nothing else is converted.
-        return Recipe.model_validate_json(json.dumps(data))
+        return root.model_validate_json(json.dumps(data))
     except RecursionError:  # a --set of thousands of keys in each other
         raise UserError(f"{path}: not a recipe: nested too deeply") from None
     except ValidationError as error:
-        raise UserError("\n".join(_problems(error, data, document))) from None
+        raise UserError("\n".join(_problems(error, data, document, root))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -629,7 +650,7 @@ class _Document:
 # ------------------------------------------------------------------------------------------------ messages
 
 
-def _problems(error: ValidationError, data: dict[str, Any], document: _Document) -> list[str]:
+def _problems(error: ValidationError, data: dict[str, Any], document: _Document, root: type[BaseModel]) -> list[str]:
     """One line for each problem, in the order of the file's sections."""
     found: dict[_Key, list[tuple[str, str]]] = {}
     alternatives: set[_Key] = set()
@@ -644,8 +665,8 @@ def _problems(error: ValidationError, data: dict[str, Any], document: _Document)
             alternatives.add(key)
         if kind == "rule" and item.get("ctx", {}).get("key"):
             key = (*key, *item["ctx"]["key"].split("."))
-        found.setdefault(key, []).append((kind, _message(item, key)))
-        if kind == "extra_forbidden" and (meant := _closest(key)):  # a typing error is one problem, not two
+        found.setdefault(key, []).append((kind, _message(item, key, root)))
+        if kind == "extra_forbidden" and (meant := _closest(key, root)):  # a typing error is one problem, not two
             right = (*key[:-1], meant)
             if found.get(right, [("", "")])[0][0] == "missing":
                 del found[right]
@@ -705,15 +726,16 @@ _BOUNDS = {
 }
 
 
-def _message(item: Any, key: _Key) -> str:
+def _message(item: Any, key: _Key, root: type[BaseModel]) -> str:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "json_invalid":
         return "not a recipe: nested too deeply, or text that is not Unicode"
     if kind == "missing":
         return f"needs {item['loc'][-1] + 1} numbers" if isinstance(item["loc"][-1], int) else "missing"
     if kind == "extra_forbidden":
-        meant = _closest(key)
-        hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(_model_at(key[:-1]).model_fields)}"
+        meant = _closest(key, root)
+        known = ", ".join(_model_at(key[:-1], root).model_fields)
+        hint = f"did you mean {meant}?" if meant else f"known here: {known}"
         return f"unknown key; {hint}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
@@ -735,19 +757,26 @@ def _message(item: Any, key: _Key) -> str:
     return f"{item['msg'].removeprefix('Input ')}, got {value!r}"
 
 
-def _model_at(key: _Key) -> type[BaseModel]:
-    """The settings class of the section at `key`."""
-    model: type[BaseModel] = Recipe
+def _model_at(key: _Key, root: type[BaseModel]) -> type[BaseModel]:
+    """The settings class of the section at `key`; a number in the key is a place in a list of sections."""
+    model = root
     for part in key:
-        annotation = model.model_fields[str(part)].annotation
-        candidates = (annotation, *get_args(annotation))
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if isinstance(part, str):
+            model = next(_models_in(model.model_fields[part].annotation))
     return model
 
 
-def _closest(key: _Key) -> str | None:
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The settings classes that an annotation names, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _closest(key: _Key, root: type[BaseModel]) -> str | None:
     """The setting that a misspelt key probably means."""
-    fields = list(_model_at(key[:-1]).model_fields)
+    fields = list(_model_at(key[:-1], root).model_fields)
     return next(iter(difflib.get_close_matches(str(key[-1]).lower(), fields, n=1, cutoff=0.5)), None)
 
 

@@ -172,7 +172,8 @@ def test_precision_may_be_written_as_a_number(load: Load) -> None:
         (
             "  train:\n    epochs: 2\n    batch_size: 4\n",
             "",
-            "r.yaml:8: teacher: no source; give teacher.checkpoint, or teacher.model and teacher.train",
+            "r.yaml:8: teacher: no source; "
+            "give one of checkpoint, torchvision, mmdet, transformers, onnx, results, or model and train",
         ),
         (
             "  model:\n    backbone: resnet18\n",

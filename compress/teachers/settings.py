@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.settings import Settings, broken_rule
+from compress.settings import Fraction, Positive, Settings, broken_rule
 
 
 def checkpoint_name(name: str) -> str:
@@ -22,7 +22,15 @@ def checkpoint_name(name: str) -> str:
     return name
 
 
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
+def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} stands there twice"})
+    return names
+
+
+Names = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_all_different)]
+Above = Annotated[float, Field(gt=0)]
 
 
 class Torchvision(Settings):
@@ -43,7 +51,7 @@ class Torchvision(Settings):
     weights: Literal["coco", "none"] | Path
     """coco: torchvision's own, downloaded; none: random; or a file with a state dict."""
     class_names: Names | None = None
-    """Its classes in the order of its labels, without background; null: COCO's, which needs weights: coco."""
+    """Its classes in the order of its labels, without background; null: COCO's."""
 
 
 class Mmdet(Settings):
@@ -62,6 +70,109 @@ class Transformers(Settings):
     """Folder with config.json, preprocessor_config.json and weights, as `save_pretrained` writes it."""
 
 
+class OnnxInput(Settings):
+    """What a foreign ONNX file takes: one image at a time, as float32, float16 or uint8, whatever the file declares."""
+
+    name: str | None = None
+    """Its input; null: the only one."""
+    size: tuple[Positive, Positive] | None = None
+    """Height and width of the network input; for keep_ratio the limits of the short and the long side. null: as the
+    file declares."""
+    resize: Literal["letterbox", "letterbox_center", "stretch", "keep_ratio"] = "letterbox"
+    """letterbox: keep the ratio, pad right and below; letterbox_center: pad on both sides; stretch: fill the size;
+    keep_ratio: as data.short and data.long, padded to a multiple of 32."""
+    pad_color: Annotated[int, Field(ge=0, le=255)] = 114
+    """Value of the padding in all channels, before the normalisation."""
+    color: Literal["rgb", "bgr"] = "rgb"
+    """Order of the channels."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Order of the axes."""
+    divide_by: Above = 1.0
+    """Pixels 0..255 are divided by this (255: then they are 0..1), then `mean` is subtracted, then divided by `std`."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """In the order of the channels."""
+    std: tuple[Above, Above, Above] = (1.0, 1.0, 1.0)
+    """In the order of the channels."""
+    size_name: str | None = None
+    """A second input, int64 [1, 2], that gets width and height of the network input (as RT-DETR's files have one)."""
+
+
+class OnnxOutput(Settings):
+    """What a foreign ONNX file gives: `combined`, or `boxes` and `scores` (and `labels`, if a box has one score). A
+    leading batch axis of 1 may be there or not."""
+
+    combined: str | None = None
+    """An output with rows of `columns`."""
+    columns: Literal["box_score_label", "box_label_score", "box_classes", "box_objectness_classes"] = "box_score_label"
+    """What a row of `combined` holds: four numbers for the box, then score and label [n, 6] in this order, or a score a
+    class [n, 4 + K], or one for any object and one a class [n, 5 + K]; they are multiplied."""
+    transposed: bool = False
+    """`combined` has the boxes along its last axis: [4 + K, n], as YOLOv8 exports it."""
+    boxes: str | None = None
+    """An output [n, 4]; of [n, 5] the last column is the score, and `scores` is not given."""
+    scores: str | None = None
+    """An output [n], a score a box, or [n, K], a score a class."""
+    labels: str | None = None
+    """An output [n], with one score a box."""
+    count: str | None = None
+    """An output with the number of rows that hold something; null: all."""
+    box_format: Literal["xyxy", "cxcywh", "xywh", "yxyx"] = "xyxy"
+    """Corners; centre and size; first corner and size; corners with y first."""
+    box_units: Literal["pixels", "normalised"] = "pixels"
+    """Pixels of the network input, or shares of its sides."""
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    """What makes scores in 0..1 of the numbers in the file."""
+    background: Literal["none", "first", "last"] = "none"
+    """A class that means nothing: first: labels begin with 1, of scores the first column is not a class; last: the last
+    column, or the label after the last class."""
+    nms_threshold: Fraction | None = None
+    """Suppress boxes of one class that overlap more than this IoU; null: the file has done it, or needs none."""
+    max_detections: Positive = 300
+    """Best detections of an image to keep."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        separate = [name for name in ("boxes", "scores", "labels") if getattr(self, name) is not None]
+        if self.combined is not None and separate:
+            raise broken_rule(separate[0], "excludes combined; keep one of the two")
+        if self.combined is None and self.boxes is None:
+            raise broken_rule("", "needs combined, or boxes and scores")
+        if self.combined is None:
+            for key in ("columns", "transposed"):
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                    raise broken_rule(key, "belongs to combined, which is not given")
+        one_score = self.labels is not None or self.columns in ("box_score_label", "box_label_score")
+        if self.combined is not None and self.activation == "softmax" and one_score:
+            raise broken_rule("activation", "softmax needs a score a class")
+        if self.scores is not None and self.labels is not None and self.activation == "softmax":
+            raise broken_rule("activation", "softmax needs a score a class; leave out labels")
+        return self
+
+
+class Onnx(Settings):
+    """A detector in an ONNX file: one that this project exported, or any other with a description of what it takes and
+    gives."""
+
+    file: Path
+    """The file."""
+    input: OnnxInput | None = None
+    """What it takes; null: its defaults, or for a file of this project what its card says."""
+    output: OnnxOutput | None = None
+    """What it gives; null: a file of this project."""
+    class_names: Names | None = None
+    """Its classes in the order of its labels, without background; null: a file of this project."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.output is None:
+            for key in ("input", "class_names"):
+                if getattr(self, key) is not None:
+                    raise broken_rule(key, "needs output as well: a file of this project describes itself")
+        elif self.class_names is None:
+            raise broken_rule("class_names", "missing; a foreign file does not name its classes")
+        return self
+
+
 class Source(Settings):
     """Where a teacher comes from: exactly one of the keys."""
 
@@ -73,16 +184,25 @@ class Source(Settings):
     """A detector of mmdet."""
     transformers: Transformers | None = None
     """A detector of transformers."""
+    onnx: Onnx | None = None
+    """A detector in an ONNX file."""
+    results: Path | None = None
+    """COCO JSON with what a detector found: a list of results, or a whole document with images and categories."""
 
     @property
     def given(self) -> tuple[str, ...]:
         """The sources that are given, by key."""
-        return tuple(name for name in Source.model_fields if getattr(self, name) is not None)
+        return tuple(name for name in SOURCES if getattr(self, name) is not None)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if not self.given:
-            raise broken_rule("", f"no source; give one of {', '.join(Source.model_fields)}")
+            raise broken_rule("", f"no source; give one of {', '.join(SOURCES)}")
         if len(self.given) > 1:
             raise broken_rule(self.given[1], f"excludes {self.given[0]}; keep one of the two")
         return self
+
+
+SOURCES = tuple(Source.model_fields)
+BOXES_ALONE = ("transformers", "onnx", "results")
+"""Sources that give final boxes and nothing else. Of torchvision and mmdet it depends on the model."""
