@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from compress.data.batch import Batch, Target, collate
 from compress.data.coco import CocoDetection
+from compress.data.joined import TrainingImages
 from deploy.errors import LocalUserError, UserError
 
 
 def train_loader(
-    dataset: CocoDetection,
+    dataset: TrainingImages,
     *,
     batch_size: int,
     seed: int,
@@ -135,7 +136,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 class _Guarded(Dataset[Any]):
     """Hands a user's mistake through as a value: raised in a worker it would arrive as a long traceback."""
 
-    def __init__(self, dataset: CocoDetection) -> None:
+    def __init__(self, dataset: TrainingImages) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
