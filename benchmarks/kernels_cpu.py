@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import measure
 from kernels.attention_stats import attention_stats
 from kernels.binary_kd_loss import binary_kd_loss
-from kernels.feature_distance import feature_distance
+from kernels.feature_distance import feature_distance_and_means
 from kernels.iou_loss import iou_loss, iou_loss_rows
 from kernels.mc_dropout import Dropout, mc_dropout
 
@@ -171,16 +171,18 @@ def _fgd(levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool
         return 1e-3 * masked(fg) + 5e-4 * masked(bg) + 5e-4 * of_attention
 
     def ours(with_compiler: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        def attention(x: Tensor) -> tuple[Tensor, Tensor]:
-            B, C, h, w = x.shape
-            spatial, channel = attention_stats(x, compiled=with_compiler)
-            spatial = h * w * F.softmax(spatial.flatten(1) / TEMPERATURE, 1).view(B, h, w)
-            return spatial, C * F.softmax(channel / TEMPERATURE, 1)
+        def attention(by_position: Tensor, by_channel: Tensor) -> tuple[Tensor, Tensor]:
+            B, h, w = by_position.shape
+            spatial = h * w * F.softmax(by_position.flatten(1) / TEMPERATURE, 1).view(B, h, w)
+            return spatial, by_channel.shape[1] * F.softmax(by_channel / TEMPERATURE, 1)
 
         def loss(s: Tensor, t: Tensor, fg: Tensor, bg: Tensor) -> Tensor:
-            spatial, channel = attention(t)
-            spatial_s, channel_s = attention(s)
-            sums = feature_distance(s, t, torch.stack((fg, bg)) * spatial, channel, compiled=with_compiler) / len(s)
+            spatial, channel = attention(*attention_stats(t, compiled=with_compiler))
+            sums, *means = feature_distance_and_means(
+                s, t, torch.stack((fg, bg)) * spatial, channel, compiled=with_compiler
+            )
+            sums = sums / len(s)
+            spatial_s, channel_s = attention(*means)
             of_attention = ((channel_s - channel).abs().sum() + (spatial_s - spatial).abs().sum()) / len(s)
             return 1e-3 * sums[0] + 5e-4 * sums[1] + 5e-4 * of_attention
 

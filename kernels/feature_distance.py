@@ -1,10 +1,14 @@
 """Attention-weighted squared distance of feature maps (FGD, Yang et al., CVPR 2022), several weights in one read.
 
+    feature_distance(...)             the distances
+    feature_distance_and_means(...)   and the student's `kernels.attention_stats`, with one gradient pass for all
+
     D_w = sum_{b,c,s} spatial[w, b, s] * channel[b, c] * (S - T')^2        w = 1..W, e.g. foreground and background
     T'  = T, or UET's uncertain teacher T, U or their combination (`kernels.mc_dropout`), formed on the fly
 
 No map is made besides the student's gradient: forward reads S and T once, backward reads both again, draws T' again
-and writes dS = 2 * (sum_w g_w spatial[w, b, s]) * channel[b, c] * (S - T'). Everything but S is constant.
+and writes dS = 2 * (sum_w g_w spatial[w, b, s]) * channel[b, c] * (S - T'), for the means of |S| with sign(S) *
+(g_spatial / C + g_channel / (h w)) on top. Everything but S is constant.
 
 Shape letters: W weights, B images, C channels, h, w the map, S its h * w positions.
 """
@@ -55,6 +59,49 @@ def feature_distance(
     Raises:
         ValueError: the shapes do not agree.
     """
+    sums, _, _ = _checked(student, teacher, spatial, channel, dropout, False, compiled)
+    return sums if spatial.dim() == 4 else sums[0]
+
+
+def feature_distance_and_means(
+    student: Tensor,
+    teacher: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    *,
+    dropout: Dropout | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`feature_distance`, and `attention_stats(student)`: what FGD asks of a student's map, in fewer reads of it.
+
+    Arguments and errors as of `feature_distance`, and ValueError when C, h or w is 0.
+
+    Returns:
+        sums, float32 scalar or [W]; mean of |S| over the channels, float32 [B, h, w], and over the positions, [B, C].
+        All are differentiable in `student`.
+    """
+    if student.dim() == 4 and 0 in student.shape[1:]:
+        raise ValueError(f"student must be [B, C, h, w] with C, h, w > 0, got {list(student.shape)}")
+    sums, by_position, by_channel = _checked(student, teacher, spatial, channel, dropout, True, compiled)
+    return sums if spatial.dim() == 4 else sums[0], by_position, by_channel
+
+
+def reference(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
+    """The specification, by autograd and without dropout: give it `mc_dropout(teacher, dropout)[0]`."""
+    weighted = channel[:, :, None, None] * (student - teacher.detach()).square()  # [B, C, h, w]
+    return (spatial * weighted.sum(1)).sum((-3, -2, -1))
+
+
+def _checked(
+    student: Tensor,
+    teacher: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    dropout: Dropout | None,
+    means: bool,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the registered operator: [W], [B, h, w] and [B, C], the last two empty without `means`."""
     if student.dim() != 4 or student.shape != teacher.shape:
         raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} must both be [B, C, h, w]")
     B, C, h, w = student.shape
@@ -63,22 +110,17 @@ def feature_distance(
     if channel.shape != (B, C):
         raise ValueError(f"channel must be {[B, C]}, got {list(channel.shape)}")
     draw = NO_DRAW if dropout is None else dropout.arguments()
-    sums = _feature_distance(
+    results: tuple[Tensor, Tensor, Tensor] = _feature_distance(
         student,
         teacher.detach(),
         spatial.detach() if spatial.dim() == 4 else spatial.detach()[None],
         channel.detach(),
         *draw,
+        means,
         compiled,
         backends.chosen(student),
     )
-    return sums if spatial.dim() == 4 else sums[0]
-
-
-def reference(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
-    """The specification, by autograd and without dropout: give it `mc_dropout(teacher, dropout)[0]`."""
-    weighted = channel[:, :, None, None] * (student - teacher.detach()).square()  # [B, C, h, w]
-    return (spatial * weighted.sum(1)).sum((-3, -2, -1))
+    return results
 
 
 # Registration ---------------------------------------------------------------------------------------------------
@@ -95,22 +137,26 @@ def _feature_distance(
     offset: int,
     mode: str,
     combine: str,
+    means: bool,
     compiled: bool,
     backend: str,
-) -> Tensor:
-    """[W] float32. No rates: no dropout."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[W], and with `means` [B, h, w] and [B, C] (else empty), float32. No rates: no dropout."""
     dropout = Dropout.of(rates, seed, offset, mode, combine) if rates else None
     if backend == "triton":
+        from kernels.triton import attention_stats as attention_kernel
         from kernels.triton import feature_distance as kernel
 
-        return kernel.forward(student, teacher, spatial, channel, dropout)
-    B, C = channel.shape
+        sums = kernel.forward(student, teacher, spatial, channel, dropout)
+        return sums, *(attention_kernel.forward(student, None) if means else _no_means(student))
+    B, C, h, w = student.shape
     whole = compiled or fits_a_chunk(student)
     draw = stream(dropout, B, student.device, whole=whole) if dropout else None
     run = compiled_once(_whole_sums) if compiled else _whole_sums if whole else _sums
-    S = student.shape[2] * student.shape[3]
-    maps = student.reshape(B, C, S), teacher.reshape(B, C, S)
-    return run(*maps, spatial.reshape(len(spatial), B, S).float(), channel.float(), draw)
+    maps = student.reshape(B, C, h * w), teacher.reshape(B, C, h * w)
+    weights = spatial.reshape(len(spatial), B, h * w).float(), channel.float()
+    sums, by_position, by_channel = run(*maps, *weights, draw, means)
+    return sums, by_position.view(B, h, w) if means else by_position, by_channel
 
 
 @_feature_distance.register_fake
@@ -124,15 +170,26 @@ def _(
     offset: int,
     mode: str,
     combine: str,
+    means: bool,
     compiled: bool,
     backend: str,
-) -> Tensor:
-    return student.new_empty(spatial.shape[0], dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, C, h, w = student.shape
+    sums = student.new_empty(spatial.shape[0], dtype=torch.float32)
+    if not means:
+        return sums, *_no_means(student)
+    return sums, sums.new_empty(B, h, w), sums.new_empty(B, C)
+
+
+def _no_means(student: Tensor) -> tuple[Tensor, Tensor]:
+    return student.new_empty(0, dtype=torch.float32), student.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("detector_kernels::feature_distance_backward", mutates_args=())
 def _feature_distance_backward(
     grad: Tensor,
+    grad_spatial: Tensor,
+    grad_channel: Tensor,
     student: Tensor,
     teacher: Tensor,
     spatial: Tensor,
@@ -142,6 +199,7 @@ def _feature_distance_backward(
     offset: int,
     mode: str,
     combine: str,
+    means: bool,
     compiled: bool,
     backend: str,
 ) -> Tensor:
@@ -150,20 +208,25 @@ def _feature_distance_backward(
     if backend == "triton":
         from kernels.triton import feature_distance as kernel
 
-        return kernel.backward(grad, student, teacher, spatial, channel, dropout)
+        of_means = (grad_spatial, grad_channel) if means else None
+        return kernel.backward(grad, student, teacher, spatial, channel, dropout, of_means)
     B, C = channel.shape
     whole = compiled or fits_a_chunk(student)
     draw = stream(dropout, B, student.device, whole=whole) if dropout else None
     S = student.shape[2] * student.shape[3]
     weight = torch.tensordot(2 * grad, spatial.reshape(len(spatial), B, S).float(), dims=1)  # [B, S]
     run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
-    rows = run(student.reshape(B, C, S), teacher.reshape(B, C, S), weight, channel.float(), draw).view(student.shape)
+    of_means = (grad_spatial.reshape(B, S) / C, grad_channel / S) if means else None
+    maps = student.reshape(B, C, S), teacher.reshape(B, C, S)
+    rows = run(*maps, weight, channel.float(), draw, of_means).view(student.shape)
     return rows if rows.stride() == student.stride() else torch.empty_like(student).copy_(rows)
 
 
 @_feature_distance_backward.register_fake
 def _(
     grad: Tensor,
+    grad_spatial: Tensor,
+    grad_channel: Tensor,
     student: Tensor,
     teacher: Tensor,
     spatial: Tensor,
@@ -173,6 +236,7 @@ def _(
     offset: int,
     mode: str,
     combine: str,
+    means: bool,
     compiled: bool,
     backend: str,
 ) -> Tensor:
@@ -180,36 +244,55 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.rates, ctx.seed, ctx.offset, ctx.mode, ctx.combine, ctx.compiled, ctx.backend = inputs
+    tensors, ctx.settings = inputs[:4], inputs[4:]
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    draw = ctx.rates, ctx.seed, ctx.offset, ctx.mode, ctx.combine
-    return _feature_distance_backward(grad, *ctx.saved_tensors, *draw, ctx.compiled, ctx.backend), *[None] * 10
+def _backward(ctx: Any, grad: Tensor, grad_spatial: Tensor, grad_channel: Tensor) -> tuple[Tensor | None, ...]:
+    grads = grad, grad_spatial, grad_channel
+    return _feature_distance_backward(*grads, *ctx.saved_tensors, *ctx.settings), *[None] * 11
 
 
 _feature_distance.register_autograd(_backward, setup_context=_setup)
 
 
-# PyTorch. student, teacher [B, C, S]; spatial [W, B, S]; channel [B, C]; weight [B, S] ----------------------------
+# PyTorch. student, teacher [B, C, S]; spatial [W, B, S]; channel [B, C]; weight [B, S]; by_position [B, S] and
+# by_channel [B, C] or both empty; of_means: their gradients divided by C and S, shaped like them, or None ----------
 
 
-def _sums(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
+def _sums(
+    student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None, means: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     B, C, S = student.shape
     inner = student.new_zeros(B, S, dtype=torch.float32)  # sum over the channels
+    by_position, by_channel = (torch.zeros_like(inner), inner.new_empty(B, C)) if means else _no_means(student)
     for image, channels in chunks(B, C, S):
         d = _difference(student, teacher, draw, image, channels)
         inner[image].addmv_(d.mul_(d).T, channel[image, channels])
-    return torch.mv(spatial.flatten(1), inner.flatten())
+        if means:
+            size = torch.abs(student[image, channels].float(), out=d)
+            by_position[image] += size.sum(0)
+            torch.mean(size, 1, out=by_channel[image, channels])
+    return torch.mv(spatial.flatten(1), inner.flatten()), by_position.div_(C), by_channel
 
 
-def _gradient(student: Tensor, teacher: Tensor, weight: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
+def _gradient(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    channel: Tensor,
+    draw: Stream | None,
+    of_means: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     for image, channels in chunks(*student.shape):
         d = _difference(student, teacher, draw, image, channels)
         d.mul_(channel[image, channels, None])
-        if grad.dtype == d.dtype:
+        if of_means is not None:
+            by_position, by_channel = of_means
+            size = by_position[image] + by_channel[image, channels, None]
+            grad[image, channels] = d.mul_(weight[image]).addcmul_(student[image, channels].sign().float(), size)
+        elif grad.dtype == d.dtype:
             torch.mul(d, weight[image], out=grad[image, channels])
         else:
             grad[image, channels] = d.mul_(weight[image])
@@ -225,15 +308,32 @@ def _difference(student: Tensor, teacher: Tensor, draw: Stream | None, image: in
     return torch.addcmul(s, t, f, value=-1)
 
 
-def _whole_sums(student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
+def _whole_sums(
+    student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None, means: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     d = student.float() - _target(teacher, draw)
     inner = (d * d * channel[:, :, None]).sum(1)
-    return (spatial * inner).sum((1, 2))
+    sums = (spatial * inner).sum((1, 2))
+    if not means:
+        return sums, *_no_means(student)
+    size = student.float().abs()
+    return sums, size.mean(1), size.mean(2)
 
 
-def _whole_gradient(student: Tensor, teacher: Tensor, weight: Tensor, channel: Tensor, draw: Stream | None) -> Tensor:
+def _whole_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    channel: Tensor,
+    draw: Stream | None,
+    of_means: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     d = student.float() - _target(teacher, draw)
-    return (d * channel[:, :, None] * weight[:, None]).to(student.dtype)
+    grad = d * channel[:, :, None] * weight[:, None]
+    if of_means is not None:
+        by_position, by_channel = of_means
+        grad = grad + student.float().sign() * (by_position[:, None] + by_channel[:, :, None])
+    return grad.to(student.dtype)
 
 
 def _target(teacher: Tensor, draw: Stream | None) -> Tensor:

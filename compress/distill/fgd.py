@@ -40,7 +40,7 @@ from compress.detectors.gfl import pad_targets
 from compress.distill.method import Adapter, Method, Outputs
 from kernels.attention_stats import attention_stats
 from kernels.attention_stats import reference as mean_magnitudes
-from kernels.feature_distance import feature_distance
+from kernels.feature_distance import feature_distance, feature_distance_and_means
 from kernels.feature_distance import reference as weighted_squares
 
 
@@ -161,8 +161,13 @@ class ContextBlock(nn.Module):
 
 def attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Spatial attention [B, h, w] (mean 1 an image) and channel attention [B, C] (mean 1) of a map [B, C, h, w]."""
-    B, C, h, w = x.shape
-    over_channels, over_positions = attention_stats(x) if x.dtype == torch.float32 else mean_magnitudes(x)
+    means = attention_stats(x) if x.dtype == torch.float32 else mean_magnitudes(x)
+    return attention_of(*means, temperature)
+
+
+def attention_of(over_channels: Tensor, over_positions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same from the means of |x|, [B, h, w] and [B, C]."""
+    (B, h, w), C = over_channels.shape, over_positions.shape[1]
     spatial = (over_channels.flatten(1) / temperature).softmax(1).view(B, h, w) * (h * w)
     channel = (over_positions / temperature).softmax(1) * C
     return spatial, channel
@@ -176,15 +181,20 @@ def focal_terms(
     student, teacher: [B, C, h, w]. fg, bg: masks [B, h, w]. certainty: [B, h, w] or None.
     """
     B = student.shape[0]
-    student_spatial, student_channel = attention(student, temperature)
     with torch.no_grad():
         spatial, channel = attention(teacher, temperature)
         ones = torch.ones_like(spatial)
         everywhere = ones if certainty is None else certainty.to(ones.dtype)
         focal = torch.stack((fg * spatial, bg * spatial)) * everywhere  # [2, B, h, w]
-    distance = feature_distance if student.dtype == torch.float32 else weighted_squares
-    fg_term, bg_term = distance(student, teacher, focal, channel).unbind()
-    plain = distance(student, teacher, everywhere, torch.ones_like(channel))
+    ones = torch.ones_like(channel)
+    if student.dtype == torch.float32:
+        focal_sums, *student_means = feature_distance_and_means(student, teacher, focal, channel)
+        plain = feature_distance(student, teacher, everywhere, ones)
+    else:
+        focal_sums, *student_means = weighted_squares(student, teacher, focal, channel), *mean_magnitudes(student)
+        plain = weighted_squares(student, teacher, everywhere, ones)
+    fg_term, bg_term = focal_sums.unbind()
+    student_spatial, student_channel = attention_of(student_means[0], student_means[1], temperature)
     channel_term = (student_channel - channel).abs().sum(1) @ everywhere.mean((1, 2))
     mask_term = channel_term + ((student_spatial - spatial).abs() * everywhere).sum()
     return fg_term / B, bg_term / B, mask_term / B, plain / B

@@ -59,10 +59,12 @@ def backward(
     spatial: Tensor,
     channel: Tensor,
     dropout: Dropout | None,
+    of_means: tuple[Tensor, Tensor] | None = None,
     *,
     tile: int | None = None,
 ) -> Tensor:
-    """Gradient like the student, from that of the W sums."""
+    """Gradient like the student, from that of the W sums and, if they were asked for, of the means of |S| over the
+    channels [B, h, w] and over the positions [B, C]."""
     W, B, C, S = len(spatial), *channel.shape, student[0, 0].numel() if student.numel() else 0
     result = torch.empty_like(student)
     if student.numel() == 0:
@@ -70,12 +72,15 @@ def backward(
     maps, channels_last = _same_layout(student, teacher)
     written = torch.empty_like(maps[0])
     programs, blocks = walk(B, C, S, student.element_size(), channels_last, tile)
+    by_position, by_channel = (None, None) if of_means is None else (g.contiguous() for g in of_means)
     with torch.cuda.device_of(student):
         _backward_kernel[(programs,)](
             *maps,
             spatial.contiguous(),
             channel.contiguous(),
             grad.contiguous(),
+            by_position,
+            by_channel,
             written,
             B,
             **_sizes(C, S),
@@ -83,6 +88,7 @@ def backward(
             **blocks,
             CHANNELS_LAST=channels_last,
             WEIGHTS=W,
+            MEANS=of_means is not None,
         )
     return written if written.stride() == result.stride() else result.copy_(written)
 
@@ -194,6 +200,8 @@ def _backward_kernel(
     spatial,
     channel,
     grad,
+    by_position,
+    by_channel,
     written,
     B,
     c_units,
@@ -219,6 +227,7 @@ def _backward_kernel(
     BLOCK_S: tl.constexpr,
     STEPS: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    MEANS: tl.constexpr,
 ):
     C = c_units * C_UNIT
     S = s_units * S_UNIT
@@ -229,6 +238,9 @@ def _backward_kernel(
     else:
         position = first_position + tl.arange(0, BLOCK_S)[None, :]
     weight = tl.zeros(position.shape, tl.float32)
+    of_position = tl.zeros(position.shape, tl.float32)
+    if MEANS:
+        of_position = tl.load(by_position + image * S + position, mask=position < S, other=0.0) / C
     for w in tl.static_range(WEIGHTS):
         part = tl.load(spatial + (w * B + image) * S + position, mask=position < S, other=0.0).to(tl.float32)
         weight += 2.0 * tl.load(grad + w) * part
@@ -257,20 +269,43 @@ def _backward_kernel(
         if CHANNELS_LAST:
             c = 4 * q0 + tl.arange(0, 4 * BLOCK_Q)[None, :]
             at = (image * S + position) * C + c
-            _store_gradient(student, teacher, channel + image * C + c, written, at, c < C, position < S, f, weight)
+            of_mean = of_position
+            if MEANS:
+                of_mean = of_position + tl.load(by_channel + image * C + c, mask=c < C, other=0.0) / S
+            _store_gradient(
+                student, teacher, channel + image * C + c, written, at, c < C, position < S, f, weight, of_mean, MEANS
+            )
         else:
             for lane in tl.static_range(4):
                 c = 4 * quad + lane
                 at = (image * C + c) * S + position
+                of_mean = of_position
+                if MEANS:
+                    of_mean = of_position + tl.load(by_channel + image * C + c, mask=c < C, other=0.0) / S
                 _store_gradient(
-                    student, teacher, channel + image * C + c, written, at, c < C, position < S, f[lane], weight
+                    student,
+                    teacher,
+                    channel + image * C + c,
+                    written,
+                    at,
+                    c < C,
+                    position < S,
+                    f[lane],
+                    weight,
+                    of_mean,
+                    MEANS,
                 )
 
 
 @triton.jit
-def _store_gradient(student, teacher, channel, written, at, in_channels, in_positions, f, weight):
+def _store_gradient(
+    student, teacher, channel, written, at, in_channels, in_positions, f, weight, of_mean, MEANS: tl.constexpr
+):
     within = in_channels & in_positions
     s = tl.load(student + at, mask=within, other=0.0).to(tl.float32)
     t = tl.load(teacher + at, mask=within, other=0.0).to(tl.float32)
     by_channel = tl.load(channel, mask=in_channels, other=0.0).to(tl.float32)
-    tl.store(written + at, ((s - t * f) * by_channel * weight).to(written.dtype.element_ty), mask=within)
+    result = (s - t * f) * by_channel * weight
+    if MEANS:
+        result += tl.where(s > 0, of_mean, tl.where(s < 0, -of_mean, 0.0))
+    tl.store(written + at, result.to(written.dtype.element_ty), mask=within)

@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import attention_stats as attention_file
 from kernels import backend
+from kernels import dropout as dropout_file
 from kernels import feature_distance as distance_file
 from kernels.attention_stats import attention_stats
-from kernels.feature_distance import feature_distance
+from kernels.dropout import CHUNK
+from kernels.feature_distance import feature_distance, feature_distance_and_means
 from kernels.mc_dropout import Dropout, mc_dropout
 from tests.kernels import given_masks
 
 BACKENDS = ["torch", "triton"]
+PATHS = [("torch", CHUNK), ("torch", 16), ("triton", CHUNK)]  # 16: every map here is larger than a chunk
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles/oracles.json").read_text())
 DRAWS = [
     None,
@@ -39,10 +42,11 @@ cases = given(
 )
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize(("name", "chunk"), PATHS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
-def test_distance_against_float64(name, shape, weights, dropout, dtype, last, device) -> None:  # type: ignore[no-untyped-def]
+def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(dropout_file, "CHUNK", chunk)
     torch.manual_seed(0)
     B, C, h, w = shape
     layout = torch.channels_last if last else torch.contiguous_format
@@ -64,10 +68,11 @@ def test_distance_against_float64(name, shape, weights, dropout, dtype, last, de
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize(("name", "chunk"), PATHS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
-def test_attention_against_float64(name, shape, weights, dropout, dtype, last, device) -> None:  # type: ignore[no-untyped-def]
+def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(dropout_file, "CHUNK", chunk)
     torch.manual_seed(weights)
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(shape, device=device).to(dtype)
@@ -87,6 +92,41 @@ def test_attention_against_float64(name, shape, weights, dropout, dtype, last, d
         torch.testing.assert_close(mean.double(), want, rtol=1e-5, atol=1e-6)
     assert grad.dtype == dtype and grad.stride() == torch.empty_like(x).stride()
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("name", "chunk"), PATHS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@cases
+def test_both_at_once(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The same as one after the other, and the sum of their gradients (float64 oracles: above)."""
+    monkeypatch.setattr(dropout_file, "CHUNK", chunk)
+    torch.manual_seed(weights)
+    B, C, h, w = shape
+    layout = torch.channels_last if last else torch.contiguous_format
+    student = torch.randn(shape, device=device).to(dtype)
+    student.view(-1)[0] = 0
+    student = student.to(memory_format=layout).requires_grad_()
+    teacher = torch.randn(shape, device=device).to(dtype)
+    spatial, channel = torch.rand(weights, B, h, w, device=device), torch.rand(B, C, device=device)
+    with backend.use(name):
+        found = feature_distance_and_means(student, teacher, spatial, channel, dropout=dropout)
+        one, *_ = feature_distance_and_means(student, teacher, spatial[0], channel, dropout=dropout)
+        sums = feature_distance(student, teacher, spatial, channel, dropout=dropout)
+        means = attention_stats(student)
+    upstream = [torch.randn_like(value) for value in found]
+    before = student.detach().clone()
+    (grad,) = torch.autograd.grad(found, student, upstream)
+    assert torch.equal(before, student)
+    parts = [
+        torch.autograd.grad(sums, student, upstream[0])[0].float(),
+        torch.autograd.grad(means, student, upstream[1:])[0].float(),
+    ]
+    for value, want in zip(found, (sums, *means), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
+    assert one.item() == pytest.approx(found[0][0].item(), rel=1e-5)
+    assert grad.dtype == dtype and grad.stride() == torch.empty_like(student).stride()
+    # each part was rounded to the dtype by itself
+    torch.testing.assert_close(grad.float(), parts[0] + parts[1], rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
 def test_launch_does_not_matter(device: torch.device) -> None:
@@ -177,7 +217,8 @@ def test_compiled_and_whole_graph() -> None:
     def loss(student: Tensor, compiled: bool = False) -> Tensor:
         means = attention_stats(student, dropout=DRAWS[1], compiled=compiled)
         sums = feature_distance(student, teacher, spatial, channel, dropout=DRAWS[1], compiled=compiled)
-        return sums.sum() + means[0].square().sum() + means[1].sum()
+        both = feature_distance_and_means(student, teacher, spatial, channel, dropout=DRAWS[1], compiled=compiled)
+        return sums.sum() + sum(value.square().sum() for value in (*means, *both))
 
     (wanted,) = torch.autograd.grad(loss(student), student)
     for found in (loss(student, True), torch.compile(loss, fullgraph=True, backend="aot_eager")(student)):
@@ -187,9 +228,12 @@ def test_compiled_and_whole_graph() -> None:
 def test_registered_properly() -> None:
     student, teacher = torch.randn(2, 2, 6, 5, 7)
     student.requires_grad_()
-    draw = ([0.1, 0.2], 1, 2, "elementwise", "mean", False, "torch")
+    draw = ([0.1, 0.2], 1, 2, "elementwise", "mean")
     tensors = (student, teacher, torch.rand(3, 2, 5, 7), torch.rand(2, 6))
-    torch.library.opcheck(torch.ops.detector_kernels.feature_distance, (*tensors, *draw))
+    for means in (False, True):
+        settings = (*draw, means, False, "torch")
+        torch.library.opcheck(torch.ops.detector_kernels.feature_distance, (*tensors, *settings))
+    draw = (*draw, False, "torch")
     torch.library.opcheck(torch.ops.detector_kernels.attention_stats, (student, *draw))
 
 
@@ -199,6 +243,8 @@ def test_empty(name: backend.Backend, device: torch.device) -> None:
     with backend.use(name):
         sums = feature_distance(x, x, x.new_zeros(2, 0, 2, 2), x.new_zeros(0, 3))
         means = attention_stats(x)
+        both = feature_distance_and_means(x, x, x.new_zeros(2, 0, 2, 2), x.new_zeros(0, 3))
+    assert [value.shape for value in both] == [(2,), (0, 2, 2), (0, 3)]
     assert sums.tolist() == [0, 0] and means[0].shape == (0, 2, 2) and means[1].shape == (0, 3)
     assert torch.autograd.grad(sums.sum() + means[0].sum(), x)[0].shape == x.shape
 
@@ -214,3 +260,5 @@ def test_refusals() -> None:
         feature_distance(x, x, spatial, channel[:1])
     with pytest.raises(ValueError, match=r"\[B, C, h, w\]"):
         attention_stats(x[0])
+    with pytest.raises(ValueError, match="C, h, w > 0"):
+        feature_distance_and_means(x[:, :0], x[:, :0], spatial, channel[:, :0])

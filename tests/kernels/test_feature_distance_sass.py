@@ -20,7 +20,10 @@ TENSORS = {  # of every kernel: maps in the dtype of the build, then float32
     ("mc_dropout", "_forward_kernel"): (("x", "out", "var"), ()),
     ("mc_dropout", "_backward_kernel"): (("x", "grad_out", "grad_var", "grad"), ()),
     ("feature_distance", "_forward_kernel"): (("student", "teacher"), ("spatial", "channel", "partial")),
-    ("feature_distance", "_backward_kernel"): (("student", "teacher", "written"), ("spatial", "channel", "grad")),
+    ("feature_distance", "_backward_kernel"): (
+        ("student", "teacher", "written"),
+        ("spatial", "channel", "grad", "by_position", "by_channel"),
+    ),
     ("attention_stats", "_forward_kernel"): (("x",), ("by_position", "by_channel")),
     ("attention_stats", "_backward_kernel"): (("x", "grad"), ("grad_spatial", "grad_channel")),
 }
@@ -38,7 +41,7 @@ def build(operator: str, kernel: str, dtype: str, draw: dict[str, Any], channels
         blocks |= {"BLOCK_Q": wide // 4, "BLOCK_S": 4} if channels_last else {"BLOCK_Q": 4, "BLOCK_S": wide}
         blocks["STEPS"] = 4 if not channels_last or wide == 128 else 1
     if operator == "feature_distance":
-        blocks |= {"B": "i32", "WEIGHTS": 2}
+        blocks |= {"B": "i32", "WEIGHTS": 2} | ({"MEANS": True} if kernel == "_backward_kernel" else {})
     tensors = dict.fromkeys(maps, dtype) | dict.fromkeys(others, "*fp32")
     arguments = {**SCALARS, **draw, **blocks, **tensors}
     pointers = tuple(n for n, kind in arguments.items() if isinstance(kind, str) and kind.startswith("*"))
