@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.loader import eval_loader, train_loader
+from compress.data.subset import split_labels
 from compress.data.transforms import eval_transform, fit_size, train_transform
 from compress.detectors.backbones import build_backbone
 from compress.detectors.checkpoints import ModelRecord, save_detector
@@ -39,13 +40,18 @@ EVAL_BATCH = 8
 
 @dataclass
 class Datasets:
-    """Training and validation images of a run, and what identifies them."""
+    """Training and validation images of a run, and what identifies them. `train` are those with labels.
+
+    unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
+        `labels` leaves without labels; None: there are none.
+    """
 
     train: CocoDetection
     val: CocoDetection
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
+    unlabelled: Split | None = None
 
 
 def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
@@ -65,11 +71,36 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
     )
 
 
+def labelled_split(recipe: Recipe) -> Split:
+    """The training images that have labels; with the recipe's `labels` that is a file in the run folder, which
+    `open_data` writes."""
+    given, _ = splits(recipe.data, recipe.runs, write=False)
+    if recipe.labels is None:
+        return given
+    return given.model_copy(update={"annotations": recipe.run_dir / "labelled.json"})
+
+
 def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
     """Draw (synthetic) or open the recipe's images. Raises UserError for files that cannot be used."""
     data = recipe.data
     on_first_process(fabric, lambda: splits(data, recipe.runs))
-    train_split, val_split = splits(data, recipe.runs, write=False)
+    given, val_split = splits(data, recipe.runs, write=False)
+    train_split, unlabelled = labelled_split(recipe), None
+    if recipe.labels is not None:
+        labels = recipe.labels
+        unlabelled = given.model_copy(update={"annotations": recipe.run_dir / "unlabelled.json"})
+
+        def divide() -> None:
+            recipe.run_dir.mkdir(parents=True, exist_ok=True)
+            split_labels(
+                given.annotations,
+                labels.fraction,
+                labels.seed,
+                labelled=train_split.annotations,
+                unlabelled=unlabelled.annotations,
+            )
+
+        on_first_process(fabric, divide)
     transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
     train = CocoDetection(
         train_split.annotations, train_split.images, transform, cache=data.cache, drop_empty=data.drop_empty
@@ -91,7 +122,7 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
         "train_sha256": sha256_of(train_split.annotations),
         "val_sha256": sha256_of(val_split.annotations),
     }
-    return Datasets(train, val, train_split, val_split, identity)
+    return Datasets(train, val, train_split, val_split, identity, unlabelled)
 
 
 def on_first_process(fabric: Fabric, work: Callable[[], Any]) -> None:

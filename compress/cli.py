@@ -670,10 +670,10 @@ def _quantizing(
         split = (data, images)
     else:
         assert recipe is not None, "checked above"
-        from compress.arms import splits
+        from compress.arms import labelled_split
 
         count = settings.int8.deciding_images
-        split = deciding_split(splits(recipe.data, recipe.runs)[0], chosen, count, out.with_suffix(".deciding.json"))
+        split = deciding_split(labelled_split(recipe), chosen, count, out.with_suffix(".deciding.json"))
     return Quantizing(settings.int8, chosen, split, max_map_drop)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compress import qad
-from compress.arms import canvas, model_size, splits
+from compress.arms import canvas, labelled_split, model_size, splits
 from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
@@ -165,8 +165,7 @@ def _quantize(
         images = calibration_of(recipe, settings)
         chosen = None
         if settings.guided:
-            train, _ = splits(recipe.data, recipe.runs, write=False)
-            chosen = deciding_split(train, images, settings.deciding_images, run_dir / "deciding.json")
+            chosen = deciding_split(labelled_split(recipe), images, settings.deciding_images, run_dir / "deciding.json")
         how = Quantizing(settings, images, chosen, recipe.deploy.max_map_drop)
         with progress("quantize") as step:
             report, _ = quantize_export(source, out, how, max_batch=recipe.deploy.max_batch, progress=step)

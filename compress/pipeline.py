@@ -33,6 +33,7 @@ from compress.distill.teacher import freeze, load_teacher
 from compress.manifest import Manifest
 from compress.recipe import Recipe, dump_recipe
 from compress.versions import versions
+from deploy.coco_map import read_annotations
 from deploy.errors import UserError
 from deploy.files import write_text
 from kernels.backend import chosen, set_backend
@@ -83,6 +84,14 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         if images.dropped:
             counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
             console.print(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
+    if data.unlabelled is not None:
+        assert recipe.labels is not None
+        rest = len(read_annotations(data.unlabelled.annotations)["images"])
+        unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
+        console.print(
+            f"labels.fraction {recipe.labels.fraction:g}: {rest} more images have no labels"
+            + (f"; no label is left of {', '.join(unseen)}" if unseen else "")
+        )
     common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
 
     teacher = None

@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress.methods import Methods
+from compress.pseudo.settings import Labels
 from compress.settings import Count, Fraction, Positive, Seed, Settings, Weight, broken_rule
 from compress.teachers.settings import BOXES_ALONE, SOURCES, Source
 from deploy.errors import UserError
@@ -389,6 +390,8 @@ class Recipe(Settings):
     """Folder of run folders."""
     data: Data
     """The images."""
+    labels: Labels | None = None
+    """Which training images have labels; null: all."""
     student: Model
     """The detector that ships."""
     teacher: Teacher | None = None
@@ -420,6 +423,8 @@ class Recipe(Settings):
             )
         if self.baseline and not methods:
             raise broken_rule("baseline", "needs a method to compare with; add one under methods")
+        if self.labels is not None and self.labels.fraction == 0:
+            raise broken_rule("labels.fraction", "0 leaves nothing to train on")
         trained = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model

@@ -115,6 +115,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """Boxes to learn or to find; crowd regions do not count."""
         return int((~self._crowd).sum())
 
+    @property
+    def boxes_by_class(self) -> list[int]:
+        """The same for each class, in the order of `categories`."""
+        return torch.bincount(self._labels[~self._crowd], minlength=len(self.categories)).tolist()
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         if isinstance(key, tuple):
             index, seed = key

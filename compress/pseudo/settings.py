@@ -1,0 +1,87 @@
+"""How a recipe trains with few labels: `labels` says how many there are, `pseudo_labels` what teachers add to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from compress.settings import Count, Fraction, Positive, Seed, Settings, broken_rule
+from compress.teachers.settings import Source
+
+
+class Labels(Settings):
+    """Only a part of the training images keeps its labels; without `pseudo_labels` the others are not used."""
+
+    fraction: Fraction
+    """Share of the images of data.train that keep their labels; every class is among them if that is possible. 0: none
+    does, and only teachers label (needs pseudo_labels)."""
+    seed: Seed = 0
+    """Which images keep them. With one seed, a larger fraction keeps the images of a smaller one."""
+
+
+class FineTune(Settings):
+    """The second stage: the student goes on learning, from the labelled images alone and without the teacher. Exactly
+    one of `epochs` and `steps`. What is not given is as in `train`."""
+
+    epochs: Positive | None = None
+    """Length in passes over the labelled images."""
+    steps: Positive | None = None
+    """Length in optimizer steps."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate at the start, from which a half cosine falls to zero; null: a tenth of train.optimizer.lr."""
+    warmup_steps: Count = 0
+    """Optimizer steps of linear warm-up before it."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> FineTune:
+        if self.epochs is None and self.steps is None:
+            raise broken_rule("", "no length; give epochs or steps")
+        if self.epochs is not None and self.steps is not None:
+            raise broken_rule("steps", "excludes epochs; keep one of the two")
+        return self
+
+
+class PseudoLabels(Settings):
+    """Teachers label images without labels, the student trains on these and on the labelled ones (arXiv 2105.10633),
+    then it is fine-tuned on the labelled ones. Images without labels: those that `labels` leaves without, and folders.
+    """
+
+    teachers: Annotated[tuple[Source, ...], Field(min_length=1)] | None = None
+    """Who labels, each with the classes that it knows; null: the recipe's teacher."""
+    unlabeled: tuple[Path, ...] = ()
+    """Folders of images, searched with all folders below them. Images of data.train and data.val that lie there, or
+    files of the same content, are left out."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Lowest score of a label."""
+    tau_ignore: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Lowest score of a region where something may be: neither object nor background."""
+    thresholds: Literal["fixed", "best_f1"] = "fixed"
+    """fixed: tau for all classes. best_f1: for each class the threshold with the best F1 on the labelled images;
+    tau_ignore keeps its ratio to it."""
+    merge: Literal["nms", "wbf"] = "nms"
+    """Boxes of one class that agree: the best stays, or they are averaged (weighted boxes fusion)."""
+    iou: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """Boxes of one class with a larger IoU agree."""
+    class_map: dict[str, str | None] = Field(default={})
+    """Class name at a teacher: name in the data, or null to drop it. Key "*" with null drops every class of a teacher
+    that the data does not have."""
+    weighting: Literal["hard", "score"] = "hard"
+    """hard: a label counts like a person's. score: its class target is multiplied by the teacher's score."""
+    batch_size: Positive = 8
+    """Images that go through a teacher at once."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and count them; otherwise the first one stops the run."""
+    fine_tune: FineTune | None = FineTune(epochs=6)
+    """Training on the labelled images afterwards; null: none."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> PseudoLabels:
+        if self.tau_ignore > self.tau:
+            raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
+        if self.class_map.get("*") is not None:
+            raise broken_rule(
+                "class_map", 'the key "*" stands for all other classes and can only be dropped, with null'
+            )
+        return self
