@@ -39,11 +39,21 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
     """`load_image` from the encoded bytes; errors name `where`."""
     try:
         with Image.open(io.BytesIO(data)) as file:
-            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+            return rgb(file)
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: cannot decode the image: unknown format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: cannot decode the image: {error}") from error
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """An opened image as RGB uint8 [H, W, 3], turned as its EXIF orientation says; of 16 bits a channel the upper
+    eight. Transparency is dropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # grey of 16 bits, and what is stored in more: Pillow would cut at 255
+        grey = (np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, 2)
+    return np.asarray(image.convert("RGB"))
 
 
 def fit_canvas(image: np.ndarray, card: ModelCard) -> tuple[np.ndarray, tuple[float, float]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
@@ -24,6 +24,7 @@ from torchvision.io import ImageReadMode, decode_image
 from compress.data.batch import Target
 from deploy.coco_map import read_annotations
 from deploy.errors import UserError
+from deploy.preprocess import rgb
 
 # torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
@@ -51,6 +52,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transform: see `compress.data.transforms`.
         cache: decode all images now and keep them in memory. Forked workers share that memory.
         drop_empty: leave out images with no box to learn, and images with a side below 32 px.
+        drop_unsure: leave out images with no box to learn where something may be: images with an unsure region, and all
+            of a file whose `info.coverage` does not have all categories.
         scores: give the targets the annotations' `score`; one without has 1.
 
     Raises:
@@ -77,6 +80,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         *,
         cache: bool = False,
         drop_empty: bool = False,
+        drop_unsure: bool = False,
         scores: bool = False,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
@@ -101,6 +105,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 for entry in entries
                 if min(entry["width"], entry["height"]) >= 32
                 and any(not row.crowd for row in kept.get(entry["id"], ()))
+            ]
+        if drop_unsure:
+            rows = {entry["id"]: kept.get(entry["id"], []) for entry in entries}
+            entries = [
+                entry
+                for entry in entries
+                if any(not row.crowd for row in rows[entry["id"]])
+                or (self._uncovered is None and not any(row.unsure for row in rows[entry["id"]]))
             ]
         if not entries:
             raise UserError(f"{annotations}: no usable image in it")
@@ -233,9 +245,11 @@ def decode(path: Path) -> Tensor:
     if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
         if not path.is_file():
             raise FileNotFoundError(path)
-        return decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+        pixels = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+        # 16 bits a channel: the upper eight, as `deploy.preprocess` takes them
+        return pixels if pixels.dtype == torch.uint8 else (pixels.to(torch.int32) >> 8).to(torch.uint8)
     with Image.open(path) as image:
-        array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        array = np.array(rgb(image))
     return torch.from_numpy(array).permute(2, 0, 1)
 
 

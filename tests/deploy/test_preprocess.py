@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from compress.data.coco import decode
 from deploy.errors import UserError
 from deploy.preprocess import letterbox, load_image, to_original
 
@@ -32,6 +33,15 @@ def test_exif_orientation_and_modes(tmp_path: Path) -> None:
         suffix = "jpg" if mode == "CMYK" else "png"
         image.convert(mode).save(tmp_path / f"{mode}.{suffix}")
         assert load_image(tmp_path / f"{mode}.{suffix}").shape == (4, 6, 3)
+
+
+def test_16_bits_are_scaled_the_same_for_training_and_serving(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
+    wanted = np.repeat((pixels >> 8).astype(np.uint8)[..., None], 3, 2)
+    for name in ("grey.png", "grey.tif"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert np.array_equal(load_image(tmp_path / name), wanted)
+        assert np.array_equal(decode(tmp_path / name).permute(1, 2, 0).numpy(), wanted)
 
 
 def test_unreadable_images_are_one_line_errors(tmp_path: Path) -> None:
