@@ -1,11 +1,12 @@
 """Files of tensors: read one without running code from it, and load it into a module without losing a key.
 
 `read_tensors` reads `.safetensors` and torch's `.pth`/`.pt`; `load_exactly` copies a state dict into a
-module and names the keys that are missing, left over or of another shape.
+module and names the keys that are missing, left over or of another shape; `state_sha256` tells weights apart.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -97,6 +98,15 @@ def load_exactly(
         raise UserError(f"{source}: weights do not fit the model; {'; '.join(problems)}")
     ours = {key: state[file_key(key)] for key in module.state_dict() if file_key(key) in state}
     module.load_state_dict(ours, strict=False)
+
+
+def state_sha256(module: nn.Module) -> str:
+    """SHA-256 over names and values of the state dict: equal weights give equal digits."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def listed(keys: Iterable[str]) -> str:

@@ -4,8 +4,8 @@ Teachers differ in what they look at. A detector of this project takes the image
 batches. A foreign model prepares the image of the file by its own rules. A file of results looks the image up.
 `BoxTeacher.view` says which, so that nothing is decoded or resized in vain.
 
-`DetectorTeacher` is any `compress.detectors.base.Detector` as a BoxTeacher; its `detector` is what feature and logit
-methods learn from. Other teachers have boxes alone, and `capabilities` says so.
+`DetectorTeacher` is any `compress.detectors.base.Detector` as a BoxTeacher. What feature and logit methods learn from
+is a teacher's `detector`; one that gives boxes alone has none, and `capabilities` says so.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.data.batch import STRIDE, Target, collate
-from compress.detectors.base import Capability, Detections
-from compress.detectors.gfl import GFL, MEAN, STD
+from compress.detectors.base import Capability, Detections, Detector
 
 
 class View(enum.Enum):
@@ -72,6 +71,10 @@ class BoxTeacher(Protocol):
     class_names: tuple[str, ...] | None
     """In the order of its labels; None where nothing says."""
     capabilities: frozenset[Capability]
+    """Of `detector`; BOXES alone where there is none."""
+    detector: Detector | None
+    """What feature and logit methods learn from, on the same device, frozen; its labels are those of `class_names`.
+    None: boxes are all that it gives."""
     view: View
     preprocessing: Preprocessing | None
     """None: it looks at no pixels."""
@@ -101,7 +104,7 @@ class DetectorTeacher:
     """A detector of this project (or one with its contract) as a BoxTeacher. It sees what the student sees.
 
     Args:
-        detector: frozen and in eval mode; its `decode` takes `score_threshold`.
+        detector: gets frozen and in eval mode.
         device: where to run; the detector is moved there.
     """
 
@@ -110,7 +113,7 @@ class DetectorTeacher:
 
     def __init__(
         self,
-        detector: GFL,
+        detector: Detector,
         *,
         file: str,
         sha256: str,
@@ -118,10 +121,13 @@ class DetectorTeacher:
         device: torch.device,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.detector = detector.requires_grad_(False).eval().to(device)
-        self.file, self.sha256, self.class_names, self.settings = file, sha256, class_names, settings or {}
+        self.detector: Detector | None = detector.requires_grad_(False).eval().to(device)
+        self._network = self.detector
+        self.file, self.sha256, self.class_names = file, sha256, class_names
+        self.settings: Mapping[str, Any] = settings or {}
         self.capabilities = detector.capabilities
-        self.preprocessing = Preprocessing("as the student's images", "RGB", MEAN, STD)
+        mean, std = (tuple(values.flatten().tolist()) for values in (detector.mean, detector.std))
+        self.preprocessing = Preprocessing("as the student's images", "RGB", mean, std)
         self._device = device
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
@@ -137,9 +143,9 @@ class DetectorTeacher:
         found: dict[int, Detections] = {}
         for group in groups.values():
             batch = collate([(resized(samples[index]), samples[index].target) for index in group]).to(self._device)
-            prediction = self.detector(batch.images)
+            prediction = self._network(batch.images)
             # decode wants scores above its threshold, ours are at or above
-            decoded = self.detector.decode(prediction, batch.targets, score_threshold=score_threshold * (1 - 1e-6))
+            decoded = self._network.decode(prediction, batch.targets, score_threshold=score_threshold * (1 - 1e-6))
             found |= zip(group, decoded, strict=True)
         return [found[index] for index in range(len(samples))]
 
@@ -154,3 +160,20 @@ def original(sample: Sample) -> Tensor:
     """The picture that a teacher with `View.ORIGINAL` gets."""
     assert sample.original is not None, "the reader was told that a teacher looks at original images"
     return sample.original
+
+
+def final(
+    boxes: Tensor, scores: Tensor, labels: Tensor, *, size: tuple[int, int], score_threshold: float
+) -> Detections:
+    """Detections as `BoxTeacher.detect` gives them: clipped to the image, those with an area and a score at or above
+    the threshold, best first.
+
+    Args:
+        boxes: [n, 4] xyxy pixels of the file. scores: [n]. labels: [n].
+        size: (height, width) of the file.
+    """
+    height, width = size
+    boxes = torch.stack((boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)), -1).flatten(1)
+    kept = (scores >= score_threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    order = torch.argsort(scores[kept], descending=True, stable=True)
+    return Detections(boxes[kept][order], scores[kept][order], labels[kept][order].long())

@@ -52,6 +52,17 @@ class Torchvision(Settings):
     """coco: torchvision's own, downloaded; none: random; or a file with a state dict."""
     class_names: Names | None = None
     """Its classes in the order of its labels, without background; null: COCO's."""
+    short: Positive | None = None
+    """Short side of the resize that its boxes are found with; null: torchvision's. Not for SSD, which has one size."""
+    long: Positive | None = None
+    """Limit of the long side."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        for key in ("short", "long"):
+            if getattr(self, key) is not None and self.model.startswith("ssd"):
+                raise broken_rule(key, f"{self.model} sees images of one size only; leave it out")
+        return self
 
 
 class Mmdet(Settings):
@@ -96,6 +107,12 @@ class OnnxInput(Settings):
     size_name: str | None = None
     """A second input, int64 [1, 2], that gets width and height of the network input (as RT-DETR's files have one)."""
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.resize == "keep_ratio" and self.size is None:
+            raise broken_rule("size", "missing; keep_ratio needs the limits of the short and the long side")
+        return self
+
 
 class OnnxOutput(Settings):
     """What a foreign ONNX file gives: `combined`, or `boxes` and `scores` (and `labels`, if a box has one score). A
@@ -119,7 +136,7 @@ class OnnxOutput(Settings):
     box_format: Literal["xyxy", "cxcywh", "xywh", "yxyx"] = "xyxy"
     """Corners; centre and size; first corner and size; corners with y first."""
     box_units: Literal["pixels", "normalised"] = "pixels"
-    """Pixels of the network input, or shares of its sides."""
+    """Pixels of the network input (its canvas), or shares of its sides."""
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """What makes scores in 0..1 of the numbers in the file."""
     background: Literal["none", "first", "last"] = "none"
@@ -141,11 +158,9 @@ class OnnxOutput(Settings):
             for key in ("columns", "transposed"):
                 if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
                     raise broken_rule(key, "belongs to combined, which is not given")
-        one_score = self.labels is not None or self.columns in ("box_score_label", "box_label_score")
-        if self.combined is not None and self.activation == "softmax" and one_score:
-            raise broken_rule("activation", "softmax needs a score a class")
-        if self.scores is not None and self.labels is not None and self.activation == "softmax":
-            raise broken_rule("activation", "softmax needs a score a class; leave out labels")
+        by_class = self.labels is None if self.combined is None else self.columns == "box_classes"
+        if self.activation == "softmax" and not by_class:
+            raise broken_rule("activation", "softmax needs one score a class, and nothing between")
         return self
 
 

@@ -1,0 +1,152 @@
+"""Object detectors of Hugging Face transformers as teachers: DETR, RT-DETR, D-FINE and whatever else has an image
+processor with `post_process_object_detection`.
+
+Model and processor are read from a local folder (`save_pretrained`); nothing is downloaded, and no code in the folder
+runs. The processor prepares the original image and turns the output into boxes, so this module knows nothing of a
+model's conventions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.detectors.base import Capability, Detections, Detector
+from compress.teachers.base import Preprocessing, Sample, View, final, original
+from deploy.errors import UserError
+from deploy.files import sha256_of
+
+GAP = "N/A"
+"""What COCO models of 91 outputs call an id that COCO does not use."""
+
+
+class TransformersTeacher:
+    """See the module.
+
+    Args:
+        folder: with config.json, preprocessor_config.json and weights.
+
+    Raises:
+        UserError: transformers is not installed, or the folder holds no such detector.
+    """
+
+    capabilities = frozenset({Capability.BOXES})
+    detector: Detector | None = None
+    view = View.ORIGINAL
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        for name in ("config.json", "preprocessor_config.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name} in it; give the folder of a detector that save_pretrained wrote")
+        try:
+            from transformers import AutoImageProcessor, AutoModelForObjectDetection
+            from transformers.utils import logging
+        except ImportError as error:
+            raise UserError(
+                f"{folder}: teachers of transformers need that package ({error}); "
+                "pip install 'compress-detectors[transformers]'"
+            ) from None
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            # Parts of a model that are not in the file would be random, in silence.
+            self._processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+            model, loading = AutoModelForObjectDetection.from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:  # whatever a foreign library makes of foreign files
+            raise UserError(f"{folder}: transformers cannot load it as a detector: {_line(error)}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+            logging.enable_progress_bar()
+        lost = [*sorted(loading["missing_keys"]), *sorted(map(str, loading.get("mismatched_keys", ())))]
+        if lost:
+            raise UserError(
+                f"{folder}: its weights do not fit its config: missing {len(lost)} key(s), the first is {lost[0]}"
+            )
+        if not hasattr(self._processor, "post_process_object_detection"):
+            raise UserError(f"{folder}: {type(self._processor).__name__} cannot make boxes of a model's output")
+        self._model, self._device = model.requires_grad_(False).eval().to(device), device
+        self.file, self.sha256 = folder.resolve().name, _folder_sha256(folder)
+        self.settings: Mapping[str, Any] = {}
+        names = {int(label): str(name) for label, name in model.config.id2label.items()}
+        labels = [label for label in sorted(names) if names[label] != GAP]
+        self.class_names: tuple[str, ...] | None = tuple(names[label] for label in labels)
+        if not labels or len(set(self.class_names)) < len(labels):
+            raise UserError(f"{folder}: config.json: id2label: classes without a name of their own")
+        self._ours = torch.full((max(names) + 1,), -1, dtype=torch.int64, device=device)
+        self._ours[labels] = torch.arange(len(labels), device=device)
+        self.preprocessing: Preprocessing | None = _described(self._processor)
+
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+        return None
+
+    @torch.inference_mode()
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+        """Images of one size share a batch: some processors would pad others, and models notice that."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, sample in enumerate(samples):
+            groups.setdefault(sample.target.original_size, []).append(index)
+        found: dict[int, Detections] = {}
+        for size, group in groups.items():
+            pictures = [original(samples[index]) for index in group]
+            inputs = self._processor(images=pictures, input_data_format="channels_first", return_tensors="pt")
+            outputs = self._model(**inputs.to(self._device))
+            sizes = torch.tensor([size] * len(group), device=self._device)
+            results = self._processor.post_process_object_detection(  # keeps scores above the threshold
+                outputs, threshold=score_threshold * (1 - 1e-6), target_sizes=sizes
+            )
+            for index, result in zip(group, results, strict=True):
+                labels = self._label(result["labels"])
+                known = labels >= 0
+                found[index] = final(
+                    result["boxes"][known], result["scores"][known], labels[known],
+                    size=size, score_threshold=score_threshold,
+                )  # fmt: skip
+        return [found[index] for index in range(len(samples))]
+
+    def _label(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels of ours for those of the model, -1 where it has no class."""
+        inside = labels < len(self._ours)
+        return torch.where(inside, self._ours[labels.clamp(max=len(self._ours) - 1)], -1)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Of the names and contents of the files that decide what the model finds."""
+    digest = hashlib.sha256()
+    kinds = (".json", ".safetensors", ".bin")
+    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file()):
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _described(processor: Any) -> Preprocessing:
+    size = getattr(processor, "size", None) or {}
+    wanted = {key: size[key] for key in size} if hasattr(size, "keys") else {}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    if "height" in wanted and "width" in wanted:
+        words = f"stretched to {wanted['width']} x {wanted['height']}"
+    elif wanted:
+        words = ", ".join(f"{key} {value}" for key, value in wanted.items())
+    else:
+        words = "as its processor says"
+    if not getattr(processor, "do_resize", True):
+        words = "as in the file"
+    unit = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+    if not getattr(processor, "do_normalize", False):
+        return Preprocessing(words, "RGB", (0.0, 0.0, 0.0), (unit, unit, unit))
+    mean, std = (tuple(value * unit for value in getattr(processor, f"image_{name}")) for name in ("mean", "std"))
+    return Preprocessing(words, "RGB", mean, std)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
