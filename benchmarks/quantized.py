@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-quantized-") as folder:
         if args.part == "speed":
-            found = {"speed": _speed(args, args.exports or Path(folder))}
+            found = {f"speed, {args.threads} thread(s)": _speed(args, args.exports or Path(folder))}
         else:
             found = {f"accuracy {args.name}": _accuracy(args, Path(folder))}
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
@@ -131,8 +131,9 @@ def _speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         card = eager.card
         canvas = fit_canvas(decode_image(photographs[0]), card)[0][None]
         cases: dict[str, measure.Case] = {}
-        sessions = {name: _session(path.read_bytes(), args.threads) for name, path in files.items()}
-        sessions["fp32 without suppression"] = _session(_until_dense(files["fp32"]), args.threads)
+        models = {"fp32": files["fp32"].read_bytes(), "fp32 without suppression": _until_dense(files["fp32"])}
+        models["int8 cpu"] = files["int8 cpu"].read_bytes()
+        sessions = {name: _session(model, args.threads) for name, model in models.items()}
         for name, session in sessions.items():
             cases[f"model, {name}"] = lambda session=session, canvas=canvas: _ignore(
                 session.run(None, {"images": canvas})
