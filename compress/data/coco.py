@@ -167,6 +167,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         )
         return image, target
 
+    def name(self, index: int) -> str:
+        """The image's `file_name`."""
+        return self._names[index]
+
     def path(self, index: int) -> Path:
         """The image's file."""
         return self.folder / self._names[index]

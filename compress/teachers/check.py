@@ -1,0 +1,194 @@
+"""A teacher is looked at before anybody learns from it: its classes, what it does to images, its mAP.
+
+`check_teacher` says all that and stops a run whose teacher is too weak. The parts are functions of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from compress.data.coco import CocoDetection
+from compress.evaluate import coco_rows
+from compress.manifest import Manifest
+from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
+from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
+from deploy.errors import UserError
+
+LOWEST_SCORE = 0.05
+"""Of the detections that count, as in the evaluation of students."""
+TOLERANCE = 0.5
+"""Means and deviations of pixels that differ by less are the same: people round them."""
+BATCH = 8
+LISTED = 12
+
+
+def check_teacher(
+    teacher: BoxTeacher,
+    labels: Sequence[int],
+    val: CocoDetection,
+    manifest: Manifest,
+    *,
+    stage: str,
+    identity: dict[str, Any],
+    student: Preprocessing,
+    least: float,
+    say: Callable[[str], object],
+    write: bool,
+) -> CocoMetrics | None:
+    """Tell about a teacher, measure it on the validation images, and stop a run that it would spoil.
+
+    Args:
+        labels: for each class of the teacher its label in `val`, -1 for none.
+        stage: name of the manifest's row, so that a finished check is not repeated.
+        identity: of the validation images, JSON-able.
+        student: what happens to the student's images.
+        least: mAP that it must reach, percent; 0: any.
+        say: prints a line.
+        write: this process keeps the manifest.
+
+    Returns:
+        What was measured; None for results that do not cover the validation images.
+
+    Raises:
+        UserError: its mAP is below `least`, or cannot be measured and `least` is not 0.
+    """
+    for line in (*class_lines(teacher, labels, val.categories), *preprocessing_lines(teacher, student)):
+        say(line)
+    try:
+        told = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))])
+    except UserError as error:
+        if least > 0:
+            raise UserError(f"teacher.min_map is {least:g}, and the teacher cannot be measured: {error}") from None
+        say(f"teacher {teacher.file}: not measured: {error}")
+        return None
+    if told is not None:
+        say(f"teacher: {told}")
+
+    def work() -> dict[str, Any]:
+        return {"metrics": measure(teacher, labels, val).to_dict()}
+
+    inputs = {"data": identity, "sha256": teacher.sha256, "settings": dict(teacher.settings), "labels": list(labels)}
+    found = manifest.stage(stage, inputs, [], work, write=write)["metrics"]
+    known = len({label for label in labels if label >= 0})
+    beside = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
+    say(f"teacher {teacher.file}: mAP {found['map']:.2f} on the validation images{beside}")
+    if found["map"] < least:
+        raise UserError(
+            f"the teacher {teacher.file} reaches {found['map']:.2f} mAP on {val.annotations}, teacher.min_map asks for "
+            f"{least:g}: take another one, or check that its classes and images are these"
+        )
+    return CocoMetrics(**{key: float("nan") if value is None else value for key, value in found.items()})
+
+
+def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence[str]) -> list[str]:
+    """Which class of the teacher is which of the data, and what has no counterpart."""
+    names = teacher.class_names or ()
+    start = f"teacher {teacher.file}: "
+    if list(names) == list(categories) and list(labels) == list(range(len(categories))):
+        return [f"{start}the data's {len(categories)} classes in the same order"]
+    pairs = [(name, categories[label]) for name, label in zip(names, labels, strict=True) if label >= 0]
+    same = [ours for theirs, ours in pairs if theirs == ours]
+    lines = [f"{start}{len(pairs)} classes matched by name: {listed(same)}"] if same else []
+    renamed = [f"{theirs} → {ours}" for theirs, ours in pairs if theirs != ours]
+    if renamed:
+        lines.append(f"{start}classes by the class map: {listed(renamed)}")
+    dropped = [name for name, label in zip(names, labels, strict=True) if label < 0]
+    if dropped:
+        lines.append(f"{start}not in the data, left out: {listed(dropped)}")
+    unknown = [name for label, name in enumerate(categories) if label not in labels]
+    if unknown:
+        lines.append(f"{start}it does not look for: {listed(unknown)}")
+    return lines
+
+
+def preprocessing_lines(teacher: BoxTeacher, student: Preprocessing) -> list[str]:
+    """What the teacher does to images; a warning where that is not what happens to the student's."""
+    own = teacher.preprocessing
+    if own is None:
+        return []
+    differences = [
+        name
+        for name, differs in (
+            ("size", teacher.view is not View.RESIZED and own.size != student.size),
+            ("order of channels", own.order != student.order),
+            ("mean", _differ(own, student, "mean")),
+            ("deviation", _differ(own, student, "std")),
+        )
+        if differs
+    ]
+    lines = [f"teacher {teacher.file} sees images: {described(own)}"]
+    if differences:
+        lines.append(
+            f"warning: that differs from the student's in {', '.join(differences)} ({described(student)}): right only "
+            "if the teacher was trained so"
+        )
+    return lines
+
+
+def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> CocoMetrics:
+    """COCO metrics (percent) on the classes that the teacher looks for. With several processes each takes its share of
+    the images, and all get the metrics."""
+    several = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    mine = range(rank, len(val), world)
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(mine), BATCH):
+        samples = [_sample(val, index, teacher.view) for index in mine[first : first + BATCH]]
+        for sample, found in zip(samples, teacher.detect(samples, score_threshold=LOWEST_SCORE), strict=True):
+            found.labels = found.labels.new_tensor(labels)[found.labels]
+            found.boxes, found.scores, found.labels = (
+                values[found.labels >= 0] for values in (found.boxes, found.scores, found.labels)
+            )
+            rows += coco_rows(found, sample.target, val.category_ids)
+    if several:
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, rows)
+        rows = [row for share in shares for row in share]
+    wanted = {val.category_ids[label] for label in labels if label >= 0}
+    content = load_annotations(val.annotations)
+    document = {
+        "images": content["images"],
+        "categories": [row for row in content["categories"] if row["id"] in wanted],
+        "annotations": [row for row in content["annotations"] if row["category_id"] in wanted],
+    }
+    return evaluate_coco(document, rows)
+
+
+def described(preprocessing: Preprocessing) -> str:
+    """In one line."""
+    parts = [preprocessing.size, preprocessing.order]
+    for name, values in (("mean", preprocessing.mean), ("deviation", preprocessing.std)):
+        if values is not None:
+            parts.append(f"{name} {' '.join(f'{value:.4g}' for value in values)}")
+    return ", ".join(parts)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _sample(val: CocoDetection, index: int, view: View) -> Sample:
+    image, target = val[index]
+    return Sample(
+        image if view is View.RESIZED else None,
+        target,
+        val.name(index),
+        val.image(index) if view is View.ORIGINAL else None,
+    )
+
+
+def _differ(own: Preprocessing, student: Preprocessing, name: str) -> bool:
+    ours, theirs = getattr(student, name), getattr(own, name)
+    if ours is None or theirs is None:
+        return False
+    if own.order != student.order:
+        theirs = theirs[::-1]
+    return any(abs(a - b) > TOLERANCE for a, b in zip(ours, theirs, strict=True))
