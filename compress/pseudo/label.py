@@ -21,7 +21,7 @@ from compress import __version__
 from compress.console import progress
 from compress.pseudo import parts
 from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, images_in, read_chunks
-from compress.pseudo.merge import Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
+from compress.pseudo.merge import REST, Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
 from compress.pseudo.parts import Shard, Summary
 from compress.pseudo.thresholds import F1Thresholds
 from compress.teachers.base import BoxTeacher, Sample
@@ -81,7 +81,7 @@ class Teacher:
 
 
 def pseudo_label(
-    sources: Sequence[Source | str],
+    sources: Sequence[Source | str | BoxTeacher],
     images: ImageList,
     out: Path,
     settings: Settings,
@@ -102,10 +102,10 @@ def pseudo_label(
     the same numbers. Memory does not grow with the number of images, but for their names.
 
     Args:
-        sources: the teachers, as `open_teacher` takes them.
+        sources: the teachers, as `open_teacher` takes them, or open.
         categories: a COCO file whose categories the labels get; default: all classes of all teachers, from 1. A
             teacher that knows its classes by id alone gets their names from it.
-        table: class name at a teacher → name in the common label space, None to drop it.
+        table: see `merge.class_map`.
         thresholds_from: a labelled split; per class the threshold is the one with the best F1 there, and `tau_ignore`
             keeps its ratio to it. A class without a labelled object that a teacher found keeps `settings.tau`.
         device: default: the first GPU, or the one of LOCAL_RANK, or the CPU.
@@ -200,19 +200,26 @@ def _default_device() -> torch.device:
 
 
 def _load(
-    sources: Sequence[Source | str], categories: Path | None, table: Mapping[str, str | None], device: torch.device
+    sources: Sequence[Source | str | BoxTeacher],
+    categories: Path | None,
+    table: Mapping[str, str | None],
+    device: torch.device,
 ) -> tuple[Union, list[Teacher]]:
     union: Union = []
     if categories is not None:
         union = sorted((row["id"], row["name"]) for row in load_annotations(categories)["categories"])
     loaded = []
     for source in sources:
-        boxes = open_teacher(source, device, categories=dict(union) or None)
+        boxes: BoxTeacher
+        if isinstance(source, Source | str):
+            boxes = open_teacher(source, device, categories=dict(union) or None)
+        else:
+            boxes = source
         if boxes.class_names is None:
             raise UserError(f"teacher {boxes.file}: does not name its classes, so they cannot be matched")
         loaded.append((boxes, boxes.class_names))
     known = {name for _, names in loaded for name in names}
-    unknown = sorted(set(table) - known)
+    unknown = sorted(set(table) - known - {REST})
     if unknown:
         raise UserError(f"class map: no teacher has a class {unknown[0]!r}; they have {', '.join(sorted(known))}")
     if categories is None:

@@ -25,6 +25,10 @@ NO_CLASS = -1
 """Stands in a class map for a class that the table drops."""
 
 
+REST = "*"
+"""Key of a class map: every class of a teacher that is neither in the map nor in the common label space."""
+
+
 @dataclass(frozen=True)
 class Boxes:
     """Boxes of one image: boxes float64 [n, 4] xyxy pixels, scores float64 [n] in 0..1, labels int64 [n]."""
@@ -49,7 +53,8 @@ def class_map(
     Args:
         names: the teacher's class names, in the order of its labels.
         union: names of the common label space.
-        table: name at the teacher → name in `union`, None to drop the class. A name that is not in it stays itself.
+        table: name at the teacher → name in `union`, None to drop the class. A name that is not in it stays itself; if
+            `union` does not have it, `REST` → None drops it.
         teacher: what to call the teacher in an error.
 
     Raises:
@@ -59,13 +64,17 @@ def class_map(
     labels = []
     for name in names:
         wanted = table.get(name, name)
+        if REST in table and name not in table and name not in place:
+            wanted = None
         if wanted is not None and wanted not in place:
             mapped = "" if wanted == name else f", which the table calls {wanted!r},"
             raise UserError(
                 f"{teacher}: its class {name!r}{mapped} is not among the categories ({', '.join(union)}); "
-                "map it to one of them, or to null to drop it"
+                f"map it to one of them, or to null to drop it ({REST!r} stands for all such classes)"
             )
         labels.append(NO_CLASS if wanted is None else place[wanted])
+    if all(label == NO_CLASS for label in labels):
+        raise UserError(f"{teacher}: none of its classes ({', '.join(names)}) is used")
     return labels
 
 

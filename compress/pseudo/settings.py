@@ -48,7 +48,7 @@ class PseudoLabels(Settings):
     then it is fine-tuned on the labelled ones. Images without labels: those that `labels` leaves without, and folders.
     """
 
-    teachers: Annotated[tuple[Source, ...], Field(min_length=1)] | None = None
+    teachers: tuple[Source, ...] | None = None
     """Who labels, each with the classes that it knows; null: the recipe's teacher."""
     unlabeled: tuple[Path, ...] = ()
     """Folders of images, searched with all folders below them. Images of data.train and data.val that lie there, or
@@ -78,6 +78,8 @@ class PseudoLabels(Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> PseudoLabels:
+        if self.teachers == ():
+            raise broken_rule("teachers", "an empty list; name a teacher, or leave it out for the recipe's")
         if self.tau_ignore > self.tau:
             raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
         if self.class_map.get("*") is not None:

@@ -1,0 +1,286 @@
+"""The stage of a run in which teachers label the images that have no labels.
+
+    found = label_images(fabric, recipe, data, manifest, resume=…)
+    train on found.images           # labelled by people, and by teachers
+
+Each list of images (what `labels` left without labels, and each folder) is a stage of the manifest and a COCO file in
+`<run>/pseudo`. With several processes each labels its share.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from compress.arms import Datasets, on_first_process
+from compress.data.coco import CocoDetection
+from compress.data.joined import Joined
+from compress.manifest import Manifest
+from compress.pseudo import parts
+from compress.pseudo.images import ImageList, images_in
+from compress.pseudo.label import Labelled, Settings, pseudo_label
+from compress.pseudo.parts import Shard
+from compress.pseudo.settings import FineTune, PseudoLabels
+from compress.recipe import Recipe, Schedule, Split, Train
+from compress.teachers.base import BoxTeacher
+from compress.teachers.load import open_teacher
+from compress.teachers.settings import Source
+from deploy.coco_map import read_annotations
+from deploy.errors import UserError
+from deploy.files import sha256_of
+
+STAGE = "pseudo labels"
+"""First words of the manifest's rows."""
+REST = "training images"
+"""Name of the list of images that the recipe's `labels` left without labels; folders are named by their number."""
+
+
+FIRST_STAGE = "student.pseudo"
+"""Name of the student's training on pseudo labels, if it is fine-tuned afterwards."""
+
+
+@dataclass
+class PseudoLabelled:
+    """images: to train on, labelled ones first. identity: of what the teachers' labels are (JSON-able)."""
+
+    images: Joined
+    identity: dict[str, Any]
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Where a run's pseudo labels lie."""
+    return run_dir / "pseudo"
+
+
+def is_unfinished(run_dir: Path) -> bool:
+    """Was the labelling interrupted?"""
+    return any(folder_of(run_dir).glob("*.parts"))
+
+
+def label_images(
+    fabric: Fabric, recipe: Recipe, data: Datasets, manifest: Manifest, console: Console, *, resume: bool
+) -> PseudoLabelled:
+    """Let the recipe's teachers label what has no labels, and join it with what has.
+
+    Raises:
+        UserError: a teacher cannot be opened or knows a class that the data does not, an image cannot be read, or no
+            label was found.
+    """
+    settings = recipe.pseudo_labels
+    assert settings is not None, "the caller looks"
+    names = dict(zip(data.train.category_ids, data.train.categories, strict=True))
+    teachers = [open_teacher(source, fabric.device, categories=names) for source in sources(recipe)]
+    how = Settings(
+        tau=settings.tau,
+        tau_ignore=settings.tau_ignore,
+        how=settings.merge,
+        iou_threshold=settings.iou,
+        short=recipe.data.eval_short,
+        long=recipe.data.long,
+        batch_size=settings.batch_size,
+    )
+    found: list[CocoDetection] = []
+    hashes: list[str] = []
+    totals = {"images": 0, "labels": 0, "regions": 0, "skipped": 0}
+    for name, images in image_lists(settings, data, console):
+        out = folder_of(recipe.run_dir) / f"{name.replace(' ', '-')}.json"
+        inputs = {
+            "images": images.sha256(),
+            "teachers": [{"sha256": teacher.sha256, "settings": dict(teacher.settings)} for teacher in teachers],
+            "settings": settings.model_dump(
+                mode="json", exclude={"teachers", "unlabeled", "weighting", "fine_tune", "thresholds"}
+            ),
+            "limits": [how.short, how.long],
+            "categories": sorted(names.items()),
+            "thresholds_from": sha256_of(data.train_split.annotations) if settings.thresholds == "best_f1" else None,
+        }
+
+        def label(images: ImageList = images, out: Path = out) -> dict[str, Any]:
+            return _label(fabric, recipe, data, teachers, images, out, how, resume=resume)
+
+        counts = manifest.stage(f"{STAGE}: {name}", inputs, [out], label, write=fabric.is_global_zero)
+        totals = {key: totals[key] + counts[key] for key in totals}
+        hashes.append(sha256_of(out))
+        if counts["labels"]:
+            found.append(
+                CocoDetection(
+                    out,
+                    images.folder,
+                    data.train.transform,
+                    cache=recipe.data.cache,
+                    drop_empty=recipe.data.drop_empty,
+                    drop_unsure=True,
+                    scores=settings.weighting == "score",
+                )
+            )
+    console.print(
+        f"pseudo labels: {totals['labels']} labels and {totals['regions']} unsure regions in {totals['images']} images"
+        + (f", {totals['skipped']} unreadable images left out" if totals["skipped"] else "")
+        + f", by {', '.join(teacher.file for teacher in teachers)}"
+    )
+    if not found:
+        raise UserError(
+            f"pseudo_labels: the teachers found no label in {totals['images']} images; lower pseudo_labels.tau "
+            f"({settings.tau:g}), or check that the images are of their kind and size"
+        )
+    labelled = [data.train] if data.has_labels else []
+    return PseudoLabelled(Joined([*labelled, *found]), {"pseudo_labels": hashes, "weighting": settings.weighting})
+
+
+def fine_tuning(train: Train, settings: FineTune) -> Train:
+    """The settings of the second stage."""
+    lr = train.optimizer.lr / 10 if settings.lr is None else settings.lr
+    schedule = Schedule(name="cosine", warmup_steps=settings.warmup_steps)
+    return train.model_copy(
+        update={
+            "epochs": settings.epochs,
+            "steps": settings.steps,
+            "optimizer": train.optimizer.model_copy(update={"lr": lr}),
+            "schedule": schedule,
+        }
+    )
+
+
+def sources(recipe: Recipe) -> list[Source]:
+    """The teachers that label: those of `pseudo_labels`, or the recipe's teacher (its file, if it was trained in this
+    run)."""
+    settings = recipe.pseudo_labels
+    assert settings is not None
+    if settings.teachers is not None:
+        return list(settings.teachers)
+    assert recipe.teacher is not None, "the recipe was validated"
+    if recipe.teacher.train is not None:
+        return [Source(checkpoint=str(recipe.run_dir / "teacher.safetensors"))]
+    return [recipe.teacher]
+
+
+def image_lists(settings: PseudoLabels, data: Datasets, console: Console) -> list[tuple[str, ImageList]]:
+    """The images to label, by name of the list. Of the folders, images of the training and validation set are left out.
+
+    Raises UserError for a folder that is not there or has no other images.
+    """
+    lists = []
+    if data.unlabelled is not None and read_annotations(data.unlabelled.annotations)["images"]:
+        lists.append((REST, images_in(data.unlabelled.annotations, data.unlabelled.images)))
+    if settings.unlabeled:
+        splits = [data.train_split, data.val_split, *([data.unlabelled] if data.unlabelled is not None else [])]
+        known = _Contents([split.images / name for split in splits for name in _names(split)])
+        for number, folder in enumerate(settings.unlabeled, start=1):
+            images = images_in(folder)
+            keep = [images.folder / name not in known for name in images.names]
+            if not all(keep):
+                left = keep.count(False)
+                console.print(f"{folder}: {left} images of the training or validation set are left out")
+            if not any(keep):
+                raise UserError(f"{folder}: pseudo_labels.unlabeled: all its images are training or validation images")
+            lists.append((f"folder {number}", _only(images, keep)))
+    return lists
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _label(
+    fabric: Fabric,
+    recipe: Recipe,
+    data: Datasets,
+    teachers: list[BoxTeacher],
+    images: ImageList,
+    out: Path,
+    how: Settings,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """One list, shared out among the processes. Returns what the file holds."""
+    settings = recipe.pseudo_labels
+    assert settings is not None
+
+    def prepare() -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)  # of other settings
+        if not resume:
+            shutil.rmtree(parts.parts_folder(out), ignore_errors=True)
+
+    on_first_process(fabric, prepare)
+    labelled = Labelled(data.train_split.annotations, data.train_split.images)
+    _on_all(
+        fabric,
+        lambda: pseudo_label(
+            teachers,
+            images,
+            out,
+            how,
+            categories=data.train_split.annotations,
+            table=settings.class_map,
+            thresholds_from=labelled if settings.thresholds == "best_f1" else None,
+            shard=Shard(fabric.global_rank, fabric.world_size),
+            device=fabric.device,
+            workers=recipe.data.workers,
+            skip_unreadable=settings.skip_unreadable,
+            resume=True,
+            quiet=not fabric.is_global_zero,
+        ),
+    )
+    document = read_annotations(out)
+    kinds = [bool(row["iscrowd"]) for row in document["annotations"]]
+    provenance = document["info"]["pseudo_labels"]
+    return {
+        "images": len(document["images"]),
+        "labels": kinds.count(False),
+        "regions": kinds.count(True),
+        "skipped": len(document["skipped"]),
+        "teachers": [teacher.file for teacher in teachers],
+        "tau": provenance["tau"],
+        "tau_ignore": provenance["tau_ignore"],
+    }
+
+
+def _on_all(fabric: Fabric, work: Callable[[], Any]) -> None:
+    """Run `work` on every process; what goes wrong on one is raised on all of them, so that none waits for it."""
+    message = None
+    try:
+        work()
+    except UserError as error:
+        message = str(error)
+    messages = [fabric.broadcast(message, src=rank) for rank in range(fabric.world_size)]
+    told = next((text for text in messages if text is not None), None)
+    if told is not None:
+        raise UserError(told)
+
+
+def _names(split: Split) -> list[str]:
+    return [row["file_name"] for row in read_annotations(split.annotations)["images"]]
+
+
+class _Contents:
+    """`file in contents`: has one of `files` the same bytes? Only files of its size are read, each once."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._by_size: dict[int, list[Path]] = {}
+        self._hashes: dict[int, set[str]] = {}
+        for file in files:
+            if file.is_file():
+                self._by_size.setdefault(file.stat().st_size, []).append(file)
+
+    def __contains__(self, file: Path) -> bool:
+        size = file.stat().st_size
+        if size not in self._by_size:
+            return False
+        if size not in self._hashes:
+            self._hashes[size] = {sha256_of(other) for other in self._by_size[size]}
+        return sha256_of(file) in self._hashes[size]
+
+
+def _only(images: ImageList, keep: list[bool]) -> ImageList:
+    """Some of a folder's images; each keeps its id."""
+    rows = [
+        row for row, kept in zip(zip(images.ids, images.names, images.sizes, strict=True), keep, strict=True) if kept
+    ]
+    ids, names, sizes = (list(column) for column in zip(*rows, strict=True))
+    return ImageList(images.folder, ids, names, sizes, listed=images.listed)
