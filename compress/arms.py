@@ -19,13 +19,15 @@ from lightning.fabric import Fabric
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.data import synthetic
+from compress.data.batch import Target
 from compress.data.coco import CocoDetection
 from compress.data.loader import eval_loader, train_loader
 from compress.data.subset import split_labels
 from compress.data.transforms import eval_transform, fit_size, train_transform
 from compress.detectors.backbones import build_backbone
+from compress.detectors.base import Capability, Detector
 from compress.detectors.checkpoints import ModelRecord, save_detector
-from compress.detectors.gfl import GFL
+from compress.detectors.families import build_family
 from compress.distill.build import build_methods
 from compress.evaluate import evaluate
 from compress.manifest import fingerprint
@@ -140,7 +142,7 @@ def on_first_process(fabric: Fabric, work: Callable[[], Any]) -> None:
         raise UserError(message)
 
 
-def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> GFL:
+def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
     """A fresh detector; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -150,17 +152,19 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
             frozen_stages=model.frozen_stages,
             norm_eval=model.norm_eval,
         )
-        detector = GFL(
+        detector = build_family(
+            model.detector,
             num_classes,
             backbone,
             neck_channels=model.neck_channels,
             head_depth=model.head_depth,
+            anchor_scale=model.anchor_scale,
             compiled=compiled,
         )
     return detector.to(memory_format=torch.channels_last)
 
 
-def check_methods(recipe: Recipe, num_classes: int, teacher: GFL) -> None:
+def check_methods(recipe: Recipe, num_classes: int, teacher: Detector) -> None:
     """Build what the student's training will build, and drop it. Raises UserError where teacher, student and methods
     do not fit each other."""
     student = build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
@@ -172,7 +176,7 @@ def check_methods(recipe: Recipe, num_classes: int, teacher: GFL) -> None:
         )
 
 
-def inherit(student: GFL, teacher: GFL) -> list[str]:
+def inherit(student: Detector, teacher: Detector) -> list[str]:
     """Copy the layers of the teacher's neck and head whose weights have the student's shapes. Returns the keys; empty
     when no convolution fits, and then nothing is copied."""
     own, theirs = student.state_dict(), teacher.state_dict()
@@ -198,7 +202,7 @@ def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
     return -(-height // 32) * 32, -(-width // 32) * 32
 
 
-def evaluate_arm(detector: GFL, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
+def evaluate_arm(detector: Detector, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
     """COCO metrics (percent) on the validation images, shared out among the processes."""
     loader = eval_loader(
         data.val,
@@ -218,7 +222,7 @@ def train_arm(
     settings: Train,
     data: Datasets,
     *,
-    teacher: GFL | None = None,
+    teacher: Detector | None = None,
     identity: Mapping[str, Any],
     resume: bool,
     max_steps: int | None = None,
@@ -261,10 +265,12 @@ def train_arm(
     )
     if fabric.is_global_zero and result.metrics is not None:
         record = ModelRecord(
+            detector=model.detector,
             backbone=model.backbone,
             num_classes=detector.num_classes,
             neck_channels=model.neck_channels,
             head_depth=model.head_depth,
+            anchor_scale=model.anchor_scale,
             class_names=data.train.categories,
             category_ids=data.train.category_ids,
             val_map=result.metrics.map,
@@ -276,19 +282,23 @@ def train_arm(
     return {"metrics": metrics, "steps": result.steps, "seconds": round(result.seconds, 1)}
 
 
-def model_size(detector: GFL, size: tuple[int, int]) -> dict[str, float]:
-    """`params_m` (millions) and `gflops` of one image of `size` (height, width). A multiply-add is two FLOPs."""
+def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
+    """`params_m` (millions) and `gflops` of one image of `size` (height, width). A multiply-add is two FLOPs. Of a
+    detector in two stages with the proposals of an empty image."""
     was_training = detector.training
     detector.eval()
     images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=next(detector.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        detector(images)
+        prediction = detector(images)
+        if Capability.DENSE not in detector.capabilities:  # the rest of its network comes with the boxes
+            nothing = torch.zeros(0)
+            detector.decode(prediction, [Target(nothing.view(0, 4), nothing, nothing, None, 0, size, size)])
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}
 
 
-def weights_sha256(detector: GFL) -> str:
+def weights_sha256(detector: Detector) -> str:
     """SHA-256 over names and values of the state dict: equal weights give equal digits."""
     digest = hashlib.sha256()
     for key, value in detector.state_dict().items():

@@ -20,8 +20,8 @@ from rich.console import Console
 from compress.arms import build_detector, check_methods, model_size, open_data, train_arm
 from compress.console import open_console
 from compress.data.synthetic import class_names
+from compress.detectors.base import Detector
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
-from compress.detectors.gfl import GFL
 from compress.distill.teacher import freeze, load_teacher
 from compress.recipe import Model, Recipe, Split
 from deploy.coco_map import read_annotations
@@ -71,7 +71,7 @@ def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
     return dict(COCO_CATEGORIES)
 
 
-def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> GFL:
+def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> Detector:
     settings = recipe.teacher
     assert settings is not None
     if settings.checkpoint is None:

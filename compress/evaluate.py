@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader
 
 from compress.data.batch import Batch, Target
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Detections
-from compress.detectors.gfl import GFL
+from compress.detectors.base import Detections, Detector
 from deploy.coco_map import CocoMetrics, evaluate_coco
 
 
 @torch.no_grad()
-def evaluate(detector: GFL, loader: DataLoader[Batch], dataset: CocoDetection, device: torch.device) -> CocoMetrics:
+def evaluate(
+    detector: Detector, loader: DataLoader[Batch], dataset: CocoDetection, device: torch.device
+) -> CocoMetrics:
     """mAP (percent) of `detector` on `loader`, an evaluation loader of `dataset`.
 
     With several processes each loader holds its own share of the images; every process gets the metrics of

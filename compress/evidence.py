@@ -19,8 +19,8 @@ from compress.arms import canvas, labelled_split, model_size, splits
 from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
+from compress.detectors.base import Detector
 from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
-from compress.detectors.gfl import GFL
 from compress.export import (
     SOURCES,
     BudgetError,
@@ -240,7 +240,7 @@ def _report(
     teacher: str | None,
 ) -> dict[str, Any]:
     stages = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]
-    detectors: dict[str, GFL] = {}
+    detectors: dict[str, Detector] = {}
     if teacher is not None:
         detectors["teacher"] = load_teacher_checkpoint(teacher)[0]
     for arm in ("baseline", "student"):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from compress.data.batch import Batch, collate
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Detections
-from compress.detectors.gfl import GFL
+from compress.detectors.base import Detections, Detector
 from compress.distill.uncertainty import RATE, SAMPLES, predictive_uncertainty
 
 PICTURES = 6
@@ -19,7 +18,7 @@ UNCERTAIN_PICTURES = 4
 SHOWN_SCORE = 0.3  # detections below are not kept
 
 
-def detection_pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[dict[str, Any]]:
+def detection_pictures(val: CocoDetection, detectors: dict[str, Detector]) -> list[dict[str, Any]]:
     """Ground truth and detections of a few images: entries of `pictures` in report.json."""
     pictures = []
     for index in _spread(val, PICTURES):
@@ -36,7 +35,7 @@ def detection_pictures(val: CocoDetection, detectors: dict[str, GFL]) -> list[di
 
 
 def uncertainty_pictures(
-    val: CocoDetection, teacher: GFL, *, progress: Callable[[int, int], None] | None = None
+    val: CocoDetection, teacher: Detector, *, progress: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """The teacher's detections and Monte Carlo dropout maps: entries of `uncertainty` in report.json.
 
@@ -74,7 +73,7 @@ def _spread(val: CocoDetection, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def _detect(detector: GFL, batch: Batch, val: CocoDetection) -> list[dict[str, Any]]:
+def _detect(detector: Detector, batch: Batch, val: CocoDetection) -> list[dict[str, Any]]:
     return _boxes(detector.decode(detector(batch.images), batch.targets)[0], val)
 
 

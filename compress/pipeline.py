@@ -27,8 +27,8 @@ from compress.arms import (
     weights_sha256,
 )
 from compress.console import open_console
+from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
-from compress.detectors.gfl import GFL
 from compress.distill.teacher import freeze, load_teacher
 from compress.manifest import Manifest
 from compress.recipe import Recipe, dump_recipe
@@ -102,7 +102,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         "model": recipe.student.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
     }
-    arms: list[tuple[str, dict[str, Any], GFL | None]] = []
+    arms: list[tuple[str, dict[str, Any], Detector | None]] = []
     if distillation and recipe.baseline:
         arms.append(("baseline", student, None))
     taught = (
@@ -120,7 +120,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         def work(
             name: str = name,
             inputs: dict[str, Any] = inputs,
-            arm_teacher: GFL | None = arm_teacher,
+            arm_teacher: Detector | None = arm_teacher,
         ) -> dict[str, Any]:
             return train_arm(
                 fabric, recipe, name, recipe.student, recipe.train, data,
@@ -223,7 +223,7 @@ def _teacher(
     common: dict[str, Any],
     resume: bool,
     console: Console,
-) -> GFL:
+) -> Detector:
     """Load or train the teacher, and measure it on the validation images before anybody learns from it."""
     settings = recipe.teacher
     assert settings is not None

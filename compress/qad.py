@@ -24,7 +24,8 @@ from torch import nn
 
 from compress.arms import Datasets, canvas, evaluate_arm, on_first_process
 from compress.data.loader import train_loader
-from compress.detectors.checkpoints import load_detector, save_detector
+from compress.detectors.base import Detector
+from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.deployable import Deployable
 from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
@@ -74,7 +75,7 @@ def distill_quantized(
     data: Datasets,
     manifest: Manifest,
     *,
-    teacher: GFL | None,
+    teacher: Detector | None,
     taught: Mapping[str, Any],
     resume: bool,
 ) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def train_quantized(
     data: Datasets,
     start: Grids,
     *,
-    teacher: GFL | None,
+    teacher: Detector | None,
     identity: Mapping[str, Any],
     resume: bool,
     student: Path | None = None,
@@ -151,7 +152,7 @@ def train_quantized(
         output.unlink(missing_ok=True)  # from now on it is unfinished
     fabric.seed_everything(recipe.seed + 1, verbose=False)  # not the images in the order that the student knows
     checkpoint = recipe.run_dir / "student.safetensors" if student is None else student
-    detector, record = load_detector(checkpoint)
+    detector, record = _gfl(checkpoint)
     detector.to(memory_format=torch.channels_last)
     fold_batch_norms(detector)
     network = FakeQuantized(detector, start) if quantized else detector
@@ -212,7 +213,7 @@ def export_quantized(
         _export(checkpoint, file, recipe, input_size, limits, images.files)
         quantizer = _quantizer(file, images, recipe.deploy.int8)
         card = card_from_file(file)
-        detector = load_detector(checkpoint)[0]
+        detector = _gfl(checkpoint)[0]
         samples = quantizer.canvases[:8]
         found = dense_outputs(quantizer.graph(trained=grids), samples)
         error, rounding = (
@@ -239,6 +240,13 @@ def load_grids(path: Path) -> Grids:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _gfl(checkpoint: Path) -> tuple[GFL, ModelRecord]:
+    detector, record = load_detector(checkpoint)
+    if not isinstance(detector, GFL):
+        raise UserError(f"{checkpoint}: quantization-aware distillation is for gfl students, this is {record.detector}")
+    return detector, record
 
 
 def _dense(detector: GFL, card: ModelCard, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

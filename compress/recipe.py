@@ -145,10 +145,11 @@ def _whole_unless_pretrained(pretrained: Any, untrained: Any) -> Callable[[dict[
 
 
 class Model(Settings):
-    """A detector: backbone, feature pyramid, dense head."""
+    """A detector: backbone, feature pyramid, head."""
 
-    detector: Literal["gfl"] = "gfl"
-    """Generalized Focal Loss head on a P3-P7 pyramid."""
+    detector: Literal["gfl", "fcos", "retinanet", "faster_rcnn"] = "gfl"
+    """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
+    levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported."""
     backbone: Backbone
     """Feature extractor."""
     weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
@@ -156,7 +157,11 @@ class Model(Settings):
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
     """Channels of the pyramid and the head (a multiple of 32; the head's GroupNorm takes 8 channels a group)."""
     head_depth: Annotated[int, Field(ge=0)] = 4
-    """3x3 convolutions in each of the head's two towers."""
+    """3x3 convolutions in each of the head's two towers (retinanet: at most 4). faster_rcnn: before its fully connected
+    layer; 0: two fully connected layers and no convolutions."""
+    anchor_scale: Annotated[float, Field(gt=0)] | None = None
+    """retinanet, faster_rcnn: side of the smallest anchor of a level in its strides; smaller for small objects. null:
+    torchvision's, 4 and 8."""
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
     """Stages of the backbone that do not train: -1 none, 0 the stem, n the stem and the first n of four.
     Default: 1 with weights, -1 without."""
@@ -167,6 +172,10 @@ class Model(Settings):
     def _rules(self) -> Model:
         if self.backbone.startswith("nano") and self.weights == "imagenet":
             raise broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
+        if self.detector == "retinanet" and self.head_depth > 4:
+            raise broken_rule("head_depth", "torchvision's RetinaNet has at most 4 convolutions in a tower")
+        if self.anchor_scale is not None and self.detector in ("gfl", "fcos"):
+            raise broken_rule("anchor_scale", f"{self.detector} has no anchors to scale; leave it out")
         return self
 
 
@@ -425,6 +434,8 @@ class Recipe(Settings):
             raise broken_rule("baseline", "needs a method to compare with; add one under methods")
         if self.labels is not None and self.labels.fraction == 0:
             raise broken_rule("labels.fraction", "0 leaves nothing to train on")
+        if self.deploy.int8.qad is not None and self.student.detector != "gfl":
+            raise broken_rule("deploy.int8.qad", f"is for gfl students, this one is {self.student.detector}; leave it out")
         trained = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model

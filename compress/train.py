@@ -26,7 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from compress.data.batch import Batch
-from compress.detectors.gfl import GFL, Reduce
+from compress.detectors.base import Detector
+from compress.detectors.gfl import Reduce
 from compress.distill.balance import Balanced, Position, gradient_norm
 from compress.distill.method import Outputs
 from compress.progress import TrainingLog
@@ -45,7 +46,7 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, student: GFL, methods: Mapping[str, Balanced], teacher: GFL | None, reduce: Reduce | None
+        self, student: Detector, methods: Mapping[str, Balanced], teacher: Detector | None, reduce: Reduce | None
     ) -> None:
         super().__init__()
         self.student = student
@@ -126,15 +127,15 @@ class _State:
 
 def fit(
     fabric: Fabric,
-    student: GFL,
+    student: Detector,
     settings: Train,
     *,
     loader: DataLoader[Any],
-    evaluate: Callable[[GFL], CocoMetrics],
+    evaluate: Callable[[Detector], CocoMetrics],
     folder: Path,
     name: str,
     identity: str,
-    teacher: GFL | None = None,
+    teacher: Detector | None = None,
     methods: Mapping[str, Balanced] | None = None,
     resume: bool = False,
     max_steps: int | None = None,
@@ -203,7 +204,7 @@ def fit(
 
     def assess(epoch: int) -> None:
         weights = student if average is None else average.module
-        assert isinstance(weights, GFL)
+        assert isinstance(weights, Detector)
         if fabric.world_size > 1:  # each process has seen its own share: BatchNorm's statistics differ
             for buffer in weights.buffers():
                 dist.broadcast(buffer, 0)

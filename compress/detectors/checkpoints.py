@@ -28,7 +28,8 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from compress.detectors.backbones import BACKBONES, build_backbone
-from compress.detectors.gfl import GFL
+from compress.detectors.base import Detector
+from compress.detectors.families import Family, build_family
 from compress.detectors.weights import listed, load_exactly, read_tensors
 from deploy.errors import UserError
 from deploy.files import atomic_path, sha256_of
@@ -50,11 +51,12 @@ class ModelRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    detector: Literal["gfl"] = "gfl"
+    detector: Family = "gfl"
     backbone: str
     num_classes: Annotated[int, Field(ge=1)]
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
     head_depth: Annotated[int, Field(ge=0)] = 4
+    anchor_scale: Annotated[float, Field(gt=0)] | None = None
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     val_map: float | None = None
@@ -71,7 +73,7 @@ class ModelRecord(BaseModel):
                 raise ValueError(f"{name} has {len(values)} entries for {self.num_classes} classes")
         return self
 
-    def build(self) -> GFL:
+    def build(self) -> Detector:
         """The model with random weights, nothing frozen, in training mode.
 
         Random numbers come from a fork of torch's generator, so that loading a teacher does not change what a
@@ -80,12 +82,19 @@ class ModelRecord(BaseModel):
         with torch.random.fork_rng(devices=[]):
             return self._build()
 
-    def _build(self) -> GFL:
+    def _build(self) -> Detector:
         backbone = build_backbone(self.backbone, weights="none", frozen_stages=-1, norm_eval=False)
-        return GFL(self.num_classes, backbone, neck_channels=self.neck_channels, head_depth=self.head_depth)
+        return build_family(
+            self.detector,
+            self.num_classes,
+            backbone,
+            neck_channels=self.neck_channels,
+            head_depth=self.head_depth,
+            anchor_scale=self.anchor_scale,
+        )
 
 
-def save_detector(path: Path, detector: GFL, *, metadata: ModelRecord) -> None:
+def save_detector(path: Path, detector: Detector, *, metadata: ModelRecord) -> None:
     """Write weights and `metadata` to a `.safetensors` file, whole or not at all.
 
     Raises ValueError if `metadata` does not describe `detector`: such a file could not be loaded again.
@@ -101,7 +110,7 @@ def save_detector(path: Path, detector: GFL, *, metadata: ModelRecord) -> None:
         save_file(state, temporary, metadata={HEADER_KEY: metadata.model_dump_json()})
 
 
-def load_detector(path: Path) -> tuple[GFL, ModelRecord]:
+def load_detector(path: Path) -> tuple[Detector, ModelRecord]:
     """The detector in a native file, float32 on the CPU in eval mode, and what the file says about it.
 
     Raises UserError for a file that is absent, damaged, from a newer version or not from `save_detector`.
@@ -120,7 +129,7 @@ def load_mmdet_gfl(
     category_ids: Sequence[int] | None = None,
     val_map: float | None = None,
     source: str | None = None,
-) -> tuple[GFL, ModelRecord]:
+) -> tuple[Detector, ModelRecord]:
     """The detector in an mmdet GFL checkpoint (ResNet-18/34/50/101), on the CPU in eval mode.
 
     Depth, number of classes and widths come from the keys and shapes. mmdet's `integral.project`, which is
@@ -226,7 +235,7 @@ def fetch(name: str) -> Path:
     return path
 
 
-def load_teacher_checkpoint(spec: str) -> tuple[GFL, ModelRecord]:
+def load_teacher_checkpoint(spec: str) -> tuple[Detector, ModelRecord]:
     """The detector that `spec` names, on the CPU in eval mode.
 
     `spec` is a native `.safetensors` file, an mmdet GFL `.pth` file, or `zoo:NAME` with a name in `ZOO`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress import methods as settings
-from compress.detectors.gfl import GFL
+from compress.detectors.base import Detector
 from compress.distill.balance import Balanced
 from compress.distill.bckd import BCKD
 from compress.distill.crosskd import CrossKD
@@ -23,7 +23,7 @@ from deploy.errors import UserError
 
 
 def build_methods(
-    wanted: settings.Methods, student: GFL, teacher: GFL, *, seed: int = 0, compiled: bool = False
+    wanted: settings.Methods, student: Detector, teacher: Detector, *, seed: int = 0, compiled: bool = False
 ) -> dict[str, Balanced]:
     """The methods of a recipe by name, with fresh adapters; the same seed gives the same weights.
 
@@ -53,7 +53,7 @@ def build_methods(
     return built
 
 
-def _build(term: settings.Term, student: GFL, teacher: GFL, *, seed: int, compiled: bool) -> Method:
+def _build(term: settings.Term, student: Detector, teacher: Detector, *, seed: int, compiled: bool) -> Method:
     constants = term.constants() | {"weight": 1.0 if term.weight == "auto" else term.weight}
     widths = (student.feature_channels, teacher.feature_channels)
     match term:
@@ -80,7 +80,7 @@ def _build(term: settings.Term, student: GFL, teacher: GFL, *, seed: int, compil
     raise AssertionError(f"no module for {type(term).__name__}")
 
 
-def _check(name: str, method: Method, student: GFL, teacher: GFL) -> None:
+def _check(name: str, method: Method, student: Detector, teacher: Detector) -> None:
     for model, whom in ((teacher, "teacher"), (student, "student")):
         missing = method.needs - model.capabilities
         if missing:

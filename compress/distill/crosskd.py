@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
-from compress.detectors.base import Capability, DensePrediction
+from compress.detectors.base import Capability, DensePrediction, Detector
 from compress.detectors.gfl import GFL, ConvGN, decode_level
 from compress.distill.method import Method, Outputs
 from deploy.errors import UserError
@@ -69,8 +69,8 @@ class CrossKD(Method):
 
     def __init__(
         self,
-        student: GFL,
-        teacher: GFL,
+        student: Detector,
+        teacher: Detector,
         *,
         weight: float = 1.0,
         cls_weight: float = 1.0,
@@ -81,6 +81,7 @@ class CrossKD(Method):
         compiled: bool = False,
     ) -> None:
         super().__init__()
+        student, teacher = _gfl(student), _gfl(teacher)
         _check_heads(student, teacher)
         split = _split("split", "student", student, split)
         self.teacher_split = _split("teacher_split", "teacher", teacher, teacher_split)
@@ -128,7 +129,7 @@ class CrossKD(Method):
 
 def cross_head(cls_maps: list[Tensor], reg_maps: list[Tensor], teacher: Outputs, split: int) -> DensePrediction:
     """Predictions of the teacher's head, from layer `split` on, for the student's maps [B, C, h, w] of each tower."""
-    head = teacher.detector.head
+    head = _gfl(teacher.detector).head
     logits, distribution = [], []
     for level, scale in enumerate(head.scales):
         features = teacher.features[level].float()
@@ -220,6 +221,15 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     elements = x.numel() // x.shape[1]
     std, mean = torch.std_mean(x, (0, 2, 3), correction=1 if elements > 1 else 0, keepdim=True)
     return mean, std
+
+
+def _gfl(model: Detector) -> GFL:
+    if not isinstance(model, GFL):
+        raise UserError(
+            f"crosskd: the student's features go through the teacher's head, which is built for gfl alone, not for "
+            f"{model.family}; use bckd, or a method on features"
+        )
+    return model
 
 
 def _check_heads(student: GFL, teacher: GFL) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
-from compress.detectors.base import Capability, DensePrediction
-from compress.detectors.gfl import GFL, Targets
+from compress.detectors.base import Capability, DensePrediction, Detector
+from compress.detectors.gfl import Targets
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Outputs:
 
     features: list[Tensor]
     prediction: DensePrediction
-    detector: GFL
+    detector: Detector
     targets: Targets | None = None
     certainty: list[Tensor] | None = None
 

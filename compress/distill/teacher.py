@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_teacher_checkpoint
-from compress.detectors.gfl import GFL
 from deploy.errors import UserError
 
 
-def load_teacher(checkpoint: str, categories: Sequence[str]) -> tuple[GFL, ModelRecord]:
+def load_teacher(checkpoint: str, categories: Sequence[str]) -> tuple[Detector, ModelRecord]:
     """A frozen teacher in eval mode.
 
     Args:
@@ -35,6 +35,6 @@ def load_teacher(checkpoint: str, categories: Sequence[str]) -> tuple[GFL, Model
     return freeze(detector), record
 
 
-def freeze(detector: GFL) -> GFL:
+def freeze(detector: Detector) -> Detector:
     """In eval mode, without gradients."""
     return detector.requires_grad_(False).eval()

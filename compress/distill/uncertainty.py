@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.detectors.gfl import GFL
+from compress.detectors.base import Detector
 from kernels.mc_dropout import Dropout, mc_dropout
 
 SAMPLES = 10
@@ -42,7 +42,7 @@ class Uncertainty:
 
 @torch.no_grad()
 def predictive_uncertainty(
-    teacher: GFL, images: Tensor, *, samples: int = SAMPLES, rate: float = RATE, seed: int = 0
+    teacher: Detector, images: Tensor, *, samples: int = SAMPLES, rate: float = RATE, seed: int = 0
 ) -> Uncertainty:
     """The backbone runs once, the head `samples` times.
 
