@@ -99,7 +99,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         teacher = _teacher(recipe, data, fabric, manifest, common, resume, console)
     student = {
         **common,
-        "model": recipe.student.model_dump(mode="json"),
+        "model": recipe.student.model_dump(mode="json", exclude_none=True),
         "train": recipe.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
     }
     arms: list[tuple[str, dict[str, Any], Detector | None]] = []
@@ -240,7 +240,7 @@ def _teacher(
         path = recipe.run_dir / "teacher.safetensors"
         inputs = {
             **common,
-            "model": settings.model.model_dump(mode="json"),
+            "model": settings.model.model_dump(mode="json", exclude_none=True),
             "train": settings.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
         }
 

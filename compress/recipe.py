@@ -435,7 +435,7 @@ class Recipe(Settings):
         if self.labels is not None and self.labels.fraction == 0:
             raise broken_rule("labels.fraction", "0 leaves nothing to train on")
         if self.deploy.int8.qad is not None and self.student.detector != "gfl":
-            raise broken_rule("deploy.int8.qad", f"is for gfl students, this one is {self.student.detector}; leave it out")
+            raise broken_rule("deploy.int8.qad", f"is for gfl students, not {self.student.detector}; leave it out")
         trained = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model
