@@ -31,10 +31,12 @@ TRAIN = (
     "onnxscript",
     "tensorboard",
 )
+SERVE = ("fastapi", "uvicorn", "python-multipart", "prometheus-client")
 BASE = ("numpy", "pydantic", "typer", "rich", "pyyaml", "pillow", "jinja2", "pycocotools", "faster-coco-eval")
 DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13
 INSTALL_TRAIN = "pip install 'compress-detectors[train]'"
+INSTALL_SERVE = "pip install 'compress-detectors[serve]'"
 
 # One Identity node, float32 [1], opset 17: the smallest model that makes a provider show whether it starts.
 _IDENTITY_ONNX = bytes.fromhex(
@@ -69,6 +71,7 @@ def examine() -> list[Finding]:
         check_onnxruntime(installed, driver),
         *check_providers(installed),
         check_tensorrt(installed),
+        check_serve(installed),
         check_optional("triton", installed, "comes with torch on Linux; only GPU kernels need it"),
     ]
 
@@ -144,6 +147,15 @@ def check_base(installed: Mapping[str, str]) -> Finding:
         remedy = "pip install --force-reinstall compress-detectors"
         return Finding("base", f"missing {', '.join(missing)}", "broken", remedy)
     return Finding("base", ", ".join(f"{name} {installed[name]}" for name in BASE))
+
+
+def check_serve(installed: Mapping[str, str]) -> Finding:
+    missing = [name for name in SERVE if name not in installed]
+    if len(missing) == len(SERVE):
+        return Finding("serve", "not installed", "absent", f"for compress serve: {INSTALL_SERVE}")
+    if missing:
+        return Finding("serve", f"missing {', '.join(missing)}", "broken", INSTALL_SERVE)
+    return Finding("serve", ", ".join(f"{name} {installed[name]}" for name in SERVE))
 
 
 def check_train(installed: Mapping[str, str]) -> list[Finding]:

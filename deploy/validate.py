@@ -310,7 +310,7 @@ def _diagnose(runner: Runner, good: Path | None, images: list[Path]) -> str:
     try:
         from deploy.diagnose import first_divergence
     except ModuleNotFoundError as error:
-        return f"not run: the package {error.name} is not installed"
+        return f"not run: pip install {error.name}, which reads the values inside ONNX files"
     canvases = np.stack([fit_canvas(load_image(image), runner.card)[0] for image in images])
     try:
         return str(first_divergence(good, bad, canvases))

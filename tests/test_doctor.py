@@ -17,6 +17,7 @@ from compress.doctor import Finding
 GOOD = {
     **dict.fromkeys(doctor.BASE, "1.0"),
     **dict.fromkeys(doctor.TRAIN, "1.0"),
+    **dict.fromkeys(doctor.SERVE, "1.0"),
     "torch": "2.11.0+cu130",
     "onnxruntime-gpu": "1.26.0",
     "tensorrt": "10.3.0.post1",
@@ -36,6 +37,7 @@ def test_the_lists_are_those_of_pyproject() -> None:
     onnxruntime = {"onnxruntime", "onnxruntime-gpu"}  # one of the two, which check_onnxruntime looks at
     assert sorted(doctor.BASE) == sorted(names(project["dependencies"]) - onnxruntime)
     assert sorted(doctor.TRAIN) == sorted(names(project["optional-dependencies"]["train"]))
+    assert sorted(doctor.SERVE) == sorted(names(project["optional-dependencies"]["serve"]))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,9 @@ def test_the_lists_are_those_of_pyproject() -> None:
         (doctor.check_kernels("not ours: do this", GOOD), "broken", "hidden", "do this"),
         (doctor.check_base(GOOD), "ok", "numpy 1.0", ""),
         (doctor.check_base(without("rich")), "broken", "missing rich", "pip install"),
+        (doctor.check_serve(GOOD), "ok", "fastapi 1.0", ""),
+        (doctor.check_serve(without(*doctor.SERVE)), "absent", "not installed", "compress-detectors[serve]"),
+        (doctor.check_serve(without("uvicorn")), "broken", "missing uvicorn", "compress-detectors[serve]"),
         (doctor.check_train(GOOD)[0], "ok", "torch 2.11.0", ""),
         (
             doctor.check_train(without(*doctor.TRAIN))[0],
