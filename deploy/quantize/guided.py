@@ -1,12 +1,12 @@
 """Accuracy-guided quantization: keep the fewest layers in float that hold the loss of mAP within a budget.
 
-1. The whole network in int8, its mAP on a labelled split. Within the budget: done.
+1. All layers but the output layers in int8, the mAP on a labelled split. Within the budget: on to 4.
 2. *Proxy*, cheap: every layer quantized alone; the error of the dense scores and boxes on calibration images ranks
    the layers by sensitivity.
 3. *mAP*, dear: binary search over how many of the most sensitive layers stay in float. It assumes that fewer int8
    layers lose less, which noise can break, so the last step is measured, not concluded.
-4. Refinement: the kept layers are offered back one at a time, least sensitive first, and stay in int8 when the budget
-   still holds.
+4. Refinement: the kept layers are offered back one at a time, least sensitive first and the output layers last, and
+   stay in int8 when the budget still holds.
 
 Every finished measurement is in a JSON file, under a key of everything that shaped it: an interrupted search goes on
 where it stopped, and an equal one measures nothing. The labelled split should be held out: neither the images that the
@@ -66,7 +66,7 @@ class GuidedResult:
     float_map: float
     layers: int
     sensitivities: list[Sensitivity] = field(default_factory=list)
-    """Most sensitive first; empty when the whole network met the budget and no layer had to be looked at."""
+    """Most sensitive first; empty when the first trial met the budget and no layer had to be looked at."""
     trials: list[Trial] = field(default_factory=list)
     chosen: Trial | None = None
 
@@ -91,7 +91,7 @@ def search(
     max_map_drop: float,
     progress: Progress | None = None,
 ) -> GuidedResult:
-    """Find the layers to keep in float, the output layers first of all.
+    """Find the layers to keep in float. The output layers are the first to be kept and the last to be given up.
 
     annotations, images: the labelled split that decides. record: JSON file of finished measurements. max_map_drop: the
     budget in mAP points. progress(done, total) is called after every measurement; `total` is an estimate.
@@ -99,15 +99,15 @@ def search(
     Raises UserError for unreadable data and when a calibration image is in the split.
     """
     measure = _Measurements(quantizer, annotations, images, record, progress)
-    start = frozenset(quantizer.structure.output_names)
+    start = tuple(quantizer.structure.output_names)
     inner = [layer.name for layer in quantizer.structure.layers if layer.name not in start]
     steps = max(len(inner), 1).bit_length() + 1
-    measure.expect(2)
+    measure.expect(2 + len(start))
     result = GuidedResult(max_map_drop, measure.float_map(), len(quantizer.structure.layers))
 
     def trial(kept: Sequence[str]) -> Trial:
-        found = measure.map(start | set(kept))
-        done = Trial(tuple(sorted(start | set(kept))), found, result.float_map - found)
+        found = measure.map(frozenset(kept))
+        done = Trial(tuple(sorted(kept)), found, result.float_map - found)
         if done not in result.trials:
             result.trials.append(done)
         return done
@@ -115,10 +115,16 @@ def search(
     def meets(done: Trial) -> bool:
         return done.map_drop <= max_map_drop + 1e-9
 
-    whole = trial([])
-    if meets(whole):
-        result.chosen = whole
+    def refine(best: Trial, order: Sequence[str]) -> GuidedResult:
+        for name in order:
+            fewer = trial([other for other in best.float_layers if other != name])
+            best = fewer if meets(fewer) else best
+        result.chosen = best
         return measure.finish(result)
+
+    whole = trial(start)
+    if meets(whole):
+        return refine(whole, start)
     measure.expect(len(inner) + steps)
     result.sensitivities = sorted((measure.sensitivity(name) for name in inner), key=lambda row: -row.error)
     ranked = [row.layer for row in result.sensitivities]
@@ -126,19 +132,12 @@ def search(
     low, high, best = 0, len(ranked), None  # `low` in float is too few; `high`, everything, would be no int8 file
     while high - low > 1:
         middle = (low + high) // 2
-        done = trial(ranked[:middle])
+        done = trial([*start, *ranked[:middle]])
         low, high, best = (low, middle, done) if meets(done) else (middle, high, best)
     if best is None:
         return measure.finish(result)
-    kept = ranked[:high]
-    measure.expect(len(kept))
-    for name in reversed(ranked[:high]):
-        fewer = [other for other in kept if other != name]
-        done = trial(fewer)
-        if meets(done):
-            kept, best = fewer, done
-    result.chosen = best
-    return measure.finish(result)
+    measure.expect(high + len(start))
+    return refine(best, [*reversed(ranked[:high]), *start])
 
 
 # ----------------------------------------------------------------------------------------------------

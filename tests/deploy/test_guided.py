@@ -31,8 +31,8 @@ FLOAT_MAP = 40.0
 class MadeUp:
     """Measurements of a network whose layers cost what `cost` says, and add up."""
 
-    def __init__(self, cost: dict[str, float], noise: dict[str, float]) -> None:
-        self.cost, self.noise, self.measured = cost, noise, 0
+    def __init__(self, cost: dict[str, float], noise: dict[str, float], last: float) -> None:
+        self.cost, self.noise, self.last, self.measured = cost, noise, last, 0
 
     def expect(self, more: int) -> None: ...
 
@@ -41,7 +41,8 @@ class MadeUp:
 
     def map(self, float_layers: frozenset[str]) -> float:
         self.measured += 1
-        return FLOAT_MAP - sum(cost for name, cost in self.cost.items() if name not in float_layers)
+        costs = {**self.cost, "last": self.last}
+        return FLOAT_MAP - sum(cost for name, cost in costs.items() if name not in float_layers)
 
     def sensitivity(self, layer: str) -> Sensitivity:
         return Sensitivity(layer, self.cost[layer] + self.noise[layer], 0.0)
@@ -50,9 +51,11 @@ class MadeUp:
         return result
 
 
-def search_made_up(costs: list[float], noise: list[float], budget: float) -> tuple[GuidedResult, MadeUp]:
+def search_made_up(
+    costs: list[float], noise: list[float], budget: float, last: float = 100.0
+) -> tuple[GuidedResult, MadeUp]:
     names = [f"layer{i}" for i in range(len(costs))]
-    made_up = MadeUp(dict(zip(names, costs, strict=True)), dict(zip(names, noise, strict=True)))
+    made_up = MadeUp(dict(zip(names, costs, strict=True)), dict(zip(names, noise, strict=True)), last)
     layers = (*(Layer(name, name, (name,), False) for name in names), Layer("last", "last", ("last",), True))
     structure = SimpleNamespace(layers=layers, output_names=("last",))
     with pytest.MonkeyPatch.context() as patch:
@@ -91,13 +94,21 @@ def test_with_a_bad_ranking_the_budget_holds_and_no_kept_layer_is_needless(costs
     for name in set(result.chosen.float_layers) - {"last"}:
         assert result.chosen.map_drop + made_up.cost[name] > budget
     steps = len(costs).bit_length() + 1
-    assert made_up.measured <= 1 + steps + len(costs)
+    assert made_up.measured <= 1 + steps + len(costs) + 1
 
 
 def test_within_the_budget_at_once_no_layer_is_looked_at() -> None:
     result, made_up = search_made_up([0.1, 0.1], [0, 0], 0.5)
     assert result.chosen is not None and result.chosen.float_layers == ("last",)
-    assert made_up.measured == 1 and result.sensitivities == []
+    assert made_up.measured == 2 and result.sensitivities == []
+
+
+@pytest.mark.parametrize(("last", "kept"), [(0.25, ()), (0.5, ("last",))])
+def test_output_layers_are_given_up_last_and_only_within_the_budget(last: float, kept: tuple[str, ...]) -> None:
+    result, _ = search_made_up([0.125, 0.125], [0, 0], 0.5, last)
+    assert result.chosen is not None and result.chosen.float_layers == kept
+    result, _ = search_made_up([0.25, 0.5, 0.25], [0, 0, 0], 0.5, last)
+    assert result.chosen is not None and set(result.chosen.float_layers) == {"layer1", "last"}
 
 
 @pytest.fixture(scope="module")
