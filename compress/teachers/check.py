@@ -37,7 +37,7 @@ def check_teacher(
     least: float,
     say: Callable[[str], object],
     write: bool,
-) -> CocoMetrics | None:
+) -> dict[str, Any] | None:
     """Tell about a teacher, measure it on the validation images, and stop a run that it would spoil.
 
     Args:
@@ -50,7 +50,7 @@ def check_teacher(
         write: this process keeps the manifest.
 
     Returns:
-        What was measured; None for results that do not cover the validation images.
+        The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images.
 
     Raises:
         UserError: its mAP is below `least`, or cannot be measured and `least` is not 0.
@@ -71,7 +71,7 @@ def check_teacher(
         return {"metrics": measure(teacher, labels, val).to_dict()}
 
     inputs = {"data": identity, "sha256": teacher.sha256, "settings": dict(teacher.settings), "labels": list(labels)}
-    found = manifest.stage(stage, inputs, [], work, write=write)["metrics"]
+    found: dict[str, Any] = manifest.stage(stage, inputs, [], work, write=write)["metrics"]
     known = len({label for label in labels if label >= 0})
     beside = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
     say(f"teacher {teacher.file}: mAP {found['map']:.2f} on the validation images{beside}")
@@ -80,7 +80,7 @@ def check_teacher(
             f"the teacher {teacher.file} reaches {found['map']:.2f} mAP on {val.annotations}, teacher.min_map asks for "
             f"{least:g}: take another one, or check that its classes and images are these"
         )
-    return CocoMetrics(**{key: float("nan") if value is None else value for key, value in found.items()})
+    return found
 
 
 def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence[str]) -> list[str]:
