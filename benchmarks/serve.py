@@ -13,6 +13,9 @@ overload    three times the capacity for a minute: p99 of the answered, the shar
 memory      resident memory over 20,000 good, broken and hostile files
 sigterm     kill -TERM in the middle of the load, several times: accepted requests that were lost
 slow        200 clients that send one byte a second: latency of the others
+
+Every part is a row of its own in the results file, with its model: `equality`, `memory` and `sigterm` count requests
+and can take a small one, the others measure speed.
 """
 
 from __future__ import annotations
@@ -65,24 +68,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         onnx = args.onnx or _export(Path(name) / "student.onnx")
         bench = Bench(onnx, args.threads, args.max_batch, args.quick, _photographs())
+        shared = {
+            "model": args.onnx.name if args.onnx else "GFL-R18, random weights, 320 x 320",
+            "threads": args.threads, "max_batch": args.max_batch, "deadline_ms": DEADLINE_MS, "quick": args.quick,
+        }  # fmt: skip
         results = {}
         for part in args.only:
             with measure.ForeignCpu() as other:
-                results[part] = PARTS[part](bench)
-            results[part]["foreign_cpu"] = round(other.share, 3)
-            print(f"{part}: {json.dumps({k: v for k, v in results[part].items() if k != 'rows'})}", flush=True)
+                result = PARTS[part](bench)
+            results[part] = measure.record(**shared, **result, foreign_cpu=round(other.share, 3))
+            print(f"{part}: {json.dumps({k: v for k, v in result.items() if k != 'rows'})}", flush=True)
+            done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+            write_json(args.out, {**done, part: results[part]})  # a part that fails loses no other
     bars = [bar for result in results.values() for bar in result["bars"]]
-    write_json(
-        args.out,
-        measure.record(
-            model=str(args.onnx.name) if args.onnx else "GFL-R18, random weights, 320 x 320",
-            threads=args.threads,
-            max_batch=args.max_batch,
-            deadline_ms=DEADLINE_MS,
-            quick=args.quick,
-            results=results,
-        ),
-    )
     table = Table("bar", "wanted", "seen", "met")
     for bar in bars:
         table.add_row(bar["name"], f"{bar['wanted']:g}", f"{bar['seen']:g}", "yes" if bar["met"] else "NO")
