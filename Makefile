@@ -8,17 +8,27 @@ PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3 python;
 BIN := .venv/bin
 TEST ?= tests
 
+# mmdet wants older things than we do, so it has an environment of its own. One that has mmdet already is used as it is.
+MMDET_VENV ?= .venv-mmdet
+MMDET_TORCH ?= torch==2.13.0 torchvision==0.28.0
+MMDET_BASE ?= $(shell for python in python3.11 python3.12; do \
+	$$python -c 'import ensurepip' >/dev/null 2>&1 && echo $$python && break; done)
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench clean
+.PHONY: help quickstart test test-mmdet lint format bench clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
 quickstart: .venv/.train  ## teacher, baseline, distilled student, ONNX file and report on generated data
 	$(BIN)/compress quickstart
 
 test: .venv/.dev  ## all tests (TEST=tests/test_recipe.py for one file)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
+
+test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet itself (see docs/mmdet.md)
+	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'
+	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest --disable-warnings tests/mmdet
 
 lint: .venv/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -32,8 +42,8 @@ format: .venv/.dev  ## let ruff fix and format
 bench: .venv/.dev  ## speed against PyTorch and, with MMDET_PYTHON=/path/to/python, against mmdet
 	$(BIN)/python -m benchmarks
 
-clean:  ## remove the environment and caches, never runs/
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+clean:  ## remove the environments and caches, never runs/
+	rm -rf .venv .venv-mmdet .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH; make PYTHON=/path/to/python" >&2; exit 2; }
@@ -48,3 +58,13 @@ clean:  ## remove the environment and caches, never runs/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
 	$(BIN)/python tests/trt_rig/install.py
 	@touch $@ .venv/.train
+
+# mmcv's operators are compiled against the torch that is there: about eight minutes, and no wheel of another build.
+$(MMDET_VENV)/.mmdet:
+	@$(MMDET_VENV)/bin/python -c 'import mmcv.ops, mmdet' 2>/dev/null || { set -e; \
+	test -n "$(MMDET_BASE)" || { echo "error: no Python 3.11 or 3.12 on PATH; make MMDET_BASE=/path/to/python" >&2; exit 2; }; \
+	set -x; $(MMDET_BASE) -m venv $(MMDET_VENV); pip="$(MMDET_VENV)/bin/python -m pip install --quiet"; \
+	$$pip 'setuptools<81' wheel ninja $(MMDET_TORCH); \
+	MMCV_WITH_OPS=1 FORCE_CUDA=0 CUDA_VISIBLE_DEVICES= $$pip --no-build-isolation --no-cache-dir mmcv==2.1.0; \
+	$$pip mmdet==3.3.0 mmengine==0.10.7; }
+	@touch $@
