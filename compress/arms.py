@@ -21,12 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.data import synthetic
 from compress.data.batch import Target
 from compress.data.coco import CocoDetection
+from compress.data.joined import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.data.subset import split_labels
 from compress.data.transforms import eval_transform, fit_size, train_transform
 from compress.detectors.backbones import build_backbone
 from compress.detectors.base import Capability, Detector
-from compress.detectors.checkpoints import ModelRecord, save_detector
+from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.families import build_family
 from compress.distill.build import build_methods
 from compress.evaluate import evaluate
@@ -54,6 +55,8 @@ class Datasets:
     val_split: Split
     identity: dict[str, Any]
     unlabelled: Split | None = None
+    has_labels: bool = True
+    """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
 
 
 def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
@@ -104,8 +107,14 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
 
         on_first_process(fabric, divide)
     transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
+    has_labels = recipe.labels is None or recipe.labels.fraction > 0
+    source = train_split if has_labels or unlabelled is None else unlabelled
     train = CocoDetection(
-        train_split.annotations, train_split.images, transform, cache=data.cache, drop_empty=data.drop_empty
+        source.annotations,
+        source.images,
+        transform,
+        cache=data.cache and has_labels,
+        drop_empty=data.drop_empty and has_labels,
     )
     val = CocoDetection(
         val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
@@ -116,7 +125,7 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
             f"{_first_difference(train, val)}"
         )
     for split, images in ((train_split, train), (val_split, val)):
-        if images.num_boxes == 0:
+        if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(
                 f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
             )
@@ -124,7 +133,7 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
         "train_sha256": sha256_of(train_split.annotations),
         "val_sha256": sha256_of(val_split.annotations),
     }
-    return Datasets(train, val, train_split, val_split, identity, unlabelled)
+    return Datasets(train, val, train_split, val_split, identity, unlabelled, has_labels)
 
 
 def on_first_process(fabric: Fabric, work: Callable[[], Any]) -> None:
@@ -223,6 +232,8 @@ def train_arm(
     data: Datasets,
     *,
     teacher: Detector | None = None,
+    images: TrainingImages | None = None,
+    start: Path | None = None,
     identity: Mapping[str, Any],
     resume: bool,
     max_steps: int | None = None,
@@ -230,19 +241,25 @@ def train_arm(
     """Train one arm and save it as `<run>/<name>.safetensors`. Returns its figures (JSON-able).
 
     With a teacher it learns by the recipe's methods, and inherits if the recipe says so.
+
+    Args:
+        images: to train on, with the classes of `data.train`; None: `data.train`.
+        start: checkpoint with the weights to begin with, of the same model; None: fresh ones.
     """
     output = recipe.run_dir / f"{name}.safetensors"
     if fabric.is_global_zero:
         output.unlink(missing_ok=True)  # from now on this arm is unfinished
     fabric.seed_everything(recipe.seed, verbose=False)
     detector = build_detector(model, len(data.train.categories), recipe.seed, compiled=settings.compile)
+    if start is not None:
+        detector.load_state_dict(load_detector(start)[0].state_dict())
     methods = {}
     if teacher is not None:
         methods = build_methods(recipe.methods, detector, teacher, seed=recipe.seed, compiled=settings.compile)
         if recipe.teacher is not None and recipe.teacher.inherit:
             inherit(detector, teacher)
     loader = train_loader(
-        data.train,
+        data.train if images is None else images,
         batch_size=settings.batch_size // settings.accumulate,
         seed=recipe.seed,
         workers=recipe.data.workers,

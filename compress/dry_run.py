@@ -23,7 +23,11 @@ from compress.data.synthetic import class_names
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
 from compress.distill.teacher import freeze, load_teacher
+from compress.pseudo.stage import only_labels, sources
+from compress.pseudo.stage import rehearse as rehearse_labels
 from compress.recipe import Model, Recipe, Split
+from compress.teachers.base import BoxTeacher, DetectorTeacher
+from compress.teachers.load import open_teacher
 from deploy.coco_map import read_annotations
 from deploy.errors import UserError
 
@@ -34,7 +38,10 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
     """Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
-    teacher = _teacher(recipe, categories, console) if distillation and recipe.teacher is not None else None
+    teacher = None
+    if distillation and recipe.teacher is not None and not only_labels(recipe):
+        teacher = _teacher(recipe, categories, console)
+    labellers = _labellers(recipe, categories, fabric, console) if distillation and recipe.pseudo_labels else []
     if teacher is not None:
         check_methods(recipe, len(categories), teacher)
     with tempfile.TemporaryDirectory() as own:
@@ -50,9 +57,10 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
         )
         if teacher is not None:
             teacher.to(fabric.device)
+        images = rehearse_labels(small, data, labellers, folder, console) if labellers else None
         result = train_arm(
             fabric, small, "student", small.student, small.train, data,
-            teacher=teacher, identity={}, resume=False, max_steps=1,
+            teacher=teacher, images=images, identity={}, resume=False, max_steps=1,
         )  # fmt: skip
     console.print(
         f"dry run of {recipe.name}: {result['steps']} step on made-up images; everything fits together",
@@ -83,8 +91,29 @@ def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> De
     if len(categories) != len(COCO_CATEGORIES):
         raise UserError(f"teacher zoo:{name} knows COCO's 80 classes, the data has {len(categories)}")
     console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
-    backbone = "resnet101" if "_r101_" in name else "resnet50"
-    return freeze(ModelRecord(backbone=backbone, num_classes=len(categories)).build())
+    return _zoo(name, len(categories))
+
+
+def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> list[BoxTeacher]:
+    """The teachers of `pseudo_labels`; random ones for what would have to be downloaded or trained first."""
+    assert recipe.pseudo_labels is not None
+    if recipe.pseudo_labels.teachers is None and recipe.teacher is not None and recipe.teacher.train is not None:
+        detector, name, names = _teacher(recipe, categories, console), "teacher.safetensors", tuple(categories.values())
+        return [DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device)]
+    found: list[BoxTeacher] = []
+    for source in sources(recipe):
+        name = (source.checkpoint or "").removeprefix("zoo:")
+        if name not in ZOO:
+            found.append(open_teacher(source, fabric.device, categories=categories))
+            continue
+        console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
+        detector, names = _zoo(name, len(COCO_CATEGORIES)), tuple(COCO_CATEGORIES.values())
+        found.append(DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device))
+    return found
+
+
+def _zoo(name: str, classes: int) -> Detector:
+    return freeze(ModelRecord(backbone="resnet101" if "_r101_" in name else "resnet50", num_classes=classes).build())
 
 
 def _without_download(model: Model, console: Console, who: str) -> Model:
@@ -120,7 +149,8 @@ def _rehearsal(recipe: Recipe, folder: Path, categories: dict[int, str], console
         }
     )
     student = _without_download(recipe.student, console, "student")
-    return recipe.model_copy(update={"data": data, "train": train, "student": student, "runs": folder / "runs"})
+    changed = {"data": data, "labels": None, "train": train, "student": student, "runs": folder / "runs"}
+    return recipe.model_copy(update=changed)
 
 
 def _draw(split: Split, categories: dict[int, str], seed: int, *, images: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,13 @@ from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.distill.teacher import freeze, load_teacher
 from compress.manifest import Manifest
-from compress.recipe import Recipe, dump_recipe
+from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, label_images, only_labels
+from compress.pseudo.stage import is_unfinished as pseudo_labels_unfinished
+from compress.recipe import Recipe, Train, dump_recipe
 from compress.versions import versions
 from deploy.coco_map import read_annotations
 from deploy.errors import UserError
-from deploy.files import write_text
+from deploy.files import sha256_of, write_text
 from kernels.backend import chosen, set_backend
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
@@ -59,6 +62,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     """Train teacher (if the recipe says so), baseline (if asked for) and student, and the student once more on the
     grids of its int8 file (if asked for). Returns the run folder.
 
+    With pseudo labels, teachers first label images, and the student trains on those and is fine-tuned on the others.
     With `distillation` False only the student is trained, alone, from the labels.
 
     Raises:
@@ -76,8 +80,10 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     _open_run(run_dir, recipe, fabric, resume)
     manifest = Manifest(run_dir, versions())
     data = open_data(recipe, fabric)
+    if not data.has_labels and not distillation:
+        raise UserError("labels.fraction is 0: without teachers there is nothing to train on")
     console.print(
-        f"{recipe.name}: {len(data.train)} training and {len(data.val)} validation images, "
+        f"{recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation images, "
         f"{len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
     )
     for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
@@ -95,16 +101,11 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
 
     teacher = None
-    if distillation and recipe.teacher is not None:
+    if distillation and recipe.teacher is not None and (recipe.teacher.train is not None or not only_labels(recipe)):
         teacher = _teacher(recipe, data, fabric, manifest, common, resume, console)
-    student = {
-        **common,
-        "model": recipe.student.model_dump(mode="json", exclude_none=True),
-        "train": recipe.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
-    }
-    arms: list[tuple[str, dict[str, Any], Detector | None]] = []
-    if distillation and recipe.baseline:
-        arms.append(("baseline", student, None))
+    pseudo = None
+    if distillation and recipe.pseudo_labels is not None:
+        pseudo = label_images(fabric, recipe, data, manifest, console, resume=resume)
     taught = (
         {}
         if teacher is None
@@ -114,23 +115,27 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
             "teacher": weights_sha256(teacher),
         }
     )
-    arms.append(("student", {**student, **taught}, teacher))
-    for name, inputs, arm_teacher in arms:
+    for arm in _arms(recipe, teacher, pseudo, distillation=distillation):
+        inputs = {
+            **common,
+            "model": recipe.student.model_dump(mode="json", exclude_none=True),
+            "train": arm.settings.model_dump(mode="json", exclude=NOT_THE_RESULT),
+            **(taught if arm.teacher is not None else {}),
+            **(arm.pseudo.identity if arm.pseudo is not None else {}),
+            **({"start": sha256_of(arm.start)} if arm.start is not None else {}),
+        }
 
-        def work(
-            name: str = name,
-            inputs: dict[str, Any] = inputs,
-            arm_teacher: Detector | None = arm_teacher,
-        ) -> dict[str, Any]:
+        def work(arm: _Arm = arm, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
             return train_arm(
-                fabric, recipe, name, recipe.student, recipe.train, data,
-                teacher=arm_teacher, identity=inputs, resume=resume,
+                fabric, recipe, arm.name, recipe.student, arm.settings, data,
+                teacher=arm.teacher, images=None if arm.pseudo is None else arm.pseudo.images, start=arm.start,
+                identity=inputs, resume=resume,
             )  # fmt: skip
 
-        outputs = [run_dir / f"{name}.safetensors"]
-        result = manifest.stage(name, inputs, outputs, work, write=fabric.is_global_zero)
+        outputs = [run_dir / f"{arm.name}.safetensors"]
+        result = manifest.stage(arm.name, inputs, outputs, work, write=fabric.is_global_zero)
         console.print(
-            f"{name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)",
+            f"{arm.name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)",
         )
     if distillation and recipe.deploy.int8.qad is not None:
         from compress.qad import NAME, distill_quantized
@@ -141,6 +146,28 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
             "training)",
         )
     return run_dir
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A training of the student. pseudo: what it trains on, None for the labelled images. start: see `train_arm`."""
+
+    name: str
+    settings: Train
+    teacher: Detector | None = None
+    pseudo: PseudoLabelled | None = None
+    start: Path | None = None
+
+
+def _arms(recipe: Recipe, teacher: Detector | None, pseudo: PseudoLabelled | None, *, distillation: bool) -> list[_Arm]:
+    """The student's trainings in their order; the last one makes the student."""
+    arms = [_Arm("baseline", recipe.train)] if distillation and recipe.baseline else []
+    fine_tune = None if pseudo is None or recipe.pseudo_labels is None else recipe.pseudo_labels.fine_tune
+    if fine_tune is None:
+        return [*arms, _Arm("student", recipe.train, teacher, pseudo)]
+    first = _Arm(FIRST_STAGE, recipe.train, teacher, pseudo)
+    start = recipe.run_dir / f"{FIRST_STAGE}.safetensors"
+    return [*arms, first, _Arm("student", fine_tuning(recipe.train, fine_tune), start=start)]
 
 
 def _launch(recipe: Recipe) -> Fabric:
@@ -199,9 +226,11 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
     """Create the folder with its resolved recipe. An unfinished run is only continued when asked to."""
     unfinished = [
         name
-        for name in ("teacher", "baseline", "student", "student.qad")
+        for name in ("teacher", "baseline", FIRST_STAGE, "student", "student.qad")
         if (run_dir / name / "checkpoints" / "last.ckpt").is_file() and not (run_dir / f"{name}.safetensors").is_file()
     ]
+    if pseudo_labels_unfinished(run_dir):
+        unfinished.append("the labelling")
     if unfinished and not resume:
         raise UserError(
             f"{run_dir} holds an interrupted run ({unfinished[0]} is unfinished); add --resume to continue it, or "

@@ -31,6 +31,7 @@ from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
 from compress.export import calibration_of, export_checkpoint
 from compress.manifest import Manifest, fingerprint
+from compress.pseudo.stage import FIRST_STAGE
 from compress.quantization import FakeQuantized, fold_batch_norms
 from compress.recipe import Int8, Optimizer, Qad, Recipe, Schedule, Train, recipe_sha256
 from compress.train import fit
@@ -139,7 +140,7 @@ def train_quantized(
         teacher: as in the student's training; None: from the labels alone.
         identity: of everything that shapes the result, `start` included; an unfinished training of another identity is
             not continued.
-        student: the checkpoint to start from; None: the run's.
+        student: the checkpoint to start from, with the folder of its training beside it; None: the run's.
         folder: where the results go; None: the run's folder.
         quantized: False trains the float student by the same schedule, to tell what rounding adds.
 
@@ -159,7 +160,10 @@ def train_quantized(
     methods = {}
     if teacher is not None:
         methods = build_methods(recipe.methods, network, teacher, seed=recipe.seed)
-        _restore_adapters(nn.ModuleDict(methods), checkpoint.with_suffix("") / "checkpoints" / "last.ckpt")
+        learned = checkpoint.with_suffix("")
+        if student is None and recipe.pseudo_labels is not None and recipe.pseudo_labels.fine_tune is not None:
+            learned = recipe.run_dir / FIRST_STAGE  # fine-tuning has no methods
+        _restore_adapters(nn.ModuleDict(methods), learned / "checkpoints" / "last.ckpt")
     train = _schedule(recipe.train, _qad(recipe))
     loader = train_loader(
         data.train,

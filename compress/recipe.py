@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress.methods import Methods
-from compress.pseudo.settings import Labels
+from compress.pseudo.settings import Labels, PseudoLabels
 from compress.settings import Count, Fraction, Positive, Seed, Settings, Weight, broken_rule
 from compress.teachers.settings import BOXES_ALONE, SOURCES, Source
 from deploy.errors import UserError
@@ -407,10 +407,12 @@ class Recipe(Settings):
     """The detector to learn from."""
     methods: Methods = Methods()
     """How to learn from it."""
+    pseudo_labels: PseudoLabels | None = None
+    """Let teachers label the images that have no labels, and train on these as well; null: no."""
     train: Train
     """How the student trains."""
     baseline: bool = False
-    """Also train the same student without distillation, to show what distillation is worth."""
+    """Also train the same student from the labels alone, to show what distillation and pseudo labels are worth."""
     deploy: Deploy = Deploy()
     """The exported file."""
 
@@ -430,10 +432,9 @@ class Recipe(Settings):
                 f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
                 "pseudo_labels, or another teacher",
             )
-        if self.baseline and not methods:
-            raise broken_rule("baseline", "needs a method to compare with; add one under methods")
-        if self.labels is not None and self.labels.fraction == 0:
-            raise broken_rule("labels.fraction", "0 leaves nothing to train on")
+        if self.baseline and not methods and self.pseudo_labels is None:
+            raise broken_rule("baseline", "needs something to compare with; add a method under methods")
+        self._label_rules()
         if self.deploy.int8.qad is not None and self.student.detector != "gfl":
             raise broken_rule("deploy.int8.qad", f"is for gfl students, not {self.student.detector}; leave it out")
         trained = {"student": self.student}
@@ -445,6 +446,30 @@ class Recipe(Settings):
             if model.weights == "none" and model.norm_eval:
                 raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
         return self
+
+    def _label_rules(self) -> None:
+        pseudo = self.pseudo_labels
+        if pseudo is not None:
+            if pseudo.teachers is None and self.teacher is None:
+                raise broken_rule("pseudo_labels", "nobody labels; give pseudo_labels.teachers, or the section teacher")
+            if not pseudo.unlabeled and (self.labels is None or self.labels.fraction == 1):
+                raise broken_rule(
+                    "pseudo_labels", "every image has labels; give folders in unlabeled, or labels.fraction below 1"
+                )
+        if self.labels is not None and self.labels.fraction == 0:
+            needs_labels = {
+                "pseudo_labels.fine_tune": pseudo is not None and pseudo.fine_tune is not None,
+                "pseudo_labels.thresholds": pseudo is not None and pseudo.thresholds == "best_f1",
+                "teacher.train": self.teacher is not None and self.teacher.train is not None,
+                "baseline": self.baseline,
+                "deploy.int8.qad": self.deploy.int8.qad is not None,
+                "deploy.int8.guided": self.deploy.int8.guided,
+            }
+            if pseudo is None:
+                raise broken_rule("labels.fraction", "0 leaves nothing to train on; add pseudo_labels")
+            if any(needs_labels.values()):
+                key = next(key for key, wanted in needs_labels.items() if wanted)
+                raise broken_rule(key, "needs labelled training images, and labels.fraction is 0")
 
 
 # ------------------------------------------------------------------------------------------ load and dump
@@ -727,6 +752,7 @@ _NEEDED = {
     "string_type": "text",
     "path_type": "a path",
     "tuple_type": "a list",
+    "dict_type": "a section of keys",
     "model_type": "a section of keys",
     "model_attributes_type": "a section of keys",
     "finite_number": "a finite number",

@@ -50,6 +50,8 @@ class PseudoLabels(Settings):
 
     teachers: tuple[Source, ...] | None = None
     """Who labels, each with the classes that it knows; null: the recipe's teacher."""
+    min_map: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Stop when a teacher's mAP (percent) on the validation images, over the classes that it looks for, is lower."""
     unlabeled: tuple[Path, ...] = ()
     """Folders of images, searched with all folders below them. Images of data.train and data.val that lie there, or
     files of the same content, are left out."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ from rich.console import Console
 from compress.arms import Datasets, on_first_process
 from compress.data.coco import CocoDetection
 from compress.data.joined import Joined
+from compress.detectors.gfl import MEAN, STD
 from compress.manifest import Manifest
 from compress.pseudo import parts
 from compress.pseudo.images import ImageList, images_in
-from compress.pseudo.label import Labelled, Settings, pseudo_label
+from compress.pseudo.label import LOWEST_SCORE, Labelled, Settings, pseudo_label
+from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
 from compress.pseudo.settings import FineTune, PseudoLabels
 from compress.recipe import Recipe, Schedule, Split, Train
-from compress.teachers.base import BoxTeacher
+from compress.teachers.base import BoxTeacher, Preprocessing
+from compress.teachers.check import check_teacher
 from compress.teachers.load import open_teacher
 from compress.teachers.settings import Source
 from deploy.coco_map import read_annotations
@@ -76,15 +79,20 @@ def label_images(
     assert settings is not None, "the caller looks"
     names = dict(zip(data.train.category_ids, data.train.categories, strict=True))
     teachers = [open_teacher(source, fabric.device, categories=names) for source in sources(recipe)]
-    how = Settings(
-        tau=settings.tau,
-        tau_ignore=settings.tau_ignore,
-        how=settings.merge,
-        iou_threshold=settings.iou,
-        short=recipe.data.eval_short,
-        long=recipe.data.long,
-        batch_size=settings.batch_size,
-    )
+    for number, teacher in enumerate(teachers, start=1):
+        check_teacher(
+            teacher,
+            _labels_of(teacher, list(data.train.categories), settings),
+            data.val,
+            manifest,
+            stage=f"{STAGE}: check of teacher {number}",
+            identity=data.identity,
+            student=Preprocessing(f"short side {recipe.data.eval_short}, long {recipe.data.long} px", "RGB", MEAN, STD),
+            least=settings.min_map,
+            say=console.print,
+            write=fabric.is_global_zero,
+        )
+    how = how_to_label(recipe, settings)
     found: list[CocoDetection] = []
     hashes: list[str] = []
     totals = {"images": 0, "labels": 0, "regions": 0, "skipped": 0}
@@ -94,7 +102,7 @@ def label_images(
             "images": images.sha256(),
             "teachers": [{"sha256": teacher.sha256, "settings": dict(teacher.settings)} for teacher in teachers],
             "settings": settings.model_dump(
-                mode="json", exclude={"teachers", "unlabeled", "weighting", "fine_tune", "thresholds"}
+                mode="json", exclude={"teachers", "unlabeled", "min_map", "weighting", "fine_tune", "thresholds"}
             ),
             "limits": [how.short, how.long],
             "categories": sorted(names.items()),
@@ -147,6 +155,52 @@ def fine_tuning(train: Train, settings: FineTune) -> Train:
     )
 
 
+def how_to_label(recipe: Recipe, settings: PseudoLabels) -> Settings:
+    return Settings(
+        tau=settings.tau,
+        tau_ignore=settings.tau_ignore,
+        how=settings.merge,
+        iou_threshold=settings.iou,
+        short=recipe.data.eval_short,
+        long=recipe.data.long,
+        batch_size=settings.batch_size,
+    )
+
+
+def rehearse(recipe: Recipe, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console) -> Joined:
+    """For a dry run: label the images of `data.train` in `folder`, and join that with `data.train`. `data` may be made
+    up; labels are rare then, and thresholds are not applied."""
+    settings = recipe.pseudo_labels
+    assert settings is not None
+    for source in settings.unlabeled:
+        if source.is_dir():
+            console.print(f"pseudo labels: {len(images_in(source))} images in {source}")
+        else:
+            console.print(f"dry run: {source} is not there; the run will need it")
+    out = folder / "pseudo.json"
+    split = data.train_split
+    lowest = replace(how_to_label(recipe, settings), tau=LOWEST_SCORE, tau_ignore=LOWEST_SCORE)
+    pseudo_label(
+        teachers, images_in(split.annotations, split.images), out, lowest,
+        categories=split.annotations, table=settings.class_map, quiet=True,
+    )  # fmt: skip
+    rows = read_annotations(out)["annotations"]
+    console.print(f"pseudo labels: {', '.join(t.file for t in teachers)} say {len(rows)} boxes of made-up images")
+    if not rows:
+        return Joined([data.train])
+    return Joined([data.train, CocoDetection(out, split.images, data.train.transform, drop_unsure=True)])
+
+
+def only_labels(recipe: Recipe) -> bool:
+    """Is the recipe's teacher there for pseudo labels alone, so that nobody learns from its features or logits?"""
+    return (
+        recipe.teacher is not None
+        and recipe.pseudo_labels is not None
+        and not recipe.methods.enabled()
+        and not recipe.teacher.inherit
+    )
+
+
 def sources(recipe: Recipe) -> list[Source]:
     """The teachers that label: those of `pseudo_labels`, or the recipe's teacher (its file, if it was trained in this
     run)."""
@@ -184,6 +238,12 @@ def image_lists(settings: PseudoLabels, data: Datasets, console: Console) -> lis
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _labels_of(teacher: BoxTeacher, categories: list[str], settings: PseudoLabels) -> list[int]:
+    if teacher.class_names is None:
+        raise UserError(f"teacher {teacher.file}: does not name its classes, so they cannot be matched")
+    return class_map(teacher.class_names, categories, settings.class_map, teacher=f"teacher {teacher.file}")
 
 
 def _label(
