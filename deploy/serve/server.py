@@ -29,6 +29,7 @@ from deploy.serve.models import Models
 from deploy.serve.settings import RefusalError, Settings
 
 MAX_HEAD_BYTES = 32 * 1024
+FIRST_REQUEST_S = 1.0  # how long, when draining, a new connection may take to send its request
 log = logging.getLogger("compress.serve")
 
 
@@ -135,6 +136,37 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """The handlers are `_serve`'s."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn cuts what waits in the backlog, and connections whose first request it has not read yet. Their
+        clients count as connected and cannot know, so here they are answered first."""
+        for listening in sockets or []:
+            await self._accept_backlog(listening)
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + FIRST_REQUEST_S
+        while any(_before_first_request(c) for c in self.server_state.connections) and loop.time() < until:
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
+    async def _accept_backlog(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listening)  # from here on nobody else accepts
+        listening.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listening.accept()
+                await loop.connect_accepted_socket(
+                    lambda: self.config.http_protocol_class(  # type: ignore[call-arg]
+                        config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+                    ),
+                    connection,
+                )
+
+
+def _before_first_request(connection: Any) -> bool:
+    return isinstance(connection, GuardedConnection) and connection.cycle is None
 
 
 def _allow_connections(count: int) -> None:

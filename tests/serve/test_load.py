@@ -90,6 +90,24 @@ def test_sigterm_loses_no_accepted_request(slow_onnx: Path) -> None:
         assert any(row["message"] == "draining" for row in running.log())
 
 
+def test_sigterm_waits_for_the_first_request_of_those_who_are_connected(red_onnx: Path) -> None:
+    """They were taken off the backlog, or wait in it, before the port was closed."""
+    with server(red_onnx, "--threads", "1", "--drain-seconds", "0") as running:
+        connections = [running.connect() for _ in range(20)]
+        running.process.send_signal(signal.SIGTERM)
+        _until(lambda: any(row["message"] == "draining" for row in running.log()), 10)
+        time.sleep(0.3)
+        with pytest.raises(OSError):
+            running.connect()
+        head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(SMALL)}\r\n\r\n".encode()
+        for connection in connections:
+            connection.sendall(head + SMALL)
+        for connection in connections:
+            with connection:
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert running.process.wait(20) == 0
+
+
 def test_while_draining_it_is_not_ready_but_serves(red_onnx: Path) -> None:
     with (
         server(red_onnx, "--threads", "1", "--drain-seconds", "1.5") as running,
