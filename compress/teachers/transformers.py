@@ -129,17 +129,16 @@ def _folder_sha256(folder: Path) -> str:
 
 
 def _described(processor: Any) -> Preprocessing:
-    size = getattr(processor, "size", None) or {}
-    wanted = {key: size[key] for key in size} if hasattr(size, "keys") else {}
-    wanted = {key: value for key, value in wanted.items() if value is not None}
-    if "height" in wanted and "width" in wanted:
-        words = f"stretched to {wanted['width']} x {wanted['height']}"
-    elif wanted:
-        words = ", ".join(f"{key} {value}" for key, value in wanted.items())
-    else:
-        words = "as its processor says"
+    size = processor.size if isinstance(processor.size, Mapping) else vars(processor.size)  # a class of its own since 5
+    wanted = {key: value for key, value in size.items() if value is not None}
     if not getattr(processor, "do_resize", True):
         words = "as in the file"
+    elif {*wanted} == {"height", "width"}:
+        words = f"stretched to {wanted['width']} x {wanted['height']}"
+    elif {*wanted} == {"shortest_edge", "longest_edge"}:
+        words = f"short side {wanted['shortest_edge']}, long side {wanted['longest_edge']}"
+    else:
+        words = ", ".join(f"{key} {value}" for key, value in wanted.items())
     unit = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
     if not getattr(processor, "do_normalize", False):
         return Preprocessing(words, "RGB", (0.0, 0.0, 0.0), (unit, unit, unit))

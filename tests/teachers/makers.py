@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -191,3 +192,42 @@ def deployable(path: Path, names: tuple[str, ...] = ("a", "b", "c")) -> Path:
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return path
+
+
+def transformers_model(folder: Path, kind: Literal["detr", "rt_detr_v2", "d_fine"], names: dict[int, str]) -> Path:
+    """A detector of transformers with random weights and its image processor, as `save_pretrained` writes them."""
+    import transformers as tf
+
+    labels: dict[str, Any] = {"id2label": names, "label2id": {name: label for label, name in names.items()}}
+    widths = [8, 8, 8, 8]
+    body: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": widths, "depths": [1, 1, 1, 1]}
+    decoder: dict[str, Any] = {
+        "encoder_hidden_dim": 16, "encoder_in_channels": [8, 8, 8], "encoder_ffn_dim": 16, "encoder_attention_heads": 2,
+        "d_model": 16, "num_queries": 20, "decoder_in_channels": [16, 16, 16], "decoder_ffn_dim": 16,
+        "decoder_layers": 2, "decoder_attention_heads": 2, "num_denoising": 0,
+    }  # fmt: skip
+    three = ["stage2", "stage3", "stage4"]
+    processor: Any = tf.RTDetrImageProcessor(size={"height": 64, "width": 64})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "detr":
+            backbone: Any = tf.ResNetConfig(**body, layer_type="basic", out_features=["stage4"])
+            config: Any = tf.DetrConfig(
+                use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
+                d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=20, **labels,
+            )  # fmt: skip
+            model: Any = tf.DetrForObjectDetection(config)
+            processor = tf.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+        elif kind == "rt_detr_v2":
+            backbone = tf.RTDetrResNetConfig(**body, layer_type="basic", out_features=three)
+            model = tf.RTDetrV2ForObjectDetection(tf.RTDetrV2Config(backbone_config=backbone, **decoder, **labels))
+        else:
+            backbone = tf.HGNetV2Config(
+                stem_channels=[3, 8, 8], stage_in_channels=widths, stage_mid_channels=widths, stage_out_channels=widths,
+                stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[1, 1, 1, 1], out_features=three, **body,
+            )  # fmt: skip
+            model = tf.DFineForObjectDetection(tf.DFineConfig(backbone_config=backbone, **decoder, **labels))
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,164 @@
+"""Teachers of torchvision and transformers with random weights, against those libraries used by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import detection
+
+from compress.teachers.base import BoxTeacher
+from compress.teachers.load import open_teacher
+from compress.teachers.settings import Source, Torchvision, Transformers
+from deploy.errors import UserError
+from tests.teachers.makers import CPU, noise, sample, transformers_model
+
+NAMES = ("a", "b", "c")
+PICTURES = [noise(60, 80), noise(60, 80, 1), noise(90, 50, 2)]
+SAMPLES = [sample(picture, index) for index, picture in enumerate(PICTURES)]
+
+
+def torchvision(model: Any, weights: Any = "none", names: tuple[str, ...] | None = NAMES, **more: Any) -> BoxTeacher:
+    settings = Torchvision(model=model, weights=weights, class_names=names, **more)
+    return open_teacher(Source(torchvision=settings), CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn"]
+)
+def test_torchvision_gives_what_it_gives(tmp_path: Path, name: Any) -> None:
+    """A file of weights, images of two sizes in one call; each image alone in torchvision's own model."""
+    torch.manual_seed(3)
+    model: Any = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4).eval()
+    limits: dict[str, int] = {}
+    if not name.startswith("ssd"):
+        limits = {"short": 64, "long": 96}
+        model.transform.min_size, model.transform.max_size = (64,), 96
+    if name.startswith("fasterrcnn"):
+        model.roi_heads.score_thresh = 0.2
+    else:
+        model.score_thresh = 0.2 if name.startswith("ssd") else 0.05
+    threshold = 0.05 if name.startswith("fcos") else 0.2
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    teacher = torchvision(name, tmp_path / "weights.pth", **limits)
+    assert teacher.class_names == NAMES and teacher.file == "weights.pth"
+    counts = 0
+    for picture, found in zip(PICTURES, teacher.detect(SAMPLES, score_threshold=threshold), strict=True):
+        with torch.no_grad():
+            (alone,) = model([torch.from_numpy(picture).permute(2, 0, 1) / 255])
+        kept = alone["labels"] > 0  # FCOS has an output for the background too
+        np.testing.assert_allclose(found.scores, alone["scores"][kept], atol=1e-5)
+        np.testing.assert_allclose(found.boxes, alone["boxes"][kept], atol=0.02)
+        assert (found.labels + 1).tolist() == alone["labels"][kept].tolist()
+        counts += len(found.labels)
+    assert counts > 5
+
+
+def test_random_weights_are_the_same_everywhere() -> None:
+    torch.manual_seed(5)
+    first = torchvision("ssdlite320_mobilenet_v3_large")
+    torch.manual_seed(6)
+    assert first.sha256 == torchvision("ssdlite320_mobilenet_v3_large").sha256
+
+
+def test_coco_has_eighty_classes(tmp_path: Path) -> None:
+    """Weights of 91 outputs without class names: the gaps in COCO's ids are no classes."""
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=91)
+    torch.save(model.state_dict(), tmp_path / "coco.pth")
+    teacher = torchvision("ssdlite320_mobilenet_v3_large", tmp_path / "coco.pth", names=None)
+    assert teacher.class_names is not None and len(teacher.class_names) == 80
+    assert (teacher.class_names[0], teacher.class_names[-1]) == ("person", "toothbrush")
+    (found,) = teacher.detect(SAMPLES[:1], score_threshold=0.001)
+    assert 0 <= found.labels.min() <= found.labels.max() < 80
+
+
+def test_torchvision_mistakes_are_one_line(tmp_path: Path) -> None:
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    for message, arguments in (
+        ("none.pth: no such file", ("ssdlite320_mobilenet_v3_large", tmp_path / "none.pth")),
+        (
+            "w.pth: weights do not fit the model; wrong shape",
+            ("ssdlite320_mobilenet_v3_large", tmp_path / "w.pth", ("a",)),
+        ),
+        ("w.pth: weights do not fit the model; missing", ("fasterrcnn_mobilenet_v3_large_320_fpn", tmp_path / "w.pth")),
+        ("weights: coco knows COCO's 80 classes", ("ssdlite320_mobilenet_v3_large", "coco", ("a",))),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            torchvision(*arguments)
+        assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------- transformers
+
+tf = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[transformers]'")
+KINDS = ["detr", "rt_detr_v2", "d_fine"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_give_what_they_give(tmp_path: Path, kind: Any) -> None:
+    """With a gap among the labels, as COCO models have; each image alone through processor and model."""
+    folder = transformers_model(tmp_path / kind, kind, {0: "N/A", 1: "a", 2: "b", 3: "c"})
+    teacher = open_teacher(Source(transformers=Transformers(model=folder)), CPU)
+    assert teacher.class_names == NAMES and teacher.file == kind and teacher.detector is None
+    processor = tf.AutoImageProcessor.from_pretrained(folder)
+    model = tf.AutoModelForObjectDetection.from_pretrained(folder).eval()
+    counts = 0
+    for picture, found in zip(PICTURES, teacher.detect(SAMPLES, score_threshold=0.15), strict=True):
+        inputs = processor(images=[picture], return_tensors="pt")
+        with torch.no_grad():
+            output = model(**inputs)
+        size = torch.tensor([picture.shape[:2]])
+        (alone,) = processor.post_process_object_detection(output, threshold=0.15, target_sizes=size)
+        height, width = picture.shape[:2]
+        boxes = alone["boxes"].clamp(min=0)
+        boxes = torch.stack((boxes[:, 0::2].clamp(max=width), boxes[:, 1::2].clamp(max=height)), -1).flatten(1)
+        kept = (alone["labels"] > 0) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        wanted = sorted(
+            [round(s, 3), label - 1, *(round(side, 1) for side in box)]
+            for s, label, box in zip(
+                alone["scores"][kept].tolist(), alone["labels"][kept].tolist(), boxes[kept].tolist(), strict=True
+            )
+        )
+        mine = sorted(
+            [round(s, 3), label, *(round(side, 1) for side in box)]
+            for s, label, box in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True)
+        )
+        np.testing.assert_allclose(mine, wanted, atol=0.11)
+        assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+        counts += len(mine)
+    assert counts > 5
+
+
+def test_transformers_identity_and_preprocessing(tmp_path: Path) -> None:
+    names = {0: "a", 1: "b"}
+    detr = open_teacher(Source(transformers=Transformers(model=transformers_model(tmp_path / "x", "detr", names))), CPU)
+    assert detr.preprocessing is not None and detr.preprocessing.size == "short side 64, long side 96"
+    np.testing.assert_allclose(detr.preprocessing.mean, [123.675, 116.28, 103.53], atol=1e-3)
+    fine = transformers_model(tmp_path / "y", "rt_detr_v2", names)
+    first = open_teacher(Source(transformers=Transformers(model=fine)), CPU)
+    assert first.preprocessing is not None and first.preprocessing.size == "stretched to 64 x 64"
+    assert first.preprocessing.std == (255.0, 255.0, 255.0)
+    config = fine / "preprocessor_config.json"
+    config.write_text(config.read_text().replace("64", "96"))
+    assert open_teacher(Source(transformers=Transformers(model=fine)), CPU).sha256 != first.sha256
+
+
+def test_transformers_mistakes_are_one_line(tmp_path: Path) -> None:
+    folder = transformers_model(tmp_path / "m", "rt_detr_v2", {0: "a", 1: "b"})
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            open_teacher(Source(transformers=Transformers(model=folder)), CPU)
+        assert "\n" not in str(caught.value)
+
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"d_model": 16', '"d_model": 32'))
+    refused("m: (its weights do not fit its config|transformers cannot load it)")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    refused("m: transformers cannot load it as a detector")
+    (folder / "config.json").unlink()
+    refused("no config.json in it")
