@@ -64,7 +64,7 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
     if data.synthetic is None:
         assert data.train is not None and data.val is not None, "the recipe was validated"
         return data.train, data.val
-    settings = data.synthetic.model_dump()
+    settings = _as_before_styles(data.synthetic.model_dump())
     name = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
     if write:
@@ -74,6 +74,11 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
         Split(annotations=folder / "train.json", images=images),
         Split(annotations=folder / "val.json", images=images),
     )
+
+
+def _as_before_styles(synthetic: dict[str, Any]) -> dict[str, Any]:
+    """Images in the plain style keep the folder and the identity that they had when there was no other."""
+    return {key: value for key, value in synthetic.items() if (key, value) != ("style", "plain")}
 
 
 def labelled_split(recipe: Recipe) -> Split:
@@ -129,7 +134,10 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
             raise UserError(
                 f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
             )
-    identity = data.model_dump(mode="json", exclude={"workers", "cache"}) | {
+    described = data.model_dump(mode="json", exclude={"workers", "cache"})
+    if described["synthetic"] is not None:
+        described["synthetic"] = _as_before_styles(described["synthetic"])
+    identity = described | {
         "train_sha256": sha256_of(train_split.annotations),
         "val_sha256": sha256_of(val_split.annotations),
     }

@@ -34,11 +34,13 @@ from compress.export import (
 )
 from compress.manifest import Manifest
 from compress.pictures import detection_pictures, uncertainty_pictures
+from compress.pseudo.stage import FIRST_STAGE, labelling_stages
 from compress.recipe import Recipe
 from compress.report import build_report, summary_table
 from compress.versions import versions
 from deploy import latency, validate
 from deploy.card import network_precision
+from deploy.coco_map import load_annotations
 from deploy.environment import environment
 from deploy.files import sha256_of, write_json
 from deploy.runtimes.base import Runner
@@ -253,6 +255,8 @@ def _report(
         if "seconds" in stage["result"]:
             models[name]["train_seconds"] = stage["result"]["seconds"]
 
+    if FIRST_STAGE in stages and "student" in models:
+        models["student"]["train_seconds"] += stages[FIRST_STAGE]["result"]["seconds"]
     artifacts = []
     if teacher is not None:
         artifacts.append(
@@ -291,10 +295,28 @@ def _report(
         "classes": list(val.categories),
         "models": models,
         "artifacts": artifacts,
+        "pseudo_labels": _pseudo_labels(recipe, stages),
         "environment": environment(),
         "commands": _commands(recipe, run_dir),
         "pictures": pictures,
         "uncertainty": uncertainty,
+    }
+
+
+def _pseudo_labels(recipe: Recipe, stages: dict[str, Any]) -> dict[str, Any] | None:
+    """What the teachers labelled; None where they did not."""
+    settings = recipe.pseudo_labels
+    if settings is None:
+        return None
+    rows = [stages[name]["result"] for name in labelling_stages(stages)]
+    first = stages.get(FIRST_STAGE) if settings.fine_tune is not None else None
+    return {
+        **{key: sum(row[key] for row in rows) for key in ("images", "labels", "regions", "skipped")},
+        "labelled_images": len(load_annotations(labelled_split(recipe).annotations)["images"])
+        if recipe.labels is None or recipe.labels.fraction > 0
+        else 0,
+        "teachers": rows[0]["teachers"] if rows else [],
+        "first_stage_map": None if first is None else first["result"]["metrics"]["map"],
     }
 
 

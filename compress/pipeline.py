@@ -35,6 +35,9 @@ from compress.manifest import Manifest
 from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, label_images, only_labels
 from compress.pseudo.stage import is_unfinished as pseudo_labels_unfinished
 from compress.recipe import Recipe, Train, dump_recipe
+from compress.teachers.check import check_teacher, students_images
+from compress.teachers.load import open_teacher
+from compress.teachers.methods import for_methods
 from compress.versions import versions
 from deploy.coco_map import read_annotations
 from deploy.errors import UserError
@@ -96,7 +99,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
         console.print(
             f"labels.fraction {recipe.labels.fraction:g}: {rest} more images have no labels"
-            + (f"; no label is left of {', '.join(unseen)}" if unseen else "")
+            + (f"; no label is left of {', '.join(unseen)}" if unseen and data.has_labels else "")
         )
     common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
 
@@ -258,6 +261,8 @@ def _teacher(
     assert settings is not None
     first = fabric.is_global_zero
     classes = len(data.train.categories)
+    if settings.given and settings.checkpoint is None:
+        return _other_teacher(recipe, data, fabric, manifest, console)
     if settings.checkpoint is not None:
         teacher, record = load_teacher(settings.checkpoint, data.train.categories)
         check_methods(recipe, classes, teacher)
@@ -304,6 +309,27 @@ def _teacher(
             f"{settings.min_map:g}: train it longer, or check that its classes and images are these"
         )
     return teacher
+
+
+def _other_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Manifest, console: Console) -> Detector:
+    """One of another library, checked."""
+    assert recipe.teacher is not None
+    names = dict(zip(data.train.category_ids, data.train.categories, strict=True))
+    teacher = open_teacher(recipe.teacher, fabric.device, categories=names)
+    detector, labels = for_methods(recipe, teacher, data.train.categories)
+    check_teacher(
+        teacher,
+        labels,
+        data.val,
+        manifest,
+        stage="teacher_check",
+        identity=data.identity,
+        student=students_images(recipe),
+        least=recipe.teacher.min_map,
+        say=console.print,
+        write=fabric.is_global_zero,
+    )
+    return detector
 
 
 def _describe(record: ModelRecord) -> str:

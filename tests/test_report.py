@@ -120,7 +120,7 @@ def test_full_report_shows_every_part(full_run: Path) -> None:
     for text in (
         "10.0× fewer parameters and 10.0× fewer operations",
         "45.0 mAP against the teacher's 50.0",
-        "3.0 points above the same student trained without the teacher",
+        "3.0 points above the same student trained from the labels alone",
         "Exported as student.onnx, it answers in 12.5 ms",  # not int8: it is faster but failed its gate
         "11 February 2026, 10:24 UTC",
         "1 of 3", "1 failed, 1 not run", "no GPU <here>",

@@ -6,6 +6,9 @@ colour says nothing. Objects measure from 12 px to half the image side (log-unif
 stretched, shaded, cut by the image border and covered by other objects and by strokes.
 
 `generate` writes COCO JSON and PNG files; the same arguments give the same bytes of JSON and the same pixels.
+
+A style changes how the scenes look and not what is in them, so that a detector can be tried on images of another kind
+than it was trained on: `dusk` is dark, bluish, low in contrast, out of focus and noisy.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +41,10 @@ VERSION = 1
 """Raise it when the drawing changes: folders of an older version are then drawn again."""
 
 
-def generate(folder: Path, *, train: int, val: int, size: int, classes: int, seed: int) -> None:
+Style = Literal["plain", "dusk"]
+
+
+def generate(folder: Path, *, train: int, val: int, size: int, classes: int, seed: int, style: Style = "plain") -> None:
     """Write `train.json`, `val.json` (COCO) and `images/` into `folder`, unless they are there already.
 
     The images are `size` x `size` RGB. The folder appears whole or not at all: it is drawn under a
@@ -50,7 +56,9 @@ def generate(folder: Path, *, train: int, val: int, size: int, classes: int, see
     """
     _check_arguments(train, val, size, classes, seed)
     folder = Path(folder)
-    specification = dict(version=VERSION, train=train, val=val, size=size, classes=classes, seed=seed)
+    specification: dict[str, Any] = dict(version=VERSION, train=train, val=val, size=size, classes=classes, seed=seed)
+    if style != "plain":  # folders from before there were styles stay as they are
+        specification["style"] = style
     if _is_complete(folder, specification):
         return
     if folder.exists() and not (folder / "spec.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -119,6 +127,21 @@ def draw(size: int, classes: int, rng: np.random.Generator) -> tuple[NDArray[np.
     return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 0)), boxes
 
 
+def restyle(pixels: NDArray[np.uint8], style: Style, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A scene uint8 [h, w, 3] in another style; the objects stay where they are."""
+    if style == "plain":
+        return pixels
+    light = pixels.astype(np.float32) / 255
+    grey = (light @ _LUMA)[..., None]
+    light = 0.5 * light + 0.5 * grey
+    padded = np.pad(light, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = light.shape[:2]
+    blurred = np.mean([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    light = 0.06 + rng.uniform(0.28, 0.42) * blurred ** np.float32(1.3) * np.array((0.75, 0.9, 1.25), np.float32)
+    light += rng.standard_normal(light.shape, dtype=np.float32) * np.float32(rng.uniform(0.01, 0.025))
+    return (np.clip(light, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 
@@ -138,7 +161,7 @@ def _file_names(split: str, count: int) -> list[str]:
     return [f"{split}_{index:06d}.png" for index in range(count)]
 
 
-def _is_complete(folder: Path, specification: dict[str, int]) -> bool:
+def _is_complete(folder: Path, specification: dict[str, Any]) -> bool:
     try:
         written = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         if written["specification"] != specification:
@@ -151,7 +174,7 @@ def _is_complete(folder: Path, specification: dict[str, int]) -> bool:
     return all(present.issuperset(_file_names(split, specification[split])) for split in ("train", "val"))
 
 
-def _write(folder: Path, specification: dict[str, int]) -> None:
+def _write(folder: Path, specification: dict[str, Any]) -> None:
     (folder / "images").mkdir(parents=True)
     for number, split in enumerate(("train", "val")):
         write_json(folder / f"{split}.json", _write_split(folder, specification, split, number))
@@ -159,12 +182,14 @@ def _write(folder: Path, specification: dict[str, int]) -> None:
     write_json(folder / "spec.json", {"specification": specification, "sha256": digests})
 
 
-def _write_split(folder: Path, specification: dict[str, int], split: str, number: int) -> dict[str, Any]:
+def _write_split(folder: Path, specification: dict[str, Any], split: str, number: int) -> dict[str, Any]:
     size, classes = specification["size"], specification["classes"]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, name in enumerate(_file_names(split, specification[split])):
         pixels, boxes = draw(size, classes, np.random.default_rng([specification["seed"], number, index]))
+        style = specification.get("style", "plain")
+        pixels = restyle(pixels, style, np.random.default_rng([specification["seed"], number, index, 1]))
         # The lowest compression: noise does not compress, and drawing should not wait for zlib.
         Image.fromarray(pixels).save(folder / "images" / name, compress_level=1)
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})

@@ -10,7 +10,7 @@ Each list of images (what `labels` left without labels, and each folder) is a st
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,11 @@ def fine_tuning(train: Train, settings: FineTune) -> Train:
             "schedule": schedule,
         }
     )
+
+
+def labelling_stages(stages: Mapping[str, Any]) -> list[str]:
+    """Names of the manifest's rows that say what was labelled, in the order of the lists."""
+    return [name for name in stages if name.startswith(f"{STAGE}: ") and "labels" in stages[name]["result"]]
 
 
 def how_to_label(recipe: Recipe, settings: PseudoLabels) -> Settings:

@@ -146,6 +146,20 @@ class Uncertainty(_Part):
         return [[float(word) for word in row.split()] for row in self.rows]
 
 
+class PseudoLabels(_Part):
+    """What teachers labelled for the student. labelled_images: with people's labels. images: that the teachers
+    labelled, with `labels` boxes and `regions` too unsure for one. skipped: images that could not be read.
+    first_stage_map: of the student before it was fine-tuned, percent; None where it was not."""
+
+    labelled_images: int
+    images: int
+    labels: int
+    regions: int
+    skipped: int = 0
+    teachers: list[str] = []
+    first_stage_map: Number = None
+
+
 class Report(_Part):
     """report.json; name and models make it one, the rest may be absent."""
 
@@ -154,6 +168,7 @@ class Report(_Part):
     created: str = ""
     classes: list[str] = []
     artifacts: list[Artifact] = []
+    pseudo_labels: PseudoLabels | None = None
     environment: dict[str, Any] = {}
     commands: list[str] = []
     pictures: list[Picture] = []

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from compress.report.charts import Range, Series, Spot, line_chart, range_chart, scatter_chart
-from compress.report.document import ARMS, Artifact, Document, Figures, Metrics, Models, read_document
+from compress.report.document import ARMS, Artifact, Document, Figures, Metrics, Models, Report, read_document
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
 from deploy.files import write_text
@@ -58,6 +58,7 @@ def build_report(run_dir: Path) -> Path:
         missing=_missing(document),
         arms=[arm for arm in ARMS if getattr(report.models, arm)],
         model_rows=_model_rows(report.models),
+        pseudo=_pseudo_labels(report),
         artifacts=[_artifact_row(a) for a in report.artifacts],
         trade=_trade_chart(report.models, report.artifacts),
         levels=any(f and f.map is not None for f in (report.models.teacher, report.models.baseline)),
@@ -110,10 +111,10 @@ def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
     if baseline and baseline.map is not None and student.map is not None:
         gain = student.map - baseline.map
         if round(gain, 1) == 0:
-            sentences.append("It ends level with the same student trained without the teacher.")
+            sentences.append("It ends level with the same student trained from the labels alone.")
         else:
             word = "above" if gain > 0 else "below"
-            sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained without the teacher.")
+            sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained from the labels alone.")
     best = _fastest(artifacts)
     if best and best.map is not None:
         sentences.append(f"Exported as {best.file}, it answers in {_ms(best.p50)} (median) at {best.map:.1f} mAP.")
@@ -232,6 +233,26 @@ def _model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
                 cells["vs_" + other] = Cell("–")
         rows.append((label, cells))
     return rows
+
+
+def _pseudo_labels(report: Report) -> list[str]:
+    """What teachers labelled, in sentences; empty where they did not."""
+    found, student = report.pseudo_labels, report.models.student
+    if found is None:
+        return []
+    teachers = ", ".join(found.teachers) or "teachers"
+    images = f"{found.labelled_images:,} images with labels, and on {found.images:,} that {teachers} labelled"
+    words = [
+        f"The student was trained on {images}: {found.labels:,} boxes, and {found.regions:,} regions that are neither "
+        "object nor background."
+    ]
+    if found.skipped:
+        words.append(f"{found.skipped:,} images could not be read and were left out.")
+    if found.first_stage_map is not None and student is not None and student.map is not None:
+        words.append(
+            f"Fine-tuning on the images with labels took it from {found.first_stage_map:.1f} to {student.map:.1f} mAP."
+        )
+    return words
 
 
 def _artifact_row(a: Artifact) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from compress.data import synthetic
 from compress.data.check import check
@@ -131,3 +132,21 @@ def test_hidden_objects_are_not_annotated(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(synthetic, "_distractor", lambda classes, rng: ("disc", "plain"))
     counts = [len(draw(128, 2, np.random.default_rng([3, i]))[1]) for i in range(60)]
     assert max(counts) == 1
+
+
+def test_a_style_changes_the_look_and_nothing_else(tmp_path: Path) -> None:
+    arguments = dict(train=6, val=2, size=64, classes=3, seed=0)
+    generate(tmp_path / "plain", **arguments)
+    generate(tmp_path / "dusk", **arguments, style="dusk")
+    plain, dusk = files_of(tmp_path / "plain"), files_of(tmp_path / "dusk")
+    for name in plain:
+        if name.endswith(".png"):
+            assert plain[name] != dusk[name]
+            pair = (np.array(Image.open(tmp_path / style / name), np.float32) for style in ("plain", "dusk"))
+            bright, dark = pair
+            assert dark.mean() < 0.7 * bright.mean() and dark[..., 2].mean() > dark[..., 0].mean()
+        elif name != "spec.json":
+            assert plain[name] == dusk[name]
+    assert json.loads(plain["spec.json"])["specification"].keys() == {"version", *arguments}
+    generate(tmp_path / "plain", **arguments, style="dusk")
+    assert files_of(tmp_path / "plain") == dusk
