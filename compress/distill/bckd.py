@@ -9,6 +9,8 @@ Detached: the teacher, and in L_loc the whole weight max_c |t - s|. The factor |
 Boxes are compared in units of the stride. As in the authors' code a level without any positive location
 contributes nothing; where the batch is spread over processes we ask that of the whole batch (the authors: of
 each process), so that the loss does not depend on the number of processes.
+The two heads may be of any kind whose predictions stand at the same places: GFL and FCOS, or RetinaNets of the same
+anchors. Places are then the anchors, without those between RetinaNet's thresholds; FCOS's centerness takes no part.
 Published settings: cls_weight 1, loc_weight 4, beta 1. Confirmed against the authors' code.
 """
 
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Method, Outputs
+from compress.distill.method import Method, Outputs, at_places, boxes_in_strides
 from kernels.binary_kd_loss import binary_kd_loss
 from kernels.distribution_iou_loss import distribution_iou_kd_loss
+from kernels.iou_loss import giou_loss
 
 
 class BCKD(Method):
@@ -60,25 +63,33 @@ class BCKD(Method):
         assert student.targets is not None, "the student's targets carry the normaliser"
         targets = student.targets
         z_s, z_t = student.prediction.float(), teacher.prediction.float()
-        locations = [h * w for h, w in z_s.level_sizes]
+        distributions = bool(z_s.distribution) and bool(z_t.distribution)
+        if not distributions:
+            student_boxes = boxes_in_strides(student, z_s)
+            with torch.no_grad():
+                teacher_boxes = boxes_in_strides(teacher, z_t)
         classification, localization = [], []
-        for level, valid in enumerate(targets.assignment.valid.split(locations, 1)):
+        for level, valid in enumerate(targets.assignment.valid.split(z_s.counts, 1)):
             v = valid.float()  # [B, M]
             if teacher.certainty is not None:
-                v = v * teacher.certainty[level].flatten(1)
+                v = v * at_places(teacher.certainty[level], z_s.anchors)
             loss, disagreement = binary_kd_loss(
-                z_s.logits[level].flatten(2),
-                z_t.logits[level].flatten(2),
+                z_s.class_logits(level),
+                z_t.class_logits(level),
                 v,
                 beta=self.beta,
                 compiled=self.compiled,
             )
             classification.append(loss)
-            localization.append(
-                distribution_iou_kd_loss(
-                    z_s.distribution[level].flatten(2), z_t.distribution[level].flatten(2), disagreement * v
+            if distributions:
+                localization.append(
+                    distribution_iou_kd_loss(
+                        z_s.distribution[level].flatten(2), z_t.distribution[level].flatten(2), disagreement * v
+                    )
                 )
-            )
+            else:
+                rows = giou_loss(student_boxes[level], teacher_boxes[level])  # [B, M]
+                localization.append((rows * disagreement * v).sum())
         has_positive = (targets.level_positives > 0).float()
         scale = has_positive / (targets.avg_factor + torch.finfo(torch.float32).eps)
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress import methods as settings
-from compress.detectors.base import Detector
+from compress.detectors.base import Capability, Detector
 from compress.distill.balance import Balanced
 from compress.distill.bckd import BCKD
 from compress.distill.crosskd import CrossKD
@@ -14,6 +14,7 @@ from compress.distill.dkd import DKD
 from compress.distill.fgd import FGD
 from compress.distill.gi import GI
 from compress.distill.ld import LD
+from compress.distill.levels import Aligned, match_levels
 from compress.distill.method import Method
 from compress.distill.mgd import MGD
 from compress.distill.pkd import PKD
@@ -27,23 +28,24 @@ def build_methods(
 ) -> dict[str, Balanced]:
     """The methods of a recipe by name, with fresh adapters; the same seed gives the same weights.
 
-    Raises UserError when a method asks for what the teacher or the student cannot give.
+    Methods on features see the levels that both pyramids have in common (`levels`).
+
+    Raises UserError when a method asks for what the teacher or the student cannot give, or for what they do not share.
     """
     built = {}
     for index, (name, term) in enumerate(wanted.enabled().items()):
+        uet = wanted.uet if wanted.uet is not None and name in wanted.uet.hosts else None
+        needs = _needs(term)
+        _check(name, needs if uet is None else needs | {Capability.FEATURES}, student, teacher)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1000 * (index + 1))
             method = _build(term, student, teacher, seed=seed, compiled=compiled)
-        if wanted.uet is not None and name in wanted.uet.hosts:
+        if needs == {Capability.FEATURES} and student.strides != teacher.strides:
+            method = Aligned(method, match_levels(student.strides, teacher.strides))
+        if uet is not None:
             method = UET(
-                method,
-                rates=wanted.uet.rates,
-                combine=wanted.uet.combine,
-                mode=wanted.uet.mode,
-                certainty=wanted.uet.certainty,
-                seed=seed,
+                method, rates=uet.rates, combine=uet.combine, mode=uet.mode, certainty=uet.certainty, seed=seed
             )
-        _check(name, method, student, teacher)
         built[name] = Balanced(
             method,
             auto_ratio=(term.ratio or 1.0) if term.weight == "auto" else None,
@@ -55,7 +57,10 @@ def build_methods(
 
 def _build(term: settings.Term, student: Detector, teacher: Detector, *, seed: int, compiled: bool) -> Method:
     constants = term.constants() | {"weight": 1.0 if term.weight == "auto" else term.weight}
-    widths = (student.feature_channels, teacher.feature_channels)
+    if isinstance(term, settings.Adapted):
+        common = match_levels(student.strides, teacher.strides)
+        constants["levels"] = min(term.levels, len(common))
+        widths = (student.feature_channels, teacher.feature_channels)
     match term:
         case settings.Bckd():
             return BCKD(**constants, compiled=compiled)
@@ -80,9 +85,43 @@ def _build(term: settings.Term, student: Detector, teacher: Detector, *, seed: i
     raise AssertionError(f"no module for {type(term).__name__}")
 
 
-def _check(name: str, method: Method, student: Detector, teacher: Detector) -> None:
+def _needs(term: settings.Term) -> frozenset[Capability]:
+    match term:
+        case settings.Cwd(on="logits"):
+            return BCKD.needs
+        case settings.Fgd() | settings.Pkd() | settings.Cwd() | settings.Mgd():
+            return frozenset({Capability.FEATURES})
+        case settings.Gi() | settings.Tid():
+            return GI.needs
+        case settings.Ld() | settings.Crosskd():
+            return LD.needs
+        case _:
+            return BCKD.needs
+
+
+def _check(name: str, needs: frozenset[Capability], student: Detector, teacher: Detector) -> None:
     for model, whom in ((teacher, "teacher"), (student, "student")):
-        missing = method.needs - model.capabilities
+        missing = needs - model.capabilities
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
-            raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {type(model).__name__} cannot give")
+            raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {model.family} cannot give")
+    if Capability.DENSE not in needs:
+        return
+    if student.strides != teacher.strides or student.cells != teacher.cells:
+        raise UserError(
+            f"methods.{name} compares predictions place by place: the student ({student.family}) has "
+            f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "
+            "or a method on features (fgd, pkd, cwd, mgd)"
+        )
+    if name == "tid" and student.cells is not None:
+        raise UserError(
+            f"methods.tid weighs locations by their one prediction, {student.family} has {_places(student)}"
+        )
+
+
+def _places(model: Detector) -> str:
+    strides = ", ".join(str(stride) for stride in model.strides)
+    if model.cells is None:
+        return f"one at a location of strides {strides}"
+    width, height = model.cells[0][0]
+    return f"{len(model.cells[0])} anchors from {width:g} x {height:g} px on at a location of strides {strides}"

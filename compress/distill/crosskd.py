@@ -65,7 +65,7 @@ class CrossKD(Method):
             towers do not have.
     """
 
-    needs = frozenset({Capability.DENSE})
+    needs = frozenset({Capability.DENSE, Capability.DISTRIBUTIONS})
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Method, Outputs
+from compress.distill.method import Method, Outputs, at_places
 
 
 class DKD(Method):
@@ -50,15 +50,14 @@ class DKD(Method):
         assert student.targets is not None, "the student's targets carry the assignment"
         targets = student.targets
         z_s, z_t = student.prediction.float(), teacher.prediction.float().detach()
-        locations = [h * w for h, w in z_s.level_sizes]
         target, other = [], []
-        for level, gt in enumerate(targets.assignment.gt_index.split(locations, 1)):  # [B, M]
+        for level, gt in enumerate(targets.assignment.gt_index.split(z_s.counts, 1)):  # [B, M]
             b, m = (gt >= 0).nonzero(as_tuple=True)  # [P]
             label = targets.labels[b, gt[b, m]]
-            ours, theirs = z_s.logits[level].flatten(2)[b, :, m], z_t.logits[level].flatten(2)[b, :, m]  # [P, K]
+            ours, theirs = z_s.class_logits(level)[b, :, m], z_t.class_logits(level)[b, :, m]  # [P, K]
             rows_target, rows_other = decoupled_rows(ours, theirs, label, self.temperature)
             if teacher.certainty is not None:
-                certainty = teacher.certainty[level].flatten(1)[b, m]
+                certainty = at_places(teacher.certainty[level], z_s.anchors)[b, m]
                 rows_target, rows_other = rows_target * certainty, rows_other * certainty
             target.append(rows_target.sum())
             other.append(rows_other.sum())

@@ -27,8 +27,7 @@ from torchvision.ops import batched_nms
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.detectors.gfl import decode_level
-from compress.distill.method import Adapter, Method, Outputs
+from compress.distill.method import Adapter, Method, Outputs, boxes_in_strides
 
 CANDIDATES = 512  # locations that NMS looks at first; it looks further only where these leave less than `topk`
 
@@ -84,13 +83,16 @@ class GI(Method):
         """Kept locations of each level, int64 [n] in descending GI score: (image * h + y) * w + x."""
         assert student.targets is not None, "the student's targets tell padding from locations"
         z_s, z_t = student.prediction.float(), teacher.prediction.float()
-        valid_levels = student.targets.assignment.valid.split([h * w for h, w in z_s.level_sizes], 1)
+        valid_levels = student.targets.assignment.valid.split(z_s.counts, 1)
+        student_boxes, teacher_boxes = boxes_in_strides(student, z_s), boxes_in_strides(teacher, z_t)
         kept = []
         for level, (h, w) in enumerate(z_s.level_sizes[: self.levels]):
             valid = valid_levels[level]  # [B, M]
             scores, boxes = general_instances(
-                z_s.logits[level], z_t.logits[level], z_s.distribution[level], z_t.distribution[level]
+                z_s.class_logits(level), z_t.class_logits(level), student_boxes[level], teacher_boxes[level]
             )
+            if z_s.anchors > 1:
+                scores, boxes, valid = best_of_location(scores, boxes, valid, z_s.anchors)
             if self.pool_batch:
                 m = torch.arange(h * w, device=boxes.device)
                 point = torch.stack((m % w, m // w), 1).repeat(1, 2)  # [M, 4]
@@ -103,16 +105,22 @@ class GI(Method):
 
 
 def general_instances(
-    student_logits: Tensor, teacher_logits: Tensor, student_distribution: Tensor, teacher_distribution: Tensor
+    student_logits: Tensor, teacher_logits: Tensor, student_boxes: Tensor, teacher_boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """GI scores [B, M] and boxes [B, M, 4] (xyxy, units of the stride) of one level's raw predictions."""
-    difference = (teacher_logits.sigmoid() - student_logits.sigmoid()).flatten(2)  # [B, K, M]
+    """GI scores [B, M] and boxes [B, M, 4] of one level, from logits [B, K, M] and boxes [B, M, 4] of both models."""
+    difference = teacher_logits.sigmoid() - student_logits.sigmoid()
     scores, best = difference.abs().max(1)
     teacher_leads = difference.gather(1, best[:, None])[:, 0] >= 0  # [B, M]
-    boxes = torch.where(
-        teacher_leads[..., None], decode_level(teacher_distribution), decode_level(student_distribution)
-    )
-    return scores, boxes
+    return scores, torch.where(teacher_leads[..., None], teacher_boxes, student_boxes)
+
+
+def best_of_location(scores: Tensor, boxes: Tensor, valid: Tensor, anchors: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the anchors of every location the valid one with the best score: [B, M], [B, M, 4] and bool [B, M] with
+    M = h·w·N → the same with h·w."""
+    shape = (scores.shape[0], -1, anchors)
+    scores, best = scores.where(valid, -1.0).view(shape).max(2)
+    boxes = boxes.view(*shape, 4).gather(2, best[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+    return scores, boxes, valid.view(shape).any(2)
 
 
 def best_apart(scores: Tensor, boxes: Tensor, topk: int, iou_threshold: float) -> Tensor:

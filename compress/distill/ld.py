@@ -54,7 +54,7 @@ class LD(Method):
         UserError: `vlr_overlap` or `normalise` is none of those.
     """
 
-    needs = frozenset({Capability.DENSE})
+    needs = frozenset({Capability.DENSE, Capability.DISTRIBUTIONS})
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction, Detector
-from compress.detectors.gfl import Targets
+from compress.detectors.gfl import Targets, decode_level
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Outputs:
     """What a model made of a batch.
 
     features: pyramid maps, a level each [B, C, h, w].
-    prediction: of the dense head.
+    prediction: of the dense head; without one (Faster R-CNN), nothing that a method can use.
     detector: the model itself, for methods that run parts of it again.
     targets: the student's assignment and normalisers (None for the teacher).
     certainty: of the teacher, weights [B, h, w] a level with mean 1 over the batch, constant; a method multiplies
@@ -75,6 +75,20 @@ class Adapter(nn.Module):
         """[B, C_s, h, w] a level → float32 [B, C_t, h, w]."""
         features = [x.float() for x in features]
         return features if self.convs is None else [conv(x) for conv, x in zip(self.convs, features, strict=True)]
+
+
+def boxes_in_strides(model: Outputs, prediction: DensePrediction) -> list[Tensor]:
+    """The boxes of a prediction of `model` in units of the stride: [B, M, 4] xyxy a level."""
+    if prediction.distribution:
+        return [decode_level(x) for x in prediction.distribution]
+    levels = model.detector.decode_boxes(prediction).split(prediction.counts, 1)
+    return [boxes / stride for boxes, stride in zip(levels, prediction.strides, strict=True)]
+
+
+def at_places(certainty: Tensor, anchors: int) -> Tensor:
+    """[B, h, w] → [B, M]: every prediction of a location has the location's certainty."""
+    values = certainty.flatten(1)
+    return values if anchors == 1 else values.repeat_interleave(anchors, 1)
 
 
 def weigh(values: Tensor, certainty: Tensor | None) -> Tensor:

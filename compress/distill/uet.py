@@ -77,7 +77,8 @@ class UET(Method):
         weights = []
         for level, variance in enumerate(variances):
             scatter = variance.float().mean(1)  # [B, h, w]
-            self._observed[f"variance_p{level + 3}"] = scatter.mean()
+            octave = teacher.prediction.strides[level].bit_length() - 1  # P3 has stride 8
+            self._observed[f"variance_p{octave}"] = scatter.mean()
             weight = 1 / (1 + scatter / scatter.mean().clamp(min=torch.finfo(torch.float32).tiny))
             weights.append(weight / weight.mean())
         features, prediction = maps, teacher.prediction

@@ -23,7 +23,7 @@ def maps(channels: int, seed: int, *, images: int = 2, grad: bool = False) -> li
 
 
 def outputs(features: list[Tensor], certainty: list[Tensor] | None = None) -> Outputs:
-    return Outputs(features, DensePrediction([], [], ()), cast(GFL, None), certainty=certainty)
+    return Outputs(features, DensePrediction([], [], (8, 16)), cast(GFL, None), certainty=certainty)
 
 
 def certainties(value: float | None = None, *, images: int = 2, seed: int = 3) -> list[Tensor]:

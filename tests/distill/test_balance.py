@@ -215,9 +215,9 @@ def test_a_method_that_its_models_cannot_serve_is_refused_before_training(tmp_pa
 
     class BoxesOnly:
         capabilities = frozenset()  # type: ignore[var-annotated]
-        feature_channels = 32
+        family = "boxes only"
 
     settings = Methods.model_validate({"bckd": {}})
     student = arms.build_detector(tiny_model(), 3, 0)
-    with pytest.raises(UserError, match=r"methods.bckd needs dense of the teacher, which BoxesOnly cannot give"):
+    with pytest.raises(UserError, match=r"methods.bckd needs dense of the teacher, which boxes only cannot give"):
         build_methods(settings, student, BoxesOnly())  # type: ignore[arg-type]

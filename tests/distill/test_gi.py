@@ -11,7 +11,7 @@ from torchvision.ops import nms
 
 from compress.distill import gi
 from compress.distill.gi import GI, best_apart, general_instances, imitation
-from compress.distill.method import Outputs
+from compress.distill.method import Outputs, boxes_in_strides
 from tests.detectors import case_g
 from tests.distill import pyramids
 from tests.oracles import ORACLES
@@ -39,7 +39,10 @@ def loss(method: GI, student: Outputs, teacher: Outputs) -> Tensor:
 
 def scores_and_boxes(student: Outputs, teacher: Outputs, level: int) -> tuple[Tensor, Tensor]:
     s, t = student.prediction, teacher.prediction
-    return general_instances(s.logits[level], t.logits[level], s.distribution[level], t.distribution[level])
+    return general_instances(
+        s.logits[level].flatten(2), t.logits[level].flatten(2),
+        boxes_in_strides(student, s)[level], boxes_in_strides(teacher, t)[level],
+    )  # fmt: skip
 
 
 def test_selection_of_the_authors() -> None:
@@ -75,8 +78,7 @@ def test_the_box_is_of_the_model_with_the_higher_score() -> None:
     student, teacher = case()
     scores, boxes = scores_and_boxes(student, teacher, 0)
     s, t = student.prediction.logits[0].sigmoid(), teacher.prediction.logits[0].sigmoid()
-    from_both = [general_instances(t, t, x.prediction.distribution[0], x.prediction.distribution[0])[1]
-                 for x in (student, teacher)]  # fmt: skip
+    from_both = [boxes_in_strides(x, x.prediction)[0] for x in (student, teacher)]
     leads = {True: 0, False: 0}
     for image, y, x in [(i, y, x) for i in range(2) for y in range(16) for x in range(16)]:
         difference = t[image, :, y, x] - s[image, :, y, x]
