@@ -11,8 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from compress.data.coco import CocoDetection
+from compress.detectors.gfl import MEAN, STD
 from compress.evaluate import coco_rows
 from compress.manifest import Manifest
+from compress.recipe import Recipe
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
 from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
 from deploy.errors import UserError
@@ -50,7 +52,8 @@ def check_teacher(
         write: this process keeps the manifest.
 
     Returns:
-        The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images.
+        The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images and
+        for a teacher of other classes (whose features may be worth something).
 
     Raises:
         UserError: its mAP is below `least`, or cannot be measured and `least` is not 0.
@@ -58,6 +61,8 @@ def check_teacher(
     for line in (*class_lines(teacher, labels, val.categories), *preprocessing_lines(teacher, student)):
         say(line)
     try:
+        if all(label < 0 for label in labels):
+            raise UserError("none of its classes is one of the data's")
         told = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))])
     except UserError as error:
         if least > 0:
@@ -81,6 +86,11 @@ def check_teacher(
             f"{least:g}: take another one, or check that its classes and images are these"
         )
     return found
+
+
+def students_images(recipe: Recipe) -> Preprocessing:
+    """What happens to the images of a recipe's student."""
+    return Preprocessing(f"short side {recipe.data.eval_short}, long side {recipe.data.long}", "RGB", MEAN, STD)
 
 
 def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ methods, come from the same weights as a `Detector` that sees the student's imag
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from torchvision.models import get_model_weights
 
 from compress.detectors.base import Capability, Detections, Detector
 from compress.detectors.checkpoints import COCO_CATEGORIES
+from compress.detectors.torchvision_dense import FCOS, FCOSMaps, RetinaNet, RetinaNetMaps
+from compress.detectors.torchvision_parts import Body, Pyramid
+from compress.detectors.torchvision_two_stage import STRIDES as TWO_STAGE_STRIDES
+from compress.detectors.torchvision_two_stage import FasterRCNN
 from compress.detectors.weights import load_exactly, read_tensors, state_sha256
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from compress.teachers.settings import Torchvision
@@ -41,8 +46,9 @@ class TorchvisionTeacher:
         if source.long is not None:
             model.transform.max_size = source.long
         self._model = model.requires_grad_(False).eval().to(device)
-        self.detector: Detector | None = None
-        self.capabilities = frozenset({Capability.BOXES})
+        found = detector_of(self._model, labels)
+        self.detector: Detector | None = None if found is None else found.requires_grad_(False).eval().to(device)
+        self.capabilities = frozenset({Capability.BOXES}) if found is None else found.capabilities
         self._ours = torch.full((max(labels) + 1,), -1, dtype=torch.int64, device=device)
         self._ours[labels] = torch.arange(len(labels), device=device)
         self._device = device
@@ -102,7 +108,49 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
     return model.eval(), list(range(1, len(names) + 1)), names
 
 
+def detector_of(model: Any, labels: Sequence[int]) -> Detector | None:
+    """The same weights as a detector of this project, with the classes `labels` (of torchvision's) alone.
+
+    None where there is nothing to learn from but boxes: SSD's maps have a width each, and the pyramid on MobileNet two
+    levels, where the contract of detectors has one width and four or five levels.
+    """
+    mean, std = model.transform.image_mean, model.transform.image_std
+    normalisation = [255 * value for value in mean], [255 * value for value in std]
+    if isinstance(model, zoo.RetinaNet | zoo.FCOS):
+        body, neck = Body(model.backbone.body), Pyramid(model.backbone.fpn)
+        head = copy.deepcopy(model.head)
+        anchors = model.anchor_generator.cell_anchors
+        branch = head.classification_head
+        cells = 1 if isinstance(model, zoo.FCOS) else len(anchors[0])
+        rows = [n * branch.num_classes + label for n in range(cells) for label in labels]
+        branch.cls_logits = _rows(branch.cls_logits, rows)
+        branch.num_classes = len(labels)
+        if isinstance(model, zoo.FCOS):
+            return FCOS(len(labels), body, neck, FCOSMaps(head), anchors, normalisation)
+        return RetinaNet(len(labels), body, neck, RetinaNetMaps(head), anchors, normalisation)
+    if isinstance(model, zoo.FasterRCNN) and len(model.backbone.fpn.layer_blocks) == len(TWO_STAGE_STRIDES):
+        fpn, roi_heads = copy.deepcopy(model.backbone.fpn), copy.deepcopy(model.roi_heads)
+        fpn.extra_blocks = None  # the detector makes the fifth map, which only proposals come from
+        predictor, kept = roi_heads.box_predictor, [0, *labels]
+        predictor.cls_score = _rows(predictor.cls_score, kept)
+        predictor.bbox_pred = _rows(predictor.bbox_pred, [4 * label + side for label in kept for side in range(4)])
+        return FasterRCNN(len(labels), Body(model.backbone.body), Pyramid(fpn), model.rpn, roi_heads, normalisation)
+    return None
+
+
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _rows(layer: Any, rows: Sequence[int]) -> Any:
+    """A convolution or linear layer with some of the outputs of another."""
+    chosen = copy.deepcopy(layer)
+    chosen.weight = nn.Parameter(layer.weight.detach()[list(rows)].clone())
+    chosen.bias = nn.Parameter(layer.bias.detach()[list(rows)].clone())
+    if isinstance(layer, nn.Conv2d):
+        chosen.out_channels = len(rows)
+    else:
+        chosen.out_features = len(rows)
+    return chosen
 
 
 def _set_threshold(model: nn.Module, score_threshold: float) -> None:

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torchvision.models import detection
 
+from compress.detectors.base import Capability
+from compress.detectors.checkpoints import COCO_CATEGORIES
 from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher
 from compress.teachers.settings import Source, Torchvision, Transformers
+from compress.teachers.torchvision import TorchvisionTeacher
 from deploy.errors import UserError
 from tests.teachers.makers import CPU, noise, sample, transformers_model
 
@@ -49,12 +52,58 @@ def test_torchvision_gives_what_it_gives(tmp_path: Path, name: Any) -> None:
     for picture, found in zip(PICTURES, teacher.detect(SAMPLES, score_threshold=threshold), strict=True):
         with torch.no_grad():
             (alone,) = model([torch.from_numpy(picture).permute(2, 0, 1) / 255])
-        kept = alone["labels"] > 0  # FCOS has an output for the background too
+        sides = alone["boxes"][:, 2:] - alone["boxes"][:, :2]
+        kept = (alone["labels"] > 0) & (sides > 0).all(1)  # FCOS scores the background too, and has empty boxes
         np.testing.assert_allclose(found.scores, alone["scores"][kept], atol=1e-5)
         np.testing.assert_allclose(found.boxes, alone["boxes"][kept], atol=0.02)
         assert (found.labels + 1).tolist() == alone["labels"][kept].tolist()
         counts += len(found.labels)
     assert counts > 5
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn"])
+def test_what_methods_learn_from_is_the_same_model(name: Any) -> None:
+    """The maps of torchvision's own backbone, and its detections of the classes that are left of 91."""
+    teacher = torchvision(name, names=None, short=64, long=96)
+    assert isinstance(teacher, TorchvisionTeacher) and teacher.detector is not None
+    whole, ours = teacher._model, teacher.detector
+    assert ours.num_classes == 80 and Capability.FEATURES in teacher.capabilities
+    assert (Capability.DENSE in teacher.capabilities) == (not name.startswith("faster"))
+    pixels = torch.from_numpy(noise(64, 96)).permute(2, 0, 1)
+    with torch.no_grad():
+        normalised = whole.transform.normalize(pixels / 255)[None]
+        theirs = list(whole.backbone(normalised).values())
+        maps = ours.features(pixels[None])
+        for mine, other in zip(maps, theirs, strict=False):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+        assert len(maps) == len(ours.strides) == (4 if name.startswith("faster") else 5)
+        if name.startswith("faster"):
+            return  # its proposals are limited before classes are known, so classes that are dropped leave a trace
+        prediction = ours.predict(maps)
+        scores = prediction.scores()[0]
+        outputs = whole.head(theirs)
+        raw = outputs["cls_logits"][0].sigmoid()
+        if name.startswith("fcos"):
+            raw = (raw * outputs["bbox_ctrness"][0].sigmoid()).sqrt()
+        torch.testing.assert_close(scores, raw[:, list(COCO_CATEGORIES)], rtol=1e-3, atol=1e-5)
+
+
+def test_two_stages_keep_the_classes_that_are_chosen() -> None:
+    """Boxes and scores of the second stage for given proposals, of 80 classes out of 91."""
+    teacher = torchvision("fasterrcnn_resnet50_fpn", names=None, short=64, long=96)
+    assert isinstance(teacher, TorchvisionTeacher) and teacher.detector is not None
+    whole: Any = teacher._model.roi_heads.box_predictor
+    ours: Any = teacher.detector.roi_heads.box_predictor  # type: ignore[union-attr]
+    x = torch.randn(3, whole.cls_score.in_features)
+    kept = [0, *COCO_CATEGORIES]
+    torch.testing.assert_close(ours(x)[0], whole(x)[0][:, kept])
+    torch.testing.assert_close(ours(x)[1].view(3, 81, 4), whole(x)[1].view(3, 91, 4)[:, kept])
+
+
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_boxes_alone(name: Any) -> None:
+    teacher = torchvision(name)
+    assert teacher.detector is None and teacher.capabilities == {Capability.BOXES}
 
 
 def test_random_weights_are_the_same_everywhere() -> None:

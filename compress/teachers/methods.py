@@ -1,0 +1,49 @@
+"""Teachers of other libraries for methods that learn from features or logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.arms import build_detector
+from compress.detectors.base import Capability, Detector
+from compress.distill.build import build_methods
+from compress.recipe import Recipe
+from compress.teachers.base import BoxTeacher
+from deploy.errors import UserError
+
+
+def for_methods(recipe: Recipe, teacher: BoxTeacher, categories: Sequence[str]) -> tuple[Detector, list[int]]:
+    """The detector that the methods learn from; and for each class of the teacher its label in the data, or -1.
+
+    Features may come from a teacher of any classes. Logits are compared class by class, so they need the data's classes
+    in the data's order.
+
+    Raises:
+        UserError: the teacher gives boxes alone; teacher, student and methods do not fit each other; other classes.
+    """
+    assert recipe.teacher is not None, "the recipe was validated"
+    key = f"teacher.{recipe.teacher.given[0]}"
+    if teacher.detector is None:
+        method = next(iter(recipe.methods.enabled()), None)
+        wanted = "" if method is None else f", and methods.{method} learns from features or logits"
+        raise UserError(f"{key}: {teacher.file} gives boxes alone{wanted}; use pseudo_labels, or another teacher")
+    student = build_detector(recipe.student.model_copy(update={"weights": "none"}), len(categories), recipe.seed)
+    methods = build_methods(recipe.methods, student, teacher.detector).values()
+    names = list(teacher.class_names or ())
+    if any(Capability.DENSE in built.method.needs for built in methods) and names != list(categories):
+        raise UserError(
+            f"{key}: {_difference(names, categories)}; methods on logits need the same classes in the same order"
+        )
+    return teacher.detector, [categories.index(name) if name in categories else -1 for name in names]
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _difference(names: Sequence[str], categories: Sequence[str]) -> str:
+    if not names:
+        return "the teacher does not name its classes"
+    if len(names) != len(categories):
+        return f"the teacher knows {len(names)} classes, the data has {len(categories)}"
+    label = next(index for index, (theirs, ours) in enumerate(zip(names, categories, strict=True)) if theirs != ours)
+    return f"the teacher calls label {label} {names[label]!r}, the data calls it {categories[label]!r}"
