@@ -28,6 +28,8 @@ from compress.pseudo.stage import rehearse as rehearse_labels
 from compress.recipe import Model, Recipe, Split
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
+from compress.teachers.methods import for_methods
+from compress.teachers.settings import Source
 from deploy.coco_map import read_annotations
 from deploy.errors import UserError
 
@@ -40,7 +42,7 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
     categories = _categories(recipe, console)
     teacher = None
     if distillation and recipe.teacher is not None and not only_labels(recipe):
-        teacher = _teacher(recipe, categories, console)
+        teacher = _teacher(recipe, categories, fabric, console)
     labellers = _labellers(recipe, categories, fabric, console) if distillation and recipe.pseudo_labels else []
     if teacher is not None:
         check_methods(recipe, len(categories), teacher)
@@ -79,9 +81,12 @@ def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
     return dict(COCO_CATEGORIES)
 
 
-def _teacher(recipe: Recipe, categories: dict[int, str], console: Console) -> Detector:
+def _teacher(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> Detector:
     settings = recipe.teacher
     assert settings is not None
+    if settings.given and settings.checkpoint is None:
+        opened = open_teacher(_source(settings, console), fabric.device, categories=categories)
+        return for_methods(recipe, opened, list(categories.values()))[0]
     if settings.checkpoint is None:
         assert settings.model is not None
         return freeze(build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0))
@@ -98,18 +103,27 @@ def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, conso
     """The teachers of `pseudo_labels`; random ones for what would have to be downloaded or trained first."""
     assert recipe.pseudo_labels is not None
     if recipe.pseudo_labels.teachers is None and recipe.teacher is not None and recipe.teacher.train is not None:
-        detector, name, names = _teacher(recipe, categories, console), "teacher.safetensors", tuple(categories.values())
+        detector = _teacher(recipe, categories, fabric, console)
+        name, names = "teacher.safetensors", tuple(categories.values())
         return [DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device)]
     found: list[BoxTeacher] = []
     for source in sources(recipe):
         name = (source.checkpoint or "").removeprefix("zoo:")
         if name not in ZOO:
-            found.append(open_teacher(source, fabric.device, categories=categories))
+            found.append(open_teacher(_source(source, console), fabric.device, categories=categories))
             continue
         console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
         detector, names = _zoo(name, len(COCO_CATEGORIES)), tuple(COCO_CATEGORIES.values())
         found.append(DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device))
     return found
+
+
+def _source(source: Source, console: Console) -> Source:
+    """Without a download."""
+    if source.torchvision is None or source.torchvision.weights != "coco":
+        return source
+    console.print(f"dry run: COCO weights of {source.torchvision.model} are not downloaded; random ones stand in")
+    return source.model_copy(update={"torchvision": source.torchvision.model_copy(update={"weights": "none"})})
 
 
 def _zoo(name: str, classes: int) -> Detector:

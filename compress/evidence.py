@@ -226,10 +226,15 @@ def _machine() -> dict[str, Any]:
 
 
 def _teacher(recipe: Recipe, run_dir: Path) -> str | None:
-    """The checkpoint of the teacher that the student learned from."""
-    if recipe.teacher is None or not recipe.methods.enabled():
+    """The checkpoint of the teacher that the student learned from; None for one of another library, which is measured
+    before the training and then neither timed nor drawn."""
+    if recipe.teacher is None or not recipe.methods.enabled() or _of_another_library(recipe):
         return None
     return recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
+
+
+def _of_another_library(recipe: Recipe) -> bool:
+    return recipe.teacher is not None and bool(recipe.teacher.given) and recipe.teacher.checkpoint is None
 
 
 def _report(
@@ -249,6 +254,8 @@ def _report(
         if (run_dir / f"{arm}.safetensors").is_file() and arm in stages:
             detectors[arm] = load_detector(run_dir / f"{arm}.safetensors")[0]
     models = {}
+    if _of_another_library(recipe) and recipe.methods.enabled() and "teacher_check" in stages:
+        models["teacher"] = dict(stages["teacher_check"]["result"]["metrics"])
     for name, detector in detectors.items():
         stage = stages["teacher_check" if name == "teacher" else name]
         models[name] = {**stage["result"]["metrics"], **model_size(detector, input_size)}
