@@ -2,11 +2,13 @@
 
     python -m benchmarks.distill_gain cpu                   # every method on the preset `cpu`, 3 seeds
     python -m benchmarks.distill_gain cpu --table uet       # another table of the preset
+    python -m benchmarks.distill_gain cpu --table families  # other detectors, each with its own teacher and baseline
     python -m benchmarks.distill_gain recipes/quickstart.yaml --seeds 0,1,2,3,4
 
 A preset is a folder of `benchmarks/presets`: `student.yaml` (a recipe), `teacher.yaml` (how its teacher is trained,
-once for all) and `arms.yaml` (tables of arms; an arm is a list of settings for the recipe). A recipe on its own is
-compared with itself without its methods.
+once for all) and `arms.yaml` (tables of arms; an arm is a list of settings for the recipe). A table may have groups of
+arms: `{student: [settings], teacher: [settings], arms: {...}}`, with a baseline and a teacher each. A recipe on its own
+is compared with itself without its methods.
 
 A seed changes the initial weights, the order of the images and their augmentation; all arms of one seed share all
 three, so differences to the baseline are taken in pairs. Prints mean and standard deviation, and the mean paired
@@ -29,7 +31,7 @@ import os
 import platform
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +54,36 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of a table: settings on top of the recipe's; `alone` trains from the labels only."""
+    """One row of a table: settings on top of the recipe's; `alone` trains from the labels only and is the baseline of
+    the arms of its `group`."""
 
     name: str
     settings: tuple[str, ...]
     alone: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms of one student. student, teacher: settings on top of the preset's two recipes."""
+
+    name: str
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+    arms: tuple[Arm, ...]
 
 
 def main() -> int:
     arguments = parse_arguments()
     console = open_console()
     recipe_path, arms, common = read_plan(arguments)
+    baselines = {arm.group: arm.name for arm in arms if arm.alone}
     jobs = [(recipe_path, arm, seed, common) for seed in arguments.seeds for arm in arms]
     results: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in arms}
     for arm, seed, figures in run_all(jobs, arguments.jobs):
         results[arm][seed] = figures
         console.print(f"{arm}, seed {seed}: mAP {figures['map']:.2f} ({figures['seconds']:.0f} s of training)")
-    rows = [summarise(arm, results[arm.name], results[BASELINE]) for arm in arms]
+    rows = [summarise(arm, results[arm.name], results[baselines[arm.group]]) for arm in arms]
     console.print(table(rows))
 
     recipe = load_recipe(recipe_path, common)
@@ -90,7 +105,13 @@ def main() -> int:
                 "gpu": [gpu["name"] for gpu in machine.get("gpus") or []],
                 "system": platform.system(),
             },
-            "teacher": taught_by(arm_recipe(recipe_path, arms[-1], arguments.seeds[0], common)),
+            "teacher": {
+                arm.group: taught_by(arm_recipe(recipe_path, arm, arguments.seeds[0], common))
+                for arm in arms
+                if not arm.alone
+            }
+            if "" not in baselines
+            else taught_by(arm_recipe(recipe_path, arms[-1], arguments.seeds[0], common)),
             "seeds": arguments.seeds,
             "arms": rows,
         },
@@ -146,12 +167,13 @@ def read_plan(arguments: argparse.Namespace) -> tuple[Path, list[Arm], tuple[str
     tables = yaml.safe_load((folder / "arms.yaml").read_text(encoding="utf-8"))
     if arguments.table not in tables:
         raise UserError(f"{folder.name}: no table {arguments.table}; it has {', '.join(tables)}")
-    arms = [Arm(name, tuple(settings)) for name, settings in tables[arguments.table].items()]
+    groups = read_table(tables[arguments.table])
     if arguments.arms:
         wanted = arguments.arms.split(",")
-        if unknown := set(wanted) - {arm.name for arm in arms}:
+        if unknown := set(wanted) - {arm.name for group in groups for arm in group.arms}:
             raise UserError(f"no arm {', '.join(sorted(unknown))} in table {arguments.table}")
-        arms = [arm for arm in arms if arm.name in wanted]
+        groups = [replace(g, arms=tuple(arm for arm in g.arms if arm.name in wanted)) for g in groups]
+        groups = [group for group in groups if group.arms]
     if arguments.tune:
         recipe = load_recipe(recipe_path, common)
         if recipe.data.synthetic is None:
@@ -161,18 +183,41 @@ def read_plan(arguments: argparse.Namespace) -> tuple[Path, list[Arm], tuple[str
             f"data.synthetic.seed={recipe.data.synthetic.seed + TUNING_DATA}",
             f"name={recipe.name}-tune",
         )
-    if (folder / "teacher.yaml").is_file():
-        common = (*common, f"teacher.checkpoint={train_teacher(folder / 'teacher.yaml', arguments.set)}")
-    for arm in arms:  # a mistake in the last one should not show up after an hour
-        load_recipe(recipe_path, [*common, *arm.settings])
-    return recipe_path, [Arm(BASELINE, (), alone=True), *arms], common
+    for group in groups:  # a mistake in the last one should not show up after an hour
+        for arm in group.arms:
+            load_recipe(recipe_path, [*common, *group.student, "teacher.checkpoint=t.safetensors", *arm.settings])
+    arms = []
+    for group in groups:
+        own = group.student
+        if (folder / "teacher.yaml").is_file():
+            teacher = train_teacher(folder / "teacher.yaml", [*arguments.set, *group.teacher])
+            own = (*own, f"teacher.checkpoint={teacher}")
+        arms.append(Arm(f"{group.name} {BASELINE}".strip(), own, alone=True, group=group.name))
+        arms += [replace(arm, settings=(*own, *arm.settings)) for arm in group.arms]
+    return recipe_path, arms, common
+
+
+def read_table(table: dict[str, Any]) -> list[Group]:
+    """The groups of a table of arms.yaml; one without a name where it has only arms."""
+    if all(isinstance(settings, list) for settings in table.values()):
+        return [Group("", (), (), tuple(Arm(name, tuple(settings)) for name, settings in table.items()))]
+    return [
+        Group(
+            name,
+            tuple(group["student"]),
+            tuple(group["teacher"]),
+            tuple(Arm(f"{name} {arm}", tuple(settings), group=name) for arm, settings in group["arms"].items()),
+        )
+        for name, group in table.items()
+    ]
 
 
 def train_teacher(path: Path, settings: list[str]) -> Path:
     """The preset's teacher, trained once below `runs`, where `settings` say that the images are."""
     from compress.pipeline import distill
 
-    recipe = load_recipe(path, [setting for setting in settings if setting.startswith(("runs=", "data."))])
+    own = ("runs=", "data.", "name=", "student.", "train.")
+    recipe = load_recipe(path, [setting for setting in settings if setting.startswith(own)])
     weights = recipe.run_dir / "student.safetensors"
     distill(recipe, resume=True, distillation=False)
     return weights
@@ -249,10 +294,11 @@ def summarise(arm: Arm, figures: dict[int, dict[str, Any]], baseline: dict[int, 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     result = Table("arm", "mAP", "± sd", "gain", "by seed", "95 % interval", "training s")
+    seeds: dict[str, Any] = {}
     for row in rows:
-        seeds = rows[0]["by_seed"]
+        is_baseline = row["arm"].endswith(BASELINE)
+        seeds = row["by_seed"] if is_baseline else seeds  # a baseline stands before its arms
         gains = [f"{row['by_seed'][s]['map'] - seeds[s]['map']:+.2f}" for s in row["by_seed"]]
-        is_baseline = row["arm"] == BASELINE
         result.add_row(
             row["arm"],
             f"{row['map_mean']:.2f}",
@@ -265,12 +311,19 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
+def baseline_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last baseline before `row`."""
+    return [other for other in rows[: rows.index(row)] if other["arm"].endswith(BASELINE)][-1]
+
+
 def picture(rows: list[dict[str, Any]], name: str) -> str:
     """Gains in mAP as SVG: a dot a seed, a diamond for the mean, a line for the 95 % interval."""
-    baseline, arms = rows[0], rows[1:]
+    baselines = [row for row in rows if row["arm"].endswith(BASELINE)]
+    arms = [row for row in rows if row not in baselines]
     left, right, row_height, top = 230, 660, 26, 56
     gains = {
-        row["arm"]: [row["by_seed"][s]["map"] - baseline["by_seed"][s]["map"] for s in row["by_seed"]] for row in arms
+        row["arm"]: [row["by_seed"][s]["map"] - baseline_of(row, rows)["by_seed"][s]["map"] for s in row["by_seed"]]
+        for row in arms
     }
     ends = [x for row in arms for x in (*gains[row["arm"]], row["gain_mean"])]
     low, high = min(0.0, *ends) - 0.5, max(0.0, *ends) + 0.5
@@ -284,7 +337,7 @@ def picture(rows: list[dict[str, Any]], name: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="700" height="{height}" fill="#fff"/>',
         f'<text x="16" y="22" font-size="14" font-weight="bold">{name}: gain in mAP over the baseline '
-        f"({baseline['map_mean']:.2f})</text>",
+        f"({', '.join(format(row['map_mean'], '.2f') for row in baselines)})</text>",
         '<text x="16" y="40" fill="#555">dot: one seed; diamond: mean; line: 95 % interval of the mean, cut at the '
         "edge</text>",
     ]

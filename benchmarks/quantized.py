@@ -40,7 +40,7 @@ from deploy.quantize.calibrate import check_apart, choose_images
 from deploy.quantize.file import BOXES, SCORES, Quantizer
 from deploy.quantize.guided import search
 from deploy.runtimes.base import Runner
-from deploy.runtimes.onnx import OnnxRunner
+from deploy.runtimes.onnx import OnnxRunner, session_options
 from deploy.validate import validate
 
 CLASSES, CALIBRATION, BUDGET = 80, 128, 0.5
@@ -195,10 +195,7 @@ def _spread(detector: GFL, image: torch.Tensor) -> None:
 
 
 def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
 
 
 def _until_dense(path: Path) -> bytes:
