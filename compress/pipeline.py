@@ -212,7 +212,7 @@ def _launch(recipe: Recipe) -> Fabric:
         raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")
     try:
         set_backend(train.kernels)
-        chosen(torch.empty(0, device=fabric.device))
+        chosen(torch.empty(0, device=fabric.device), has_cuda=True)  # `cuda` is compiled now, or refused
     except ValueError as error:
         raise UserError(f"train.kernels {train.kernels}: {error}") from None
     fabric.launch()

@@ -1,14 +1,16 @@
 """Which implementation an operator of this package runs: Triton, CUDA C++, or PyTorch.
 
 `auto` takes Triton for tensors on a CUDA device, CUDA C++ where Triton is not installed and the operator has a
-C++ version, and PyTorch everywhere else. The choice is made when an operator is called and kept for its backward
-pass, so leaving `use` between the two changes nothing.
+C++ version that can be compiled, and PyTorch everywhere else; that the C++ kernels cannot be had is told once, as a
+warning. The choice is made when an operator is called and kept for its backward pass, so leaving `use` between the
+two changes nothing.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -52,9 +54,12 @@ def chosen(tensor: Tensor, *, has_cuda: bool = False) -> Chosen:
         tensor: the operator's main input; only its device matters.
         has_cuda: the operator has a CUDA C++ version. One that has none takes PyTorch under `cuda`.
 
+    The CUDA C++ kernels are compiled by the first call that comes to them.
+
     Raises:
-        ValueError: a CUDA backend is asked for, but the tensor is not on a CUDA device. With TRITON_INTERPRET=1 in
-            the environment `triton` runs CPU tensors in Triton's interpreter instead.
+        ValueError: a CUDA backend is asked for, but the tensor is not on a CUDA device; or `cuda` is asked for and the
+            kernels cannot be compiled here. With TRITON_INTERPRET=1 in the environment `triton` runs CPU tensors in
+            Triton's interpreter instead.
     """
     if _backend == "torch":
         return "torch"
@@ -63,7 +68,7 @@ def chosen(tensor: Tensor, *, has_cuda: bool = False) -> Chosen:
             return "torch"
         if HAS_TRITON:
             return "triton"
-        return "cuda" if has_cuda else "torch"
+        return "cuda" if has_cuda and _extension_for_auto() else "torch"
     if not tensor.is_cuda and not (_backend == "triton" and interpreted()):
         raise ValueError(
             f"backend {_backend!r} needs CUDA tensors, got one on {tensor.device}; choose auto or torch"
@@ -71,6 +76,8 @@ def chosen(tensor: Tensor, *, has_cuda: bool = False) -> Chosen:
         )
     if _backend == "cuda" and not has_cuda:
         return "torch"
+    if _backend == "cuda" and (problem := _extension_problem()):
+        raise ValueError(f"{problem}\nbackend 'torch' does without them")
     return _backend
 
 
@@ -79,5 +86,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _extension_for_auto() -> bool:
+    """The CUDA C++ kernels can be had; says once what is missing."""
+    global _warned
+    problem = _extension_problem()
+    if problem and not _warned:
+        _warned = True
+        warnings.warn(f"{problem}\nPyTorch computes in place of the kernels, which is slower", stacklevel=4)
+    return problem is None
+
+
+def _extension_problem() -> str | None:
+    """Why the CUDA C++ kernels cannot be had. The answer is kept in a plain global, which torch.compile can read."""
+    global _problem
+    if _problem is None:
+        from kernels import cuda
+
+        _problem = cuda.problem() or ""
+    return _problem or None
+
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 _backend: Backend = "auto"
+_problem: str | None = None  # "" once the extension is loaded
+_warned = False
