@@ -281,7 +281,7 @@ def _label(
             images,
             out,
             how,
-            categories=data.train_split.annotations,
+            categories=data.train.annotations,
             table=settings.class_map,
             thresholds_from=labelled if settings.thresholds == "best_f1" else None,
             shard=Shard(fabric.global_rank, fabric.world_size),

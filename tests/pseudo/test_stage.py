@@ -212,16 +212,12 @@ def test_the_recipes_teacher_labels(tmp_path: Path) -> None:
         tmp_path,
         "labels={fraction: 0.5}",
         "pseudo_labels={tau: 0.011, tau_ignore: 0.01, fine_tune: {steps: 1}}",
-        "train.steps=2",
+        "train.steps=3",
         "baseline=true",
-        "deploy.precisions=[fp32, int8]",
-        "deploy.int8={images: 8, qad: {steps: 2}}",
     )
     run_dir = pipeline.run(made)
     counts = stages(run_dir)["pseudo labels: training images"]["result"]
     assert counts["teachers"] == ["teacher.safetensors"] and counts["images"] == 12
-    assert stages(run_dir)["student.qad"]["result"]["steps"] == 2
-    assert (run_dir / "student.int8.onnx").is_file()
     report = read(run_dir / "report.json")
     assert set(report["models"]) == {"teacher", "baseline", "student"}
     shown = report["pseudo_labels"]
