@@ -3,7 +3,8 @@
     t = sigmoid(z_t), constant;  s = sigmoid(z_s)
     L = sum_{b,m} v[b,m] * sum_c BCE(z_s, t) * |t - s|^beta
 
-over positive and negative locations alike; gradient flows through the modulating factor |t - s|^beta.
+over positive and negative locations alike; gradient flows through the modulating factor |t - s|^beta and is 0 where
+t = s (with beta < 1 it is infinite beside that).
 The same pass emits d[b, m] = max_c |t - s|, which weighs BCKD's localisation term. As in
 `quality_focal_loss`, forward leaves the gradient behind and backward is one multiplication. On CUDA one Triton kernel
 does all of it: it reads both logits once and writes the gradient once.
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
+from kernels.focal import power, power_slope
 from kernels.logits import same_layout
 
 
@@ -62,7 +64,7 @@ def reference(student: Tensor, teacher: Tensor, weight: Tensor, beta: float = 1.
     """The specification, by autograd. Same arguments and results as `binary_kd_loss`."""
     t = teacher.detach().sigmoid()
     difference = (t - student.sigmoid()).abs()
-    rows = F.binary_cross_entropy_with_logits(student, t, reduction="none") * difference.pow(beta)
+    rows = F.binary_cross_entropy_with_logits(student, t, reduction="none") * power(difference, beta)
     return (rows.sum(1) * weight).sum(), difference.detach().amax(1)
 
 
@@ -74,7 +76,7 @@ def _loss_and_gradient(z: Tensor, teacher: Tensor, weight: Tensor, beta: float) 
     if beta == 1.0:
         factor, slope = difference, signed.sign()
     else:
-        factor, slope = difference.pow(beta), beta * difference.pow(beta - 1) * signed.sign()
+        factor, slope = difference.pow(beta), power_slope(difference, beta) * signed.sign()
     v = weight.unsqueeze(1)
     loss = ((bce * factor).sum(1) * weight).sum()
     grad = (signed * factor + bce * slope * s * (1 - s)) * v
@@ -90,7 +92,7 @@ def _loss_and_gradient_eager(z: Tensor, teacher: Tensor, weight: Tensor, beta: f
     disagreement = difference.amax(1)
     slope = signed.sign()
     if beta != 1.0:
-        slope.mul_(difference.pow(beta - 1)).mul_(beta)
+        slope.mul_(power_slope(difference, beta))
         difference.pow_(beta)
     loss = (torch.mul(bce, difference).sum(1) * weight).sum()
     steepness = s.addcmul_(s, s, value=-1)

@@ -3,10 +3,10 @@
     L = sum_{b,m,c} v[b,m] * BCE(z, y) * |y - sigmoid(z)|^beta
 
 y[b, c, m] is the IoU quality where c is the label of a positive location, 0 everywhere else, and constant;
-gradient flows through the modulating factor |y - sigmoid(z)|^beta as well. Because y is zero almost everywhere
-the loss is one dense pass for y = 0 plus a correction at the P positive entries: no target tensor is built.
-The loss is a scalar of the batch, so backward is one multiplication by the upstream gradient. On CUDA both parts are
-Triton kernels: the logits are read once and the gradient is written once.
+gradient flows through the modulating factor |y - sigmoid(z)|^beta as well, and is 0 where y = sigmoid(z). Because y is
+zero almost everywhere the loss is one dense pass for y = 0 plus a correction at the P positive entries: no target
+tensor is built. The loss is a scalar of the batch, so backward is one multiplication by the upstream gradient. On CUDA
+both parts are Triton kernels: the logits are read once and the gradient is written once.
 
 Shape letters: B images, K classes, M locations of a level, P positives.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
+from kernels.focal import power, power_slope
 from kernels.logits import dense
 
 
@@ -74,7 +75,7 @@ def reference(
     target = torch.zeros_like(logits).transpose(1, 2).reshape(B * M, K)
     target[index, labels] = quality.to(target.dtype)
     target = target.reshape(B, M, K).transpose(1, 2)
-    factor = (target - logits.sigmoid()).abs().pow(beta)
+    factor = power((target - logits.sigmoid()).abs(), beta)
     rows = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * factor).sum(1)  # [B, M]
     return (rows * weight).sum()
 
@@ -134,7 +135,7 @@ class _QualityFocalLoss(torch.autograd.Function):
         bce = F.softplus(z_p) - y * z_p
         difference = (s - y).abs()
         factor = difference.pow(beta)
-        slope = beta * difference.pow(beta - 1) * (s - y).sign() * s * (1 - s)
+        slope = power_slope(difference, beta) * (s - y).sign() * s * (1 - s)
         negative = F.softplus(z_p) * s.pow(beta)
         loss = loss + (v_p * (bce * factor - negative)).sum()
         grad[b, labels, m] = v_p * ((s - y) * factor + bce * slope)

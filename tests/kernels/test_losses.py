@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import backend
 from kernels import binary_kd_loss as kd
 from kernels import quality_focal_loss as qfl
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
@@ -72,6 +73,45 @@ def test_binary_kd_loss_equals_its_reference(shape: tuple[int, int, int], beta: 
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(disagreement.double(), expected_disagreement, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("run", ["torch", "compiled", "triton"])
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_no_gradient_where_there_is_no_difference(
+    run: str, beta: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With beta < 1 the slope of |difference|^beta is infinite at 0, and its sign is 0 there."""
+    monkeypatch.setattr(kd, "_compiled", lambda: kd._loss_and_gradient)  # what is compiled, without compiling it
+    monkeypatch.setattr(qfl, "_negative_compiled", lambda: qfl._negative)
+    g = torch.Generator().manual_seed(0)
+    z, t, weight = torch.randn(2, 3, 8, generator=g), torch.randn(2, 3, 8, generator=g), torch.rand(2, 8, generator=g)
+    same = torch.rand(2, 3, 8, generator=g) < 0.3
+    t[same] = z[same]
+    quality = torch.rand(3, generator=g)
+    index, labels = torch.tensor([1, 9, 12]), torch.tensor([0, 2, 1])
+    z[0, 0, 1], quality[0] = 0.0, 0.5  # the first positive is as sure as its box is good
+    z[1, 1, 1] = -200.0  # and here the probability of a negative is 0 in float32
+    same[0, 0, 1], t[0, 0, 1], same[1, 1, 1] = True, 0.0, False
+    cases = [
+        (lambda x, *y: kd.binary_kd_loss(x, *y, beta=beta, compiled=run == "compiled")[0], kd.reference, (t, weight)),
+        (
+            lambda x, *y: qfl.quality_focal_loss(x, *y, beta=beta, compiled=run == "compiled"),
+            qfl.reference,
+            (index, labels, quality, weight),
+        ),
+    ]
+    for function, reference, others in cases:
+        leaf, wide = z.to(device).requires_grad_(), z.double().requires_grad_()
+        with backend.use("triton" if run == "triton" else "torch"):
+            loss = function(leaf, *(x.to(device) for x in others))
+        expected = reference(wide, *(x.double() if x.is_floating_point() else x for x in others), beta)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-5, atol=0)
+        gradient, wanted = torch.autograd.grad(loss, leaf)[0].cpu(), torch.autograd.grad(expected, wide)[0]
+        assert wanted.isfinite().all() and wanted.abs().max() > 0.1
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-6)
+        at_ties = gradient[same] if reference is kd.reference else gradient[0, 0, 1]
+        assert not at_ties.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
