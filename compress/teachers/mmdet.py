@@ -5,7 +5,7 @@ The network, its normalisation and its selection of detections are mmdet's own; 
 
     boxes     every detector that finds boxes in plain images, by mmdet's `predict` with the config's thresholds
     features  those whose backbone and neck give maps of one width
-    dense     GFL, LD, ATSS, RetinaNet and FCOS heads with sigmoid scores; distributions besides, from GFL and LD
+    dense     GFL and LD (of 17 bins), ATSS, RetinaNet and FCOS heads with sigmoid scores; distributions, GFL and LD
 
 mmdet is imported when a teacher is opened, and by nothing else. A config is a Python program and is run; the
 checkpoint's code is not.
@@ -94,9 +94,17 @@ def load_mmdet(config: Path, checkpoint: Path) -> tuple[MmdetDetector, tuple[str
 
 @dataclass
 class Seen:
-    """What a model without a dense head makes of images before `decode`: float [B, 3, H, W], normalised."""
+    """Images on their way to `decode` where the head is not dense: float [B, 3, H, W], normalised."""
 
     images: Tensor
+
+
+@dataclass
+class Maps:
+    """What a head that is not dense makes of maps: nothing that a method could use but their strides."""
+
+    maps: list[Tensor]
+    strides: tuple[int, ...]
 
 
 class MmdetDetector(Detector):
@@ -129,6 +137,8 @@ class MmdetDetector(Detector):
         self.register_buffer("std", std.float() if rgb else std.float().flip(1), persistent=False)
         self._dense = _dense_head(model)
         self.capabilities = frozenset({Capability.BOXES}) | self._probe()
+        if Capability.FEATURES not in self.capabilities:
+            self._dense = None
 
     @torch.no_grad()
     def _probe(self) -> frozenset[Capability]:
@@ -154,8 +164,8 @@ class MmdetDetector(Detector):
         if self._dense.anchors > 1:
             bases = self.model.bbox_head.prior_generator.base_anchors
             self.cells = tuple(tuple((x2 - x1, y2 - y1) for x1, y1, x2, y2 in base.tolist()) for base in bases)
-        found = {Capability.FEATURES, Capability.DENSE}
-        return frozenset(found | {Capability.DISTRIBUTIONS} if self._dense.comparable_bins else found)
+        dense = {Capability.FEATURES, Capability.DENSE}
+        return frozenset(dense | {Capability.DISTRIBUTIONS} if self._dense.distribution else dense)
 
     def _normalised(self, images: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] → what the network gets."""
@@ -168,12 +178,12 @@ class MmdetDetector(Detector):
         """uint8 RGB images [B, 3, H, W] → the maps of backbone and neck, each [B, C, h, w]."""
         return list(self.model.extract_feat(self._normalised(images)))
 
-    def predict(self, features: list[Tensor]) -> DensePrediction:
-        """What the dense head makes of the maps. `sides` are as the head's box coder takes them: distances in pixels in
+    def predict(self, features: list[Tensor]) -> DensePrediction | Maps:
+        """What a dense head makes of the maps. `sides` are as the head's box coder takes them: distances in pixels in
         FCOS, deltas of anchors in ATSS and RetinaNet. FCOS's locations lie half a stride right of and below those that
         `DensePrediction` speaks of; `decode_boxes` has them right."""
         if self._dense is None:
-            raise self._lacks(Capability.DENSE)
+            return Maps(features, self.strides)
         logits, sides, *centerness = self.model.bbox_head(tuple(features))
         if self._dense.distribution:
             return DensePrediction(list(logits), list(sides), self.strides)
@@ -186,10 +196,9 @@ class MmdetDetector(Detector):
             anchors=self._dense.anchors,
         )
 
-    def forward(self, images: Tensor) -> DensePrediction | Seen:
-        if self._dense is not None and Capability.DENSE in self.capabilities:
-            return self.predict(self.features(images))
-        return Seen(self._normalised(images))
+    def forward(self, images: Tensor) -> Any:
+        """A `DensePrediction` or `Seen`, for `decode`."""
+        return Seen(self._normalised(images)) if self._dense is None else self.predict(self.features(images))
 
     def decode_boxes(self, prediction: DensePrediction) -> Tensor:
         if self._dense is None:
@@ -211,7 +220,7 @@ class MmdetDetector(Detector):
     @torch.no_grad()
     def decode(
         self,
-        prediction: DensePrediction | Seen,
+        prediction: Any,
         targets: list[Target],
         *,
         score_threshold: float = 0.0,
@@ -249,23 +258,24 @@ class MmdetDetector(Detector):
 
 @dataclass(frozen=True)
 class _Dense:
-    """A dense head whose outputs we know. distribution: boxes are distributions; comparable_bins: of as many bins as
-    ours; anchors: predictions a location."""
+    """A dense head whose outputs we know. distribution: boxes are distributions over our bins; anchors: predictions a
+    location."""
 
     distribution: bool
-    comparable_bins: bool
     anchors: int
 
 
 def _dense_head(model: Any) -> _Dense | None:
-    """None for other heads, also for those derived from these: they give the same names another meaning."""
+    """None for heads that differ, also for those derived from these: they give the same names another meaning."""
     head: Any = getattr(model, "bbox_head", None)
     kind = type(head).__name__
     known = ("GFLHead", "LDHead", "ATSSHead", "RetinaHead", "FCOSHead")
     if head is None or kind not in known or not type(head).__module__.startswith("mmdet.") or not head.use_sigmoid_cls:
         return None
     distribution = kind in ("GFLHead", "LDHead")
-    return _Dense(distribution, distribution and head.reg_max == REG_MAX, int(head.prior_generator.num_base_priors[0]))
+    if distribution and (head.reg_max != REG_MAX or head.prior_generator.center_offset != 0):
+        return None
+    return _Dense(distribution, int(head.prior_generator.num_base_priors[0]))
 
 
 def _meta(target: Target, shape: tuple[int, int]) -> dict[str, Any]:

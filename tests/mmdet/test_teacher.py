@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.data.batch import Target
 from compress.detectors.base import Capability
 from compress.teachers.base import DetectorTeacher, Sample, View
-from compress.teachers.mmdet import MmdetDetector, open_mmdet
+from compress.teachers.mmdet import Maps, MmdetDetector, open_mmdet
 from compress.teachers.settings import Mmdet
 from deploy.errors import UserError
 from tests.mmdet import models
@@ -128,8 +128,10 @@ def test_features(case: Case) -> None:
 @torch.no_grad()
 def test_dense_outputs(case: Case) -> None:
     if case.name not in DENSE:
+        features = case.ours.features(case.images)
+        assert case.ours.predict(features) == Maps(features, (4, 8, 16, 32, 64))
         with pytest.raises(TypeError, match="FasterRCNN gives no dense"):
-            case.ours.predict(case.ours.features(case.images))
+            case.ours.decode_boxes(case.ours.predict(features))
         return
     prediction = case.ours.predict(case.ours.features(case.images))
     logits, boxes, *centerness = case.theirs(case.normalised(), mode="tensor")
@@ -183,6 +185,14 @@ def test_rows_of_the_dense_outputs(case: Case) -> None:
         difference = (clipped - box).abs().amax(1) + (scores[label] - score).abs()
         matched += bool(difference.min() < 1e-3)
     assert matched == len(found.scores) > 20
+
+
+def test_gfl_of_other_bins_has_no_dense_outputs(tmp_path: Path) -> None:
+    settings = models.config("gfl", width=32)
+    settings.model.bbox_head.reg_max = 8
+    config, checkpoint = models.save(tmp_path, settings, models.build(settings))
+    teacher = open_mmdet(Mmdet(config=config, checkpoint=checkpoint), CPU)
+    assert teacher.capabilities == {Capability.FEATURES, Capability.BOXES}
 
 
 def test_as_a_teacher_of_boxes(case: Case) -> None:
