@@ -58,7 +58,7 @@ def distribution_iou_loss(
         truth = boxes.detach().contiguous(), points.detach().contiguous()
         loss, iou = _call(rows, *truth, weight[None], kind, eps)
         return loss, iou[0]
-    return reference(logits.float(), points, boxes, weight, kind, eps)
+    return reference(logits.float(), points.float(), boxes.float(), weight.float(), kind, eps)
 
 
 def distribution_iou_kd_loss(
@@ -87,7 +87,7 @@ def distribution_iou_kd_loss(
     if backends.chosen(student) == "triton":
         student, teacher = same_layout(dense(student), teacher.detach().to(student.dtype))
         return _call(student, teacher, None, weight, kind, eps)[0]
-    return kd_reference(student.float(), teacher.float(), weight, kind, eps)
+    return kd_reference(student.float(), teacher.float(), weight.float(), kind, eps)
 
 
 def reference(

@@ -51,7 +51,7 @@ def iou_loss(
         raise ValueError(f"weight must be {list(boxes.shape[:-1])}, one a pair of boxes, got {list(weight.shape)}")
     chosen = backends.chosen(boxes, has_cuda=True)
     if chosen == "torch":
-        return reference(boxes.float(), target.float(), weight, kind, eps)
+        return reference(boxes.float(), target.float(), None if weight is None else weight.float(), kind, eps)
     rows = None if weight is None else weight.detach().reshape(-1).contiguous()
     grad = torch.is_grad_enabled()
     return _fused(

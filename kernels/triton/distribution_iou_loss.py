@@ -112,7 +112,8 @@ def _distribution_iou_kernel(
     )
     tl.store(iou_out + b * M + m, iou, mask=inside)
     w = tl.load(weight + b * M + m, mask=inside, other=0.0).to(tl.float32)
-    tl.store(partial + b * tl.num_programs(0) + tl.program_id(0), tl.sum(loss * w))
+    total = tl.sum(tl.where(inside, loss * w, 0.0))  # beyond: may be NaN if eps is 0
+    tl.store(partial + b * tl.num_programs(0) + tl.program_id(0), total)
     if GRADIENT:
         # d(distance) / d(logit of bin j) = p_j * (j - distance), with log(p_j) = logit - log(sum(exp))
         gx1 *= -w

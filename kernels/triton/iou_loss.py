@@ -84,7 +84,7 @@ def _iou_kernel(
     if TARGET_GRAD:
         g = join_rows(tx1 * w, ty1 * w, tx2 * w, ty2 * w, BLOCK)
         tl.store(to_target + program * 4 * BLOCK + flat, g.to(to_target.dtype.element_ty), mask=inside)
-    tl.store(partial + program, tl.sum(loss * w))
+    tl.store(partial + program, tl.sum(tl.where(row < rows_left, loss * w, 0.0)))  # beyond: NaN if eps is 0
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -118,6 +120,15 @@ def test_points_are_finite(device: torch.device, kind: ops.Kind) -> None:
                 loss = ops.iou_loss(a, target, kind=kind)
             (gradient,) = torch.autograd.grad(loss, a)
             assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eps_may_be_0(device: torch.device, kind: ops.Kind) -> None:
+    """The last program has less rows than its block; what it computes beyond them is 0 / 0."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [*(boxes(3, g) for _ in range(2)), torch.rand(3, generator=g)]
+    chosen: dict[str, Any] = {"kind": kind, "eps": 0.0}
+    compare.check(lambda *x: ops.iou_loss(*x, **chosen), lambda *x: ops.reference(*x, **chosen), inputs, device)
 
 
 def test_no_boxes(device: torch.device) -> None:

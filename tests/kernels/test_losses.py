@@ -11,7 +11,8 @@ from kernels import backend
 from kernels import binary_kd_loss as kd
 from kernels import quality_focal_loss as qfl
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
-from kernels.iou_loss import giou_loss, paired_iou
+from kernels.distribution_iou_loss import distribution_iou_kd_loss, distribution_iou_loss
+from kernels.iou_loss import giou_loss, iou_loss, paired_iou
 from tests.oracles import ORACLES, sine
 
 
@@ -123,6 +124,29 @@ def test_half_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss, qfl.reference(z.float(), none, none, torch.zeros(0), torch.ones(1, 8)))
     loss.backward()
     assert z.grad is not None and z.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_float32_whatever_else_is_float64(name: backend.Backend, device: torch.device) -> None:
+    """Weights, boxes and points of float64 change neither the dtype of a loss nor the loss."""
+    g = torch.Generator().manual_seed(0)
+    z, t, sides = (torch.randn(*shape, generator=g).to(device) for shape in ((1, 8, 5), (1, 8, 5), (5, 4, 2)))
+    points, corner, w = (torch.rand(*shape, generator=g).to(device) for shape in ((5, 2), (5, 2), (1, 5)))
+    boxes, where = torch.cat((corner, corner + 1.5), 1), torch.tensor([2], device=device)
+
+    def losses(points: torch.Tensor, boxes: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            iou_loss(boxes.float(), boxes.float().flip(0), w[0]),
+            *distribution_iou_loss(sides, points, boxes, w[0]),
+            distribution_iou_kd_loss(z, t, w),
+            *kd.binary_kd_loss(z, t, w),
+            qfl.quality_focal_loss(z, where, where, w[0, :1], w),
+        ]
+
+    with backend.use(name):
+        plain, wide = losses(points, boxes, w), losses(points.double(), boxes.double(), w.double())
+    assert all(x.dtype == torch.float32 for x in wide)
+    torch.testing.assert_close(wide, plain)
 
 
 def test_shapes_are_checked_at_the_door() -> None:
