@@ -505,13 +505,14 @@ Root = TypeVar("Root", bound=Settings)
 
 def _load(path: Path, root: type[Root], overrides: Sequence[str] = ()) -> Root:
     path = Path(path)
+    what = "recipe" if root is Recipe else "teacher"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe file") from None
+        raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot read the recipe: {reason}") from None
+        raise UserError(f"{path}: cannot read the {what}: {reason}") from None
     document = _Document(str(path))
     data = document.read(text)
     for override in overrides:
