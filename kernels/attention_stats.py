@@ -5,7 +5,7 @@
 
 Backward: dx = sign(x) f (g_spatial / C + g_channel / S) with the factor f = x' / x >= 0 drawn again; 0 where x is 0.
 
-Shape letters: B images, C channels, h, w the map, S its h * w positions.
+Shape letters: B images, C channels, h, w the map, S its h * w positions; R rows of L elements (`kernels.rows`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.dropout import (
-    NO_DRAW,
-    Dropout,
-    Stream,
-    all_factors,
-    chunk_factors,
-    chunks,
-    compiled_once,
-    fits_a_chunk,
-    stream,
-)
+from kernels.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, stream
+from kernels.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
 
 
 def attention_stats(x: Tensor, *, dropout: Dropout | None = None, compiled: bool = False) -> tuple[Tensor, Tensor]:
@@ -68,9 +59,11 @@ def _attention_stats(
 
         return kernel.forward(x, dropout)
     B, C, h, w = x.shape
-    whole = compiled or fits_a_chunk(x)
-    draw = stream(dropout, B, x.device, whole=whole) if dropout else None
-    spatial, channel = (compiled_once(_whole_means) if compiled else _means)(x.reshape(B, C, h * w), draw)
+    whole, last = compiled or fits_a_chunk(x), channels_last(x)
+    draw = stream(dropout, B, x.device, whole=whole, last=last) if dropout else None
+    run = compiled_once(_whole_means) if compiled else _whole_means if whole else _means
+    of_rows, of_columns = run(to_rows(x, B, C, h * w, last), draw)
+    spatial, channel = (of_rows, of_columns) if last else (of_columns, of_rows)
     return spatial.view(B, h, w), channel
 
 
@@ -102,12 +95,12 @@ def _attention_stats_backward(
 
         return kernel.backward(grad_spatial, grad_channel, x, dropout)
     B, C, h, w = x.shape
-    whole = compiled or fits_a_chunk(x)
-    draw = stream(dropout, B, x.device, whole=whole) if dropout else None
+    whole, last = compiled or fits_a_chunk(x), channels_last(x)
+    draw = stream(dropout, B, x.device, whole=whole, last=last) if dropout else None
     run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
     by_position, by_channel = grad_spatial.reshape(B, h * w) / C, grad_channel / (h * w)
-    rows = run(by_position, by_channel, x.reshape(B, C, h * w), draw).view(x.shape)
-    return rows if rows.stride() == x.stride() else torch.empty_like(x).copy_(rows)
+    weights = (by_position, by_channel) if last else (by_channel, by_position)
+    return from_rows(run(*weights, to_rows(x, B, C, h * w, last), draw), x, last)
 
 
 @_attention_stats_backward.register_fake
@@ -141,42 +134,42 @@ def _backward(ctx: Any, grad_spatial: Tensor, grad_channel: Tensor) -> tuple[Ten
 _attention_stats.register_autograd(_backward, setup_context=_setup)
 
 
-# PyTorch. x [B, C, S]; by_position [B, S]; by_channel [B, C] ------------------------------------------------------
+# PyTorch. x [B, R, L]; of_rows [B, R]; of_columns [B, L] ----------------------------------------------------------
 
 
 def _means(x: Tensor, draw: Stream | None) -> tuple[Tensor, Tensor]:
-    B, C, S = x.shape
-    spatial = x.new_zeros(B, S, dtype=torch.float32)
-    channel = x.new_empty(B, C, dtype=torch.float32)
-    for image, channels in chunks(B, C, S):
-        part = x[image, channels].abs().float()
+    B, R, L = x.shape
+    of_rows = x.new_empty(B, R, dtype=torch.float32)
+    of_columns = x.new_zeros(B, L, dtype=torch.float32)
+    for image, rows in chunks(B, R, L):
+        part = x[image, rows].abs().float()
         if draw is not None:
-            part = part * chunk_factors(draw, image, channels, S, variance=False)[0]
-        spatial[image] += part.sum(0)
-        torch.mean(part, 1, out=channel[image, channels])
-    return spatial.div_(C), channel
+            part = part * chunk_factors(draw, image, rows, (R, L), variance=False)[0]
+        of_columns[image] += part.sum(0)
+        torch.mean(part, 1, out=of_rows[image, rows])
+    return of_rows, of_columns.div_(R)
 
 
-def _gradient(by_position: Tensor, by_channel: Tensor, x: Tensor, draw: Stream | None) -> Tensor:
-    B, C, S = x.shape
-    grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for image, channels in chunks(B, C, S):
-        weight = by_position[image] + by_channel[image, channels, None]
+def _gradient(of_rows: Tensor, of_columns: Tensor, x: Tensor, draw: Stream | None) -> Tensor:
+    B, R, L = x.shape
+    grad = x.new_empty(B, R, L)
+    for image, rows in chunks(B, R, L):
+        weight = of_columns[image] + of_rows[image, rows, None]
         if draw is not None:
-            weight = weight * chunk_factors(draw, image, channels, S, variance=False)[0]
-        grad[image, channels] = weight.mul_(x[image, channels].sign())
+            weight = weight * chunk_factors(draw, image, rows, (R, L), variance=False)[0]
+        grad[image, rows] = weight.mul_(x[image, rows].sign())
     return grad
 
 
 def _whole_means(x: Tensor, draw: Stream | None) -> tuple[Tensor, Tensor]:
     size = x.float().abs()
     if draw is not None:
-        size = size * all_factors(draw, x.shape[1], x.shape[2], variance=False)[0]
-    return size.mean(1), size.mean(2)
+        size = size * all_factors(draw, (x.shape[1], x.shape[2]), variance=False)[0]
+    return size.mean(2), size.mean(1)
 
 
-def _whole_gradient(by_position: Tensor, by_channel: Tensor, x: Tensor, draw: Stream | None) -> Tensor:
-    weight = (by_position[:, None] + by_channel[:, :, None]) * x.float().sign()
+def _whole_gradient(of_rows: Tensor, of_columns: Tensor, x: Tensor, draw: Stream | None) -> Tensor:
+    weight = (of_columns[:, None] + of_rows[:, :, None]) * x.float().sign()
     if draw is not None:
-        weight = weight * all_factors(draw, x.shape[1], x.shape[2], variance=False)[0]
+        weight = weight * all_factors(draw, (x.shape[1], x.shape[2]), variance=False)[0]
     return weight.to(x.dtype)

@@ -4,13 +4,13 @@ The random number of an element is a function of (seed, offset) and of its place
 memory format, chunks and threads do not matter. PyTorch has no fast 32 x 32 -> 64 bit product, so in place of Philox
 it is a keyed two-stage 32-bit mixer: the backends draw different numbers of one distribution.
 
-Shape letters: B images, C channels, S positions, G groups of copies.
+Shape letters: B images, C channels, S positions, G groups of copies; R rows of L elements (`kernels.rows`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -74,12 +74,14 @@ class Stream:
 
     keys: of every image and group a pair; of ints for eager code, an int32 tensor [B, G, 2] for compiled code (there
         an int would be a constant).
+    last: the rows are of channels last.
     """
 
     keys: Any
     tables: Table
     mode: Mode
     combine: Combine
+    last: bool
 
 
 def three_dimensions(x: Tensor, mode: str = "elementwise") -> tuple[int, int, int]:
@@ -98,7 +100,7 @@ def three_dimensions(x: Tensor, mode: str = "elementwise") -> tuple[int, int, in
     return B, C, S
 
 
-def stream(dropout: Dropout, images: int, device: torch.device, *, whole: bool) -> Stream:
+def stream(dropout: Dropout, images: int, device: torch.device, *, whole: bool, last: bool) -> Stream:
     """The draw of a dropout for so many images; `whole` for `all_factors`, else for `chunk_factors`."""
     tables = table(dropout.rates, device)
     keys: Any = tuple(
@@ -106,50 +108,39 @@ def stream(dropout: Dropout, images: int, device: torch.device, *, whole: bool) 
     )
     if whole:
         keys = torch.tensor(keys, dtype=torch.int32, device=device).view(images, len(tables.groups), 2)
-    return Stream(keys, tables, dropout.mode, dropout.combine)
+    return Stream(keys, tables, dropout.mode, dropout.combine, last)
 
 
-CHUNK = 1 << 17
-"""Elements worked on at a time in eager mode: the temporaries of a chunk stay in the cache."""
+def chunk_factors(
+    draw: Stream, image: int, rows: slice, size: tuple[int, int], *, variance: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Factors of some of the rows of one image, float32 [r, L]; for mode `channel` [r, 1], or [1, L] with channels
+    last. Eager.
 
-
-def fits_a_chunk(x: Tensor) -> bool:
-    """Whether all of a tensor may be worked on at once; then a few large operations beat many small ones."""
-    return x.numel() <= CHUNK
-
-
-@functools.cache
-def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a function for all shapes; imports the compiler, so only when somebody asks for it."""
-    return torch.compile(function, dynamic=True)
-
-
-def chunks(B: int, C: int, S: int) -> Iterator[tuple[int, slice]]:
-    """Images, and slices of their channels of about CHUNK elements."""
-    step = max(1, CHUNK // max(S, 1))
-    for image in range(B):
-        for channel in range(0, C, step):
-            yield image, slice(channel, min(channel + step, C))
-
-
-def chunk_factors(draw: Stream, image: int, channels: slice, S: int, *, variance: bool) -> tuple[Tensor, Tensor | None]:
-    """Factors of some channels of one image, float32 [c, S] ([c, 1] for mode `channel`). Eager.
+    size: (R, L) of the whole image.
 
     Returns:
         f with result = f x, and v with variance = v x^2 (None without `variance`).
     """
-    row = S if draw.mode == "elementwise" else 1
-    index = torch.arange(channels.start * row, channels.stop * row, dtype=torch.int32, device=draw.tables.words.device)
-    f, v = _factors(index, draw.keys[image], draw, variance)
-    return f.view(-1, row), None if v is None else v.view(-1, row)
+    return _factors(_places(draw, rows.start, rows.stop, size), draw.keys[image], draw, variance)
 
 
-def all_factors(draw: Stream, C: int, S: int, *, variance: bool) -> tuple[Tensor, Tensor | None]:
-    """The same for all images at once, float32 [B, C, S] ([B, C, 1]): for compiled code and for small maps."""
-    row = S if draw.mode == "elementwise" else 1
-    index = torch.arange(C * row, dtype=torch.int32, device=draw.tables.words.device).view(1, C, row)
+def all_factors(draw: Stream, size: tuple[int, int], *, variance: bool) -> tuple[Tensor, Tensor | None]:
+    """The same for all rows of all images, float32 [B, R, L] ([B, R, 1] or [B, 1, L]): for compiled code and for small
+    maps."""
     keys = [(draw.keys[:, g, 0, None, None], draw.keys[:, g, 1, None, None]) for g in range(len(draw.tables.groups))]
-    return _factors(index, keys, draw, variance)
+    return _factors(_places(draw, 0, size[0], size), keys, draw, variance)
+
+
+def _places(draw: Stream, start: int, stop: int, size: tuple[int, int]) -> Tensor:
+    """int32, shaped like the factors of these rows: the number of an element, or of its channel, in logical order."""
+    R, L = size
+    count = functools.partial(torch.arange, dtype=torch.int32, device=draw.tables.words.device)
+    if draw.mode == "channel":
+        return count(L).view(1, L) if draw.last else count(start, stop).view(stop - start, 1)
+    if draw.last:
+        return count(start, stop)[:, None] + count(L) * R
+    return count(start * L, stop * L).view(stop - start, L)
 
 
 def _factors(index: Tensor, keys: Any, draw: Stream, variance: bool) -> tuple[Tensor, Tensor | None]:

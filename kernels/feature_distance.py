@@ -10,7 +10,8 @@ No map is made besides the student's gradient: forward reads S and T once, backw
 and writes dS = 2 * (sum_w g_w spatial[w, b, s]) * channel[b, c] * (S - T'), for the means of |S| with sign(S) *
 (g_spatial / C + g_channel / (h w)) on top. Everything but S is constant.
 
-Shape letters: W weights, B images, C channels, h, w the map, S its h * w positions.
+Shape letters: W weights, B images, C channels, h, w the map, S its h * w positions; R rows of L elements
+(`kernels.rows`; the teacher's are taken in the order of the student's).
 """
 
 from __future__ import annotations
@@ -21,17 +22,8 @@ import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.dropout import (
-    NO_DRAW,
-    Dropout,
-    Stream,
-    all_factors,
-    chunk_factors,
-    chunks,
-    compiled_once,
-    fits_a_chunk,
-    stream,
-)
+from kernels.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, stream
+from kernels.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
 
 
 def feature_distance(
@@ -150,12 +142,13 @@ def _feature_distance(
         sums = kernel.forward(student, teacher, spatial, channel, dropout)
         return sums, *(attention_kernel.forward(student, None) if means else _no_means(student))
     B, C, h, w = student.shape
-    whole = compiled or fits_a_chunk(student)
-    draw = stream(dropout, B, student.device, whole=whole) if dropout else None
+    whole, last = compiled or fits_a_chunk(student), channels_last(student)
+    draw = stream(dropout, B, student.device, whole=whole, last=last) if dropout else None
     run = compiled_once(_whole_sums) if compiled else _whole_sums if whole else _sums
-    maps = student.reshape(B, C, h * w), teacher.reshape(B, C, h * w)
+    maps = to_rows(student, B, C, h * w, last), to_rows(teacher, B, C, h * w, last)
     weights = spatial.reshape(len(spatial), B, h * w).float(), channel.float()
-    sums, by_position, by_channel = run(*maps, *weights, draw, means)
+    sums, of_rows, of_columns = run(*maps, *weights, draw, means, last)
+    by_position, by_channel = (of_rows, of_columns) if last else (of_columns, of_rows)
     return sums, by_position.view(B, h, w) if means else by_position, by_channel
 
 
@@ -211,15 +204,19 @@ def _feature_distance_backward(
         of_means = (grad_spatial, grad_channel) if means else None
         return kernel.backward(grad, student, teacher, spatial, channel, dropout, of_means)
     B, C = channel.shape
-    whole = compiled or fits_a_chunk(student)
-    draw = stream(dropout, B, student.device, whole=whole) if dropout else None
     S = student.shape[2] * student.shape[3]
-    weight = torch.tensordot(2 * grad, spatial.reshape(len(spatial), B, S).float(), dims=1)  # [B, S]
+    whole, last = compiled or fits_a_chunk(student), channels_last(student)
+    draw = stream(dropout, B, student.device, whole=whole, last=last) if dropout else None
     run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
-    of_means = (grad_spatial.reshape(B, S) / C, grad_channel / S) if means else None
-    maps = student.reshape(B, C, S), teacher.reshape(B, C, S)
-    rows = run(*maps, weight, channel.float(), draw, of_means).view(student.shape)
-    return rows if rows.stride() == student.stride() else torch.empty_like(student).copy_(rows)
+
+    def of_rows_and_columns(by_position: Tensor, by_channel: Tensor) -> tuple[Tensor, Tensor]:
+        return (by_position, by_channel) if last else (by_channel, by_position)
+
+    weight = torch.tensordot(2 * grad, spatial.reshape(len(spatial), B, S).float(), dims=1)  # [B, S]
+    weights = of_rows_and_columns(weight, channel.float())
+    of_means = of_rows_and_columns(grad_spatial.reshape(B, S) / C, grad_channel / S) if means else None
+    maps = to_rows(student, B, C, S, last), to_rows(teacher, B, C, S, last)
+    return from_rows(run(*maps, *weights, draw, of_means), student, last)
 
 
 @_feature_distance_backward.register_fake
@@ -256,88 +253,93 @@ def _backward(ctx: Any, grad: Tensor, grad_spatial: Tensor, grad_channel: Tensor
 _feature_distance.register_autograd(_backward, setup_context=_setup)
 
 
-# PyTorch. student, teacher [B, C, S]; spatial [W, B, S]; channel [B, C]; weight [B, S]; by_position [B, S] and
-# by_channel [B, C] or both empty; of_means: their gradients divided by C and S, shaped like them, or None ----------
+# PyTorch. student, teacher [B, R, L]; spatial [W, B, S]; channel [B, C]; the mean of |S| over every row and column,
+# [B, R] and [B, L], or both empty; weights of the gradient's rows and columns, the product of which is 2 * (sum_w g_w
+# spatial) * channel; of_means: what is added to sign(S), by row and by column, or None ------------------------------
 
 
 def _sums(
-    student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None, means: bool
+    student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None, means: bool, last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, C, S = student.shape
-    inner = student.new_zeros(B, S, dtype=torch.float32)  # sum over the channels
-    by_position, by_channel = (torch.zeros_like(inner), inner.new_empty(B, C)) if means else _no_means(student)
-    for image, channels in chunks(B, C, S):
-        d = _difference(student, teacher, draw, image, channels)
-        inner[image].addmv_(d.mul_(d).T, channel[image, channels])
+    B, R, L = student.shape
+    inner = torch.zeros_like(spatial[0])  # sum over the channels, [B, S]
+    of_rows, of_columns = (inner.new_empty(B, R), inner.new_zeros(B, L)) if means else _no_means(student)
+    for image, rows in chunks(B, R, L):
+        d = _difference(student, teacher, draw, image, rows)
+        if last:
+            torch.mv(d.mul_(d), channel[image], out=inner[image, rows])
+        else:
+            inner[image].addmv_(d.mul_(d).T, channel[image, rows])
         if means:
-            size = torch.abs(student[image, channels].float(), out=d)
-            by_position[image] += size.sum(0)
-            torch.mean(size, 1, out=by_channel[image, channels])
-    return torch.mv(spatial.flatten(1), inner.flatten()), by_position.div_(C), by_channel
+            size = torch.abs(student[image, rows].float(), out=d)
+            of_columns[image] += size.sum(0)
+            torch.mean(size, 1, out=of_rows[image, rows])
+    return torch.mv(spatial.flatten(1), inner.flatten()), of_rows, of_columns.div_(R)
 
 
 def _gradient(
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
-    channel: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
     draw: Stream | None,
     of_means: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    for image, channels in chunks(*student.shape):
-        d = _difference(student, teacher, draw, image, channels)
-        d.mul_(channel[image, channels, None])
+    B, R, L = student.shape
+    grad = student.new_empty(B, R, L)
+    for image, rows in chunks(B, R, L):
+        d = _difference(student, teacher, draw, image, rows)
+        d.mul_(row_weight[image, rows, None])
         if of_means is not None:
-            by_position, by_channel = of_means
-            size = by_position[image] + by_channel[image, channels, None]
-            grad[image, channels] = d.mul_(weight[image]).addcmul_(student[image, channels].sign().float(), size)
+            of_rows, of_columns = of_means
+            size = of_columns[image] + of_rows[image, rows, None]
+            grad[image, rows] = d.mul_(column_weight[image]).addcmul_(student[image, rows].sign().float(), size)
         elif grad.dtype == d.dtype:
-            torch.mul(d, weight[image], out=grad[image, channels])
+            torch.mul(d, column_weight[image], out=grad[image, rows])
         else:
-            grad[image, channels] = d.mul_(weight[image])
+            grad[image, rows] = d.mul_(column_weight[image])
     return grad
 
 
-def _difference(student: Tensor, teacher: Tensor, draw: Stream | None, image: int, channels: slice) -> Tensor:
-    """S - T' of some channels of one image, float32 [c, S], new memory."""
-    s, t = student[image, channels].float(), teacher[image, channels].float()
+def _difference(student: Tensor, teacher: Tensor, draw: Stream | None, image: int, rows: slice) -> Tensor:
+    """S - T' of some rows of one image, float32 [r, L], new memory."""
+    s, t = student[image, rows].float(), teacher[image, rows].float()
     if draw is None:
         return s - t
-    f, _ = chunk_factors(draw, image, channels, s.shape[1], variance=False)
+    f, _ = chunk_factors(draw, image, rows, (student.shape[1], student.shape[2]), variance=False)
     return torch.addcmul(s, t, f, value=-1)
 
 
 def _whole_sums(
-    student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None, means: bool
+    student: Tensor, teacher: Tensor, spatial: Tensor, channel: Tensor, draw: Stream | None, means: bool, last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d = student.float() - _target(teacher, draw)
-    inner = (d * d * channel[:, :, None]).sum(1)
+    inner = (d * d * channel[:, None]).sum(2) if last else (d * d * channel[:, :, None]).sum(1)
     sums = (spatial * inner).sum((1, 2))
     if not means:
         return sums, *_no_means(student)
     size = student.float().abs()
-    return sums, size.mean(1), size.mean(2)
+    return sums, size.mean(2), size.mean(1)
 
 
 def _whole_gradient(
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
-    channel: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
     draw: Stream | None,
     of_means: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     d = student.float() - _target(teacher, draw)
-    grad = d * channel[:, :, None] * weight[:, None]
+    grad = d * row_weight[:, :, None] * column_weight[:, None]
     if of_means is not None:
-        by_position, by_channel = of_means
-        grad = grad + student.float().sign() * (by_position[:, None] + by_channel[:, :, None])
+        of_rows, of_columns = of_means
+        grad = grad + student.float().sign() * (of_columns[:, None] + of_rows[:, :, None])
     return grad.to(student.dtype)
 
 
 def _target(teacher: Tensor, draw: Stream | None) -> Tensor:
     if draw is None:
         return teacher.float()
-    f, _ = all_factors(draw, teacher.shape[1], teacher.shape[2], variance=False)
+    f, _ = all_factors(draw, (teacher.shape[1], teacher.shape[2]), variance=False)
     return teacher.float() * f

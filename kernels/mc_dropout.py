@@ -11,7 +11,7 @@ Random numbers are a function of (seed, offset, element), where an element is it
 shape: memory format, launch and threads do not matter. The Triton kernels use Philox4x32-7 (Salmon et al. 2011: seven
 rounds pass BigCrush), PyTorch a cheaper mixer (`kernels.dropout`): other numbers of the same distribution.
 
-Shape letters: B images, C channels, S positions.
+Shape letters: B images, C channels, S positions; R rows of L elements (`kernels.rows`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,9 @@ import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.dropout import (
-    Combine,
-    Stream,
-    all_factors,
-    chunk_factors,
-    chunks,
-    compiled_once,
-    fits_a_chunk,
-    stream,
-    three_dimensions,
-)
+from kernels.dropout import Combine, Stream, all_factors, chunk_factors, stream, three_dimensions
 from kernels.dropout import Dropout as Dropout  # part of this module's interface
+from kernels.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
 
 
 def mc_dropout(
@@ -53,7 +44,7 @@ def mc_dropout(
 
     Raises:
         ValueError: mode `channel` for a tensor of less than two dimensions, or too large for 32-bit counters (2^31
-            elements an image), or not floating point.
+            elements an image), or of another dtype.
     """
     _check(x, dropout)
     out, var = _mc_dropout(x, *dropout.arguments(), variance, compiled, backends.chosen(x, has_cuda=True))
@@ -80,8 +71,8 @@ def reference(x: Tensor, kept: Tensor, rates: tuple[float, ...], combine: Combin
 
 
 def _check(x: Tensor, dropout: Dropout) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if dropout.mode == "channel" and x.dim() < 2:
         raise ValueError(f"mode 'channel' needs [B, C, ...], got {list(x.shape)}")
     three_dimensions(x, dropout.mode)
@@ -112,10 +103,11 @@ def _mc_dropout(
         out, drawn = forward(x, dropout, variance)
         return out, x.new_empty(0) if drawn is None else drawn
     B, C, S = three_dimensions(x, dropout.mode)
-    whole = compiled or fits_a_chunk(x)
+    whole, last = compiled or fits_a_chunk(x), channels_last(x)
     run = compiled_once(_whole_moments) if compiled else _whole_moments if whole else _moments
-    out, var = run(x.reshape(B, C, S), stream(dropout, B, x.device, whole=whole), variance)
-    return _like(out, x), x.new_empty(0) if var is None else _like(var, x)
+    draw = stream(dropout, B, x.device, whole=whole, last=last)
+    out, var = run(to_rows(x, B, C, S, last), draw, variance)
+    return from_rows(out, x, last), x.new_empty(0) if var is None else from_rows(var, x, last)
 
 
 @_mc_dropout.register_fake
@@ -157,10 +149,10 @@ def _mc_dropout_backward(
 
         return backward(grad_out, grad_var, x, dropout)
     B, C, S = three_dimensions(x, dropout.mode)
-    whole = compiled or fits_a_chunk(x)
+    whole, last = compiled or fits_a_chunk(x), channels_last(x)
     run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
-    to_out, to_var, rows = (t.reshape(B, C, S) for t in (grad_out, grad_var, x))
-    return _like(run(to_out, to_var, rows, stream(dropout, B, x.device, whole=whole)), x)
+    to_out, to_var, rows = (to_rows(t, B, C, S, last) for t in (grad_out, grad_var, x))
+    return from_rows(run(to_out, to_var, rows, stream(dropout, B, x.device, whole=whole, last=last)), x, last)
 
 
 @_mc_dropout_backward.register_fake
@@ -196,44 +188,39 @@ def _backward(ctx: Any, grad_out: Tensor, grad_var: Tensor) -> tuple[Tensor | No
 _mc_dropout.register_autograd(_backward, setup_context=_setup)
 
 
-# PyTorch --------------------------------------------------------------------------------------------------------
+# PyTorch. x, grad_out, grad_var [B, R, L] ------------------------------------------------------------------------
 
 
 def _moments(x: Tensor, draw: Stream, variance: bool) -> tuple[Tensor, Tensor | None]:
-    B, C, S = x.shape
-    out = x.new_empty(B, C, S)
-    var = x.new_empty(B, C, S) if variance else None
-    for image, channels in chunks(B, C, S):
-        part = x[image, channels].float()
-        f, v = chunk_factors(draw, image, channels, S, variance=variance)
-        out[image, channels] = part * f
+    B, R, L = x.shape
+    out = x.new_empty(B, R, L)
+    var = x.new_empty(B, R, L) if variance else None
+    for image, rows in chunks(B, R, L):
+        part = x[image, rows].float()
+        f, v = chunk_factors(draw, image, rows, (R, L), variance=variance)
+        out[image, rows] = part * f
         if var is not None and v is not None:
-            var[image, channels] = (part * v).mul_(part)
+            var[image, rows] = (part * v).mul_(part)
     return out, var
 
 
 def _gradient(grad_out: Tensor, grad_var: Tensor, x: Tensor, draw: Stream) -> Tensor:
-    grad = torch.empty_like(x)
-    for image, channels in chunks(*x.shape):
-        f, v = chunk_factors(draw, image, channels, x.shape[2], variance=True)
+    B, R, L = x.shape
+    grad = x.new_empty(B, R, L)
+    for image, rows in chunks(B, R, L):
+        f, v = chunk_factors(draw, image, rows, (R, L), variance=True)
         assert v is not None
-        through_var = (x[image, channels].float() * v).mul_(grad_var[image, channels])
-        grad[image, channels] = (grad_out[image, channels].float() * f).add_(through_var, alpha=2)
+        through_var = (x[image, rows].float() * v).mul_(grad_var[image, rows])
+        grad[image, rows] = (grad_out[image, rows].float() * f).add_(through_var, alpha=2)
     return grad
 
 
 def _whole_moments(x: Tensor, draw: Stream, variance: bool) -> tuple[Tensor, Tensor | None]:
-    f, v = all_factors(draw, x.shape[1], x.shape[2], variance=variance)
+    f, v = all_factors(draw, (x.shape[1], x.shape[2]), variance=variance)
     return (x.float() * f).to(x.dtype), None if v is None else (v * x.float() * x.float()).to(x.dtype)
 
 
 def _whole_gradient(grad_out: Tensor, grad_var: Tensor, x: Tensor, draw: Stream) -> Tensor:
-    f, v = all_factors(draw, x.shape[1], x.shape[2], variance=True)
+    f, v = all_factors(draw, (x.shape[1], x.shape[2]), variance=True)
     assert v is not None
     return (grad_out.float() * f + 2 * v * x.float() * grad_var.float()).to(x.dtype)
-
-
-def _like(rows: Tensor, x: Tensor) -> Tensor:
-    """[B, C, S] → shape and memory layout of x."""
-    rows = rows.view(x.shape)
-    return rows if rows.stride() == x.stride() else torch.empty_like(x).copy_(rows)

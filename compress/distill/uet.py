@@ -26,8 +26,8 @@ from torch import Tensor
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.distill.method import Method, Outputs
-from kernels.dropout import CHUNK
 from kernels.mc_dropout import Dropout, mc_dropout
+from kernels.rows import CHUNK
 
 OBSERVE_EVERY = 10  # forward passes between records of the variance
 

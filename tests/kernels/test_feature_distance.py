@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kernels import attention_stats as attention_file
 from kernels import backend
-from kernels import dropout as dropout_file
 from kernels import feature_distance as distance_file
+from kernels import rows as rows_file
 from kernels.attention_stats import attention_stats
-from kernels.dropout import CHUNK
 from kernels.feature_distance import feature_distance, feature_distance_and_means
 from kernels.mc_dropout import Dropout, mc_dropout
+from kernels.rows import CHUNK
 from tests.kernels import given_masks
 
 BACKENDS = ["torch", "triton"]
@@ -46,7 +46,7 @@ cases = given(
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
 def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(dropout_file, "CHUNK", chunk)
+    monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(0)
     B, C, h, w = shape
     layout = torch.channels_last if last else torch.contiguous_format
@@ -72,7 +72,7 @@ def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, l
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
 def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(dropout_file, "CHUNK", chunk)
+    monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(weights)
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(shape, device=device).to(dtype)
@@ -99,7 +99,7 @@ def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, 
 @cases
 def test_both_at_once(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The same as one after the other, and the sum of their gradients (float64 oracles: above)."""
-    monkeypatch.setattr(dropout_file, "CHUNK", chunk)
+    monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(weights)
     B, C, h, w = shape
     layout = torch.channels_last if last else torch.contiguous_format

@@ -236,7 +236,7 @@ def test_chunks_and_compilation_do_not_matter(monkeypatch: pytest.MonkeyPatch) -
     for drop in (Dropout(UET, 1, 2), Dropout((0.3,) * 4, 1, 2, "channel", "sum")):
         wanted = mc_dropout(x, drop)
         with monkeypatch.context() as patch:
-            patch.setattr("kernels.dropout.CHUNK", 64)
+            patch.setattr("kernels.rows.CHUNK", 64)
             for found, want in zip(mc_dropout(x, drop), wanted, strict=True):
                 assert torch.equal(found, want)  # type: ignore[arg-type]
 
@@ -387,7 +387,9 @@ def test_refusals(arguments: dict[str, object]) -> None:
 
 
 def test_refused_tensors() -> None:
-    with pytest.raises(ValueError, match="floating"):
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16, got torch.float64"):
+        mc_dropout(torch.ones(3, dtype=torch.float64), Dropout((0.1,), 0))
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16, got torch.int64"):
         mc_dropout(torch.ones(3, dtype=torch.int64), Dropout((0.1,), 0))
     with pytest.raises(ValueError, match="channel"):
         mc_dropout(torch.ones(3), Dropout((0.1,), 0, mode="channel"))
