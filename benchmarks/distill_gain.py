@@ -190,7 +190,7 @@ def read_plan(arguments: argparse.Namespace) -> tuple[Path, list[Arm], tuple[str
     for group in groups:
         own = group.student
         if (folder / "teacher.yaml").is_file():
-            teacher = train_teacher(folder / "teacher.yaml", [*arguments.set, *group.teacher])
+            teacher = train_teacher(folder / "teacher.yaml", arguments.set, group.teacher)
             own = (*own, f"teacher.checkpoint={teacher}")
         arms.append(Arm(f"{group.name} {BASELINE}".strip(), own, alone=True, group=group.name))
         arms += [replace(arm, settings=(*own, *arm.settings)) for arm in group.arms]
@@ -212,12 +212,13 @@ def read_table(table: dict[str, Any]) -> list[Group]:
     ]
 
 
-def train_teacher(path: Path, settings: list[str]) -> Path:
-    """The preset's teacher, trained once below `runs`, where `settings` say that the images are."""
+def train_teacher(path: Path, settings: list[str], own: tuple[str, ...]) -> Path:
+    """The teacher of a preset or of a group (`own`: its settings), trained once below `runs`, where `settings` say that
+    the images are."""
     from compress.pipeline import distill
 
-    own = ("runs=", "data.", "name=", "student.", "train.")
-    recipe = load_recipe(path, [setting for setting in settings if setting.startswith(own)])
+    shared = [setting for setting in settings if setting.startswith(("runs=", "data."))]
+    recipe = load_recipe(path, [*shared, *own])
     weights = recipe.run_dir / "student.safetensors"
     distill(recipe, resume=True, distillation=False)
     return weights

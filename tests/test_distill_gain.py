@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from benchmarks import distill_gain
-from benchmarks.distill_gain import BASELINE, PRESETS, Arm, arm_recipe, picture, summarise, table
+from benchmarks.distill_gain import BASELINE, PRESETS, Arm, arm_recipe, picture, read_table, summarise, table
 from compress.recipe import load_recipe
 from deploy.errors import UserError
 from tests import tiny
@@ -24,10 +24,14 @@ def test_every_arm_of_a_preset_is_a_valid_recipe_and_a_run_of_its_own(preset: st
     common = ("teacher.checkpoint=teacher.safetensors",)
     runs: dict[str, tuple[str, ...]] = {}
     for arms in yaml.safe_load((folder / "arms.yaml").read_text(encoding="utf-8")).values():
-        for name, settings in arms.items():
-            recipe = arm_recipe(folder / "student.yaml", Arm(name, tuple(settings)), 3, common)
-            assert recipe.seed == 3 and recipe.methods.enabled()
-            assert runs.setdefault(recipe.name, tuple(settings)) == tuple(settings), f"two arms share {recipe.name}"
+        for group in read_table(arms):
+            own = load_recipe(folder / "teacher.yaml", group.teacher)
+            for arm in group.arms:
+                settings = (*group.student, *arm.settings)
+                recipe = arm_recipe(folder / "student.yaml", Arm(arm.name, settings), 3, common)
+                assert recipe.seed == 3 and recipe.methods.enabled()
+                assert runs.setdefault(recipe.name, settings) == settings, f"two arms share {recipe.name}"
+                assert recipe.student.detector == own.student.detector, "inheriting asks for one family"
     student = load_recipe(folder / "student.yaml")
     if student.data.synthetic is not None and teacher.data.synthetic is not None:
         assert student.data.synthetic.seed != teacher.data.synthetic.seed, "the teacher would know the images"
@@ -51,6 +55,24 @@ def test_figures_are_paired() -> None:
     assert taught["gain_stdev"] == 1.0
     assert taught["gain_high"] - 3 == pytest.approx(4.303 / 3**0.5, abs=1e-3)  # Student's t, 2 degrees of freedom
     assert taught["by_seed"]["1"]["map"] == 14.0
+
+
+def test_every_group_has_its_own_baseline() -> None:
+    groups = read_table({
+        name: {"student": [f"a={name}"], "teacher": [], "arms": {"FGD": ["x=1"]}} for name in ("one", "two")
+    })  # fmt: skip
+    assert [(g.name, g.student, g.arms) for g in groups] == [
+        (name, (f"a={name}",), (Arm(f"{name} FGD", ("x=1",), group=name),)) for name in ("one", "two")
+    ]
+    low, high = ({seed: figures(level) for seed in range(2)} for level in (10.0, 20.0))
+    arms = [Arm(f"{g} {n}", (), alone=n == BASELINE, group=g) for g in ("one", "two") for n in (BASELINE, "FGD")]
+    both = [
+        summarise(arm, v, b) for arm, v, b in zip(arms, (low, high, high, low), (low, low, high, high), strict=True)
+    ]
+    assert [row["gain_mean"] for row in both] == [0, 10, 0, -10]
+    drawn = picture(both, "cpu-families")
+    assert "(10.00, 20.00)" in drawn and drawn.count("<circle") == 4
+    assert list(table(both).columns[4].cells) == ["", "+10.00 +10.00", "", "-10.00 -10.00"]
 
 
 def test_picture_and_table() -> None:
