@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from compress import cli, methods, recipe
 from compress.methods import Methods
+from compress.pseudo import settings as pseudo
 from compress.recipe import Recipe, load_recipe
 from compress.settings import Settings
 from compress.teachers import settings as teachers
@@ -116,7 +117,7 @@ def test_the_reference_is_that_of_the_recipe() -> None:
 
 def test_every_setting_is_in_the_reference() -> None:
     """Against the generator's own mistakes: a settings class that nobody reaches, a field without a word."""
-    known = [*vars(recipe).values(), *vars(methods).values(), *vars(teachers).values()]
+    known = [value for module in (recipe, methods, pseudo, teachers) for value in vars(module).values()]
     classes = [c for c in known if isinstance(c, type) and issubclass(c, Settings)]
     documented = {model for _, model in sections(Recipe, "")}
     made_of = {Settings, methods.Term, methods.Adapted, teachers.Source}

@@ -320,7 +320,7 @@ def test_a_wrong_override_is_one_line(load: Load, override: str, line: str) -> N
 def test_baseline_needs_a_method(load: Load) -> None:
     assert problems(load, TEXT, "methods=null") == ["--set methods: needs a section of keys, got None"]
     lines = problems(load, TEXT, "methods={}", "baseline=true")
-    assert lines == ["--set baseline: needs a method to compare with; add one under methods"]
+    assert lines == ["--set baseline: needs something to compare with; add a method under methods"]
 
 
 # ------------------------------------------------------------------------------------- dump, hash, repository

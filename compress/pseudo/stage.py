@@ -21,7 +21,6 @@ from rich.console import Console
 from compress.arms import Datasets, on_first_process
 from compress.data.coco import CocoDetection
 from compress.data.joined import Joined
-from compress.detectors.gfl import MEAN, STD
 from compress.manifest import Manifest
 from compress.pseudo import parts
 from compress.pseudo.images import ImageList, images_in
@@ -30,8 +29,8 @@ from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
 from compress.pseudo.settings import FineTune, PseudoLabels
 from compress.recipe import Recipe, Schedule, Split, Train
-from compress.teachers.base import BoxTeacher, Preprocessing
-from compress.teachers.check import check_teacher
+from compress.teachers.base import BoxTeacher
+from compress.teachers.check import check_teacher, students_images
 from compress.teachers.load import open_teacher
 from compress.teachers.settings import Source
 from deploy.coco_map import read_annotations
@@ -79,6 +78,9 @@ def label_images(
     assert settings is not None, "the caller looks"
     names = dict(zip(data.train.category_ids, data.train.categories, strict=True))
     teachers = [open_teacher(source, fabric.device, categories=names) for source in sources(recipe)]
+    least = settings.min_map
+    if settings.teachers is None and recipe.teacher is not None:
+        least = max(least, recipe.teacher.min_map)
     for number, teacher in enumerate(teachers, start=1):
         check_teacher(
             teacher,
@@ -87,8 +89,8 @@ def label_images(
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
             identity=data.identity,
-            student=Preprocessing(f"short side {recipe.data.eval_short}, long {recipe.data.long} px", "RGB", MEAN, STD),
-            least=settings.min_map,
+            student=students_images(recipe),
+            least=least,
             say=console.print,
             write=fabric.is_global_zero,
         )

@@ -159,6 +159,27 @@ def test_a_weak_teacher_stops_the_run(tmp_path: Path) -> None:
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 50}, "methods={fgd: {}}"))
 
 
+def test_a_weak_teacher_stops_the_labelling(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the teacher ours.onnx reaches .* mAP on .*, teacher.min_map asks for 99"):
+        pipeline.distill(recipe(tmp_path, KINDS["a file of this project"](tmp_path) | {"min_map": 99}, *LABELLED))
+
+
+def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results for the training images alone: they can teach, but nobody knows how good they are."""
+    document = truth(tiny.recipe(tmp_path))
+    names = {row["file_name"] for row in document["images"] if "train" in row["file_name"]}
+    assert 0 < len(names) < len(document["images"])
+    document["images"] = [row for row in document["images"] if row["file_name"] in names]
+    ids = {row["id"] for row in document["images"]}
+    document["annotations"] = [row for row in document["annotations"] if row["image_id"] in ids]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    teacher: dict[str, Any] = {"results": str(tmp_path / "train.json")}
+    pipeline.distill(recipe(tmp_path, teacher, *LABELLED))
+    assert "teacher train.json: not measured: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"teacher.min_map is 1, and the teacher cannot be measured: .*train.json"):
+        pipeline.distill(recipe(tmp_path, teacher | {"min_map": 1}, *LABELLED, "name=other"))
+
+
 def test_boxes_alone_cannot_teach_methods(tmp_path: Path) -> None:
     ssd = KINDS["torchvision"](tmp_path)
     with pytest.raises(UserError, match=r"teacher.torchvision: .* gives boxes alone, and methods.bckd learns from"):
