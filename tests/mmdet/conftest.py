@@ -18,4 +18,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if LARGEST:
         terminalreporter.section("largest absolute difference from mmdet")
         for (model, quantity), difference in sorted(LARGEST.items()):
-            terminalreporter.write_line(f"{model:<14} {quantity:<40} {difference:.1e}")
+            terminalreporter.write_line(f"{model:<14} {quantity:<44} {difference:.1e}")
