@@ -8,7 +8,6 @@ Everything here works the same in one process and in several; process 0 writes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,15 +320,6 @@ def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}
-
-
-def weights_sha256(detector: Detector) -> str:
-    """SHA-256 over names and values of the state dict: equal weights give equal digits."""
-    digest = hashlib.sha256()
-    for key, value in detector.state_dict().items():
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _first_difference(train: CocoDetection, val: CocoDetection) -> str:

@@ -272,7 +272,10 @@ def synthetic(
 @app.command("pseudo-label")
 def pseudo_label(
     teachers: Annotated[
-        list[str], typer.Argument(metavar="TEACHER...", help="Checkpoints: .safetensors, mmdet GFL .pth, zoo:NAME.")
+        list[str],
+        typer.Argument(
+            metavar="TEACHER...", help="Checkpoint (.safetensors, .pth, zoo:NAME), .onnx, results.json, teacher.yaml."
+        ),
     ],
     images: Annotated[Path, typer.Option("--images", metavar="DIR|JSON", help="Folder, or COCO JSON: its image list.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="COCO JSON to write.")],

@@ -25,11 +25,11 @@ from compress.arms import (
     on_first_process,
     open_data,
     train_arm,
-    weights_sha256,
 )
 from compress.console import open_console
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
+from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze, load_teacher
 from compress.manifest import Manifest
 from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, label_images, only_labels
@@ -115,7 +115,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
         else {
             "methods": recipe.methods.model_dump(mode="json"),
             "inherit": recipe.teacher is not None and recipe.teacher.inherit,
-            "teacher": weights_sha256(teacher),
+            "teacher": state_sha256(teacher),
         }
     )
     for arm in _arms(recipe, teacher, pseudo, distillation=distillation):
@@ -299,7 +299,7 @@ def _teacher(
     def check() -> dict[str, Any]:
         return {"metrics": evaluate_arm(teacher, data, fabric, recipe.data.workers).to_dict()}
 
-    weights = weights_sha256(teacher)
+    weights = state_sha256(teacher)
     measured = manifest.stage("teacher_check", {"data": data.identity, "weights": weights}, [], check, write=first)
     found = measured["metrics"]["map"]
     console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
