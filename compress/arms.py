@@ -175,6 +175,7 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
             neck_channels=model.neck_channels,
             head_depth=model.head_depth,
             anchor_scale=model.anchor_scale,
+            roi_samples=model.roi_samples,
             compiled=compiled,
         )
     return detector.to(memory_format=torch.channels_last)

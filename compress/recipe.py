@@ -164,6 +164,8 @@ class Model(Settings):
     anchor_scale: Annotated[float, Field(gt=0)] | None = None
     """retinanet, faster_rcnn: side of the smallest anchor of a level in its strides; smaller for small objects. null:
     torchvision's, 4 and 8."""
+    roi_samples: Positive | None = None
+    """faster_rcnn: proposals of an image that train the second stage; fewer for small images. null: torchvision's, 512."""
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
     """Stages of the backbone that do not train: -1 none, 0 the stem, n the stem and the first n of four.
     Default: 1 with weights, -1 without."""
@@ -178,6 +180,8 @@ class Model(Settings):
             raise broken_rule("head_depth", "torchvision's RetinaNet has at most 4 convolutions in a tower")
         if self.anchor_scale is not None and self.detector in ("gfl", "fcos"):
             raise broken_rule("anchor_scale", f"{self.detector} has no anchors to scale; leave it out")
+        if self.roi_samples is not None and self.detector != "faster_rcnn":
+            raise broken_rule("roi_samples", f"{self.detector} has no second stage; leave it out")
         return self
 
 

@@ -19,6 +19,7 @@ def build_family(
     neck_channels: int,
     head_depth: int,
     anchor_scale: float | None = None,
+    roi_samples: int | None = None,
     compiled: bool = False,
 ) -> Detector:
     """A detector with fresh neck and head.
@@ -27,6 +28,7 @@ def build_family(
         neck_channels: width of the pyramid and the heads.
         head_depth: convolutions of a tower, see the families.
         anchor_scale: of families with anchors, in strides; None: the family's own.
+        roi_samples: of Faster R-CNN's training; None: torchvision's.
         compiled: run GFL's dense loss passes through torch.compile.
     """
     shape = {"neck_channels": neck_channels, "head_depth": head_depth}
@@ -41,4 +43,7 @@ def build_family(
         scale = torchvision_dense.ANCHOR_SCALE if anchor_scale is None else anchor_scale
         return torchvision_dense.RetinaNet.build(num_classes, backbone, **shape, anchor_scale=scale)
     scale = torchvision_two_stage.ANCHOR_SCALE if anchor_scale is None else anchor_scale
-    return torchvision_two_stage.FasterRCNN.build(num_classes, backbone, **shape, anchor_scale=scale)
+    samples = torchvision_two_stage.ROI_SAMPLES if roi_samples is None else roi_samples
+    return torchvision_two_stage.FasterRCNN.build(
+        num_classes, backbone, **shape, anchor_scale=scale, roi_samples=samples
+    )

@@ -44,6 +44,7 @@ from deploy.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
 ANCHOR_SCALE = 8.0  # side of a square anchor in strides
+ROI_SAMPLES = 512  # proposals of an image that train the second stage
 ROI_SIDE = 7  # locations of a proposal
 WIDENING = 4  # neurons of the fully connected layers for each channel of the pyramid: 1024 at 256
 
@@ -106,6 +107,7 @@ class FasterRCNN(TorchvisionDetector):
         neck_channels: int = 256,
         head_depth: int = 4,
         anchor_scale: float = ANCHOR_SCALE,
+        roi_samples: int = ROI_SAMPLES,
     ) -> FasterRCNN:
         """With fresh pyramid and heads.
 
@@ -113,6 +115,7 @@ class FasterRCNN(TorchvisionDetector):
             head_depth: 3 × 3 convolutions before the fully connected layer of the second stage, 4 in
                 fasterrcnn_resnet50_fpn_v2; 0: two fully connected layers, as in fasterrcnn_resnet50_fpn.
             anchor_scale: side of a square anchor in strides.
+            roi_samples: proposals of an image that train the second stage; drawn from four times as many, at most 2000.
         """
         C, wide = neck_channels, WIDENING * neck_channels
         sizes = tuple((int(anchor_scale * stride),) for stride in (*STRIDES, 2 * STRIDES[-1]))
@@ -126,6 +129,9 @@ class FasterRCNN(TorchvisionDetector):
             stand_in,
             rpn_anchor_generator=anchors,
             rpn_head=RPNHead(C, anchors.num_anchors_per_location()[0], conv_depth=2 if head_depth else 1),
+            rpn_pre_nms_top_n_train=min(2000, 4 * roi_samples),
+            rpn_post_nms_top_n_train=min(2000, 4 * roi_samples),
+            box_batch_size_per_image=roi_samples,
             box_head=box_head,
             box_predictor=FastRCNNPredictor(wide, num_classes + 1),
         )
