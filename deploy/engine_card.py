@@ -35,7 +35,7 @@ class EngineOptions(_Model):
 
     batches: tuple[int, int, int] = (1, 8, 32)
     """Smallest batch, the one it is tuned for, largest batch."""
-    workspace_gb: float | None = Field(default=None, gt=0)
+    workspace_gb: float | None = Field(default=None, gt=0, le=1e4, allow_inf_nan=False)
     """Most device memory a layer may use for scratch, in 1e9 bytes; None: TensorRT's own limit, all there is."""
     optimization_level: int = Field(default=3, ge=0, le=5)
     """0 builds fastest, 5 searches longest for the fastest engine."""

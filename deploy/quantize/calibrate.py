@@ -74,6 +74,11 @@ def list_images(source: Path, option: str = "--calibration") -> list[Path]:
         names = [row["file_name"] for row in json.loads(source.read_text(encoding="utf-8"))["images"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{option}: {source}: neither a folder of images nor a COCO JSON") from error
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f"{option}: {source}: images[{index}].file_name is {json.dumps(name)[:60]}, which names no file"
+            )
     for folder in (source.parent, source.parent / "images"):
         if names and (folder / names[0]).is_file():
             return [folder / name for name in names]

@@ -499,6 +499,9 @@ def test_export_builds_from_an_onnx_file(tiny_onnx: Path, tmp_path: Path, capsys
         ("--trt --batch 8,1", "--batch: '8,1': an engine has a smallest, a best and a largest batch"),
         ("--trt --batch 1,2,3,4", "--batch: '1,2,3,4'"),
         ("--trt --workspace-gb 0", "--workspace-gb: "),
+        ("--trt --workspace-gb inf", "--workspace-gb: Input should be a finite number"),
+        ("--trt --workspace-gb nan", "--workspace-gb: "),
+        ("--trt --workspace-gb 1e30", "--workspace-gb: Input should be less than or equal to 10000"),
         ("--trt --out t.onnx", "t.onnx: an engine's name ends in .engine"),
     ],
 )

@@ -165,8 +165,16 @@ def test_calibration_images_are_spread_unique_and_apart(folder: Path, tmp_path: 
     assert [file.name for file in list_images(coco)] == ["01.png", "02.png"]
     coco.unlink()
     (tmp_path / "bad.json").write_text("[]")
+    for index, name in enumerate((5, None, "", ["a"])):
+        (tmp_path / f"name{index}.json").write_text(
+            json.dumps({"images": [{"file_name": "01.png"}, {"file_name": name}]})
+        )
     for source, message in (
         (tmp_path / "bad.json", "neither a folder of images nor a COCO JSON"),
+        (tmp_path / "name0.json", r"name0.json: images\[1\].file_name is 5, which names no file"),
+        (tmp_path / "name1.json", "file_name is null, which names no file"),
+        (tmp_path / "name2.json", 'file_name is "", which names no file'),
+        (tmp_path / "name3.json", r'file_name is \["a"\], which names no file'),
         (tmp_path / "none", "no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):
