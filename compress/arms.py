@@ -296,6 +296,7 @@ def train_arm(
             neck_channels=model.neck_channels,
             head_depth=model.head_depth,
             anchor_scale=model.anchor_scale,
+            roi_samples=model.roi_samples,
             class_names=data.train.categories,
             category_ids=data.train.category_ids,
             val_map=result.metrics.map,

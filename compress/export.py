@@ -11,6 +11,7 @@ import numpy as np
 
 from compress.arms import splits
 from compress.data.batch import PAD_COLOR
+from compress.detectors.base import Capability
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.detectors.deployable import Deployable, TorchRunner, half_precision
 from compress.recipe import Deploy, Int8, Recipe, Split
@@ -188,6 +189,11 @@ def torch_runner(
     classes it knows.
     """
     detector, record = load_teacher_checkpoint(checkpoint)
+    if Capability.DENSE not in detector.capabilities:
+        raise UserError(
+            f"{checkpoint}: {detector.family} cannot be exported: its second stage works on as many proposals as it "
+            "finds, which a fixed graph cannot; it trains, teaches and is evaluated. Ship a gfl, fcos or retinanet student"
+        )
     if record.class_names is not None and record.category_ids is not None:
         categories = dict(zip(record.category_ids, record.class_names, strict=True))
     if categories is None:

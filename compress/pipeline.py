@@ -55,6 +55,12 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run)
     if not dry_run and _is_first_process():
+        if recipe.student.detector == "faster_rcnn":
+            open_console().print(
+                "not exported, validated or benchmarked: a faster_rcnn has no fixed graph; its weights are "
+                f"{run_dir / 'student.safetensors'}, its figures stand above"
+            )
+            return run_dir
         from compress.evidence import gather_evidence  # export, validation, latency, report
 
         gather_evidence(recipe, run_dir)

@@ -57,6 +57,7 @@ class ModelRecord(BaseModel):
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
     head_depth: Annotated[int, Field(ge=0)] = 4
     anchor_scale: Annotated[float, Field(gt=0)] | None = None
+    roi_samples: Annotated[int, Field(ge=1)] | None = None
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     val_map: float | None = None
@@ -91,6 +92,7 @@ class ModelRecord(BaseModel):
             neck_channels=self.neck_channels,
             head_depth=self.head_depth,
             anchor_scale=self.anchor_scale,
+            roi_samples=self.roi_samples,
         )
 
 

@@ -28,7 +28,7 @@ def build_family(
         neck_channels: width of the pyramid and the heads.
         head_depth: convolutions of a tower, see the families.
         anchor_scale: of families with anchors, in strides; None: the family's own.
-        roi_samples: of Faster R-CNN's training; None: torchvision's.
+        roi_samples: of Faster R-CNN; None: torchvision's.
         compiled: run GFL's dense loss passes through torch.compile.
     """
     shape = {"neck_channels": neck_channels, "head_depth": head_depth}

@@ -115,7 +115,8 @@ class FasterRCNN(TorchvisionDetector):
             head_depth: 3 × 3 convolutions before the fully connected layer of the second stage, 4 in
                 fasterrcnn_resnet50_fpn_v2; 0: two fully connected layers, as in fasterrcnn_resnet50_fpn.
             anchor_scale: side of a square anchor in strides.
-            roi_samples: proposals of an image that train the second stage; drawn from four times as many, at most 2000.
+            roi_samples: proposals of an image that train the second stage; drawn from four times as many, at most
+                2000; as many, at most 1000, are looked at in evaluation.
         """
         C, wide = neck_channels, WIDENING * neck_channels
         sizes = tuple((int(anchor_scale * stride),) for stride in (*STRIDES, 2 * STRIDES[-1]))
@@ -131,6 +132,8 @@ class FasterRCNN(TorchvisionDetector):
             rpn_head=RPNHead(C, anchors.num_anchors_per_location()[0], conv_depth=2 if head_depth else 1),
             rpn_pre_nms_top_n_train=min(2000, 4 * roi_samples),
             rpn_post_nms_top_n_train=min(2000, 4 * roi_samples),
+            rpn_pre_nms_top_n_test=min(1000, 4 * roi_samples),
+            rpn_post_nms_top_n_test=min(1000, 4 * roi_samples),
             box_batch_size_per_image=roi_samples,
             box_head=box_head,
             box_predictor=FastRCNNPredictor(wide, num_classes + 1),
