@@ -184,7 +184,7 @@ def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[A
         settings = (*shorter, labelled_by(arguments, *map(str, halves)))
         arms.append(Arm("two teachers, half of the classes each", "(c)", settings, against=pseudo, wanted=95))
     if "d" in arguments.parts:
-        folder = drawn(base, train=max(1, arguments.more // 3), seed=TARGET_SEED, style="dusk")
+        folder = drawn(base, train=max(1, arguments.more // 3), seed=TARGET_SEED, style="night")
         source = drawn(base)
         images = (
             "data.synthetic=null",

@@ -62,8 +62,8 @@ class Synthetic(Settings):
     """Object classes."""
     seed: Seed = 0
     """Seed of the generator."""
-    style: Literal["plain", "dusk"] = "plain"
-    """How the scenes look: dusk is dark, bluish, blurred and noisy. The objects are the same."""
+    style: Literal["plain", "night"] = "plain"
+    """How the scenes look: night is dark, bluish, blurred and noisy. The objects are the same."""
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ stretched, shaded, cut by the image border and covered by other objects and by s
 `generate` writes COCO JSON and PNG files; the same arguments give the same bytes of JSON and the same pixels.
 
 A style changes how the scenes look and not what is in them, so that a detector can be tried on images of another kind
-than it was trained on: `dusk` is dark, bluish, low in contrast, out of focus and noisy.
+than it was trained on: `night` is dark, bluish, low in contrast, out of focus and noisy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VERSION = 1
 """Raise it when the drawing changes: folders of an older version are then drawn again."""
 
 
-Style = Literal["plain", "dusk"]
+Style = Literal["plain", "night"]
 
 
 def generate(folder: Path, *, train: int, val: int, size: int, classes: int, seed: int, style: Style = "plain") -> None:
@@ -137,8 +137,9 @@ def restyle(pixels: NDArray[np.uint8], style: Style, rng: np.random.Generator) -
     padded = np.pad(light, ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = light.shape[:2]
     blurred = np.mean([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
-    light = 0.06 + rng.uniform(0.28, 0.42) * blurred ** np.float32(1.3) * np.array((0.75, 0.9, 1.25), np.float32)
-    light += rng.standard_normal(light.shape, dtype=np.float32) * np.float32(rng.uniform(0.01, 0.025))
+    light = 0.5 * light + 0.5 * blurred
+    light = 0.06 + rng.uniform(0.45, 0.6) * light ** np.float32(1.2) * np.array((0.75, 0.9, 1.25), np.float32)
+    light += rng.standard_normal(light.shape, dtype=np.float32) * np.float32(rng.uniform(0.005, 0.015))
     return (np.clip(light, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -137,16 +137,16 @@ def test_hidden_objects_are_not_annotated(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_style_changes_the_look_and_nothing_else(tmp_path: Path) -> None:
     arguments = dict(train=6, val=2, size=64, classes=3, seed=0)
     generate(tmp_path / "plain", **arguments)
-    generate(tmp_path / "dusk", **arguments, style="dusk")
-    plain, dusk = files_of(tmp_path / "plain"), files_of(tmp_path / "dusk")
+    generate(tmp_path / "night", **arguments, style="night")
+    plain, night = files_of(tmp_path / "plain"), files_of(tmp_path / "night")
     for name in plain:
         if name.endswith(".png"):
-            assert plain[name] != dusk[name]
-            pair = (np.array(Image.open(tmp_path / style / name), np.float32) for style in ("plain", "dusk"))
+            assert plain[name] != night[name]
+            pair = (np.array(Image.open(tmp_path / style / name), np.float32) for style in ("plain", "night"))
             bright, dark = pair
             assert dark.mean() < 0.7 * bright.mean() and dark[..., 2].mean() > dark[..., 0].mean()
         elif name != "spec.json":
-            assert plain[name] == dusk[name]
+            assert plain[name] == night[name]
     assert json.loads(plain["spec.json"])["specification"].keys() == {"version", *arguments}
-    generate(tmp_path / "plain", **arguments, style="dusk")
-    assert files_of(tmp_path / "plain") == dusk
+    generate(tmp_path / "plain", **arguments, style="night")
+    assert files_of(tmp_path / "plain") == night
