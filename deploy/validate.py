@@ -71,7 +71,8 @@ class ArtifactResult:
     seconds: float
     """Time spent in the runner, all images."""
     diagnosis: str | None = None
-    """Where a failing file starts to compute something else, or why that was not found; None when the gate passes."""
+    """Why a file fails and where it starts to compute something else, or why that was not found; None when the gate
+    passes."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: NaN becomes None."""
@@ -97,8 +98,8 @@ def validate(
     likewise. progress(done, total) is called after every batch of images.
 
     Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
-    are not those of the annotations, a file that was calibrated on one of the images, or a runner that gives values
-    that are not finite.
+    are not those of the annotations, a file that was calibrated on one of the images, or a runner whose outputs cannot
+    be what they are called. Detections that are not finite count as none, and the runner that gives one fails the gate.
     """
     content = load_annotations(annotations)
     if reference is not None and reference not in runners:
@@ -128,6 +129,7 @@ def validate(
 
     detections = {name: list(_coco_rows(found[name], runner.card)) for name, runner in runners.items()}
     metrics = {name: evaluate_coco(truth, rows) for name, rows in detections.items()}
+    spoiled = {name: [image_id for image_id, item in found[name].items() if not item.finite] for name in runners}
     results = []
     for name, runner in runners.items():
         drop = None if reference is None else metrics[reference].map - metrics[name].map
@@ -140,17 +142,27 @@ def validate(
                 d_ece=detection_ece(truth, detections[name]),
                 map_drop=drop,
                 agreement=None if reference is None else _agreement(found[reference], found[name]),
-                gate=_gate(drop, max_map_drop),
+                gate="fail" if spoiled[name] else _gate(drop, max_map_drop, bool(reference and spoiled[reference])),
                 images=len(rows),
                 seconds=seconds[name],
             )
         )
     good = _graph_to_trust(runners, results, reference)
-    first = [Path(images) / row["file_name"] for row in rows[:DIAGNOSED_IMAGES]]
-    return [
-        replace(row, diagnosis=_diagnose(runners[row.name], good, first)) if row.gate == "fail" else row
-        for row in results
-    ]
+    files = {row["id"]: Path(images) / row["file_name"] for row in rows}
+
+    def diagnosed(row: ArtifactResult) -> ArtifactResult:
+        if row.gate != "fail":
+            return row
+        telling = spoiled[row.name] or list(files)
+        where = _diagnose(runners[row.name], good, [files[image_id] for image_id in telling[:DIAGNOSED_IMAGES]])
+        if spoiled[row.name]:
+            where = (
+                f"{len(telling)} of {len(files)} images have values that are not finite, from image {telling[0]} on; "
+                f"such detections count as none; {where}"
+            )
+        return replace(row, diagnosis=where)
+
+    return [diagnosed(row) for row in results]
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -190,11 +202,13 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Found:
-    """Detections of one image: boxes [n, 4] xyxy in original pixels, scores [n] descending, labels [n]."""
+    """Finite detections of one image: boxes [n, 4] xyxy in original pixels, scores [n] descending, labels [n]."""
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    finite: bool
+    """False: the runner also gave others."""
 
 
 def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:
@@ -260,13 +274,13 @@ def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _F
     out = runner(images)
     seconds = time.perf_counter() - start
     _check_shapes(name, out, len(batch))
-    if not (np.isfinite(out.boxes).all() and np.isfinite(out.scores).all()):
-        raise UserError(f"{name}: the detections hold values that are not finite (image {batch[0].image_id} or after)")
+    finite = np.isfinite(out.boxes).all(-1) & np.isfinite(out.scores)
     for i, (item, (_, scale)) in enumerate(zip(batch, fitted, strict=True)):
         n = int(out.count[i])
         height, width = item.pixels.shape[:2]
-        boxes = to_original(out.boxes[i, :n], scale, (height, width))
-        found[item.image_id] = _Found(boxes, out.scores[i, :n], out.labels[i, :n])
+        kept = np.flatnonzero(finite[i, :n])
+        boxes = to_original(out.boxes[i, kept], scale, (height, width))
+        found[item.image_id] = _Found(boxes, out.scores[i, kept], out.labels[i, kept], bool(finite[i].all()))
     return seconds
 
 
@@ -331,9 +345,11 @@ def _coco_rows(found: dict[int, _Found], card: ModelCard) -> Iterator[dict[str, 
             }
 
 
-def _gate(drop: float | None, max_map_drop: float) -> str:
+def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> str:
     if drop is None:
         return "not run: no reference"
+    if reference_spoiled:
+        return "not run: the reference gives values that are not finite"
     if math.isnan(drop):
         return "not run: no ground truth"
     return "pass" if drop <= max_map_drop + 1e-9 else "fail"

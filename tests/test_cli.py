@@ -180,7 +180,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("validate text.onnx --data good.json --images none", "--images: none: no such folder"),
         ("validate text.onnx --data good.json --images images --max-map-drop 1", "needs --reference"),
         ("validate text.onnx --data good.json --images images --max-map-drop -1", "--max-map-drop"),
-        ("validate text.onnx --data good.json --images images --provider npu", "--provider"),
+        ("validate text.onnx --data good.json --images images --provider npu", "--provider: unknown provider 'npu'"),
+        ("validate text.onnx --data good.json --images images --provider cpu,", "--provider: unknown provider ''"),
+        ("validate text.onnx --data good.json --images images --provider cpu,cpu", "--provider: cpu is given twice"),
         ("validate text.onnx --data good.json --images images --json none/out.json", "folder does not exist"),
         ("validate text.onnx --data good.json --images images --json /proc/x.json", "/proc/x.json: cannot be written"),
         (
@@ -507,6 +509,92 @@ def test_validate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "next: compress benchmark copy.onnx tiny.onnx --images images"
     assert [row["gate"] for row in json.loads(Path("out.json").read_text())] == ["pass", "pass"]
+
+
+def test_values_that_are_not_finite_fail_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one box of the labels is found by neither file, so mAP alone would pass; the other file is judged as well."""
+    from tests.deploy.test_diagnose import harmed, log_of_negative
+
+    monkeypatch.chdir(exported)
+    harmed(Path("tiny.onnx"), Path("nan.onnx"), log_of_negative)
+    line = "validate nan.onnx copy.onnx --data labels.json --images images --reference tiny.onnx --max-map-drop 100"
+    code, out, err = run(f"{line} --json nan.json")
+    assert (code, err) == (1, "failed: gate of 100 mAP points: nan.onnx\n")
+    assert "COCO mAP on 3 images" in out
+    assert "nan.onnx: 3 of 3 images have values that are not finite" in out
+    assert "first diverging tensor: 'dense_boxes'" in out
+    assert [row["gate"] for row in json.loads(Path("nan.json").read_text())] == ["fail", "pass", "pass"]
+
+
+def test_one_file_is_validated_on_several_providers(
+    run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first provider is the reference. Without a GPU the others are an error, or say what ran in their place."""
+    import onnxruntime
+
+    from deploy import cuda_driver
+    from deploy.runtimes import files
+    from deploy.runtimes.base import Detections
+
+    monkeypatch.chdir(exported)
+    line = "validate tiny.onnx --data labels.json --images images --provider cpu,cuda --json out.json"
+    if cuda_driver.gpu() is None:
+        code, _, err = run(line)
+        assert code == 2 and err.startswith("error: tiny.onnx: provider 'cuda' does not come up here, cpu would run it")
+        assert err.count("\n") == 1
+        assert run(f"{line} --allow-fallback")[0] == 0
+        rows = json.loads(Path("out.json").read_text())
+        assert [(row["name"], row["backend"]) for row in rows] == [
+            ("tiny.onnx (cpu)", "onnxruntime cpu"),
+            ("tiny.onnx (cuda)", "onnxruntime cpu"),
+        ]
+    assert onnxruntime.get_available_providers()[-1] == "CPUExecutionProvider"
+    real = files.open_runner
+    asked: list[tuple[str, ...]] = []
+
+    class Blind:
+        """Finds nothing."""
+
+        def __init__(self, runner: Any) -> None:
+            self.runner, self.card, self.backend, self.on_cpu = runner, runner.card, "fake cuda", False
+
+        def __call__(self, images: np.ndarray) -> Detections:
+            found = self.runner(images)
+            return Detections(found.boxes, found.scores, found.labels, found.count * 0)
+
+    def open_runner(path: Path, providers: tuple[str, ...], **options: Any) -> Any:
+        asked.append(providers)
+        cpu = real(path, ("cpu",), threads=1)
+        return cpu if providers != ("cuda",) else Blind(cpu)
+
+    monkeypatch.setattr(files, "open_runner", open_runner)
+    document = json.loads(Path("labels.json").read_text())
+    found = real(Path("tiny.onnx"))(np.asarray(Image.open("images/0.png")).transpose(2, 0, 1)[None])
+    x, y, right, bottom = map(float, found.boxes[0, 0])
+    category = real(Path("tiny.onnx")).card.category_ids[int(found.labels[0, 0])]
+    document["annotations"][0] |= {"bbox": [x, y, right - x, bottom - y], "category_id": category}
+    document["annotations"][0]["area"] = (right - x) * (bottom - y)
+    Path("seen.json").write_text(json.dumps(document))
+    code, _, err = run(line.replace("labels", "seen").replace("cpu,cuda", "cpu,tensorrt,cuda"))
+    assert asked == [("cpu",), ("tensorrt",), ("cuda",)]
+    rows = json.loads(Path("out.json").read_text())
+    assert [(row["name"], row["gate"], row["map_drop"] > 0.5) for row in rows] == [
+        ("tiny.onnx (cpu)", "pass", False),
+        ("tiny.onnx (tensorrt)", "pass", False),
+        ("tiny.onnx (cuda)", "fail", True),
+    ]
+    assert (code, err) == (1, "failed: gate of 0.5 mAP points: tiny.onnx (cuda)\n")
+
+    # the reference is the file that --reference names, on the first provider
+    code, _, err = run(f"{line.replace('labels', 'seen').replace('cpu,cuda', 'cuda,cpu')} --reference copy.onnx")
+    rows = json.loads(Path("out.json").read_text())
+    assert [row["name"] for row in rows] == [
+        "tiny.onnx (cuda)",
+        "tiny.onnx (cpu)",
+        "copy.onnx (cuda)",
+        "copy.onnx (cpu)",
+    ]
+    assert code == 0 and rows[2]["map_drop"] == 0 and rows[1]["map_drop"] < 0
 
 
 def test_validate_names_the_wrong_row(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import onnx
 
+from deploy.errors import UserError
 from deploy.files import sha256_of, write_json
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
 from deploy.runtimes.onnx import OnnxRunner
@@ -96,7 +97,8 @@ def search(
     annotations, images: the labelled split that decides. record: JSON file of finished measurements. max_map_drop: the
     budget in mAP points. progress(done, total) is called after every measurement; `total` is an estimate.
 
-    Raises UserError for unreadable data and when a calibration image is in the split.
+    Raises UserError for unreadable data, when a calibration image is in the split, and for a float file that gives
+    values that are not finite.
     """
     measure = _Measurements(quantizer, annotations, images, record, progress)
     start = tuple(quantizer.structure.output_names)
@@ -192,7 +194,12 @@ class _Measurements:
         return result
 
     def _map_of(self, path: Path) -> float:
-        return validate({"trial": OnnxRunner(path)}, self._annotations, self._images)[0].metrics.map
+        result = validate({"trial": OnnxRunner(path)}, self._annotations, self._images)[0]
+        if result.gate != "fail":  # without a reference the gate only asks for finite detections
+            return result.metrics.map
+        if path == self._quantizer.source:
+            raise UserError(f"{path}: {result.diagnosis}")
+        return 0.0  # not a choice, however good its other detections are
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
         if name not in self._values:

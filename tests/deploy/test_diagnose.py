@@ -79,6 +79,29 @@ def swapped_outputs(model: onnx.ModelProto) -> str:
     return top.output[0]
 
 
+def log_of_negative(model: onnx.ModelProto) -> str:
+    """The boxes' left edges become NaN, or minus infinity at 0."""
+    return through(model, 0, [("Neg", {}), ("Log", {})])
+
+
+def overflowing_cast(model: onnx.ModelProto) -> str:
+    """The boxes' right edges, x, become infinite in float16, which ends at exp(11.1)."""
+    to_half, to_float = {"to": TensorProto.FLOAT16}, {"to": TensorProto.FLOAT}
+    return through(model, 2, [("Exp", {}), ("Cast", to_half), ("Cast", to_float), ("Log", {})])
+
+
+def through(model: onnx.ModelProto, coordinate: int, steps: list[tuple[str, dict[str, int]]]) -> str:
+    """Send a coordinate of the dense boxes through more nodes."""
+    stack = next(node for node in model.graph.node if "dense_boxes" in node.output)
+    position, value = list(model.graph.node).index(stack), stack.input[coordinate]
+    for number, (op, attributes) in enumerate(steps):
+        node = helper.make_node(op, [value], [f"harm_{number}"], f"node_harm_{number}", **attributes)
+        model.graph.node.insert(position + number, node)
+        value = f"harm_{number}"
+    stack.input[coordinate] = value
+    return "dense_boxes"
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> tuple[Path, Path]:
     """Images whose ground truth is what the float file finds."""
@@ -118,6 +141,21 @@ def test_the_gate_fails_a_harmed_float_file_and_names_the_tensor(
     assert [row.gate for row in result] == ["pass", "fail"]
     assert result[0].diagnosis is None
     assert result[1].diagnosis is not None and f"first diverging tensor: '{name}'" in result[1].diagnosis
+
+
+@pytest.mark.parametrize("harm", [log_of_negative, overflowing_cast])
+def test_values_that_are_not_finite_fail_the_gate_and_the_tensor_is_named(
+    harm: Harm, tiny_onnx: Path, dataset: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, name = harmed(tiny_onnx, tmp_path / "harmed.onnx", harm)
+    runners = {"good": OnnxRunner(tiny_onnx), "bad": OnnxRunner(path), "other": OnnxRunner(tiny_onnx)}
+    results = validate(runners, *dataset, reference="good", max_map_drop=100.0)
+    assert [row.gate for row in results] == ["pass", "fail", "pass"]
+    diagnosis = results[1].diagnosis
+    assert diagnosis is not None and "images have values that are not finite, from image" in diagnosis
+    assert f"first diverging tensor: '{name}'" in diagnosis
+    assert diagnosis.endswith("it holds values that are not finite")
+    assert json.dumps(results[1].to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])

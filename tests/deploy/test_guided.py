@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from deploy.errors import UserError
 from deploy.quantize import guided
 from deploy.quantize.calibrate import choose_images, list_images
 from deploy.quantize.file import Quantizer
@@ -23,6 +24,7 @@ from deploy.quantize.guided import GuidedResult, Sensitivity, Trial, search
 from deploy.quantize.picture import sensitivity_table, trade_off_svg, trials_table
 from deploy.quantize.structure import Layer
 from deploy.runtimes.onnx import OnnxRunner
+from tests.deploy.test_diagnose import harmed, log_of_negative
 from tests.deploy.tiny import SIZE, pictures
 
 FLOAT_MAP = 40.0
@@ -177,6 +179,15 @@ def test_a_budget_that_cannot_be_met_is_said(spoiled: Quantizer, labelled: tuple
     result = search(spoiled, *labelled, tmp_path / "guided.json", max_map_drop=-1.0)
     assert result.chosen is None
     assert "cannot be met" in trade_off_svg(result)
+
+
+def test_a_float_file_with_values_that_are_not_finite_is_refused(
+    tiny_onnx: Path, labelled: tuple[Path, Path], spoiled: Quantizer, tmp_path: Path
+) -> None:
+    path, _ = harmed(tiny_onnx, tmp_path / "nan.onnx", log_of_negative)
+    quantizer: Any = SimpleNamespace(**{**vars(spoiled), "source": path})
+    with pytest.raises(UserError, match=r"nan\.onnx: 6 of 6 images have values that are not finite"):
+        search(quantizer, *labelled, tmp_path / "guided.json", max_map_drop=1.0)
 
 
 def test_table_and_picture_show_every_layer_and_trial() -> None:

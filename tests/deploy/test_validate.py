@@ -191,6 +191,40 @@ def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: 
     (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
     with pytest.raises(UserError, match="no boxes to validate against"):
         validate(with_card(), tmp_path / "empty.json", folder)
-    broken = Spoiled(with_card()["m"], lambda out: replace(out, scores=out.scores * np.nan))
-    with pytest.raises(UserError, match="m: the detections hold values that are not finite"):
-        validate({"m": broken}, file, folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("output", ["boxes", "scores"])
+def test_what_is_not_finite_is_no_detection_and_fails_the_gate(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner, output: str, value: float
+) -> None:
+    """The best detection of every image is spoiled: the rest counts, and the other runners keep their results."""
+
+    def spoil(out: Detections) -> Detections:
+        values = getattr(out, output).copy()
+        values[:, 0] = value
+        return replace(out, **{output: values})
+
+    def without_best(out: Detections) -> Detections:
+        moved = {name: np.roll(getattr(out, name), -1, axis=1) for name in ("boxes", "scores", "labels")}
+        return replace(out, **moved, count=np.maximum(out.count - 1, 0))
+
+    runners: dict[str, Runner] = {
+        "torch": torch_runner,
+        "bad": Spoiled(torch_runner, spoil),
+        "fewer": Spoiled(torch_runner, without_best),
+    }
+    good, bad, fewer = validate(runners, *dataset, reference="torch", max_map_drop=100.0, limit=4)
+    assert (good.gate, bad.gate, fewer.gate) == ("pass", "fail", "pass")
+    assert bad.metrics.to_dict() == fewer.metrics.to_dict() and 0 < bad.metrics.map < good.metrics.map
+    assert bad.agreement == fewer.agreement
+    assert bad.diagnosis is not None and bad.diagnosis.startswith("4 of 4 images have values that are not finite")
+    assert bad.diagnosis.endswith("not run: only ONNX files can be compared value by value")
+
+    against_bad = validate(runners, *dataset, reference="bad", max_map_drop=100.0, limit=4)
+    assert [row.gate for row in against_bad] == [
+        "not run: the reference gives values that are not finite",
+        "fail",
+        "not run: the reference gives values that are not finite",
+    ]
+    assert validate({"bad": runners["bad"]}, *dataset, limit=4)[0].gate == "fail"
