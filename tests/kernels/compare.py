@@ -24,6 +24,23 @@ def with_layout(shape: tuple[int, int, int], layout: str, g: torch.Generator, sc
     return torch.randn(shape, generator=g) * scale
 
 
+LAYOUTS = ["contiguous", "channels_last", "cropped", "transposed", "sliced"]
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """The same values in other memory: `cropped` is a part of a channels-last map, `sliced` has gaps everywhere."""
+    if layout == "channels_last" and x.dim() == 4:
+        return x.to(memory_format=torch.channels_last, copy=True)
+    if layout == "cropped" and x.dim() == 4:
+        larger = torch.nn.functional.pad(x, (1, 2, 2, 1), value=9.0).to(memory_format=torch.channels_last)
+        return larger[:, :, 2:-1, 1:-2]
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced" and x.dim():
+        return torch.stack((x, x), -1)[..., 0]
+    return x.clone()
+
+
 def check(
     fused: Callable[..., Tensor | tuple[Tensor, Tensor]],
     reference: Callable[..., Tensor | tuple[Tensor, Tensor]],

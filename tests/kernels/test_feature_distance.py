@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kernels.feature_distance import feature_distance, feature_distance_and_mean
 from kernels.mc_dropout import Dropout, mc_dropout
 from kernels.rows import CHUNK
 from tests.kernels import given_masks
+from tests.kernels.compare import LAYOUTS, strided
 
 BACKENDS = ["torch", "triton"]
 PATHS = [("torch", CHUNK), ("torch", 16), ("triton", CHUNK)]  # 16: every map here is larger than a chunk
@@ -38,20 +40,19 @@ cases = given(
     weights=st.integers(1, 3),
     dropout=st.sampled_from(DRAWS),
     dtype=st.sampled_from(list(TOLERANCE)),
-    last=st.booleans(),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),  # of the student and of the teacher
 )
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
-def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(0)
     B, C, h, w = shape
-    layout = torch.channels_last if last else torch.contiguous_format
-    student = torch.randn(shape, device=device).to(dtype).to(memory_format=layout).requires_grad_()
-    teacher = torch.randn(shape, device=device).to(dtype)
+    student = strided(torch.randn(shape, device=device).to(dtype), layouts[0]).requires_grad_()
+    teacher = strided(torch.randn(shape, device=device).to(dtype), layouts[1])
     spatial, channel = torch.rand(weights, B, h, w, device=device), torch.rand(B, C, device=device)
     upstream = torch.rand(weights, device=device)
     with backend.use(name):
@@ -71,13 +72,12 @@ def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, l
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
-def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(weights)
-    layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(shape, device=device).to(dtype)
     x.view(-1)[0] = 0  # no gradient there
-    x = x.to(memory_format=layout).requires_grad_()
+    x = strided(x, layouts[0]).requires_grad_()
     with backend.use(name):
         found = attention_stats(x, dropout=dropout)
         factor = torch.ones(shape, device=device)
@@ -97,16 +97,15 @@ def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @cases
-def test_both_at_once(name, chunk, shape, weights, dropout, dtype, last, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_both_at_once(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The same as one after the other, and the sum of their gradients (float64 oracles: above)."""
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(weights)
     B, C, h, w = shape
-    layout = torch.channels_last if last else torch.contiguous_format
     student = torch.randn(shape, device=device).to(dtype)
     student.view(-1)[0] = 0
-    student = student.to(memory_format=layout).requires_grad_()
-    teacher = torch.randn(shape, device=device).to(dtype)
+    student = strided(student, layouts[0]).requires_grad_()
+    teacher = strided(torch.randn(shape, device=device).to(dtype), layouts[1])
     spatial, channel = torch.rand(weights, B, h, w, device=device), torch.rand(B, C, device=device)
     with backend.use(name):
         found = feature_distance_and_means(student, teacher, spatial, channel, dropout=dropout)
@@ -147,6 +146,26 @@ def test_launch_does_not_matter(device: torch.device) -> None:
         torch.testing.assert_close(tiled, grad, rtol=1e-6, atol=0)
         for found, wanted in zip(attention_kernel.forward(teacher, drop, tile=tile), means, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dropout", DRAWS)
+def test_layouts_and_chunks_do_not_matter(dropout: Dropout | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw whatever the layouts of student and teacher are; another one would be far beyond the tolerance."""
+    plain = torch.randn(2, 2, 6, 5, 7)
+    spatial, channel = torch.rand(2, 2, 5, 7), torch.rand(2, 6)
+
+    def results(student: Tensor, teacher: Tensor) -> list[Tensor]:
+        student.requires_grad_()
+        found = feature_distance_and_means(student, teacher, spatial, channel, dropout=dropout)
+        (grad,) = torch.autograd.grad(sum(value.sum() for value in found), student)
+        return [*found, grad, *attention_stats(teacher, dropout=dropout)]
+
+    wanted = results(plain[0].clone(), plain[1].clone())
+    for chunk, a, b in itertools.product((CHUNK, 16), LAYOUTS, LAYOUTS):
+        monkeypatch.setattr(rows_file, "CHUNK", chunk)
+        student, teacher = strided(plain[0], a), strided(plain[1], b)
+        torch.testing.assert_close(results(student, teacher), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(student, plain[0]) and torch.equal(teacher, plain[1])
 
 
 def sines(a: float, b: float, c: float, d: float = 0.0) -> Tensor:
@@ -209,8 +228,9 @@ def test_uncertain_teacher_with_given_masks(combine, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_compiled_and_whole_graph() -> None:
-    student, teacher = torch.randn(2, 2, 6, 5, 7)
+@pytest.mark.parametrize("layouts", [("contiguous", "contiguous"), ("channels_last", "channels_last")])
+def test_compiled_and_whole_graph(layouts: tuple[str, str]) -> None:
+    student, teacher = (strided(x, layout) for x, layout in zip(torch.randn(2, 2, 6, 5, 7), layouts, strict=True))
     student.requires_grad_()
     spatial, channel = torch.rand(2, 2, 5, 7), torch.rand(2, 6)
 
@@ -222,19 +242,19 @@ def test_compiled_and_whole_graph() -> None:
 
     (wanted,) = torch.autograd.grad(loss(student), student)
     for found in (loss(student, True), torch.compile(loss, fullgraph=True, backend="aot_eager")(student)):
-        torch.testing.assert_close(torch.autograd.grad(found, student)[0], wanted)
+        (grad,) = torch.autograd.grad(found, student)
+        torch.testing.assert_close(grad, wanted)
+        assert grad.stride() == student.stride()
 
 
 def test_registered_properly() -> None:
-    student, teacher = torch.randn(2, 2, 6, 5, 7)
-    student.requires_grad_()
     draw = ([0.1, 0.2], 1, 2, "elementwise", "mean")
-    tensors = (student, teacher, torch.rand(3, 2, 5, 7), torch.rand(2, 6))
-    for means in (False, True):
+    for means, layout in ((False, "contiguous"), (True, "contiguous"), (True, "channels_last")):
+        student, teacher = (strided(x, layout) for x in torch.randn(2, 2, 6, 5, 7))
+        tensors = (student.requires_grad_(), teacher, torch.rand(3, 2, 5, 7), torch.rand(2, 6))
         settings = (*draw, means, False, "torch")
         torch.library.opcheck(torch.ops.detector_kernels.feature_distance, (*tensors, *settings))
-    draw = (*draw, False, "torch")
-    torch.library.opcheck(torch.ops.detector_kernels.attention_stats, (student, *draw))
+        torch.library.opcheck(torch.ops.detector_kernels.attention_stats, (student, *draw, False, "torch"))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -10,15 +10,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import backend
 from kernels.dropout_table import outcomes, table
 from kernels.mc_dropout import Dropout, mc_dropout, reference
+from kernels.rows import CHUNK
 from kernels.triton.dropout import philox
 from tests.kernels import given_masks
+from tests.kernels.compare import LAYOUTS, strided
 from tests.oracles import ORACLES, sine
 
 CPU = torch.device("cpu")
@@ -165,8 +167,8 @@ def test_channel_mode_drops_planes(device: torch.device) -> None:
 # Numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize(("name", "chunk"), [("torch", CHUNK), ("torch", 16), ("triton", CHUNK)])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.one_of(
         st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 7), st.integers(1, 9)),
@@ -176,10 +178,13 @@ def test_channel_mode_drops_planes(device: torch.device) -> None:
     mode=st.sampled_from(["elementwise", "channel"]),
     combine=st.sampled_from(["none", "sum", "mean"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    layout=st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"]),
+    layout=st.sampled_from(LAYOUTS),
     variance=st.booleans(),
 )
-def test_against_float64(name, shape, rates, mode, combine, dtype, layout, variance, device) -> None:  # type: ignore[no-untyped-def]
+def test_against_float64(  # type: ignore[no-untyped-def]
+    name, chunk, shape, rates, mode, combine, dtype, layout, variance, device, monkeypatch
+) -> None:
+    monkeypatch.setattr("kernels.rows.CHUNK", chunk)
     if len(shape) < 2:
         mode = "elementwise"
     torch.manual_seed(0)
@@ -204,17 +209,6 @@ def test_against_float64(name, shape, rates, mode, combine, dtype, layout, varia
     close(found, torch.autograd.grad(loss, wide)[0], tolerance)
 
 
-def strided(x: Tensor, layout: str) -> Tensor:
-    """The same values in other memory."""
-    if layout == "channels_last" and x.dim() == 4:
-        return x.to(memory_format=torch.channels_last)
-    if layout == "transposed" and x.dim() > 1:
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "sliced" and x.dim():
-        return torch.stack((x, x), -1)[..., 0]
-    return x.clone()
-
-
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(found.detach().double(), wanted.detach(), rtol=tolerance, atol=tolerance)
 
@@ -231,27 +225,34 @@ def test_launch_does_not_matter(device: torch.device) -> None:
                 assert found is not None and want is not None and torch.equal(found, want)
 
 
-def test_chunks_and_compilation_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 6, 5, 7)
+@pytest.mark.parametrize("variance", [False, True])
+def test_chunks_and_layouts_do_not_matter(variance: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and no change of the input."""
+    plain = torch.randn(2, 6, 5, 7)
     for drop in (Dropout(UET, 1, 2), Dropout((0.3,) * 4, 1, 2, "channel", "sum")):
-        wanted = mc_dropout(x, drop)
-        with monkeypatch.context() as patch:
-            patch.setattr("kernels.rows.CHUNK", 64)
-            for found, want in zip(mc_dropout(x, drop), wanted, strict=True):
-                assert torch.equal(found, want)  # type: ignore[arg-type]
+        wanted = mc_dropout(plain, drop, variance=variance)
+        for chunk in (CHUNK, 64, 1):
+            monkeypatch.setattr("kernels.rows.CHUNK", chunk)
+            for layout in LAYOUTS:
+                x = strided(plain, layout)
+                for found, want in zip(mc_dropout(x, drop, variance=variance), wanted, strict=True):
+                    assert (found is None and want is None) or torch.equal(found, want)  # type: ignore[arg-type]
+                assert torch.equal(x, plain)
 
 
 @pytest.mark.slow
-def test_compiled_draws_the_same() -> None:
-    x = torch.randn(2, 6, 5, 7, requires_grad=True)
-    drop = Dropout((0.3,) * 4, 1, 2)
-    for compiled in (False, True):
-        out, var = mc_dropout(x, drop, compiled=compiled)
-        assert var is not None
-        grad = torch.autograd.grad(out.sum() + var.sum(), x)[0]
-        if not compiled:
-            wanted = out, var, grad
-    torch.testing.assert_close((out, var, grad), wanted)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled_draws_the_same(layout: str) -> None:
+    x = strided(torch.randn(2, 6, 5, 7), layout).requires_grad_()
+    for drop in (Dropout((0.3,) * 4, 1, 2), Dropout(UET, 1, 2, "channel")):
+        for compiled in (False, True):
+            out, var = mc_dropout(x, drop, compiled=compiled)
+            assert var is not None and out.stride() == var.stride() == x.stride()
+            grad = torch.autograd.grad(out.sum() + var.sum(), x)[0]
+            assert grad.stride() == x.stride()
+            if not compiled:
+                wanted = out, var, grad
+        torch.testing.assert_close((out, var, grad), wanted)
 
 
 @pytest.mark.slow
@@ -274,8 +275,8 @@ def test_whole_graph_and_new_offsets() -> None:
 def test_registered_properly(name: str) -> None:
     if name == "triton" and not torch.cuda.is_available():
         pytest.skip("the interpreter cannot run under the fake tensors of opcheck")
-    x = torch.randn(2, 3, 4, 5, requires_grad=True)
-    for variance in (False, True):
+    for variance, layout in ((False, "contiguous"), (True, "contiguous"), (True, "channels_last")):
+        x = strided(torch.randn(2, 3, 4, 5), layout).requires_grad_()
         arguments = (x, list(UET), 1, 2, "elementwise", "mean", variance, False, name)
         torch.library.opcheck(torch.ops.detector_kernels.mc_dropout, arguments)
 
