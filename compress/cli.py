@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from deploy.engine_card import EngineCard, EngineOptions
     from deploy.runtimes.base import Runner
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS = ("cpu", "cuda", "tensorrt")
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 app = typer.Typer(
@@ -58,7 +58,14 @@ DryRun = Annotated[
 ]
 Devices = Annotated[int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files, or .engine files.")]
-Providers = Annotated[Provider, typer.Option("--provider", help="Where ONNX Runtime runs.")]
+Providers = Annotated[
+    str,
+    typer.Option(
+        "--provider",
+        metavar="NAME,NAME",
+        help="Where ONNX Runtime runs: cpu, cuda, tensorrt. Several: on each of them.",
+    ),
+]
 Fallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
 ]
@@ -757,7 +764,11 @@ def validate(
     images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", metavar="FILE", help="Compare with this file and gate on the difference."),
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            help="Compare with this file and gate on the difference. Default with several providers: the first file.",
+        ),
     ] = None,
     max_map_drop: Annotated[
         float | None,
@@ -771,17 +782,21 @@ def validate(
 ) -> None:
     """Measure the mAP of exported files, with a gate.
 
+    With --provider cpu,cuda,tensorrt each .onnx file runs on each of them; the reference is that file on the first one.
     Exit code 1 if a file loses too much against the reference."""
     _need_folder(images, "--images")
     if not data.is_file():
         raise UserError(f"--data: {data}: no such file")
+    providers = _provider_names(provider)
+    if reference is None and len(providers) > 1:
+        reference = artifacts[0]
     if reference is None and max_map_drop is not None:
         raise UserError("--max-map-drop: needs --reference, the file to compare with")
     max_map_drop = 0.5 if max_map_drop is None else max_map_drop
     _need_finite(max_map_drop, "--max-map-drop")
     _need_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
-    runners = _open(files, provider, allow_fallback, threads)
+    runners = _open(files, providers, allow_fallback, threads)
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation
@@ -791,7 +806,7 @@ def validate(
             runners,
             data,
             images,
-            reference=None if reference is None else str(reference),
+            reference=None if reference is None else _runner_name(reference, providers[0], providers),
             max_map_drop=max_map_drop,
             batch_size=batch_size,
             progress=progress,
@@ -808,8 +823,25 @@ def validate(
     _next("benchmark", *files, "--images", images)
 
 
-def _open(files: Sequence[Path], provider: Provider, allow_fallback: bool, threads: int | None) -> dict[str, Runner]:
-    """A runner for each file, by the path as it was given."""
+def _provider_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PROVIDERS:
+            raise UserError(f"--provider: unknown provider '{name[:60]}': choose from {', '.join(PROVIDERS)}")
+        if names.count(name) > 1:
+            raise UserError(f"--provider: {name} is given twice")
+    return names
+
+
+def _runner_name(file: Path, provider: str, providers: Sequence[str]) -> str:
+    """The path as it was given; with the provider behind it when there are several to tell apart."""
+    return str(file) if len(providers) == 1 or file.suffix == ".engine" else f"{file} ({provider})"
+
+
+def _open(
+    files: Sequence[Path], providers: Sequence[str], allow_fallback: bool, threads: int | None
+) -> dict[str, Runner]:
+    """A runner for each ONNX file on each provider, and for each engine, which TensorRT alone can run, by name."""
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
@@ -819,7 +851,13 @@ def _open(files: Sequence[Path], provider: Provider, allow_fallback: bool, threa
             raise UserError(f"{file}: given twice")
     from deploy.runtimes.files import open_runner
 
-    return {str(file): open_runner(file, (provider,), allow_fallback=allow_fallback, threads=threads) for file in files}
+    return {
+        _runner_name(file, provider, providers): open_runner(
+            file, (provider,), allow_fallback=allow_fallback, threads=threads
+        )
+        for file in files
+        for provider in (providers[:1] if file.suffix == ".engine" else providers)
+    }
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -920,7 +958,8 @@ def benchmark(
         return
     if not artifacts:
         raise UserError("ARTIFACT: name exported files to measure, or two results with --compare OLD.json NEW.json")
-    if tolerance is not None and (len(artifacts) < 2 or scenario == "server"):
+    providers = _provider_names(provider)
+    if tolerance is not None and (len(artifacts) * len(providers) < 2 or scenario == "server"):
         raise UserError("--tolerance: needs --compare, or several files that are measured in turn")
     sessions = _streams(scenario, streams)
     rates = _rates(scenario, rate, latency_bound)
@@ -938,10 +977,10 @@ def benchmark(
     from deploy import latency
 
     scopes = _scopes(scope, scenario)
-    if sessions > 1 and threads is None and provider == "cpu":
+    if sessions > 1 and threads is None and "cpu" in providers:
         threads = max(1, _usable_cores() // sessions)
         print(f"--threads: {threads} for each of {sessions} sessions")
-    opened = [_open(artifacts, provider, allow_fallback, threads) for _ in range(sessions)]
+    opened = [_open(artifacts, providers, allow_fallback, threads) for _ in range(sessions)]
     runners = {name: [session[name] for session in opened] for name in opened[0]}
     from compress.console import open_console
     from compress.console import progress as progress_of

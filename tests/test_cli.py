@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -526,12 +527,8 @@ def test_values_that_are_not_finite_fail_the_gate(run: Run, exported: Path, monk
     assert [row["gate"] for row in json.loads(Path("nan.json").read_text())] == ["fail", "pass", "pass"]
 
 
-def test_one_file_is_validated_on_several_providers(
-    run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_file_is_validated_on_several_providers(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first provider is the reference. Without a GPU the others are an error, or say what ran in their place."""
-    import onnxruntime
-
     from deploy import cuda_driver
     from deploy.runtimes import files
     from deploy.runtimes.base import Detections
@@ -548,7 +545,6 @@ def test_one_file_is_validated_on_several_providers(
             ("tiny.onnx (cpu)", "onnxruntime cpu"),
             ("tiny.onnx (cuda)", "onnxruntime cpu"),
         ]
-    assert onnxruntime.get_available_providers()[-1] == "CPUExecutionProvider"
     real = files.open_runner
     asked: list[tuple[str, ...]] = []
 
