@@ -11,6 +11,9 @@ On the maps of an 800 x 1333 image, batch 2 (256 channels, 80 classes, 5 levels,
     binary_kd_loss   BCKD's classification term of all levels and the disagreement max_c |t - s|, to the student's
                      gradient; peer: the published composition of sigmoids and binary_cross_entropy_with_logits
 
+The operators on maps are there twice, for contiguous maps and for maps with channels last, which the detectors make and
+the trainer therefore gives them; the peer's maps lie the same way.
+
 All cases of an operator take turns (`benchmarks.measure`), values are compared before anything is timed.
 """
 
@@ -39,9 +42,10 @@ BATCH, CHANNELS, CLASSES, COPIES, RATE = 2, 256, 80, 10, 0.1
 PAIRS = 4096
 ELEMENT_VARIANCE = 0.03  # at least that of a mean and of a variance over COPIES dropouts of N(0, 1); 0.011 and 0.027
 TEMPERATURE = 0.5
+LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}  # by the end of the operator's name
 BARS = {  # operator: [(implementation, times as fast as the peer)]
-    "mc_dropout": [("eager", 8.0), ("compiled", 40.0)],
-    "fgd": [("eager", 2.0), ("compiled", 6.0)],
+    **{f"mc_dropout{layout}": [("eager", 8.0), ("compiled", 40.0)] for layout in LAYOUTS},
+    **{f"fgd{layout}": [("eager", 2.0), ("compiled", 6.0)] for layout in LAYOUTS},
     "iou_loss": [("eager", 1.0)],
     "binary_kd_loss": [("eager", 1.0)],
 }
@@ -77,8 +81,8 @@ def main() -> None:
 def operators(levels: tuple[tuple[int, int], ...], *, compiled: bool) -> dict[str, Operator]:
     g = torch.Generator().manual_seed(0)
     return {
-        "mc_dropout": _mc_dropout(levels, g, compiled),
-        "fgd": _fgd(levels, g, compiled),
+        **{f"mc_dropout{end}": _mc_dropout(levels, g, compiled, layout) for end, layout in LAYOUTS.items()},
+        **{f"fgd{end}": _fgd(levels, g, compiled, layout) for end, layout in LAYOUTS.items()},
         "iou_loss": _iou_loss(g),
         "binary_kd_loss": _binary_kd_loss(levels, g, compiled),
     }
@@ -114,8 +118,14 @@ def _compare(name: str, operator: Operator) -> None:
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def _mc_dropout(levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool) -> Operator:
-    maps = [torch.randn(BATCH, CHANNELS, *size, generator=g) for size in levels]
+def _maps(levels: tuple[tuple[int, int], ...], g: torch.Generator, layout: torch.memory_format) -> list[Tensor]:
+    return [torch.randn(BATCH, CHANNELS, *size, generator=g).to(memory_format=layout) for size in levels]
+
+
+def _mc_dropout(
+    levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool, layout: torch.memory_format
+) -> Operator:
+    maps = _maps(levels, g, layout)
     drop = Dropout((RATE,) * COPIES, seed=1)
 
     def stack() -> Result:
@@ -135,9 +145,11 @@ def _mc_dropout(levels: tuple[tuple[int, int], ...], g: torch.Generator, compile
     return Operator("stack_eager", runs, random=True)
 
 
-def _fgd(levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool) -> Operator:
-    students = [torch.randn(BATCH, CHANNELS, *size, generator=g).requires_grad_() for size in levels]
-    teachers = [torch.randn(BATCH, CHANNELS, *size, generator=g) for size in levels]
+def _fgd(
+    levels: tuple[tuple[int, int], ...], g: torch.Generator, compiled: bool, layout: torch.memory_format
+) -> Operator:
+    students = [x.requires_grad_() for x in _maps(levels, g, layout)]
+    teachers = _maps(levels, g, layout)
     fgs = [torch.rand(BATCH, *size, generator=g).sub(0.8).relu() for size in levels]
     bgs = [(fg == 0).float() / (fg == 0).sum((1, 2), keepdim=True) for fg in fgs]
 
@@ -271,7 +283,7 @@ def table(run: dict[str, Any]) -> str:
         for name, row in rows.items():
             disturbed = f"  ({row['disturbed']} repeats disturbed)" if row["disturbed"] else ""
             fast = f"{row['ms']['median']:10.2f} ms  {row['times_as_fast']:7.2f}x{disturbed}"
-            lines.append(f"  {operator:15s} {name:12s} {fast}")
+            lines.append(f"  {operator:25s} {name:12s} {fast}")
     return "\n".join(lines)
 
 
