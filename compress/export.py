@@ -192,7 +192,7 @@ def torch_runner(
     if Capability.DENSE not in detector.capabilities:
         raise UserError(
             f"{checkpoint}: {detector.family} cannot be exported: its second stage works on as many proposals as it "
-            "finds, which a fixed graph cannot; it trains, teaches and is evaluated. Ship a gfl, fcos or retinanet student"
+            "finds, which a fixed graph cannot; it trains and teaches. Ship a gfl, fcos or retinanet student"
         )
     if record.class_names is not None and record.category_ids is not None:
         categories = dict(zip(record.category_ids, record.class_names, strict=True))
