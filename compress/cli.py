@@ -439,14 +439,16 @@ def export(
         bool, typer.Option("--trt", help="Also build a TensorRT engine, with a card, for this GPU.")
     ] = False,
     batch: Annotated[
-        str, typer.Option("--batch", metavar="N,N,N", help="Engine: smallest, best and largest batch.")
-    ] = "1,8,32",
+        str | None,
+        typer.Option("--batch", metavar="N,N,N", help="Engine: smallest, best and largest batch. Default: 1,8,32."),
+    ] = None,
     workspace_gb: Annotated[
         float | None, typer.Option("--workspace-gb", help="Engine: most scratch memory. Default: all there is.")
     ] = None,
     optimization_level: Annotated[
-        int, typer.Option("--builder-optimization-level", min=0, max=5, help="Engine: 5 searches longest.")
-    ] = 3,
+        int | None,
+        typer.Option("--builder-optimization-level", min=0, max=5, help="Engine: 5 searches longest. Default: 3."),
+    ] = None,
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Engine: also for later TensorRT of the same major version.")
     ] = False,
@@ -477,20 +479,43 @@ def export(
     """
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint}: no such file")
-    ship = None
-    if trt:
-        given_options = {
-            "workspace_gb": workspace_gb,
-            "optimization_level": optimization_level,
-            "version_compatible": version_compatible,
-            "hardware_compatible": hardware_compatible,
-            "refit": "all" if strip else refit,
-            "strip": strip,
-        }
-        ship = _engine_options(batch, given_options)
+    engine = {
+        "--workspace-gb": workspace_gb,
+        "--builder-optimization-level": optimization_level,
+        "--version-compatible": version_compatible,
+        "--hardware-compatible": hardware_compatible,
+        "--refit": refit,
+        "--strip": strip,
+    }
+    if not trt:
+        _refuse({"--batch": batch, **engine, "--timing-cache": timing_cache}, "is about engines; add --trt")
+    if strip and refit == "individual":
+        raise UserError("--refit: an engine without weights gets all of them back; leave out individual or --strip")
+    if strip and triton_repo is not None:
+        raise UserError("--strip: Triton cannot serve an engine without weights; leave out --strip or --triton-repo")
+    ship = _engine_options(batch or "1,8,32", {**engine, "--refit": "all" if strip else refit}) if trt else None
     if checkpoint.suffix == ".onnx":
         if not trt and triton_repo is None:
             raise UserError(f"{checkpoint}: is an ONNX file already; give --trt or --triton-repo")
+        making = {
+            "--images": images,
+            "--input-size": input_size,
+            "--score-threshold": score_threshold,
+            "--nms-threshold": nms_threshold,
+            "--max-detections": max_detections,
+            "--candidates": candidates,
+            "--max-batch": max_batch,
+            "--precision": precision,
+            "--target": target,
+            "--calibration": calibration,
+            "--calibration-images": calibration_images,
+            "--calibration-method": calibration_method,
+            "--max-map-drop": max_map_drop,
+            "--data": data,
+        }
+        _refuse(making, f"is about making an ONNX file, and {checkpoint} is one already; give its checkpoint")
+        if not trt:
+            _refuse({"--out": out}, "names the engine here; add --trt")
         _next(*_deliver(checkpoint, out, ship, timing_cache, triton_repo))
         return
     out = out or checkpoint.with_suffix(".onnx")
@@ -568,7 +593,15 @@ def export(
     _next(*following)
 
 
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Options that would do nothing are mistakes. options: name → value, None or False where it was not given."""
+    for option, value in options.items():
+        if value is not None and value is not False:
+            raise UserError(f"{option}: {why}")
+
+
 def _engine_options(batch: str, given: dict[str, Any]) -> EngineOptions:
+    """given: option → value, None where the default holds."""
     from pydantic import ValidationError
 
     from deploy.engine_card import EngineOptions
@@ -577,8 +610,13 @@ def _engine_options(batch: str, given: dict[str, Any]) -> EngineOptions:
     if len(sizes) > 3 or sizes != sorted(sizes):
         raise UserError(f"--batch: '{batch}': an engine has a smallest, a best and a largest batch, for example 1,8,32")
     smallest, largest = sizes[0], sizes[-1]
+    fields = {
+        option.removeprefix("--").removeprefix("builder-").replace("-", "_"): value
+        for option, value in given.items()
+        if value is not None
+    }
     try:
-        return EngineOptions(batches=(smallest, sizes[1] if len(sizes) == 3 else largest, largest), **given)
+        return EngineOptions(batches=(smallest, sizes[1] if len(sizes) == 3 else largest, largest), **fields)
     except ValidationError as error:
         problem = error.errors()[0]
         option = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""
@@ -645,9 +683,9 @@ def _check_int8_options(
     """Options that would do nothing are mistakes."""
     options = {"target": "--target", "calibration": "--calibration"}
     options |= {"images": "--calibration-images", "method": "--calibration-method"}
-    given = [options[key] for key in int8] + ["--max-map-drop"] * (max_map_drop is not None)
-    if given and not quantized:
-        raise UserError(f"{given[0]}: is about int8 files; add --precision fp32,int8")
+    given = {options[key]: value for key, value in int8.items()} | {"--max-map-drop": max_map_drop}
+    if not quantized:
+        _refuse(given, "is about int8 files; add --precision fp32,int8")
     if int8.get("target") == "cpu" and "mixed" in quantized:
         raise UserError("--target: mixed files are for TensorRT only; leave out mixed or --target cpu")
     if data is not None and (max_map_drop is None or images is None):

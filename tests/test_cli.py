@@ -173,6 +173,44 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("export text.safetensors --images images", "--input-size: there is no recipe.yaml to take it from"),
         ("export text.safetensors --images images --input-size 64x64", "text.safetensors"),
         ("export text.safetensors --images void --input-size 64x64", "--images: void: no images in it"),
+        *(
+            (f"export text.safetensors {option}", f"{option.split()[0]}: is about engines; add --trt")
+            for option in (
+                "--batch 1,8,32",
+                "--workspace-gb 1",
+                "--builder-optimization-level 0",
+                "--version-compatible",
+                "--hardware-compatible same",
+                "--refit all",
+                "--strip",
+                "--timing-cache void",
+            )
+        ),
+        *(
+            (f"export text.onnx --trt {option}", f"{option.split()[0]}: is about making an ONNX file, and text.onnx is")
+            for option in (
+                "--images images",
+                "--input-size 64x64",
+                "--score-threshold 0",
+                "--nms-threshold 0",
+                "--max-detections 5",
+                "--candidates 5",
+                "--max-batch 5",
+                "--precision int8",
+                "--target cpu",
+                "--calibration images",
+                "--calibration-images 5",
+                "--calibration-method minmax",
+                "--max-map-drop 0",
+                "--data good.json",
+            )
+        ),
+        ("export text.onnx --triton-repo void --out x.engine", "--out: names the engine here; add --trt"),
+        ("export text.onnx --triton-repo void --batch 1,8", "--batch: is about engines; add --trt"),
+        ("export text.onnx --trt --strip --refit individual", "--refit: an engine without weights gets all of them"),
+        ("export text.onnx --trt --strip --triton-repo void", "--strip: Triton cannot serve an engine without weights"),
+        ("export text.safetensors --max-map-drop 0", "--max-map-drop: is about int8 files; add --precision fp32,int8"),
+        ("export text.safetensors --target cpu", "--target: is about int8 files; add --precision fp32,int8"),
         ("validate none.onnx --data good.json --images images", "none.onnx: no such file"),
         ("validate model.pt --data good.json --images images", "model.pt: neither .onnx nor .engine"),
         ("validate text.onnx --data good.json --images images", "text.onnx"),
