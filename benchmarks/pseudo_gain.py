@@ -334,10 +334,10 @@ def summarise(arm: Arm, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str
     if arm.against is not None:
         theirs = found[arm.against]
         pairs = [(mine[seed]["map"], theirs[seed]["map"]) for seed in mine]
-        values = [100 * a / b if arm.by == "ratio" else a - b for a, b in pairs]
+        values = [_compared(a, b, arm.by) for a, b in pairs]
         means = tuple(statistics.mean(side) for side in zip(*pairs, strict=True))
         # Of the means, not the mean of ratios: one poor pair should not decide.
-        value = 100 * means[0] / means[1] if arm.by == "ratio" else means[0] - means[1]
+        value = _compared(means[0], means[1], arm.by)
         row |= {"against": arm.against, "by": arm.by, "value": value, "values": [round(x, 2) for x in values]}
         if len(values) > 1:
             row["value_stdev"] = statistics.stdev(values)
@@ -366,6 +366,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"| {row['part']} | {row['arm']} | {row['map_mean']:.2f}{spread} | {against} | {by_seed} | {wanted} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _compared(mine: float, theirs: float, by: str) -> float:
+    """In percent of the other's mAP (0 of nothing), or in points."""
+    if by == "difference":
+        return mine - theirs
+    return 100 * mine / theirs if theirs else 0.0
 
 
 def _value(value: float, by: str) -> str:
