@@ -44,7 +44,13 @@ def build_methods(
             method = Aligned(method, match_levels(student.strides, teacher.strides))
         if uet is not None:
             method = UET(
-                method, rates=uet.rates, combine=uet.combine, mode=uet.mode, certainty=uet.certainty, seed=seed
+                method,
+                rates=uet.rates,
+                combine=uet.combine,
+                mode=uet.mode,
+                certainty=uet.certainty,
+                seed=seed,
+                compiled=compiled,
             )
         built[name] = Balanced(
             method,
@@ -65,7 +71,7 @@ def _build(term: settings.Term, student: Detector, teacher: Detector, *, seed: i
         case settings.Bckd():
             return BCKD(**constants, compiled=compiled)
         case settings.Fgd():
-            return FGD(*widths, **constants)
+            return FGD(*widths, **constants, compiled=compiled)
         case settings.Pkd():
             return PKD(*widths, **constants)
         case settings.Cwd():
@@ -75,11 +81,11 @@ def _build(term: settings.Term, student: Detector, teacher: Detector, *, seed: i
         case settings.Gi():
             return GI(*widths, **constants)
         case settings.Tid():
-            return TID(*widths, **constants)
+            return TID(*widths, **constants, compiled=compiled)
         case settings.Ld():
             return LD(**constants)
         case settings.Crosskd():
-            return CrossKD(student, teacher, **constants)
+            return CrossKD(student, teacher, **constants, compiled=compiled)
         case settings.Dkd():
             return DKD(**constants)
     raise AssertionError(f"no module for {type(term).__name__}")

@@ -79,6 +79,7 @@ class FGD(Method):
         box_norm: what boxes are divided by before they are drawn on a map. `img`: the size of the image, as published,
             which stretches the drawing in images smaller than the padded batch. `batch`: the size of the batch, so
             that boxes lie where the objects are; choose it where images differ much in shape.
+        compiled: run the passes over the maps, but for those of `rela`, through torch.compile.
     """
 
     needs = frozenset({Capability.FEATURES})
@@ -97,6 +98,7 @@ class FGD(Method):
         gamma: float = PUBLISHED["gfl"].gamma,
         relation: float = PUBLISHED["gfl"].relation,
         box_norm: Literal["img", "batch"] = "img",
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.levels = levels
@@ -108,6 +110,7 @@ class FGD(Method):
         }
         self.temperature = temperature
         self.box_norm = box_norm
+        self.compiled = compiled
         self.adapter = Adapter(student_channels, teacher_channels, levels, always=adapter == "always")
         self.student_context = nn.ModuleList(ContextBlock(teacher_channels) for _ in range(levels))
         self.teacher_context = nn.ModuleList(ContextBlock(teacher_channels) for _ in range(levels))
@@ -129,7 +132,7 @@ class FGD(Method):
             certainty = None if teacher.certainty is None else teacher.certainty[level]
             with torch.no_grad():
                 fg = foreground(boxes, real, sizes, (s.shape[2], s.shape[3]))
-            terms = focal_terms(s, t, fg, background(fg), self.temperature, certainty)
+            terms = focal_terms(s, t, fg, background(fg), self.temperature, certainty, compiled=self.compiled)
             shift = self.student_context[level](s) - self.teacher_context[level](t)
             levels.append(torch.stack([*terms[:3], terms[3] + relation_rest(s, t, shift, certainty)]))
         table = torch.stack(levels, 1)  # [4, L]
@@ -159,9 +162,9 @@ class ContextBlock(nn.Module):
 # Arithmetic, in the dtype of its arguments; float32 takes the fused operators ---------------------------
 
 
-def attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def attention(x: Tensor, temperature: float, *, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Spatial attention [B, h, w] (mean 1 an image) and channel attention [B, C] (mean 1) of a map [B, C, h, w]."""
-    means = attention_stats(x) if x.dtype == torch.float32 else mean_magnitudes(x)
+    means = attention_stats(x, compiled=compiled) if x.dtype == torch.float32 else mean_magnitudes(x)
     return attention_of(*means, temperature)
 
 
@@ -174,7 +177,14 @@ def attention_of(over_channels: Tensor, over_positions: Tensor, temperature: flo
 
 
 def focal_terms(
-    student: Tensor, teacher: Tensor, fg: Tensor, bg: Tensor, temperature: float, certainty: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    fg: Tensor,
+    bg: Tensor,
+    temperature: float,
+    certainty: Tensor | None,
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fg, bg, mask and sum (S - T)^2 / B (what `rela` is before training): scalars.
 
@@ -182,14 +192,14 @@ def focal_terms(
     """
     B = student.shape[0]
     with torch.no_grad():
-        spatial, channel = attention(teacher, temperature)
+        spatial, channel = attention(teacher, temperature, compiled=compiled)
         ones = torch.ones_like(spatial)
         everywhere = ones if certainty is None else certainty.to(ones.dtype)
         focal = torch.stack((fg * spatial, bg * spatial)) * everywhere  # [2, B, h, w]
     ones = torch.ones_like(channel)
     if student.dtype == torch.float32:
-        focal_sums, *student_means = feature_distance_and_means(student, teacher, focal, channel)
-        plain = feature_distance(student, teacher, everywhere, ones)
+        focal_sums, *student_means = feature_distance_and_means(student, teacher, focal, channel, compiled=compiled)
+        plain = feature_distance(student, teacher, everywhere, ones, compiled=compiled)
     else:
         focal_sums, *student_means = weighted_squares(student, teacher, focal, channel), *mean_magnitudes(student)
         plain = weighted_squares(student, teacher, everywhere, ones)

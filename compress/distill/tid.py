@@ -37,6 +37,7 @@ from compress.detectors.base import Capability
 from compress.detectors.gfl import Targets
 from compress.distill.method import Adapter, Method, Outputs
 from deploy.errors import UserError
+from kernels.feature_distance import feature_distance
 from kernels.iou_loss import paired_iou
 
 PAIRS = 2**22  # (location, ground truth) pairs looked at together: bounds the memory, 16 MB a float32 temporary
@@ -67,6 +68,7 @@ class TID(Method):
         adapter: "auto": convolutions where the widths differ; "always": also where they agree.
         thr_pos, thr_neg, top_share, iou_scores, class_scores, key_score: see `Rules`.
         lambdas: weights of the regions high, middle, low.
+        compiled: run the passes over the maps through torch.compile.
 
     Raises:
         UserError: thr_neg > thr_pos, or top_share outside (0, 1].
@@ -89,6 +91,7 @@ class TID(Method):
         class_scores: tuple[float, float, float] = (2.0, 1.5, 0.4),
         key_score: float = 3.0,
         lambdas: tuple[float, float, float] = (4.0, 2.0, 0.5),
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if thr_neg > thr_pos:
@@ -100,6 +103,7 @@ class TID(Method):
         self.rules = Rules(thr_pos, thr_neg, top_share, iou_scores, class_scores, key_score)
         self.lambdas = lambdas
         self.weight = weight
+        self.compiled = compiled
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.targets is not None, "the student's targets carry the ground truth"
@@ -112,7 +116,7 @@ class TID(Method):
         for level, ((ours, theirs), weight) in enumerate(zip(maps, weights.split(locations, 1), strict=False)):
             if teacher.certainty is not None:
                 weight = weight * teacher.certainty[level].flatten(1)
-            loss = loss + (squared_difference(ours, theirs.detach().float()) * weight).sum()
+            loss = loss + weighted_difference(ours, theirs.detach().float(), weight, compiled=self.compiled)
         return {"tid": self.weight * loss / weights.shape[0]}
 
     @torch.no_grad()
@@ -138,9 +142,11 @@ class TID(Method):
         return integrated_score(iou, quality, logits.argmax(1) == label, assignment.valid, self.rules)
 
 
-def squared_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    """e: mean over channels of the squared difference, [B, C, h, w] → [B, M]."""
-    return (teacher - student).square().mean(1).flatten(1)
+def weighted_difference(student: Tensor, teacher: Tensor, weight: Tensor, *, compiled: bool = False) -> Tensor:
+    """sum_p weight(p) e(p), float32 scalar. Maps [B, C, h, w] of any float dtype; weight [B, h * w], constant."""
+    B, C, h, w = student.shape
+    channel = student.new_full((B, C), 1 / C, dtype=torch.float32)
+    return feature_distance(student, teacher, weight.view(B, h, w), channel, compiled=compiled)
 
 
 def best_ground_truth(boxes: Tensor, ground_truth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

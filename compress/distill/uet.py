@@ -43,6 +43,7 @@ class UET(Method):
         certainty: weigh each location by 1 / (1 + v / mean v), v the variance over the samples, mean over channels,
             normalised to mean 1 a level (`Outputs.certainty`).
         seed: of the masks. The draw of a forward pass depends on (seed, process, number of passes so far, level).
+        compiled: on the PyTorch path, draw through torch.compile. The draws are the same.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class UET(Method):
         mode: Literal["elementwise", "channel"] = "elementwise",
         certainty: bool = False,
         seed: int = 0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.host = host
@@ -64,6 +66,7 @@ class UET(Method):
         self.mode = mode
         self.certainty = certainty
         self.seed = seed
+        self.compiled = compiled
         self.passes = 0
         self._observed: dict[str, Tensor] = {}
 
@@ -92,17 +95,18 @@ class UET(Method):
         stream = (self.passes * 65536 + rank) * len(features)
         variance = self.certainty or self.passes % OBSERVE_EVERY == 0
         combine = "mean" if self.on_logits else self.combine
+        how = {"variance": variance, "compiled": self.compiled}
         self.passes += 1
         sizes = [x.shape[2] * x.shape[3] for x in features]
         if self.mode == "elementwise" and sum(x.numel() for x in features) <= CHUNK and len(features) > 1:
             # Small maps: one operator over all levels, since calls cost more than arithmetic.
             joined = torch.cat([x.flatten(2) for x in features], 2)
-            drawn = mc_dropout(joined, Dropout(self.rates, self.seed, stream, self.mode, combine), variance=variance)
+            drawn = mc_dropout(joined, Dropout(self.rates, self.seed, stream, self.mode, combine), **how)
             parts = [[] if y is None else y.split(sizes, 2) for y in drawn]
             targets, variances = ([y.view_as(x) for y, x in zip(ys, features, strict=False)] for ys in parts)
             return targets, variances
         pairs = [
-            mc_dropout(x, Dropout(self.rates, self.seed, stream + level, self.mode, combine), variance=variance)
+            mc_dropout(x, Dropout(self.rates, self.seed, stream + level, self.mode, combine), **how)
             for level, x in enumerate(features)
         ]
         return [target for target, _ in pairs], [v for _, v in pairs if v is not None]

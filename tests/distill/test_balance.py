@@ -203,6 +203,16 @@ def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
         assert_same(a.state_dict(), b.state_dict())
 
 
+def test_compile_reaches_every_method_that_can() -> None:
+    names = ("fgd", "tid", "bckd", "crosskd")
+    detectors = [arms.build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
+    settings = Methods.model_validate({name: {} for name in names} | {"uet": {"of": names}})
+    for compiled in (False, True):
+        for balanced in build_methods(settings, *detectors, compiled=compiled).values():
+            assert isinstance(balanced.method, UET)
+            assert balanced.method.compiled == balanced.method.host.compiled == compiled
+
+
 def tiny_model() -> Model:
     return Model(backbone="nano", weights="none", neck_channels=32, head_depth=1)
 

@@ -272,3 +272,19 @@ def test_weights_and_levels() -> None:
     first = FGD(4, 4, levels=1)(pyramids.outputs(s), pyramids.outputs(t), pyramids.EMPTY)
     for name in TERMS:
         torch.testing.assert_close(both[name][0], first[name])
+
+
+def test_compiled_passes_are_asked_for_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for file in ("attention_stats", "feature_distance"):
+        monkeypatch.setattr(
+            f"kernels.{file}.compiled_once", lambda function: asked.append(function.__name__) or function
+        )
+    gradients = []
+    for compiled in (False, True):
+        student, teacher, batch = case()
+        assert not asked
+        loss = total(run(FGD(4, 4, levels=1, compiled=compiled), student, teacher, batch))
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    assert set(asked) == {"_whole_means", "_whole_sums", "_whole_gradient"}
+    torch.testing.assert_close(*gradients)

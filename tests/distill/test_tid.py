@@ -22,7 +22,7 @@ from compress.distill.tid import (
     integrated_score,
     region_weights,
     split_regions,
-    squared_difference,
+    weighted_difference,
 )
 from deploy.errors import UserError
 from tests.detectors import case_g
@@ -47,11 +47,13 @@ def test_worked_example() -> None:
     for index, name in enumerate(("high", "mid", "low")):
         assert (regions[0] == index).int().tolist() == expected[name]
     teacher, student = sine((8, 2), 1.0, 0.5, 0.2), sine((8, 2), 0.8, 0.5, 0.6)
-    e = squared_difference(*(x.t().reshape(1, 2, 2, 4) for x in (student, teacher)))
-    close(e[0], expected["d2"])
+    maps = [x.t().reshape(1, 2, 2, 4).float() for x in (student, teacher)]
+    for place, wanted in zip(torch.eye(8), expected["d2"], strict=True):
+        close(weighted_difference(*maps, place[None]), wanted)
     for index, mean in enumerate(expected["region_means"]):
-        close((e[0] * (regions[0] == index)).sum() / (regions[0] == index).sum(), mean)
-    close((e * region_weights(regions, valid, (4.0, 2.0, 0.5))).sum(), expected["loss_4_2_05"])
+        inside = (regions == index).float()
+        close(weighted_difference(*maps, inside / inside.sum()), mean)
+    close(weighted_difference(*maps, region_weights(regions, valid, (4.0, 2.0, 0.5))), expected["loss_4_2_05"])
 
 
 def test_a_wrong_class_and_a_middling_box_cost() -> None:
@@ -92,9 +94,15 @@ def test_best_ground_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (iou == -1).all() and (index == 0).all()
 
 
-def test_squared_difference_gradient() -> None:
+def test_weighted_difference_against_the_equation() -> None:
     student, teacher = sine((2, 3, 2, 2), 1.0, 0.7, 0.1), sine((2, 3, 2, 2), 1.3, 0.6, 0.4)
-    assert torch.autograd.gradcheck(lambda x: squared_difference(x, teacher), student.requires_grad_())
+    weight = torch.tensor([[0.5, 0.0, 2.0, 1.0], [0.0, 3.0, 0.25, 0.0]])
+    ours, exact = student.float().requires_grad_(), student.clone().requires_grad_()
+    found = weighted_difference(ours, teacher.float(), weight)
+    wanted = ((teacher - exact).square().mean(1).flatten(1) * weight).sum()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    gradients = torch.autograd.grad(found, ours)[0], torch.autograd.grad(wanted, exact)[0].float()
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("channels", [(4, 4), (4, 6)])

@@ -154,3 +154,16 @@ def test_the_teacher_is_left_as_it_was() -> None:
     assert not teacher.detector.training
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.features, strict=True))
     assert all(torch.equal(value, teacher.detector.state_dict()[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_compiled_draws_are_asked_for_and_the_same(observed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("kernels.mc_dropout.compiled_once", lambda function: asked.append(function) or function)
+    _, teacher = outputs()
+    plain, compiled = UET(Recorder(), rates=RATES), UET(Recorder(), rates=RATES, compiled=True)
+    plain.passes = compiled.passes = 0 if observed else 1
+    wanted = seen(plain, teacher).features
+    assert not asked
+    torch.testing.assert_close(seen(compiled, teacher).features, wanted)
+    assert asked
