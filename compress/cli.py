@@ -70,6 +70,18 @@ Fallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime on the CPU.")]
+TrtCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--trt-cache",
+        metavar="DIR",
+        help="TensorRT provider: folder of its engines. Default: ~/.cache/compress/onnxruntime.",
+    ),
+]
+EpContext = Annotated[
+    bool, typer.Option("--ep-context", help="TensorRT provider: keep the compiled model, and open it when it is there.")
+]
+CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Engines: launch all work of a batch with one call.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
 
 
@@ -816,6 +828,9 @@ def validate(
     provider: Providers = "cpu",
     allow_fallback: Fallback = False,
     threads: Threads = None,
+    trt_cache: TrtCache = None,
+    ep_context: EpContext = False,
+    cuda_graph: CudaGraph = False,
     json_out: JsonOut = None,
 ) -> None:
     """Measure the mAP of exported files, with a gate.
@@ -834,7 +849,8 @@ def validate(
     _need_finite(max_map_drop, "--max-map-drop")
     _need_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
-    runners = _open(files, providers, allow_fallback, threads)
+    on_gpu = _gpu_options(files, providers, trt_cache, ep_context, cuda_graph, max_batch=batch_size)
+    runners = _open(files, providers, allow_fallback, threads, on_gpu)
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation
@@ -876,8 +892,38 @@ def _runner_name(file: Path, provider: str, providers: Sequence[str]) -> str:
     return str(file) if len(providers) == 1 or file.suffix == ".engine" else f"{file} ({provider})"
 
 
+def _gpu_options(
+    files: Sequence[Path],
+    providers: Sequence[str],
+    trt_cache: Path | None,
+    ep_context: bool,
+    cuda_graph: bool,
+    *,
+    max_batch: int,
+) -> dict[str, Any]:
+    """Arguments of `open_runner`. Options that would do nothing are mistakes."""
+    for option, given in (("--trt-cache", trt_cache is not None), ("--ep-context", ep_context)):
+        if given and ("tensorrt" not in providers or all(file.suffix == ".engine" for file in files)):
+            raise UserError(
+                f"{option}: is about .onnx files on the TensorRT provider; give one and --provider tensorrt"
+            )
+    if cuda_graph and all(file.suffix != ".engine" for file in files):
+        raise UserError("--cuda-graph: is about engines, and none is given; make one with compress export --trt")
+    options: dict[str, Any] = {"cuda_graph": True} if cuda_graph else {}
+    if trt_cache is not None or ep_context:
+        from deploy.runtimes.onnx import TensorRTProvider
+
+        cache = {} if trt_cache is None else {"cache": trt_cache}
+        options["tensorrt"] = TensorRTProvider(**cache, ep_context=ep_context, max_batch=max_batch)
+    return options
+
+
 def _open(
-    files: Sequence[Path], providers: Sequence[str], allow_fallback: bool, threads: int | None
+    files: Sequence[Path],
+    providers: Sequence[str],
+    allow_fallback: bool,
+    threads: int | None,
+    on_gpu: dict[str, Any],
 ) -> dict[str, Runner]:
     """A runner for each ONNX file on each provider, and for each engine, which TensorRT alone can run, by name."""
     for file in files:
@@ -891,7 +937,7 @@ def _open(
 
     return {
         _runner_name(file, provider, providers): open_runner(
-            file, (provider,), allow_fallback=allow_fallback, threads=threads
+            file, (provider,), allow_fallback=allow_fallback, threads=threads, **on_gpu
         )
         for file in files
         for provider in (providers[:1] if file.suffix == ".engine" else providers)
@@ -977,6 +1023,9 @@ def benchmark(
     provider: Providers = "cpu",
     allow_fallback: Fallback = False,
     threads: Threads = None,
+    trt_cache: TrtCache = None,
+    ep_context: EpContext = False,
+    cuda_graph: CudaGraph = False,
     json_out: JsonOut = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a document there, and its picture.")
@@ -1018,7 +1067,8 @@ def benchmark(
     if sessions > 1 and threads is None and "cpu" in providers:
         threads = max(1, _usable_cores() // sessions)
         print(f"--threads: {threads} for each of {sessions} sessions")
-    opened = [_open(artifacts, providers, allow_fallback, threads) for _ in range(sessions)]
+    on_gpu = _gpu_options(artifacts, providers, trt_cache, ep_context, cuda_graph, max_batch=max(batch_sizes))
+    opened = [_open(artifacts, providers, allow_fallback, threads, on_gpu) for _ in range(sessions)]
     runners = {name: [session[name] for session in opened] for name in opened[0]}
     from compress.console import open_console
     from compress.console import progress as progress_of
@@ -1163,6 +1213,9 @@ def serve(
     ] = "cpu",
     allow_fallback: Fallback = False,
     threads: Threads = None,
+    trt_cache: TrtCache = None,
+    ep_context: EpContext = False,
+    cuda_graph: CudaGraph = False,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Images in one call.")] = 16,
     max_delay_ms: Annotated[
         float, typer.Option("--max-delay-ms", min=0, help="Longest wait for images that are still being decoded.")
@@ -1201,6 +1254,7 @@ def serve(
         _need_finite(number, option)
     files = _named_files(models)
     providers = [name.strip() for name in provider.split(",")]
+    on_gpu = _gpu_options(list(files.values()), providers, trt_cache, ep_context, cuda_graph, max_batch=max_batch)
     token = _token(token_file)
     from deploy.runtimes.files import open_runner
     from deploy.serve.server import serve as serve_files
@@ -1220,7 +1274,7 @@ def serve(
     )
     serve_files(
         files,
-        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads),
+        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads, **on_gpu),
         settings,
         host=host,
         port=port,

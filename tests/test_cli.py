@@ -228,6 +228,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             "validate text.onnx --reference text.onnx --data good.json --images images --max-map-drop inf",
             "--max-map-drop: needs a finite number, got inf",
         ),
+        *(
+            (f"{command} {option}", f"{option.split()[0]}: is about {what}")
+            for command in (
+                "validate text.onnx --data good.json --images images",
+                "benchmark text.onnx",
+                "serve text.onnx",
+            )
+            for option, what in (
+                ("--trt-cache void", ".onnx files on the TensorRT provider"),
+                ("--ep-context --provider cuda", ".onnx files on the TensorRT provider"),
+                ("--cuda-graph --provider tensorrt", "engines, and none is given"),
+            )
+        ),
         ("benchmark none.onnx", "none.onnx: no such file"),
         ("benchmark text.onnx", "text.onnx"),
         ("benchmark text.onnx --batch 1,two", "--batch: '1,two' is not a list of batch sizes"),
@@ -426,6 +439,43 @@ def test_other_processes_are_silent(run: Run, pipeline: types.ModuleType, monkey
 
 
 # ------------------------------------------------------------------------------------------------- the edges
+
+
+@pytest.mark.parametrize(
+    ("line", "max_batch"),
+    [
+        ("validate text.onnx text.engine --data good.json --images images --batch-size 5", 5),
+        ("benchmark text.onnx text.engine --images images --batch 1,7,3", 7),
+        ("serve onnx=text.onnx engine=text.engine --max-batch 4", 4),
+    ],
+)
+def test_options_for_gpus_reach_the_runners(
+    run: Run, monkeypatch: pytest.MonkeyPatch, line: str, max_batch: int
+) -> None:
+    from deploy.runtimes import files
+    from deploy.runtimes.onnx import TensorRTProvider
+    from deploy.serve import server
+
+    opened: dict[str, dict[str, Any]] = {}
+
+    def open_runner(path: Path, providers: Any, **options: Any) -> None:
+        opened[path.name] = options
+        if path.suffix == ".engine":
+            raise UserError("seen enough")
+
+    def serve(files: dict[str, Path], open_file: Callable[[Path], None], *_: Any, **__: Any) -> None:
+        for path in files.values():
+            open_file(path)
+
+    monkeypatch.setattr(files, "open_runner", open_runner)
+    monkeypatch.setattr(server, "serve", serve)
+    shutil.copy("text.onnx", "text.engine")
+    usual = {"allow_fallback": False, "threads": None}
+    assert run(f"{line} --provider tensorrt")[::2] == (2, "error: seen enough\n")
+    assert opened == {"text.onnx": usual, "text.engine": usual}
+    assert run(f"{line} --provider tensorrt --ep-context --trt-cache void --cuda-graph")[0] == 2
+    provider = TensorRTProvider(Path("void"), ep_context=True, max_batch=max_batch)
+    assert opened["text.onnx"] == opened["text.engine"] == {**usual, "cuda_graph": True, "tensorrt": provider}
 
 
 @pytest.mark.parametrize(

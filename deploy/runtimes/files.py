@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from deploy.runtimes.onnx import OnnxRunner
+    from deploy.runtimes.onnx import OnnxRunner, TensorRTProvider
     from deploy.runtimes.tensorrt import TensorRTRunner
 
 SUFFIXES = (".onnx", ".engine")
@@ -22,9 +22,11 @@ def open_runner(
     allow_fallback: bool = False,
     threads: int | None = None,
     cuda_graph: bool = False,
+    tensorrt: TensorRTProvider | None = None,
 ) -> OnnxRunner | TensorRTRunner:
     """`.onnx` in ONNX Runtime on `providers`, `.engine` in TensorRT, which has no other place to run.
 
+    cuda_graph: only of engines. tensorrt: settings of ONNX Runtime's TensorRT provider.
     Raises UserError for another suffix and for everything that keeps the file from running.
     """
     path = Path(path)
@@ -36,4 +38,4 @@ def open_runner(
         raise UserError(f"{path}: neither .onnx nor .engine; make one with compress export")
     from deploy.runtimes.onnx import OnnxRunner
 
-    return OnnxRunner(path, providers, allow_fallback=allow_fallback, threads=threads)
+    return OnnxRunner(path, providers, allow_fallback=allow_fallback, threads=threads, tensorrt=tensorrt)

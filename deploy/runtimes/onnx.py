@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from deploy import cuda_driver
 from deploy.card import METADATA_KEY, card_from_session, parse_card
 from deploy.errors import UserError
 from deploy.files import sha256_of
@@ -30,12 +32,14 @@ _OUTPUTS = ["boxes", "scores", "labels", "count"]
 class TensorRTProvider:
     """Settings of ONNX Runtime's TensorRT provider, which builds an engine when a file is opened, unless it finds it.
 
-    cache: folder for engines and timings. ep_context: also keep the whole optimised model there, as
-    `<name>-<sha>_ctx.onnx`, and open that one when it is there: the fastest start.
+    cache: engines and timings are kept below it, in a folder for each `machine_key`. ep_context: also keep the whole
+    optimised model there, as `<name>-<sha>-<max_batch>_ctx.onnx`, and open that one when it is there: the fastest
+    start. Its engine is built once for batches of 1 to `max_batch`; an engine without it for the batches that come.
     """
 
     cache: Path = Path.home() / ".cache" / "compress" / "onnxruntime"
     ep_context: bool = False
+    max_batch: int = 32
     workspace_gb: float | None = None
 
 
@@ -63,8 +67,8 @@ class OnnxRunner:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         file, settings = path, dict[str, str]()
-        if "tensorrt" in providers:
-            file, settings = _tensorrt_settings(path, tensorrt or TensorRTProvider())
+        if "tensorrt" in providers and PROVIDERS["tensorrt"] in onnxruntime.get_available_providers():
+            file, settings = _tensorrt_settings(path, tensorrt or TensorRTProvider(), device)
         self._session = _open(file, providers, threads, device, settings)
         names = {value: key for key, value in PROVIDERS.items()}
         self.active_providers = tuple(names.get(name, name) for name in self._session.get_providers())
@@ -130,6 +134,24 @@ class OnnxRunner:
         return Detections(*(self._fetched if self._binding is None else self._binding.copy_outputs_to_cpu()))
 
 
+def machine_key(device: int = 0) -> str:
+    """What an engine depends on beside its file, as a folder's name: ONNX Runtime, TensorRT and the GPU.
+
+    TensorRT's version is that of its Python package; `unknown` without one, where ONNX Runtime may still find the
+    library.
+    """
+    from deploy.tensorrt_network import library, load_tensorrt
+
+    try:
+        tensorrt = library(load_tensorrt())
+    except UserError:
+        tensorrt = ("TensorRT", "unknown")
+    gpu = cuda_driver.gpu(device)
+    on = ("no GPU",) if gpu is None else (gpu.name, gpu.compute_capability)
+    parts = ("onnxruntime", onnxruntime.__version__, *tensorrt, *on)
+    return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+
+
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Quiet, with `threads` on the CPU (None: one a core).
 
@@ -152,17 +174,18 @@ def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tensorrt_settings(path: Path, wanted: TensorRTProvider) -> tuple[Path, dict[str, str]]:
+def _tensorrt_settings(path: Path, wanted: TensorRTProvider, device: int) -> tuple[Path, dict[str, str]]:
     """The file to open, and the options of the TensorRT provider. Number formats follow the card: TensorRT 10 uses
     fp16 and int8 kernels only where they are allowed."""
     card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
     formats = "+".join(card.precision.values())
-    wanted.cache.mkdir(parents=True, exist_ok=True)
+    folder = wanted.cache.absolute() / machine_key(device)
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(wanted.cache),
+        "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(wanted.cache),
+        "trt_timing_cache_path": str(folder),
         "trt_fp16_enable": str("fp16" in formats),
         "trt_int8_enable": str("int8" in formats),
     }
@@ -170,10 +193,23 @@ def _tensorrt_settings(path: Path, wanted: TensorRTProvider) -> tuple[Path, dict
         settings["trt_max_workspace_size"] = str(int(wanted.workspace_gb * 1e9))
     if not wanted.ep_context:
         return path, settings
-    context = wanted.cache / f"{path.stem}-{sha256_of(path)[:16]}_ctx.onnx"
+    context = folder / f"{path.stem}-{sha256_of(path)[:16]}-{wanted.max_batch}_ctx.onnx"
     if context.is_file():
         return context, settings
-    return path, {**settings, "trt_dump_ep_context_model": "True", "trt_ep_context_file_path": str(context)}
+    smallest, largest = (
+        f"images:{batch}x3x{card.input_size[0]}x{card.input_size[1]}" for batch in (1, wanted.max_batch)
+    )
+    engines = folder / context.stem  # empty: ONNX Runtime writes no context for an engine that it finds
+    engines.mkdir(exist_ok=True)
+    return path, {
+        **settings,
+        "trt_engine_cache_path": engines.name,  # below the context: it refuses one whose engine has an absolute path
+        "trt_dump_ep_context_model": "True",
+        "trt_ep_context_file_path": str(context),
+        "trt_profile_min_shapes": smallest,
+        "trt_profile_opt_shapes": largest,
+        "trt_profile_max_shapes": largest,
+    }
 
 
 def _open(
