@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress import cli
+from deploy import cuda_driver
 from deploy.card import METADATA_KEY
 from deploy.engine import build_engine, layer_formats, refit_engine, timing_cache_key
 from deploy.engine_card import (
@@ -70,7 +71,7 @@ def build(tiny_onnx: Path, tmp_path: Path) -> Callable[..., EngineCard]:
     def build(onnx_file: Path = tiny_onnx, name: str = "tiny.engine", **options: Any) -> EngineCard:
         chosen = EngineOptions(**{"batches": (1, 4, 8), **options})
         return rig.if_possible(
-            lambda: build_engine(onnx_file, tmp_path / name, chosen, timing_caches=tmp_path / "timing")
+            lambda: build_engine(onnx_file, tmp_path / name, chosen, timing_caches=tmp_path / "timing"), options
         )
 
     return build
@@ -150,6 +151,33 @@ def test_options_are_built_and_written_down(
         assert {name for name in card.refittable_weights or [] if name.startswith("module.detector")} == {
             f"module.detector.{layer}.{kind}" for layer in ("stem", "down", "cls", "reg") for kind in ("weight", "bias")
         }
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "skipped"),
+    [
+        ({}, "needs a GPU and its driver", False),
+        ({"workspace_gb": 1.0, "optimization_level": 0}, "needs a GPU and its driver", False),
+        ({"batches": (2, 2, 2), "hardware_compatible": "same"}, "needs TensorRT's lean runtime", False),
+        ({"version_compatible": True}, "needs a GPU and its driver", False),
+        ({"version_compatible": True}, "needs TensorRT's lean runtime", True),
+        ({"refit": "individual"}, "needs a GPU and its driver", True),
+        ({"refit": "all", "strip": True}, "needs a GPU and its driver", True),
+        ({"refit": "all"}, "Out of memory", False),
+    ],
+)
+def test_only_what_the_rig_cannot_do_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], reason: str, skipped: bool
+) -> None:
+    def fail() -> None:
+        raise UserError(f"m.onnx: TensorRT does not build it: this {reason}")
+
+    monkeypatch.setattr(cuda_driver, "gpu", lambda: None)
+    with pytest.raises(pytest.skip.Exception if skipped else UserError, match=reason):
+        rig.if_possible(fail, options)
+    monkeypatch.setattr(cuda_driver, "gpu", lambda: "a GPU")
+    with pytest.raises(UserError, match=reason):
+        rig.if_possible(fail, options)
 
 
 def test_weights_are_marked_one_by_one(tiny_onnx: Path) -> None:
