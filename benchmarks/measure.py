@@ -127,6 +127,19 @@ def bar(name: str, wanted: float, seen: float) -> dict[str, Any]:
     return {"name": name, "wanted": wanted, "seen": round(seen, 3), "met": seen >= wanted}
 
 
+def cost_bar(name: str, most: float, share: float, noise: float = 0.05) -> dict[str, Any]:
+    """The requirement that something costs at most the share `most`, as a `bar` of negative numbers.
+
+    Nothing costs less than nothing: a share below -`noise` says that the cases did not meet the same machine. It is
+    not met, and `invalid` says why.
+    """
+    found = bar(name, -most, -share)
+    if share >= -noise:
+        return found
+    why = f"a cost of {share:.1%} is impossible and more than noise ({noise:.0%}): measure again on a quiet machine"
+    return {**found, "met": False, "invalid": why}
+
+
 def environment_of_child(allocator: str, threads: int) -> dict[str, str]:
     """Environment variables of a measured process."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}

@@ -70,6 +70,10 @@ def main() -> None:
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
     write_json(args.out, {**done, **found})
     print(json.dumps(found, indent=2))
+    for part in found.values():
+        for bar in part["bars"]:
+            if "invalid" in bar:
+                print(f"invalid: {bar['name']}: {bar['invalid']}")
 
 
 # ---------------------------------------------------------------------------------------------- accuracy
@@ -153,7 +157,7 @@ def _speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         else:
             dense = ms["model, fp32 without suppression"]
             share = (ms["model, fp32"] - dense) / (ms["end to end, fp32"] - ms["model, fp32"] + dense)
-            bars.append(measure.bar(f"{label}: suppression adds at most 10 % end to end", -0.1, -share))
+            bars.append(measure.cost_bar(f"{label}: suppression adds at most 10 % end to end", 0.1, share))
         for name, wanted in (("fp32", 1.4), ("int8 cpu", 4.0), ("int8 cpu, outputs too", 4.0)):
             ratio = ms["end to end, torch eager"] / ms[f"end to end, {name}"]
             bars.append(measure.bar(f"{label}: end to end, {name} over torch eager", wanted, ratio))
