@@ -388,9 +388,9 @@ def test_refusals(arguments: dict[str, object]) -> None:
 
 
 def test_refused_tensors() -> None:
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16, got torch\.float64"):
         mc_dropout(torch.ones(3, dtype=torch.float64), Dropout((0.1,), 0))
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16, got torch\.int64"):
         mc_dropout(torch.ones(3, dtype=torch.int64), Dropout((0.1,), 0))
     with pytest.raises(ValueError, match="channel"):
         mc_dropout(torch.ones(3), Dropout((0.1,), 0, mode="channel"))
