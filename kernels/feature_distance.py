@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import backend as backends
 from kernels.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, stream
+from kernels.precision import without_autocast
 from kernels.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
 
 
@@ -119,6 +120,7 @@ def _checked(
 
 
 @torch.library.custom_op("detector_kernels::feature_distance", mutates_args=())
+@without_autocast
 def _feature_distance(
     student: Tensor,
     teacher: Tensor,
@@ -179,6 +181,7 @@ def _no_means(student: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("detector_kernels::feature_distance_backward", mutates_args=())
+@without_autocast
 def _feature_distance_backward(
     grad: Tensor,
     grad_spatial: Tensor,

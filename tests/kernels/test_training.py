@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from kernels.attention_stats import attention_stats
 from kernels.binary_kd_loss import binary_kd_loss
-from kernels.distribution_iou_loss import distribution_iou_kd_loss
-from kernels.feature_distance import feature_distance
+from kernels.distribution_iou_loss import distribution_iou_kd_loss, distribution_iou_loss
+from kernels.feature_distance import feature_distance, feature_distance_and_means
 from kernels.iou_loss import iou_loss
 from kernels.mc_dropout import Dropout, mc_dropout
 from kernels.quality_focal_loss import quality_focal_loss
+from kernels.rows import CHUNK
 
 
 class Losses(nn.Module):
@@ -68,6 +70,47 @@ def test_autocast() -> None:
     assert found is not None and found.dtype == torch.float32
     torch.testing.assert_close(loss, wanted, rtol=2e-2, atol=0)
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("side", [4, 96])  # 96: larger than what eager code works on at a time
+def test_autocast_does_not_reach_into_the_operators(side: int, last: bool) -> None:
+    """Around forward and backward: inside, everything is float32."""
+    g = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, t = (torch.randn(2, 16, side, side, generator=g).contiguous(memory_format=layout) for _ in range(2))
+    assert (x.numel() > CHUNK) == (side == 96)
+    spatial, channel = torch.rand(2, 2, side, side, generator=g), torch.rand(2, 16, generator=g)
+    weight, index = torch.rand(2, side * side, generator=g), torch.tensor([1, side * side + 3])
+    corners = torch.rand(5, 4, generator=g).cumsum(1)
+    drop = Dropout((0.1, 0.2), seed=1)
+
+    def operators(x: Tensor) -> list[Tensor]:
+        logits, taught = x.flatten(2), t.flatten(2)
+        sides = x[0].flatten(1)[:, :5].t().reshape(5, 4, 4)
+        boxes = corners + sides[..., 0]
+        return [
+            *feature_distance_and_means(x, t, spatial, channel, dropout=drop),
+            *(y for y in mc_dropout(x, drop) if y is not None),
+            *attention_stats(x, dropout=drop),
+            binary_kd_loss(logits, taught, weight)[0],
+            quality_focal_loss(logits, index, index % 8, torch.tensor([0.5, 0.7]), weight),
+            quality_focal_loss(logits, index, index % 8, torch.tensor([0.5, 0.7]), weight, beta=1.5),
+            distribution_iou_kd_loss(logits, taught, weight),
+            distribution_iou_loss(sides, corners[:, :2], corners, weight[0, :5])[0],
+            iou_loss(boxes, corners, weight[0, :5]),
+        ]
+
+    found = []
+    for enabled in (False, True):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            results = operators(leaf)
+            gradients = [torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)[0] for y in results]
+        found.append(([y.detach() for y in results], gradients))
+    for plain, cast in zip(*found, strict=True):
+        assert all(y.dtype == torch.float32 for y in cast)
+        torch.testing.assert_close(cast, plain, rtol=1e-6, atol=1e-7)
 
 
 def test_two_processes_have_the_mean_of_their_gradients() -> None:
