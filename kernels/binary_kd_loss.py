@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
 from kernels.focal import power, power_slope
 from kernels.logits import same_layout
+from kernels.precision import kept_dtype, scaled
 
 
 def binary_kd_loss(
@@ -112,15 +112,15 @@ class _BinaryKD(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         run = _compiled() if compiled else _loss_and_gradient_eager
         loss, disagreement, grad = run(student.detach().float(), teacher.detach().float(), weight.float(), beta)
-        ctx.save_for_backward(grad.to(student.dtype))
+        ctx.save_for_backward(grad.to(kept_dtype(student.dtype)))
+        ctx.dtype = student.dtype
         ctx.mark_non_differentiable(disagreement)
         return loss, disagreement
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _disagreement: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None  # teacher, weight, beta, compiled
+        (kept,) = ctx.saved_tensors
+        return scaled(kept, upstream, ctx.dtype), *[None] * 4  # teacher, weight, beta, compiled
 
 
 # --- the fused operator ------------------------------------------------------------------------------------------
@@ -144,17 +144,18 @@ def _(
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty(B, M, dtype=torch.float32),
-        torch.empty_like(student) if with_gradient else student.new_empty(0),
+        torch.empty_like(student, dtype=kept_dtype(student.dtype)) if with_gradient else student.new_empty(0),
     )
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[2])
+    ctx.dtype = inputs[0].dtype
 
 
 def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return gradient * upstream, None, None, None, None  # teacher, weight, beta, with_gradient
+    (kept,) = ctx.saved_tensors
+    return scaled(kept, upstream, ctx.dtype), *[None] * 4  # teacher, weight, beta, with_gradient
 
 
 _fused.register_autograd(_scale_gradient, setup_context=_save_gradient)

@@ -31,7 +31,7 @@ WORD = (1 << 32) - 1
 def iou_loss(
     boxes: Tensor, target: Tensor, weight: Tensor | None, kind: str, eps: float, boxes_grad: bool, target_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [] and the gradients to boxes and target ([N, 4] in their dtypes, or empty). All inputs contiguous."""
+    """Loss [] and the gradients to boxes and target ([N, 4] in `kept_dtype`, or empty). All inputs contiguous."""
     weight = None if weight is None else weight.float()
     return load().iou_loss(_aligned(boxes), _aligned(target), weight, KINDS[kind], eps, boxes_grad, target_grad)
 

@@ -23,6 +23,7 @@ from kernels import backend as backends
 from kernels.distribution import distances_to_boxes, integral
 from kernels.iou_loss import Kind, iou_loss_rows, paired_iou
 from kernels.logits import dense, same_layout
+from kernels.precision import kept_dtype, scaled
 
 
 def distribution_iou_loss(
@@ -154,17 +155,18 @@ def _(
     return (
         logits.new_empty((), dtype=torch.float32),
         logits.new_empty(B, M, dtype=torch.float32),
-        torch.empty_like(logits) if with_gradient else logits.new_empty(0),
+        torch.empty_like(logits, dtype=kept_dtype(logits.dtype)) if with_gradient else logits.new_empty(0),
     )
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[2])
+    ctx.dtype = inputs[0].dtype
 
 
 def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return gradient * upstream, *[None] * 6  # other, points, weight, kind, eps, with_gradient
+    (kept,) = ctx.saved_tensors
+    return scaled(kept, upstream, ctx.dtype), *[None] * 6  # other, points, weight, kind, eps, with_gradient
 
 
 _fused.register_autograd(_scale_gradient, setup_context=_save_gradient)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend as backends
+from kernels.precision import kept_dtype, scaled
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
 
@@ -39,7 +40,8 @@ def iou_loss(
         eps: bound from below of every denominator, in squared units.
 
     Returns:
-        Scalar float32; gradient reaches whichever of `boxes` and `target` requires it.
+        Scalar float32; gradient reaches whichever of `boxes` and `target` requires it. On CUDA it cannot be
+        differentiated twice (RuntimeError in backward).
 
     Raises:
         ValueError: the shapes or dtypes do not agree, or there is no such kind.
@@ -165,7 +167,7 @@ def _fused(
     target_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and the gradients to boxes and target ([N, 4], or empty where not wanted)."""
+    """Loss and the gradients to boxes and target ([N, 4] in `kept_dtype`, or empty where not wanted)."""
     if backend == "cuda":
         from kernels.cuda import iou_loss as cuda_iou_loss
 
@@ -188,19 +190,20 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         boxes.new_empty((), dtype=torch.float32),
-        torch.empty_like(boxes) if boxes_grad else boxes.new_empty(0),
-        torch.empty_like(target) if target_grad else target.new_empty(0),
+        torch.empty_like(boxes, dtype=kept_dtype(boxes.dtype)) if boxes_grad else boxes.new_empty(0),
+        torch.empty_like(target, dtype=kept_dtype(target.dtype)) if target_grad else target.new_empty(0),
     )
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.wanted = inputs[5], inputs[6]
+    ctx.wanted, ctx.dtype = (inputs[5], inputs[6]), inputs[0].dtype
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     to_boxes, to_target = (
-        gradient * upstream if wanted else None for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        scaled(kept, upstream, ctx.dtype) if wanted else None
+        for kept, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
     return to_boxes, to_target, *[None] * 6  # weight, kind, eps, boxes_grad, target_grad, backend
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
 from kernels.focal import power, power_slope
 from kernels.logits import dense
+from kernels.precision import kept_dtype, scaled
 
 
 def quality_focal_loss(
@@ -139,14 +139,14 @@ class _QualityFocalLoss(torch.autograd.Function):
         negative = F.softplus(z_p) * s.pow(beta)
         loss = loss + (v_p * (bce * factor - negative)).sum()
         grad[b, labels, m] = v_p * ((s - y) * factor + bce * slope)
-        ctx.save_for_backward(grad.to(logits.dtype))
+        ctx.save_for_backward(grad.to(kept_dtype(logits.dtype)))
+        ctx.dtype = logits.dtype
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * upstream, *[None] * 6  # index, labels, quality, weight, beta, compiled
+        (kept,) = ctx.saved_tensors
+        return scaled(kept, upstream, ctx.dtype), *[None] * 6  # index, labels, quality, weight, beta, compiled
 
 
 # --- the fused operator ------------------------------------------------------------------------------------------
@@ -166,17 +166,18 @@ def _fused(
 def _(
     logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    gradient = torch.empty_like(logits, dtype=kept_dtype(logits.dtype)) if with_gradient else logits.new_empty(0)
     return logits.new_empty((), dtype=torch.float32), gradient
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
 
 
 def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return gradient * upstream, *[None] * 6  # index, labels, quality, weight, beta, with_gradient
+    (kept,) = ctx.saved_tensors
+    return scaled(kept, upstream, ctx.dtype), *[None] * 6  # index, labels, quality, weight, beta, with_gradient
 
 
 _fused.register_autograd(_scale_gradient, setup_context=_save_gradient)

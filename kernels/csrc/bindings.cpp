@@ -26,8 +26,9 @@ std::tuple<Tensor, Tensor, Tensor> iou_loss_of_tensors(const Tensor& boxes, cons
                                                        int64_t kind, double eps, bool boxes_grad, bool target_grad) {
   const c10::cuda::CUDAGuard guard(boxes.device());
   const int64_t rows = boxes.size(0);
-  Tensor to_boxes = boxes_grad ? at::empty_like(boxes) : at::empty({0}, boxes.options());
-  Tensor to_target = target_grad ? at::empty_like(target) : at::empty({0}, target.options());
+  const auto kept = boxes.options().dtype(boxes.scalar_type() == at::kHalf ? at::kFloat : boxes.scalar_type());
+  Tensor to_boxes = boxes_grad ? at::empty_like(boxes, kept) : at::empty({0}, boxes.options());
+  Tensor to_target = target_grad ? at::empty_like(target, kept) : at::empty({0}, target.options());
   Tensor partial = at::empty({iou_loss_partials(rows)}, boxes.options().dtype(at::kFloat));
   if (rows)
     iou_loss(boxes.const_data_ptr(), target.const_data_ptr(), static_cast<const float*>(pointer(weight)),

@@ -36,6 +36,16 @@ __device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// Of a gradient that waits for its upstream: float for half, where loss scaling must come before rounding.
+template <typename T>
+struct Kept {
+  using type = T;
+};
+template <>
+struct Kept<__half> {
+  using type = float;
+};
+
 // Calls `function` with a value of the element type.
 template <typename Function>
 void with_type(Dtype dtype, Function function) {

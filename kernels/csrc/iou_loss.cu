@@ -18,12 +18,12 @@ __device__ Box row(const Vector<T, 4 * kRows<T>>& v, int i) {
   return {widen(v.at[4 * i]), widen(v.at[4 * i + 1]), widen(v.at[4 * i + 2]), widen(v.at[4 * i + 3])};
 }
 
-template <typename T>
-__device__ void set_row(Vector<T, 4 * kRows<T>>& v, int i, const Box& box, float weight) {
-  v.at[4 * i] = narrow<T>(box.x1 * weight);
-  v.at[4 * i + 1] = narrow<T>(box.y1 * weight);
-  v.at[4 * i + 2] = narrow<T>(box.x2 * weight);
-  v.at[4 * i + 3] = narrow<T>(box.y2 * weight);
+template <typename G, typename Rows>
+__device__ void set_row(Rows& v, int i, const Box& box, float weight) {
+  v.at[4 * i] = narrow<G>(box.x1 * weight);
+  v.at[4 * i + 1] = narrow<G>(box.y1 * weight);
+  v.at[4 * i + 2] = narrow<G>(box.x2 * weight);
+  v.at[4 * i + 3] = narrow<G>(box.y2 * weight);
 }
 
 __device__ float sum_of_block(float x) {
@@ -37,10 +37,13 @@ __device__ float sum_of_block(float x) {
 }
 
 template <typename T, Kind kind>
-__global__ void __launch_bounds__(kThreads, kBlocks) iou_loss_kernel(const T* boxes, const T* target, const float* weight,
-                                                            T* to_boxes, T* to_target, float* partial, int64_t rows,
-                                                            float eps) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    iou_loss_kernel(const T* boxes, const T* target, const float* weight, typename Kept<T>::type* to_boxes,
+                    typename Kept<T>::type* to_target, float* partial, int64_t rows, float eps) {
+  using G = typename Kept<T>::type;
   using Rows = Vector<T, 4 * kRows<T>>;
+  using Gradient = Vector<G, 4 * kRows<G>>;        // 16 bytes too
+  constexpr int kGradients = kRows<T> / kRows<G>;  // for the rows of one vector of boxes
   const int64_t vector0 = int64_t(blockIdx.x) * kVectors<T> * kThreads + threadIdx.x;
   Rows a[kVectors<T>] = {}, b[kVectors<T>] = {};
 #pragma unroll
@@ -60,22 +63,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks) iou_loss_kernel(const T* bo
 #pragma unroll
   for (int step = 0; step < kVectors<T>; ++step) {
     const int64_t vector = vector0 + step * kThreads, first = vector * kRows<T>;
-    Rows by_a, by_b;
+    Gradient by_a[kGradients], by_b[kGradients];
 #pragma unroll
     for (int i = 0; i < kRows<T>; ++i) {
       const float w = first + i >= rows ? 0.f : weight ? weight[first + i] : 1.f;
       const PairLoss pair = pair_loss<kind>(row<T>(a[step], i), row<T>(b[step], i), eps);
       total += first + i >= rows ? 0.f : w * pair.loss;
-      set_row<T>(by_a, i, pair.by_a, w);
-      set_row<T>(by_b, i, pair.by_b, w);
+      set_row<G>(by_a[i / kRows<G>], i % kRows<G>, pair.by_a, w);
+      set_row<G>(by_b[i / kRows<G>], i % kRows<G>, pair.by_b, w);
     }
     if (first + kRows<T> <= rows) {
-      if (to_boxes) reinterpret_cast<Rows*>(to_boxes)[vector] = by_a;
-      if (to_target) reinterpret_cast<Rows*>(to_target)[vector] = by_b;
+#pragma unroll
+      for (int i = 0; i < kGradients; ++i) {
+        if (to_boxes) reinterpret_cast<Gradient*>(to_boxes)[kGradients * vector + i] = by_a[i];
+        if (to_target) reinterpret_cast<Gradient*>(to_target)[kGradients * vector + i] = by_b[i];
+      }
     } else if (first < rows) {
       for (int i = 0; i < 4; ++i) {
-        if (to_boxes) to_boxes[4 * first + i] = by_a.at[i];
-        if (to_target) to_target[4 * first + i] = by_b.at[i];
+        if (to_boxes) to_boxes[4 * first + i] = by_a[0].at[i];
+        if (to_target) to_target[4 * first + i] = by_b[0].at[i];
       }
     }
   }
@@ -87,8 +93,8 @@ template <typename T, Kind kind>
 void launch(const void* boxes, const void* target, const float* weight, void* to_boxes, void* to_target, float* partial,
             int64_t rows, float eps, int64_t blocks, cudaStream_t stream) {
   iou_loss_kernel<T, kind><<<unsigned(blocks), kThreads, 0, stream>>>(
-      static_cast<const T*>(boxes), static_cast<const T*>(target), weight, static_cast<T*>(to_boxes),
-      static_cast<T*>(to_target), partial, rows, eps);
+      static_cast<const T*>(boxes), static_cast<const T*>(target), weight, static_cast<typename Kept<T>::type*>(to_boxes),
+      static_cast<typename Kept<T>::type*>(to_target), partial, rows, eps);
 }
 
 }  // namespace

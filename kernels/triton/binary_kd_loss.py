@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.precision import kept_dtype
 from kernels.triton.math import log1p_unit, power, power_slope, special_exponent, unit
 
 TILE = 2048  # 16 elements a thread: enough loads in flight to hide the latency of memory
@@ -19,10 +20,11 @@ TILE = 2048  # 16 elements a thread: enough loads in flight to hide the latency 
 def binary_kd_loss(
     student: Tensor, teacher: Tensor, weight: Tensor, beta: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], disagreement [B, M] and gradient (like `student`, or empty). Both logits [B, K, M] have the same
-    dense layout, M or K inside; weight [B, M] is contiguous."""
+    """Loss [], disagreement [B, M] and gradient (like `student` in `kept_dtype`, or empty). Both logits
+    [B, K, M] have the same dense layout, M or K inside; weight [B, M] is contiguous."""
     B, K, M = student.shape
-    gradient = torch.empty_like(student) if with_gradient else student.new_empty(0)
+    kept = kept_dtype(student.dtype)
+    gradient = torch.empty_like(student, dtype=kept) if with_gradient else student.new_empty(0)
     disagreement = student.new_empty(B, M, dtype=torch.float32)
     if student.numel() == 0:
         return student.new_zeros((), dtype=torch.float32), disagreement.zero_(), gradient

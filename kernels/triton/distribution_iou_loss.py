@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.precision import kept_dtype
 from kernels.triton.iou_loss import KINDS, iou_and_gradients, split_rows
 from kernels.triton.math import unit
 
@@ -27,13 +28,14 @@ def distribution_iou_loss(
     eps: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], IoU [B, M] and gradient (like `logits`, or empty).
+    """Loss [], IoU [B, M] and gradient (like `logits` in `kept_dtype`, or empty).
 
     logits [B, 4 * R, M] are dense, channels or M inside. other: a teacher's logits of the same layout, where points is
     None, else boxes [M, 4] and points [M, 2] with B = 1. weight [B, M]. All but the logits are contiguous.
     """
     B, C, M = logits.shape
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    kept = kept_dtype(logits.dtype)
+    gradient = torch.empty_like(logits, dtype=kept) if with_gradient else logits.new_empty(0)
     iou = logits.new_empty(B, M, dtype=torch.float32)
     if iou.numel() == 0:
         return logits.new_zeros((), dtype=torch.float32), iou, gradient

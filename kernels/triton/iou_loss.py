@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.precision import kept_dtype
 from kernels.triton.math import atan_unit
 
 KINDS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3}
@@ -19,10 +20,11 @@ BLOCK = 512  # rows: four a thread
 def iou_loss(
     boxes: Tensor, target: Tensor, weight: Tensor | None, kind: str, eps: float, boxes_grad: bool, target_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [] and the gradients to boxes and target ([N, 4] in their dtypes, or empty). All inputs contiguous."""
+    """Loss [] and the gradients to boxes and target ([N, 4] in `kept_dtype`, or empty). All inputs contiguous."""
     N = len(boxes)
-    to_boxes = torch.empty_like(boxes) if boxes_grad else boxes.new_empty(0)
-    to_target = torch.empty_like(target) if target_grad else target.new_empty(0)
+    kept = kept_dtype(boxes.dtype)
+    to_boxes = torch.empty_like(boxes, dtype=kept) if boxes_grad else boxes.new_empty(0)
+    to_target = torch.empty_like(target, dtype=kept) if target_grad else target.new_empty(0)
     if N == 0:
         return boxes.new_zeros((), dtype=torch.float32), to_boxes, to_target
     programs = triton.cdiv(N, BLOCK)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.precision import kept_dtype
 from kernels.triton.math import log1p_unit, power, power_slope, special_exponent, unit
 
 TILE = 2048  # as in `binary_kd_loss`
@@ -17,10 +18,11 @@ BLOCK_P = 128
 def quality_focal_loss(
     logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and gradient (like `logits`, or empty). logits [B, K, M] are dense with M or K inside, the other
-    tensors contiguous."""
+    """Loss [] and gradient (like `logits` in `kept_dtype`, or empty). logits [B, K, M] are dense with M or K inside,
+    the other tensors contiguous."""
     B, K, M = logits.shape
-    gradient = torch.empty_like(logits) if with_gradient else logits.new_empty(0)
+    kept = kept_dtype(logits.dtype)
+    gradient = torch.empty_like(logits, dtype=kept) if with_gradient else logits.new_empty(0)
     if logits.numel() == 0:
         return logits.new_zeros((), dtype=torch.float32), gradient
     m_inner = logits.is_contiguous()
