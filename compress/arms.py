@@ -17,6 +17,7 @@ import torch
 from lightning.fabric import Fabric
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress.console import open_console
 from compress.data import synthetic
 from compress.data.batch import Target
 from compress.data.coco import CocoDetection
@@ -29,6 +30,7 @@ from compress.detectors.base import Capability, Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.families import build_family
 from compress.distill.build import build_methods
+from compress.distill.levels import describe
 from compress.evaluate import evaluate
 from compress.manifest import fingerprint
 from compress.recipe import Data, Model, Recipe, Split, Train, recipe_sha256
@@ -264,6 +266,10 @@ def train_arm(
     methods = {}
     if teacher is not None:
         methods = build_methods(recipe.methods, detector, teacher, seed=recipe.seed, compiled=settings.compile)
+        if any(Capability.DENSE not in built.method.needs for built in methods.values()):
+            note = describe(detector.strides, teacher.strides)
+            if note is not None and fabric.is_global_zero:
+                open_console().print(f"{name}: {note}")
         if recipe.teacher is not None and recipe.teacher.inherit:
             inherit(detector, teacher)
     loader = train_loader(
