@@ -19,7 +19,7 @@ from compress.arms import canvas, labelled_split, model_size, splits
 from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
-from compress.detectors.base import Detector
+from compress.detectors.base import Capability, Detector
 from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
 from compress.export import (
     SOURCES,
@@ -126,8 +126,11 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
     proofs = manifest.stage("validate", inputs, [], prove)
 
     teacher = _teacher(recipe, run_dir)
+    dense = teacher is not None and Capability.DENSE in load_teacher_checkpoint(teacher)[0].capabilities
     timed = dict(runners)
-    if teacher is not None:
+    if teacher is not None and not dense:
+        console.print("benchmark: without the teacher: a detector in two stages has no form that could be exported")
+    elif teacher is not None:
         categories = dict(zip(val.category_ids, val.categories, strict=True))
         timed = {
             TEACHER: torch_runner(
@@ -293,7 +296,7 @@ def _report(
         )
     pictures = detection_pictures(val, detectors)
     uncertainty = []
-    if teacher is not None:
+    if teacher is not None and Capability.DENSE in detectors["teacher"].capabilities:
         with progress("uncertainty") as step:
             uncertainty = uncertainty_pictures(val, detectors["teacher"].to(_device(recipe)), progress=step)
     return {
