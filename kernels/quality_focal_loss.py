@@ -53,6 +53,8 @@ def quality_focal_loss(
 
     Raises:
         ValueError: the shapes do not agree.
+        IndexError: a location or a class is out of range, on the CPU. On a GPU nobody waits to look: there the Triton
+            kernel gives the loss NaN, and the entries of the logits that are named rightly their gradients.
     """
     B, K, M = logits.shape
     if weight.shape != (B, M):
@@ -64,6 +66,9 @@ def quality_focal_loss(
         with_gradient = torch.is_grad_enabled() and logits.requires_grad
         places = index.contiguous(), labels.contiguous(), quality.detach().contiguous()
         return _fused(logits, *places, weight.contiguous(), beta, with_gradient)[0]
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(index, B * M, "index")
+        _check_range(labels, K, "labels")
     return _QualityFocalLoss.apply(logits, index, labels, quality, weight, beta, compiled)
 
 
@@ -78,6 +83,12 @@ def reference(
     factor = power((target - logits.sigmoid()).abs(), beta)
     rows = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * factor).sum(1)  # [B, M]
     return (rows * weight).sum()
+
+
+def _check_range(places: Tensor, size: int, name: str) -> None:
+    """Negative ones, too, which PyTorch would count from the end."""
+    if places.numel() and not (int(places.min()) >= 0 and int(places.max()) < size):
+        raise IndexError(f"{name} must be in 0..{size - 1}, got {int(places.min())}..{int(places.max())}")
 
 
 def _negative(logits: Tensor, weight: Tensor, beta: float) -> tuple[Tensor, Tensor]:

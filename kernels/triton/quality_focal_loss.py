@@ -19,7 +19,7 @@ def quality_focal_loss(
     logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss [] and gradient (like `logits` in `kept_dtype`, or empty). logits [B, K, M] are dense with M or K inside,
-    the other tensors contiguous."""
+    the other tensors contiguous. A place out of range makes the loss NaN and writes nothing."""
     B, K, M = logits.shape
     kept = kept_dtype(logits.dtype)
     gradient = torch.empty_like(logits, dtype=kept) if with_gradient else logits.new_empty(0)
@@ -58,6 +58,7 @@ def quality_focal_loss(
                 partial[dense:],
                 gradient,
                 P,
+                B * M,
                 K,
                 M,
                 beta,
@@ -122,6 +123,7 @@ def _positive_kernel(
     partial,
     gradient,
     P,
+    locations,
     K,
     M,
     beta,
@@ -131,9 +133,10 @@ def _positive_kernel(
     BLOCK_P: tl.constexpr,
 ):
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = p < P
-    location = tl.load(index + p, mask=inside, other=0)  # b * M + m
-    label = tl.load(labels + p, mask=inside, other=0)
+    given = p < P
+    location = tl.load(index + p, mask=given, other=0)  # b * M + m
+    label = tl.load(labels + p, mask=given, other=0)
+    inside = given & (location >= 0) & (location < locations) & (label >= 0) & (label < K)
     y = tl.load(quality + p, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(weight + location, mask=inside, other=0.0).to(tl.float32)
     at = (location // M * K + label) * M + location % M if M_INNER else location * K + label
@@ -150,4 +153,6 @@ def _positive_kernel(
         slope = power_slope(tl.abs(difference), beta, BETA) * sign * (e * reciprocal * reciprocal)
         grad = (difference * factor + bce * slope) * v
         tl.store(gradient + at, grad.to(gradient.dtype.element_ty), mask=inside)
-    tl.store(partial + tl.program_id(0), tl.sum((bce * factor - softplus * power(s, beta, BETA)) * v))
+    term = tl.where(given, float("nan"), 0.0)  # of a place that is out of range
+    term = tl.where(inside, (bce * factor - softplus * power(s, beta, BETA)) * v, term)
+    tl.store(partial + tl.program_id(0), tl.sum(term))

@@ -64,6 +64,36 @@ def test_saturated_logits(device: torch.device) -> None:
     )
 
 
+OUTSIDE = [(-1, 0), (8, 0), (2**40, 0), (3, -1), (3, 3), (3, -(2**40))]
+
+
+@pytest.mark.parametrize(("location", "label"), OUTSIDE)
+def test_places_out_of_range_write_nothing(device: torch.device, location: int, label: int) -> None:
+    """Two images, three classes, four locations, between guards; the second positive is out of range."""
+    from kernels.triton import quality_focal_loss as kernel
+
+    g = torch.Generator().manual_seed(0)
+    z, w = torch.randn(2, 3, 4, generator=g).to(device), torch.ones(2, 4, device=device)
+    index, labels = torch.tensor([1, location], device=device), torch.tensor([2, label], device=device)
+    quality = torch.tensor([0.5, 0.9], device=device)
+    _, wanted = kernel.quality_focal_loss(z, index[:1], labels[:1], quality[:1], w, 2.0, True)
+    memory = torch.full((24 + 2 * 64,), 7.0, device=device)
+    written = memory[64:-64].view(2, 3, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel.torch, "empty_like", lambda *_, **__: written)
+        loss, gradient = kernel.quality_focal_loss(z, index, labels, quality, w, 2.0, True)
+    assert gradient is written and loss.isnan()
+    assert torch.equal(gradient, wanted)
+    assert bool((memory[:64] == 7).all()) and bool((memory[-64:] == 7).all())
+
+
+@pytest.mark.parametrize(("location", "label"), OUTSIDE)
+def test_places_out_of_range_are_refused_in_pytorch(location: int, label: int) -> None:
+    places = torch.tensor([1, location]), torch.tensor([2, label]), torch.tensor([0.5, 0.9])
+    with backend.use("torch"), pytest.raises(IndexError, match=r"must be in 0\.\."):
+        qfl.quality_focal_loss(torch.zeros(2, 3, 4), *places, torch.ones(2, 4))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_nothing_costs_nothing(device: torch.device, shape: tuple[int, int, int]) -> None:
     z = torch.zeros(shape, device=device, requires_grad=True)
@@ -106,7 +136,7 @@ POSITIVE = sass.Build(
     "kernels.triton.quality_focal_loss",
     "_positive_kernel",
     {"logits": "*bf16", "index": "*i64", "labels": "*i64", "quality": "*fp32", "weight": "*fp32", "partial": "*fp32"}
-    | {"gradient": "*bf16", "P": "i32", "K": "i32", "M": "i32", "beta": "fp32"}
+    | {"gradient": "*bf16", "P": "i32", "locations": "i32", "K": "i32", "M": "i32", "beta": "fp32"}
     | {"M_INNER": True, "BETA": 2, "GRADIENT": True, "BLOCK_P": 128},
 )
 
