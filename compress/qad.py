@@ -4,6 +4,7 @@ its weights and activations are rounded as in its int8 file.
     start = calibrated_grids(...)                       # post-training quantization
     train_quantized(fabric, recipe, data, start, ...)   # student.qad.safetensors and student.qad.json
     export_quantized(...)                               # student.qad.onnx, proven against the network that was trained
+    quantize_trained(...)                               # the same from a float file that is there already
 
 `student.qad.safetensors` is a checkpoint like any other: float weights that are good to round. `student.qad.json` has
 the trained grids of the activations, which become the scales and zero points of the ONNX file, bit for bit.
@@ -33,7 +34,7 @@ from compress.export import calibration_of, export_checkpoint
 from compress.manifest import Manifest, fingerprint
 from compress.pseudo.stage import FIRST_STAGE
 from compress.quantization import FakeQuantized, fold_batch_norms
-from compress.recipe import Int8, Optimizer, Qad, Recipe, Schedule, Train, recipe_sha256
+from compress.recipe import Deploy, Int8, Optimizer, Qad, Recipe, Schedule, Train, recipe_sha256
 from compress.train import fit
 from deploy.card import ModelCard, card_from_file
 from deploy.errors import UserError
@@ -206,31 +207,43 @@ def export_quantized(
     input_size: tuple[int, int],
     limits: tuple[int, int],
 ) -> QuantizeReport:
-    """Write the int8 file of a checkpoint and the grids beside it (`.json` in place of `.safetensors`).
-
-    Before the file gets its name, its scores and boxes on calibration images are compared with those of the network
-    that was trained. Raises UserError for files that cannot be used, ExportMismatchError when the comparison fails.
-    """
-    grids = load_grids(checkpoint.with_suffix(".json"))
+    """Export a checkpoint and write the int8 file of it, as `quantize_trained` does."""
+    load_grids(grids_file(checkpoint))  # before the export, which takes long
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "float.onnx"
         _export(checkpoint, file, recipe, input_size, limits, images.files)
-        quantizer = _quantizer(file, images, recipe.deploy.int8)
-        card = card_from_file(file)
-        detector = _gfl(checkpoint)[0]
-        samples = quantizer.canvases[:8]
-        found = dense_outputs(quantizer.graph(trained=grids), samples)
-        error, rounding = (
-            output_error(_dense(model, card, samples), found)
-            for model in (FakeQuantized(detector, grids).eval(), detector)
+        return quantize_trained(checkpoint, file, out, recipe.deploy, images)
+
+
+def quantize_trained(
+    checkpoint: Path, source: Path, out: Path, settings: Deploy, images: CalibrationImages
+) -> QuantizeReport:
+    """Write the int8 file of `source`, the float file of a checkpoint, on the grids beside the checkpoint.
+
+    Before the file gets its name, its scores and boxes on `images` are compared with those of the network that was
+    trained. Raises UserError for files that cannot be used, ExportMismatchError when the comparison fails.
+    """
+    grids = load_grids(grids_file(checkpoint))
+    quantizer = _quantizer(source, images, settings.int8)
+    card = card_from_file(source)
+    detector = _gfl(checkpoint)[0]
+    samples = quantizer.canvases[:8]
+    found = dense_outputs(quantizer.graph(trained=grids), samples)
+    error, rounding = (
+        output_error(_dense(model, card, samples), found) for model in (FakeQuantized(detector, grids).eval(), detector)
+    )
+    if any(e > TOLERANCE and e > 0.5 * r for e, r in zip(error, rounding, strict=True)):
+        raise ExportMismatchError(
+            f"{out.name}: off the trained network by {error[0]:.2g} of the score and {error[1]:.2g} of the boxes "
+            f"(allowed {TOLERANCE:g}, or half of what rounding does: {rounding[0]:.2g}, {rounding[1]:.2g}); not "
+            "written"
         )
-        if any(e > TOLERANCE and e > 0.5 * r for e, r in zip(error, rounding, strict=True)):
-            raise ExportMismatchError(
-                f"{out.name}: off the trained network by {error[0]:.2g} of the score and {error[1]:.2g} of the boxes "
-                f"(allowed {TOLERANCE:g}, or half of what rounding does: {rounding[0]:.2g}, {rounding[1]:.2g}); not "
-                "written"
-            )
-        return quantizer.save(out, trained=grids, max_batch=recipe.deploy.max_batch)
+    return quantizer.save(out, trained=grids, max_batch=settings.max_batch)
+
+
+def grids_file(checkpoint: Path) -> Path:
+    """`student.qad.safetensors` → `student.qad.json`."""
+    return checkpoint.with_suffix(".json")
 
 
 def load_grids(path: Path) -> Grids:

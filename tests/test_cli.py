@@ -412,6 +412,16 @@ def test_options_reach_the_pipeline(run: Run, pipeline: types.ModuleType) -> Non
     assert out.splitlines()[-1] == "next: compress export runs/example/student.safetensors"
 
 
+def test_after_distillation_the_trained_scales_are_what_to_export(run: Run, pipeline: types.ModuleType) -> None:
+    from tests.tiny import TEXT
+
+    Path("tiny.yaml").write_text(TEXT.format(runs="runs"))
+    following = "next: compress export runs/tiny/student"
+    assert run("distill tiny.yaml --set 'deploy.int8.qad={}'")[1] == f"{following}.qad.safetensors --precision int8\n"
+    assert run("train tiny.yaml --set 'deploy.int8.qad={}'")[1] == f"{following}.safetensors\n"
+    assert run("distill tiny.yaml")[1] == f"{following}.safetensors\n"
+
+
 def test_quickstart_runs_the_packaged_recipe(run: Run, pipeline: types.ModuleType) -> None:
     code, out, _ = run("quickstart --set seed=3")
     recipe, options = pipeline.calls[0]

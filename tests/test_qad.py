@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress import arms, pipeline, qad
+from compress import arms, cli, pipeline, qad
 from compress.detectors.backbones import build_backbone
 from compress.detectors.checkpoints import load_detector
 from compress.detectors.deployable import Deployable
@@ -300,6 +300,47 @@ def test_a_run_trains_exports_and_reports(run_dir: Path) -> None:
     assert {"qad calibration", "qad", "export qad"} <= stages.keys()
     columns = (run_dir / "student.qad" / "metrics.csv").read_text()
     assert "bckd_cls" in columns and "pkd" in columns
+
+
+def export_on_the_command_line(*words: str | Path) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", *map(str, words)])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_the_command_line_exports_the_trained_scales(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, out = run_dir / "student.qad.safetensors", tmp_path / "mine.onnx"
+    assert export_on_the_command_line(checkpoint, "--precision", "int8", "--out", out) == 0
+    assert f"layers in int8 on the trained scales of {run_dir / 'student.qad.json'}" in capsys.readouterr().out
+    made, of_run = (onnx.load(str(path)) for path in (tmp_path / "mine.int8.onnx", run_dir / "student.qad.onnx"))
+    assert [item.SerializeToString() for item in made.graph.initializer] == [
+        item.SerializeToString() for item in of_run.graph.initializer
+    ]
+    card = card_from_file(tmp_path / "mine.int8.onnx")
+    assert card.quantization is not None and card.quantization.method == "trained"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--precision int8 --target tensorrt", "--target: "),
+        ("--precision int8 --trt", "--trt: "),
+        ("--precision int8 --max-map-drop 1", "--max-map-drop: scales and float layers are those that were trained"),
+        ("--precision int8 --calibration-method entropy", "--calibration-method: scales and float layers"),
+        ("--precision int8,mixed", "was trained for an int8 file; a mixed one is made of student.safetensors"),
+        ("--precision fp32", "student.qad.onnx is the int8 file of"),
+    ],
+)
+def test_what_was_trained_is_settled(run_dir: Path, words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run_dir / "student.qad.onnx").read_bytes()
+    assert export_on_the_command_line(run_dir / "student.qad.safetensors", *words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert (run_dir / "student.qad.onnx").read_bytes() == before
 
 
 def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
