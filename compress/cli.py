@@ -584,6 +584,10 @@ def export(
         need_place(file_for(out, name))
     if "fp32" in wanted and not named:
         _keep_trained(checkpoint, out)
+    if trt:
+        from deploy.tensorrt_network import load_tensorrt
+
+        load_tensorrt()  # before the export, which takes long
     how = _quantizing(recipe, settings, max_map_drop, data, images, out) if quantized else None
     size, files = settings.input_size, [] if images is None else _images_in(images)
     limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
@@ -762,7 +766,7 @@ def _quantizing(
     out: Path,
 ) -> Quantizing:
     """What int8 files are made with: calibration images, apart from the validation images, and what decides."""
-    from compress.export import Quantizing, calibration_of, deciding_split
+    from compress.export import Quantizing, calibration_of, check_deciding, deciding_split
 
     if recipe is None and settings.int8.calibration is None:
         raise UserError("--calibration: there is no recipe.yaml to take training images from; give a folder or a JSON")
@@ -773,6 +777,7 @@ def _quantizing(
         return Quantizing(settings.int8, chosen)
     if data is not None and images is not None:
         split = (data, images)
+        check_deciding(*split, chosen)
     else:
         assert recipe is not None, "checked above"
         from compress.arms import labelled_split

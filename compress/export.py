@@ -132,7 +132,7 @@ def quantize_export(
     )
     if how.split is None:
         return quantizer.save(out, max_batch=max_batch), None
-    check_apart(how.images, split_files(*how.split), "the images that the search decides on")
+    check_deciding(*how.split, how.images)
     beside = out.with_suffix(".guided.json")
     result = search(quantizer, *how.split, beside, max_map_drop=how.max_map_drop, progress=progress)
     write_text(beside.with_suffix(".svg"), trade_off_svg(result))
@@ -151,6 +151,13 @@ def quantize_export(
 def split_files(annotations: Path, folder: Path) -> list[Path]:
     """The image files of a COCO JSON."""
     return [folder / row["file_name"] for row in load_annotations(annotations)["images"]]
+
+
+def check_deciding(annotations: Path, folder: Path, calibration: CalibrationImages) -> None:
+    """Find out before long work that a search can decide on a labelled split. Raises UserError."""
+    if not load_annotations(annotations)["annotations"]:
+        raise UserError(f"{annotations}: no boxes to decide on")
+    check_apart(calibration, split_files(annotations, folder), "the images that the search decides on")
 
 
 def deciding_split(split: Split, calibration: CalibrationImages, count: int, out: Path) -> tuple[Path, Path]:

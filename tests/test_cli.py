@@ -61,6 +61,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     Path("images").mkdir()
     Path("void").mkdir()
     Image.new("RGB", (64, 64)).save("images/a.png")
+    Path("other").mkdir()
+    Image.new("RGB", (64, 64), "red").save("other/b.png")
+    boxless = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "a"}], "annotations": []}
+    Path("boxless.json").write_text(json.dumps(boxless))
     Path("good.json").write_text(
         json.dumps(
             {
@@ -211,6 +215,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("export text.onnx --trt --strip --triton-repo void", "--strip: Triton cannot serve an engine without weights"),
         ("export text.safetensors --max-map-drop 0", "--max-map-drop: is about int8 files; add --precision fp32,int8"),
         ("export text.safetensors --target cpu", "--target: is about int8 files; add --precision fp32,int8"),
+        # known before the export: text.safetensors is never opened
+        *(
+            (f"export text.safetensors --images images --input-size 64x64 --precision int8 --max-map-drop 1 {m}", says)
+            for m, says in (
+                ("--calibration other --data list.json", "list.json: COCO JSON is an object"),
+                ("--calibration other --data boxless.json", "boxless.json: no boxes to decide on"),
+                ("--calibration images --data good.json", "1 of 1 calibration images are among the images that the"),
+            )
+        ),
         ("validate none.onnx --data good.json --images images", "none.onnx: no such file"),
         ("validate model.pt --data good.json --images images", "model.pt: neither .onnx nor .engine"),
         ("validate text.onnx --data good.json --images images", "text.onnx"),
@@ -511,6 +524,12 @@ def test_a_missing_extra_is_named(run: Run, tmp_path: Path) -> None:
     outcome = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     wanted = "error: torch is not installed; this command needs: pip install 'compress-detectors[train]'\n"
     assert (outcome.returncode, outcome.stderr) == (2, wanted)
+
+
+def test_tensorrt_is_missed_before_the_export(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    code, out, err = run("export text.safetensors --images images --input-size 64x64 --trt")
+    assert (code, out) == (2, "") and err == "error: tensorrt is not installed: pip install 'compress-detectors[trt]'\n"
 
 
 def test_our_own_mistakes_keep_their_traceback(
