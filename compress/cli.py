@@ -797,6 +797,9 @@ def _quantize(source: Path, out: Path, how: Quantizing, max_batch: int) -> None:
         with progress_of("quantizing") as progress:
             report, found = quantize_export(source, out, how, max_batch=max_batch, progress=progress)
     except BudgetError as error:
+        if out.is_file():  # of an earlier export, which may have had another budget
+            out.unlink()
+            print(f"{out}: removed; it was made by an earlier export")
         open_console().print(sensitivity_table(error.result))
         open_console().print(trials_table(error.result))
         _gate_failed(str(error))

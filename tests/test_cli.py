@@ -821,6 +821,31 @@ def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.Mo
     assert (card.input_size, card.max_detections, card.short, card.long) == ((32, 64), 7, 64, 64)
 
 
+def test_a_missed_budget_leaves_no_older_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or it would ship as if it had met the budget."""
+    import typer
+
+    from compress import export
+    from deploy.quantize.guided import GuidedResult
+
+    def missed(*_: object, **__: object) -> None:
+        raise export.BudgetError("student.int8.onnx: no choice", GuidedResult(0.5, 40.0, 3))
+
+    monkeypatch.setattr(export, "quantize_export", missed)
+    out = tmp_path / "student.int8.onnx"
+    for older in (True, False):
+        if older:
+            out.write_bytes(b"of an earlier export")
+        with pytest.raises(typer.Exit) as stop:
+            cli._quantize(tmp_path / "student.onnx", out, None, 8)  # type: ignore[arg-type]
+        captured = capsys.readouterr()
+        assert stop.value.exit_code == 1 and captured.err == "failed: student.int8.onnx: no choice\n"
+        assert (f"{out}: removed; it was made by an earlier export" in captured.out) is older
+        assert not out.exists()
+
+
 def test_a_lost_map_fails_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels are what the reference detects, so another detector must be worse."""
     from deploy.preprocess import letterbox, load_image
