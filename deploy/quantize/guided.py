@@ -20,11 +20,13 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from deploy.coco_map import load_annotations
 from deploy.errors import UserError
 from deploy.files import sha256_of, write_json
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
@@ -153,11 +155,11 @@ class _Measurements:
     ) -> None:
         self._quantizer, self._annotations, self._images, self._record = quantizer, annotations, images, record
         self._progress, self._done, self._expected = progress, 0, 0
-        from onnxruntime import __version__ as version
-
+        rows = load_annotations(annotations)["images"]
         shaped_by = [
             sha256_of(quantizer.source), quantizer.images.sha256, quantizer.target, quantizer.method,
-            str(quantizer.reduce_range), sha256_of(annotations), version,
+            str(quantizer.reduce_range), sha256_of(annotations),
+            *(sha256_of(images / row["file_name"]) for row in rows), *_versions(),
         ]  # fmt: skip
         self._key = hashlib.sha256(" ".join(shaped_by).encode()).hexdigest()
         self._values = _read(record, self._key)
@@ -209,6 +211,17 @@ class _Measurements:
         if self._progress is not None:
             self._progress(self._done, max(self._expected, self._done))
         return self._values[name]
+
+
+def _versions() -> list[str]:
+    """Of the programs that quantize and run a trial: this one and ONNX Runtime."""
+    from onnxruntime import __version__ as runtime
+
+    try:
+        own = version("compress-detectors")
+    except PackageNotFoundError:  # run from a folder of sources
+        own = "unknown"
+    return [f"compress {own}", f"onnxruntime {runtime}"]
 
 
 def _read(record: Path, key: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from io import StringIO
 from itertools import combinations
@@ -173,6 +174,26 @@ def test_the_layer_that_hurts_stays_in_float_and_the_search_resumes(
     record.write_text("{")  # a damaged record costs time, nothing else
     with pytest.raises(BaseException, match="measured again"):
         search(spoiled, *labelled, record, max_map_drop=10.0)
+
+
+def test_measurements_hold_for_the_same_images_and_versions_only(
+    spoiled: Quantizer, labelled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(labelled[1], tmp_path / "labelled")
+    annotations, record = folder / labelled[0].name, tmp_path / "guided.json"
+
+    def measured() -> float:
+        return guided._Measurements(spoiled, annotations, folder, record, None).float_map()
+
+    monkeypatch.setattr(guided._Measurements, "_map_of", lambda *_: 1.0)
+    assert measured() == 1
+    monkeypatch.setattr(guided._Measurements, "_map_of", lambda *_: 2.0)
+    assert measured() == 1  # read from the record
+    Image.new("RGB", (SIZE[1], SIZE[0])).save(folder / "3.png")  # another picture under the same name
+    assert measured() == 2
+    monkeypatch.setattr(guided._Measurements, "_map_of", lambda *_: 3.0)
+    monkeypatch.setattr(guided, "version", lambda _: "999.0")
+    assert measured() == 3
 
 
 def test_a_budget_that_cannot_be_met_is_said(spoiled: Quantizer, labelled: tuple[Path, Path], tmp_path: Path) -> None:
