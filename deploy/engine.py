@@ -29,6 +29,7 @@ from deploy.engine_card import (
     contradiction,
     open_engine,
     rebuild,
+    remedy,
     this_machine,
     write_engine_card,
 )
@@ -81,7 +82,7 @@ def build_engine(
     precision = claimed_precision(engine.name) or claimed_precision(onnx.name, model)
     compute = compute_layers(parsed.trt, parsed.network)
     if problem := contradiction(precision, compute, None):
-        raise UserError(f"{onnx}: {problem}: export it again with --precision {precision}, or name it for what it is")
+        raise UserError(f"{onnx}: {problem}: {remedy(precision, model)}")
 
     machine = this_machine(*library(parsed.trt))
     onnx_sha256 = sha256_of(onnx)

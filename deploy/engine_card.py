@@ -243,6 +243,18 @@ def contradiction(claim: Precision | None, network: Layers, layers: Layers | Non
     return None
 
 
+def remedy(claim: Precision | None, model: ModelCard) -> str:
+    """What to do about an ONNX file that is not the `claim` it makes (`contradiction`)."""
+    quantization = model.quantization
+    if claim == "int8" and quantization is not None and quantization.guided_map_drop is not None:
+        kept = len(quantization.float_layers)
+        return (
+            f"the search within the mAP budget kept {kept} of {kept + quantization.layers} layers in float: raise "
+            "--max-map-drop, or use --precision fp16"
+        )
+    return f"export it again with --precision {claim}, or name it for what it is"
+
+
 def machine_differences(card: EngineCard, here: Machine) -> list[str]:
     """What keeps the engine of `card` from running on `here`, one phrase each; empty: it should run.
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress import cli
 from deploy import cuda_driver
-from deploy.card import METADATA_KEY
+from deploy.card import METADATA_KEY, Quantization, card_from_file
 from deploy.engine import build_engine, layer_formats, refit_engine, timing_cache_key
 from deploy.engine_card import (
     EngineCard,
@@ -34,6 +34,7 @@ from deploy.engine_card import (
 from deploy.errors import UserError
 from deploy.files import sha256_of
 from deploy.onnx_scan import scan_onnx
+from deploy.precision import set_card
 from deploy.runtimes.onnx import OnnxRunner
 from tests.deploy import rig
 from tests.deploy.tiny import CARD, SIZE, export_tiny, pictures
@@ -274,6 +275,22 @@ def test_a_graph_that_is_not_what_it_is_called_is_not_built(
     with pytest.raises(UserError, match="are 100% fp32: export it again with --precision"):
         build(name=name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_int8_file_that_the_search_kept_in_float_is_not_sent_back_to_the_search(
+    tiny_onnx: Path, tmp_path: Path
+) -> None:
+    """Exporting it again with --precision int8 would give the same file."""
+    quantization = Quantization(
+        target="tensorrt", layers=1, float_layers=["down", "cls", "reg"], method="minmax", images_sha256="0",
+        image_hashes=["0"], guided_map_drop=0.4,
+    )  # fmt: skip
+    path, model = tmp_path / "tiny.int8.onnx", onnx.load(str(tiny_onnx))
+    set_card(model, card_from_file(tiny_onnx).model_copy(update={"quantization": quantization}))
+    onnx.save(model, str(path))
+    with pytest.raises(UserError, match=r"kept 3 of 4 layers in float: raise --max-map-drop, or use") as error:
+        build_engine(path, timing_caches=tmp_path / "timing")
+    assert "--precision int8" not in str(error.value) and list(tmp_path.iterdir()) == [path]
 
 
 def test_nor_is_a_file_with_the_wrong_name(build: Callable[..., EngineCard], tiny_onnx: Path, tmp_path: Path) -> None:
