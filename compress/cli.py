@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from compress.pseudo.parts import Shard
     from compress.recipe import Deploy, Recipe, Split
     from deploy.engine_card import EngineCard, EngineOptions
+    from deploy.quantize.file import QuantizeReport
+    from deploy.quantize.grids import Grids
     from deploy.runtimes.base import Runner
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -185,6 +187,8 @@ def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillat
     run_dir = pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation)
     if dry_run:
         _next("distill" if distillation else "train", path)
+    elif distillation and recipe.deploy.int8.qad is not None:
+        _next("export", run_dir / "student.qad.safetensors", "--precision", "int8")
     else:
         _next("export", run_dir / "student.safetensors")
 
@@ -530,7 +534,7 @@ def export(
             _refuse({"--out": out}, "names the engine here; add --trt")
         _next(*_deliver(checkpoint, out, ship, timing_cache, triton_repo))
         return
-    out = out or checkpoint.with_suffix(".onnx")
+    named, out = out is not None, out or checkpoint.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise UserError(f"--out: {out} does not end in .onnx")
     from deploy.files import need_place
@@ -554,7 +558,16 @@ def export(
     int8 = {"target": target, "calibration": calibration, "images": calibration_images, "method": calibration_method}
     int8 = {key: value for key, value in int8.items() if value is not None}
     _check_int8_options(quantized, int8, max_map_drop, data, images)
-    if trt and target is None:
+    grids = _trained_grids(checkpoint, quantized, calibration_method, max_map_drop, data)
+    if grids is not None:
+        option = "--target" if target is not None else "--trt"
+        if (target or ("tensorrt" if trt else grids.target)) != grids.target:
+            raise UserError(
+                f"{option}: {checkpoint} was trained for an int8 file in the format of {grids.target}; for another one "
+                "train it again with deploy.int8.target"
+            )
+        int8["target"] = grids.target
+    elif trt and target is None:
         int8["target"] = "tensorrt"
     settings = settings.model_copy(update={"int8": settings.int8.model_copy(update=int8)})
     if recipe is None and images is None:
@@ -569,6 +582,12 @@ def export(
 
     for name in wanted:
         need_place(file_for(out, name))
+    if "fp32" in wanted and not named:
+        _keep_trained(checkpoint, out)
+    if trt:
+        from deploy.tensorrt_network import load_tensorrt
+
+        load_tensorrt()  # before the export, which takes long
     how = _quantizing(recipe, settings, max_map_drop, data, images, out) if quantized else None
     size, files = settings.input_size, [] if images is None else _images_in(images)
     limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
@@ -596,6 +615,9 @@ def export(
                     )
             if how is not None:
                 for name in quantized:
+                    if grids is not None:
+                        _quantize_trained(checkpoint, made[SOURCES[name]], file_for(out, name), settings, how)
+                        continue
                     _quantize(made[SOURCES[name]], file_for(out, name), how, settings.max_batch)
     except ExportMismatchError as error:
         _gate_failed(f"{checkpoint}: {' '.join(str(error).split())}")
@@ -708,6 +730,33 @@ def _check_int8_options(
         _need_finite(max_map_drop, "--max-map-drop")
 
 
+def _trained_grids(
+    checkpoint: Path, quantized: Sequence[str], method: str | None, max_map_drop: float | None, data: Path | None
+) -> Grids | None:
+    """What quantization-aware distillation left beside the checkpoint, for its int8 file; None: there is nothing."""
+    file = checkpoint.with_suffix(".json")
+    if not quantized or not file.is_file():
+        return None
+    from compress.qad import load_grids
+
+    grids = load_grids(file)
+    settled = f"scales and float layers are those that were trained, in {file}"
+    _refuse({"--calibration-method": method, "--max-map-drop": max_map_drop, "--data": data}, settled)
+    if "mixed" in quantized:
+        raise UserError(f"--precision: {file} was trained for an int8 file; a mixed one is made of student.safetensors")
+    return grids
+
+
+def _keep_trained(checkpoint: Path, out: Path) -> None:
+    """`student.qad.onnx` of a run is an int8 file, which a float file of that name must not replace."""
+    if not checkpoint.with_suffix(".json").is_file() or not out.is_file():
+        return
+    from deploy.card import card_from_file
+
+    if card_from_file(out).quantization is not None:
+        raise UserError(f"--out: {out} is the int8 file of {checkpoint}; give the float file another name")
+
+
 def _quantizing(
     recipe: Recipe | None,
     settings: Deploy,
@@ -717,7 +766,7 @@ def _quantizing(
     out: Path,
 ) -> Quantizing:
     """What int8 files are made with: calibration images, apart from the validation images, and what decides."""
-    from compress.export import Quantizing, calibration_of, deciding_split
+    from compress.export import Quantizing, calibration_of, check_deciding, deciding_split
 
     if recipe is None and settings.int8.calibration is None:
         raise UserError("--calibration: there is no recipe.yaml to take training images from; give a folder or a JSON")
@@ -728,6 +777,7 @@ def _quantizing(
         return Quantizing(settings.int8, chosen)
     if data is not None and images is not None:
         split = (data, images)
+        check_deciding(*split, chosen)
     else:
         assert recipe is not None, "checked above"
         from compress.arms import labelled_split
@@ -747,6 +797,9 @@ def _quantize(source: Path, out: Path, how: Quantizing, max_batch: int) -> None:
         with progress_of("quantizing") as progress:
             report, found = quantize_export(source, out, how, max_batch=max_batch, progress=progress)
     except BudgetError as error:
+        if out.is_file():  # of an earlier export, which may have had another budget
+            out.unlink()
+            print(f"{out}: removed; it was made by an earlier export")
         open_console().print(sensitivity_table(error.result))
         open_console().print(trials_table(error.result))
         _gate_failed(str(error))
@@ -755,8 +808,19 @@ def _quantize(source: Path, out: Path, how: Quantizing, max_batch: int) -> None:
             open_console().print(sensitivity_table(found))
         open_console().print(trials_table(found))
         print(f"the search: {out.with_suffix('.guided.json')}, {out.with_suffix('.guided.svg')}")
+    _say_quantized(out, report)
+
+
+def _quantize_trained(checkpoint: Path, source: Path, out: Path, settings: Deploy, how: Quantizing) -> None:
+    from compress.qad import grids_file, quantize_trained
+
+    report = quantize_trained(checkpoint, source, out, settings, how.images)
+    _say_quantized(out, report, f" on the trained scales of {grids_file(checkpoint)}")
+
+
+def _say_quantized(out: Path, report: QuantizeReport, scales: str = "") -> None:
     print(
-        f"{out}: {report.size_bytes / 1e6:.1f} MB, for {report.target}; {report.layers} layers in int8, "
+        f"{out}: {report.size_bytes / 1e6:.1f} MB, for {report.target}; {report.layers} layers in int8{scales}, "
         f"{len(report.float_layers)} in float; output error on {report.images} calibration images: scores "
         f"{report.score_error:.1%}, boxes {report.box_error:.1%}"
     )
