@@ -7,7 +7,8 @@
 
 An operator is timed from its inputs to the gradients, on the largest map (stride 8) of the named image size and batch,
 after its result and gradients agreed with the reference's. Peers: the reference in eager mode, the reference under
-torch.compile, torchvision or mmcv where they have the operator (and are installed). On a GPU times are of CUDA events,
+torch.compile, torchvision where it has the operator (GIoU and CIoU). mmcv has none: its focal losses take hard targets
+and its overlaps have no gradient. On a GPU times are of CUDA events,
 with the L2 cache overwritten before every repeat; the cases of a size take turns; the figure is the median.
 `floor bytes` is what must move: every input read once and every result and gradient written once, and in the backward
 pass what the forward pass left behind; `of copy` is the bandwidth that this needs in the time seen, over that of a copy
@@ -40,6 +41,8 @@ from kernels import distribution_iou_loss as dist_iou
 from kernels import iou_loss as iou
 from kernels import quality_focal_loss as qfl
 from kernels.attention_stats import attention_stats
+from kernels.distribution import distances_to_boxes
+from kernels.dropout import Mode
 from kernels.feature_distance import feature_distance
 from kernels.mc_dropout import Dropout, mc_dropout
 
@@ -179,7 +182,7 @@ def _measure(case: Case, device: torch.device, args: argparse.Namespace, copy: f
         }
         memory = "" if peak is None else f"  +{peak / 2**20:6.0f} MiB"
         print(
-            f"{case.name:58s} {name:12s} {median:9.3f} ms  {row['of_copy']:6.1%} of copy  "
+            f"{case.name:66s} {name:12s} {median:9.3f} ms  {row['of_copy']:6.1%} of copy  "
             f"fused is {row['speedup_of_fused']:6.2f}x as fast{memory}",
             flush=True,
         )
@@ -217,10 +220,12 @@ def _cases(device: torch.device, args: argparse.Namespace) -> Iterator[Case]:
                     continue
                 label = f"{height}x{width} b{batch} {str(dtype).removeprefix('torch.')}"
                 label += " channels last" if channels_last else ""
-                for make in (_mc_dropout, _feature_distance, _attention_stats, _binary_kd, _qfl, _dist_iou, _iou):
+                for make in MAKERS:
                     if args.ops and make.__name__.strip("_") not in args.ops:
                         continue
-                    if make is _iou and (channels_last or dtype != torch.float32):
+                    if make in (_iou, _dist_iou_truth) and channels_last:
+                        continue
+                    if make is _iou and (dtype != torch.float32):
                         continue
                     g = torch.Generator(device).manual_seed(0)
                     random = Random(g, device, dtype, channels_last)
@@ -311,6 +316,26 @@ def _dist_iou(r: Random, label: str, B: int, h: int, w: int, args: argparse.Name
     yield Case(f"distribution_iou_kd_loss {label}", runs, 5 * _bytes(student) + 2 * _bytes(weight))
 
 
+def _dist_iou_truth(r: Random, label: str, B: int, h: int, w: int, args: argparse.Namespace) -> Iterator[Case]:
+    """Against ground truth, as many rows as all locations of the map: on the positives only launches would count."""
+    P = B * h * w
+    logits, points, weight = r.map(P, 4 * BINS, 1, 1, 2.0).view(P, 4, BINS), r.uniform(P, 2) * 100, r.uniform(P)
+    boxes = distances_to_boxes(points, r.uniform(P, 4) * BINS)
+
+    def loss(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+        def run(z: Tensor) -> Tensor:
+            summed, quality = function(z, points, boxes, weight)
+            return summed + 0 * quality[0]
+
+        return run
+
+    runs = _three(
+        loss(dist_iou.distribution_iou_loss), loss(lambda z, *x: dist_iou.reference(z.float(), *x)), logits, args
+    )
+    # Forward: logits, boxes, points, weights read, gradient and quality written. Backward: gradient read and written.
+    yield Case(f"distribution_iou_loss {label}", runs, 4 * _bytes(logits) + P * 4 * (4 + 2 + 1 + 1))
+
+
 def _iou(r: Random, label: str, B: int, h: int, w: int, args: argparse.Namespace) -> Iterator[Case]:
     """As many pairs as all locations of the map, times 8 to be more than launches on small maps."""
     N = 8 * B * h * w
@@ -337,16 +362,27 @@ def _their_iou(kind: str, boxes: Tensor, target: Tensor, weight: Tensor) -> dict
     return {"torchvision": _differentiated(lambda a: (theirs(a, target) * weight).sum(), boxes)}
 
 
+RATES = tuple(0.05 * k for k in range(1, 11))  # different ones
+DRAWS: tuple[tuple[str, tuple[float, ...], Mode], ...] = (
+    ("N=5", (0.1,) * 5, "elementwise"),
+    ("N=10", (0.1,) * 10, "elementwise"),
+    ("N=50", (0.1,) * 50, "elementwise"),
+    ("N=10 rates", RATES, "elementwise"),
+    ("N=10 channels", (0.1,) * 10, "channel"),
+)
+
+
 def _mc_dropout(r: Random, label: str, B: int, h: int, w: int, args: argparse.Namespace) -> Iterator[Case]:
+    """Forward alone for every draw; forward and backward, with a variance and without, for the second."""
     x = r.map(B, CHANNELS, h, w)
-    for copies in (10,) if args.smoke else (5, 10, 50):
-        dropout = Dropout((0.1,) * copies, seed=1, combine="mean")
+    for draw, rates, mode in DRAWS[1:] if args.smoke else DRAWS:
+        dropout = Dropout(rates, seed=1, combine="mean", mode=mode)
+        drop = torch.nn.functional.dropout if mode == "elementwise" else torch.nn.functional.dropout2d
 
-        def fused(x: Tensor, dropout: Dropout = dropout) -> Tensor:
-            return mc_dropout(x, dropout)[0]
-
-        def stacked(x: Tensor, copies: int = copies) -> tuple[Tensor, Tensor]:
-            drawn = torch.stack([torch.nn.functional.dropout(x, 0.1) for _ in range(copies)])
+        def stacked(
+            x: Tensor, rates: tuple[float, ...] = rates, drop: Callable[..., Tensor] = drop
+        ) -> tuple[Tensor, Tensor]:
+            drawn = torch.stack([drop(x, rate) for rate in rates])
             return (x + drawn.mean(0)) / 2, drawn.var(0, unbiased=False)
 
         def both(function: Callable[[Tensor], Any]) -> Run:
@@ -360,19 +396,66 @@ def _mc_dropout(r: Random, label: str, B: int, h: int, w: int, args: argparse.Na
         runs = {"fused": both(lambda x, d=dropout: mc_dropout(x, d)), "eager": both(stacked)}
         if not (args.no_compile or args.smoke):
             runs["compile"] = both(torch.compile(stacked))
-        _check_moments(runs, x)
-        yield Case(f"mc_dropout N={copies} {label}", runs, 3 * _bytes(x), comparable=False)
+        _check_moments(runs, x, rates, mode)
+        yield Case(f"mc_dropout {draw} {label}", runs, 3 * _bytes(x), comparable=False)
+        if draw != "N=10":
+            continue
+        weights = [r.map(B, CHANNELS, h, w) for _ in range(2)]
+        # Forward: x read, results written. Backward: their gradients read, x for the variance, the gradient written.
+        for variance, maps in ((False, 4), (True, 7)):
+
+            def fused(x: Tensor, dropout: Dropout = dropout, variance: bool = variance) -> tuple[Tensor, ...]:
+                with backend.use(args.backend):
+                    return tuple(y for y in mc_dropout(x, dropout, variance=variance) if y is not None)
+
+            def eager(x: Tensor, rates: tuple[float, ...] = rates, variance: bool = variance) -> tuple[Tensor, ...]:
+                return stacked(x, rates)[: 1 + variance]
+
+            runs = {"fused": _backward_too(fused, x, weights), "eager": _backward_too(eager, x, weights)}
+            if not (args.no_compile or args.smoke):
+                runs["compile"] = _backward_too(torch.compile(eager), x, weights)
+            _check_gradient(runs, x, weights[0])
+            what = "mean and variance" if variance else "mean"
+            yield Case(f"mc_dropout {draw}, {what}, and backward {label}", runs, maps * _bytes(x), comparable=False)
 
 
-def _check_moments(runs: dict[str, Run], x: Tensor) -> None:
-    """Random draws cannot be compared one by one; sums over x can: of out / x and of var / x^2, five sigma apart."""
+def _backward_too(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, weights: list[Tensor]) -> Run:
+    """Forward and backward with given gradients of the results: no loss, so nothing else is timed."""
+    leaf = x.detach().requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        results = function(leaf)
+        return torch.autograd.grad(results, leaf, weights[: len(results)])
+
+    return run
+
+
+def _check_moments(runs: dict[str, Run], x: Tensor, rates: tuple[float, ...], mode: Mode) -> None:
+    """Random draws cannot be compared one by one; sums over x can: of out / x and of var / x^2.
+
+    Tolerance: five standard deviations of the difference of two draws, of independent planes in mode `channel`.
+    """
     sums = {}
     for name in ("fused", "eager"):
         out, var = (t.float() for t in runs[name]())
         sums[name] = torch.stack(((out * x.float()).mean(), var.mean())) / x.float().square().mean()
     error = (sums["fused"] - sums["eager"]).abs().max()
-    if not error < 5 / math.sqrt(x.numel()):
+    draws = x.numel() if mode == "elementwise" else x.shape[0] * x.shape[1]
+    spread = max(1.0, *(rate / (1 - rate) for rate in rates))
+    if not error < 5 * spread * math.sqrt(2 / draws):
         raise SystemExit(f"error: mc_dropout: moments differ from those of stacked dropouts by {float(error):.2e}")
+
+
+def _check_gradient(runs: dict[str, Run], x: Tensor, weight: Tensor) -> None:
+    """As `_check_moments`, of the gradient along that of the mean, and along x: that of the variance."""
+    found = {}
+    for name in ("fused", "eager"):
+        (gradient,) = runs[name]()
+        along = [(gradient.float() * t.float()).mean() / t.float().square().mean() for t in (weight, x)]
+        found[name] = torch.stack(along)
+    error = (found["fused"] - found["eager"]).abs().max()
+    if not error < 20 / math.sqrt(x.numel()):
+        raise SystemExit(f"error: mc_dropout: gradients differ from those of stacked dropouts by {float(error):.2e}")
 
 
 def _feature_distance(r: Random, label: str, B: int, h: int, w: int, args: argparse.Namespace) -> Iterator[Case]:
@@ -413,6 +496,9 @@ def _attention_stats(r: Random, label: str, B: int, h: int, w: int, args: argpar
         return size.mean(1), size.mean((2, 3))
 
     yield Case(f"attention_stats {label}", _three(both(attention_stats), both(eager), x, args), 3 * _bytes(x))
+
+
+MAKERS = (_mc_dropout, _feature_distance, _attention_stats, _binary_kd, _qfl, _dist_iou, _dist_iou_truth, _iou)
 
 
 def _bytes(x: Tensor) -> int:
