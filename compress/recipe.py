@@ -165,7 +165,7 @@ class Model(Settings):
     """retinanet, faster_rcnn: side of the smallest anchor of a level in its strides; smaller for small objects. null:
     torchvision's, 4 and 8."""
     roi_samples: Positive | None = None
-    """faster_rcnn: proposals of an image that train the second stage; fewer for small images. null: 512, torchvision's."""
+    """faster_rcnn: proposals of an image that train the second stage; fewer for small images. null: 512."""
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
     """Stages of the backbone that do not train: -1 none, 0 the stem, n the stem and the first n of four.
     Default: 1 with weights, -1 without."""
