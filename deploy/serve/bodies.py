@@ -97,6 +97,8 @@ async def multipart_files(request: Request, body: bytes, *, max_files: int) -> l
         return [await part.read() for part in files]
     except (MultiPartException, FormParserError) as error:
         raise RefusalError(400, f"bad multipart body: {getattr(error, 'message', 'cannot be parsed')}") from error
+    except (ValueError, LookupError) as error:  # codecs that the client names: `undefined`, `punycode` ...
+        raise RefusalError(400, "bad multipart body: its names cannot be read; use UTF-8") from error
 
 
 # ----------------------------------------------------------------------------------------------------

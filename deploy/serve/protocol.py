@@ -31,6 +31,7 @@ OUTPUTS = {"boxes": "FP32", "scores": "FP32", "labels": "INT64", "count": "INT32
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
 MAX_TOKENS = 200_000
 """Brackets and quotes in a JSON body. A body of empty lists would take thirty times its size in memory."""
+_LONGEST_US = 10**12  # of a client's timeout: longer than any limit of a server, and within a float
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _deadline(parameters: dict[str, Any]) -> float | None:
     timeout = parameters.get("timeout", 0)
     if type(timeout) is not int or timeout < 0:
         raise _bad("parameters: timeout must be microseconds, a whole number")
-    return timeout / 1e6 if timeout else None
+    return min(timeout, _LONGEST_US) / 1e6 if timeout else None
 
 
 def _pad(rows: Sequence[Row], detections: int) -> Detections:

@@ -57,6 +57,12 @@ def test_what_a_request_asks_for() -> None:
     assert found.request_id == "a" and found.deadline_s == 0.25
 
 
+@pytest.mark.parametrize("timeout", [10**13, 10**400, 10**4000])
+def test_a_timeout_beyond_any_float_is_a_long_one(timeout: int) -> None:
+    found = parse({"inputs": [tensor()], "parameters": {"timeout": timeout}})
+    assert found.deadline_s is not None and 1e6 <= found.deadline_s <= 1e9
+
+
 NESTED = np.arange(12).reshape(1, 3, 2, 2).tolist()
 WRONG: dict[str, Any] = {
     "not json": b"{",
