@@ -10,9 +10,9 @@ import asyncio
 import json
 import mimetypes
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata, resources
@@ -29,7 +29,7 @@ from deploy.serve import protocol
 from deploy.serve.answers import DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
 from deploy.serve.batching import InferenceError, Row, Ticket
 from deploy.serve.bodies import Bodies, ClientGoneError, multipart_files
-from deploy.serve.decode import MEDIA_TYPES, Decoded, decode
+from deploy.serve.decode import MEDIA_TYPES, Decoded, check_together, decode
 from deploy.serve.gate import refusal_body, refusal_headers
 from deploy.serve.metrics import Metrics
 from deploy.serve.models import Models, Served
@@ -141,8 +141,8 @@ def _add_detect(app: FastAPI, service: Service) -> None:
         """Send the file itself as the body, or one or several as parts of multipart/form-data.
 
         JPEG, PNG, WebP, BMP and GIF, whatever the Content-Type says; of an animation the first picture."""
-        service.models.get(model)  # an unknown model is told before the body is read
-        async with service.bodies.read(request) as data:
+        name = service.models.get(model).name  # an unknown model is told before the body is read
+        async with _counted(service, name), service.bodies.read(request) as data:
             received = time.monotonic()
             pictures = await _pictures(request, data, service.settings.images_a_request)
             if annotate and len(pictures) != 1:
@@ -199,9 +199,16 @@ async def _pictures(request: Request, data: bytes, most: int) -> list[bytes]:
 async def _detect(
     service: Service, served: Served, ticket: Ticket, pictures: list[bytes]
 ) -> tuple[list[Decoded], list[Row], float]:
+    """Raises OverloadedError when the deadline passes, on time: pictures of others may keep all decoders busy."""
     start = time.monotonic()
 
+    def check() -> None:
+        if len(pictures) > 1 and ticket.left_s > 0:
+            check_together(pictures, max_pixels=service.settings.request_pixels)
+
     def decode_one(index: int) -> Decoded:
+        if ticket.left_s <= 0:
+            raise ticket.late()
         return decode(
             pictures[index],
             served.card,
@@ -209,9 +216,15 @@ async def _detect(
             where="image" if len(pictures) == 1 else f"image {index}",
         )
 
-    decoding = [asyncio.ensure_future(service.in_pool(partial(decode_one, i))) for i in range(len(pictures))]
+    decoding: list[asyncio.Future[Decoded]] = []
     try:
-        decoded: list[Decoded] = await asyncio.gather(*decoding)
+        async with asyncio.timeout(max(0.0, ticket.left_s)):
+            if len(pictures) > 1:
+                await service.in_pool(check)
+            decoding += [asyncio.ensure_future(service.in_pool(partial(decode_one, i))) for i in range(len(pictures))]
+            decoded: list[Decoded] = await asyncio.gather(*decoding)
+    except TimeoutError:
+        raise ticket.late() from None
     finally:
         for future in decoding:  # of those that have not begun
             future.cancel()
@@ -257,7 +270,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         parameter `timeout` (microseconds) shortens the deadline."""
         _known(models, name, version)
         card = models.get(name).card
-        async with service.bodies.read(request) as data:
+        async with _counted(service, name), service.bodies.read(request) as data:
             header = request.headers.get(protocol.HEADER_LENGTH)
             most = service.settings.images_a_request
             parsed = await service.in_pool(lambda: protocol.parse_infer(data, header, card, most))
@@ -345,15 +358,19 @@ def _known(models: Models, name: str, version: str) -> None:
 # ------------------------------------------------------------------------------ what both have in common
 
 
-@contextmanager
-def _admit(service: Service, served: Served, images: int, deadline_s: float | None) -> Iterator[Ticket]:
-    """A ticket; overload, now or in the queue, is counted."""
+def _admit(service: Service, served: Served, images: int, deadline_s: float | None) -> Ticket:
+    """Raises OverloadedError."""
     limit = service.settings.deadline_ms / 1e3
+    return served.batcher.admit(images, limit if deadline_s is None else min(limit, deadline_s))
+
+
+@asynccontextmanager
+async def _counted(service: Service, name: str) -> AsyncIterator[None]:
+    """Overload of any reason, while the body arrives, at the door or in the queue, is counted."""
     try:
-        with served.batcher.admit(images, limit if deadline_s is None else min(limit, deadline_s)) as ticket:
-            yield ticket
+        yield
     except OverloadedError as error:
-        service.metrics.rejected.labels(served.name, error.reason).inc()
+        service.metrics.rejected.labels(name, error.reason).inc()
         raise
 
 

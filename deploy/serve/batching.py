@@ -217,6 +217,15 @@ class Ticket:
         self._batcher, self._images, self._deadline = batcher, images, deadline
         self._items: list[_Item] = []
 
+    @property
+    def left_s(self) -> float:
+        """Seconds to its deadline; negative afterwards."""
+        return self._deadline - time.monotonic()
+
+    def late(self) -> OverloadedError:
+        """What a request is answered whose pictures were not decoded by the deadline."""
+        return OverloadedError("the deadline passed before it was decoded", 1.0)
+
     async def detect(self, canvases: Sequence[np.ndarray]) -> list[Row]:
         """Once. Raises OverloadedError when the deadline passes in the queue, and InferenceError."""
         assert not self._items and len(canvases) == self._images

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from deploy.serve.settings import RefusalError
+from deploy.serve.settings import OverloadedError, RefusalError
 
 
 class ClientGoneError(Exception):
@@ -34,8 +34,8 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytes]:
         """The whole body; its memory counts as held until the block is left.
 
-        Raises RefusalError 408 (too slow), 413 (too large), 415 (compressed), 503 (no memory left), and
-        ClientGoneError.
+        Raises RefusalError 408 (too slow), 413 (too large), 415 (compressed), OverloadedError (no memory left, or
+        given to newcomers), and ClientGoneError.
         """
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise RefusalError(415, "compressed bodies are not taken: send it without Content-Encoding")
@@ -60,6 +60,8 @@ class Bodies:
         except ClientDisconnect:
             raise ClientGoneError from None
         except TimeoutError:
+            if reading.evicted:
+                raise _no_memory() from None
             raise RefusalError(408, "the body did not arrive in time") from None
         finally:
             self._arriving.pop(reading, None)
@@ -71,10 +73,10 @@ class Bodies:
         while self.held_bytes + count > self._max_held_bytes:
             oldest = next(iter(self._arriving), reading)  # none, when this one had to make room itself
             if oldest is reading:
-                raise RefusalError(503, "too many bodies at one time; try again in 1 s", retry_after_s=1)
+                raise _no_memory()
             del self._arriving[oldest]
             self.held_bytes -= oldest.held
-            oldest.held = 0
+            oldest.held, oldest.evicted = 0, True
             if not oldest.limit.expired():
                 oldest.limit.reschedule(asyncio.get_running_loop().time())
         self.held_bytes += count
@@ -108,10 +110,15 @@ async def multipart_files(request: Request, body: bytes, *, max_files: int) -> l
 class _Reading:
     limit: asyncio.Timeout
     held: int = 0
+    evicted: bool = False
 
 
 class _InMemory(MultiPartParser):
     spool_max_size = 2**62  # never a temporary file: the body is in memory anyway
+
+
+def _no_memory() -> OverloadedError:
+    return OverloadedError("too many bodies at one time", 1.0)
 
 
 def _declared_length(request: Request) -> int:

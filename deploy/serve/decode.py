@@ -8,6 +8,7 @@ EXIF says, transparency dropped, CMYK and palettes converted.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,16 @@ def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str) -> Deco
     except Exception as error:  # what a parser raises on hostile bytes: struct.error, KeyError, zlib.error …
         raise RefusalError(422, f"{where}: cannot decode the image") from error
     return Decoded(canvas, scale, (pixels.shape[0], pixels.shape[1]))
+
+
+def check_together(pictures: Sequence[bytes], *, max_pixels: int) -> None:
+    """Raises RefusalError 413 when they have too many pixels together, and what `read_header` raises."""
+    total = 0
+    for index, data in enumerate(pictures):
+        _, width, height = read_header(data, f"image {index}")
+        total += width * height
+    if total > max_pixels:
+        raise RefusalError(413, f"the pictures have {total} pixels together; at most {max_pixels} are taken at a time")
 
 
 def read_header(data: bytes, where: str) -> tuple[str, int, int]:

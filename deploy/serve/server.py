@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import resource
 import signal
 import socket
+import struct
+import termios
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -196,7 +199,9 @@ class GuardedConnection(H11Protocol):
     """uvicorn's connection, plus limits on clients that do nothing.
 
     uvicorn has no limit on how long a request head takes to arrive, nor on what an answered client still sends; here
-    a connection without a request in work for `idle_timeout_s` is cut. Bodies have their own limit (`Bodies`).
+    a connection without a request in work for `idle_timeout_s` is cut. Bodies have their own limit (`Bodies`). An
+    answer is given to the transport as a whole, so that its client may still be taking it then: such a connection is
+    cut when nothing of it was taken for `send_timeout_s`.
     """
 
     idle_timeout_s: ClassVar[float]
@@ -204,6 +209,9 @@ class GuardedConnection(H11Protocol):
     max_connections: ClassVar[int]
 
     _idle_timer: asyncio.TimerHandle | None = None
+    _since: float = 0.0  # when it became idle, or when its request began
+    _unsent: int = 0  # bytes of answers, when they last became fewer
+    _taken_at: float = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -220,18 +228,44 @@ class GuardedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before:
+            self._since = self.loop.time()
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_idling()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # may begin a request that was sent ahead
-        if self.cycle.response_complete and not self.transport.is_closing():
+        if self.cycle.response_complete and (not self.transport.is_closing() or self._count_unsent()):
             self._start_idling()
 
     def _start_idling(self) -> None:
         self._stop_idling()
-        self._idle_timer = self.loop.call_later(self.idle_timeout_s, self.transport.abort)
+        self._since = self._taken_at = self.loop.time()
+        self._unsent = self._count_unsent()
+        self._idle_timer = self.loop.call_later(self.idle_timeout_s, self._end_idling)
+
+    def _end_idling(self) -> None:
+        unsent, now = self._count_unsent(), self.loop.time()
+        if unsent < self._unsent:
+            self._unsent, self._taken_at = unsent, now
+        elif not unsent or now >= self._taken_at + self.send_timeout_s:
+            self.transport.abort()
+            return
+        left = self._taken_at + self.send_timeout_s - now if unsent else self.idle_timeout_s
+        self._idle_timer = self.loop.call_later(min(left, self.idle_timeout_s), self._end_idling)
+
+    def _count_unsent(self) -> int:
+        """Bytes that would be lost now: 0, or those here and, where the system tells, those that it still sends. Of
+        the latter some go even when it takes none from here for long."""
+        waiting = self.transport.get_write_buffer_size()
+        peer = self.transport.get_extra_info("socket")
+        if not waiting or peer is None:
+            return waiting
+        with contextlib.suppress(OSError, ValueError):  # closed, or a system that does not know the question
+            waiting += struct.unpack("i", fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        return waiting
 
     def _stop_idling(self) -> None:
         if self._idle_timer is not None:
@@ -239,9 +273,20 @@ class GuardedConnection(H11Protocol):
             self._idle_timer = None
 
     def _make_room(self) -> None:
-        idle = [c for c in self.connections if isinstance(c, GuardedConnection) and c._idle_timer is not None]
-        oldest = min(idle, key=lambda c: c._idle_timer.when() if c._idle_timer is not None else 0.0)
-        oldest.transport.abort()  # perhaps the newest itself, when all others have a request in work
+        """Cut the longest waiting connection of the larger group: idle ones, or those whose bodies still arrive.
+
+        Whoever fills the server with one kind thus makes room himself: a thousand half-sent bodies reset nobody's
+        kept connection, a thousand idle connections nobody's upload. It is the newest itself when all others have a
+        whole request in work."""
+        alive = [c for c in self.connections if isinstance(c, GuardedConnection) and not c.transport.is_closing()]
+        arriving = [c for c in alive if c._body_arrives()]
+        idle = [c for c in alive if c._idle_timer is not None]
+        group = arriving if len(arriving) >= len(idle) else idle
+        if group:
+            min(group, key=lambda c: c._since).transport.abort()
+
+    def _body_arrives(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body
 
 
 def guarded_connection(settings: Settings) -> type[GuardedConnection]:

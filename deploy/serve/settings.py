@@ -28,7 +28,7 @@ class Settings:
     max_bytes: int = 20 * MIB
     """Largest body of a request."""
     max_pixels: int = 32_000_000
-    """Largest picture, checked before it is decoded."""
+    """Largest picture, checked before it is decoded. All pictures of a request together: `request_pixels`."""
     max_held_bytes: int = 256 * MIB
     """Bodies held in memory at one time, those that are still arriving included."""
     body_timeout_s: float = 15.0
@@ -38,7 +38,7 @@ class Settings:
     idle_timeout_s: float = 15.0
     """A connection without a whole request head for this long is closed."""
     max_connections: int = 1000
-    """Beyond it the connection that is idle longest makes room."""
+    """Beyond it room is made by the longest waiting idle connection or, when these are more, half-sent body."""
     decode_workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     """Threads that decode pictures."""
     drain_s: float = 1.0
@@ -60,6 +60,11 @@ class Settings:
             )
         if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
             raise UserError("the token must be printable ASCII and not empty")
+
+    @property
+    def request_pixels(self) -> int:
+        """Most pixels of all pictures in one request: one client must not keep the decoders busy for long."""
+        return 4 * self.max_pixels
 
     @property
     def images_a_request(self) -> int:

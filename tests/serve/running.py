@@ -46,9 +46,19 @@ class Server:
 
 
 @contextmanager
-def server(*arguments: str | Path, environment: dict[str, str] | None = None, ready: bool = True) -> Iterator[Server]:
-    """`compress serve ARGUMENTS` on a free port, ready; killed at the end if it still runs."""
+def server(
+    *arguments: str | Path,
+    environment: dict[str, str] | None = None,
+    ready: bool = True,
+    limits: dict[str, Any] | None = None,
+) -> Iterator[Server]:
+    """`compress serve ARGUMENTS` on a free port, ready; killed at the end if it still runs.
+
+    limits: the one argument is a file, and it is served with these `Settings`, of which not all are options."""
     command = [sys.executable, "-m", "compress", "serve", *map(str, arguments), "--port", "0"]
+    if limits is not None:
+        (file,) = arguments
+        command = [sys.executable, "-c", _WITH_LIMITS, str(file), json.dumps(limits)]
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
         with log_file.open("w") as log:
@@ -68,6 +78,19 @@ def server(*arguments: str | Path, environment: dict[str, str] | None = None, re
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
+
+
+_WITH_LIMITS = """
+import json, sys
+from functools import partial
+from pathlib import Path
+from deploy.runtimes.files import open_runner
+from deploy.serve.server import serve
+from deploy.serve.settings import Settings
+path = Path(sys.argv[1])
+settings = Settings(**json.loads(sys.argv[2]))
+serve({path.stem: path}, partial(open_runner, threads=1), settings, port=0, say=partial(print, flush=True))
+"""
 
 
 def _url(process: subprocess.Popen[str], log_file: Path, ready: bool) -> str:
