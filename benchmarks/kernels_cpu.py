@@ -55,11 +55,13 @@ Result = tuple[Tensor, ...]
 
 @dataclass
 class Operator:
-    """peer: what it replaces. Results of all but random operators are compared with the peer's."""
+    """peer: what it replaces. Results of all but random operators are compared with the peer's, up to `tolerance`
+    (relative, of norms)."""
 
     peer: str
     runs: dict[str, Callable[[], Result]]
     random: bool = False
+    tolerance: float = 1e-4
 
 
 def main() -> None:
@@ -110,7 +112,7 @@ def _compare(name: str, operator: Operator) -> None:
                 float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
                 for a, b in zip(found, wanted, strict=True)
             )
-            tolerance = 1e-4
+            tolerance = operator.tolerance
         if not error <= tolerance:
             raise SystemExit(f"error: {name}: {key} differs from {operator.peer} by {error:.1e} > {tolerance:.1e}")
 
@@ -203,7 +205,8 @@ def _fgd(
     runs = {"published": differentiated(published), "eager": differentiated(ours(False))}
     if compiled:
         runs["compiled"] = differentiated(ours(True))
-    return Operator("published", runs)
+    # The gradient of |A(S) - A(T)| has a sign, which rounding turns where the two are equal.
+    return Operator("published", runs, tolerance=1e-3)
 
 
 def _iou_loss(g: torch.Generator) -> Operator:
