@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 LOST, REFUSED = -1, -2
-"""Status of a request that was sent on a fresh connection and not answered; and of one that found nobody."""
+"""Status of a request that was sent and not, or not wholly, answered; and of one that found nobody. A kept connection
+that closes before a byte of the answer is no loss, as in any client of HTTP: the request is sent again, and counted."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Shot:
     status: int
     body: bytes
     retry_after_s: int | None = None
+    retries: int = 0
+    """Kept connections that closed before a byte of an answer."""
 
     @property
     def latency_s(self) -> float:
@@ -122,7 +125,26 @@ async def get(target: Target, path: str) -> tuple[int, bytes]:
 
 # ----------------------------------------------------------------------------------------------------
 
-_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+class _Reader(asyncio.StreamReader):
+    """Counts what arrives: a reader that fails keeps it to itself."""
+
+    received = 0
+
+    def feed_data(self, data: bytes) -> None:
+        self.received += len(data)
+        super().feed_data(data)
+
+
+_Connection = tuple[_Reader, asyncio.StreamWriter]
+
+
+async def _connect(target: Target) -> _Connection:
+    loop = asyncio.get_running_loop()
+    reader = _Reader(loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport, _ = await loop.create_connection(lambda: protocol, target.host, target.port)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 class _Gun:
@@ -134,30 +156,33 @@ class _Gun:
         self._idle: list[_Connection] = []
 
     async def shoot(self, index: int, due: float) -> Shot:
+        retries = 0
         while self._idle:
             connection = self._idle.pop()
-            shot = await self._exchange(connection, index, due)
-            if shot.status != LOST:  # else the server had closed the kept connection: as HTTP asks, once more
+            shot = await self._exchange(connection, index, due, retries)
+            if shot.status != LOST or connection[0].received:
                 return shot
+            retries += 1
         try:
-            connection = await asyncio.open_connection(self._target.host, self._target.port)
+            connection = await _connect(self._target)
         except OSError:
-            return Shot(index, due, time.monotonic(), REFUSED, b"")
-        return await self._exchange(connection, index, due)
+            return Shot(index, due, time.monotonic(), REFUSED, b"", retries=retries)
+        return await self._exchange(connection, index, due, retries)
 
-    async def _exchange(self, connection: _Connection, index: int, due: float) -> Shot:
+    async def _exchange(self, connection: _Connection, index: int, due: float, retries: int) -> Shot:
         reader, writer = connection
+        reader.received = 0
         try:
             writer.write(self._requests[index])
             status, body, retry_after_s, keep = await _answer(reader)
         except (OSError, asyncio.IncompleteReadError):
             writer.close()
-            return Shot(index, due, time.monotonic(), LOST, b"")
+            return Shot(index, due, time.monotonic(), LOST, b"", retries=retries)
         if keep:
             self._idle.append(connection)
         else:
             writer.close()
-        return Shot(index, due, time.monotonic(), status, body, retry_after_s)
+        return Shot(index, due, time.monotonic(), status, body, retry_after_s, retries)
 
     def close(self) -> None:
         for _, writer in self._idle:

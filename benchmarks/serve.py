@@ -97,12 +97,14 @@ class Bench:
         self.onnx, self.threads, self.max_batch, self.quick, self.bodies = onnx, threads, max_batch, quick, bodies
 
     @contextmanager
-    def server(self, *more: str) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
-        """`compress serve` on a free port, ready, with its log thrown away."""
+    def server(self, *more: str, log: Path | None = None) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
+        """`compress serve` on a free port, ready; with a line for each request in `log`, if there is one."""
         command = [sys.executable, "-m", "compress", "serve", str(self.onnx), "--port", "0"]
-        command += ["--threads", str(self.threads), "--max-batch", str(self.max_batch), "--log-level", "warning"]
+        command += ["--threads", str(self.threads), "--max-batch", str(self.max_batch), "--log-level"]
+        command += ["warning" if log is None else "info"]
         command += ["--deadline-ms", str(DEADLINE_MS), *more]
-        process = subprocess.Popen(command, cwd=measure.ROOT, stdout=subprocess.PIPE, text=True)
+        with contextlib.nullcontext() if log is None else log.open("w") as errors:
+            process = subprocess.Popen(command, cwd=measure.ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -130,8 +132,11 @@ def equality(bench: Bench) -> dict[str, Any]:
     count = 200 if bench.quick else 5000
     wrong: Counter[str] = Counter()
     batches: Counter[int] = Counter()
+    retries = 0
 
     def compare(shot: Shot) -> None:
+        nonlocal retries
+        retries += shot.retries
         if shot.status != 200:
             wrong[str(shot.status)] += 1
             return
@@ -148,14 +153,17 @@ def equality(bench: Bench) -> dict[str, Any]:
         for clients in (1, bench.clients()):
             share = count // 10 if clients == 1 else count - count // 10
             asyncio.run(closed_loop(target, bodies, clients=clients, count=share, on_shot=compare))
+        accepted = _accepted(asyncio.run(get(target, "/metrics"))[1].decode())
     checked = sum(batches.values()) + sum(wrong.values()) - wrong["other detections"]
     return {
         "requests": checked,
         "wrong": dict(wrong),
+        "sent_again": retries,
         "detections": sum(len(row[1]) for row in wanted),
         "batches": {str(key): batches[key] for key in sorted(batches)},
         "bars": [
             measure.bar("requests answered with the bits of validation", count, checked - sum(wrong.values())),
+            measure.bar("requests accepted by the server but not answered (negative)", 0, -abs(accepted - checked)),
             measure.bar("largest batch they shared", 2, max(batches, default=0)),
         ],
     }
@@ -266,19 +274,32 @@ def memory(bench: Bench) -> dict[str, Any]:
 def sigterm(bench: Bench) -> dict[str, Any]:
     rounds = 2 if bench.quick else 5
     statuses: Counter[int] = Counter()
-    codes = []
+    codes: list[int] = []
+    retries = accepted = inside = 0
     for _ in range(rounds):
-        with bench.server("--drain-seconds", "1") as (target, process):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            bench.server("--drain-seconds", "1", log=Path(folder) / "log") as (target, process),
+        ):
             threading.Timer(3.0, process.send_signal, [signal.SIGTERM]).start()
             shots = asyncio.run(closed_loop(target, bench.bodies, clients=bench.clients(), seconds=5.0))
             codes.append(process.wait(120))
             statuses.update(shot.status for shot in shots)
+            retries += sum(shot.retries for shot in shots)
+            lines = [json.loads(line) for line in (Path(folder) / "log").read_text().splitlines()]
+            accepted += sum(line.get("path") == "/v1/detect" for line in lines)
+            inside += sum(line["requests"] for line in lines if line["message"] == "draining")
+    answered = sum(count for status, count in statuses.items() if status > 0)
     return {
         "rounds": rounds,
+        "sent_again": retries,
+        "inside_at_sigterm": inside,
         "exit_codes": codes,
         "statuses": {str(key): value for key, value in statuses.items()},
         "bars": [
-            measure.bar("accepted requests that were lost (negative)", 0, -statuses[LOST]),
+            measure.bar("requests without an answer, or with half of one (negative)", 0, -statuses[LOST]),
+            measure.bar("requests in the server's log that nobody was answered (negative)", 0, answered - accepted),
+            measure.bar("requests inside at SIGTERM", 1, inside),
             measure.bar("rounds that ended with exit code 0", rounds, codes.count(0)),
         ],
     }
@@ -404,6 +425,12 @@ def _row(shots: list[Shot], seconds: float) -> dict[str, float]:
         "refused": sum(shot.status == 429 for shot in shots),
         **{key: round(value, 2) for key, value in percentiles(answered).items()},
     }
+
+
+def _accepted(metrics: str) -> int:
+    """Requests to /v1/detect that the server counted, however they ended."""
+    lines = re.findall(r"^compress_requests_total\{(.*)\} (\S+)$", metrics, re.MULTILINE)
+    return int(sum(float(value) for labels, value in lines if 'route="/v1/detect"' in labels))
 
 
 def _bad(statuses: Counter[int]) -> int:

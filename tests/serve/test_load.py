@@ -78,6 +78,36 @@ def test_overload_is_answered_at_once_and_ends_with_the_load(tmp_path: Path) -> 
         assert max(shot.latency_s for shot in after) < deadline_s
 
 
+@pytest.mark.parametrize(
+    ("answer", "status", "retries"),
+    [(b"", 200, 1), (b"HTTP/1.1 2", LOST, 0), (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", LOST, 0)],
+)
+def test_a_begun_answer_is_lost_but_a_closed_connection_is_tried_again(
+    answer: bytes, status: int, retries: int
+) -> None:
+    """The first connection answers once, then `answer`, and closes; others answer."""
+    whole = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        replies = [whole, answer] if connections == 1 else [whole]
+        for reply in replies:
+            await reader.readuntil(b"body")
+            writer.write(reply)
+        writer.close()
+
+    async def work() -> list[Shot]:
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with listening:
+            port = listening.sockets[0].getsockname()[1]
+            return await closed_loop(Target("127.0.0.1", port), [b"body"], clients=1, count=2)
+
+    first, second = asyncio.run(work())
+    assert first.status == 200 and (second.status, second.retries) == (status, retries)
+
+
 def test_sigterm_loses_no_accepted_request(slow_onnx: Path) -> None:
     with server(slow_onnx, "--threads", "1", "--drain-seconds", "0.5") as running:
         process = running.process
@@ -87,7 +117,10 @@ def test_sigterm_loses_no_accepted_request(slow_onnx: Path) -> None:
         statuses = Counter(shot.status for shot in shots)
         assert statuses[200] > 10 and statuses[REFUSED] > 0, "it should have ended in the middle"
         assert set(statuses) == {200, REFUSED}, statuses
-        assert any(row["message"] == "draining" for row in running.log())
+        (draining,) = [row for row in running.log() if row["message"] == "draining"]
+        assert draining["requests"] > 0, "nobody was inside"
+        accepted = Counter(row["status"] for row in running.log() if row.get("path") == "/v1/detect")
+        assert accepted == {200: statuses[200]}, "a request that was sent again had been accepted before"
 
 
 def test_sigterm_waits_for_the_first_request_of_those_who_are_connected(red_onnx: Path) -> None:
