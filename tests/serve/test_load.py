@@ -108,8 +108,10 @@ def test_a_begun_answer_is_lost_but_a_closed_connection_is_tried_again(
     assert first.status == 200 and (second.status, second.retries) == (status, retries)
 
 
-def test_sigterm_loses_no_accepted_request(slow_onnx: Path) -> None:
-    with server(slow_onnx, "--threads", "1", "--drain-seconds", "0.5") as running:
+def test_sigterm_loses_no_accepted_request(tmp_path: Path) -> None:
+    """Small batches of slow work: however late a busy machine lets the clients ask again, somebody is inside."""
+    write_red_model(tmp_path / "slow.onnx", work=60)
+    with server(tmp_path / "slow.onnx", "--threads", "1", "--drain-seconds", "0.5", "--max-batch", "2") as running:
         process = running.process
         threading.Timer(1.5, process.send_signal, [signal.SIGTERM]).start()
         shots = asyncio.run(closed_loop(target(running), [SMALL], clients=12, seconds=3.0))
