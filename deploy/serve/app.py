@@ -28,7 +28,7 @@ from deploy.preprocess import decode_image
 from deploy.serve import protocol
 from deploy.serve.answers import DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
 from deploy.serve.batching import InferenceError, Row, Ticket
-from deploy.serve.bodies import Bodies, ClientGoneError, multipart_files
+from deploy.serve.bodies import Bodies, ClientGoneError, media_type, multipart_files
 from deploy.serve.decode import MEDIA_TYPES, Decoded, check_together, decode
 from deploy.serve.gate import refusal_body, refusal_headers
 from deploy.serve.metrics import Metrics
@@ -53,7 +53,9 @@ class Service:
     def __post_init__(self) -> None:
         limits = self.settings
         self.bodies = Bodies(
-            max_bytes=limits.max_bytes, max_held_bytes=limits.max_held_bytes, timeout_s=limits.body_timeout_s
+            max_bytes=limits.max_bytes,
+            max_held_bytes=max(limits.max_held_bytes, 2 * limits.max_bytes),  # the largest, with its parts, must fit
+            timeout_s=limits.body_timeout_s,
         )
         self.pool = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
         self.metrics.watch_bodies(lambda: self.bodies.held_bytes)
@@ -152,12 +154,15 @@ def _add_detect(app: FastAPI, service: Service) -> None:
                 work = _detect(service, served, ticket, pictures)
                 decoded, rows, decode_s = await _unless_gone(request, work)
                 images = [image_answer(*pair, served.card, min_score) for pair in zip(rows, decoded, strict=True)]
-                timing = _timing(service, request, served, rows, received, decode_s)
+                stages = {"decode": decode_s}
                 if annotate:  # decoded once more: pixels of many waiting pictures would fill the memory
-                    found = images[0]["detections"]
+                    start, found = time.monotonic(), images[0]["detections"]
                     drawn = await service.in_pool(lambda: draw_boxes(decode_image(pictures[0]), found))
-                    stages = ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())
-                    return Response(drawn, media_type="image/jpeg", headers={"Server-Timing": stages})
+                    stages["draw"] = time.monotonic() - start
+                timing = _timing(service, request, served, rows, received, stages)
+                if annotate:
+                    listed = ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())
+                    return Response(drawn, media_type="image/jpeg", headers={"Server-Timing": listed})
         answer = {
             "model": served.name,
             "images": images,
@@ -182,7 +187,7 @@ def _add_detect(app: FastAPI, service: Service) -> None:
 
 
 async def _pictures(request: Request, data: bytes, most: int) -> list[bytes]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == "multipart/form-data":
         files = await multipart_files(request, data, max_files=most)
         if not files:
@@ -241,7 +246,11 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2", summary="Server metadata", responses={**_errors(401)})
     async def server() -> dict[str, Any]:
-        return {"name": "compress", "version": app.version, "extensions": protocol.EXTENSIONS}
+        return {
+            "name": "compress",
+            "version": app.version,
+            "extensions": protocol.extensions(reload=service.settings.allow_reload),
+        }
 
     @app.get("/v2/health/live", summary="The server answers")
     async def live() -> dict[str, bool]:
@@ -280,7 +289,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
                 raise RefusalError(409, "the model changed its input size; ask for its metadata")
             with _admit(service, served, len(parsed.images), parsed.deadline_s) as ticket:
                 rows = await _unless_gone(request, _run(service, served, ticket, list(parsed.images)))
-        _timing(service, request, served, rows, received, None)
+        _timing(service, request, served, rows, received, {})
         body, length = protocol.answer_infer(name, parsed, rows, served.card.max_detections)
         if length is None:
             return Response(body, media_type="application/json")
@@ -401,21 +410,21 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _timing(
-    service: Service, request: Request, served: Served, rows: list[Row], received: float, decode_s: float | None
+    service: Service, request: Request, served: Served, rows: list[Row], received: float, more: dict[str, float]
 ) -> dict[str, float]:
-    """Milliseconds of each stage, of the slowest image where there are several; also for the metrics."""
+    """Milliseconds of each stage until now, of the slowest image where there are several; also for the metrics.
+    `more`: seconds of stages that not every request has."""
     start = request.state.start
     seconds = {
         "receive": received - start,
-        "decode": decode_s,
+        **more,
         "queue": max(row.queue_s for row in rows),
         "inference": max(row.inference_s for row in rows),
         "total": time.monotonic() - start,
     }
-    known = {stage: value for stage, value in seconds.items() if value is not None}
-    for stage, value in known.items():
+    for stage, value in seconds.items():
         service.metrics.stages.labels(served.name, stage).observe(value)
-    return {stage: round(1e3 * value, 3) for stage, value in known.items()}
+    return {stage: round(1e3 * value, 3) for stage, value in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------- probes, page, errors

@@ -41,7 +41,8 @@ class Bodies:
             raise RefusalError(415, "compressed bodies are not taken: send it without Content-Encoding")
         if _declared_length(request) > self._max_bytes:
             raise self._too_large()
-        reading = _Reading(asyncio.timeout(self._timeout_s))
+        copies = 2 if media_type(request) == "multipart/form-data" else 1  # the body and its parts
+        reading = _Reading(asyncio.timeout(self._timeout_s), copies)
         try:
             yield await self._read(request, reading)
         finally:
@@ -55,7 +56,7 @@ class Bodies:
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > self._max_bytes:
                         raise self._too_large()
-                    self._hold(len(chunk), reading)
+                    self._hold(reading.copies * len(chunk), reading)
                     body += chunk
         except ClientDisconnect:
             raise ClientGoneError from None
@@ -109,12 +110,18 @@ async def multipart_files(request: Request, body: bytes, *, max_files: int) -> l
 @dataclass(eq=False)
 class _Reading:
     limit: asyncio.Timeout
+    copies: int
     held: int = 0
     evicted: bool = False
 
 
 class _InMemory(MultiPartParser):
     spool_max_size = 2**62  # never a temporary file: the body is in memory anyway
+
+
+def media_type(request: Request) -> str:
+    """Of the body, without its parameters, in lower case."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _no_memory() -> OverloadedError:

@@ -15,9 +15,9 @@ from prometheus_client import (
     generate_latest,
 )
 
-STAGES = ("receive", "decode", "queue", "inference", "total")
+STAGES = ("receive", "decode", "queue", "inference", "draw", "total")
 """Of a request: its body arrives; decoding, waiting for a decoder included; waiting for the runtime; the call of the
-runtime that it rode in; from its head to its answer."""
+runtime that it rode in; drawing, with `annotate`; from its head to its answer."""
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 

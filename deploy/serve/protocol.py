@@ -25,7 +25,6 @@ from deploy.serve.batching import Row
 from deploy.serve.settings import RefusalError
 
 VERSION = "1"
-EXTENSIONS = ["binary_tensor_data", "model_repository"]
 HEADER_LENGTH = "Inference-Header-Content-Length"
 OUTPUTS = {"boxes": "FP32", "scores": "FP32", "labels": "INT64", "count": "INT32"}
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "INT32": np.dtype("<i4")}
@@ -42,6 +41,11 @@ class InferRequest:
     outputs: dict[str, bool]
     request_id: str | None
     deadline_s: float | None
+
+
+def extensions(*, reload: bool) -> list[str]:
+    """Of the protocol, that this server has. `model_repository` only where clients may load models."""
+    return ["binary_tensor_data", *(["model_repository"] if reload else [])]
 
 
 def model_metadata(name: str, backend: str, card: ModelCard) -> dict[str, Any]:

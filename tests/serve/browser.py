@@ -95,7 +95,16 @@ class Page:
         self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
 
     def press(self, key: str) -> None:
-        codes = {"Tab": 9, "Enter": 13, " ": 32, "ArrowRight": 39, "ArrowLeft": 37, "End": 35, "Home": 36}
+        codes = {
+            "Tab": 9,
+            "Enter": 13,
+            " ": 32,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+            "ArrowLeft": 37,
+            "End": 35,
+            "Home": 36,
+        }
         text = {"Enter": "\r", " ": " "}.get(key, "")
         common = {"key": key, "windowsVirtualKeyCode": codes[key]}
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text else {}))

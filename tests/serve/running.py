@@ -55,7 +55,7 @@ def server(
     """`compress serve ARGUMENTS` on a free port, ready; killed at the end if it still runs.
 
     limits: the one argument is a file, and it is served with these `Settings`, of which not all are options."""
-    command = [sys.executable, "-m", "compress", "serve", *map(str, arguments), "--port", "0"]
+    command = [sys.executable, "-m", "compress", "serve", "--port", "0", *map(str, arguments)]
     if limits is not None:
         (file,) = arguments
         command = [sys.executable, "-c", _WITH_LIMITS, str(file), json.dumps(limits)]

@@ -90,7 +90,9 @@ def test_who_takes_his_answer_slowly_gets_all_of_it(red_onnx: Path) -> None:
 def test_who_does_not_take_his_answer_is_cut(red_onnx: Path) -> None:
     limits = {"idle_timeout_s": 1.0, "send_timeout_s": 2.0, "deadline_ms": 60_000.0}
     with server(red_onnx, limits=limits) as running, slow_receiver(running.address) as connection:
-        head = connection.recv(200)
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(100)
         wanted = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         time.sleep(8)
         got = len(head)
@@ -156,6 +158,21 @@ class Arriving:
     async def stream(self):  # type: ignore[no-untyped-def]
         while (chunk := await self.chunks.get()) is not None:
             yield chunk
+
+
+@pytest.mark.parametrize(("kind", "held"), [("image/png", 600), ("Multipart/Form-Data; boundary=x", 1200)])
+def test_the_parts_of_a_body_are_counted_beside_it(kind: str, held: int) -> None:
+    async def work() -> None:
+        bodies = Bodies(max_bytes=1000, max_held_bytes=2000, timeout_s=20.0)
+        request = Arriving()
+        request.headers["content-type"] = kind
+        for chunk in (bytes(600), None):
+            request.chunks.put_nowait(chunk)
+        async with bodies.read(request) as data:  # type: ignore[arg-type]
+            assert len(data) == 600 and bodies.held_bytes == held
+        assert bodies.held_bytes == 0
+
+    asyncio.run(work())
 
 
 def test_bodies_that_make_room_are_told_to_come_back() -> None:

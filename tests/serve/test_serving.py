@@ -94,6 +94,9 @@ def test_every_kind_of_file(http: httpx.Client, name: str) -> None:
 
 def test_the_annotated_picture(http: httpx.Client) -> None:
     response = http.post("/v1/detect", content=PNG, params={"annotate": 1})
+    spent = {stage: float(ms) for stage, ms in re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"])}
+    assert set(spent) == {"receive", "decode", "queue", "inference", "draw", "total"}
+    assert sum(spent.values()) - spent["total"] <= spent["total"], "the whole is more than its parts"
     assert response.status_code == 200 and response.headers["content-type"] == "image/jpeg"
     assert "inference;dur=" in response.headers["server-timing"]
     drawn = np.asarray(Image.open(io.BytesIO(response.content)).convert("RGB")).astype(int)
@@ -282,6 +285,7 @@ def test_several_models_and_loading_again(red_onnx: Path, tmp_path: Path) -> Non
         server(red_onnx, f"other={path}", "--threads", "1", "--allow-reload") as running,
         httpx.Client(base_url=running.url, timeout=60) as http,
     ):
+        assert "model_repository" in http.get("/v2").json()["extensions"]
         assert [row["name"] for row in http.get("/v1/models").json()] == ["red", "other"]
         assert found(http.post("/v1/detect", content=PNG, params={"model": "other"}))[0]["class_name"] == "red"
         assert http.post("/v1/detect", content=PNG).json()["model"] == "red"

@@ -34,7 +34,7 @@ def test_what_it_asks_before(client: Any) -> None:
     assert client.is_server_live() and client.is_server_ready()
     assert client.is_model_ready("red") and client.is_model_ready("red", "1")
     assert not client.is_model_ready("blue") and not client.is_model_ready("red", "2")
-    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "model_repository"]
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"], "it may not load"
     metadata = client.get_model_metadata("red")
     assert metadata["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 3, 96, 128]}]
     assert [(row["name"], row["datatype"], row["shape"]) for row in metadata["outputs"]] == [

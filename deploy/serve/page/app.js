@@ -3,7 +3,7 @@
 const COLOURS = ["#ffd23f", "#4fd1ff", "#ff7ac6", "#7ee36b", "#ff9d4d", "#c3a6ff", "#3fe0c0", "#ff7d7d", "#b7d7ff",
   "#e8e27a"]; // as deploy/serve/answers.py
 const $ = (id) => document.getElementById(id);
-const state = { models: [], file: null, answer: null, off: new Set(), url: null, running: null };
+const state = { models: [], file: null, answer: null, off: new Set(), url: null, running: null, again: 0 };
 
 const make = (tag, content = "", attributes = {}) => {
   const element = document.createElement(tag);
@@ -20,27 +20,35 @@ const colour = (label) => COLOURS[label % COLOURS.length];
 
 // ---- the server
 
-async function ask(path, options = {}) {
+// Raises Error with a line for the user; its `status` is 0 when there was no answer at all.
+async function fetchOk(path, options = {}) {
   const token = sessionStorage.getItem("token");
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const response = await fetch(path, { ...options, headers: { ...headers, ...options.headers } });
+  const failed = (message, status) => Object.assign(new Error(message), { status });
+  const response = await fetch(path, { ...options, headers: { ...headers, ...options.headers } }).catch((error) => {
+    throw error.name === "AbortError" ? error : failed("The server cannot be reached.", 0);
+  });
+  if (response.ok) return response;
   if (response.status === 401) {
     $("token-form").hidden = false;
     $("token").focus();
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error || `the server answered ${response.status}`);
-  return answer;
+  throw failed(answer.error || `the server answered ${response.status}`, response.status);
 }
 
+const ask = async (path, options) => (await fetchOk(path, options)).json();
+
 async function connect() {
+  clearTimeout(state.again);
   try {
     state.models = await ask("/v1/models");
+    if (!$("token-form").hidden || $("server").classList.contains("bad")) problem(""); // of an earlier attempt
     $("token-form").hidden = true;
-    $("problem").hidden = true;
   } catch (error) {
-    badge("bad", "no answer");
+    badge("bad", error.status === 401 ? "token needed" : "no answer");
     problem(error.message);
+    if (error.status !== 401) state.again = setTimeout(connect, 2000); // a 401 waits for the token
     return;
   }
   const select = $("model");
@@ -49,7 +57,7 @@ async function connect() {
   if (state.models.some((model) => model.name === before)) select.value = before;
   $("model-row").hidden = state.models.length < 2;
   showModel();
-  if (state.models.some((model) => !model.ready)) setTimeout(connect, 500);
+  if (state.models.some((model) => !model.ready)) state.again = setTimeout(connect, 500);
 }
 
 function current() {
@@ -89,7 +97,8 @@ async function detect(file) {
   } catch (error) {
     if (running.signal.aborted) return;
     clear();
-    problem(error.message);
+    if (error.status === 0) connect(); // says so, and again when the server is back
+    else problem(error.message);
   } finally {
     if (state.running === running) $("busy").hidden = true;
   }
@@ -206,18 +215,20 @@ function placeTag(group, pixel, width) {
 }
 
 function foundRow(found) {
-  const line = make("tr");
+  const line = make("tr", "", { "data-index": state.answer.detections.indexOf(found) });
   line.append(make("td", found.class_name, { class: "left" }), make("td", found.score.toFixed(3)),
     make("td", found.box.map((side) => side.toFixed(0)).join(" ")));
-  const index = state.answer.detections.indexOf(found);
-  const mark = (on) => {
-    line.classList.toggle("on", on);
-    const group = $("boxes").querySelector(`[data-index="${index}"]`);
-    group?.querySelector(".box").classList.toggle("on", on);
-  };
-  line.addEventListener("pointerenter", () => mark(true));
-  line.addEventListener("pointerleave", () => mark(false));
+  line.addEventListener("pointerenter", () => mark(line));
+  line.addEventListener("pointerleave", () => mark(null));
   return line;
+}
+
+// One row of the table and its box stand out, or none.
+function mark(line) {
+  for (const before of document.querySelectorAll("#rows .on, #boxes .on")) before.classList.remove("on");
+  if (!line) return;
+  line.classList.add("on");
+  $("boxes").querySelector(`[data-index="${line.dataset.index}"] .box`)?.classList.add("on");
 }
 
 function row(text) {
@@ -285,9 +296,36 @@ $("file").addEventListener("change", () => {
   $("file").value = ""; // the same file may be chosen again
 });
 $("sample").addEventListener("click", async () => {
-  const response = await fetch("/page/sample.jpg");
-  detect(new File([await response.blob()], "sample.jpg", { type: "image/jpeg" }));
+  try {
+    const response = await fetchOk("/page/sample.jpg");
+    detect(new File([await response.blob()], "sample.jpg", { type: "image/jpeg" }));
+  } catch (error) {
+    problem(`The sample did not come: ${error.message}`);
+  }
 });
+$("found").addEventListener("keydown", (event) => {
+  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  const lines = [...$("rows").querySelectorAll("[data-index]")];
+  if (!step || !lines.length) return;
+  event.preventDefault();
+  const before = lines.findIndex((line) => line.classList.contains("on"));
+  const line = lines[before < 0 ? (step > 0 ? 0 : lines.length - 1) : (before + step + lines.length) % lines.length];
+  mark(line);
+  line.scrollIntoView({ block: "nearest" });
+});
+$("found").addEventListener("blur", () => mark(null));
+for (const link of document.querySelectorAll("[data-guarded]")) {
+  link.addEventListener("click", async (event) => {
+    if (!sessionStorage.getItem("token")) return;
+    event.preventDefault(); // a link sends no token
+    try {
+      const text = await (await fetchOk(link.getAttribute("href"))).text();
+      location.assign(URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" })));
+    } catch (error) {
+      problem(error.message);
+    }
+  });
+}
 document.addEventListener("paste", (event) => {
   if (event.clipboardData.files.length) take(event.clipboardData.files);
 });

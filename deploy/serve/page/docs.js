@@ -51,6 +51,7 @@ function section(verb, path, operation) {
 }
 
 const token = sessionStorage.getItem("token");
+document.getElementById("programs").hidden = Boolean(token); // a link sends no token
 const response = await fetch("/openapi.json", { headers: token ? { Authorization: `Bearer ${token}` } : {} });
 if (response.ok) {
   const api = await response.json();
