@@ -35,7 +35,7 @@ METHODS = ROOT / "docs" / "methods"
 INDEX = METHODS / "README.md"
 GAINS = ROOT / "benchmarks" / "results" / "distill_gain-cpu-methods.json"
 MORE = {  # further tables of a page: name of the block, file beside GAINS
-    INDEX: [("photographs", "distill_gain-bccd-methods.json")],
+    INDEX: [("photographs", "distill_gain-bccd-methods.json"), ("families", "distill_gain-cpu-families.json")],
     METHODS / "uet.md": [("ablation", "distill_gain-cpu-uet.json")],
 }
 
@@ -179,10 +179,9 @@ def figures(results: dict[str, Any] | None, method: str | None, picture: Path = 
     ]
     for row in [baseline, *arms]:
         spread = f" ± {row['map_stdev']:.2f}" if "map_stdev" in row else ""
-        gain = "" if row is baseline else f"{row['gain_mean']:+.2f}"
-        interval = (
-            "" if row is baseline or "gain_low" not in row else f"{row['gain_low']:+.2f} to {row['gain_high']:+.2f}"
-        )
+        first = row["arm"].endswith("baseline")  # of the table, or of a family in it
+        gain = "" if first else f"{row['gain_mean']:+.2f}"
+        interval = "" if first or "gain_low" not in row else f"{row['gain_low']:+.2f} to {row['gain_high']:+.2f}"
         settings = " ".join(f"`{setting}`" for setting in row.get("settings", ())).replace("|", "\\|")
         lines.append(f"| {row['arm']} | {row['map_mean']:.2f}{spread} | {gain} | {interval} | {settings} |")
     if method is None and picture.is_file():
