@@ -228,7 +228,9 @@ function mark(line) {
   for (const before of document.querySelectorAll("#rows .on, #boxes .on")) before.classList.remove("on");
   if (!line) return;
   line.classList.add("on");
-  $("boxes").querySelector(`[data-index="${line.dataset.index}"] .box`)?.classList.add("on");
+  const group = $("boxes").querySelector(`[data-index="${line.dataset.index}"]`);
+  group.querySelector(".box").classList.add("on");
+  $("boxes").append(group); // above the others
 }
 
 function row(text) {
