@@ -35,7 +35,7 @@ from compress.manifest import Manifest
 from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, label_images, only_labels
 from compress.pseudo.stage import is_unfinished as pseudo_labels_unfinished
 from compress.recipe import Recipe, Train, dump_recipe
-from compress.teachers.check import check_teacher, students_images
+from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
 from compress.teachers.methods import for_methods
 from compress.versions import versions
@@ -330,7 +330,7 @@ def _other_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Man
         manifest,
         stage="teacher_check",
         identity=data.identity,
-        student=students_images(recipe),
+        seen=seen_images(recipe.data.eval_short, recipe.data.long),
         least=recipe.teacher.min_map,
         say=console.print,
         write=fabric.is_global_zero,

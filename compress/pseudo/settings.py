@@ -71,6 +71,11 @@ class PseudoLabels(Settings):
     that the data does not have."""
     weighting: Literal["hard", "score"] = "hard"
     """hard: a label counts like a person's. score: its class target is multiplied by the teacher's score."""
+    short: Positive | None = None
+    """Short side of the images that the teachers label, pixels; null: that of the student's. Teachers label best at the
+    size that they were trained with. Sources that resize images themselves go on doing so."""
+    long: Positive | None = None
+    """Limit of their long side; given together with short."""
     batch_size: Positive = 8
     """Images that go through a teacher at once."""
     skip_unreadable: bool = False
@@ -84,6 +89,10 @@ class PseudoLabels(Settings):
             raise broken_rule("teachers", "an empty list; name a teacher, or leave it out for the recipe's")
         if self.tau_ignore > self.tau:
             raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
+        if (self.short is None) != (self.long is None):
+            raise broken_rule("short" if self.short is None else "long", "missing; short and long go together")
+        if self.short is not None and self.long is not None and self.short > self.long:
+            raise broken_rule("short", f"{self.short} is more than long, {self.long}")
         if self.class_map.get("*") is not None:
             raise broken_rule(
                 "class_map", 'the key "*" stands for all other classes and can only be dropped, with null'

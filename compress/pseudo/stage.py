@@ -21,6 +21,7 @@ from rich.console import Console
 from compress.arms import Datasets, on_first_process
 from compress.data.coco import CocoDetection
 from compress.data.joined import Joined
+from compress.data.transforms import eval_transform
 from compress.manifest import Manifest
 from compress.pseudo import parts
 from compress.pseudo.images import ImageList, images_in
@@ -30,7 +31,7 @@ from compress.pseudo.parts import Shard
 from compress.pseudo.settings import FineTune, PseudoLabels
 from compress.recipe import Recipe, Schedule, Split, Train
 from compress.teachers.base import BoxTeacher
-from compress.teachers.check import check_teacher, students_images
+from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
 from compress.teachers.settings import Source
 from deploy.coco_map import read_annotations
@@ -81,20 +82,23 @@ def label_images(
     least = settings.min_map
     if settings.teachers is None and recipe.teacher is not None:
         least = max(least, recipe.teacher.min_map)
+    how = how_to_label(recipe, settings)
+    val = data.val
+    if settings.short is not None:
+        val = CocoDetection(data.val_split.annotations, data.val_split.images, eval_transform(how.short, how.long))
     for number, teacher in enumerate(teachers, start=1):
         check_teacher(
             teacher,
             _labels_of(teacher, list(data.train.categories), settings),
-            data.val,
+            val,
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
-            identity=data.identity,
-            student=students_images(recipe),
+            identity={**data.identity, "limits": [how.short, how.long]},
+            seen=seen_images(how.short, how.long),
             least=least,
             say=console.print,
             write=fabric.is_global_zero,
         )
-    how = how_to_label(recipe, settings)
     found: list[CocoDetection] = []
     hashes: list[str] = []
     totals = {"images": 0, "labels": 0, "regions": 0, "skipped": 0}
@@ -104,7 +108,8 @@ def label_images(
             "images": images.sha256(),
             "teachers": [{"sha256": teacher.sha256, "settings": dict(teacher.settings)} for teacher in teachers],
             "settings": settings.model_dump(
-                mode="json", exclude={"teachers", "unlabeled", "min_map", "weighting", "fine_tune", "thresholds"}
+                mode="json",
+                exclude={"teachers", "unlabeled", "min_map", "weighting", "fine_tune", "thresholds", "short", "long"},
             ),
             "limits": [how.short, how.long],
             "categories": sorted(names.items()),
@@ -168,8 +173,8 @@ def how_to_label(recipe: Recipe, settings: PseudoLabels) -> Settings:
         tau_ignore=settings.tau_ignore,
         how=settings.merge,
         iou_threshold=settings.iou,
-        short=recipe.data.eval_short,
-        long=recipe.data.long,
+        short=recipe.data.eval_short if settings.short is None else settings.short,
+        long=recipe.data.long if settings.long is None else settings.long,
         batch_size=settings.batch_size,
     )
 

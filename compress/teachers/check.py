@@ -14,7 +14,6 @@ from compress.data.coco import CocoDetection
 from compress.detectors.gfl import MEAN, STD
 from compress.evaluate import coco_rows
 from compress.manifest import Manifest
-from compress.recipe import Recipe
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
 from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
 from deploy.errors import UserError
@@ -35,7 +34,7 @@ def check_teacher(
     *,
     stage: str,
     identity: dict[str, Any],
-    student: Preprocessing,
+    seen: Preprocessing,
     least: float,
     say: Callable[[str], object],
     write: bool,
@@ -46,7 +45,7 @@ def check_teacher(
         labels: for each class of the teacher its label in `val`, -1 for none.
         stage: name of the manifest's row, so that a finished check is not repeated.
         identity: of the validation images, JSON-able.
-        student: what happens to the student's images.
+        seen: what happens to the images that it is shown, and to the student's.
         least: mAP that it must reach, percent; 0: any.
         say: prints a line.
         write: this process keeps the manifest.
@@ -58,7 +57,7 @@ def check_teacher(
     Raises:
         UserError: its mAP is below `least`, or cannot be measured and `least` is not 0.
     """
-    for line in (*class_lines(teacher, labels, val.categories), *preprocessing_lines(teacher, student)):
+    for line in (*class_lines(teacher, labels, val.categories), *preprocessing_lines(teacher, seen)):
         say(line)
     try:
         if all(label < 0 for label in labels):
@@ -88,9 +87,9 @@ def check_teacher(
     return found
 
 
-def students_images(recipe: Recipe) -> Preprocessing:
-    """What happens to the images of a recipe's student."""
-    return Preprocessing(f"short side {recipe.data.eval_short}, long side {recipe.data.long}", "RGB", MEAN, STD)
+def seen_images(short: int, long: int) -> Preprocessing:
+    """What happens to images that are resized to these limits for a model of this program."""
+    return Preprocessing(f"short side {short}, long side {long}", "RGB", MEAN, STD)
 
 
 def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence[str]) -> list[str]:
@@ -114,25 +113,25 @@ def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence
     return lines
 
 
-def preprocessing_lines(teacher: BoxTeacher, student: Preprocessing) -> list[str]:
-    """What the teacher does to images; a warning where that is not what happens to the student's."""
+def preprocessing_lines(teacher: BoxTeacher, seen: Preprocessing) -> list[str]:
+    """What the teacher does to images; a warning where that is not what happens to those that it is shown."""
     own = teacher.preprocessing
     if own is None:
         return []
     differences = [
         name
         for name, differs in (
-            ("size", teacher.view is not View.RESIZED and own.size != student.size),
-            ("order of channels", own.order != student.order),
-            ("mean", _differ(own, student, "mean")),
-            ("deviation", _differ(own, student, "std")),
+            ("size", teacher.view is not View.RESIZED and own.size != seen.size),
+            ("order of channels", own.order != seen.order),
+            ("mean", _differ(own, seen, "mean")),
+            ("deviation", _differ(own, seen, "std")),
         )
         if differs
     ]
     lines = [f"teacher {teacher.file} sees images: {described(own)}"]
     if differences:
         lines.append(
-            f"warning: that differs from the student's in {', '.join(differences)} ({described(student)}): right only "
+            f"warning: that differs from the student's in {', '.join(differences)} ({described(seen)}): right only "
             "if the teacher was trained so"
         )
     return lines
