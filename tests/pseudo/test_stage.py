@@ -13,13 +13,17 @@ import torch
 from PIL import Image
 
 from compress import arms, pipeline
-from compress.arms import Datasets
+from compress.arms import Datasets, splits
 from compress.data.joined import Joined
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import load_detector
-from compress.pseudo import parts
+from compress.pseudo import parts, stage
+from compress.pseudo.images import images_in
+from compress.pseudo.label import Settings as Labelling
+from compress.pseudo.label import pseudo_label
 from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, folder_of
 from compress.recipe import Recipe
+from compress.teachers.load import open_teacher
 from deploy.errors import UserError
 from deploy.files import sha256_of
 from tests import tiny
@@ -206,6 +210,35 @@ def test_thresholds_are_measured_on_the_labelled_images(tmp_path: Path) -> None:
     assert set(provenance["tau"]) == set(NAMES) and set(provenance["tau"].values()) != {0.6}
 
 
+def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the check and when they label; the student's images stay as they are."""
+    shown: list[tuple[tuple[int, ...], str]] = []
+    original = stage.check_teacher
+
+    def check(teacher: Any, labels: Any, val: Any, *arguments: Any, **named: Any) -> Any:
+        shown.append((tuple(val[0][0].shape), named["seen"].size))
+        return original(teacher, labels, val, *arguments, **named)
+
+    monkeypatch.setattr(stage, "check_teacher", check)
+    made = recipe(tmp_path, more="short: 96, long: 160, fine_tune: null")
+    run_dir = pipeline.distill(made)
+    assert shown == [((3, 96, 96), "short side 96, long side 160")] * 2 and made.data.short != 96
+    document = read(folder_of(run_dir) / "training-images.json")
+    assert (document["info"]["pseudo_labels"]["short"], document["info"]["pseudo_labels"]["long"]) == (96, 160)
+    settings = made.pseudo_labels
+    assert settings is not None and settings.teachers is not None
+    alone = tmp_path / "alone.json"
+    pseudo_label(
+        [open_teacher(source, torch.device("cpu")) for source in settings.teachers],
+        images_in(run_dir / "unlabelled.json", splits(made.data, made.runs)[0].images),
+        alone,
+        Labelling(tau=0.6, tau_ignore=0.5, short=96, long=160),
+        categories=run_dir / "unlabelled.json",
+        table=settings.class_map,
+    )
+    assert read(alone)["annotations"] == document["annotations"]
+
+
 def test_the_recipes_teacher_labels(tmp_path: Path) -> None:
     """Trained in the run from the labelled images, it labels the others, teaches by its features and is compared."""
     made = tiny.recipe(
@@ -247,6 +280,8 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
         (["pseudo_labels.teachers=null"], "pseudo_labels: nobody labels"),
         (["labels=null"], "pseudo_labels: every image has labels"),
         (["pseudo_labels.tau_ignore=0.7"], r"tau_ignore: 0.7 is more than tau, 0.6"),
+        (["pseudo_labels.short=64"], r"pseudo_labels\.long: missing; short and long go together"),
+        (["pseudo_labels.short=64", "pseudo_labels.long=32"], r"pseudo_labels\.short: 64 is more than long, 32"),
         (["pseudo_labels.class_map={'*': cat}"], r"class_map: the key"),
         (["pseudo_labels.fine_tune={epochs: 1, steps: 1}"], r"fine_tune\.steps: excludes epochs"),
         (["pseudo_labels.fine_tune={}"], r"fine_tune: no length"),
