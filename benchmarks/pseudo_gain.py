@@ -1,17 +1,19 @@
 """What pseudo labels are worth: one student, trained on people's labels, on few of them, and on what teachers add.
 
-    python -m benchmarks.pseudo_gain cpu          # synthetic images, all parts, 3 seeds; half an hour of one core
+    python -m benchmarks.pseudo_gain cpu          # synthetic images, all parts, 3 seeds; 40 minutes of one core
     python -m benchmarks.pseudo_gain bccd --set data.train.annotations=… --set data.train.images=… \\
         --set data.val.annotations=… --set data.val.images=…                           # part (a) on blood cells
 
 Parts of the table, with what each is compared with:
 
-    (a) a fifth of the labels, pseudo labels on the rest of the images    all labels; also: that fifth alone
+    (a) a fifth of the labels, pseudo labels on the rest of the images    all labels; also: that fifth alone, and the
+                                                                          last tenth of the steps as fine-tuning
     (b) the same and 1,800 more images without labels                     (a)
     (c) as (a), with two teachers that know one half of the classes each  (a)
     (d) labels of one style of images, pseudo labels of another one       the labels alone; on images of the other
 
 All students see the same number of images: who is fine-tuned on the labelled images trains that much shorter before.
+Thresholds have the best F1 on the labelled fifth. The package's teacher sees images at the size of its own training.
 A seed changes the initial weights, the order of the images and which images keep their labels; the images and the
 teachers are the same for all. On synthetic images the teacher is the package's, which has seen none of these images;
 those of (c) begin with its weights and learn on images in which only their half is labelled. On BCCD it is trained
@@ -51,6 +53,7 @@ from deploy.errors import UserError
 from deploy.files import sha256_of, write_json, write_text
 
 FRACTION = 0.2
+TEACHERS_SIZE = 128  # pixels, of the images that the package's teacher was trained on
 MORE_SEED, TARGET_SEED, HALVES_SEED = 101, 102, 103  # of images; the preset's own have another one
 HALF_IMAGES = 1000
 RECIPES = {"cpu": Path(__file__).with_suffix(".yaml"), "bccd": PRESETS / "bccd" / "student.yaml"}
@@ -102,7 +105,7 @@ def main() -> int:
             },
             "teacher": {"name": Path(checkpoint).name, "sha256": sha256_of(checkpoint_file(checkpoint))},
             "labels": FRACTION,
-            "steps": {"all": arguments.steps, "of them fine-tuning": arguments.fine_tune},
+            "steps": {"all": arguments.steps, "of them fine-tuning, in one row": arguments.fine_tune},
             "more_images": arguments.more,
             "seeds": arguments.seeds,
             "arms": rows,
@@ -124,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `compress run`")
     parser.add_argument("--teacher", help="a checkpoint; default: the preset's")
     parser.add_argument("--steps", type=int, help="of every student; default: the preset's")
-    parser.add_argument("--fine-tune", type=int, help="of these, on the labelled images after pseudo labels (a tenth)")
+    parser.add_argument("--fine-tune", type=int, help="of these, in the row with fine-tuning (a tenth)")
     parser.add_argument("--more", type=int, default=1800, help="images without labels of part (b), and of (d) a third")
     parser.add_argument("--half-steps", type=int, default=400, help="of each teacher of part (c)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the .json file")
@@ -158,14 +161,23 @@ def teacher_of(arguments: argparse.Namespace, base: Recipe) -> str:
 def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[Arm]:
     """The rows of the table, a row after the one that it is compared with."""
     few = f"labels.fraction={FRACTION}"
-    shorter = (f"train.steps={arguments.steps - arguments.fine_tune}", few)
     full, pseudo = "all labels", f"{100 * FRACTION:.0f} % of the labels, pseudo labels on the rest"
     arms = []
     if "a" in arguments.parts:
         arms += [
             Arm(full, "(a)", (), alone=True),
             Arm(f"{100 * FRACTION:.0f} % of the labels", "(a)", (few,), alone=True, against=full),
-            Arm(pseudo, "(a)", (*shorter, labelled_by(arguments, checkpoint)), against=full, wanted=97),
+            Arm(pseudo, "(a)", (few, labelled_by(base, checkpoint)), against=full, wanted=97),
+            Arm(
+                "the same, fine-tuned on the labels",
+                "(a)",
+                (
+                    f"train.steps={arguments.steps - arguments.fine_tune}",
+                    few,
+                    labelled_by(base, checkpoint, fine_tune=arguments.fine_tune),
+                ),
+                against=full,
+            ),
         ]
     if "b" in arguments.parts:
         folder = drawn(base, train=arguments.more, seed=MORE_SEED) / "images"
@@ -173,7 +185,7 @@ def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[A
             Arm(
                 f"the same and {arguments.more} more images",
                 "(b)",
-                (*shorter, labelled_by(arguments, checkpoint, unlabeled=folder)),
+                (few, labelled_by(base, checkpoint, unlabeled=folder)),
                 against=pseudo,
                 by="difference",
                 wanted=0,
@@ -181,7 +193,7 @@ def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[A
         )
     if "c" in arguments.parts:
         halves = [half_teacher(arguments, base, checkpoint, number) for number in (0, 1)]
-        settings = (*shorter, labelled_by(arguments, *map(str, halves)))
+        settings = (few, labelled_by(base, *map(str, halves)))
         arms.append(Arm("two teachers, half of the classes each", "(c)", settings, against=pseudo, wanted=95))
     if "d" in arguments.parts:
         folder = drawn(base, train=max(1, arguments.more // 3), seed=TARGET_SEED, style="night")
@@ -192,7 +204,7 @@ def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[A
             f"data.val={{annotations: {folder / 'val.json'}, images: {folder / 'images'}}}",
         )
         alone = "another style: labels of the first style"
-        other = labelled_by(arguments, checkpoint, unlabeled=folder / "images", fine_tune=False)
+        other = labelled_by(base, checkpoint, unlabeled=folder / "images")
         arms += [
             Arm(alone, "(d)", images, alone=True),
             Arm(
@@ -207,16 +219,17 @@ def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[A
     return arms
 
 
-def labelled_by(
-    arguments: argparse.Namespace, *teachers: str, unlabeled: Path | None = None, fine_tune: bool = True
-) -> str:
-    """The setting `pseudo_labels`."""
-    value = {
+def labelled_by(base: Recipe, *teachers: str, unlabeled: Path | None = None, fine_tune: int | None = None) -> str:
+    """The setting `pseudo_labels`. fine_tune: steps."""
+    value: dict[str, Any] = {
         "teachers": [{"checkpoint": teacher} for teacher in teachers],
         "class_map": {"*": None},
         "unlabeled": [str(unlabeled)] if unlabeled is not None else [],
-        "fine_tune": {"steps": arguments.fine_tune} if fine_tune else None,
+        "thresholds": "best_f1",
+        "fine_tune": None if fine_tune is None else {"steps": fine_tune},
     }
+    if base.data.synthetic is not None:
+        value |= {"short": TEACHERS_SIZE, "long": TEACHERS_SIZE}
     return f"pseudo_labels={json.dumps(value)}"
 
 
@@ -300,6 +313,8 @@ def half_teacher(arguments: argparse.Namespace, base: Recipe, checkpoint: str, n
             f"data.val={{annotations: {files['val']}, images: {folder / 'images'}}}",
             f"student={json.dumps(model)}",
             f"train.steps={arguments.half_steps}",
+            f"data.short={TEACHERS_SIZE}",
+            f"data.long={TEACHERS_SIZE}",
             "train.optimizer.lr=5e-4",
             f"train.schedule.warmup_steps={min(50, arguments.half_steps // 10)}",
         ],

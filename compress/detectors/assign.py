@@ -14,6 +14,7 @@ Shape letters: B images, G boxes an image (padded), L levels, A locations of an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,33 +67,36 @@ def location_points(level_sizes: list[tuple[int, int]], strides: tuple[int, ...]
     return torch.cat(levels)
 
 
-def in_unsure_regions(targets: list[Target], points: Tensor) -> Tensor:
-    """Locations that pseudo labels are unsure about: bool [B, A], those whose point lies in an unsure region.
+def unknown_classes(
+    targets: list[Target], num_classes: int, positive: Tensor, match: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor | None:
+    """What labels say nothing about: bool [B, K, A], True where a class has no loss at a location; None: nowhere.
 
-    A location that would be positive were the region a label lies in it, and so does the centre of every anchor of
-    which the region covers more than half. Such a location is no background, unless a label claims it.
+    A class that nobody looked for, anywhere in its image. The class of an unsure region of pseudo labels, where it
+    would be no background were the region a label; but a location that is positive for some label is known.
 
     Args:
-        points: float32 [A, 2], x and y in pixels of the network image.
+        positive: bool [B, A], locations that belong to a label.
+        match: boxes [n, 4] and the images that they are in, int64 [n], → int64 [n, A] with -1 where a location would be
+            background if that box were the only label.
     """
-    inside = torch.zeros(len(targets), len(points), dtype=torch.bool, device=points.device)
-    for row, target in zip(inside, targets, strict=True):
-        if target.unsure is not None:
-            regions = target.boxes[target.unsure].to(points.device)  # [n, 4]
-            from_start, to_end = points[:, None] - regions[:, :2], regions[:, 2:] - points[:, None]  # [A, n, 2]
-            row |= ((from_start >= 0) & (to_end >= 0)).all(-1).any(1)
-    return inside
-
-
-def uncovered_classes(targets: list[Target], num_classes: int, device: torch.device) -> Tensor | None:
-    """Classes that nobody looked for in an image: bool [B, K], or None when all were looked for everywhere."""
-    if all(target.uncovered is None for target in targets):
+    if all(target.uncovered is None and target.unsure is None for target in targets):
         return None
-    mask = torch.zeros(len(targets), num_classes, dtype=torch.bool, device=device)
-    for row, target in zip(mask, targets, strict=True):
+    device = positive.device
+    unknown = torch.zeros(len(targets), num_classes, positive.shape[1], dtype=torch.bool, device=device)
+    for row, target in zip(unknown, targets, strict=True):
         if target.uncovered is not None:
             row[target.uncovered.to(device)] = True
-    return mask
+    unsure = [(image, target, target.unsure) for image, target in enumerate(targets) if target.unsure is not None]
+    if unsure:
+        boxes = torch.cat([target.boxes[regions] for _, target, regions in unsure]).to(device)
+        labels = torch.cat([target.labels[regions] for _, target, regions in unsure]).to(device)
+        images = torch.cat([torch.full_like(target.labels[regions], image) for image, target, regions in unsure])
+        images = images.to(device)
+        near = (match(boxes, images) != -1) & ~positive[images]
+        where, place = near.nonzero(as_tuple=True)
+        unknown[images[where], labels[where], place] = True
+    return unknown
 
 
 def atss(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.batch import Target
-from compress.detectors.assign import Assignment, atss, in_unsure_regions, location_points, uncovered_classes
+from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.base import Capability, DensePrediction, Detections, Detector
 from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
 from kernels.distribution_iou_loss import distribution_iou_loss
@@ -50,9 +50,7 @@ class Targets:
     avg_factor: float32 scalar, number of positives (at least one an image), mean over processes.
     level_positives: float32 [L], positives of each level in all processes.
     world_size: processes that share the global batch.
-    learned: bool [B, A], locations with a class loss: those of the valid area, without what lies in unsure regions of
-        pseudo labels and is not positive.
-    uncovered: bool [B, K], classes without a class loss because nobody looked for them; None when there is none.
+    unknown: bool [B, K, A], where a class has no loss because the labels say nothing about it; None: nowhere.
     scores: float32 [B, G], how sure a teacher was of each box, 1 for a person's; None when all are.
     """
 
@@ -62,8 +60,7 @@ class Targets:
     avg_factor: Tensor
     level_positives: Tensor
     world_size: int
-    learned: Tensor
-    uncovered: Tensor | None
+    unknown: Tensor | None
     scores: Tensor | None
 
 
@@ -140,10 +137,12 @@ class GFL(Detector):
         world_size = 1
         if reduce is not None:
             totals, world_size = reduce(totals), dist.get_world_size()
-        learned = assignment.valid
-        if any(target.unsure is not None for target in targets):
-            points = location_points(prediction.level_sizes, prediction.strides, boxes.device)
-            learned = learned & ((assignment.gt_index >= 0) | ~in_unsure_regions(targets, points))
+
+        def match(regions: Tensor, images: Tensor) -> Tensor:
+            alone = regions[:, None]
+            there = torch.ones(alone.shape[:2], dtype=torch.bool, device=regions.device)
+            return atss(alone, there, sizes[images], prediction.level_sizes, prediction.strides).gt_index
+
         return Targets(
             boxes,
             labels,
@@ -151,8 +150,7 @@ class GFL(Detector):
             totals[0] / world_size,
             totals[1:],
             world_size,
-            learned,
-            uncovered_classes(targets, self.num_classes, boxes.device),
+            unknown_classes(targets, self.num_classes, assignment.gt_index >= 0, match),
             _pad_scores(targets, mask),
         )
 
@@ -176,11 +174,12 @@ class GFL(Detector):
         classification, level_of = [], []
         positive_logits, wanted, scores, box_losses = [], [], [], []
         gt_levels = targets.assignment.gt_index.split(locations, 1)
-        learned_levels = targets.learned.split(locations, 1)
+        valid_levels = targets.assignment.valid.split(locations, 1)
+        unknown_levels = None if targets.unknown is None else targets.unknown.split(locations, 2)
         for level, stride in enumerate(prediction.strides):
             logits = prediction.logits[level].flatten(2)  # [B, K, M]
-            if targets.uncovered is not None:  # a probability of 0 where it should be 0: no loss, no gradient
-                logits = logits.masked_fill(targets.uncovered[:, :, None], NO_PROBABILITY)
+            if unknown_levels is not None:  # a probability of 0 where it should be 0: no loss, no gradient
+                logits = logits.masked_fill(unknown_levels[level], NO_PROBABILITY)
             M, w = logits.shape[2], prediction.logits[level].shape[3]
             gt = gt_levels[level]
             b, m = (gt >= 0).nonzero(as_tuple=True)  # [P]
@@ -192,7 +191,7 @@ class GFL(Detector):
             box_loss, quality = distribution_iou_loss(side_logits, point, box, score)
             if targets.scores is not None:
                 quality = quality * targets.scores[b, gt[b, m]]
-            weight = learned_levels[level].to(logits.dtype)
+            weight = valid_levels[level].to(logits.dtype)
             classification.append(
                 quality_focal_loss(logits, b * M + m, label, quality, weight, beta=QFL_BETA, compiled=self.compiled)
             )

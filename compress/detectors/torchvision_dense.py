@@ -32,7 +32,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from compress.data.batch import Target
-from compress.detectors.assign import PAD_MULTIPLE, Assignment, in_unsure_regions, uncovered_classes
+from compress.detectors.assign import PAD_MULTIPLE, Assignment, unknown_classes
 from compress.detectors.backbones import Backbone
 from compress.detectors.base import Capability, DensePrediction, Detections
 from compress.detectors.gfl import NO_PROBABILITY, PRE_NMS, STRIDES, Reduce, Targets
@@ -122,6 +122,13 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         sizes = torch.tensor([target.size[::-1] for target in targets], device=anchors.device)  # (width, height)
         padded = (sizes + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
         valid = (centers < padded[:, None]).all(-1) & (gt_index != BETWEEN)
+
+        def match(regions: Tensor, images: Tensor) -> Tensor:
+            alone = [{"boxes": box[None], "labels": images.new_zeros(1)} for box in regions]
+            if not alone:
+                return gt_index.new_empty(0, len(anchors))
+            return torch.stack(self.match([anchors] * len(alone), alone, prediction.counts))
+
         return Targets(
             boxes,
             labels,
@@ -129,8 +136,7 @@ class TorchvisionDense(TorchvisionDetector, ABC):
             totals[0] / processes,
             totals[1:],
             processes,
-            learned=positive | ~in_unsure_regions(targets, centers),
-            uncovered=uncovered_classes(targets, self.num_classes, boxes.device),
+            unknown=unknown_classes(targets, self.num_classes, positive, match),
             scores=None,
         )
 
@@ -138,10 +144,8 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         """torchvision's losses, each of weight 1: `loss_cls`, `loss_bbox` and, of FCOS, `loss_centerness`."""
         prediction = prediction.float()
         logits = torch.cat([prediction.class_logits(level) for level in range(len(prediction.logits))], 2)
-        if targets.uncovered is not None:  # a probability of 0 where it should be 0: no loss, no gradient
-            logits = logits.masked_fill(targets.uncovered[:, :, None], NO_PROBABILITY)
-        if not targets.learned.all():
-            logits = logits.masked_fill(~targets.learned[:, None], NO_PROBABILITY)
+        if targets.unknown is not None:  # a probability of 0 where it should be 0: no loss, no gradient
+            logits = logits.masked_fill(targets.unknown, NO_PROBABILITY)
         outputs = {"cls_logits": logits.transpose(1, 2), "bbox_regression": _rows(prediction.sides, prediction.anchors)}
         if prediction.centerness:
             outputs["bbox_ctrness"] = _rows(prediction.centerness, 1)

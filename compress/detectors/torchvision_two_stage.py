@@ -175,7 +175,7 @@ class FasterRCNN(TorchvisionDetector):
         assignment = Assignment(nothing.long(), nothing, torch.where(mask, 0.0, torch.nan), zeros)
         one, none = torch.ones((), device=device), torch.zeros(L, device=device)
         sizes = [target.size for target in targets]
-        return TwoStageTargets(boxes, labels, assignment, one, none, 1, nothing, None, None, sizes)
+        return TwoStageTargets(boxes, labels, assignment, one, none, 1, None, None, sizes)
 
     def loss(self, prediction: TwoStagePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """torchvision's four losses, each of weight 1. Only in training mode; draws random numbers."""

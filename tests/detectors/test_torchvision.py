@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,7 +218,16 @@ def test_what_nobody_looked_for_has_no_loss(family: str) -> None:
     data.targets[1].uncovered = None
     target = data.targets[0]
     target.ignore = target.unsure = torch.tensor([False, True])
-    assert 0 < float(losses_of(ours, data)["loss_cls"]) != float(whole)
+    alone = replace(target, boxes=target.boxes[1:], labels=target.labels[1:], ignore=torch.tensor([False]), unsure=None)
+    background = ours.assign(prediction, [alone, data.targets[1]]).assignment.gt_index[0] == -1
+    targets = ours.assign(prediction, data.targets)
+    region = torch.zeros(len(data.targets), K, len(background), dtype=torch.bool)
+    region[0, target.labels[1]] = ~background & (targets.assignment.gt_index[0] < 0)
+    assert region.any() and targets.unknown is not None and torch.equal(targets.unknown, region)
+    gradients = torch.autograd.grad(ours.loss(prediction, targets)["loss_cls"], prediction.logits)
+    rows = [x.unflatten(1, (prediction.anchors, K)).flatten(3).permute(0, 2, 3, 1).flatten(2) for x in gradients]
+    every = torch.cat(rows, 2)
+    assert (every[region] == 0).all() and (every[~region] != 0).float().mean() > 0.9
     data.targets[0].scores = torch.tensor([0.5, 0.7])
     with pytest.raises(UserError, match="weight"):
         losses_of(ours, data)
