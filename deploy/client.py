@@ -55,11 +55,18 @@ class Client:
     server (429, 503) is asked again, after the time that it names."""
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 30.0, retries: int = 3) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        wrong = UserError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
+        except ValueError as error:  # brackets that do not close, a port that is none
+            raise wrong from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
+            raise wrong
+        if token is not None and not (token and token.isascii() and token.isprintable()):
+            raise UserError("the token must be printable ASCII and not empty")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=timeout_s)
+        self._connection = kind(parts.hostname, port, timeout=timeout_s)
         self._url, self._base, self._retries = url, parts.path.rstrip("/"), retries
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 

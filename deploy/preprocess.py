@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from deploy.card import ModelCard
 from deploy.errors import UserError
@@ -37,19 +37,52 @@ def read_image_bytes(path: Path) -> bytes:
 
 def decode_image(data: bytes, where: str = "image") -> np.ndarray:
     """`load_image` from the encoded bytes; errors name `where`."""
+    return decode_oriented(data, where)[0]
+
+
+def decode_oriented(data: bytes, where: str = "image") -> tuple[np.ndarray, int]:
+    """`decode_image`, and the EXIF orientation (1 to 8) from which the pixels were turned upright."""
     try:
         with Image.open(io.BytesIO(data)) as file:
-            return rgb(file)
+            file.load()  # some formats have their EXIF at the end
+            return rgb(file), orientation(file)
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: cannot decode the image: unknown format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # parsers raise anything on broken bytes: OSError, SyntaxError, struct.error …
         raise UserError(f"{where}: cannot decode the image: {error}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation of a loaded image, 1 to 8; 1 where there is none that can be read. Pillow also takes that of
+    XMP, where EXIF has none."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block is no reason to refuse the pixels
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+_UPRIGHT = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def rgb(image: Image.Image) -> np.ndarray:
     """An opened image as RGB uint8 [H, W, 3], turned as its EXIF orientation says; of 16 bits a channel the upper
     eight. Transparency is dropped."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    turn = _UPRIGHT[orientation(image)]
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # grey of 16 bits, and what is stored in more: Pillow would cut at 255
         grey = (np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, 2)

@@ -3,14 +3,19 @@
 #   docker build -f docker/serve.Dockerfile -t compress-serve .
 #   docker run --rm -p 8000:8000 -v "$PWD/runs/first:/models:ro" compress-serve serve /models/student.onnx --host 0.0.0.0
 #
-# With --build-arg EXTRAS=serve,gpu for ONNX Runtime on a GPU, or EXTRAS=serve,trt for engines; run with --gpus all.
+# With --build-arg EXTRAS=serve,gpu for ONNX Runtime on a GPU; run with --gpus all. For engines:
+#
+#   --build-arg EXTRAS=serve,trt --build-arg BUILDER=nvidia/cuda:13.0.1-devel-ubuntu24.04
+#
+# because PyCUDA comes as source and needs CUDA's headers to compile, but not to run. It would link CURAND, which nobody
+# uses.
 
-# PyCUDA comes as source and needs CUDA's headers to compile, but not to run. It would link CURAND, which nobody uses.
-FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS wheels
+ARG BUILDER=python:3.12.11-slim-trixie
+FROM ${BUILDER} AS wheels
 ARG EXTRAS=serve
-RUN apt-get update \
+RUN command -v python3.12 || { apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3.12 python3.12-dev python3.12-venv \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/*; }
 WORKDIR /opt/compress
 COPY pyproject.toml README.md LICENSE ./
 COPY compress compress

@@ -28,7 +28,10 @@ def test_instructions(path: Path) -> None:
     found = instructions(path)
     known = {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
     assert {name for name, _ in found} <= known
+    defaults = dict(text.split("=", 1) for name, text in found if name == "ARG" and "=" in text)
     bases = [text.split()[0] for name, text in found if name == "FROM"]
+    bases = [defaults[base[2:-1]] if base.startswith("${") else base for base in bases]
+    bases += re.findall(r"BUILDER=(\S+:\S+)", path.read_text(encoding="utf-8"))  # those that a comment names
     assert all(re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w.-]+", base) for base in bases), bases
     assert [text for name, text in found if name == "USER"] == ["compress"]
     assert ("ENTRYPOINT", '["compress"]') in found

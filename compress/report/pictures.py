@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from compress.report.document import Box, Document, Picture, Report
+from deploy.preprocess import rgb
 
 LONGEST_SIDE = 640  # pixels of an embedded image
 MIN_SCORE = 0.3  # weaker detections are left out of the drawing
@@ -140,7 +141,7 @@ def confident(boxes: Sequence[Box]) -> list[Box]:
 def _embed(path: Path) -> tuple[str, tuple[int, int]]:
     """A JPEG data URI and the (width, height) of the file in its upright orientation."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+        image = Image.fromarray(rgb(file))
     size = image.size
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -37,6 +37,9 @@ class ImageAnswer(BaseModel):
 
     width: int
     height: int
+    """Pixels of the picture, turned upright; boxes are in these."""
+    orientation: int
+    """What it was turned from: 1 to 8 as EXIF counts, 1 for not at all."""
     detections: list[Detection]
 
 
@@ -85,6 +88,7 @@ def image_answer(row: Row, picture: Decoded, card: ModelCard, min_score: float) 
     return {
         "width": width,
         "height": height,
+        "orientation": picture.orientation,
         "detections": [
             {
                 "box": box,
@@ -99,8 +103,14 @@ def image_answer(row: Row, picture: Decoded, card: ModelCard, min_score: float) 
     }
 
 
+MAX_JPEG_SIDE = 65_500
+"""Pixels; libjpeg writes no larger picture."""
+
+
 def draw_boxes(pixels: np.ndarray, detections: Sequence[dict[str, Any]]) -> bytes:
-    """A JPEG of the picture uint8 [h, w, 3] with its boxes; lowest score first, so that the best is on top."""
+    """A JPEG of the picture uint8 [h, w, 3] with its boxes; lowest score first, so that the best is on top.
+
+    Its sides are at most `MAX_JPEG_SIDE`."""
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     side = min(picture.size)

@@ -26,7 +26,7 @@ from starlette.responses import PlainTextResponse
 
 from deploy.preprocess import decode_image
 from deploy.serve import protocol
-from deploy.serve.answers import DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
+from deploy.serve.answers import MAX_JPEG_SIDE, DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
 from deploy.serve.batching import InferenceError, Row, Ticket
 from deploy.serve.bodies import Bodies, ClientGoneError, media_type, multipart_files
 from deploy.serve.decode import MEDIA_TYPES, Decoded, check_together, decode
@@ -154,6 +154,8 @@ def _add_detect(app: FastAPI, service: Service) -> None:
                 work = _detect(service, served, ticket, pictures)
                 decoded, rows, decode_s = await _unless_gone(request, work)
                 images = [image_answer(*pair, served.card, min_score) for pair in zip(rows, decoded, strict=True)]
+                if annotate and max(decoded[0].size_hw) > MAX_JPEG_SIDE:
+                    raise RefusalError(413, f"annotate takes pictures of at most {MAX_JPEG_SIDE} pixels a side")
                 stages = {"decode": decode_s}
                 if annotate:  # decoded once more: pixels of many waiting pictures would fill the memory
                     start, found = time.monotonic(), images[0]["detections"]
@@ -431,10 +433,12 @@ def _timing(
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="All models take requests", responses={503: {"description": "Not yet, or no more"}})
     async def readyz() -> Response:
         """With what really runs each model."""
@@ -463,6 +467,7 @@ def _add_page(app: FastAPI) -> None:
         kind += "; charset=utf-8" if kind.startswith("text/") else ""
         return Response(files[name], headers={"Content-Type": kind, "Cache-Control": "no-cache"})
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return show("index.html")

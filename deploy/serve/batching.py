@@ -9,7 +9,7 @@ request is never delayed. Leaving the `with` block gives back the places and tak
 a client that went away costs nothing more.
 
 The wait of a newcomer is estimated as (images in front) x (seconds an image, measured at the completion of batches
-while the model is busy). Whoever would wait longer than its deadline is refused at the door.
+while the model, or every decoder, is busy). Whoever would wait longer than its deadline is refused at the door.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ class Batcher:
         max_delay_s: float,
         max_queue: int,
         seconds_an_image: float,
+        decoders: int = 1,
         on_call: Callable[[Call], None] = lambda call: None,
     ) -> None:
         self._runner = runner
         self._max_batch, self._max_delay_s, self._max_queue = max_batch, max_delay_s, max_queue
         self._seconds_an_image = seconds_an_image
+        self._decoders = decoders
         self._on_call = on_call
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()
@@ -169,10 +171,14 @@ class Batcher:
         """The next batch, or None when the batcher is retired and empty."""
         with self._changed:
             while True:
+                waited = False
                 while not self._drop_dead():
                     if self._retired and not self._inside:
                         return None
                     self._changed.wait()
+                    waited = True
+                if waited and self._on_the_way + len(self._queue) <= self._decoders:
+                    self._busy_since = time.monotonic()  # it waited for a few slow pictures: no measure of the model
                 until = self._queue[0].arrived + self._max_delay_s
                 while 0 < len(self._queue) < self._max_batch and self._on_the_way > 0:
                     left = until - time.monotonic()

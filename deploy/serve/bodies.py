@@ -88,7 +88,7 @@ class Bodies:
 
 
 async def multipart_files(request: Request, body: bytes, *, max_files: int) -> list[bytes]:
-    """The contents of all parts that are files, in order. Raises RefusalError 400."""
+    """The contents of all parts that are files, in order. Raises RefusalError 400, and 413 for too many."""
 
     async def whole() -> AsyncIterator[bytes]:
         yield body
@@ -99,7 +99,8 @@ async def multipart_files(request: Request, body: bytes, *, max_files: int) -> l
         files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         return [await part.read() for part in files]
     except (MultiPartException, FormParserError) as error:
-        raise RefusalError(400, f"bad multipart body: {getattr(error, 'message', 'cannot be parsed')}") from error
+        message = getattr(error, "message", "cannot be parsed")
+        raise RefusalError(413 if message.startswith("Too many") else 400, f"bad multipart body: {message}") from error
     except (ValueError, LookupError) as error:  # codecs that the client names: `undefined`, `punycode` ...
         raise RefusalError(400, "bad multipart body: its names cannot be read; use UTF-8") from error
 

@@ -1,13 +1,14 @@
 """Encoded picture from a stranger → network canvas, through the same functions as `compress validate`.
 
 The header is read before anything is decoded: format by content (never by name or Content-Type), pixel count,
-number of JPEG scans. Only then `deploy.preprocess.decode_image` decodes: the first frame of an animation, turned as
+number of JPEG scans. Only then `deploy.preprocess.decode_oriented` decodes: the first frame of an animation, turned as
 EXIF says, transparency dropped, CMYK and palettes converted.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from PIL import WebPImagePlugin as _webp
 
 from deploy.card import ModelCard
 from deploy.errors import UserError
-from deploy.preprocess import decode_image, fit_canvas
+from deploy.preprocess import decode_oriented, fit_canvas
 from deploy.serve.settings import RefusalError
 
 assert _webp
@@ -32,11 +33,13 @@ MAX_JPEG_SCANS = 100
 
 @dataclass(frozen=True)
 class Decoded:
-    """canvas: uint8 [3, H, W] of the card's input size. scale: canvas pixels per image pixel (x, y)."""
+    """canvas: uint8 [3, H, W] of the card's input size. scale: canvas pixels per image pixel (x, y). size_hw: of the
+    picture after it was turned from its EXIF orientation, 1 to 8."""
 
     canvas: np.ndarray
     scale: tuple[float, float]
     size_hw: tuple[int, int]
+    orientation: int
 
 
 def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str) -> Decoded:
@@ -46,10 +49,10 @@ def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str) -> Deco
         raise RefusalError(413, f"{where}: {width} x {height} pixels; at most {max_pixels} are taken")
     if width < 1 or height < 1:
         raise RefusalError(422, f"{where}: the picture has no pixels")
-    if name == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if name == "JPEG" and _jpeg_scans(data) > MAX_JPEG_SCANS:
         raise RefusalError(422, f"{where}: more than {MAX_JPEG_SCANS} JPEG scans")
     try:
-        pixels = decode_image(data, where)
+        pixels, orientation = decode_oriented(data, where)
         canvas, scale = fit_canvas(pixels, card)
     except UserError as error:
         raise RefusalError(422, str(error)) from error
@@ -57,7 +60,7 @@ def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str) -> Deco
         raise
     except Exception as error:  # what a parser raises on hostile bytes: struct.error, KeyError, zlib.error …
         raise RefusalError(422, f"{where}: cannot decode the image") from error
-    return Decoded(canvas, scale, (pixels.shape[0], pixels.shape[1]))
+    return Decoded(canvas, scale, (pixels.shape[0], pixels.shape[1]), orientation)
 
 
 def check_together(pictures: Sequence[bytes], *, max_pixels: int) -> None:
@@ -99,6 +102,22 @@ def _sniff(data: bytes) -> str | None:
     if data.startswith(b"BM"):
         return "BMP"
     return "GIF" if data[:6] in (b"GIF87a", b"GIF89a") else None
+
+
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those within a scan's data left out
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans before the end of the picture, counted to one more than `MAX_JPEG_SCANS`. What applications put into
+    segments and behind the picture (previews, a phone's short films) is not looked at."""
+    place, scans = 2, 0
+    while scans <= MAX_JPEG_SCANS and (marker := _MARKER.search(data, place)):
+        kind, place = marker[1], marker.end()
+        if kind == b"\xd9":
+            break
+        scans += kind == b"\xda"
+        place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

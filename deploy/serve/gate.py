@@ -125,6 +125,7 @@ def log_as_json(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)  # Pillow warns of what strangers send
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings are our answers with 400
     log.setLevel(level.upper())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Models:
         self._cold: dict[str, Runner] = {name: open_runner(path) for name, path in self._files.items()}
         self._served: dict[str, Served] = {}
         self._loading = asyncio.Lock()
+        self._ending = threading.Event()
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +109,8 @@ class Models:
             self._metrics.reloads.labels(name, "done").inc()
 
     async def close(self) -> None:
-        """Let every batcher finish what it has."""
+        """Let every batcher finish what it has. A warm-up ends with the batch size that it is at."""
+        self._ending.set()
         for served in self._served.values():
             served.batcher.retire()
         for served in self._served.values():
@@ -119,7 +122,7 @@ class Models:
 
     async def _start(self, name: str, runner: Runner) -> None:
         start = time.monotonic()
-        seconds_an_image = await asyncio.to_thread(_warm_up, runner, self._settings.max_batch)
+        seconds_an_image = await asyncio.to_thread(_warm_up, runner, self._settings.max_batch, self._ending)
         warm_up_s = time.monotonic() - start
         batcher = Batcher(
             runner,
@@ -127,6 +130,7 @@ class Models:
             max_delay_s=self._settings.max_delay_ms / 1e3,
             max_queue=self._settings.max_queue,
             seconds_an_image=seconds_an_image,
+            decoders=self._settings.decode_workers,
             on_call=lambda call: self._observe(name, call),
         )
         old = self._served.get(name)
@@ -147,12 +151,15 @@ class Models:
 # ----------------------------------------------------------------------------------------------------
 
 
-def _warm_up(runner: Runner, max_batch: int) -> float:
-    """Run every batch size, because each is a new shape to the runtime. Seconds an image in the largest."""
+def _warm_up(runner: Runner, max_batch: int, ending: threading.Event) -> float:
+    """Run every batch size, because each is a new shape to the runtime, until `ending`. Seconds an image in the
+    largest."""
     size = (3, *runner.card.input_size)
     noise = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     seconds = 0.0
     for batch in range(1, max_batch + 1):
+        if ending.is_set():
+            break
         images = np.broadcast_to(noise, (batch, *size)).copy()
         start = time.monotonic()
         runner(images)

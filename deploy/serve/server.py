@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import resource
 import signal
 import socket
@@ -20,7 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import h11
 import uvicorn
+from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.errors import UserError
@@ -33,6 +36,9 @@ from deploy.serve.settings import RefusalError, Settings
 
 MAX_HEAD_BYTES = 32 * 1024
 FIRST_REQUEST_S = 1.0  # how long, when draining, a new connection may take to send its request
+SLICE_BYTES = 16 * 1024  # of what arrived, handled before looking at it again
+FRAMING_BYTES = 16 * 1024  # of a body, beyond twice what is in it
+AHEAD_BYTES = 64 * 1024  # of the next request, kept until the answer of this one
 log = logging.getLogger("compress.serve")
 
 
@@ -52,6 +58,7 @@ def serve(
     opened or the address is taken, before anything listens.
     """
     log_as_json(log_level)
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)  # ours comes first
     _allow_connections(settings.max_connections)
     metrics = Metrics()
     models = Models(files, open_runner, settings, metrics)
@@ -94,8 +101,10 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
         return task
 
     def end(pause_s: float) -> None:
-        for again in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(again)  # a second one has the system's effect
+        for again in (signal.SIGTERM, signal.SIGINT):  # a second one has the system's effect
+            loop.remove_signal_handler(again)
+            if os.getpid() == 1:  # which is none on the first process of a container
+                loop.add_signal_handler(again, os._exit, 128 + again)
         log.info("draining", extra={"requests": len(server.server_state.tasks)})
         service.draining = gate.draining = True
         loop.call_later(pause_s, setattr, server, "should_exit", True)
@@ -202,6 +211,10 @@ class GuardedConnection(H11Protocol):
     a connection without a request in work for `idle_timeout_s` is cut. Bodies have their own limit (`Bodies`). An
     answer is given to the transport as a whole, so that its client may still be taking it then: such a connection is
     cut when nothing of it was taken for `send_timeout_s`.
+
+    uvicorn stops reading when a client sends ahead of its answer, and then does not learn that it went away; here it
+    reads on up to `AHEAD_BYTES`. A body in tiny chunks costs an event each, so that few bytes keep everybody waiting:
+    a connection with more framing than body is cut.
     """
 
     idle_timeout_s: ClassVar[float]
@@ -212,13 +225,19 @@ class GuardedConnection(H11Protocol):
     _since: float = 0.0  # when it became idle, or when its request began
     _unsent: int = 0  # bytes of answers, when they last became fewer
     _taken_at: float = 0.0
+    _received: int = 0  # bytes since the last request began
+    _body: int = 0  # of these, of its body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         peer = transport.get_extra_info("socket")
-        if peer is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # unread answers are not kept for ever
-            with contextlib.suppress(OSError):
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * self.send_timeout_s))
+        if peer is not None:
+            with contextlib.suppress(OSError):  # asyncio's own doing only for sockets of a named protocol
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # unread answers are not kept for ever
+                with contextlib.suppress(OSError):
+                    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * self.send_timeout_s))
+        self._next_event, self.conn.next_event = self.conn.next_event, self._count_event  # type: ignore[method-assign]
         self._start_idling()
         if len(self.connections) > self.max_connections:
             self._make_room()
@@ -227,9 +246,36 @@ class GuardedConnection(H11Protocol):
         self._stop_idling()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        for first in range(0, len(data), SLICE_BYTES):
+            if self.transport.is_closing():
+                return
+            piece = data[first : first + SLICE_BYTES]
+            self._received += len(piece)
+            super().data_received(piece)
+            if self._receives_body() and self._received > FRAMING_BYTES + 2 * self._body:
+                log.info("cut", extra={"reason": "more framing than body", "client": (self.client or ("",))[0]})
+                self.transport.abort()
+
+    def _count_event(self) -> Any:
+        event = self._next_event()
+        if isinstance(event, h11.Request):
+            self._received = self._body = 0
+        elif isinstance(event, h11.Data):
+            self._body += len(event.data)
+        return event
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # its answer has begun, before its body was whole
+            self.transport.abort()
+
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
+        if self.flow.read_paused and not self._receives_body() and len(self.conn.trailing_data[0]) < AHEAD_BYTES:
+            self.flow.resume_reading()
         if self.cycle is not before:
             self._since = self.loop.time()
         if self.cycle is not None and not self.cycle.response_complete:
@@ -284,6 +330,9 @@ class GuardedConnection(H11Protocol):
         group = arriving if len(arriving) >= len(idle) else idle
         if group:
             min(group, key=lambda c: c._since).transport.abort()
+
+    def _receives_body(self) -> bool:
+        return self.conn.their_state is h11.SEND_BODY
 
     def _body_arrives(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body

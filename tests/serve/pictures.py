@@ -82,6 +82,14 @@ def jpeg_of_many_scans(scans: int) -> bytes:
     return data[:last] + data[last:-2] * scans + data[-2:]
 
 
+def with_exif(jpeg: bytes, entries: list[tuple[int, int, int, bytes]]) -> bytes:
+    """A JPEG with these EXIF entries (tag, type, count, four bytes), however wrong they are."""
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    tiff += b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    body = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
 def hostile() -> dict[str, bytes]:
     """Files that must be refused, each with a 4xx."""
     good = kinds()

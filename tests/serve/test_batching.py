@@ -242,3 +242,29 @@ def test_the_estimate_follows_the_runtime() -> None:
         assert 0.015 < under_test.seconds_an_image < 0.08
 
     run(work)
+
+
+def test_slow_pictures_are_no_measure_of_the_model() -> None:
+    """It waits for one that is decoded for long, and for one that never comes; others are not refused for that."""
+
+    async def work() -> None:
+        under_test = batcher(Watched(), decoders=2, max_queue=64)
+        await ask(under_test, 1, after=0.4)
+        with under_test.admit(1, 10.0):  # a broken one
+            await asyncio.sleep(0.3)
+            await ask(under_test, 2)
+        assert under_test.seconds_an_image < 0.02
+        await asyncio.gather(*(ask(under_test, k, deadline_s=1.0) for k in range(40)))
+
+    run(work)
+
+
+def test_saturated_decoders_are_counted() -> None:
+    """Ten pictures, one decoder: what the model could do alone is not what newcomers wait for."""
+
+    async def work() -> None:
+        under_test = batcher(Watched(), decoders=1, max_batch=1, max_queue=64)
+        await asyncio.gather(*(ask(under_test, k, after=0.05 * (k + 1)) for k in range(10)))
+        assert under_test.seconds_an_image > 0.02
+
+    run(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 import time
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deploy.preprocess import decode_image, fit_canvas
 from deploy.serve.decode import decode, read_header
 from deploy.serve.settings import RefusalError
-from tests.serve.pictures import encode, hostile, jpeg_of_many_scans, kinds, png_that_claims
+from tests.serve.pictures import encode, hostile, jpeg_of_many_scans, kinds, png_that_claims, with_exif
 from tests.serve.red import CARD, picture
 
 GOOD, BAD = kinds(), hostile()
@@ -79,6 +80,42 @@ def test_the_limit_is_the_limit() -> None:
     with pytest.raises(RefusalError, match="100 x 100 pixels; at most 9999"):
         decode(data, CARD, max_pixels=9_999, where="image")
     decode(jpeg_of_many_scans(80), CARD, max_pixels=LIMIT, where="image")
+
+
+def test_scans_are_those_of_the_picture() -> None:
+    """Not the same two bytes in what phones put into segments and behind the picture; a bomb behind those is found."""
+    data = GOOD["progressive jpeg"]
+    film = data + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08" * 500
+    comment = data[:2] + b"\xff\xfe" + (1002).to_bytes(2, "big") + b"\xff\xda" * 500 + data[2:]
+    for odd in (film, comment):
+        assert np.array_equal(decode_image(odd), decode_image(data))
+        found = decode(odd, CARD, max_pixels=LIMIT, where="image")
+        assert np.array_equal(found.canvas, decode(data, CARD, max_pixels=LIMIT, where="image").canvas)
+    bomb = jpeg_of_many_scans(200)
+    with pytest.raises(RefusalError, match="more than 100 JPEG scans"):
+        decode(bomb[:2] + comment[2:1006] + bomb[2:], CARD, max_pixels=LIMIT, where="image")
+
+
+TURN = (0x0112, 3, 1, b"\x06\0\0\0")
+
+
+@pytest.mark.parametrize("odd", [(0x0102, 2, 4, b"8 8\0"), (0x0100, 2, 4, b"640\0"), (0x9999, 16, 1, b"\x08\0\0\0")])
+def test_an_odd_exif_entry_is_no_obstacle(odd: tuple[int, int, int, bytes]) -> None:
+    """A text where a number belongs, an unknown type: the picture is turned all the same."""
+    data = with_exif(GOOD["jpeg"], [TURN, odd])
+    found = decode(data, CARD, max_pixels=LIMIT, where="image")
+    assert (found.size_hw, found.orientation) == ((90, 60), 6)
+    assert np.array_equal(decode_image(data), np.rot90(decode_image(GOOD["jpeg"]), -1))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    data = with_exif(GOOD["jpeg"], [(0x0112, 3, 1, bytes([orientation, 0, 0, 0]))])
+    with Image.open(io.BytesIO(data)) as file:
+        wanted = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    assert np.array_equal(decode_image(data), wanted)
+    found = decode(data, CARD, max_pixels=LIMIT, where="image").orientation
+    assert found == (orientation if 1 <= orientation <= 8 else 1)
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if "webp" in name])

@@ -28,7 +28,7 @@ from deploy.client import Client, ServerError
 from deploy.errors import UserError
 from deploy.preprocess import load_image
 from deploy.runtimes.onnx import OnnxRunner
-from tests.serve.pictures import encode, hostile, kinds
+from tests.serve.pictures import encode, hostile, kinds, with_exif
 from tests.serve.red import CARD, picture, write_red_model
 from tests.serve.running import ROOT, Server, server
 
@@ -135,7 +135,7 @@ def test_requests_that_are_wrong(http: httpx.Client) -> None:
     assert ask(content=b"x", headers={"Content-Type": "multipart/form-data"})[0] == 400
     assert ask(content=b"x" * 9, headers={"Content-Type": "multipart/form-data; boundary=a"})[0] == 400
     assert ask(data={"image": "text"}, files={})[0] in (400, 415)
-    assert ask(files=[("image", ("a", b"")) for _ in range(33)])[0] == 400
+    assert ask(files=[("image", ("a", b"")) for _ in range(33)])[0] == 413
     assert http.get("/v1/detect").status_code == 405 and http.get("/v1/detect").headers["allow"] == "POST"
     assert http.get("/nothing").json()["error"] == "Not Found"
     assert http.get("/page/..%2fapp.py").status_code == 404
@@ -195,6 +195,8 @@ def test_bits_equal_those_of_validation(tiny_onnx: Path, tmp_path: Path) -> None
 
 def test_probes_and_documents(http: httpx.Client) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
+    for path in ("/", "/healthz", "/readyz"):  # some monitors ask so
+        assert http.head(path).status_code == 200 and http.head(path).content == b""
     ready = http.get("/readyz")
     assert ready.status_code == 200
     assert ready.json() == {
@@ -249,7 +251,11 @@ def test_request_ids_and_logs(red_server: Server, http: httpx.Client) -> None:
 
 
 def test_a_deadline_that_cannot_be_kept(slow_onnx: Path) -> None:
-    with server(slow_onnx, "--threads", "1") as running, httpx.Client(base_url=running.url, timeout=60) as http:
+    patient = ("--deadline-ms", "30000")  # of all others
+    with (
+        server(slow_onnx, "--threads", "1", *patient) as running,
+        httpx.Client(base_url=running.url, timeout=60) as http,
+    ):
         files = [("image", (str(k), PNG)) for k in range(20)]
         first = subprocess.Popen(
             [sys.executable, "-c", _SEND_20, running.url], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE
@@ -273,6 +279,23 @@ for _ in range(3):
     answer = httpx.post(sys.argv[1] + "/v1/detect", files=[("image", (str(k), picture)) for k in range(20)], timeout=60)
     assert answer.status_code == 200, answer.text
 """
+
+
+def test_a_picture_that_no_jpeg_can_hold_is_refused_when_drawn(http: httpx.Client) -> None:
+    for size in ((1, 65_501), (65_501, 1)):
+        data = encode(np.zeros((*size, 3), np.uint8))
+        assert http.post("/v1/detect", content=data).status_code == 200
+        refused = http.post("/v1/detect", content=data, params={"annotate": 1})
+        assert refused.status_code == 413 and "65500" in refused.json()["error"]
+    data = encode(np.zeros((1, 65_500, 3), np.uint8))
+    assert http.post("/v1/detect", content=data, params={"annotate": 1}).status_code == 200
+
+
+def test_warnings_about_pictures_are_lines_of_the_log(red_server: Server, http: httpx.Client) -> None:
+    jpeg = encode(picture((480, 640), (100, 100, 300, 200)), "JPEG")
+    odd = with_exif(jpeg, [(0x0112, 3, 1, b"\x06\0\0\0"), (0x010E, 2, 5000, b"\xff\xff\0\0")])  # text beyond the end
+    assert http.post("/v1/detect", content=odd).status_code == 200
+    assert any("EXIF" in row["message"] for row in red_server.log())
 
 
 # -------------------------------------------------------------------------------- several models, loading again
@@ -369,8 +392,11 @@ def test_the_client(red_server: Server, tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="refused"):
         Client("http://127.0.0.1:9").detect(PNG)
     assert not Client("http://127.0.0.1:9").ready()
-    with pytest.raises(UserError, match="not the address"):
-        Client("ftp://127.0.0.1")
+    for url in ("ftp://127.0.0.1", "http://h:99999", "http://[::1", "h:abc", ""):
+        with pytest.raises(UserError, match="not the address"):
+            Client(url)
+    with pytest.raises(UserError, match="printable ASCII"):
+        Client("http://127.0.0.1:9", token="s\xe9cret\u20ac")
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -408,13 +434,17 @@ def test_mistakes_on_the_command_line(
 
 def test_serving_loads_no_torch(red_onnx: Path) -> None:
     script = f"""
-import sys, threading, os, signal
+import sys, os, signal
 from compress.cli import main
-def end():
-    assert not {{"torch", "torchvision", "lightning", "onnx"}} & set(sys.modules), "heavy packages"
-    os.kill(os.getpid(), signal.SIGINT)
-import compress.cli
-threading.Timer(4, end).start()
+class Out:
+    def write(self, text):
+        sys.__stdout__.write(text)
+        if text.startswith("ready: "):
+            assert not {{"torch", "torchvision", "lightning", "onnx"}} & set(sys.modules), "heavy packages"
+            os.kill(os.getpid(), signal.SIGINT)
+    def flush(self):
+        sys.__stdout__.flush()
+sys.stdout = Out()
 main(["serve", {str(red_onnx)!r}, "--port", "0", "--threads", "1"])
 """
     answer = subprocess.run(

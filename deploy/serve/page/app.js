@@ -89,7 +89,11 @@ async function detect(file) {
     const path = `/v1/detect?model=${encodeURIComponent(current()?.name ?? "")}`;
     const answer = await ask(path, { method: "POST", body: file, signal: running.signal,
       headers: { "Content-Type": "application/octet-stream" } });
-    state.answer = answer.images[0];
+    const [found] = answer.images;
+    const turned = found.orientation > 1 ? await upright(file, found) : null;
+    if (running.signal.aborted) return;
+    if (turned) show(file, turned);
+    state.answer = found;
     state.off.clear();
     showLatency(answer.timing_ms, performance.now() - start, answer.batch);
     showClasses();
@@ -104,9 +108,22 @@ async function detect(file) {
   }
 }
 
-function show(file) {
+// Browsers turn some kinds of files and not others: here the file is turned as the server did.
+async function upright(file, { width, height, orientation }) {
+  const raw = await createImageBitmap(file, { imageOrientation: "none" });
+  const canvas = make("canvas", "", { width, height });
+  const context = canvas.getContext("2d");
+  const [w, h] = [width, height];
+  const turns = { 2: [-1, 0, 0, 1, w, 0], 3: [-1, 0, 0, -1, w, h], 4: [1, 0, 0, -1, 0, h], 5: [0, 1, 1, 0, 0, 0],
+    6: [0, 1, -1, 0, w, 0], 7: [0, -1, -1, 0, w, h], 8: [0, -1, 1, 0, 0, h] };
+  context.setTransform(...turns[orientation]);
+  context.drawImage(raw, 0, 0);
+  return new Promise((done) => { canvas.toBlob(done); });
+}
+
+function show(file, pixels = file) {
   if (state.url) URL.revokeObjectURL(state.url);
-  state.url = URL.createObjectURL(file);
+  state.url = URL.createObjectURL(pixels);
   state.answer = null;
   $("boxes").replaceChildren();
   const image = $("image");
