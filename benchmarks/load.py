@@ -79,17 +79,18 @@ async def closed_loop(
     count: int | None = None,
     seconds: float | None = None,
     on_shot: Callable[[Shot], None] | None = None,
+    until: Callable[[Shot], bool] | None = None,
 ) -> list[Shot]:
-    """`clients` that each send the next request when they have an answer, until `count` were sent or `seconds` are
-    over. on_shot: gets every answer instead of the returned list."""
+    """`clients` that each send the next request when they have an answer, until `count` were sent, `seconds` are over
+    or `until` is true of an answer. on_shot: gets every answer instead of the returned list."""
     gun = _Gun(target, bodies)
     shots: list[Shot] = []
     end = math.inf if seconds is None else time.monotonic() + seconds
-    sent = 0
+    sent, over = 0, False
 
     async def client() -> None:
-        nonlocal sent
-        while (count is None or sent < count) and time.monotonic() < end:
+        nonlocal sent, over
+        while (count is None or sent < count) and time.monotonic() < end and not over:
             index = sent
             sent += 1
             shot = await gun.shoot(index % len(bodies), time.monotonic())
@@ -97,6 +98,7 @@ async def closed_loop(
                 shots.append(shot)
             else:
                 on_shot(shot)
+            over |= until is not None and until(shot)
             if shot.status < 0:
                 await asyncio.sleep(0.01)
 

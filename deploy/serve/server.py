@@ -35,7 +35,6 @@ from deploy.serve.models import Models
 from deploy.serve.settings import RefusalError, Settings
 
 MAX_HEAD_BYTES = 32 * 1024
-FIRST_REQUEST_S = 1.0  # how long, when draining, a new connection may take to send its request
 SLICE_BYTES = 16 * 1024  # of what arrived, handled before looking at it again
 FRAMING_BYTES = 16 * 1024  # of a body, beyond twice what is in it
 AHEAD_BYTES = 64 * 1024  # of the next request, kept until the answer of this one
@@ -91,6 +90,7 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
     )
+    server.first_request_s = settings.first_request_s
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -144,6 +144,8 @@ async def _warm_up(service: Service, server: _Server, say: Callable[[str], None]
 
 
 class _Server(uvicorn.Server):
+    first_request_s = 0.0
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """The handlers are `_serve`'s."""
@@ -157,7 +159,7 @@ class _Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         loop = asyncio.get_running_loop()
-        until = loop.time() + FIRST_REQUEST_S
+        until = loop.time() + self.first_request_s
         while any(_before_first_request(c) for c in self.server_state.connections) and loop.time() < until:
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)

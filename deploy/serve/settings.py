@@ -45,6 +45,8 @@ class Settings:
     """After SIGTERM the server says that it is not ready and goes on accepting for so long."""
     drain_timeout_s: float = 60.0
     """Accepted requests are answered, but no longer than this after the end of `drain_s`."""
+    first_request_s: float = 1.0
+    """Then, who connected before the end of `drain_s` has so long to send a first request."""
     allow_reload: bool = False
     """Whether clients may load a model's file again (`/v2/repository/models/…/load`). SIGHUP always does it."""
     token: str | None = field(default=None, repr=False)
