@@ -135,8 +135,10 @@ def distill(
 ) -> None:
     """Train a recipe's student with its teacher."""
     loaded = _recipe(recipe, settings, devices)
-    if not loaded.methods.enabled():
-        raise UserError(f"{recipe}: no method to distill with; add one under methods, or use compress train")
+    if not loaded.methods.enabled() and loaded.pseudo_labels is None:
+        raise UserError(
+            f"{recipe}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
+        )
     _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)
 
 
@@ -149,7 +151,10 @@ def train(
     devices: Devices = None,
 ) -> None:
     """Train a recipe's student alone."""
-    _train(_recipe(recipe, settings, devices), recipe, resume=resume, dry_run=dry_run, distillation=False)
+    loaded = _recipe(recipe, settings, devices)
+    if loaded.pseudo_labels is not None and _is_first_process():
+        print(f"{recipe}: pseudo_labels is not used here, no teacher labels; compress distill and compress run use it")
+    _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=False)
 
 
 def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = None) -> Recipe:
@@ -173,6 +178,8 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
     if dry_run:
         _next(*again)
         return
+    if recipe.student.detector == "faster_rcnn":  # never exported, as the pipeline has said: no report, no gate
+        return
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
     print(f"report: {run_dir / 'report.html'}")
@@ -187,6 +194,9 @@ def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillat
     run_dir = pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation)
     if dry_run:
         _next("distill" if distillation else "train", path)
+    elif recipe.student.detector == "faster_rcnn":
+        if _is_first_process():
+            print(f"weights: {run_dir / 'student.safetensors'}; a faster_rcnn cannot be exported")
     elif distillation and recipe.deploy.int8.qad is not None:
         _next("export", run_dir / "student.qad.safetensors", "--precision", "int8")
     else:

@@ -126,7 +126,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("train good.yaml --set seed=4294967296", "--set seed: must be at most 4294967295"),
         ("train good.yaml --set train.steps=9", "--set train.steps: excludes epochs"),
         ("train good.yaml --devices 3", "2 is not a multiple of devices x accumulate = 3"),
-        ("distill good.yaml", "good.yaml: no method to distill with"),
+        ("distill good.yaml", "good.yaml: nothing to distill with"),
         ("quickstart --set student.backbone=vgg", "'vgg' is not one of resnet18"),
         # data
         ("data synthetic out --classes 99", "classes is 99, must be from 2 to 24"),
@@ -433,6 +433,36 @@ def test_after_distillation_the_trained_scales_are_what_to_export(run: Run, pipe
     assert run("distill tiny.yaml --set 'deploy.int8.qad={}'")[1] == f"{following}.qad.safetensors --precision int8\n"
     assert run("train tiny.yaml --set 'deploy.int8.qad={}'")[1] == f"{following}.safetensors\n"
     assert run("distill tiny.yaml")[1] == f"{following}.safetensors\n"
+
+
+def test_nothing_leads_from_faster_rcnn_to_an_export(run: Run, pipeline: types.ModuleType) -> None:
+    """No report is read, not even one of an earlier student, and nothing is recommended that would be refused."""
+    from tests.tiny import TEXT
+
+    Path("tiny.yaml").write_text(TEXT.format(runs="runs"))
+    family = "--set student.detector=faster_rcnn --set methods={} --set baseline=false"
+    pipeline.gate = "fail"  # type: ignore[attr-defined]
+    assert run(f"run tiny.yaml {family}") == (0, "", "")
+    said = "weights: runs/tiny/student.safetensors; a faster_rcnn cannot be exported\n"
+    assert run(f"train tiny.yaml {family}") == (0, said, "")
+    family = family.replace("methods={}", "'methods={fgd: {}}'")
+    assert run(f"distill tiny.yaml {family}") == (0, said, "")
+
+
+def test_who_uses_pseudo_labels(run: Run, pipeline: types.ModuleType) -> None:
+    """`distill` needs no method beside them, `train` says that it leaves them out."""
+    from tests.tiny import TEXT
+
+    Path("tiny.yaml").write_text(TEXT.format(runs="runs"))
+    alone = "tiny.yaml --set methods={}"
+    labels = f"{alone} --set labels.fraction=0.5 --set 'pseudo_labels={{}}'"
+    assert run(f"distill {labels}") == (0, "next: compress export runs/tiny/student.safetensors\n", "")
+    assert pipeline.calls[-1][1]["distillation"] is True
+    code, out, err = run(f"train {labels}")
+    assert (code, err) == (0, "") and out.startswith("tiny.yaml: pseudo_labels is not used here")
+    assert "pseudo_labels" not in run(f"train {alone}")[1]
+    code, _, err = run(f"distill {alone}")
+    assert code == 2 and err.startswith("error: tiny.yaml: nothing to distill with; add a method under methods, or ps")
 
 
 def test_quickstart_runs_the_packaged_recipe(run: Run, pipeline: types.ModuleType) -> None:

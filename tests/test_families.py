@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import arms, pipeline
+from compress import arms, cli, pipeline
 from compress.data.batch import Batch, Target
 from compress.detectors.base import DensePrediction, Detector
 from compress.detectors.checkpoints import load_detector
@@ -202,9 +202,12 @@ def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(
     from compress.export import torch_runner
 
     recipe = tiny.recipe(tmp_path, *settings_of("faster_rcnn"))
-    run_dir = pipeline.run(recipe)
-    captured = capsys.readouterr()
-    assert "not exported" in captured.out + captured.err
+    options = [word for setting in settings_of("faster_rcnn") for word in ("--set", setting)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", str(tmp_path / "tiny.yaml"), *options])
+    captured, run_dir = capsys.readouterr(), recipe.run_dir
+    assert stop.value.code == 0 and captured.err == ""
+    assert "not exported" in captured.out and "next:" not in captured.out
     assert (run_dir / "student.safetensors").is_file() and not (run_dir / "student.onnx").exists()
     with pytest.raises(UserError, match="faster_rcnn cannot be exported"):
         torch_runner(str(run_dir / "student.safetensors"), recipe.deploy, (64, 64))
