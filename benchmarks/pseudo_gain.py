@@ -8,7 +8,7 @@ Parts of the table, with what each is compared with:
 
     (a) a fifth of the labels, pseudo labels on the rest of the images    all labels; also: that fifth alone, and the
                                                                           last tenth of the steps as fine-tuning
-    (b) the same and 1,800 more images without labels                     (a)
+    (b) the same and 2,200 more images without labels                     (a)
     (c) as (a), with two teachers that know one half of the classes each  (a)
     (d) labels of one style of images, pseudo labels of another one       the labels alone; on images of the other
 
@@ -106,7 +106,6 @@ def main() -> int:
             "teacher": {"name": Path(checkpoint).name, "sha256": sha256_of(checkpoint_file(checkpoint))},
             "labels": FRACTION,
             "steps": {"all": arguments.steps, "of them fine-tuning, in one row": arguments.fine_tune},
-            "more_images": arguments.more,
             "seeds": arguments.seeds,
             "arms": rows,
         },
@@ -128,7 +127,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", help="a checkpoint; default: the preset's")
     parser.add_argument("--steps", type=int, help="of every student; default: the preset's")
     parser.add_argument("--fine-tune", type=int, help="of these, in the row with fine-tuning (a tenth)")
-    parser.add_argument("--more", type=int, default=1800, help="images without labels of part (b), and of (d) a third")
+    parser.add_argument(
+        "--more",
+        type=int,
+        default=1800,
+        help="images that are drawn for (b), beside as many to validate as ever; of (d) a third",
+    )
     parser.add_argument("--half-steps", type=int, default=400, help="of each teacher of part (c)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the .json file")
     arguments = parser.parse_args()
@@ -180,10 +184,10 @@ def plan(arguments: argparse.Namespace, base: Recipe, checkpoint: str) -> list[A
             ),
         ]
     if "b" in arguments.parts:
-        folder = drawn(base, train=arguments.more, seed=MORE_SEED) / "images"
+        folder = drawn(base, train=arguments.more, seed=MORE_SEED) / "images"  # with those of its own validation split
         arms.append(
             Arm(
-                f"the same and {arguments.more} more images",
+                f"the same and {len(list(folder.iterdir()))} more images",
                 "(b)",
                 (few, labelled_by(base, checkpoint, unlabeled=folder)),
                 against=pseudo,
