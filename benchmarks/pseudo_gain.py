@@ -131,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
         "--more",
         type=int,
         default=1800,
-        help="images that are drawn for (b), beside as many to validate as ever; of (d) a third",
+        help="images drawn to train on for (b), beside those to validate; of (d) a third",
     )
     parser.add_argument("--half-steps", type=int, default=400, help="of each teacher of part (c)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the .json file")

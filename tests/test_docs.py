@@ -39,6 +39,9 @@ MORE = {  # further tables of a page: name of the block, file beside GAINS
     METHODS / "uet.md": [("ablation", "distill_gain-cpu-uet.json")],
 }
 
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+TABLES = [("pseudo", "pseudo_gain-cpu.md")]  # name of the block, file beside GAINS
+
 
 # ------------------------------------------------------------------------------- the reference of the recipe
 
@@ -213,6 +216,19 @@ def test_the_figures_are_those_of_the_benchmark(page: Path) -> None:
     assert page.read_text(encoding="utf-8") == with_figures(page), old
 
 
+def with_tables(page: Path) -> str:
+    """The text of a page with the tables that a benchmark wrote as Markdown."""
+    text = page.read_text(encoding="utf-8")
+    for block, name in TABLES:
+        text = filled(text, block, f"{GAINS.with_name(name).read_text(encoding='utf-8').strip()}\n")
+    return text
+
+
+def test_the_tables_are_those_of_the_benchmark() -> None:
+    old = "benchmarks/README.md has other tables than the results; run: python -m tests.test_docs"
+    assert BENCHMARKS.read_text(encoding="utf-8") == with_tables(BENCHMARKS), old
+
+
 def test_every_method_has_a_page_and_a_row() -> None:
     assert {page.stem for page in PAGES} == {*Methods.model_fields, "README"}
     table = INDEX.read_text(encoding="utf-8").partition("<!-- which -->")[2].partition("<!-- /which -->")[0]
@@ -365,3 +381,4 @@ if __name__ == "__main__":
     write_text(REFERENCE, f"{before}{BEGIN}\n{reference()}{END}{rest.partition(END)[2]}")
     for page in PAGES:
         write_text(page, with_figures(page))
+    write_text(BENCHMARKS, with_tables(BENCHMARKS))

@@ -21,16 +21,18 @@ def test_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = parse_arguments()
     base = load_recipe(pseudo_gain.RECIPES["cpu"], arguments.set)
     arms = plan(arguments, base, "zoo:quickstart")
-    assert [arm.part for arm in arms] == ["(a)", "(a)", "(a)", "(b)", "(c)", "(d)", "(d)"]
+    assert [arm.part for arm in arms] == ["(a)", "(a)", "(a)", "(a)", "(b)", "(c)", "(d)", "(d)"]
     recipes = [arm_recipe(arguments, arm, 2) for arm in arms]
-    assert len({recipe.name for recipe in recipes}) == 7
+    assert len({recipe.name for recipe in recipes}) == 8
     for arm, recipe in zip(arms, recipes, strict=True):
         assert recipe.seed == 2 and arm.alone == (recipe.pseudo_labels is None)
         tuned = recipe.pseudo_labels.fine_tune if recipe.pseudo_labels else None
         assert (recipe.train.steps or 0) + (tuned.steps or 0 if tuned else 0) == 100
         assert recipe.labels is None or (recipe.labels.fraction, recipe.labels.seed) == (0.2, 2)
         assert arm.against is None or arm.against in [other.name for other in arms]
-    more, two, source, target = recipes[3:]
+    tuned, more, two, source, target = recipes[3:]
+    assert tuned.pseudo_labels is not None and tuned.pseudo_labels.fine_tune is not None
+    assert all(r.pseudo_labels is None or r.pseudo_labels.fine_tune is None for r in recipes if r is not tuned)
     assert more.pseudo_labels is not None and len(list(more.pseudo_labels.unlabeled[0].iterdir())) == 3 + 2
     assert two.pseudo_labels is not None and two.pseudo_labels.teachers is not None
     assert len(two.pseudo_labels.teachers) == 2
