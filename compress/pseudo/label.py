@@ -130,7 +130,7 @@ def pseudo_label(
     device = device or _default_device()
     union, teachers = _load(sources, categories, table, device)
     for teacher in teachers:
-        told = teacher.boxes.covers(images.ids if images.listed else None, images.names)
+        told = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
         if told is not None and not quiet:
             print(told)
     counts = looked_for([teacher.labels for teacher in teachers], len(union))
@@ -249,7 +249,7 @@ def _measured(
     images = images_in(split_.annotations, split_.root)
     truth = _truth(split_.annotations, [name for _, name in union])
     for teacher in teachers:
-        teacher.boxes.covers(images.ids, images.names)
+        teacher.boxes.covers(images.ids, images.names, images.folder)
     collected = F1Thresholds(len(union))
     total = chunk_count(images, settings.batch_size)
     chunks = _read(images, range(total), settings, teachers, workers)

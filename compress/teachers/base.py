@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -79,18 +80,19 @@ class BoxTeacher(Protocol):
     preprocessing: Preprocessing | None
     """None: it looks at no pixels."""
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
-        """Can it say something about these images? Asked once, before long work.
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
+        """Can it say something about these images? Asked once for each list of images, before long work.
 
         Args:
             ids: image ids of the COCO file that lists the images; None for a folder, whose images have no ids.
-            names: their file names.
+            names: their file names, relative to `folder`.
+            folder: where they lie.
 
         Returns:
             A line worth telling the user, or None.
 
         Raises:
-            UserError: it knows nothing about one of them.
+            UserError: it knows nothing about one of them, or cannot tell it from an image of a list of before.
         """
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
@@ -130,7 +132,7 @@ class DetectorTeacher:
         self.preprocessing = Preprocessing("as the student's images", "RGB", mean, std)
         self._device = device
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
 
     @torch.inference_mode()

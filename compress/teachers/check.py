@@ -62,7 +62,7 @@ def check_teacher(
     try:
         if all(label < 0 for label in labels):
             raise UserError("none of its classes is one of the data's")
-        told = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))])
+        told = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))], val.folder)
     except UserError as error:
         if least > 0:
             raise UserError(f"teacher.min_map is {least:g}, and the teacher cannot be measured: {error}") from None

@@ -67,7 +67,7 @@ class CardTeacher:
         )
         self._told = f"{path}: has no boxes with a score below {card.score_threshold:g}"
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return self._told
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
@@ -123,7 +123,7 @@ class ForeignTeacher:
         self.settings: Mapping[str, Any] = described | {"size": list(self._size)}
         self.preprocessing: Preprocessing | None = _described(self._input, self._size)
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:

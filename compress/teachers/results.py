@@ -3,8 +3,12 @@
 Two forms. A list of results, `[{"image_id", "category_id", "bbox", "score"}, …]`, as every COCO evaluation takes it:
 images and categories are known by id alone, so the images must come from the COCO file that the ids belong to, and the
 names of the categories from the data. Or a whole document with `images`, `categories` and scored `annotations`, as
-`compress pseudo-label` writes it: images are known by file name, so they may be those of a folder. Regions to ignore
-(`iscrowd`) count as what they are, boxes with a lower score.
+`compress pseudo-label` writes it: images are known by file name, so they may be those of a folder; where it says their
+`width` and `height`, they must have that size. Regions to ignore (`iscrowd`) count as what they are, boxes with a lower
+score.
+
+An id or a name that stands for two images, one of the training and one of the validation set, says nothing about
+either: `covers` refuses it.
 
 The file is read as a whole; after that boxes lie in memory as flat arrays.
 """
@@ -22,7 +26,7 @@ import torch
 
 from compress.detectors.base import Capability, Detections, Detector
 from compress.teachers.base import Preprocessing, Sample, View, final
-from deploy.errors import UserError
+from deploy.errors import LocalUserError, UserError
 from deploy.files import sha256_of
 
 
@@ -48,9 +52,14 @@ class ResultsTeacher:
         content = _read(path)
         self.sha256 = sha256_of(path)
         self._by_name = isinstance(content, dict)
+        self._asked: dict[int | str, Path] = {}
+        self._sizes: dict[str, tuple[int, int]]
         if isinstance(content, dict):
-            images = _section(path, content, "images", {"id": int, "file_name": str})
+            images = _section(path, content, "images", {"id": int, "file_name": str}, _SIZE)
             keys = {row["id"]: row["file_name"] for row in images}
+            self._sizes = {
+                row["file_name"]: (row["height"], row["width"]) for row in images if row.keys() >= _SIZE.keys()
+            }
             if len(set(keys.values())) < len(images):
                 raise UserError(f"{path}: images: two have the same id or file_name, so they cannot be told apart")
             named = {row["id"]: row["name"] for row in _section(path, content, "categories", {"id": int, "name": str})}
@@ -62,6 +71,7 @@ class ResultsTeacher:
                     "(--categories)"
                 )
             keys, named, rows = {}, dict(categories), _checked(path, "", content, _ROW)
+            self._sizes = {}
         ids = sorted(named)
         self.class_names: tuple[str, ...] | None = tuple(named[number] for number in ids)
         # The names come from the data, so which ids they have belongs to the settings.
@@ -87,7 +97,7 @@ class ResultsTeacher:
             self._scores[index], self._labels[index] = row["score"], label[row["category_id"]]
             self._places.setdefault(key, []).append(index)
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         if self._by_name:
             absent = [name for name in names if name not in self._places]
             if absent:
@@ -95,6 +105,7 @@ class ResultsTeacher:
                     f"{self._path}: images: {len(absent)} of {len(names)} images are not there, the first is "
                     f"{absent[0]}; file names must be the same in both"
                 )
+            self._need_one_image_each(names, names, folder)
             return None
         if ids is None:
             raise UserError(
@@ -104,11 +115,13 @@ class ResultsTeacher:
         empty = sum(number not in self._places for number in ids)
         if empty == len(ids):
             raise UserError(f"{self._path}: has no result for any of the {len(ids)} images; do the ids belong to them?")
+        self._need_one_image_each(ids, names, folder)
         return f"{self._path}: no result for {empty} of {len(ids)} images: nothing was found there" if empty else None
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
         found = []
         for sample in samples:
+            self._need_size(sample)
             rows = self._places.get(sample.name if self._by_name else sample.target.image_id, [])
             found.append(
                 final(
@@ -121,10 +134,37 @@ class ResultsTeacher:
             )
         return found
 
+    def _need_one_image_each(self, keys: Sequence[int | str], names: Sequence[str], folder: Path) -> None:
+        folder = folder.resolve()
+        for key, name in zip(keys, names, strict=True):
+            file = folder / name
+            other = self._asked.setdefault(key, file)
+            if other == file:
+                continue
+            if self._by_name:
+                remedy = "name both relative to one folder, which the data names as its own"
+            else:
+                remedy = "give a COCO document (images, categories and scored annotations), which knows them by name"
+            raise UserError(
+                f"{self._path}: {'the name' if self._by_name else 'image_id'} {key} stands for two images, {other} and "
+                f"{file}; {remedy}"
+            )
+
+    def _need_size(self, sample: Sample) -> None:
+        height, width = sample.target.original_size
+        stated = self._sizes.get(sample.name, (height, width))
+        if stated != (height, width):
+            raise LocalUserError(
+                f"{self._path}: images: {sample.name} is {stated[1]}x{stated[0]} pixels there and {width}x{height} "
+                "here, so it is another image; give the results of these images, or their right width and height"
+            )
+
 
 # --- details --------------------------------------------------------------------------------------------
 
+_SIZE: dict[str, type] = {"width": int, "height": int}
 _ROW: dict[str, type] = {"image_id": int, "category_id": int, "bbox": list, "score": float}
+_NOTHING: dict[str, type] = {}
 _WORDS = {int: "an integer", str: "text", list: "a list", float: "a number"}
 
 
@@ -142,18 +182,24 @@ def _read(path: Path) -> Any:
     return content
 
 
-def _section(path: Path, content: dict[str, Any], name: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def _section(
+    path: Path, content: dict[str, Any], name: str, fields: Mapping[str, type], optional: Mapping[str, type] = _NOTHING
+) -> list[dict[str, Any]]:
     rows = content.get(name)
     if not isinstance(rows, list):
         raise UserError(f"{path}: {name}: must be a list; a COCO document has images, categories and annotations")
-    return _checked(path, name, rows, fields)
+    return _checked(path, name, rows, fields, optional)
 
 
-def _checked(path: Path, name: str, rows: list[Any], fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def _checked(
+    path: Path, name: str, rows: list[Any], fields: Mapping[str, type], optional: Mapping[str, type] = _NOTHING
+) -> list[dict[str, Any]]:
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path}: {name}[{index}]: must be an object")
-        for key, kind in fields.items():
+        for key, kind in (*fields.items(), *optional.items()):
+            if key not in row and key in optional:
+                continue
             if key not in row:
                 hint = "; labels without scores are no results of a detector" if key == "score" else ""
                 raise UserError(f"{path}: {name}[{index}]: {key} is missing{hint}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class TorchvisionTeacher:
         self._device = device
         self.preprocessing: Preprocessing | None = _described(model.transform)
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
 
     @torch.inference_mode()

@@ -83,7 +83,7 @@ class TransformersTeacher:
         self._ours[labels] = torch.arange(len(labels), device=device)
         self.preprocessing: Preprocessing | None = _described(self._processor)
 
-    def covers(self, ids: Sequence[int] | None, names: Sequence[str]) -> str | None:
+    def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
 
     @torch.inference_mode()

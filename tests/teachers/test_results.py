@@ -46,13 +46,43 @@ def test_a_list_is_looked_up_by_id(tmp_path: Path) -> None:
 
 def test_what_a_list_covers(tmp_path: Path) -> None:
     teacher = ResultsTeacher(written(tmp_path / "r.json", ROWS), NAMES)
-    assert teacher.covers([1, 2], ["a", "b"]) is None
-    told = teacher.covers([1, 2, 3, 4], ["a", "b", "c", "d"])
+    assert teacher.covers([1, 2], ["a", "b"], tmp_path) is None
+    told = teacher.covers([1, 2, 3, 4], ["a", "b", "c", "d"], tmp_path)
     assert told is not None and "no result for 2 of 4 images" in told
     with pytest.raises(UserError, match="has no result for any of the 2 images"):
-        teacher.covers([8, 9], ["a", "b"])
+        teacher.covers([8, 9], ["a", "b"], tmp_path)
     with pytest.raises(UserError, match="knows images by id, and those of a folder have none"):
-        teacher.covers(None, ["a"])
+        teacher.covers(None, ["a"], tmp_path)
+
+
+def test_an_id_or_a_name_of_two_images_is_refused(tmp_path: Path) -> None:
+    """Lists that number from 1 each, as training and validation sets do, and folders with equal names."""
+    rows = ResultsTeacher(written(tmp_path / "r.json", ROWS), NAMES)
+    rows.covers([1, 2], ["a.png", "b.png"], tmp_path / "val")
+    rows.covers([2, 3], ["val/b.png", "c.png"], tmp_path)  # 2 is the same image, named from another folder
+    wanted = (
+        r"r.json: image_id 1 stands for two images, .*val/a.png and .*train/a.png; give a COCO document \(images, ca"
+    )
+    with pytest.raises(UserError, match=wanted):
+        rows.covers([1], ["a.png"], tmp_path / "train")
+    document = ResultsTeacher(written(tmp_path / "d.json", DOCUMENT))
+    document.covers([1, 2], ["b.png", "c.png"], tmp_path / "one")
+    document.covers(None, ["b.png"], tmp_path / "two" / ".." / "one")
+    with pytest.raises(
+        UserError, match=r"d.json: the name c.png stands for two images, .*one/c.png and .*two/c.png; n"
+    ):
+        document.covers(None, ["c.png"], tmp_path / "two")
+
+
+def test_images_of_a_document_have_its_sizes(tmp_path: Path) -> None:
+    images = [DOCUMENT["images"][0] | {"width": 50, "height": 60}, *DOCUMENT["images"][1:]]
+    teacher = ResultsTeacher(written(tmp_path / "d.json", DOCUMENT | {"images": images}))
+    right, unstated = sample(noise(60, 50), 1, "sub/a.png"), sample(noise(7, 9), 2, "b.png")
+    assert len(teacher.detect([right, unstated], score_threshold=0.05)) == 2
+    with pytest.raises(UserError, match=r"d.json: images: sub/a.png is 50x60 pixels there and 60x50 here, so it"):
+        teacher.detect([sample(noise(50, 60), 1, "sub/a.png")], score_threshold=0.05)
+    with pytest.raises(UserError, match=r"images\[0\]: width must be an integer, found wide"):
+        ResultsTeacher(written(tmp_path / "d.json", DOCUMENT | {"images": [images[0] | {"width": "wide"}]}))
 
 
 def test_a_document_is_looked_up_by_name(tmp_path: Path) -> None:
@@ -62,9 +92,9 @@ def test_a_document_is_looked_up_by_name(tmp_path: Path) -> None:
         [sample(noise(60, 50), 77, "sub/a.png"), sample(noise(60, 50), 1, "c.png")], score_threshold=0.05
     )
     assert found.labels.tolist() == [0, 1] and len(nothing.boxes) == 0
-    assert teacher.covers(None, ["sub/a.png", "c.png"]) is None
+    assert teacher.covers(None, ["sub/a.png", "c.png"], tmp_path) is None
     with pytest.raises(UserError, match=r"1 of 2 images are not there, the first is a.png"):
-        teacher.covers([1, 2], ["a.png", "b.png"])
+        teacher.covers([1, 2], ["a.png", "b.png"], tmp_path)
 
 
 def broken(key: str, value: Any) -> list[dict[str, Any]]:

@@ -180,6 +180,19 @@ def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 1}, *LABELLED, "name=other"))
 
 
+def test_results_by_id_are_for_images_with_ids_of_their_own(tmp_path: Path) -> None:
+    """Generated training and validation images both count from 1: a list of results cannot mean both."""
+    from compress.arms import splits
+
+    plain = tiny.recipe(tmp_path)
+    drawn = json.loads(splits(plain.data, plain.runs)[1].annotations.read_text())["annotations"]
+    rows = [{key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for row in drawn]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    wanted = r"val.json: image_id \d+ stands for two images, .*val.*\.\w+ and .*train.*\.\w+; give a COCO document"
+    with pytest.raises(UserError, match=wanted):
+        pipeline.distill(recipe(tmp_path, {"results": str(tmp_path / "val.json")}, *LABELLED))
+
+
 def test_boxes_alone_cannot_teach_methods(tmp_path: Path) -> None:
     ssd = KINDS["torchvision"](tmp_path)
     with pytest.raises(UserError, match=r"teacher.torchvision: .* gives boxes alone, and methods.bckd learns from"):
