@@ -110,7 +110,12 @@ async function detect(file) {
 
 // Browsers turn some kinds of files and not others: here the file is turned as the server did.
 async function upright(file, { width, height, orientation }) {
-  const raw = await createImageBitmap(file, { imageOrientation: "none" });
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const exif = { 0xff: /Exif\0\0/g, 0x89: /eXIf/g, 0x52: /EXIF/g }[bytes[0]]; // of JPEG, PNG and WebP
+  if (exif) {
+    for (const { index } of new TextDecoder("latin1").decode(bytes).matchAll(exif)) bytes.fill(0x78, index, index + 4);
+  }
+  const raw = await createImageBitmap(new Blob([bytes])); // nothing says that it is turned
   const canvas = make("canvas", "", { width, height });
   const context = canvas.getContext("2d");
   const [w, h] = [width, height];
