@@ -32,7 +32,14 @@ from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze, load_teacher
 from compress.manifest import Manifest
-from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, label_images, only_labels
+from compress.pseudo.stage import (
+    FIRST_STAGE,
+    PseudoLabelled,
+    check_labelled,
+    fine_tuning,
+    label_images,
+    only_labels,
+)
 from compress.pseudo.stage import is_unfinished as pseudo_labels_unfinished
 from compress.recipe import Recipe, Train, dump_recipe
 from compress.teachers.check import check_teacher, seen_images
@@ -91,6 +98,8 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     data = open_data(recipe, fabric)
     if not data.has_labels and not distillation:
         raise UserError("labels.fraction is 0: without teachers there is nothing to train on")
+    if distillation:
+        check_labelled(recipe, data)
     console.print(
         f"{recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation images, "
         f"{len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
@@ -238,7 +247,7 @@ def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> No
         for name in ("teacher", "baseline", FIRST_STAGE, "student", "student.qad")
         if (run_dir / name / "checkpoints" / "last.ckpt").is_file() and not (run_dir / f"{name}.safetensors").is_file()
     ]
-    if pseudo_labels_unfinished(run_dir):
+    if pseudo_labels_unfinished(recipe):
         unfinished.append("the labelling")
     if unfinished and not resume:
         raise UserError(

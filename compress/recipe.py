@@ -462,6 +462,28 @@ class Recipe(Settings):
                 raise broken_rule(
                     "pseudo_labels", "every image has labels; give folders in unlabeled, or labels.fraction below 1"
                 )
+            if pseudo.teachers and self.teacher is not None and not self.methods.enabled() and not self.teacher.inherit:
+                raise broken_rule(
+                    "teacher",
+                    "nobody learns from it: pseudo_labels.teachers label, and there are no methods; remove it",
+                )
+            family = self.student.detector
+            if pseudo.weighting == "score" and family != "gfl":
+                raise broken_rule(
+                    "pseudo_labels.weighting", f"score is for gfl students; a {family} student needs hard"
+                )
+            if pseudo.tau_ignore < pseudo.tau and family == "faster_rcnn":
+                raise broken_rule(
+                    "pseudo_labels.tau_ignore",
+                    f"a faster_rcnn student cannot learn from unsure regions; set tau_ignore to {pseudo.tau:g}, equal "
+                    "to tau, and there are none",
+                )
+            parts = self.train.devices * self.train.accumulate
+            if pseudo.fine_tune is not None and (pseudo.fine_tune.batch_size or 0) % parts:
+                raise broken_rule(
+                    "pseudo_labels.fine_tune.batch_size",
+                    f"{pseudo.fine_tune.batch_size} is not a multiple of train.devices x train.accumulate = {parts}",
+                )
         if self.labels is not None and self.labels.fraction == 0:
             needs_labels = {
                 "pseudo_labels.fine_tune": pseudo is not None and pseudo.fine_tune is not None,

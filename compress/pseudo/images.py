@@ -36,10 +36,15 @@ class ImageList:
         return len(self.ids)
 
     def sha256(self) -> str:
-        """Of ids, names and sizes, in order; not of the pixels."""
+        """Of ids, names, sizes and lengths of the files (bytes; null if absent), in order.
+
+        Neither of the pixels, which would have to be read, nor of times, which copies of the same images do not share.
+        """
         digest = hashlib.sha256()
         for entry in zip(self.ids, self.names, self.sizes, strict=True):
-            digest.update(json.dumps(entry).encode() + b"\n")
+            file = self.folder / entry[1]
+            length = file.stat().st_size if file.is_file() else None
+            digest.update(json.dumps([*entry, length]).encode() + b"\n")
         return digest.hexdigest()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +31,8 @@ class FineTune(Settings):
     """Length in passes over the labelled images."""
     steps: Positive | None = None
     """Length in optimizer steps."""
+    batch_size: Positive | None = None
+    """Images in one optimizer step, no more than have labels; null: train.batch_size."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate at the start, from which a half cosine falls to zero; null: a tenth of train.optimizer.lr."""
     warmup_steps: Count = 0
@@ -40,6 +44,11 @@ class FineTune(Settings):
             raise broken_rule("", "no length; give epochs or steps")
         if self.epochs is not None and self.steps is not None:
             raise broken_rule("steps", "excludes epochs; keep one of the two")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise broken_rule(
+                "warmup_steps",
+                f"{self.warmup_steps} warm-up steps leave nothing of {self.steps} steps; set it to {self.steps // 10}",
+            )
         return self
 
 
@@ -58,7 +67,7 @@ class PseudoLabels(Settings):
     tau: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Lowest score of a label."""
     tau_ignore: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Lowest score of a region where something may be: neither object nor background."""
+    """Lowest score of a region where something may be: neither object nor background. Equal to tau: no regions."""
     thresholds: Literal["fixed", "best_f1"] = "fixed"
     """fixed: tau for all classes. best_f1: for each class the threshold with the best F1 on the labelled images;
     tau_ignore keeps its ratio to it."""
@@ -70,7 +79,8 @@ class PseudoLabels(Settings):
     """Class name at a teacher: name in the data, or null to drop it. Key "*" with null drops every class of a teacher
     that the data does not have."""
     weighting: Literal["hard", "score"] = "hard"
-    """hard: a label counts like a person's. score: its class target is multiplied by the teacher's score."""
+    """hard: a label counts like a person's. score: its class target is multiplied by the teacher's score (gfl
+    students only)."""
     short: Positive | None = None
     """Short side of the images that the teachers label, pixels; null: that of the student's. Teachers label best at the
     size that they were trained with. Sources that resize images themselves go on doing so."""
@@ -87,6 +97,11 @@ class PseudoLabels(Settings):
     def _rules(self) -> PseudoLabels:
         if self.teachers == ():
             raise broken_rule("teachers", "an empty list; name a teacher, or leave it out for the recipe's")
+        places = [Path(os.path.abspath(folder)) for folder in self.unlabeled]
+        for (first, a), (second, b) in itertools.permutations(zip(self.unlabeled, places, strict=True), 2):
+            if b.is_relative_to(a):
+                where = "stands there twice" if a == b else f"lies in {first}, which is searched with all below it"
+                raise broken_rule("unlabeled", f"{second} {where}; list it once")
         if self.tau_ignore > self.tau:
             raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
         if (self.short is None) != (self.long is None):

@@ -10,7 +10,7 @@ Each list of images (what `labels` left without labels, and each folder) is a st
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,38 @@ def folder_of(run_dir: Path) -> Path:
     return run_dir / "pseudo"
 
 
-def is_unfinished(run_dir: Path) -> bool:
-    """Was the labelling interrupted?"""
-    return any(folder_of(run_dir).glob("*.parts"))
+def is_unfinished(recipe: Recipe) -> bool:
+    """Was the labelling of one of the recipe's lists interrupted?"""
+    settings = recipe.pseudo_labels
+    if settings is None:
+        return False
+    names = [REST] if recipe.labels is not None and recipe.labels.fraction < 1 else []
+    names += [_folder(number) for number in range(1, len(settings.unlabeled) + 1)]
+    return any(parts.parts_folder(_file_of(recipe.run_dir, name)).is_dir() for name in names)
+
+
+def check_labelled(recipe: Recipe, data: Datasets) -> None:
+    """Would the trainings on the labelled images alone be refused? Asked before the long work that precedes them.
+
+    Raises UserError for too few images for a batch, or too few steps for the warm-up.
+    """
+    settings, found = recipe.pseudo_labels, len(data.train)
+    if recipe.baseline and recipe.train.batch_size > found:
+        raise UserError(f"train.batch_size {recipe.train.batch_size} is more than the {found} images of the baseline")
+    if settings is None or settings.fine_tune is None:
+        return
+    train = fine_tuning(recipe.train, settings.fine_tune)
+    if train.batch_size > found:
+        raise UserError(
+            f"pseudo_labels.fine_tune: batches of {train.batch_size} images, and only {found} have labels; set its "
+            f"batch_size to {found} or less"
+        )
+    steps = train.steps or (train.epochs or 0) * (found // train.batch_size)
+    if train.schedule.warmup_steps >= steps:
+        raise UserError(
+            f"pseudo_labels.fine_tune.warmup_steps: {train.schedule.warmup_steps} warm-up steps leave nothing of "
+            f"{steps} steps; set it to {steps // 10}"
+        )
 
 
 def label_images(
@@ -86,10 +115,11 @@ def label_images(
     val = data.val
     if settings.short is not None:
         val = CocoDetection(data.val_split.annotations, data.val_split.images, eval_transform(how.short, how.long))
-    for number, teacher in enumerate(teachers, start=1):
+    labels = labels_of(recipe, teachers, data.train.categories)
+    for number, (teacher, of_teacher) in enumerate(zip(teachers, labels, strict=True), start=1):
         check_teacher(
             teacher,
-            _labels_of(teacher, list(data.train.categories), settings),
+            of_teacher,
             val,
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
@@ -103,7 +133,7 @@ def label_images(
     hashes: list[str] = []
     totals = {"images": 0, "labels": 0, "regions": 0, "skipped": 0}
     for name, images in image_lists(settings, data, console):
-        out = folder_of(recipe.run_dir) / f"{name.replace(' ', '-')}.json"
+        out = _file_of(recipe.run_dir, name)
         inputs = {
             "images": images.sha256(),
             "teachers": [{"sha256": teacher.sha256, "settings": dict(teacher.settings)} for teacher in teachers],
@@ -156,6 +186,7 @@ def fine_tuning(train: Train, settings: FineTune) -> Train:
         update={
             "epochs": settings.epochs,
             "steps": settings.steps,
+            "batch_size": settings.batch_size or train.batch_size,
             "optimizer": train.optimizer.model_copy(update={"lr": lr}),
             "schedule": schedule,
         }
@@ -184,6 +215,7 @@ def rehearse(recipe: Recipe, data: Datasets, teachers: list[BoxTeacher], folder:
     up; labels are rare then, and thresholds are not applied."""
     settings = recipe.pseudo_labels
     assert settings is not None
+    labels_of(recipe, teachers, data.train.categories)
     for source in settings.unlabeled:
         if source.is_dir():
             console.print(f"pseudo labels: {len(images_in(source))} images in {source}")
@@ -227,35 +259,57 @@ def sources(recipe: Recipe) -> list[Source]:
 
 
 def image_lists(settings: PseudoLabels, data: Datasets, console: Console) -> list[tuple[str, ImageList]]:
-    """The images to label, by name of the list. Of the folders, images of the training and validation set are left out.
+    """The images to label, by name of the list, without those of the validation set; of the folders also without those
+    of the training set.
 
-    Raises UserError for a folder that is not there or has no other images.
+    Raises UserError for a folder that is not there, and for a list that has no other images.
     """
     lists = []
-    if data.unlabelled is not None and read_annotations(data.unlabelled.annotations)["images"]:
-        lists.append((REST, images_in(data.unlabelled.annotations, data.unlabelled.images)))
+    val, rest = _files(data.val_split), data.unlabelled
+    if rest is not None and read_annotations(rest.annotations)["images"]:
+        images = images_in(rest.annotations, rest.images)
+        lists.append((REST, _others(images, _Contents(val), REST, "validation", console)))
     if settings.unlabeled:
-        splits = [data.train_split, data.val_split, *([data.unlabelled] if data.unlabelled is not None else [])]
-        known = _Contents([split.images / name for split in splits for name in _names(split)])
+        known = _Contents([*_files(data.train_split), *val, *([] if rest is None else _files(rest))])
         for number, folder in enumerate(settings.unlabeled, start=1):
             images = images_in(folder)
-            keep = [images.folder / name not in known for name in images.names]
-            if not all(keep):
-                left = keep.count(False)
-                console.print(f"{folder}: {left} images of the training or validation set are left out")
-            if not any(keep):
-                raise UserError(f"{folder}: pseudo_labels.unlabeled: all its images are training or validation images")
-            lists.append((f"folder {number}", _only(images, keep)))
+            lists.append((_folder(number), _others(images, known, str(folder), "training or validation", console)))
     return lists
+
+
+def labels_of(recipe: Recipe, teachers: Sequence[BoxTeacher], categories: Sequence[str]) -> list[list[int]]:
+    """For each class of each teacher its label in the data, or NO_CLASS.
+
+    Raises UserError: a teacher does not name its classes, one of them has no place in the data, or nobody looks for a
+    class of the data and the student cannot learn so.
+    """
+    settings = recipe.pseudo_labels
+    assert settings is not None, "the caller looks"
+    found = []
+    for teacher in teachers:
+        if teacher.class_names is None:
+            raise UserError(f"teacher {teacher.file}: does not name its classes, so they cannot be matched")
+        found.append(class_map(teacher.class_names, categories, settings.class_map, teacher=f"teacher {teacher.file}"))
+    unseen = [name for label, name in enumerate(categories) if not any(label in labels for labels in found)]
+    if unseen and recipe.student.detector == "faster_rcnn":
+        raise UserError(
+            f"pseudo_labels: no teacher looks for {', '.join(unseen)}, and a faster_rcnn student cannot learn from "
+            "images of which only some classes are known; take a gfl, fcos or retinanet student, or another teacher"
+        )
+    return found
 
 
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _labels_of(teacher: BoxTeacher, categories: list[str], settings: PseudoLabels) -> list[int]:
-    if teacher.class_names is None:
-        raise UserError(f"teacher {teacher.file}: does not name its classes, so they cannot be matched")
-    return class_map(teacher.class_names, categories, settings.class_map, teacher=f"teacher {teacher.file}")
+def _folder(number: int) -> str:
+    """Name of the list of images of a folder, counted from 1."""
+    return f"folder {number}"
+
+
+def _file_of(run_dir: Path, name: str) -> Path:
+    """The file of a list."""
+    return folder_of(run_dir) / f"{name.replace(' ', '-')}.json"
 
 
 def _label(
@@ -326,8 +380,8 @@ def _on_all(fabric: Fabric, work: Callable[[], Any]) -> None:
         raise UserError(told)
 
 
-def _names(split: Split) -> list[str]:
-    return [row["file_name"] for row in read_annotations(split.annotations)["images"]]
+def _files(split: Split) -> list[Path]:
+    return [split.images / row["file_name"] for row in read_annotations(split.annotations)["images"]]
 
 
 class _Contents:
@@ -341,7 +395,7 @@ class _Contents:
                 self._by_size.setdefault(file.stat().st_size, []).append(file)
 
     def __contains__(self, file: Path) -> bool:
-        size = file.stat().st_size
+        size = file.stat().st_size if file.is_file() else None
         if size not in self._by_size:
             return False
         if size not in self._hashes:
@@ -349,10 +403,14 @@ class _Contents:
         return sha256_of(file) in self._hashes[size]
 
 
-def _only(images: ImageList, keep: list[bool]) -> ImageList:
-    """Some of a folder's images; each keeps its id."""
+def _others(images: ImageList, known: _Contents, where: str, what: str, console: Console) -> ImageList:
+    """The images that are not among the known ones; each keeps its id."""
     rows = [
-        row for row, kept in zip(zip(images.ids, images.names, images.sizes, strict=True), keep, strict=True) if kept
+        row for row in zip(images.ids, images.names, images.sizes, strict=True) if images.folder / row[1] not in known
     ]
+    if len(rows) < len(images):
+        console.print(f"{where}: {len(images) - len(rows)} images of the {what} set are left out")
+    if not rows:
+        raise UserError(f"{where}: pseudo_labels: all its images are {what} images")
     ids, names, sizes = (list(column) for column in zip(*rows, strict=True))
     return ImageList(images.folder, ids, names, sizes, listed=images.listed)

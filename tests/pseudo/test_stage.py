@@ -21,6 +21,7 @@ from compress.pseudo import parts, stage
 from compress.pseudo.images import images_in
 from compress.pseudo.label import Settings as Labelling
 from compress.pseudo.label import pseudo_label
+from compress.pseudo.settings import FineTune
 from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, folder_of
 from compress.recipe import Recipe
 from compress.teachers.load import open_teacher
@@ -107,6 +108,7 @@ def test_the_schedule_of_fine_tuning(tmp_path: Path) -> None:
     assert made.pseudo_labels is not None and made.pseudo_labels.fine_tune is not None
     train = fine_tuning(made.train, made.pseudo_labels.fine_tune)
     assert (train.epochs, train.steps, train.batch_size, train.ema) == (2, None, 4, 0.9)
+    assert fine_tuning(made.train, FineTune(steps=1, batch_size=2)).batch_size == 2
     assert train.optimizer.lr == pytest.approx(0.001) and train.optimizer.name == "sgd"
     assert (train.schedule.name, train.schedule.warmup_steps) == ("cosine", 0)
 
@@ -144,6 +146,98 @@ def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: p
         pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))
     with pytest.raises(UserError, match="nowhere: neither a folder of images nor"):
         pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'nowhere'}]"))
+
+
+def test_validation_images_in_the_training_list_are_not_labelled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(tmp_path)
+    train, val = splits(made.data, made.runs)
+    document, others = read(train.annotations), read(val.annotations)["images"]
+    document["images"] += [row | {"id": 1000 + row["id"]} for row in others]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    files = [
+        "data.synthetic=null",
+        f"data.train={{annotations: {tmp_path / 'train.json'}, images: {train.images}}}",
+        f"data.val={{annotations: {val.annotations}, images: {val.images}}}",
+    ]
+    run_dir = pipeline.distill(recipe(tmp_path, *files, more="fine_tune: null"))
+    listed = {row["file_name"] for row in read(run_dir / "unlabelled.json")["images"]}
+    theirs = {row["file_name"] for row in others}
+    assert listed & theirs
+    assert (
+        f"training images: {len(listed & theirs)} images of the validation set are left out" in capsys.readouterr().out
+    )
+    labelled = read(folder_of(run_dir) / "training-images.json")
+    assert {row["file_name"] for row in labelled["images"]} == listed - theirs
+
+
+def test_other_images_of_the_same_names_are_labelled_anew(tmp_path: Path) -> None:
+    """A copy of the same images at another place is not."""
+    rng = np.random.default_rng(5)
+    folder, copied = tmp_path / "more", tmp_path / "copied"
+
+    def labelled(folder: Path) -> Any:
+        run_dir = pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{folder}]", more="fine_tune: null"))
+        return stages(run_dir)["pseudo labels: folder 1"], stages(run_dir)["student"]
+
+    def draw(quality: int) -> None:
+        folder.mkdir(exist_ok=True)
+        for index in range(2):
+            picture = Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).resize((64, 56))
+            picture.save(folder / f"{index}.jpg", quality=quality)
+
+    draw(90)
+    first = labelled(folder)
+    shutil.copytree(folder, copied, copy_function=shutil.copyfile)
+    assert labelled(copied) == first == labelled(folder)
+    draw(80)
+    again = labelled(folder)
+    assert again[0]["inputs"] != first[0]["inputs"] and again[1]["inputs"] != first[1]["inputs"]
+
+
+def test_parts_of_a_folder_that_is_no_longer_in_the_recipe(tmp_path: Path) -> None:
+    made = recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]")
+    parts.parts_folder(folder_of(made.run_dir) / "folder-1.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"the labelling is unfinished"):
+        pipeline.distill(made)
+    pipeline.distill(recipe(tmp_path, more="fine_tune: null"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.batch_size=8"], "fine_tune: batches of 8 images, and only 6 have labels; set its batch_size to 6"),
+        (["train.batch_size=8", "baseline=true"], r"train\.batch_size 8 is more than the 6 images of the baseline"),
+        (
+            ["pseudo_labels.fine_tune={epochs: 2, batch_size: 3, warmup_steps: 4}"],
+            "fine_tune.warmup_steps: 4 warm-up steps leave nothing of 4 steps; set it to 0",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anybody_labels(
+    tmp_path: Path, overrides: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "pseudo_label", lambda *arguments, **named: pytest.fail("labelled"))
+    with pytest.raises(UserError, match=says):
+        pipeline.distill(recipe(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_two_stage_student_needs_teachers_of_all_classes(tmp_path: Path, dry_run: bool) -> None:
+    a = teacher(tmp_path / "a.safetensors", tuple(NAMES[:2]), 1)
+    settings = f"pseudo_labels={{teachers: [{{checkpoint: {a}}}], tau: 0.6, tau_ignore: 0.6, fine_tune: null}}"
+    with pytest.raises(UserError, match=f"no teacher looks for {NAMES[2]}, and a faster_rcnn student cannot learn"):
+        pipeline.distill(recipe(tmp_path, settings, "student.detector=faster_rcnn"), dry_run=dry_run)
+
+
+def test_a_two_stage_student_learns_without_regions(tmp_path: Path) -> None:
+    student = "student={detector: faster_rcnn, backbone: nano, neck_channels: 32, head_depth: 0, roi_samples: 16}"
+    made = recipe(tmp_path, student, "pseudo_labels.tau_ignore=0.6", "pseudo_labels.thresholds=best_f1")
+    run_dir = pipeline.distill(made)
+    document = read(folder_of(run_dir) / "training-images.json")
+    assert document["annotations"] and not any(row["iscrowd"] for row in document["annotations"])
+    assert stages(run_dir)["student"]["result"]["steps"] == 2
 
 
 def test_one_teacher_for_some_of_the_classes(tmp_path: Path, seen: list[PseudoLabelled]) -> None:
@@ -285,6 +379,22 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
         (["pseudo_labels.class_map={'*': cat}"], r"class_map: the key"),
         (["pseudo_labels.fine_tune={epochs: 1, steps: 1}"], r"fine_tune\.steps: excludes epochs"),
         (["pseudo_labels.fine_tune={}"], r"fine_tune: no length"),
+        (
+            ["pseudo_labels.fine_tune={steps: 5, warmup_steps: 5}"],
+            r"fine_tune\.warmup_steps: 5 .* of 5 steps; set it to 0",
+        ),
+        (
+            ["pseudo_labels.fine_tune={steps: 5, batch_size: 3}", "train.devices=2"],
+            r"fine_tune\.batch_size: 3 is not a",
+        ),
+        (["pseudo_labels.weighting=score", "student.detector=fcos"], r"weighting: score is for gfl students; a fcos"),
+        (
+            ["student.detector=faster_rcnn"],
+            r"tau_ignore: a faster_rcnn student .* set tau_ignore to 0\.6, equal to tau",
+        ),
+        (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a stands there twice; list it once"),
+        (["pseudo_labels.unlabeled=[a/b, a, ab]"], r"unlabeled: a/b lies in a, which is searched"),
+        (["teacher={checkpoint: no.pth}"], r"--set teacher: nobody learns from it: pseudo_labels\.teachers label"),
         (["labels.fraction=0"], r"pseudo_labels\.fine_tune: needs labelled training images"),
         (["labels.fraction=0", "pseudo_labels=null"], r"labels\.fraction: 0 leaves nothing"),
         (["labels.fraction=0", "pseudo_labels.fine_tune=null", "baseline=true"], "baseline: needs labelled"),
