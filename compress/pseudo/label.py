@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,18 @@ from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, im
 from compress.pseudo.merge import REST, Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
 from compress.pseudo.parts import Shard, Summary
 from compress.pseudo.thresholds import F1Thresholds
-from compress.teachers.base import BoxTeacher, Sample
+from compress.teachers.base import BoxTeacher, Sample, View
+from compress.teachers.check import class_lines, described
 from compress.teachers.load import open_teacher
 from compress.teachers.settings import Source
-from deploy.coco_map import load_annotations
+from deploy.coco_map import load_annotations, read_annotations
 from deploy.errors import LocalUserError, UserError
 from deploy.files import need_place, sha256_of
 
 LOWEST_SCORE = 0.05
 """Detections below it are never looked at, unless a region to ignore may have a lower score."""
+LARGEST = 8192
+"""Side of a resized image, pixels. Far above what detectors are trained with, and far below what a machine holds."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Settings:
             )
         if not 0 <= self.iou_threshold < 1:
             raise UserError(f"IoU threshold of the merge: must be at least 0 and below 1, got {self.iou_threshold}")
-        if not 1 <= self.short <= self.long:
-            raise UserError(f"image size: 1 <= short <= long is needed, got {self.short} and {self.long}")
+        if not 1 <= self.short <= self.long <= LARGEST:
+            raise UserError(f"image size: 1 <= short <= long <= {LARGEST} is needed, got {self.short} and {self.long}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def pseudo_label(
     the same numbers. Memory does not grow with the number of images, but for their names.
 
     Args:
-        sources: the teachers, as `open_teacher` takes them, or open.
+        sources: the teachers, as `open_teacher` takes them, or open. What those that are opened here look for, and
+            what they see, is printed.
         categories: a COCO file whose categories the labels get; default: all classes of all teachers, from 1. A
             teacher that knows its classes by id alone gets their names from it.
         table: see `merge.class_map`.
@@ -119,17 +123,22 @@ def pseudo_label(
 
     Raises:
         UserError: a teacher, a class, an image or a setting is not usable; `out` is there; parts of another run are.
+            LocalUserError for what belongs to this shard.
     """
     if out.suffix != ".json":
         raise UserError(f"{out}: pseudo labels are COCO JSON; name a file that ends in .json")
     need_place(out)
     if out.exists() and not resume:
         raise UserError(f"{out}: is there already; delete it, or name another file")
-    parts.need_fresh(out, shard, resume=resume)
+    with _of_this_shard():
+        parts.need_fresh(out, shard, resume=resume)
     table = table or {}
     device = device or _default_device()
     union, teachers = _load(sources, categories, table, device)
-    for teacher in teachers:
+    for source, teacher in zip(sources, teachers, strict=True):
+        if isinstance(source, Source | str) and not quiet:
+            for line in _about(teacher, [name for _, name in union], settings):
+                print(line)
         told = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
         if told is not None and not quiet:
             print(told)
@@ -162,35 +171,61 @@ def pseudo_label(
 
     total = chunk_count(images, settings.batch_size)
     mine = shard.chunks(total)
-    done = parts.begin(out, shard, {"document": document})
     name = "pseudo labels" if shard.count == 1 else f"pseudo labels, shard {shard}"
-    chunks = _read(images, mine[done:], settings, teachers, workers)
     lowest = min(LOWEST_SCORE, float(tau_ignore.min()))
-    with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
-        for number, chunk in zip(mine[done:], chunks, strict=True):
-            samples, bad = _sorted_out(chunk)
-            if bad and not skip_unreadable:
-                raise LocalUserError(f"{bad[0].reason}; --skip-unreadable leaves such images out")
-            merged = _find(teachers, samples, settings, counts, lowest)
-            row = {
-                "number": number,
-                "images": [_image_row(sample) for sample in samples],
-                "annotations": [
-                    annotation
-                    for sample, found in zip(samples, merged, strict=True)
-                    for annotation in _annotations(sample, *split(found, tau, tau_ignore), union)
-                ],
-                "skipped": [item.name for item in bad],
-            }
-            parts.append(file, row)
-            advance(number // shard.count + 1, len(mine))
-    return parts.join(out, shard.count, total)
+    with _of_this_shard():
+        done = parts.begin(out, shard, {"document": document})
+        chunks = _read(images, mine[done:], settings, teachers, workers)
+        with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
+            for number, chunk in zip(mine[done:], chunks, strict=True):
+                samples, bad = _sorted_out(chunk)
+                if bad and not skip_unreadable:
+                    raise UserError(
+                        f"{bad[0].reason}; --skip-unreadable, or pseudo_labels.skip_unreadable in a recipe, leaves "
+                        "such images out"
+                    )
+                merged = _find(teachers, samples, settings, counts, lowest)
+                row = {
+                    "number": number,
+                    "images": [_image_row(sample) for sample in samples],
+                    "annotations": [
+                        annotation
+                        for sample, found in zip(samples, merged, strict=True)
+                        for annotation in _annotations(sample, *split(found, tau, tau_ignore), union)
+                    ],
+                    "skipped": [item.name for item in bad],
+                }
+                parts.append(file, row)
+                advance(number // shard.count + 1, len(mine))
+        return parts.join(out, shard.count, total)
 
 
 # --- details --------------------------------------------------------------------------------------------
 
 Union = list[tuple[int, str]]
 """The common label space: (category id, name), the place is the label."""
+
+
+@contextmanager
+def _of_this_shard() -> Iterator[None]:
+    """A mistake found in here may be this shard's alone, so it is told by the process that has it."""
+    try:
+        yield
+    except UserError as error:
+        raise LocalUserError(str(error)) from error
+
+
+def _about(teacher: Teacher, categories: Sequence[str], settings: Settings) -> Iterator[str]:
+    """What a teacher looks for, and at which size."""
+    boxes = teacher.boxes
+    yield from class_lines(boxes, teacher.labels, categories)
+    if boxes.view is View.RESIZED:
+        yield (
+            f"teacher {boxes.file} sees images: short side {settings.short}, long side {settings.long}; "
+            "--short and --long should be those of its training"
+        )
+    elif boxes.preprocessing is not None:
+        yield f"teacher {boxes.file} sees images: {described(boxes.preprocessing)}"
 
 
 def _default_device() -> torch.device:
@@ -207,7 +242,7 @@ def _load(
 ) -> tuple[Union, list[Teacher]]:
     union: Union = []
     if categories is not None:
-        union = sorted((row["id"], row["name"]) for row in load_annotations(categories)["categories"])
+        union = _categories(categories)
     loaded = []
     for source in sources:
         boxes: BoxTeacher
@@ -225,14 +260,23 @@ def _load(
     if categories is None:
         union = list(enumerate(union_of([names for _, names in loaded], table), start=1))
     names = [name for _, name in union]
-    if len(set(names)) < len(names):
-        raise UserError(f"{categories}: categories: two have the same name, so classes cannot be matched by name")
     if not names:
         raise UserError("class map: it drops every class of every teacher, so there is nothing to look for")
     teachers = [
         Teacher(boxes, class_map(theirs, names, table, teacher=f"teacher {boxes.file}")) for boxes, theirs in loaded
     ]
     return union, teachers
+
+
+def _categories(file: Path) -> Union:
+    """Those of a COCO file; its images and annotations do not matter."""
+    union = sorted((row["id"], row["name"]) for row in read_annotations(file)["categories"])
+    if not union:
+        raise UserError(f"{file}: categories: the list is empty, so there is no class to look for")
+    for what, values in zip(("id", "name"), zip(*union, strict=True), strict=True):
+        if len(set(values)) < len(union):
+            raise UserError(f"{file}: categories: two have the same {what}; ids and names must differ")
+    return union
 
 
 def _measured(

@@ -58,8 +58,10 @@ def class_map(
         teacher: what to call the teacher in an error.
 
     Raises:
-        UserError: a class has no place in `union`.
+        UserError: a class has no place in `union`, or `REST` has another value than None.
     """
+    if table.get(REST) is not None:
+        raise UserError(f"class map: the key {REST!r} stands for all other classes and can only be dropped, with null")
     place = {name: label for label, name in enumerate(union)}
     labels = []
     for name in names:

@@ -54,19 +54,21 @@ def part_file(out: Path, shard: Shard) -> Path:
 
 
 def need_fresh(out: Path, shard: Shard, *, resume: bool) -> None:
-    """Find out before long work that `begin` will not meet another run.
+    """Find out before long work that `begin` will not meet another run. A part without a chunk is none: there is
+    nothing in it to lose, and its run may have failed at the first image.
 
     Raises:
         UserError: a part is there and `resume` is not given, or parts are from another number of shards.
     """
-    others = [found.name for found in parts_folder(out).glob("[0-9]*.jsonl") if not _of_division(found, shard.count)]
+    begun = [path for path in sorted(parts_folder(out).glob("[0-9]*.jsonl")) if _has_chunk(path)]
+    others = [path.name for path in begun if not _of_division(path, shard.count)]
     if others:
         raise UserError(
             f"{parts_folder(out)}: {others[0]} is from another number of shards than {shard.count}; "
             "finish with that number, or delete the folder"
         )
     path = part_file(out, shard)
-    if path.exists() and not resume:
+    if path in begun and not resume:
         raise UserError(f"{path}: an unfinished run; --resume continues it, or delete {parts_folder(out)}")
 
 
@@ -74,10 +76,10 @@ def begin(out: Path, shard: Shard, header: dict[str, Any]) -> int:
     """Make the shard's part, or cut an unfinished line off the one that is there. Returns how many chunks it has.
 
     Raises:
-        UserError: the part was begun with another header.
+        UserError: the part has chunks and another header.
     """
     path = part_file(out, shard)
-    if not path.exists():
+    if not _has_chunk(path):
         with atomic_path(path) as temporary:
             temporary.write_text(_line(header), encoding="utf-8")
         return 0
@@ -125,7 +127,8 @@ def join(out: Path, count: int, total: int) -> Summary | None:
                 return None
         with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as written:
             summary = _write(written, json.loads(headers[0])["document"], files, paths, total)
-    for path in paths:
+    left = [path for path in parts_folder(out).glob("[0-9]*.jsonl") if not _has_chunk(path)]
+    for path in (*paths, *left):
         path.unlink(missing_ok=True)
     with suppress(OSError):  # not empty, or another process was faster
         parts_folder(out).rmdir()
@@ -151,6 +154,15 @@ _INFO = '{"info": '
 
 def _line(value: dict[str, Any]) -> str:
     return json.dumps(value, allow_nan=False) + "\n"
+
+
+def _has_chunk(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.readline()
+            return file.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
 
 
 def _of_division(path: Path, count: int) -> bool:

@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from compress.pseudo import label, parts
 from compress.pseudo.images import images_in, read_chunks
 from compress.pseudo.label import Labelled, Settings, pseudo_label
 from compress.pseudo.parts import Shard, part_file, parts_folder
-from deploy.errors import UserError
+from deploy.errors import LocalUserError, UserError
 from deploy.files import sha256_of
 
 SIZES = [(64, 48), (40, 60), (90, 50), (64, 48), (64, 64), (70, 41), (48, 64), (64, 48), (64, 48), (40, 60), (64, 64)]
@@ -215,6 +216,20 @@ def test_kill_9(world: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == (world / "whole.json").read_bytes()
 
 
+def test_a_part_without_a_chunk_holds_nobody_up(world: Path, tmp_path: Path) -> None:
+    """A wrong folder is noticed at the first image; the right one needs no --resume, and may have other shards."""
+    out, right = tmp_path / "out.json", images_in(world / "images")
+    wrong = replace(right, folder=tmp_path)
+    for index in range(2):
+        with pytest.raises(
+            UserError, match=r"png: no such file; --skip-unreadable, or pseudo_labels\.skip_unreadable in"
+        ):
+            make(world, out, images=wrong, shard=Shard(index, 2), table={"kitten": "dog"})
+    assert len(list(parts_folder(out).iterdir())) == 2
+    make(world, out)
+    assert out.read_bytes() == (world / "whole.json").read_bytes() and not parts_folder(out).exists()
+
+
 def test_worker_processes_change_nothing(world: Path, tmp_path: Path) -> None:
     make(world, tmp_path / "workers.json", workers=2)
     assert (tmp_path / "workers.json").read_bytes() == (world / "whole.json").read_bytes()
@@ -246,7 +261,7 @@ def test_a_damaged_part_is_told(world: Path, tmp_path: Path) -> None:
     part = part_file(out, Shard(0, 2))
     lines = part.read_bytes().splitlines(keepends=True)
     part.write_bytes(b"".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    with pytest.raises(UserError, match=r"1-of-2\.jsonl: is damaged at chunk 0"):
+    with pytest.raises(LocalUserError, match=r"1-of-2\.jsonl: is damaged at chunk 0"):
         make(world, out, shard=Shard(1, 2))
     assert not out.exists()
 
@@ -337,6 +352,7 @@ def test_a_broken_image_stops_or_is_left_out(world: Path, tmp_path: Path) -> Non
     ("options", "says"),
     [
         ({"table": {"kiten": "cat"}}, "no teacher has a class 'kiten'"),
+        ({"table": {"*": "cat"}}, "the key '\\*' stands for all other classes and can only be dropped, with null"),
         ({"table": {name: None for name in ("cat", "dog", "person", "kitten")}}, "drops every class"),
         ({"categories": "whole.json", "table": {}}, r"b\.safetensors: its class 'kitten' is not among"),
     ],
@@ -346,6 +362,24 @@ def test_classes_that_do_not_fit_are_told(world: Path, tmp_path: Path, options: 
         options = options | {"categories": world / options["categories"]}
     with pytest.raises(UserError, match=says):
         make(world, tmp_path / "out.json", **options)
+
+
+def test_only_the_categories_of_a_file_are_needed(world: Path, tmp_path: Path) -> None:
+    rows = [{"id": 9, "name": "person"}, {"id": 4, "name": "dog"}, {"id": 2, "name": "cat"}]
+    file = tmp_path / "classes.json"
+
+    def only(categories: list[dict[str, Any]]) -> None:
+        file.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+        make(world, tmp_path / "out.json", categories=file)
+
+    with pytest.raises(UserError, match="categories: the list is empty"):
+        only([])
+    with pytest.raises(UserError, match="categories: two have the same name"):
+        only([*rows, {"id": 5, "name": "cat"}])
+    with pytest.raises(UserError, match="categories: two have the same id"):
+        only([*rows, {"id": 9, "name": "bird"}])
+    only(rows)
+    assert read(tmp_path / "out.json")["categories"] == rows[::-1]
 
 
 def test_fusion_needs_agreement(world: Path, tmp_path: Path) -> None:
@@ -406,8 +440,20 @@ def test_command(run: Run, world: Path, tmp_path: Path) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
     assert "labels and" in out and "in 11 images" in out and "next: compress data check out.json" in out
+    assert out.splitlines()[:3] == [
+        "teacher a.safetensors: 2 classes matched by name: cat, dog",
+        "teacher a.safetensors: it does not look for: person",
+        "teacher a.safetensors sees images: short side 64, long side 96; --short and --long should be those of its "
+        "training",
+    ]
+    assert "teacher b.safetensors: classes by the class map: kitten → cat" in out
     assert (tmp_path / "out.json").read_bytes() == (world / "whole.json").read_bytes()
-    assert run("--resume")[1].startswith("out.json: complete\n")
+    assert "\nout.json: complete\n" in run("--resume")[1]
+
+
+def test_sizes_that_no_machine_holds_are_refused(run: Run) -> None:
+    said = "error: image size: 1 <= short <= long <= 8192 is needed, got 100000 and 100000\n"
+    assert run("--short", "100000", "--long", "100000") == (2, "", said)
 
 
 def test_command_under_torchrun(run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,3 +493,28 @@ def test_two_shards_by_hand(run: Run, world: Path, tmp_path: Path) -> None:
     assert "this shard is done" in run("--shard", "2/2")[1]
     assert "labels and" in run("--shard", "1/2")[1]
     assert (tmp_path / "out.json").read_bytes() == (world / "whole.json").read_bytes()
+
+
+def test_each_process_tells_what_it_has_met_alone(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun the first process speaks for all, but not of mistakes in another one's share."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run()[0] == 0
+    part = part_file(tmp_path / "out.json", Shard(1, 2))
+    said = f"error: {part.relative_to(tmp_path)}: an unfinished run; --resume continues it"
+    assert run()[2].startswith(said)
+    code, _, err = run("--resume", "--tau", "0.7")
+    assert code == 2 and "2-of-2.jsonl: was begun with other images, teachers" in err
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:2]))
+    (tmp_path / "map.json").write_text('{"kiten": "cat"}')
+    assert run("--resume") == (2, "", "")  # the first process has this one too
+    (tmp_path / "map.json").write_text('{"kitten": "cat"}')
+
+    def detect(*_: object, **__: object) -> None:
+        raise UserError("image 7 is of another size")
+
+    monkeypatch.setattr("compress.teachers.base.DetectorTeacher.detect", detect)
+    assert run("--resume") == (2, "", "error: image 7 is of another size\n")
