@@ -10,12 +10,13 @@ import pytest
 import torch
 from torchvision.models import detection
 
+from compress.data.batch import Target
 from compress.detectors.base import Capability
 from compress.detectors.checkpoints import COCO_CATEGORIES
 from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher
 from compress.teachers.settings import Source, Torchvision
-from compress.teachers.torchvision import TorchvisionTeacher
+from compress.teachers.torchvision import TorchvisionTeacher, detector_of
 from deploy.errors import UserError
 from tests.teachers.makers import CPU, noise, sample
 
@@ -61,37 +62,74 @@ def test_torchvision_gives_what_it_gives(tmp_path: Path, name: Any) -> None:
     assert counts > 5
 
 
-@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn"])
-def test_what_methods_learn_from_is_the_same_model(name: Any) -> None:
-    """The maps of torchvision's own backbone, and its detections of the classes that are left of 91."""
-    teacher = torchvision(name, names=None, short=64, long=96)
-    assert isinstance(teacher, TorchvisionTeacher) and teacher.detector is not None
-    whole, ours = teacher._model, teacher.detector
-    assert ours.num_classes == 80 and Capability.FEATURES in teacher.capabilities
-    assert (Capability.DENSE in teacher.capabilities) == (not name.startswith("faster"))
-    pixels = torch.from_numpy(noise(64, 96)).permute(2, 0, 1)
+def near(found: Any, wanted: Any) -> None:
+    """Within 1e-4 of the scale of the values."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"])
+def test_methods_learn_from_the_whole_model(name: Any) -> None:
+    """Maps, logits, boxes and losses of torchvision's own `forward` on the same random weights; and of some classes."""
+    torch.manual_seed(0)
+    model: Any = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4)
+    model.eval()
+    layer = model.head.classification_head.cls_logits
+    torch.nn.init.normal_(layer.weight, std=0.15), torch.nn.init.normal_(layer.bias, mean=-1, std=0.5)
+    model.transform.min_size, model.transform.max_size = (96,), 128
+    model.score_thresh, model.nms_thresh, model.detections_per_img, model.topk_candidates = 0.05, 0.6, 100, 1000
+    pixels = torch.stack([torch.from_numpy(noise(96, 128, seed)).permute(2, 0, 1) for seed in range(2)])
+    images = list(pixels / 255)
+    boxes = [torch.tensor([[4.0, 6, 60, 80], [50, 40, 120, 90]]), torch.tensor([[10.0, 20, 31, 44]])]
+    labels = [torch.tensor([1, 3]), torch.tensor([2])]
+    targets = [
+        Target(of_image, classes, torch.zeros(len(classes), dtype=torch.bool), None, 0, (96, 128), (96, 128))
+        for of_image, classes in zip(boxes, labels, strict=True)
+    ]
+    ours, some = detector_of(model, range(4)), detector_of(model, [1, 3])
+    assert ours is not None and some is not None and Capability.DENSE in ours.capabilities
     with torch.no_grad():
-        normalised = whole.transform.normalize(pixels / 255)[None]
-        theirs = list(whole.backbone(normalised).values())
-        maps = ours.features(pixels[None])
-        for mine, other in zip(maps, theirs, strict=False):
-            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
-        assert len(maps) == len(ours.strides) == (4 if name.startswith("faster") else 5)
-        if name.startswith("faster"):
-            return  # its proposals are limited before classes are known, so classes that are dropped leave a trace
+        seen, _ = model.transform(images)
+        maps, theirs = ours.features(pixels), list(model.backbone(seen.tensors).values())
+        assert len(maps) == len(theirs) == 5
+        for found, wanted in zip(maps, theirs, strict=True):
+            near(found, wanted)
+        logits = model.head(theirs)["cls_logits"]
+        near(_logits(ours.predict(maps)), logits)
+        near(_logits(some.predict(maps)), logits[:, :, [1, 3]])
         prediction = ours.predict(maps)
-        scores = prediction.scores()[0]
-        outputs = whole.head(theirs)
-        raw = outputs["cls_logits"][0].sigmoid()
-        if name.startswith("fcos"):
-            raw = (raw * outputs["bbox_ctrness"][0].sigmoid()).sqrt()
-        torch.testing.assert_close(scores, raw[:, list(COCO_CATEGORIES)], rtol=1e-3, atol=1e-5)
+        for found, wanted in zip(ours.decode(prediction, targets), model(images), strict=True):
+            assert len(found.boxes) == len(wanted["boxes"]) == 100
+            near(found.boxes, wanted["boxes"])
+            near(found.scores, wanted["scores"])
+            assert torch.equal(found.labels, wanted["labels"])
+        truth = [{"boxes": of_image, "labels": classes} for of_image, classes in zip(boxes, labels, strict=True)]
+        losses = ours.loss(prediction, ours.assign(prediction, targets))
+        names = {"classification": "loss_cls", "bbox_regression": "loss_bbox", "bbox_ctrness": "loss_centerness"}
+        model.train()  # only then torchvision gives losses
+        for module in model.modules():
+            module.train(module.training and not isinstance(module, torch.nn.BatchNorm2d))
+        wanted = {names[key]: value for key, value in model(images, truth).items()}
+        assert losses.keys() == wanted.keys()
+        for key, value in wanted.items():
+            near(losses[key], value)
 
 
-def test_two_stages_keep_the_classes_that_are_chosen() -> None:
-    """Boxes and scores of the second stage for given proposals, of 80 classes out of 91."""
+def _logits(prediction: Any) -> torch.Tensor:
+    return torch.cat([prediction.class_logits(level) for level in range(5)], 2).transpose(1, 2)
+
+
+def test_what_two_stages_teach() -> None:
+    """The maps of the whole model; boxes and scores of the second stage for given proposals, for 80 classes of 91."""
     teacher = torchvision("fasterrcnn_resnet50_fpn", names=None, short=64, long=96)
     assert isinstance(teacher, TorchvisionTeacher) and teacher.detector is not None
+    assert teacher.detector.num_classes == 80 and Capability.DENSE not in teacher.capabilities
+    pixels = torch.from_numpy(noise(64, 96)).permute(2, 0, 1)
+    with torch.no_grad():
+        maps = teacher.detector.features(pixels[None])
+        theirs = list(teacher._model.backbone(teacher._model.transform.normalize(pixels / 255)[None]).values())
+    assert len(maps) == len(teacher.detector.strides) == 4
+    for found, wanted in zip(maps, theirs, strict=False):
+        near(found, wanted)
     whole: Any = teacher._model.roi_heads.box_predictor
     ours: Any = teacher.detector.roi_heads.box_predictor  # type: ignore[union-attr]
     x = torch.randn(3, whole.cls_score.in_features)
