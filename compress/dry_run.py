@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
         student = build_detector(small.student, len(categories), recipe.seed)
         figures = model_size(student, (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32))
         console.print(
-            f"student: gfl {recipe.student.backbone}, {figures['params_m']:.2f} M parameters, "
+            f"student: {recipe.student.detector} {recipe.student.backbone}, {figures['params_m']:.2f} M parameters, "
             f"{figures['gflops']:.1f} GFLOPs at {size[0]} x {size[1]}",
         )
         if teacher is not None:

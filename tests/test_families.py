@@ -215,6 +215,11 @@ def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(
     assert {"teacher", "baseline", "student"} <= stages.keys()
 
 
+def test_a_dry_run_names_the_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.distill(tiny.recipe(tmp_path, settings_of("fcos")[0]), dry_run=True, distillation=False)
+    assert "student: fcos nano, " in capsys.readouterr().out
+
+
 def test_training_goes_on_exactly(tmp_path: Path) -> None:
     """Faster R-CNN draws samples: also those are the same after a resume."""
     whole = tiny.recipe(tmp_path / "a", *settings_of("faster_rcnn"), "baseline=false")

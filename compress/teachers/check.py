@@ -45,7 +45,7 @@ def check_teacher(
         labels: for each class of the teacher its label in `val`, -1 for none.
         stage: name of the manifest's row, so that a finished check is not repeated.
         identity: of the validation images, JSON-able.
-        seen: what happens to the images that it is shown, and to the student's.
+        seen: what happens to the images that it is shown.
         least: mAP that it must reach, percent; 0: any.
         say: prints a line.
         write: this process keeps the manifest.
@@ -97,16 +97,16 @@ def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence
     names = teacher.class_names or ()
     start = f"teacher {teacher.file}: "
     if list(names) == list(categories) and list(labels) == list(range(len(categories))):
-        return [f"{start}the data's {len(categories)} classes in the same order"]
+        return [f"{start}all {len(categories)} classes, in the same order"]
     pairs = [(name, categories[label]) for name, label in zip(names, labels, strict=True) if label >= 0]
     same = [ours for theirs, ours in pairs if theirs == ours]
-    lines = [f"{start}{len(pairs)} classes matched by name: {listed(same)}"] if same else []
+    lines = [f"{start}{len(same)} classes matched by name: {listed(same)}"] if same else []
     renamed = [f"{theirs} → {ours}" for theirs, ours in pairs if theirs != ours]
     if renamed:
         lines.append(f"{start}classes by the class map: {listed(renamed)}")
     dropped = [name for name, label in zip(names, labels, strict=True) if label < 0]
     if dropped:
-        lines.append(f"{start}not in the data, left out: {listed(dropped)}")
+        lines.append(f"{start}left out: {listed(dropped)}")
     unknown = [name for label, name in enumerate(categories) if label not in labels]
     if unknown:
         lines.append(f"{start}it does not look for: {listed(unknown)}")
@@ -131,8 +131,8 @@ def preprocessing_lines(teacher: BoxTeacher, seen: Preprocessing) -> list[str]:
     lines = [f"teacher {teacher.file} sees images: {described(own)}"]
     if differences:
         lines.append(
-            f"warning: that differs from the student's in {', '.join(differences)} ({described(seen)}): right only "
-            "if the teacher was trained so"
+            f"warning: that differs in {', '.join(differences)} from what teachers are shown here ({described(seen)}): "
+            "right only if the teacher was trained so"
         )
     return lines
 
