@@ -1,14 +1,13 @@
 """Encoded picture from a stranger → network canvas, through the same functions as `compress validate`.
 
-The header is read before anything is decoded: format by content (never by name or Content-Type), pixel count,
-number of JPEG scans. Only then `deploy.preprocess.decode_oriented` decodes: the first frame of an animation, turned as
-EXIF says, transparency dropped, CMYK and palettes converted.
+The header is read before anything is decoded: format by content (never by name or Content-Type), number of parts and
+of JPEG scans, pixel count. Only then `deploy.preprocess.decode_oriented` decodes: the first frame of an animation,
+turned as EXIF says, transparency dropped, CMYK and palettes converted.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,12 +22,11 @@ from deploy.card import ModelCard
 from deploy.errors import UserError
 from deploy.preprocess import decode_oriented, fit_canvas
 from deploy.serve.settings import RefusalError
+from deploy.serve.structure import check_structure
 
 assert _webp
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "GIF")
 MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif")
-MAX_JPEG_SCANS = 100
-"""A progressive JPEG has about ten. Every scan costs a pass over all pixels, and takes twenty bytes."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,11 @@ class Decoded:
 
 def decode(data: bytes, card: ModelCard, *, max_pixels: int, where: str) -> Decoded:
     """Raises RefusalError: 415 for another format, 413 for too many pixels, 422 for a broken file; it names `where`."""
-    name, width, height = read_header(data, where)
+    _, width, height = read_header(data, where)
     if width * height > max_pixels:
         raise RefusalError(413, f"{where}: {width} x {height} pixels; at most {max_pixels} are taken")
     if width < 1 or height < 1:
         raise RefusalError(422, f"{where}: the picture has no pixels")
-    if name == "JPEG" and _jpeg_scans(data) > MAX_JPEG_SCANS:
-        raise RefusalError(422, f"{where}: more than {MAX_JPEG_SCANS} JPEG scans")
     try:
         pixels, orientation = decode_oriented(data, where)
         canvas, scale = fit_canvas(pixels, card)
@@ -79,6 +75,10 @@ def read_header(data: bytes, where: str) -> tuple[str, int, int]:
     if name is None:
         raise RefusalError(415, f"{where}: not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
     try:
+        check_structure(name, data)
+    except ValueError as error:
+        raise RefusalError(422, f"{where}: {error}") from error
+    try:
         if name == "WebP":  # Pillow allocates the whole canvas when it opens one
             return (name, *_webp_size(data))
         with Image.open(io.BytesIO(data), formats=[name]) as file:
@@ -102,22 +102,6 @@ def _sniff(data: bytes) -> str | None:
     if data.startswith(b"BM"):
         return "BMP"
     return "GIF" if data[:6] in (b"GIF87a", b"GIF89a") else None
-
-
-_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those within a scan's data left out
-
-
-def _jpeg_scans(data: bytes) -> int:
-    """Scans before the end of the picture, counted to one more than `MAX_JPEG_SCANS`. What applications put into
-    segments and behind the picture (previews, a phone's short films) is not looked at."""
-    place, scans = 2, 0
-    while scans <= MAX_JPEG_SCANS and (marker := _MARKER.search(data, place)):
-        kind, place = marker[1], marker.end()
-        if kind == b"\xd9":
-            break
-        scans += kind == b"\xda"
-        place += int.from_bytes(data[place : place + 2], "big")
-    return scans
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import resource
+import struct
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -94,6 +96,63 @@ def test_scans_are_those_of_the_picture() -> None:
     bomb = jpeg_of_many_scans(200)
     with pytest.raises(RefusalError, match="more than 100 JPEG scans"):
         decode(bomb[:2] + comment[2:1006] + bomb[2:], CARD, max_pixels=LIMIT, where="image")
+
+
+GIF = GOOD["gif"]  # its header and palette are 25 bytes
+
+
+def _chunk(kind: bytes) -> bytes:
+    return bytes(4) + kind + struct.pack(">I", zlib.crc32(kind))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8" + b"\xff" * 20_000_000 + GOOD["jpeg"][2:],
+        b"\xff\xd8\xff\xe0" + bytes(20_000_000),
+        b"\xff\xd8" + b"\xff\xfe\0\2" * 5_000_000 + GOOD["jpeg"][2:],
+        GOOD["jpeg"][:-2] + b"\xff\xfe\0\2" * 5_000_000 + GOOD["jpeg"][-2:],
+        GOOD["png"][:33] + _chunk(b"aaAa") * 1_600_000 + GOOD["png"][33:],
+        GOOD["png"][:-12] + _chunk(b"aaAa") * 1_600_000 + GOOD["png"][-12:],
+        GIF[:25] + b"!\xfe\1a\0" * 4_000_000 + GIF[25:],
+        GIF[:25] + b"!\xfe" + b"\1a" * 10_000_000 + b"\0" + GIF[25:],
+        GIF[:25] + bytes(20_000_000) + GIF[25:],
+    ],
+    ids=[
+        "fill",
+        "no segment",
+        "comments",
+        "comments after a scan",
+        "chunks",
+        "chunks behind",
+        "comments",
+        "long",
+        "junk",
+    ],
+)
+def test_files_of_endless_parts_are_refused_at_once(data: bytes) -> None:
+    """Pillow's parsers would take five to twenty-five seconds for each."""
+    start = time.process_time()
+    with pytest.raises(RefusalError, match="image: ") as caught:
+        decode(data, CARD, max_pixels=LIMIT, where="image")
+    assert caught.value.status == 422 and time.process_time() - start < 2
+
+
+def test_files_of_many_parts_are_taken() -> None:
+    """A JPEG of hundreds of segments with fill bytes between, a PNG in chunks of one kilobyte, a GIF with comments."""
+    jpeg = GOOD["jpeg"][:2] + b"\xff\xff\xff\xfe\0\4ab" * 500 + GOOD["jpeg"][2:]
+    gif = GIF[:25] + b"!\xfe\1a\0" * 500 + GIF[25:]
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    whole = encode(noise)
+    start = whole.index(b"IDAT") - 4
+    length = int.from_bytes(whole[start : start + 4], "big")
+    pixels = whole[start + 8 : start + 8 + length]
+    parts = [b"IDAT" + pixels[k : k + 16] for k in range(0, length, 16)]
+    small = b"".join(struct.pack(">I", len(x) - 4) + x + struct.pack(">I", zlib.crc32(x)) for x in parts)
+    png = whole[:start] + small + whole[start + 12 + length :]
+    for odd, plain in ((jpeg, GOOD["jpeg"]), (gif, GOOD["gif"]), (png, whole)):
+        found = decode(odd, CARD, max_pixels=LIMIT, where="image")
+        assert np.array_equal(found.canvas, decode(plain, CARD, max_pixels=LIMIT, where="image").canvas)
 
 
 TURN = (0x0112, 3, 1, b"\x06\0\0\0")
