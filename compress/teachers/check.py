@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -118,10 +119,12 @@ def preprocessing_lines(teacher: BoxTeacher, seen: Preprocessing) -> list[str]:
     own = teacher.preprocessing
     if own is None:
         return []
+    if teacher.view is View.RESIZED:
+        own = replace(own, size=seen.size)
     differences = [
         name
         for name, differs in (
-            ("size", teacher.view is not View.RESIZED and own.size != seen.size),
+            ("size", own.size != seen.size),
             ("order of channels", own.order != seen.order),
             ("mean", _differ(own, seen, "mean")),
             ("deviation", _differ(own, seen, "std")),

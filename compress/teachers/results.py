@@ -142,7 +142,7 @@ class ResultsTeacher:
             if other == file:
                 continue
             if self._by_name:
-                remedy = "name both relative to one folder, which the data names as its own"
+                remedy = "put both below one folder and name them relative to it, in the document too"
             else:
                 remedy = "give a COCO document (images, categories and scored annotations), which knows them by name"
             raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compress.teachers.base import BoxTeacher, Preprocessing, View
-from compress.teachers.check import class_lines, preprocessing_lines
+from compress.teachers.check import class_lines, described, preprocessing_lines
 
 
 class Known(BoxTeacher):
@@ -26,6 +28,9 @@ def test_images_are_compared_with_what_teachers_are_shown() -> None:
     )
     assert len(preprocessing_lines(Known(("cat",), seen), seen)) == 1
     assert preprocessing_lines(Known(("cat",)), seen) == []
+    resized = Known(("cat",), replace(seen, size="as the student's images"))
+    resized.view = View.RESIZED
+    assert preprocessing_lines(resized, seen) == [f"teacher known.pth sees images: {described(seen)}"]
 
 
 def test_classes_by_name() -> None:

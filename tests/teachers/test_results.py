@@ -69,7 +69,7 @@ def test_an_id_or_a_name_of_two_images_is_refused(tmp_path: Path) -> None:
     document.covers([1, 2], ["b.png", "c.png"], tmp_path / "one")
     document.covers(None, ["b.png"], tmp_path / "two" / ".." / "one")
     with pytest.raises(
-        UserError, match=r"d.json: the name c.png stands for two images, .*one/c.png and .*two/c.png; n"
+        UserError, match=r"d.json: the name c.png stands for two images, .*one/c.png and .*two/c.png; put"
     ):
         document.covers(None, ["c.png"], tmp_path / "two")
 
