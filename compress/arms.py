@@ -29,6 +29,7 @@ from compress.detectors.backbones import build_backbone
 from compress.detectors.base import Capability, Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.families import build_family
+from compress.distill.balance import Balanced
 from compress.distill.build import build_methods
 from compress.distill.levels import describe
 from compress.evaluate import evaluate
@@ -183,16 +184,17 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
     return detector.to(memory_format=torch.channels_last)
 
 
-def check_methods(recipe: Recipe, num_classes: int, teacher: Detector) -> None:
-    """Build what the student's training will build, and drop it. Raises UserError where teacher, student and methods
+def check_methods(recipe: Recipe, num_classes: int, teacher: Detector) -> dict[str, Balanced]:
+    """Build the methods as the student's training will build them. Raises UserError where teacher, student and methods
     do not fit each other."""
     student = build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
-    build_methods(recipe.methods, student, teacher)
+    methods = build_methods(recipe.methods, student, teacher)
     if recipe.teacher is not None and recipe.teacher.inherit and not inherit(student, teacher):
         raise UserError(
             f"teacher.inherit: no layer of the teacher's neck and head (width {teacher.feature_channels}) fits the "
             f"student's (width {student.feature_channels}); give both the same neck_channels"
         )
+    return methods
 
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:

@@ -125,7 +125,7 @@ def gather_evidence(recipe: Recipe, run_dir: Path) -> Path:
 
     proofs = manifest.stage("validate", inputs, [], prove)
 
-    teacher = _teacher(recipe, run_dir)
+    teacher = _teacher(recipe, run_dir, val)
     dense = teacher is not None and Capability.DENSE in load_teacher_checkpoint(teacher)[0].capabilities
     timed = dict(runners)
     if teacher is not None and not dense:
@@ -228,16 +228,18 @@ def _machine() -> dict[str, Any]:
     return {"cpu": found["cpu"]["model"], "gpus": [gpu.get("name") for gpu in found["gpus"] or []]}
 
 
-def _teacher(recipe: Recipe, run_dir: Path) -> str | None:
-    """The checkpoint of the teacher that the student learned from; None for one of another library, which is measured
-    before the training and then neither timed nor drawn."""
-    if recipe.teacher is None or not recipe.methods.enabled() or _of_another_library(recipe):
+def _teacher(recipe: Recipe, run_dir: Path, val: CocoDetection) -> str | None:
+    """The checkpoint of the teacher that the student learned from; None for one of another library or of other classes,
+    which is measured before the training and then neither timed nor drawn."""
+    if recipe.teacher is None or not recipe.methods.enabled():
         return None
-    return recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
-
-
-def _of_another_library(recipe: Recipe) -> bool:
-    return recipe.teacher is not None and bool(recipe.teacher.given) and recipe.teacher.checkpoint is None
+    if recipe.teacher.train is not None:
+        return str(run_dir / "teacher.safetensors")
+    if recipe.teacher.checkpoint is None:
+        return None
+    record = load_teacher_checkpoint(recipe.teacher.checkpoint)[1]
+    same = record.num_classes == len(val.categories) and record.class_names in (None, val.categories)
+    return recipe.teacher.checkpoint if same else None
 
 
 def _report(
@@ -257,7 +259,7 @@ def _report(
         if (run_dir / f"{arm}.safetensors").is_file() and arm in stages:
             detectors[arm] = load_detector(run_dir / f"{arm}.safetensors")[0]
     models = {}
-    if _of_another_library(recipe) and recipe.methods.enabled() and "teacher_check" in stages:
+    if teacher is None and recipe.teacher is not None and recipe.methods.enabled() and "teacher_check" in stages:
         models["teacher"] = dict(stages["teacher_check"]["result"]["metrics"])
     for name, detector in detectors.items():
         stage = stages["teacher_check" if name == "teacher" else name]

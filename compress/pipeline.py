@@ -30,7 +30,7 @@ from compress.console import open_console
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
-from compress.distill.teacher import freeze, load_teacher
+from compress.distill.teacher import freeze
 from compress.manifest import Manifest
 from compress.pseudo.stage import (
     FIRST_STAGE,
@@ -274,41 +274,35 @@ def _teacher(
     """Load or train the teacher, and measure it on the validation images before anybody learns from it."""
     settings = recipe.teacher
     assert settings is not None
+    if settings.given:
+        return _given_teacher(recipe, data, fabric, manifest, console)
+    assert settings.model is not None and settings.train is not None, "the recipe was validated"
     first = fabric.is_global_zero
     classes = len(data.train.categories)
-    if settings.given and settings.checkpoint is None:
-        return _other_teacher(recipe, data, fabric, manifest, console)
-    if settings.checkpoint is not None:
-        teacher, record = load_teacher(settings.checkpoint, data.train.categories)
-        check_methods(recipe, classes, teacher)
-    else:
-        assert settings.model is not None and settings.train is not None, "the recipe was validated"
-        check_methods(
-            recipe, classes, build_detector(settings.model.model_copy(update={"weights": "none"}), classes, 0)
+    check_methods(recipe, classes, build_detector(settings.model.model_copy(update={"weights": "none"}), classes, 0))
+    path = recipe.run_dir / "teacher.safetensors"
+    inputs = {
+        **common,
+        "model": settings.model.model_dump(mode="json", exclude_none=True),
+        "train": settings.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
+    }
+
+    def train() -> dict[str, Any]:
+        assert settings.model is not None and settings.train is not None
+        return train_arm(
+            fabric,
+            recipe,
+            "teacher",
+            settings.model,
+            settings.train,
+            data,
+            identity=inputs,
+            resume=resume,
         )
-        path = recipe.run_dir / "teacher.safetensors"
-        inputs = {
-            **common,
-            "model": settings.model.model_dump(mode="json", exclude_none=True),
-            "train": settings.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
-        }
 
-        def train() -> dict[str, Any]:
-            assert settings.model is not None and settings.train is not None
-            return train_arm(
-                fabric,
-                recipe,
-                "teacher",
-                settings.model,
-                settings.train,
-                data,
-                identity=inputs,
-                resume=resume,
-            )
-
-        manifest.stage("teacher", inputs, [path], train, write=first)
-        teacher, record = load_detector(path)
-        freeze(teacher)
+    manifest.stage("teacher", inputs, [path], train, write=first)
+    teacher, record = load_detector(path)
+    freeze(teacher)
     teacher.to(fabric.device)
 
     def check() -> dict[str, Any]:
@@ -326,12 +320,15 @@ def _teacher(
     return teacher
 
 
-def _other_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Manifest, console: Console) -> Detector:
-    """One of another library, checked."""
+def _given_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Manifest, console: Console) -> Detector:
+    """One that is there already, checked."""
     assert recipe.teacher is not None
     names = dict(zip(data.train.category_ids, data.train.categories, strict=True))
     teacher = open_teacher(recipe.teacher, fabric.device, categories=names)
+    named = teacher.class_names is not None
     detector, labels = for_methods(recipe, teacher, data.train.categories)
+    if labels and not named:
+        console.print(f"teacher {teacher.file}: does not name its classes; they are taken for the data's")
     check_teacher(
         teacher,
         labels,

@@ -1,12 +1,11 @@
-"""Teachers of other libraries for methods that learn from features or logits."""
+"""Teachers for methods that learn from features or logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.arms import build_detector
+from compress.arms import check_methods
 from compress.detectors.base import Capability, Detector
-from compress.distill.build import build_methods
 from compress.recipe import Recipe
 from compress.teachers.base import BoxTeacher
 from deploy.errors import UserError
@@ -16,7 +15,7 @@ def for_methods(recipe: Recipe, teacher: BoxTeacher, categories: Sequence[str]) 
     """The detector that the methods learn from; and for each class of the teacher its label in the data, or -1.
 
     Features may come from a teacher of any classes. Logits are compared class by class, so they need the data's classes
-    in the data's order.
+    in the data's order. A checkpoint that does not name its classes gets the data's names if there are as many.
 
     Raises:
         UserError: the teacher gives boxes alone; teacher, student and methods do not fit each other; other classes.
@@ -27,13 +26,17 @@ def for_methods(recipe: Recipe, teacher: BoxTeacher, categories: Sequence[str]) 
         method = next(iter(recipe.methods.enabled()), None)
         wanted = "" if method is None else f", and methods.{method} learns from features or logits"
         raise UserError(f"{key}: {teacher.file} gives boxes alone{wanted}; use pseudo_labels, or another teacher")
-    student = build_detector(recipe.student.model_copy(update={"weights": "none"}), len(categories), recipe.seed)
-    methods = build_methods(recipe.methods, student, teacher.detector).values()
+    methods = check_methods(recipe, len(categories), teacher.detector).values()
+    unnamed = teacher.class_names is None and recipe.teacher.checkpoint is not None
+    if unnamed and teacher.detector.num_classes == len(categories):
+        teacher.class_names = tuple(categories)
     names = list(teacher.class_names or ())
-    if any(Capability.DENSE in built.method.needs for built in methods) and names != list(categories):
-        raise UserError(
-            f"{key}: {_difference(names, categories)}; methods on logits need the same classes in the same order"
-        )
+    if names != list(categories):
+        needing = "methods on logits need" if any(Capability.DENSE in built.method.needs for built in methods) else ""
+        if recipe.teacher.inherit and len(names) == len(categories):  # then the head's last layer would be copied too
+            needing = "teacher.inherit needs"
+        if needing:
+            raise UserError(f"{key}: {_difference(names, categories)}; {needing} the same classes in the same order")
     return teacher.detector, [categories.index(name) if name in categories else -1 for name in names]
 
 
