@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torchvision.models import detection
 
 from compress import cli, pipeline
 from compress.data.synthetic import class_names
+from compress.detectors.checkpoints import ModelRecord, mmdet_key
 from compress.recipe import Recipe
 from deploy.errors import UserError
 from tests import tiny
+from tests.pseudo.test_label import teacher as random_teacher
 from tests.teachers.makers import CORNERS, PIXELS, deployable, spot, transformers_model
 
 NAMES = class_names(3)
@@ -82,6 +86,28 @@ def transformers(folder: Path) -> dict[str, Any]:
     return {"transformers": {"model": str(model)}}
 
 
+def torchvision(model: str, **more: Any) -> dict[str, Any]:
+    settings = {"model": model, "weights": "none", "class_names": list(NAMES), "short": 64, "long": 64}
+    return {"torchvision": settings | more}
+
+
+def retinanet(folder: Path) -> dict[str, Any]:
+    """Scores all over 0..1 instead of 0.01 everywhere."""
+    model = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=len(NAMES) + 1)
+    torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.2)
+    torch.save(model.state_dict(), folder / "retinanet.pth")
+    return torchvision("retinanet_resnet50_fpn", weights=str(folder / "retinanet.pth"))
+
+
+def gfl_of_mmdet(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
+    """A file with mmdet's keys; and its class names, if given."""
+    model = ModelRecord(backbone="resnet18", num_classes=len(NAMES), head_depth=1).build()
+    torch.nn.init.normal_(model.head.gfl_cls.weight, std=0.2)  # type: ignore[union-attr, arg-type]
+    state = {mmdet_key(key): value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "meta": {} if names is None else {"CLASSES": names}}, folder / "gfl.pth")
+    return {"checkpoint": str(folder / "gfl.pth")}
+
+
 KINDS = {
     "results": results,
     "a file of this project": lambda folder: {"onnx": {"file": str(deployable(folder / "ours.onnx", tuple(NAMES)))}},
@@ -90,6 +116,9 @@ KINDS = {
     "torchvision": lambda folder: {
         "torchvision": {"model": "ssdlite320_mobilenet_v3_large", "weights": "none", "class_names": list(NAMES)}
     },
+    "torchvision's RetinaNet": retinanet,
+    "torchvision's Faster R-CNN": lambda folder: torchvision("fasterrcnn_resnet50_fpn"),
+    "mmdet's GFL": lambda folder: gfl_of_mmdet(folder, list(NAMES)),
 }
 
 
@@ -220,6 +249,36 @@ def test_features_may_come_from_other_classes(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert f"1 classes matched by name: {NAMES[1]}" in said and "left out: person" in said
     assert f"it does not look for: {NAMES[0]}, {NAMES[2]}" in said and "over the 1 classes that it looks for" in said
+
+
+def test_a_checkpoint_of_other_classes_teaches_by_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is measured over what it shares with the data, and is not among the files that the report compares."""
+    path = random_teacher(tmp_path / "other.safetensors", ("person", NAMES[1]), 1)
+    run_dir = pipeline.run(recipe(tmp_path, {"checkpoint": path}, "methods={fgd: {}}", "train.steps=3"))
+    said = capsys.readouterr().out
+    assert f"teacher other.safetensors: 1 classes matched by name: {NAMES[1]}" in said and "left out: person" in said
+    assert "teacher other.safetensors sees images: short side 64, long side 64, RGB, mean 123.7" in said
+    report = json.loads((run_dir / "report.json").read_text())
+    check = json.loads((run_dir / "manifest.json").read_text())["stages"]["teacher_check"]["result"]["metrics"]
+    assert report["models"]["teacher"] == check
+    assert [row["file"] for row in report["artifacts"]] == ["student.safetensors", "student.onnx"]
+
+
+def test_a_checkpoint_must_fit_what_is_learned_from_it(tmp_path: Path) -> None:
+    turned = {"checkpoint": random_teacher(tmp_path / "turned.safetensors", tuple(NAMES)[::-1], 1)}
+    same_order = r"need(s)? the same classes in the same order"
+    with pytest.raises(
+        UserError, match=rf"teacher.checkpoint: the teacher calls label 0 .*; methods on logits {same_order}"
+    ):
+        pipeline.distill(recipe(tmp_path, turned))
+    with pytest.raises(UserError, match=rf"teacher.checkpoint: .*; teacher.inherit {same_order}"):
+        pipeline.distill(recipe(tmp_path, turned | {"inherit": True}, "methods={fgd: {}}"))
+
+
+def test_a_checkpoint_without_names_has_the_datas_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = pipeline.distill(recipe(tmp_path, gfl_of_mmdet(tmp_path), "train.steps=3"))
+    assert "teacher gfl.pth: does not name its classes; they are taken for the data's" in capsys.readouterr().out
+    assert "teacher_check" in json.loads((run_dir / "manifest.json").read_text())["stages"]
 
 
 @pytest.mark.parametrize(
