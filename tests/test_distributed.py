@@ -12,12 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from compress import pipeline
+from compress.data.synthetic import class_names
 from compress.detectors.backbones import build_backbone
 from tests import tiny
+from tests.pseudo.test_label import teacher
 
 
 def train(folder: Path, launcher: list[str], devices: int) -> Path:
@@ -57,6 +62,34 @@ def test_two_processes_equal_one(tmp_path: Path, launch: str) -> None:
     weights, others = (load_file(run / "student.safetensors") for run in (one, two))
     for key, value in weights.items():
         torch.testing.assert_close(value, others[key], rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
+    """The images without labels and a folder, with measured thresholds: the same bytes."""
+    a = teacher(tmp_path / "a.safetensors", tuple(class_names(3)), 1)
+    rng = np.random.default_rng(0)
+    (tmp_path / "more").mkdir()
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (56, 64, 3), dtype=np.uint8)).save(tmp_path / "more" / f"{index}.png")
+    settings = [
+        "teacher=null", "methods={}", "labels={fraction: 0.25}", "train.steps=1", "train.schedule.warmup_steps=0",
+        f"pseudo_labels={{teachers: [{{checkpoint: {a}}}], unlabeled: [{tmp_path / 'more'}], tau: 0.6, "
+        "tau_ignore: 0.5, thresholds: best_f1, batch_size: 2, fine_tune: null}",
+    ]  # fmt: skip
+    one = pipeline.distill(tiny.recipe(tmp_path, *settings, "name=one")) / "pseudo"
+    arguments = ["distill", str(tiny.recipe_file(tmp_path)), "--devices", "2", "--set", "name=two"]
+    for setting in settings:
+        arguments += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    two = tmp_path / "runs" / "two" / "pseudo"
+    assert sorted(file.name for file in two.iterdir()) == ["folder-1.json", "training-images.json"]
+    for file in two.iterdir():
+        assert file.read_bytes() == (one / file.name).read_bytes()
+        assert b'"score"' in file.read_bytes()
 
 
 def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
