@@ -320,7 +320,7 @@ def _pseudo_labels(recipe: Recipe, stages: dict[str, Any]) -> dict[str, Any] | N
     settings = recipe.pseudo_labels
     if settings is None:
         return None
-    rows = [stages[name]["result"] for name in labelling_stages(stages)]
+    rows = [stages[name]["result"] for name in labelling_stages(recipe, stages)]
     first = stages.get(FIRST_STAGE) if settings.fine_tune is not None else None
     return {
         **{key: sum(row[key] for row in rows) for key in ("images", "labels", "regions", "skipped")},

@@ -63,12 +63,7 @@ def folder_of(run_dir: Path) -> Path:
 
 def is_unfinished(recipe: Recipe) -> bool:
     """Was the labelling of one of the recipe's lists interrupted?"""
-    settings = recipe.pseudo_labels
-    if settings is None:
-        return False
-    names = [REST] if recipe.labels is not None and recipe.labels.fraction < 1 else []
-    names += [_folder(number) for number in range(1, len(settings.unlabeled) + 1)]
-    return any(parts.parts_folder(_file_of(recipe.run_dir, name)).is_dir() for name in names)
+    return any(parts.parts_folder(_file_of(recipe.run_dir, name)).is_dir() for name in _list_names(recipe))
 
 
 def check_labelled(recipe: Recipe, data: Datasets) -> None:
@@ -193,9 +188,9 @@ def fine_tuning(train: Train, settings: FineTune) -> Train:
     )
 
 
-def labelling_stages(stages: Mapping[str, Any]) -> list[str]:
-    """Names of the manifest's rows that say what was labelled, in the order of the lists."""
-    return [name for name in stages if name.startswith(f"{STAGE}: ") and "labels" in stages[name]["result"]]
+def labelling_stages(recipe: Recipe, stages: Mapping[str, Any]) -> list[str]:
+    """Names of the manifest's rows that say what was labelled, in the order of the recipe's lists."""
+    return [row for name in _list_names(recipe) if (row := f"{STAGE}: {name}") in stages]
 
 
 def how_to_label(recipe: Recipe, settings: PseudoLabels) -> Settings:
@@ -300,6 +295,14 @@ def labels_of(recipe: Recipe, teachers: Sequence[BoxTeacher], categories: Sequen
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _list_names(recipe: Recipe) -> list[str]:
+    """Of the lists that a recipe may have."""
+    if recipe.pseudo_labels is None:
+        return []
+    rest = [REST] if recipe.labels is not None and recipe.labels.fraction < 1 else []
+    return rest + [_folder(number) for number in range(1, len(recipe.pseudo_labels.unlabeled) + 1)]
 
 
 def _folder(number: int) -> str:

@@ -22,7 +22,7 @@ from compress.pseudo.images import images_in
 from compress.pseudo.label import Settings as Labelling
 from compress.pseudo.label import pseudo_label
 from compress.pseudo.settings import FineTune
-from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, folder_of
+from compress.pseudo.stage import FIRST_STAGE, PseudoLabelled, fine_tuning, folder_of, labelling_stages
 from compress.recipe import Recipe
 from compress.teachers.load import open_teacher
 from deploy.errors import UserError
@@ -196,12 +196,17 @@ def test_other_images_of_the_same_names_are_labelled_anew(tmp_path: Path) -> Non
     assert again[0]["inputs"] != first[0]["inputs"] and again[1]["inputs"] != first[1]["inputs"]
 
 
-def test_parts_of_a_folder_that_is_no_longer_in_the_recipe(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_longer_in_the_recipe(tmp_path: Path) -> None:
+    """Neither what is left of its labelling nor its row of the manifest counts."""
     made = recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]")
     parts.parts_folder(folder_of(made.run_dir) / "folder-1.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"the labelling is unfinished"):
         pipeline.distill(made)
-    pipeline.distill(recipe(tmp_path, more="fine_tune: null"))
+    without = recipe(tmp_path, more="fine_tune: null")
+    found = stages(pipeline.distill(without))
+    found["pseudo labels: folder 1"] = found["pseudo labels: training images"]
+    assert labelling_stages(without, found) == ["pseudo labels: training images"]
+    assert labelling_stages(made, found) == ["pseudo labels: training images", "pseudo labels: folder 1"]
 
 
 @pytest.mark.parametrize(
