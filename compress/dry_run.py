@@ -22,7 +22,7 @@ from compress.console import open_console
 from compress.data.synthetic import class_names
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
-from compress.distill.teacher import freeze, load_teacher
+from compress.distill.teacher import freeze
 from compress.pseudo.stage import only_labels, sources
 from compress.pseudo.stage import rehearse as rehearse_labels
 from compress.recipe import Model, Recipe, Split
@@ -31,7 +31,6 @@ from compress.teachers.load import open_teacher
 from compress.teachers.methods import for_methods
 from compress.teachers.settings import Source
 from deploy.coco_map import read_annotations
-from deploy.errors import UserError
 
 SHORT_PX, LONG_PX = 256, 448
 
@@ -84,19 +83,10 @@ def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
 def _teacher(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> Detector:
     settings = recipe.teacher
     assert settings is not None
-    if settings.given and settings.checkpoint is None:
-        opened = open_teacher(_source(settings, console), fabric.device, categories=categories)
-        return for_methods(recipe, opened, list(categories.values()))[0]
-    if settings.checkpoint is None:
-        assert settings.model is not None
-        return freeze(build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0))
-    name = settings.checkpoint.removeprefix("zoo:")
-    if name not in ZOO:
-        return load_teacher(settings.checkpoint, list(categories.values()))[0]
-    if len(categories) != len(COCO_CATEGORIES):
-        raise UserError(f"teacher zoo:{name} knows COCO's 80 classes, the data has {len(categories)}")
-    console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
-    return _zoo(name, len(categories))
+    if settings.given:
+        return for_methods(recipe, _open(settings, categories, fabric, console), list(categories.values()))[0]
+    assert settings.model is not None
+    return freeze(build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0))
 
 
 def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> list[BoxTeacher]:
@@ -106,16 +96,17 @@ def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, conso
         detector = _teacher(recipe, categories, fabric, console)
         name, names = "teacher.safetensors", tuple(categories.values())
         return [DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device)]
-    found: list[BoxTeacher] = []
-    for source in sources(recipe):
-        name = (source.checkpoint or "").removeprefix("zoo:")
-        if name not in ZOO:
-            found.append(open_teacher(_source(source, console), fabric.device, categories=categories))
-            continue
-        console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
-        detector, names = _zoo(name, len(COCO_CATEGORIES)), tuple(COCO_CATEGORIES.values())
-        found.append(DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device))
-    return found
+    return [_open(source, categories, fabric, console) for source in sources(recipe)]
+
+
+def _open(source: Source, categories: dict[int, str], fabric: Fabric, console: Console) -> BoxTeacher:
+    """A random one for what would have to be downloaded."""
+    name = (source.checkpoint or "").removeprefix("zoo:")
+    if name not in ZOO:
+        return open_teacher(_source(source, console), fabric.device, categories=categories)
+    console.print(f"dry run: zoo:{name} is not downloaded; random weights stand in")
+    detector, names = _zoo(name, len(COCO_CATEGORIES)), tuple(COCO_CATEGORIES.values())
+    return DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device)
 
 
 def _source(source: Source, console: Console) -> Source:

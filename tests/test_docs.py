@@ -40,7 +40,10 @@ MORE = {  # further tables of a page: name of the block, file beside GAINS
 }
 
 BENCHMARKS = ROOT / "benchmarks" / "README.md"
-TABLES = [("pseudo", "pseudo_gain-cpu.md"), ("pseudo-cells", "pseudo_gain-bccd.md")]  # name of the block, file beside GAINS
+TABLES = [
+    ("pseudo", "pseudo_gain-cpu.md"),
+    ("pseudo-cells", "pseudo_gain-bccd.md"),
+]  # name of the block, file beside GAINS
 
 
 # ------------------------------------------------------------------------------- the reference of the recipe

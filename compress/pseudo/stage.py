@@ -127,7 +127,11 @@ def label_images(
     found: list[CocoDetection] = []
     hashes: list[str] = []
     totals = {"images": 0, "labels": 0, "regions": 0, "skipped": 0}
-    for name, images in image_lists(settings, data, console):
+    lists = list(image_lists(settings, data, console))
+    for _, images in lists:  # of all, before any is labelled: a results file may take one image for another
+        for teacher in teachers:
+            teacher.covers(images.ids if images.listed else None, images.names, images.folder)
+    for name, images in lists:
         out = _file_of(recipe.run_dir, name)
         inputs = {
             "images": images.sha256(),
