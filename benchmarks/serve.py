@@ -409,10 +409,12 @@ def _rate(runner: OnnxRunner, canvases: np.ndarray, seconds: float) -> float:
 
 
 def _served_rate(bench: Bench, target: Target, seconds: float) -> float:
-    """Images a second that come back; the first and the last second, in which queues fill and empty, do not count."""
+    """Images a second that come back: the slope of their count over time, because they come in batches of which a
+    window of time would cut one. The first and the last second, in which queues fill and empty, do not count."""
     shots = asyncio.run(closed_loop(target, bench.bodies, clients=bench.clients(), seconds=seconds + 2))
     start = min(shot.due for shot in shots) + 1
-    return sum(shot.status == 200 and start <= shot.done < start + seconds for shot in shots) / seconds
+    done = sorted(shot.done for shot in shots if shot.status == 200 and start <= shot.done < start + seconds)
+    return float(np.polyfit(np.array(done) - start, np.arange(len(done)), 1)[0])
 
 
 def _capacity(bench: Bench) -> float:
