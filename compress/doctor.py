@@ -31,7 +31,7 @@ TRAIN = (
     "onnxscript",
     "tensorboard",
 )
-SERVE = ("fastapi", "uvicorn", "python-multipart", "prometheus-client")
+SERVE = ("fastapi", "h11", "uvicorn", "python-multipart", "prometheus-client")
 BASE = ("numpy", "pydantic", "typer", "rich", "pyyaml", "pillow", "jinja2", "pycocotools", "faster-coco-eval")
 DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13

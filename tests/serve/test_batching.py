@@ -253,7 +253,7 @@ def test_slow_pictures_are_no_measure_of_the_model() -> None:
         with under_test.admit(1, 10.0):  # a broken one
             await asyncio.sleep(0.3)
             await ask(under_test, 2)
-        assert under_test.seconds_an_image < 0.02
+        assert under_test.seconds_an_image < 0.05
         await asyncio.gather(*(ask(under_test, k, deadline_s=1.0) for k in range(40)))
 
     run(work)
