@@ -44,7 +44,6 @@ def decode_oriented(data: bytes, where: str = "image") -> tuple[np.ndarray, int]
     """`decode_image`, and the EXIF orientation (1 to 8) from which the pixels were turned upright."""
     try:
         with Image.open(io.BytesIO(data)) as file:
-            file.load()  # some formats have their EXIF at the end
             return rgb(file), orientation(file)
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: cannot decode the image: unknown format") from error
@@ -79,7 +78,7 @@ _UPRIGHT = {
 def rgb(image: Image.Image) -> np.ndarray:
     """An opened image as RGB uint8 [H, W, 3], turned as its EXIF orientation says; of 16 bits a channel the upper
     eight. Transparency is dropped."""
-    image.load()
+    image.load()  # some formats have their EXIF at the end
     turn = _UPRIGHT[orientation(image)]
     if turn is not None:
         image = image.transpose(turn)
