@@ -23,12 +23,12 @@ help:  ## show this list
 quickstart: .venv/.train  ## teacher, baseline, distilled student, ONNX file and report on generated data
 	$(BIN)/compress quickstart
 
-test: .venv/.dev  ## all tests (TEST=tests/test_recipe.py for one file)
+test: .venv/.dev  ## all tests (TEST=tests/test_docs.py for one file)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
 
 test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet itself (see docs/mmdet.md)
 	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'
-	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest --disable-warnings tests/mmdet
+	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest --disable-warnings tests/parity_mmdet
 
 lint: .venv/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

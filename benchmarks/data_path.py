@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.vs_mmdet import HOW_TO_BUILD
-from deploy.files import write_json
+from deploy.core.files import write_json
 
 FILE_SIZE, SHORT, LONG = (640, 480), 800, 1333
 BATCH, WORKERS, CLASSES, BOXES, QUALITY = 2, 2, 80, 7, 90

@@ -38,12 +38,12 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from compress.config.recipe import Recipe, load_recipe, recipe_sha256
 from compress.console import open_console
-from compress.recipe import Recipe, load_recipe, recipe_sha256
 from compress.versions import versions
-from deploy.environment import environment
-from deploy.errors import UserError
-from deploy.files import sha256_of, write_json, write_text
+from deploy.core.environment import environment
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "benchmarks" / "presets"
@@ -215,7 +215,7 @@ def read_table(table: dict[str, Any]) -> list[Group]:
 def train_teacher(path: Path, settings: list[str], own: tuple[str, ...]) -> Path:
     """The teacher of a preset or of a group (`own`: its settings), trained once below `runs`, where `settings` say that
     the images are."""
-    from compress.pipeline import distill
+    from compress.run.pipeline import distill
 
     shared = [setting for setting in settings if setting.startswith(("runs=", "data."))]
     recipe = load_recipe(path, [*shared, *own])
@@ -242,7 +242,7 @@ def run_all(jobs: list[tuple[Path, Arm, int, tuple[str, ...]]], at_a_time: int) 
 
 def train(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> tuple[str, int, dict[str, Any]]:
     """Train one arm with one seed, or read what an earlier call measured."""
-    from compress.pipeline import distill
+    from compress.run.pipeline import distill
 
     recipe = arm_recipe(path, arm, seed, common)
     run_dir = distill(recipe, resume=True, distillation=not arm.alone)

@@ -34,17 +34,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernels_cpu, measure
-from deploy.files import atomic_path, write_json
-from kernels import backend
-from kernels import binary_kd_loss as kd
-from kernels import distribution_iou_loss as dist_iou
-from kernels import iou_loss as iou
-from kernels import quality_focal_loss as qfl
-from kernels.attention_stats import attention_stats
-from kernels.distribution import distances_to_boxes
-from kernels.dropout import Mode
-from kernels.feature_distance import feature_distance
-from kernels.mc_dropout import Dropout, mc_dropout
+from deploy.core.files import atomic_path, write_json
+from kernels.common import backend
+from kernels.common.distribution import distances_to_boxes
+from kernels.common.dropout import Mode
+from kernels.ops import binary_kd_loss as kd
+from kernels.ops import distribution_iou_loss as dist_iou
+from kernels.ops import iou_loss as iou
+from kernels.ops import quality_focal_loss as qfl
+from kernels.ops.attention_stats import attention_stats
+from kernels.ops.feature_distance import feature_distance
+from kernels.ops.mc_dropout import Dropout, mc_dropout
 
 SIZES = ((512, 512, 2), (512, 512, 16), (800, 1333, 2), (800, 1333, 4), (800, 1333, 8), (800, 1333, 16))
 SMOKE = ((64, 64, 1), (64, 96, 2))

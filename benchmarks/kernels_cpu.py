@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import measure
-from kernels.attention_stats import attention_stats
-from kernels.binary_kd_loss import binary_kd_loss
-from kernels.feature_distance import feature_distance_and_means
-from kernels.iou_loss import iou_loss, iou_loss_rows
-from kernels.mc_dropout import Dropout, mc_dropout
+from kernels.ops.attention_stats import attention_stats
+from kernels.ops.binary_kd_loss import binary_kd_loss
+from kernels.ops.feature_distance import feature_distance_and_means
+from kernels.ops.iou_loss import iou_loss, iou_loss_rows
+from kernels.ops.mc_dropout import Dropout, mc_dropout
 
 LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))
 SMALL = ((8, 12), (4, 6))

@@ -24,14 +24,14 @@ from benchmarks import measure
 from benchmarks.data_path import write_photographs
 from compress.detectors.backbones import build_backbone
 from compress.detectors.checkpoints import load_teacher_checkpoint
-from compress.detectors.deployable import Deployable, TorchRunner
 from compress.detectors.gfl import GFL
-from deploy.card import ModelCard
-from deploy.errors import UserError
-from deploy.export import export_onnx
-from deploy.files import write_json
+from compress.export.deployable import Deployable, TorchRunner
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.files import write_json
+from deploy.core.image import decode_image, fit_canvas, read_image_bytes
+from deploy.graph.export import export_onnx
 from deploy.latency import Scope, benchmark, comparison_table, report_table
-from deploy.preprocess import decode_image, fit_canvas, read_image_bytes
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 

@@ -23,15 +23,15 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import RESULTS, record
-from compress.arms import build_detector
+from compress.config.methods import Methods
+from compress.config.recipe import Model
 from compress.console import open_console
 from compress.data.batch import Batch, Target
 from compress.distill.build import build_methods
 from compress.distill.method import Outputs
 from compress.distill.teacher import freeze
-from compress.methods import Methods
-from compress.recipe import Model
-from deploy.files import write_json
+from compress.run.arms import build_detector
+from deploy.core.files import write_json
 
 BOXES = 6  # an image
 HOSTS = ("bckd", "fgd", "pkd", "cwd", "mgd", "gi", "tid", "ld", "crosskd", "dkd")

@@ -40,17 +40,17 @@ import torch
 from lightning.fabric import Fabric
 
 from benchmarks.distill_gain import PRESETS, ROOT, T_95, seeds, train_teacher
-from compress.arms import open_data, train_arm
+from compress.config.recipe import Recipe, load_recipe, recipe_sha256
 from compress.console import open_console
 from compress.data import synthetic
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint, save_detector
 from compress.manifest import Manifest
-from compress.recipe import Recipe, load_recipe, recipe_sha256
+from compress.run.arms import open_data, train_arm
 from compress.versions import versions
-from deploy.coco_map import read_annotations
-from deploy.environment import environment
-from deploy.errors import UserError
-from deploy.files import sha256_of, write_json, write_text
+from deploy.core.environment import environment
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json, write_text
+from deploy.validate.coco import read_annotations
 
 FRACTION = 0.2
 TEACHERS_SIZE = 128  # pixels, of the images that the package's teacher was trained on
@@ -249,7 +249,7 @@ def arm_recipe(arguments: argparse.Namespace, arm: Arm, seed: int) -> Recipe:
 
 def train(arguments: argparse.Namespace, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one row with one seed, or read what an earlier call measured."""
-    from compress.pipeline import distill
+    from compress.run.pipeline import distill
 
     run_dir = distill(arm_recipe(arguments, arm, seed), resume=True, distillation=not arm.alone)
     stages = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]

@@ -30,8 +30,8 @@ from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo.images import images_in
 from compress.pseudo.label import Settings, pseudo_label
 from compress.versions import versions
-from deploy.environment import environment
-from deploy.files import write_json
+from deploy.core.environment import environment
+from deploy.core.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "pseudo_memory.json"
 SIDE = 64

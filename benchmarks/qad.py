@@ -29,21 +29,21 @@ from rich.table import Table
 
 from benchmarks import measure
 from benchmarks.distill_gain import Arm, arm_recipe
-from compress import qad
-from compress.arms import canvas, open_data
+from compress.config.recipe import Qad, Recipe
 from compress.console import open_console
 from compress.distill.teacher import load_teacher
-from compress.export import calibration_of, export_checkpoint
 from compress.manifest import Manifest
-from compress.pipeline import distill
-from compress.recipe import Qad, Recipe
+from compress.run import qad
+from compress.run.arms import canvas, open_data
+from compress.run.export import calibration_of, export_checkpoint
+from compress.run.pipeline import distill
 from compress.versions import versions
-from deploy.errors import UserError
-from deploy.files import sha256_of, write_json
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json
 from deploy.quantize.file import Quantizer
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate import validate
+from deploy.validate.accuracy import validate
 
 DEFAULT = measure.ROOT / "recipes" / "quickstart.yaml"
 NOISE = 0.1

@@ -27,21 +27,21 @@ import torch
 
 from benchmarks import measure
 from benchmarks.data_path import write_photographs
+from compress.config.recipe import Deploy, Split
 from compress.detectors.backbones import build_backbone
-from compress.detectors.deployable import Deployable, TorchRunner
 from compress.detectors.gfl import GFL
-from compress.export import deciding_split, export_checkpoint, file_for, split_files
-from compress.recipe import Deploy, Split
-from deploy.card import ModelCard, network_precision
-from deploy.export import export_onnx
-from deploy.files import write_json
-from deploy.preprocess import decode_image, fit_canvas, read_image_bytes, to_original
+from compress.export.deployable import Deployable, TorchRunner
+from compress.run.export import deciding_split, export_checkpoint, file_for, split_files
+from deploy.core.card import ModelCard, network_precision
+from deploy.core.files import write_json
+from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
+from deploy.graph.export import export_onnx
 from deploy.quantize.calibrate import check_apart, choose_images
 from deploy.quantize.file import BOXES, SCORES, Quantizer
 from deploy.quantize.guided import search
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner, session_options
-from deploy.validate import validate
+from deploy.validate.accuracy import validate
 
 CLASSES, CALIBRATION, BUDGET = 80, 128, 0.5
 

@@ -47,8 +47,8 @@ from rich.table import Table
 
 from benchmarks import measure
 from benchmarks.load import LOST, Shot, Target, closed_loop, get, open_loop, percentiles
-from deploy.files import write_json
-from deploy.preprocess import decode_image, fit_canvas, to_original
+from deploy.core.files import write_json
+from deploy.core.image import decode_image, fit_canvas, to_original
 from deploy.runtimes.onnx import OnnxRunner
 
 SIZES = ((240, 320), (480, 640), (427, 640), (640, 480), (720, 1280), (333, 500))
@@ -353,8 +353,8 @@ def _export(path: Path) -> Path:
 import sys
 from pathlib import Path
 from benchmarks.latency import _canvases, _card, _images, _random_detector, CLASSES
-from compress.detectors.deployable import Deployable
-from deploy.export import export_onnx
+from compress.export.deployable import Deployable
+from deploy.graph.export import export_onnx
 path, card = Path(sys.argv[1]), _card(CLASSES, (320, 320))
 samples = _canvases(_images(None, path.parent)[:2], card)
 export_onnx(Deployable.from_card(_random_detector(), card), card, path, samples=samples, max_batch=2)

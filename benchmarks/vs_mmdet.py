@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks import measure
-from deploy.files import write_json
+from deploy.core.files import write_json
 
 HOW_TO_BUILD = """\
 no --mmdet-python: only our side is measured. An environment with mmdet 3.3 (any torch that we support will do):

@@ -15,7 +15,7 @@ def foreign_kernels() -> str | None:
 
     spec = find_spec("kernels")
     found = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
-    if found is not None and (found / "quality_focal_loss.py").is_file():
+    if found is not None and (found / "ops" / "quality_focal_loss.py").is_file():
         return None
     what = f"the package 'kernels' at {found} is not ours" if found else "our package 'kernels' is not installed"
     return (

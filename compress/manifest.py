@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.errors import UserError
-from deploy.files import sha256_of, write_json
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json
 
 
 class Manifest:

@@ -1,1 +1,1 @@
-"""Ship a detector: export, check, measure and serve it. Needs no torch except in `deploy.export`."""
+"""Ship a detector: export, check, measure and serve it. Needs no torch except in `deploy.graph.export`."""

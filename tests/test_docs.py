@@ -1,7 +1,7 @@
 """The documents say what the program does: references and figures are generated, and shown commands exist.
 
 `python -m tests.test_docs` writes the generated parts again: the reference in docs/recipe.md after a change of
-`compress/recipe.py` or `compress/methods.py`, and the figures in docs/methods after a run of the benchmark.
+`compress/config/`, and the figures in docs/methods after a run of the benchmark.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from compress import cli, methods, recipe
-from compress.methods import Methods
-from compress.pseudo import settings as pseudo
-from compress.recipe import Recipe, load_recipe
-from compress.settings import Settings
-from compress.teachers import settings as teachers
-from deploy.errors import UserError
-from deploy.files import write_text
+from compress import cli
+from compress.config import methods, pseudo, recipe
+from compress.config import teacher as teachers
+from compress.config.base import Settings
+from compress.config.methods import Methods
+from compress.config.recipe import Recipe, load_recipe
+from deploy.core.errors import UserError
+from deploy.core.files import write_text
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -374,7 +374,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(path: Path) -> None:
-    """`compress/train.py` in running text is a file of this repository."""
+    """`compress/training/loop.py` in running text is a file of this repository."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     pattern = r"`((?:compress|deploy|kernels|tests|benchmarks|recipes|docs)/[\w/.-]*\.(?:py|yaml|json|md|j2))`"
     for name in re.findall(pattern, text):

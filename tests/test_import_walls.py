@@ -15,7 +15,7 @@ FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in ("kernel
 DEPLOY_MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in FILES["deploy"]
-    if path.relative_to(ROOT) != Path("deploy/export.py")
+    if path.relative_to(ROOT) != Path("deploy/graph/export.py")
 ]
 
 
@@ -56,12 +56,12 @@ def test_deploy_knows_neither_compress_nor_kernels() -> None:
 
 def test_only_the_export_imports_torch_in_deploy() -> None:
     found = breaches("deploy", {"torch", "torchvision", "lightning", "onnxscript"})
-    assert [line for line in found if not line.startswith("deploy/export.py:")] == []
+    assert [line for line in found if not line.startswith("deploy/graph/export.py:")] == []
     users = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in FILES["deploy"]
         for line, name in imported(path)
-        if name.startswith("deploy.export")
+        if name.startswith("deploy.graph.export")
     ]
     assert users == []
 
@@ -103,10 +103,10 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "numpy",
         "PIL",
         "yaml",
-        "deploy.export",
+        "deploy.graph.export",
     }
     assert loaded(code) & heavy == set()
 
 
 def test_the_recipe_loads_without_torch() -> None:
-    assert "torch" not in loaded("import compress.recipe")
+    assert "torch" not in loaded("import compress.config.recipe")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.data.coco import decode
-from deploy.coco_map import read_annotations
+from deploy.validate.coco import read_annotations
 
 TOLERANCE_PX = 1.0
 """A box may reach this far out of its image: exporters round."""
@@ -39,7 +39,7 @@ def check(annotations: Path, images: Path) -> list[Problem]:
     Returns the findings in the order categories, images, annotations.
 
     Raises:
-        UserError: the file is no COCO JSON at all (see `deploy.coco_map.read_annotations`).
+        UserError: the file is no COCO JSON at all (see `deploy.validate.coco.read_annotations`).
     """
     document = read_annotations(annotations, sizes=True)
     images = Path(images)

@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
 
 from compress.data.batch import Target
-from deploy.coco_map import read_annotations
-from deploy.errors import UserError
-from deploy.preprocess import rgb
+from deploy.core.errors import UserError
+from deploy.core.image import rgb
+from deploy.validate.coco import read_annotations
 
 # torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
@@ -250,7 +250,7 @@ def decode(path: Path) -> Tensor:
         if not path.is_file():
             raise FileNotFoundError(path)
         pixels = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        # 16 bits a channel: the upper eight, as `deploy.preprocess` takes them
+        # 16 bits a channel: the upper eight, as `deploy.core.image` takes them
         return pixels if pixels.dtype == torch.uint8 else (pixels.to(torch.int32) >> 8).to(torch.uint8)
     with Image.open(path) as image:
         array = np.array(rgb(image))

@@ -11,9 +11,9 @@ from xml.parsers import expat
 
 from PIL import Image
 
-from deploy.errors import UserError
-from deploy.files import write_json
-from deploy.preprocess import IMAGE_SUFFIXES
+from deploy.core.errors import UserError
+from deploy.core.files import write_json
+from deploy.core.image import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from compress.data.batch import Batch, Target, collate
 from compress.data.coco import CocoDetection
-from compress.data.joined import TrainingImages
-from deploy.errors import LocalUserError, UserError
+from compress.data.concat import TrainingImages
+from deploy.core.errors import LocalUserError, UserError
 
 
 def train_loader(

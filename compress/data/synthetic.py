@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from deploy.errors import UserError
-from deploy.files import sha256_of, write_json
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json
 
 MAX_CLASSES = 24
 MIN_OBJECT_PX = 12

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.detectors.weights import load_exactly, read_tensors
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 BACKBONES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large", "nano",

@@ -29,10 +29,10 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from compress.detectors.backbones import BACKBONES, build_backbone
 from compress.detectors.base import Detector
-from compress.detectors.families import Family, build_family
+from compress.detectors.build import Family, build_family
 from compress.detectors.weights import listed, load_exactly, read_tensors
-from deploy.errors import UserError
-from deploy.files import atomic_path, sha256_of
+from deploy.core.errors import UserError
+from deploy.core.files import atomic_path, sha256_of
 
 HEADER_KEY = "metadata_json"
 NATIVE_SUFFIX = ".safetensors"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.base import Capability, DensePrediction, Detections, Detector
-from kernels.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
-from kernels.distribution_iou_loss import distribution_iou_loss
-from kernels.quality_focal_loss import quality_focal_loss
+from kernels.common.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
+from kernels.ops.distribution_iou_loss import distribution_iou_loss
+from kernels.ops.quality_focal_loss import quality_focal_loss
 
 if TYPE_CHECKING:
     from compress.detectors.backbones import Backbone

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 LISTED_KEYS = 8  # a message stays one readable line: the first few keys, then a count
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.distill.method import Method, Outputs, at_places, boxes_in_strides
-from kernels.binary_kd_loss import binary_kd_loss
-from kernels.distribution_iou_loss import distribution_iou_kd_loss
-from kernels.iou_loss import giou_loss
+from kernels.ops.binary_kd_loss import binary_kd_loss
+from kernels.ops.distribution_iou_loss import distribution_iou_kd_loss
+from kernels.ops.iou_loss import giou_loss
 
 
 class BCKD(Method):

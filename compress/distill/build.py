@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from compress import methods as settings
+from compress.config import methods as settings
 from compress.detectors.base import Capability, Detector
-from compress.distill.balance import Balanced
 from compress.distill.bckd import BCKD
 from compress.distill.crosskd import CrossKD
 from compress.distill.cwd import CWD
@@ -14,13 +13,14 @@ from compress.distill.dkd import DKD
 from compress.distill.fgd import FGD
 from compress.distill.gi import GI
 from compress.distill.ld import LD
-from compress.distill.levels import Aligned, match_levels
+from compress.distill.level_matching import Aligned, match_levels
 from compress.distill.method import Method
 from compress.distill.mgd import MGD
 from compress.distill.pkd import PKD
 from compress.distill.tid import TID
 from compress.distill.uet import UET
-from deploy.errors import UserError
+from compress.distill.weighting import Balanced
+from deploy.core.errors import UserError
 
 
 def build_methods(

@@ -38,9 +38,9 @@ from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction, Detector
 from compress.detectors.gfl import GFL, ConvGN, decode_level
 from compress.distill.method import Method, Outputs
-from deploy.errors import UserError
-from kernels.binary_kd_loss import binary_kd_loss
-from kernels.iou_loss import giou_loss
+from deploy.core.errors import UserError
+from kernels.ops.binary_kd_loss import binary_kd_loss
+from kernels.ops.iou_loss import giou_loss
 
 EPS = 1e-6  # of the student's standard deviation
 

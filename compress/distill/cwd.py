@@ -24,7 +24,7 @@ from torch import Tensor
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.distill.method import Adapter, Method, Outputs, weigh
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 PUBLISHED = {"features": 10.0, "logits": 5.0}
 """loss_weight by what is compared."""

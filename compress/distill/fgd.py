@@ -38,10 +38,10 @@ from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.detectors.gfl import pad_targets
 from compress.distill.method import Adapter, Method, Outputs
-from kernels.attention_stats import attention_stats
-from kernels.attention_stats import reference as mean_magnitudes
-from kernels.feature_distance import feature_distance, feature_distance_and_means
-from kernels.feature_distance import reference as weighted_squares
+from kernels.ops.attention_stats import attention_stats
+from kernels.ops.attention_stats import reference as mean_magnitudes
+from kernels.ops.feature_distance import feature_distance, feature_distance_and_means
+from kernels.ops.feature_distance import reference as weighted_squares
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from compress.detectors.assign import anchors
 from compress.detectors.base import Capability, DensePrediction
 from compress.detectors.gfl import Targets
 from compress.distill.method import Method, Outputs, weigh
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 Overlap = Literal["iof", "diou"]
 

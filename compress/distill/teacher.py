@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_teacher_checkpoint
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 
 def load_teacher(checkpoint: str, categories: Sequence[str]) -> tuple[Detector, ModelRecord]:

@@ -36,9 +36,9 @@ from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.detectors.gfl import Targets
 from compress.distill.method import Adapter, Method, Outputs
-from deploy.errors import UserError
-from kernels.feature_distance import feature_distance
-from kernels.iou_loss import paired_iou
+from deploy.core.errors import UserError
+from kernels.ops.feature_distance import feature_distance
+from kernels.ops.iou_loss import paired_iou
 
 PAIRS = 2**22  # (location, ground truth) pairs looked at together: bounds the memory, 16 MB a float32 temporary
 

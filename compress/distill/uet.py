@@ -26,8 +26,8 @@ from torch import Tensor
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.distill.method import Method, Outputs
-from kernels.mc_dropout import Dropout, mc_dropout
-from kernels.rows import CHUNK
+from kernels.common.rows import CHUNK
+from kernels.ops.mc_dropout import Dropout, mc_dropout
 
 OBSERVE_EVERY = 10  # forward passes between records of the variance
 

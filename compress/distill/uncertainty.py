@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.detectors.base import Detector
-from kernels.mc_dropout import Dropout, mc_dropout
+from kernels.ops.mc_dropout import Dropout, mc_dropout
 
 SAMPLES = 10
 RATE = 0.15

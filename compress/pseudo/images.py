@@ -17,8 +17,8 @@ from compress.data.batch import Target
 from compress.data.coco import decode
 from compress.data.transforms import fit_size
 from compress.teachers.base import Sample, View
-from deploy.errors import LocalUserError, UserError
-from deploy.preprocess import IMAGE_SUFFIXES
+from deploy.core.errors import LocalUserError, UserError
+from deploy.core.image import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

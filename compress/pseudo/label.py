@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from compress import __version__
+from compress.config.teacher import Source
 from compress.console import progress
 from compress.pseudo import parts
 from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, images_in, read_chunks
@@ -27,10 +28,9 @@ from compress.pseudo.thresholds import F1Thresholds
 from compress.teachers.base import BoxTeacher, Sample, View
 from compress.teachers.check import class_lines, described
 from compress.teachers.load import open_teacher
-from compress.teachers.settings import Source
-from deploy.coco_map import load_annotations, read_annotations
-from deploy.errors import LocalUserError, UserError
-from deploy.files import need_place, sha256_of
+from deploy.core.errors import LocalUserError, UserError
+from deploy.core.files import need_place, sha256_of
+from deploy.validate.coco import load_annotations, read_annotations
 
 LOWEST_SCORE = 0.05
 """Detections below it are never looked at, unless a region to ignore may have a lower score."""

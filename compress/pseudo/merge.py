@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 Merging = Literal["nms", "wbf"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from deploy.errors import UserError
-from deploy.files import atomic_path
+from deploy.core.errors import UserError
+from deploy.core.files import atomic_path
 
 
 @dataclass(frozen=True)

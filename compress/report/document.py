@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 ARMS = ("teacher", "baseline", "student")
 

@@ -19,7 +19,7 @@ from compress.report.charts import Range, Series, Spot, line_chart, range_chart,
 from compress.report.document import ARMS, Artifact, Document, Figures, Metrics, Models, Report, read_document
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
-from deploy.files import write_text
+from deploy.core.files import write_text
 
 DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 _KNOWN_COLUMNS = {

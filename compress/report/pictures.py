@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from compress.report.document import Box, Document, Picture, Report
-from deploy.preprocess import rgb
+from deploy.core.image import rgb
 
 LONGEST_SIDE = 640  # pixels of an embedded image
 MIN_SCORE = 0.3  # weaker detections are left out of the drawing

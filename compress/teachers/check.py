@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from compress.data.coco import CocoDetection
 from compress.detectors.gfl import MEAN, STD
-from compress.evaluate import coco_rows
 from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
-from deploy.coco_map import CocoMetrics, evaluate_coco, load_annotations
-from deploy.errors import UserError
+from compress.training.evaluate import coco_rows
+from deploy.core.errors import UserError
+from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 
 LOWEST_SCORE = 0.05
 """Of the detections that count, as in the evaluation of students."""

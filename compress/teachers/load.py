@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from compress.config.recipe import load_teacher_file
+from compress.config.teacher import Onnx, Source
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
-from compress.recipe import load_teacher_file
 from compress.teachers.base import BoxTeacher, DetectorTeacher
-from compress.teachers.settings import Onnx, Source
-from deploy.errors import UserError
-from deploy.files import sha256_of
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
 
 
 def open_teacher(

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.config.teacher import Mmdet
 from compress.data.batch import Target
 from compress.detectors.base import Capability, DensePrediction, Detections, Detector
 from compress.detectors.gfl import REG_MAX
@@ -38,9 +39,8 @@ from compress.teachers.mmdet_files import (
     read_checkpoint,
     read_config,
 )
-from compress.teachers.settings import Mmdet
-from deploy.errors import UserError
-from deploy.files import sha256_of
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
 
 PROBE = 256  # side in pixels of the image that shows what a model gives; every usual stride divides it
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.detectors.weights import listed
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 
 def need_mmdet() -> None:

@@ -1,5 +1,5 @@
 """Detectors in ONNX files as teachers: `CardTeacher` for files of this project, `ForeignTeacher` for all others, with a
-description of what they take and give (`compress.teachers.settings.OnnxInput`, `OnnxOutput`).
+description of what they take and give (`compress.config.teacher.OnnxInput`, `OnnxOutput`).
 
 `prepare` and `boxes_of` are the two halves of such a description, as arithmetic on arrays.
 """
@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torchvision.ops import batched_nms
 
+from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
 from compress.data.transforms import fit_size
 from compress.detectors.base import Capability, Detections, Detector
 from compress.detectors.gfl import MEAN, STD
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from compress.teachers.settings import Onnx, OnnxInput, OnnxOutput
-from deploy.errors import UserError
-from deploy.files import sha256_of
-from deploy.preprocess import fit_canvas, letterbox, to_original
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+from deploy.core.image import fit_canvas, letterbox, to_original
 from deploy.runtimes.onnx import OnnxRunner
 
 KEEP_RATIO_MULTIPLE = 32

@@ -26,8 +26,8 @@ import torch
 
 from compress.detectors.base import Capability, Detections, Detector
 from compress.teachers.base import Preprocessing, Sample, View, final
-from deploy.errors import LocalUserError, UserError
-from deploy.files import sha256_of
+from deploy.core.errors import LocalUserError, UserError
+from deploy.core.files import sha256_of
 
 
 class ResultsTeacher:

@@ -16,17 +16,17 @@ import torchvision.models.detection as zoo
 from torch import nn
 from torchvision.models import get_model_weights
 
+from compress.config.teacher import Torchvision
 from compress.detectors.base import Capability, Detections, Detector
 from compress.detectors.checkpoints import COCO_CATEGORIES
-from compress.detectors.torchvision_dense import FCOS, FCOSMaps, RetinaNet, RetinaNetMaps
-from compress.detectors.torchvision_parts import Body, Pyramid
-from compress.detectors.torchvision_two_stage import STRIDES as TWO_STAGE_STRIDES
-from compress.detectors.torchvision_two_stage import FasterRCNN
+from compress.detectors.torchvision.dense import FCOS, FCOSMaps, RetinaNet, RetinaNetMaps
+from compress.detectors.torchvision.parts import Body, Pyramid
+from compress.detectors.torchvision.two_stage import STRIDES as TWO_STAGE_STRIDES
+from compress.detectors.torchvision.two_stage import FasterRCNN
 from compress.detectors.weights import load_exactly, read_tensors, state_sha256
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from compress.teachers.settings import Torchvision
-from deploy.errors import UserError
-from deploy.files import sha256_of
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
 
 
 class TorchvisionTeacher:

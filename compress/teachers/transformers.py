@@ -17,8 +17,8 @@ import torch
 
 from compress.detectors.base import Capability, Detections, Detector
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from deploy.errors import UserError
-from deploy.files import sha256_of
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
 
 GAP = "N/A"
 """What COCO models of 91 outputs call an id that COCO does not use."""

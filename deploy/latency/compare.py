@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 from deploy.latency.results import BenchmarkReport, Cell, Comparison, Estimate, Verdict
 from deploy.latency.statistics import (
     SIGNIFICANCE,

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.environment import environment
-from deploy.errors import UserError
+from deploy.core.environment import environment
+from deploy.core.errors import UserError
 from deploy.latency.clock import HOST_CLOCK, Clock
 from deploy.latency.compare import compare_cells
 from deploy.latency.results import BenchmarkReport, Cell, Scenario, Scope, WarmUp

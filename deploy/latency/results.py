@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deploy.errors import UserError
-from deploy.files import write_json
+from deploy.core.errors import UserError
+from deploy.core.files import write_json
 
 SCHEMA_VERSION = 2
 

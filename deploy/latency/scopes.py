@@ -17,11 +17,11 @@ from typing import get_args
 
 import numpy as np
 
-from deploy.card import ModelCard
-from deploy.errors import UserError
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
 from deploy.latency.clock import Clock
 from deploy.latency.results import Scope
-from deploy.preprocess import decode_image, fit_canvas, read_image_bytes, to_original
 from deploy.runtimes.base import Runner, StagedRunner
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)

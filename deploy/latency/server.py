@@ -21,8 +21,8 @@ from threading import Lock
 
 import numpy as np
 
-from deploy.environment import environment
-from deploy.errors import UserError
+from deploy.core.environment import environment
+from deploy.core.errors import UserError
 from deploy.latency.clock import HOST_CLOCK, Clock
 from deploy.latency.measure import (
     Progress,

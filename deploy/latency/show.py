@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.files import write_text
+from deploy.core.files import write_text
 from deploy.latency.picture import latency_picture
 from deploy.latency.results import BenchmarkReport, BoundedThroughput, Cell, Comparison, Estimate
 from deploy.latency.statistics import PERCENTILES, name_of

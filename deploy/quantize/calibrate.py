@@ -20,11 +20,11 @@ import numpy as np
 import onnx
 from onnx import shape_inference
 
-from deploy.card import ModelCard
-from deploy.errors import UserError
-from deploy.files import sha256_of
-from deploy.preprocess import IMAGE_SUFFIXES, fit_canvas, load_image
-from deploy.quantize.structure import needed_for, structure_of
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+from deploy.core.image import IMAGE_SUFFIXES, fit_canvas, load_image
+from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]
 

@@ -14,8 +14,8 @@ import onnx
 from onnx import numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 
-from deploy.errors import UserError
-from deploy.quantize.structure import Structure
+from deploy.core.errors import UserError
+from deploy.graph.structure import Structure
 
 Call = tuple[str, int]
 """A layer, and which of its uses: a head that five levels share is called five times."""

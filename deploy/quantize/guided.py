@@ -26,12 +26,12 @@ from typing import Any
 
 import onnx
 
-from deploy.coco_map import load_annotations
-from deploy.errors import UserError
-from deploy.files import sha256_of, write_json
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate import validate
+from deploy.validate.accuracy import validate
+from deploy.validate.coco import load_annotations
 
 PROXY_IMAGES = 8
 

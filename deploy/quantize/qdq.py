@@ -24,9 +24,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper, shape_inference
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
+from deploy.graph.structure import Layer, Structure, structure_of
 from deploy.quantize.grids import Grid, as_override
-from deploy.quantize.structure import Layer, Structure, structure_of
 
 Target = Literal["tensorrt", "cpu"]
 

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from deploy.card import ModelCard
-from deploy.errors import UserError
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
 
 
 @dataclass(frozen=True)

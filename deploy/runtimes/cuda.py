@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy import cuda_driver
-from deploy.errors import UserError
+from deploy.core import cuda_driver
+from deploy.core.errors import UserError
 
 
 class CudaDevice:

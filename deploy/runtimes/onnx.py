@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from deploy import cuda_driver
-from deploy.card import METADATA_KEY, card_from_session, parse_card
-from deploy.errors import UserError
-from deploy.files import sha256_of
-from deploy.onnx_scan import scan_onnx
+from deploy.core import cuda_driver
+from deploy.core.card import METADATA_KEY, card_from_session, parse_card
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import Detections, check_images
 
 PROVIDERS = {
@@ -140,7 +140,7 @@ def machine_key(device: int = 0) -> str:
     TensorRT's version is that of its Python package; `unknown` without one, where ONNX Runtime may still find the
     library.
     """
-    from deploy.tensorrt_network import library, load_tensorrt
+    from deploy.tensorrt.network import library, load_tensorrt
 
     try:
         tensorrt = library(load_tensorrt())

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from deploy.engine_card import EngineCard, Machine, open_engine, this_machine
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 from deploy.runtimes.base import Detections, check_images
 from deploy.runtimes.cuda import CudaDevice
-from deploy.tensorrt_network import library, load_engine, load_tensorrt, log
+from deploy.tensorrt.card import EngineCard, Machine, open_engine, this_machine
+from deploy.tensorrt.network import library, load_engine, load_tensorrt, log
 
 _OUTPUTS = ("boxes", "scores", "labels", "count")
 _FINAL = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int32}
@@ -34,8 +34,8 @@ class TensorRTRunner:
 
     Calls from several threads take turns.
 
-    Raises UserError when the engine and its card do not fit each other or this machine (`deploy.engine_card`), or when
-    TensorRT, PyCUDA or a GPU is missing.
+    Raises UserError when the engine and its card do not fit each other or this machine (`deploy.tensorrt.card`), or
+    when TensorRT, PyCUDA or a GPU is missing.
     """
 
     def __init__(self, path: Path, *, cuda_graph: bool = False, device: int = 0) -> None:

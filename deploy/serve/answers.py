@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, Field
 
-from deploy.card import ModelCard
-from deploy.preprocess import to_original
+from deploy.core.card import ModelCard
+from deploy.core.image import to_original
 from deploy.serve.batching import Row
 from deploy.serve.decode import Decoded
 

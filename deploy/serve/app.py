@@ -24,14 +24,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
-from deploy.preprocess import decode_image
+from deploy.core.image import decode_image
 from deploy.serve import protocol
 from deploy.serve.answers import MAX_JPEG_SIDE, DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
 from deploy.serve.batching import InferenceError, Row, Ticket
 from deploy.serve.bodies import Bodies, ClientGoneError, media_type, multipart_files
 from deploy.serve.decode import MEDIA_TYPES, Decoded, check_together, decode
-from deploy.serve.gate import refusal_body, refusal_headers
 from deploy.serve.metrics import Metrics
+from deploy.serve.middleware import refusal_body, refusal_headers
 from deploy.serve.models import Models, Served
 from deploy.serve.settings import OverloadedError, RefusalError, Settings
 
@@ -84,7 +84,7 @@ class Service:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; `deploy.serve.gate.Gate` belongs around it."""
+    """The application; `deploy.serve.middleware.Gate` belongs around it."""
     app = FastAPI(
         title="compress serve",
         description=_DESCRIPTION,

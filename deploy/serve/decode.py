@@ -1,7 +1,7 @@
 """Encoded picture from a stranger → network canvas, through the same functions as `compress validate`.
 
 The header is read before anything is decoded: format by content (never by name or Content-Type), number of parts and
-of JPEG scans, pixel count. Only then `deploy.preprocess.decode_oriented` decodes: the first frame of an animation,
+of JPEG scans, pixel count. Only then `deploy.core.image.decode_oriented` decodes: the first frame of an animation,
 turned as EXIF says, transparency dropped, CMYK and palettes converted.
 """
 
@@ -18,9 +18,9 @@ from PIL import Image
 # and try those without a magic number on it.
 from PIL import WebPImagePlugin as _webp
 
-from deploy.card import ModelCard
-from deploy.errors import UserError
-from deploy.preprocess import decode_oriented, fit_canvas
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.image import decode_oriented, fit_canvas
 from deploy.serve.settings import RefusalError
 from deploy.serve.structure import check_structure
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.card import ModelCard
-from deploy.errors import UserError
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
 from deploy.runtimes.base import Runner
 from deploy.serve.batching import Batcher, Call
 from deploy.serve.metrics import Metrics

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.card import ModelCard
+from deploy.core.card import ModelCard
 from deploy.runtimes.base import Detections
 from deploy.serve.batching import Row
 from deploy.serve.settings import RefusalError

@@ -26,11 +26,11 @@ import uvicorn
 from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 from deploy.runtimes.base import Runner
 from deploy.serve.app import Service, create_app
-from deploy.serve.gate import Gate, log_as_json
 from deploy.serve.metrics import Metrics
+from deploy.serve.middleware import Gate, log_as_json
 from deploy.serve.models import Models
 from deploy.serve.settings import RefusalError, Settings
 

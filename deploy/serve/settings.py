@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-// The kernels as functions of torch tensors. kernels/cuda.py has checked shapes and layouts; dtypes are checked here.
+// The kernels as functions of torch tensors. kernels/csrc/build.py has checked shapes and layouts; dtypes are checked here.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

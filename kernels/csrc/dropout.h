@@ -1,5 +1,5 @@
 // Drawing the factors of N dropout copies: the same numbers as kernels/triton/dropout.py, for four channels of one
-// position from one Philox4x32-7 call. Tables: kernels/dropout_table.py.
+// position from one Philox4x32-7 call. Tables: kernels/common/dropout_table.py.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// Loss of a pair of boxes and its derivatives by all eight corners. Formulas: kernels/iou_loss.py.
+// Loss of a pair of boxes and its derivatives by all eight corners. Formulas: kernels/ops/iou_loss.py.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.attention_stats`: x is read once for both means.
+"""Triton kernels of `kernels.ops.attention_stats`: x is read once for both means.
 
 A program stays at BLOCK_S positions of one image and walks over STEPS tiles of BLOCK_Q quads (four channels each; see
 `kernels.triton.dropout`). It leaves sums of |x'| over its channels a position, and over its positions a channel, which
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import Dropout
+from kernels.common.dropout import Dropout
 from kernels.triton.dropout import NOT_SPECIALIZED, dense, draw_arguments, factors, program_of_image, walk
 from kernels.triton.math import unit
 

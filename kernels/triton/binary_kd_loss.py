@@ -1,4 +1,4 @@
-"""Triton kernel of `kernels.binary_kd_loss`: one read of both logits, one write of the gradient.
+"""Triton kernel of `kernels.ops.binary_kd_loss`: one read of both logits, one write of the gradient.
 
 A program takes BLOCK_M locations of one image and walks over the classes in tiles [BLOCK_K, BLOCK_M], keeping the
 running sum and the running maximum of a tile in registers; they are reduced over the tile once, at the end.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.precision import kept_dtype
+from kernels.common.precision import kept_dtype
 from kernels.triton.math import log1p_unit, power, power_slope, special_exponent, unit
 
 TILE = 2048  # 16 elements a thread: enough loads in flight to hide the latency of memory

@@ -1,4 +1,4 @@
-"""Triton kernel of `kernels.distribution_iou_loss`: from logits over bins to a loss of boxes and back to logits.
+"""Triton kernel of `kernels.ops.distribution_iou_loss`: from logits over bins to a loss of boxes and back to logits.
 
 A thread owns whole locations and walks over their 4 * R logits four at a time, so softmax and expectation are
 sequential and need no shuffles. The gradient needs every probability once the loss is known: the student's logits are
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.precision import kept_dtype
+from kernels.common.precision import kept_dtype
 from kernels.triton.iou_loss import KINDS, iou_and_gradients, split_rows
 from kernels.triton.math import unit
 

@@ -1,4 +1,4 @@
-"""Drawing dropout factors inside a kernel: Philox4x32-7, then the alias tables of `kernels.dropout_table`.
+"""Drawing dropout factors inside a kernel: Philox4x32-7, then the alias tables of `kernels.common.dropout_table`.
 
 A tensor is seen as [B, C, S]: images, channels, positions. One Philox call serves four channels of one position:
 
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import Dropout, int32
-from kernels.dropout_table import table
+from kernels.common.dropout import Dropout, int32
+from kernels.common.dropout_table import table
 
 COMBINE = {"none": 0, "sum": 1, "mean": 2}
 NOT_SPECIALIZED = ["seed_low", "seed_high", "offset_low", "offset_high"]

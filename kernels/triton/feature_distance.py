@@ -1,5 +1,5 @@
-"""Triton kernels of `kernels.feature_distance`: both maps are read once, and nothing of their size is written but the
-student's gradient.
+"""Triton kernels of `kernels.ops.feature_distance`: both maps are read once, and nothing of their size is written but
+the student's gradient.
 
 A program stays at BLOCK_S positions of one image and walks over STEPS tiles of BLOCK_Q quads (four channels each; see
 `kernels.triton.dropout`). The sum over its channels is kept a position, so the W spatial weights are read and applied
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import Dropout
+from kernels.common.dropout import Dropout
 from kernels.triton.dropout import NOT_SPECIALIZED, dense, draw_arguments, factors, program_of_image, walk
 from kernels.triton.math import unit
 

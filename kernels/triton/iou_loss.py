@@ -1,4 +1,4 @@
-"""Triton kernel of `kernels.iou_loss`: paired boxes are read once, the gradient is left behind.
+"""Triton kernel of `kernels.ops.iou_loss`: paired boxes are read once, the gradient is left behind.
 
 Rows of four coordinates are loaded as flat memory, 16 bytes at a time, and split in registers.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.precision import kept_dtype
+from kernels.common.precision import kept_dtype
 from kernels.triton.math import atan_unit
 
 KINDS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3}
@@ -114,7 +114,7 @@ def share_of_larger(a, b):
 def iou_and_gradients(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, eps, KIND: tl.constexpr):
     """Loss, IoU and the derivatives of the loss by the corners of a and of b. KIND: see `KINDS`.
 
-    Formulas: `kernels.iou_loss`. A derivative that nobody uses costs nothing.
+    Formulas: `kernels.ops.iou_loss`. A derivative that nobody uses costs nothing.
     """
     aw = ax2 - ax1
     ah = ay2 - ay1

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.mc_dropout`: x is read once, every result is written once, no mask is kept.
+"""Triton kernels of `kernels.ops.mc_dropout`: x is read once, every result is written once, no mask is kept.
 
 A program has a tile of positions times quads (four channels) of one image; see `kernels.triton.dropout` for the
 random numbers. With positions inside, the four channels of a quad are four tiles with one set of random calls.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import Dropout, three_dimensions
+from kernels.common.dropout import Dropout, three_dimensions
 from kernels.triton.dropout import (
     NOT_SPECIALIZED,
     dense,

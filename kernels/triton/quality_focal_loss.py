@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.quality_focal_loss`: a dense pass with quality 0 everywhere, one read of the logits and
+"""Triton kernels of `quality_focal_loss`: a dense pass with quality 0 everywhere, one read of the logits and
 one write of the gradient, then a small pass that corrects the P positive entries."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.precision import kept_dtype
+from kernels.common.precision import kept_dtype
 from kernels.triton.math import log1p_unit, power, power_slope, special_exponent, unit
 
 TILE = 2048  # as in `binary_kd_loss`

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.tiny import export_tiny
+from tests.helpers.tiny_onnx import export_tiny
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,14 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from kernels.attention_stats import attention_stats
-from kernels.binary_kd_loss import binary_kd_loss
-from kernels.distribution_iou_loss import distribution_iou_kd_loss, distribution_iou_loss
-from kernels.feature_distance import feature_distance, feature_distance_and_means
-from kernels.iou_loss import iou_loss
-from kernels.mc_dropout import Dropout, mc_dropout
-from kernels.quality_focal_loss import quality_focal_loss
-from kernels.rows import CHUNK
+from kernels.common.rows import CHUNK
+from kernels.ops.attention_stats import attention_stats
+from kernels.ops.binary_kd_loss import binary_kd_loss
+from kernels.ops.distribution_iou_loss import distribution_iou_kd_loss, distribution_iou_loss
+from kernels.ops.feature_distance import feature_distance, feature_distance_and_means
+from kernels.ops.iou_loss import iou_loss
+from kernels.ops.mc_dropout import Dropout, mc_dropout
+from kernels.ops.quality_focal_loss import quality_focal_loss
 
 
 class Losses(nn.Module):

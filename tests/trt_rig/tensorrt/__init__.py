@@ -2,7 +2,7 @@
 
 Methods of a network go through a table of functions. From the point where the two libraries have grown apart, the
 bindings reach the wrong entry: `mark_weights_refittable` would call `addUnsqueeze`. The three methods that we need from
-that part call the right entries here. `tests/deploy/test_engine.py` sees that they do.
+that part call the right entries here. `tests/deploy/tensorrt/test_build.py` sees that they do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,223 @@
+"""How a recipe names a teacher: exactly one of several sources, each with what it takes to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from compress.config.base import Fraction, Positive, Settings, broken_rule
+
+
+def checkpoint_name(name: str) -> str:
+    """`name` if it can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
+    if not (name.startswith("zoo:") and len(name) > 4) and Path(name).suffix not in (".safetensors", ".pth"):
+        raise PydanticCustomError(
+            "rule",
+            "{problem}",
+            {"problem": f"'{name}' is neither a .safetensors file, a .pth file, nor zoo:<name>"},
+        )
+    return name
+
+
+def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} stands there twice"})
+    return names
+
+
+Names = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_all_different)]
+Above = Annotated[float, Field(gt=0)]
+
+
+class Torchvision(Settings):
+    """A detector of torchvision."""
+
+    model: Literal[
+        "retinanet_resnet50_fpn",
+        "retinanet_resnet50_fpn_v2",
+        "fcos_resnet50_fpn",
+        "fasterrcnn_resnet50_fpn",
+        "fasterrcnn_resnet50_fpn_v2",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "ssd300_vgg16",
+        "ssdlite320_mobilenet_v3_large",
+    ]
+    """Name of the function in torchvision.models.detection that builds it."""
+    weights: Literal["coco", "none"] | Path
+    """coco: torchvision's own, downloaded; none: random; or a file with a state dict."""
+    class_names: Names | None = None
+    """Its classes in the order of its labels, without background; null: COCO's."""
+    short: Positive | None = None
+    """Short side of the resize that its boxes are found with; null: torchvision's. Not for SSD, which has one size."""
+    long: Positive | None = None
+    """Limit of the long side."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        for key in ("short", "long"):
+            if getattr(self, key) is not None and self.model.startswith("ssd"):
+                raise broken_rule(key, f"{self.model} sees images of one size only; leave it out")
+        return self
+
+
+class Mmdet(Settings):
+    """A detector of mmdet (extra `mmdet`)."""
+
+    config: Path
+    """Config file."""
+    checkpoint: Path
+    """Weights."""
+
+
+class Transformers(Settings):
+    """An object detector of transformers (extra `transformers`)."""
+
+    model: Path
+    """Folder with config.json, preprocessor_config.json and weights, as `save_pretrained` writes it."""
+
+
+class OnnxInput(Settings):
+    """What a foreign ONNX file takes: one image at a time, as float32, float16 or uint8, whatever the file declares."""
+
+    name: str | None = None
+    """Its input; null: the only one."""
+    size: tuple[Positive, Positive] | None = None
+    """Height and width of the network input; for keep_ratio the limits of the short and the long side. null: as the
+    file declares."""
+    resize: Literal["letterbox", "letterbox_center", "stretch", "keep_ratio"] = "letterbox"
+    """letterbox: keep the ratio, pad right and below; letterbox_center: pad on both sides; stretch: fill the size;
+    keep_ratio: as data.short and data.long, padded to a multiple of 32."""
+    pad_color: Annotated[int, Field(ge=0, le=255)] = 114
+    """Value of the padding in all channels, before the normalisation."""
+    color: Literal["rgb", "bgr"] = "rgb"
+    """Order of the channels."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """Order of the axes."""
+    divide_by: Above = 1.0
+    """Pixels 0..255 are divided by this (255: then they are 0..1), then `mean` is subtracted, then divided by `std`."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """In the order of the channels."""
+    std: tuple[Above, Above, Above] = (1.0, 1.0, 1.0)
+    """In the order of the channels."""
+    size_name: str | None = None
+    """A second input, int64 [1, 2], that gets width and height of the network input (as RT-DETR's files have one)."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.resize == "keep_ratio" and self.size is None:
+            raise broken_rule("size", "missing; keep_ratio needs the limits of the short and the long side")
+        return self
+
+
+class OnnxOutput(Settings):
+    """What a foreign ONNX file gives: `combined`, or `boxes` and `scores` (and `labels`, if a box has one score). A
+    leading batch axis of 1 may be there or not."""
+
+    combined: str | None = None
+    """An output with rows of `columns`."""
+    columns: Literal["box_score_label", "box_label_score", "box_classes", "box_objectness_classes"] = "box_score_label"
+    """What a row of `combined` holds: four numbers for the box, then score and label [n, 6] in this order, or a score a
+    class [n, 4 + K], or one for any object and one a class [n, 5 + K]; they are multiplied."""
+    transposed: bool = False
+    """`combined` has the boxes along its last axis: [4 + K, n], as YOLOv8 exports it."""
+    boxes: str | None = None
+    """An output [n, 4]; of [n, 5] the last column is the score, and `scores` is not given."""
+    scores: str | None = None
+    """An output [n], a score a box, or [n, K], a score a class."""
+    labels: str | None = None
+    """An output [n], with one score a box."""
+    count: str | None = None
+    """An output with the number of rows that hold something; null: all."""
+    box_format: Literal["xyxy", "cxcywh", "xywh", "yxyx"] = "xyxy"
+    """Corners; centre and size; first corner and size; corners with y first."""
+    box_units: Literal["pixels", "normalised"] = "pixels"
+    """Pixels of the network input (its canvas), or shares of its sides."""
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    """What makes scores in 0..1 of the numbers in the file."""
+    background: Literal["none", "first", "last"] = "none"
+    """A class that means nothing: first: labels begin with 1, of scores the first column is not a class; last: the last
+    column, or the label after the last class."""
+    nms_threshold: Fraction | None = None
+    """Suppress boxes of one class that overlap more than this IoU; null: the file has done it, or needs none."""
+    max_detections: Positive = 300
+    """Best detections of an image to keep."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        separate = [name for name in ("boxes", "scores", "labels") if getattr(self, name) is not None]
+        if self.combined is not None and separate:
+            raise broken_rule(separate[0], "excludes combined; keep one of the two")
+        if self.combined is None and self.boxes is None:
+            raise broken_rule("", "needs combined, or boxes and scores")
+        if self.combined is None:
+            for key in ("columns", "transposed"):
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                    raise broken_rule(key, "belongs to combined, which is not given")
+        by_class = self.labels is None if self.combined is None else self.columns == "box_classes"
+        if self.activation == "softmax" and not by_class:
+            raise broken_rule("activation", "softmax needs one score a class, and nothing between")
+        return self
+
+
+class Onnx(Settings):
+    """A detector in an ONNX file: one that this project exported, or any other with a description of what it takes and
+    gives."""
+
+    file: Path
+    """The file."""
+    input: OnnxInput | None = None
+    """What it takes; null: its defaults, or for a file of this project what its card says."""
+    output: OnnxOutput | None = None
+    """What it gives; null: a file of this project."""
+    class_names: Names | None = None
+    """Its classes in the order of its labels, without background; null: a file of this project."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.output is None:
+            for key in ("input", "class_names"):
+                if getattr(self, key) is not None:
+                    raise broken_rule(key, "needs output as well: a file of this project describes itself")
+        elif self.class_names is None:
+            raise broken_rule("class_names", "missing; a foreign file does not name its classes")
+        return self
+
+
+class Source(Settings):
+    """Where a teacher comes from: exactly one of the keys."""
+
+    checkpoint: Annotated[str, AfterValidator(checkpoint_name)] | None = None
+    """A .safetensors file of this project, an official mmdet GFL .pth file, or zoo:<name>."""
+    torchvision: Torchvision | None = None
+    """A detector of torchvision."""
+    mmdet: Mmdet | None = None
+    """A detector of mmdet."""
+    transformers: Transformers | None = None
+    """A detector of transformers."""
+    onnx: Onnx | None = None
+    """A detector in an ONNX file."""
+    results: Path | None = None
+    """COCO JSON with what a detector found: a list of results, or a whole document with images and categories."""
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The sources that are given, by key."""
+        return tuple(name for name in SOURCES if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if not self.given:
+            raise broken_rule("", f"no source; give one of {', '.join(SOURCES)}")
+        if len(self.given) > 1:
+            raise broken_rule(self.given[1], f"excludes {self.given[0]}; keep one of the two")
+        return self
+
+
+SOURCES = tuple(Source.model_fields)
+BOXES_ALONE = ("transformers", "onnx", "results")
+"""Sources that give final boxes and nothing else. Of torchvision and mmdet it depends on the model."""

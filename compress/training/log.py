@@ -1,0 +1,147 @@
+"""What training shows and keeps: a live line on a terminal, plain lines elsewhere, metrics.csv, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from compress.console import open_console
+from deploy.core.files import write_text
+from deploy.validate.coco import CocoMetrics
+
+OBSERVED = ("map", "grad_", "scale_", "variance_")  # how columns that are no losses begin
+PLAIN_EVERY_S = 15.0  # seconds between plain lines when the output is not a terminal
+
+
+class TrainingLog:
+    """Progress and history of one arm. `enabled` is False on all processes but the first.
+
+    Rows after `from_step` of an earlier, interrupted run are dropped from metrics.csv, so that the file tells
+    one story. Columns: step, epoch, seconds, lr, loss, every loss term; grad_norm, with methods grad_detection,
+    grad_<method>, scale_<method>, and what they report (variance_<level>_<method>); map (filled at evaluations).
+    """
+
+    def __init__(self, folder: Path, *, name: str, total: int, from_step: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.csv"
+        self._rows = _rows_until(self._path, from_step)
+        self._name, self._total, self._from_step = name, total, from_step
+        self._console = open_console()
+        self._live = sys.stdout.isatty()
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self._console, disable=not self._live,
+        )  # fmt: skip
+        self._task = self._progress.add_task(name, total=total, completed=from_step, text="")
+        self._board = _tensorboard(folder / "tensorboard", from_step)
+        self._started = self._printed = time.perf_counter()
+
+    def start(self) -> None:
+        if self._enabled:
+            self._progress.start()
+            if not self._live and self._from_step:
+                self._console.print(f"{self._name}: resumed at step {self._from_step} of {self._total}")
+
+    def tick(self, step: int) -> None:
+        if self._enabled:
+            self._progress.update(self._task, completed=step)
+
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        seconds: float,
+        lr: float,
+        losses: dict[str, float],
+        observed: dict[str, float],
+    ) -> None:
+        """Record one row: the losses of this step, and what else was observed (gradient norms, scales …)."""
+        if not self._enabled:
+            return
+        loss = sum(losses.values())
+        row: dict[str, Any] = {
+            "step": step,
+            "epoch": epoch,
+            "seconds": round(seconds, 2),
+            "lr": lr,
+            "loss": loss,
+            **losses,
+            **observed,
+        }
+        self._rows.append(row)
+        for key, value in row.items():
+            if key not in ("step", "epoch", "seconds"):
+                self._board.add_scalar(key, value, step)
+        text = f"loss {loss:.3f}  " + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in losses.items())
+        self._progress.update(self._task, completed=step, text=text)
+        now = time.perf_counter()
+        if not self._live and (now - self._printed > PLAIN_EVERY_S or step == self._total):
+            self._printed = now
+            left = (now - self._started) / max(1, step - self._from_step) * (self._total - step)
+            self._console.print(f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}")
+            self._write()
+
+    def evaluated(self, step: int, epoch: int, metrics: CocoMetrics) -> None:
+        if not self._enabled:
+            return
+        seconds = self._rows[-1]["seconds"] if self._rows else 0.0
+        self._rows.append(
+            {
+                "step": step,
+                "epoch": epoch,
+                "seconds": seconds,
+                "map": metrics.map,
+                "map50": metrics.map50,
+                "map75": metrics.map75,
+            }
+        )
+        self._board.add_scalar("map", metrics.map, step)
+        self._progress.console.print(
+            f"{self._name}: step {step}/{self._total}: mAP {metrics.map:.2f}, AP50 {metrics.map50:.2f}",
+        )
+        self._write()
+
+    def stop(self) -> None:
+        if self._enabled:
+            self._progress.stop()
+            self._write()
+            self._board.close()
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        order = sorted(columns, key=lambda column: column.startswith(OBSERVED))  # stable: those come last
+        text = io.StringIO()
+        writer = csv.DictWriter(text, order, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(self._path, text.getvalue())
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    if step == 0 or not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) <= step]
+
+
+def _tensorboard(folder: Path, from_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import: only where training happens
+
+    return SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)

@@ -1,0 +1,131 @@
+"""The model card: what serving, validating or measuring an ONNX file needs to know, inside the file.
+
+It is one JSON object under the key `compress` of the ONNX metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploy.core.errors import UserError
+
+METADATA_KEY = "compress"
+PROCESSING = "pre- and post-processing"
+"""The part of `ModelCard.precision` that is not the network."""
+
+_Byte = Annotated[int, Field(ge=0, le=255)]
+_Pixels = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Quantization(BaseModel):
+    """How an int8 file was made. `layers` counts the quantized ones; `float_layers` names the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: Literal["tensorrt", "cpu"]
+    """Whose format it is: int8 symmetric activations (`tensorrt`) or uint8 activations with a zero point (`cpu`)."""
+    weight_bits: Literal[7, 8] = 8
+    layers: int = Field(ge=1)
+    float_layers: list[str] = []
+    method: str
+    """How the activations' ranges were found: `minmax`, `percentile`, `entropy`; `trained`: learned after that."""
+    images_sha256: str
+    """Of the sorted SHA-256 of the calibration images."""
+    image_hashes: list[str] = Field(min_length=1)
+    """The first 16 digits of the SHA-256 of each calibration image file: validation refuses these images."""
+    guided_map_drop: float | None = None
+    """mAP points that the search measured on its labelled split; None when there was no search."""
+
+
+class ModelCard(BaseModel):
+    """What a deployable file says about itself. `input_size` is (height, width) in pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str
+    class_names: list[str] = Field(min_length=1)
+    category_ids: list[int]
+    """The dataset's category id of each label; `labels` of a detection index this list."""
+    input_size: tuple[_Pixels, _Pixels]
+    resize: Literal["fit"] = "fit"
+    """`fit`: keep the ratio, fill the canvas at the right and at the bottom with `pad_color`."""
+    short: _Pixels | None = None
+    """Images are not made larger than this on the short side (nor `long` on the long side), however large the
+    canvas: the scale that the model was trained and evaluated at. None: the canvas alone decides."""
+    long: _Pixels | None = None
+    pad_color: tuple[_Byte, _Byte, _Byte] = (124, 116, 104)
+    score_threshold: _Share = 0.05
+    nms_threshold: _Share = 0.6
+    max_detections: int = Field(default=100, ge=1)
+    candidates: int = Field(default=1000, ge=1)
+    precision: dict[str, str] = {}
+    """Number format of each part as the graph has it, for example `{"backbone": "int8", "head": "fp32+int8"}`."""
+    quantization: Quantization | None = None
+    """None for a file without int8 layers."""
+    checkpoint_sha256: str = ""
+    recipe_sha256: str = ""
+    val_map: float | None = None
+    """COCO mAP in percent of the checkpoint on its validation set; None when it was not measured."""
+    versions: dict[str, str] = {}
+    created: str = ""
+    """UTC, ISO 8601."""
+
+    @model_validator(mode="after")
+    def _one_category_a_class(self) -> ModelCard:
+        if len(self.category_ids) != len(self.class_names):
+            raise ValueError(f"{len(self.class_names)} class_names but {len(self.category_ids)} category_ids")
+        if len(set(self.category_ids)) != len(self.category_ids):
+            raise ValueError("category_ids are not unique")
+        return self
+
+
+def network_precision(precision: Mapping[str, str]) -> str:
+    """The number formats of the network in short, narrowest first: `fp16`, `int8+fp32`."""
+    kinds = {kind for part, formats in precision.items() if part != PROCESSING for kind in formats.split("+")}
+    return "+".join(sorted(kinds, key=lambda kind: ("int8", "fp16", "bf16", "fp32").index(kind)))
+
+
+def card_from_file(path: Path) -> ModelCard:
+    """The card of the ONNX file at `path`. Raises UserError."""
+    import onnxruntime  # reads the metadata without the `onnx` package, which a serving machine does not have
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        raise UserError(f"{path}: not a readable ONNX file: {str(error).splitlines()[0]}") from error
+    return card_from_session(session, str(path))
+
+
+def card_from_session(session: Any, where: str = "model") -> ModelCard:
+    """The card of an open `onnxruntime.InferenceSession`. Raises UserError, naming `where`."""
+    return parse_card(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), where)
+
+
+def parse_card(text: str | None, where: str) -> ModelCard:
+    """The card in a metadata string. Raises UserError, naming `where`."""
+    if not text:
+        raise UserError(f"{where}: no model card (metadata key '{METADATA_KEY}'): export it with `compress export`")
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict) and content.get("schema_version", 1) != 1:
+            found = content["schema_version"]
+            raise UserError(f"{where}: model card of schema {found}, this program reads 1: export again")
+        return ModelCard.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "card"
+        raise UserError(f"{where}: bad model card: {key}: {first['msg']}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: bad model card: not JSON: {error}") from error

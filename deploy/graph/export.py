@@ -1,0 +1,241 @@
+"""PyTorch module → deployable ONNX file, proven before it is written. The only module of `deploy` that needs
+torch.
+
+The file takes uint8 images [batch, 3, H, W] with a dynamic batch, and carries its card (`deploy.core.card`).
+Before the file gets its name, it runs in ONNX Runtime on the CPU at batch 1, 2 and `max_batch` on real
+images, and must agree with torch in two steps:
+
+1. *Continuous part*: scores and boxes at every location, each within a tolerance. (For this the graph is run
+once
+   with its two inner values as outputs; a detector that finds nothing in the samples is compared all the
+   same.)
+2. *Deciding part*: torch's selection, applied to the scores and boxes that ONNX Runtime computed, must give
+the
+   detections that the file gives. Rounding cannot blur this comparison, because both sides start from one
+   input.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.files import atomic_path
+from deploy.graph.precision import precisions, set_card
+
+OUTPUTS = ("boxes", "scores", "labels", "count")
+_INNER = ("dense_scores", "dense_boxes")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What the check of an export measured. Differences are the largest over all locations of all sample
+    images."""
+
+    path: Path
+    size_bytes: int
+    opset: int
+    batches: tuple[int, ...]
+    images: int
+    max_score_difference: float
+    max_box_difference_px: float
+    detections: int
+    """How many final detections were compared; 0 when the detector finds nothing in the samples."""
+    matched: float
+    """Share of them that the file gives too."""
+    seconds: float
+
+
+class ExportMismatchError(RuntimeError):
+    """The exported graph does not compute what the module computes. No file was written."""
+
+
+def export_onnx(
+    module: nn.Module,
+    card: ModelCard,
+    path: Path,
+    *,
+    samples: np.ndarray,
+    reference: nn.Module | None = None,
+    max_batch: int = 8,
+    opset: int = 20,
+    score_tolerance: float = 1e-3,
+    box_tolerance_px: float = 0.25,
+) -> ExportReport:
+    """Export `module` to `path`, compare, and only then give the file its name.
+
+    `module` has two methods: `dense(images uint8 [B,3,H,W]) -> (scores [B,A,K], boxes [B,A,4])` and
+    `select(scores, boxes) -> (boxes, scores, labels, count)`; the file computes one after the other. It is
+    put in eval mode. `samples`: real images uint8 [N, 3, H, W] of the card's input size, N ≥ 1, repeated up
+    to `max_batch` when there are fewer.
+
+    Raises UserError for wrong samples, ExportMismatchError when the file disagrees with the module. In both
+    cases nothing is left at `path`, or what was there before stays.
+    """
+    start = time.perf_counter()
+    _check_samples(samples, card)
+    images = np.ascontiguousarray(samples[np.arange(max(max_batch, 2)) % len(samples)])
+    module.eval()
+    model = _convert(module, images[:2], opset)
+    set_card(model, card.model_copy(update={"precision": precisions(model)}))
+    model.producer_name = "compress-detectors"
+
+    batches = tuple(sorted({1, 2, max_batch}))
+    inner = _session(model.SerializeToString())
+    reference = module if reference is None else reference.eval()
+    del model.graph.output[len(OUTPUTS) :]
+    onnx.checker.check_model(model)
+    with atomic_path(Path(path)) as temporary:
+        onnx.save(model, str(temporary))
+        final = _session(str(temporary))
+        measured = _compare(reference, inner, final, images, batches, score_tolerance, box_tolerance_px)
+    return ExportReport(
+        path=Path(path),
+        size_bytes=Path(path).stat().st_size,
+        opset=opset,
+        batches=batches,
+        images=min(len(samples), len(images)),
+        seconds=time.perf_counter() - start,
+        **measured,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+class _Probed(nn.Module):
+    """The deployable outputs, then the inner values that the comparison wants to see."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        scores, boxes = self.module.dense(images)
+        return (*self.module.select(scores, boxes), scores, boxes)
+
+
+def _check_samples(samples: np.ndarray, card: ModelCard) -> None:
+    wanted = (3, *card.input_size)
+    if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[1:] != wanted or not len(samples):
+        raise UserError(
+            f"{card.name}: export needs at least one sample image, uint8 [N, {', '.join(map(str, wanted))}], "
+            f"got {samples.dtype} {list(samples.shape)}"
+        )
+
+
+def _convert(module: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelProto:
+    """Trace with a batch of two, because a batch of one would be taken for a constant."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        program = torch.onnx.export(
+            _Probed(module).eval(),
+            (torch.from_numpy(images).to(device),),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=({0: batch},),
+            input_names=["images"],
+            output_names=[*OUTPUTS, *_INNER],
+            verbose=False,
+        )
+    assert program is not None  # it is None only when a file name is given
+    model = program.model_proto
+    _strip(model)
+    return model
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove the exporter's notes (Python stack traces with local paths on every node): they have no use
+    here."""
+    del model.graph.value_info[:]
+    for owner in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        del owner.metadata_props[:]
+        owner.doc_string = ""
+    for function in model.functions:
+        del function.metadata_props[:]
+        for node in function.node:
+            del node.metadata_props[:]
+
+
+def _session(model: bytes | str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def _compare(
+    module: Any,
+    inner: Any,
+    final: Any,
+    images: np.ndarray,
+    batches: tuple[int, ...],
+    score_tolerance: float,
+    box_tolerance_px: float,
+) -> dict[str, Any]:
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    halves = [module.dense(torch.from_numpy(part).to(device)) for part in np.array_split(images, len(images) // 2)]
+    expected = [torch.cat([half[i] for half in halves]).float().cpu().numpy() for i in range(2)]
+    score_difference = box_difference = 0.0
+    total = matched = 0
+    for batch in batches:
+        feed = {"images": images[:batch]}
+        found = inner.run(list(_INNER), feed)
+        for name, value, wanted in zip(_INNER, found, expected, strict=True):
+            if value.shape != wanted[:batch].shape:
+                raise ExportMismatchError(f"batch {batch}: {name} is {value.shape}, torch's {wanted[:batch].shape}")
+            if not np.isfinite(value).all():
+                raise ExportMismatchError(f"batch {batch}: {name} holds values that are not finite")
+        score_difference = max(score_difference, float(np.abs(found[0] - expected[0][:batch]).max()))
+        box_difference = max(box_difference, float(np.abs(found[1] - expected[1][:batch]).max()))
+        if score_difference > score_tolerance or box_difference > box_tolerance_px:
+            raise ExportMismatchError(
+                f"batch {batch}: the ONNX graph is off torch by {score_difference:.2g} in score (allowed "
+                f"{score_tolerance:g}) and {box_difference:.2g} px in boxes (allowed {box_tolerance_px:g})"
+            )
+        selected = module.select(*(torch.from_numpy(value).to(device) for value in found))
+        pairs = _match(final.run(list(OUTPUTS), feed), [value.cpu().numpy() for value in selected])
+        total, matched = total + pairs[0], matched + pairs[1]
+    share = matched / total if total else 1.0
+    if share < 0.99:  # equal scores may be ordered in two ways, and that is rare
+        raise ExportMismatchError(f"only {matched} of {total} detections of the ONNX graph equal torch's")
+    return {
+        "max_score_difference": score_difference,
+        "max_box_difference_px": box_difference,
+        "detections": total,
+        "matched": share,
+    }
+
+
+def _match(found: list[np.ndarray], wanted: list[np.ndarray]) -> tuple[int, int]:
+    """(detections on the longer side, those that have a twin on the other), summed over the images."""
+    total = matched = 0
+    for image in range(len(wanted[3])):
+        n, m = int(found[3][image]), int(wanted[3][image])
+        total += max(n, m)
+        free = np.ones(n, dtype=bool)
+        for k in range(m):
+            twin = (
+                free
+                & (found[2][image, :n] == wanted[2][image, k])
+                & (np.abs(found[1][image, :n] - wanted[1][image, k]) <= 1e-5)
+                & (np.abs(found[0][image, :n] - wanted[0][image, k]) <= 1e-2).all(-1)
+            )
+            if twin.any():
+                free[int(twin.argmax())] = False
+                matched += 1
+    return total, matched

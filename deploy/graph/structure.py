@@ -1,0 +1,123 @@
+"""What of a detector's graph can be quantized: its layers, and where the network ends and deciding begins.
+
+A *layer* is a trained weight with all nodes that use it: a head that is shared by five pyramid levels is one layer
+with five nodes. The *output layers* are those that no other layer follows (class scores and box distances): they stay
+in float unless asked for. What comes after them (sigmoid, integral over the distance distribution, decoding,
+suppression) is never quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx
+
+from deploy.core.errors import UserError
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight and the nodes that use it. `name` is the weight's parameter name without its wrappers."""
+
+    name: str
+    weight: str
+    nodes: tuple[str, ...]
+    output: bool
+    """Nothing with a weight comes after it."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The layers of a graph in the order in which it computes them."""
+
+    layers: tuple[Layer, ...]
+    body: frozenset[str]
+    """Names of the nodes up to the output layers, those included."""
+    ends: tuple[str, ...]
+    """Tensors that the output layers give."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The layers that stay in float by default."""
+        return tuple(layer.name for layer in self.layers if layer.output)
+
+
+def structure_of(graph: onnx.GraphProto, where: str = "graph") -> Structure:
+    """Find the layers, those that are quantized already too. Raises UserError for a graph without a weight."""
+    weights = {item.name: item.name for item in graph.initializer if len(item.dims) >= 2}
+    weights |= {  # a quantized weight under the name that it had
+        node.output[0]: node.input[0].removesuffix("_quantized")
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights
+    }
+    weighted = {
+        node.name: weights[node.input[1]]
+        for node in graph.node
+        if node.op_type in WEIGHTED and node.input[1] in weights
+    }
+    if not weighted:
+        raise UserError(f"{where}: there is no convolution or matrix product with a weight in it")
+    if len({node.name for node in graph.node}) != len(graph.node):
+        raise UserError(f"{where}: its nodes have no names, or not unique ones; export it with compress export")
+    followed = _followed(graph, set(weighted))
+    ends = [node for node in graph.node if node.name in weighted and node.name not in followed]
+    users: dict[str, list[str]] = {}
+    for node in graph.node:  # ONNX requires topological order
+        if node.name in weighted:
+            users.setdefault(weighted[node.name], []).append(node.name)
+    prefix = _common_prefix(users)
+    layers = tuple(
+        Layer(
+            name=weight.removeprefix(prefix).removesuffix(".weight"),
+            weight=weight,
+            nodes=tuple(nodes),
+            output=not any(node in followed for node in nodes),
+        )
+        for weight, nodes in users.items()
+    )
+    outputs = tuple(node.output[0] for node in ends)
+    return Structure(layers, frozenset(node.name for node in needed_for(graph, outputs)), outputs)
+
+
+def needed_for(graph: onnx.GraphProto, tensors: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that compute `tensors`, in order."""
+    wanted, kept = set(tensors), []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(name for name in node.input if name)
+            kept.append(node)
+    return kept[::-1]
+
+
+def part_of(layer: str) -> str:
+    """The part of the detector that a layer belongs to: `head.cls_convs.0.conv` → `head`."""
+    return layer.partition(".")[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _followed(graph: onnx.GraphProto, weighted: set[str]) -> set[str]:
+    """Names of the nodes whose results reach a weighted node."""
+    reaching: set[str] = set()  # tensors
+    names: set[str] = set()
+    for node in reversed(graph.node):
+        if reaching.intersection(node.output):
+            names.add(node.name)
+        if node.name in weighted or node.name in names:
+            reaching.update(name for name in node.input if name)
+    return names
+
+
+def _common_prefix(weights: Iterable[str]) -> str:
+    """What all parameter names begin with, up to a dot: the wrappers around the detector."""
+    paths = [weight.split(".")[:-2] for weight in weights]  # a layer keeps at least its own name
+    prefix: list[str] = []
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1:
+            break
+        prefix.append(steps[0])
+    return "".join(f"{step}." for step in prefix)

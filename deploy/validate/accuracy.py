@@ -1,0 +1,406 @@
+"""Does an exported file still detect what the checkpoint detected? COCO mAP, agreement and a gate.
+
+`validate(runners, annotations, images, reference=…)` runs every runner over the same images in one pass.
+Detections are compared in pixels of the original image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.files import write_json
+from deploy.core.image import fit_canvas, load_image, read_image_bytes, to_original
+from deploy.runtimes.base import Detections, Runner
+from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.score_calibration import detection_ece
+
+AGREEMENT_SCORE = 0.3
+AGREEMENT_SLACK = 0.05
+AGREEMENT_IOU = 0.9
+DIAGNOSED_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two detectors say the same, whether right or wrong.
+
+    A detection with score ≥ 0.3 is *confirmed* when the other side has one of the same class with IoU ≥ 0.9
+    and score ≥ 0.25 (the slack keeps a score at the border from counting as a disagreement); one to one,
+    best IoU first.
+    """
+
+    share: float
+    """Confirmed detections of both sides over all detections of both sides with score ≥ 0.3, in 0..1."""
+    detections: int
+    """Detections of both sides with score ≥ 0.3."""
+    mean_score_difference: float
+    """Mean |Δ score| of the matched pairs; NaN without pairs."""
+    mean_box_difference_px: float
+    """Mean over the matched pairs of the largest of the four coordinate differences; NaN without pairs."""
+
+
+@dataclass(frozen=True)
+class ArtifactResult:
+    """One runner's outcome. `map_drop` and `agreement` are against the reference, None without one."""
+
+    name: str
+    backend: str
+    precision: dict[str, str]
+    metrics: CocoMetrics
+    d_ece: float
+    """Detection expected calibration error in 0..1 (`score_calibration`); NaN without confident detections."""
+    map_drop: float | None
+    """mAP of the reference minus this one's, in points."""
+    agreement: Agreement | None
+    gate: str
+    """`pass`, `fail` or `not run: why`."""
+    images: int
+    seconds: float
+    """Time spent in the runner, all images."""
+    diagnosis: str | None = None
+    """Why a file fails and where it starts to compute something else, or why that was not found; None when the gate
+    passes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types: NaN becomes None."""
+        agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
+        return {**_without_nan(asdict(self)), "metrics": self.metrics.to_dict(), "agreement": agreement}
+
+
+def validate(
+    runners: Mapping[str, Runner],
+    annotations: Path,
+    images: Path,
+    *,
+    reference: str | None = None,
+    max_map_drop: float = 0.5,
+    batch_size: int = 8,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ArtifactResult]:
+    """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
+
+    reference: the name of the runner that the others are measured against; its gate passes by definition.
+    max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
+    likewise. progress(done, total) is called after every batch of images.
+
+    Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
+    are not those of the annotations, a file that was calibrated on one of the images, or a runner whose outputs cannot
+    be what they are called. Detections that are not finite count as none, and the runner that gives one fails the gate.
+    """
+    content = load_annotations(annotations)
+    if reference is not None and reference not in runners:
+        raise UserError(f"reference '{reference}' is not among the artifacts: {', '.join(runners)}")
+    if not content["annotations"]:
+        raise UserError(f"{annotations}: no boxes to validate against")
+    for name, runner in runners.items():
+        _check_categories(name, runner.card, content, str(annotations))
+    rows = sorted(content["images"], key=lambda row: row["id"])[:limit]
+    _check_calibration(runners, [Path(images) / row["file_name"] for row in rows])
+    chosen = {row["id"] for row in rows}
+    truth = {
+        "images": rows,
+        "categories": content["categories"],
+        "annotations": [row for row in content["annotations"] if row["image_id"] in chosen],
+    }
+
+    found: dict[str, dict[int, _Found]] = {name: {} for name in runners}
+    seconds = dict.fromkeys(runners, 0.0)
+    done = 0
+    for batch in _batches(rows, Path(images), batch_size):
+        for name, runner in runners.items():
+            seconds[name] += _detect(name, runner, batch, found[name])
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
+
+    detections = {name: list(_coco_rows(found[name], runner.card)) for name, runner in runners.items()}
+    metrics = {name: evaluate_coco(truth, rows) for name, rows in detections.items()}
+    spoiled = {name: [image_id for image_id, item in found[name].items() if not item.finite] for name in runners}
+    results = []
+    for name, runner in runners.items():
+        drop = None if reference is None else metrics[reference].map - metrics[name].map
+        results.append(
+            ArtifactResult(
+                name=name,
+                backend=runner.backend,
+                precision=dict(runner.card.precision),
+                metrics=metrics[name],
+                d_ece=detection_ece(truth, detections[name]),
+                map_drop=drop,
+                agreement=None if reference is None else _agreement(found[reference], found[name]),
+                gate="fail" if spoiled[name] else _gate(drop, max_map_drop, bool(reference and spoiled[reference])),
+                images=len(rows),
+                seconds=seconds[name],
+            )
+        )
+    good = _graph_to_trust(runners, results, reference)
+    files = {row["id"]: Path(images) / row["file_name"] for row in rows}
+
+    def diagnosed(row: ArtifactResult) -> ArtifactResult:
+        if row.gate != "fail":
+            return row
+        telling = spoiled[row.name] or list(files)
+        where = _diagnose(runners[row.name], good, [files[image_id] for image_id in telling[:DIAGNOSED_IMAGES]])
+        if spoiled[row.name]:
+            where = (
+                f"{len(telling)} of {len(files)} images have values that are not finite, from image {telling[0]} on; "
+                f"such detections count as none; {where}"
+            )
+        return replace(row, diagnosis=where)
+
+    return [diagnosed(row) for row in results]
+
+
+def results_table(results: list[ArtifactResult]) -> Table:
+    """The results for a terminal, a row an artifact."""
+    table = Table(title=f"COCO mAP on {results[0].images} images" if results else None)
+    table.add_column("artifact")
+    table.add_column("backend")
+    for heading in ("mAP", "AP50", "AP75", "drop", "agreement", "D-ECE", "gate"):
+        table.add_column(heading, justify="right")
+    style = {"pass": "green", "fail": "red"}
+    for row in results:
+        table.add_row(
+            row.name,
+            row.backend,
+            *(f"{value:.2f}" for value in (row.metrics.map, row.metrics.map50, row.metrics.map75)),
+            "-" if row.map_drop is None else f"{row.map_drop:+.2f}",
+            "-" if row.agreement is None or not row.agreement.detections else f"{row.agreement.share:.1%}",
+            "-" if math.isnan(row.d_ece) else f"{row.d_ece:.3f}",
+            f"[{style.get(row.gate, 'yellow')}]{row.gate}[/]",
+        )
+    return table
+
+
+def write_results(path: Path, results: list[ArtifactResult]) -> None:
+    """All results as one JSON list."""
+    write_json(path, [row.to_dict() for row in results])
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    image_id: int
+    pixels: np.ndarray  # uint8 [h, w, 3]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Finite detections of one image: boxes [n, 4] xyxy in original pixels, scores [n] descending, labels [n]."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    finite: bool
+    """False: the runner also gave others."""
+
+
+def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    for category, class_name in zip(card.category_ids, card.class_names, strict=True):
+        if category not in names:
+            raise UserError(f"{name}: its class '{class_name}' is category {category}, which {where} does not have")
+        if names[category] != class_name:
+            raise UserError(
+                f"{name}: category {category} is '{class_name}' to the model, '{names[category]}' in {where}"
+            )
+
+
+def _check_calibration(runners: Mapping[str, Runner], files: list[Path]) -> None:
+    """An int8 file must not be judged on the images that its ranges come from."""
+    calibrated = {
+        digest: name
+        for name, runner in runners.items()
+        if runner.card.quantization is not None
+        for digest in runner.card.quantization.image_hashes
+    }
+    for file in files if calibrated else []:
+        name = calibrated.get(hashlib.sha256(read_image_bytes(file)).hexdigest()[:16])
+        if name is not None:
+            raise UserError(
+                f"{name}: was calibrated on {file}, which is one of the validation images: "
+                "export it again with training or unlabelled images (--calibration)"
+            )
+
+
+def _batches(rows: list[dict[str, Any]], folder: Path, batch_size: int) -> Iterator[list[_Loaded]]:
+    """Decode ahead on two threads (Pillow releases the lock), never more than two batches in memory."""
+
+    def load(row: dict[str, Any]) -> _Loaded:
+        return _Loaded(row["id"], load_image(folder / row["file_name"]))
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = iter(rows)
+        ahead: deque[Future[_Loaded]] = deque()
+        batch: list[_Loaded] = []
+        try:
+            while True:
+                while len(ahead) < batch_size and (row := next(waiting, None)) is not None:
+                    ahead.append(pool.submit(load, row))
+                if not ahead:
+                    break
+                batch.append(ahead.popleft().result())
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _Found]) -> float:
+    """Fill `found` with the batch's detections; return the seconds spent in the runner."""
+    card = runner.card
+    fitted = [fit_canvas(item.pixels, card) for item in batch]
+    images = np.stack([canvas for canvas, _ in fitted])
+    start = time.perf_counter()
+    out = runner(images)
+    seconds = time.perf_counter() - start
+    _check_shapes(name, out, len(batch))
+    finite = np.isfinite(out.boxes).all(-1) & np.isfinite(out.scores)
+    for i, (item, (_, scale)) in enumerate(zip(batch, fitted, strict=True)):
+        n = int(out.count[i])
+        height, width = item.pixels.shape[:2]
+        kept = np.flatnonzero(finite[i, :n])
+        boxes = to_original(out.boxes[i, kept], scale, (height, width))
+        found[item.image_id] = _Found(boxes, out.scores[i, kept], out.labels[i, kept], bool(finite[i].all()))
+    return seconds
+
+
+def _check_shapes(name: str, out: Detections, batch: int) -> None:
+    """Raise UserError, naming the output, when one of them cannot be what it is called."""
+    most = out.scores.shape[1] if out.scores.ndim == 2 else -1
+    wanted = {"scores": (batch, most), "boxes": (batch, most, 4), "labels": (batch, most), "count": (batch,)}
+    for output, shape in wanted.items():
+        value = getattr(out, output)
+        integer = output in ("labels", "count")
+        if value.shape != shape or np.issubdtype(value.dtype, np.integer) != integer:
+            raise UserError(
+                f"{name}: output '{output}' is {value.dtype} {list(value.shape)}, which cannot be {output}: its "
+                "outputs are damaged or exchanged; export it again"
+            )
+    if not ((out.count >= 0) & (out.count <= most)).all():
+        raise UserError(f"{name}: output 'count' is beyond the {most} places of an image; export it again")
+
+
+def _graph_to_trust(runners: Mapping[str, Runner], results: list[ArtifactResult], reference: str | None) -> Path | None:
+    """The ONNX file that failing ones are compared with: the reference, or else a float file that passed."""
+    order = sorted(results, key=lambda row: row.name != reference)
+    for row in order:
+        path = _onnx_path(runners[row.name])
+        if row.gate == "pass" and path is not None and runners[row.name].card.quantization is None:
+            return path
+    return None
+
+
+def _onnx_path(runner: Runner) -> Path | None:
+    path = getattr(runner, "path", None)
+    return path if isinstance(path, Path) and path.suffix == ".onnx" else None
+
+
+def _diagnose(runner: Runner, good: Path | None, images: list[Path]) -> str:
+    bad = _onnx_path(runner)
+    if bad is None:
+        return "not run: only ONNX files can be compared value by value"
+    if good is None:
+        return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
+    try:
+        from deploy.quantize.diagnose import first_divergence
+    except ModuleNotFoundError as error:
+        return f"not run: pip install {error.name}, which reads the values inside ONNX files"
+    canvases = np.stack([fit_canvas(load_image(image), runner.card)[0] for image in images])
+    try:
+        return str(first_divergence(good, bad, canvases))
+    except UserError as error:
+        return f"not found: {error}"
+
+
+def _coco_rows(found: dict[int, _Found], card: ModelCard) -> Iterator[dict[str, Any]]:
+    for image_id, item in found.items():
+        for (x1, y1, x2, y2), score, label in zip(
+            item.boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True
+        ):
+            yield {
+                "image_id": image_id,
+                "category_id": card.category_ids[label],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+
+
+def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> str:
+    if drop is None:
+        return "not run: no reference"
+    if reference_spoiled:
+        return "not run: the reference gives values that are not finite"
+    if math.isnan(drop):
+        return "not run: no ground truth"
+    return "pass" if drop <= max_map_drop + 1e-9 else "fail"
+
+
+def _agreement(left: dict[int, _Found], right: dict[int, _Found]) -> Agreement:
+    confirmed = total = 0
+    scores: list[float] = []
+    boxes: list[float] = []
+    for image_id, a in left.items():
+        b = right[image_id]
+        total += int((a.scores >= AGREEMENT_SCORE).sum() + (b.scores >= AGREEMENT_SCORE).sum())
+        for i, j in _pairs(a, b):
+            pair = (float(a.scores[i]), float(b.scores[j]))
+            confirmed += sum(score >= AGREEMENT_SCORE for score in pair)
+            scores.append(abs(pair[0] - pair[1]))
+            boxes.append(float(np.abs(a.boxes[i] - b.boxes[j]).max()))
+    return Agreement(
+        share=confirmed / total if total else math.nan,
+        detections=total,
+        mean_score_difference=float(np.mean(scores)) if scores else math.nan,
+        mean_box_difference_px=float(np.mean(boxes)) if boxes else math.nan,
+    )
+
+
+def _pairs(a: _Found, b: _Found) -> list[tuple[int, int]]:
+    """One-to-one pairs of one class with IoU ≥ 0.9, at least one side ≥ 0.3 and both ≥ 0.25; best IoU
+    first."""
+    rows = np.flatnonzero(a.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
+    columns = np.flatnonzero(b.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
+    iou = _iou(a.boxes[rows], b.boxes[columns])
+    possible = (iou >= AGREEMENT_IOU) & (a.labels[rows][:, None] == b.labels[columns][None])
+    possible &= np.maximum(a.scores[rows][:, None], b.scores[columns][None]) >= AGREEMENT_SCORE
+    pairs: list[tuple[int, int]] = []
+    used_a, used_b = set(), set()
+    for flat in np.argsort(-iou, axis=None, kind="stable"):
+        i, j = divmod(int(flat), len(columns))
+        if possible[i, j] and i not in used_a and j not in used_b:
+            used_a.add(i)
+            used_b.add(j)
+            pairs.append((int(rows[i]), int(columns[j])))
+    return pairs
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[n, 4], [m, 4] → [n, m]; 0 for boxes without area."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    intersection = np.clip(high - low, 0, None).prod(-1)
+    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

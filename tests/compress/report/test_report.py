@@ -1,0 +1,295 @@
+"""The report: complete from a full run, honest from a partial one, self-contained, safe with odd names."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from compress.report import build_report, summary_table
+from compress.report.charts import _log_ticks, _thin, _ticks
+from compress.report.document import Artifact, Box, Figures, Models, Report
+from compress.report.page import headline
+from compress.report.pictures import count_matches
+from deploy.core.errors import UserError
+
+HOSTILE = "<b>\"cat\" & 'dog'</b>"
+VOID = {"meta", "link", "br", "img", "input", "hr", "base", "source", "col"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load and the text it would show; checks that tags nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self._open.append(tag)
+        for key, value in attrs:
+            if key in ("src", "href", "srcset", "xlink:href", "data", "action", "poster"):
+                self.loads.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def full_report() -> dict[str, Any]:
+    def figures(value: float, params: float, gflops: float) -> dict[str, Any]:
+        per_class = {"disc": value + 3, HOSTILE: value - 3, "never seen": None}
+        return {
+            "map": value, "map50": value + 20, "map75": value + 1, "per_class": per_class,
+            "params_m": params, "gflops": gflops,
+        }  # fmt: skip
+
+    latency = {"p50": 12.5, "p90": 13.1, "p95": 14.2, "p99": 19.9}
+    one = {
+        "file": "student.onnx", "backend": "onnx", "precision": "fp32", "size_mb": 18.6, "map": 44.95,
+        "map_drop": 0.05, "agreement": 0.998, "latency_ms": latency, "throughput_ips": 80.0, "gate": "pass",
+    }  # fmt: skip
+    truth = [{"box": [10, 10, 50, 50], "label": 0}, {"box": [60, 20, 110, 80], "label": 1}]
+    found = [{"box": [11, 10, 50, 51], "label": 0, "score": 0.9}]
+    return {
+        "name": "run <i>one</i>",
+        "created": "2026-02-11T10:24:00+00:00",
+        "classes": ["disc", HOSTILE, "never seen"],
+        "models": {
+            "teacher": figures(50.0, 50.0, 100.0), "baseline": figures(42.0, 5.0, 10.0),
+            "student": figures(45.0, 5.0, 10.0),
+        },
+        "artifacts": [
+            one,
+            {**one, "file": "student.int8.onnx", "map": 40.0, "map_drop": 5.0, "gate": "fail",
+             "latency_ms": {"p50": 0.5, "p90": 0.6, "p95": 0.7, "p99": 0.8}},
+            {"file": "student.engine", "gate": "not run: no GPU <here>"},
+        ],
+        "environment": {"cpu": {"model": "A & B", "cores": 2}, "gpu": None, "providers": ["cpu"]},
+        "commands": ["compress distill recipes/a.yaml --set 'name=<x>'"],
+        "pictures": [
+            {"image": "photo.png", "ground_truth": truth, "teacher": found, "baseline": [], "student": found},
+            {"image": "gone.png", "student": []},
+        ],
+    }  # fmt: skip
+
+
+def write_run(folder: Path, report: dict[str, Any]) -> Path:
+    least = {"name": folder.name, "models": {}}
+    (folder / "report.json").write_text(json.dumps({**least, **report}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    Image.new("RGB", (1600, 1200), (90, 110, 120)).save(tmp_path / "photo.png")
+    (tmp_path / "recipe.yaml").write_text("name: run\n# <script>alert(1)</script>\n", encoding="utf-8")
+    for arm in ("baseline", "student"):
+        (tmp_path / arm).mkdir()
+        rows = ["step,epoch,seconds,lr,loss,loss_cls,loss_bbox,loss_dfl,bckd_cls,map"]
+        rows += [f"{s},0,1,0.01,4,1,{2 - s / 1000},0.5,0.3,{30 if s % 50 == 0 else ''}" for s in range(400)]
+        (tmp_path / arm / "metrics.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return write_run(tmp_path, full_report())
+
+
+def test_full_report_shows_every_part(full_run: Path) -> None:
+    path = build_report(full_run)
+    assert path == full_run / "report.html"
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    for text in (
+        "10.0× fewer parameters and 10.0× fewer operations",
+        "45.0 mAP against the teacher's 50.0",
+        "3.0 points above the same student trained from the labels alone",
+        "Exported as student.onnx, it answers in 12.5 ms",  # not int8: it is faster but failed its gate
+        "11 February 2026, 10:24 UTC",
+        "1 of 3", "1 failed, 1 not run", "no GPU <here>",
+        "Validation mAP", "Detection loss", "Distillation: bckd_cls",
+        "1 of 2 found, 0 extra", "0 of 2 found, 0 extra",
+        "The image gone.png was not found",
+        "no ground truth or not measured",
+        "cpu.model", "A & B", "name=<x>", "<script>alert(1)</script>",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert html.count("data:image/jpeg;base64,") == 1  # one copy, four panels
+    assert 'viewBox="0 0 1600 1200"' in html
+    assert "No teacher" not in page.text and "No baseline:" not in page.text
+
+
+def test_page_loads_nothing_from_outside(full_run: Path) -> None:
+    html = build_report(full_run).read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.loads
+    assert all(load.startswith(("#", "data:image/jpeg;base64,", "data:image/png;base64,")) for load in page.loads)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+    assert "default-src 'none'" in html
+    ids = set(re.findall(r'id="([^"]+)"', html))
+    assert {load[1:] for load in page.loads if load.startswith("#")} <= ids
+
+
+def test_text_from_files_is_escaped(full_run: Path) -> None:
+    html = build_report(full_run).read_text(encoding="utf-8")
+    assert "<b>&#34;" not in html and '<b>"cat' not in html
+    assert "&lt;b&gt;&#34;cat&#34; &amp; &#39;dog&#39;&lt;/b&gt;" in html
+    assert "<i>one" not in html and "<script" not in html and "<here>" not in html
+    assert HOSTILE in Page(html).text
+
+
+def test_minimal_report_says_what_is_missing(tmp_path: Path) -> None:
+    page = Page(build_report(write_run(tmp_path, {"models": {"student": {"map": 31.2}}})).read_text("utf-8"))
+    for text in (
+        tmp_path.name, "The student reaches 31.2 mAP.",
+        "No teacher:", "No baseline:", "No artifacts:", "none in this run",
+        "Latency was not measured", "No training curves", "AP by class was not recorded",
+        "No pictures were recorded", "The environment was not recorded",
+        "The commands of this run were not recorded", "holds no recipe.yaml",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert "points above" not in page.text and "fewer" not in page.text
+
+
+def test_empty_report_and_unmeasured_figures(tmp_path: Path) -> None:
+    page = Page(build_report(write_run(tmp_path, {})).read_text("utf-8"))
+    assert "This run has no student figures" in page.text
+    artifact = '{"file": "a.onnx", "gate": "pass", "map": 3}'
+    text = f'{{"name": "a", "models": {{"student": {{"map": NaN}}}}, "artifacts": [{artifact}]}}'
+    (tmp_path / "report.json").write_text(text)
+    page = Page(build_report(tmp_path).read_text("utf-8"))
+    assert "mAP was not measured" in page.text
+    assert "No latency: none of the artifacts was benchmarked" in page.text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "not found"),
+        ("{", "report.json:1: not valid JSON"),
+        ("[" * 100_000, "not a report"),
+        ("[]", "expected an object"),
+        ("{}", "report.json: name: is missing"),
+        ('{"name": "a"}', "report.json: models: is missing"),
+        ('{"name": "", "models": {}}', "report.json: name: "),
+        ('{"name": "a", "models": {"student": {"map": "high"}}}', "models.student.map"),
+        ('{"name": "a", "models": {}, "artifacts": [{"file": "a.onnx", "gate": "maybe"}]}', "artifacts.0.gate"),
+        ('{"name": "a", "models": {}, "artifacts": [{"gate": "pass"}]}', "artifacts.0.file: is missing"),
+        (
+            '{"name": "a", "models": {}, "pictures": [{"image": "a", "student": [{"box": [1, 2], "label": 0}]}]}',
+            "pictures.0.student.0.box",
+        ),
+    ],
+)
+def test_bad_report_is_one_line(tmp_path: Path, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        build_report(tmp_path)
+    assert "\n" not in str(error.value) and "report.json" in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("step,loss\n1,abc\n", "metrics.csv:2: loss: 'abc'"), ("a,b\n1,2\n", "no column 'step'")],
+)
+def test_bad_metrics_name_file_and_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "metrics.csv").write_text(text)
+    with pytest.raises(UserError, match=re.escape(says)):
+        build_report(write_run(tmp_path, {}))
+
+
+def test_metrics_with_few_columns_and_a_cut_last_line(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "metrics.csv").write_text("step,loss,map\n1,2.5,\n2,nan,\n2,2.25,\n3")
+    html = build_report(write_run(tmp_path, {})).read_text("utf-8")
+    assert "Training loss by step: student ends at 2.25" in html  # the row written last for step 2 counts
+    assert "Detection loss" not in html and "Validation mAP" not in html
+
+
+def test_unreadable_picture_is_said(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"not an image")
+    report = {"pictures": [{"image": "bad.jpg", "ground_truth": []}]}
+    assert (
+        "The image bad.jpg could not be read" in Page(build_report(write_run(tmp_path, report)).read_text("utf-8")).text
+    )
+
+
+def test_headline_tells_a_loss_as_a_loss() -> None:
+    text = headline(
+        Models(
+            teacher=Figures(map=50, params_m=5),
+            baseline=Figures(map=42),
+            student=Figures(map=41, params_m=10),
+        ),
+        [Artifact(file="a.onnx", gate="fail", map=41.0)],
+    )
+    assert "2.0× more parameters" in text and "1.0 points below" in text and "a.onnx" not in text
+
+
+def test_count_matches_takes_each_object_once() -> None:
+    report = Report(name="run", models=Models(), classes=["a", "b"])
+    truth = [Box(box=(0, 0, 10, 10), label=0), Box(box=(20, 0, 30, 10), label=1)]
+    twice = [Box(box=(0, 0, 10, 10), label="a", score=s) for s in (0.9, 0.8)]
+    assert count_matches(twice, truth, report) == 1
+    assert count_matches([Box(box=(20, 0, 30, 10), label="a", score=0.9)], truth, report) == 0  # wrong class
+    assert count_matches([Box(box=(0, 0, 10, 5), label="a", score=0.9)], truth, report) == 1  # IoU = 0.5
+    assert count_matches([Box(box=(0, 0, 10, 4.9), label="a", score=0.9)], truth, report) == 0
+
+
+def test_ticks_cover_the_range_and_thinning_keeps_the_mean() -> None:
+    for low, high in [(0, 1), (0, 0), (47.3, 58.1), (0, 4801), (0, 1e-4), (-3, 7)]:
+        ticks = _ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
+        assert ticks == sorted(set(ticks))
+    assert {0.5, 1, 2, 5, 10, 20, 50} <= set(_log_ticks(0.5, 60))
+    points = [(float(i), float(i % 7)) for i in range(1000)]
+    thin = _thin(points, 100)
+    assert len(thin) == 100
+    assert sum(y for _, y in thin) / 100 == pytest.approx(sum(y for _, y in points) / 1000)
+
+
+def test_summary_table_has_every_row() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(summary_table(full_report()))
+    text = console.export_text()
+    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│")}
+    assert set(lines) == {
+        "teacher",
+        "baseline",
+        "student",
+        "student.onnx",
+        "student.int8.onnx",
+        "student.engine",
+    }
+    for figure in ("45.0", "0.05", "12.50", "19.90", "pass"):
+        assert figure in lines["student.onnx"]
+    assert "50.00" in lines["teacher"] and "100.00" in lines["teacher"]
+    assert "fail" in lines["student.int8.onnx"] and "not run: no GPU <here>" in lines["student.engine"]
+
+
+def test_summary_table_without_teacher_and_with_markup_in_a_name() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(summary_table({"name": "run", "models": {}, "artifacts": [{"file": "[bold]a.onnx", "gate": "pass"}]}))
+    text = console.export_text()
+    assert "not in this run" in text and "[bold]a.onnx" in text

@@ -1,0 +1,151 @@
+"""The whole path on a run of seconds: what it leaves, what it says, what it repeats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from compress.data.loader import eval_loader
+from compress.distill.teacher import load_teacher
+from compress.run import arms, pipeline
+from compress.run.arms import canvas
+from compress.training.evaluate import evaluate
+from deploy.core.card import card_from_file
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+from deploy.runtimes.onnx import OnnxRunner
+from deploy.validate.coco import evaluate_coco
+from tests.compress.training.test_train import fabric
+from tests.helpers import tiny
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.run(tiny.recipe(tmp_path_factory.mktemp("run"), "baseline=true"))
+
+
+def test_a_run_leaves_the_promised_files(run_dir: Path) -> None:
+    promised = ["recipe.yaml", "manifest.json", "student.onnx", "benchmark.json", "report.json", "report.html"]
+    for arm in ("teacher", "baseline", "student"):
+        promised += [f"{arm}.safetensors", f"{arm}/metrics.csv", f"{arm}/checkpoints/last.ckpt"]
+    assert [name for name in promised if not (run_dir / name).is_file()] == []
+    assert not list(run_dir.glob(".*")), "temporary files are left"
+
+
+def test_the_report_has_measured_figures_for_everything(run_dir: Path) -> None:
+    report = json.loads((run_dir / "report.json").read_text())
+    stages = json.loads((run_dir / "manifest.json").read_text())["stages"]
+    for arm in ("teacher", "baseline", "student"):
+        figures = report["models"][arm]
+        assert figures["map"] == stages["teacher_check" if arm == "teacher" else arm]["result"]["metrics"]["map"]
+        assert figures["params_m"] > 0.1 and figures["gflops"] > 0.005
+    torch_file, onnx_file = report["artifacts"][1:]
+    assert (torch_file["file"], onnx_file["file"]) == ("student.safetensors", "student.onnx")
+    assert onnx_file["gate"] == "pass" and abs(onnx_file["map_drop"]) <= 0.1
+    assert onnx_file["agreement"] == 1 or onnx_file["agreement"] is None
+    for artifact in report["artifacts"]:
+        assert 0 < artifact["latency_ms"]["p50"] <= artifact["latency_ms"]["p99"]
+        assert artifact["throughput_ips"] > 0
+
+
+def test_the_report_shows_where_the_teacher_is_unsure(run_dir: Path) -> None:
+    report = json.loads((run_dir / "report.json").read_text())
+    assert [entry["image"] for entry in report["uncertainty"]] == [p["image"] for p in report["pictures"][:4]]
+    for entry, picture in zip(report["uncertainty"], report["pictures"], strict=False):
+        assert len(entry["rows"]) == 64 // 8 and entry["teacher"] == picture["teacher"]
+    assert "Monte Carlo dropout on the teacher" in (run_dir / "report.html").read_text()
+
+
+def test_the_card_says_where_the_file_comes_from(run_dir: Path) -> None:
+    card = card_from_file(run_dir / "student.onnx")
+    assert card.checkpoint_sha256 == sha256_of(run_dir / "student.safetensors")
+    assert card.input_size == (64, 64) and len(card.class_names) == 3
+    assert card.val_map == json.loads((run_dir / "report.json").read_text())["models"]["student"]["map"]
+
+
+def test_bare_onnxruntime_is_enough(run_dir: Path) -> None:
+    session = onnxruntime.InferenceSession(run_dir / "student.onnx", providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), dtype=np.uint8)
+    boxes, scores, labels, count = session.run(None, {"images": images})
+    found = OnnxRunner(run_dir / "student.onnx")(images)
+    np.testing.assert_array_equal(boxes, found.boxes)
+    assert scores.shape == labels.shape == (3, 100) and count.dtype == np.int32
+
+
+def test_a_second_run_repeats_nothing(run_dir: Path) -> None:
+    recipe = tiny.recipe(run_dir.parents[1], "baseline=true")
+    before = json.loads((run_dir / "manifest.json").read_text())
+    pipeline.run(recipe)
+    assert json.loads((run_dir / "manifest.json").read_text()) == before
+
+
+def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe(run_dir.parents[1])
+    data = arms.open_data(recipe, fabric())
+    teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.val.categories)
+    loader = eval_loader(data.val, batch_size=3, workers=0)
+    fast = evaluate(teacher, loader, data.val, torch.device("cpu"))
+    monkeypatch.setattr("compress.training.evaluate.evaluate_coco", lambda *a: evaluate_coco(*a, backend="pycocotools"))
+    reference = evaluate(teacher, loader, data.val, torch.device("cpu"))
+    assert (reference.map, reference.map50, reference.map75) == (fast.map, fast.map50, fast.map75)
+
+
+def test_the_canvas_holds_every_image(run_dir: Path) -> None:
+    recipe = tiny.recipe(run_dir.parents[1])
+    val = arms.open_data(recipe, fabric()).val
+    assert canvas(val, recipe) == (64, 64)
+    val.sizes = [(480, 640), (640, 480)]
+    assert canvas(val, recipe) == (64, 64)
+    wide = recipe.model_copy(update={"data": recipe.data.model_copy(update={"short": 48, "long": 64})})
+    assert canvas(val, wide) == (64, 64)
+    val.sizes = [(480, 640)]
+    assert canvas(val, wide) == (64, 64)  # 48 rounds up to 64
+    assert canvas(val, wide.model_copy(update={"data": wide.data.model_copy(update={"short": 32})})) == (32, 64)
+
+
+def test_a_teacher_of_other_classes_is_refused(run_dir: Path) -> None:
+    checkpoint = str(run_dir / "teacher.safetensors")
+    with pytest.raises(UserError, match="knows 3 classes, the data has 2"):
+        load_teacher(checkpoint, ["a", "b"])
+    names = list(card_from_file(run_dir / "student.onnx").class_names)
+    with pytest.raises(UserError, match="calls label 0"):
+        load_teacher(checkpoint, names[::-1])
+
+
+def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe(tmp_path)
+    pipeline.distill(recipe, dry_run=True)
+    assert "1 step on made-up images; everything fits together" in capsys.readouterr().out
+    assert not recipe.runs.exists()
+
+
+def test_portrait_photographs_go_through(tmp_path: Path) -> None:
+    """Images of several sizes and ratios, none of them the canvas; validation in the original pixels."""
+    recipe = tiny.recipe(tmp_path)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i, (w, h) in enumerate([(90, 60), (60, 90), (64, 64), (200, 40), (120, 90), (33, 70)], start=1):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": w, "height": h})
+        annotations.append(
+            {"id": i, "image_id": i, "category_id": 7, "bbox": [2, 3, 20, 30], "area": 600, "iscrowd": 0}
+        )
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "thing"}]})
+    )
+    split = {"annotations": str(tmp_path / "a.json"), "images": str(tmp_path)}
+    text = (tmp_path / "tiny.yaml").read_text()
+    start, end = text.index("  synthetic"), text.index("  short")
+    (tmp_path / "tiny.yaml").write_text(f"{text[:start]}  train: {split}\n  val: {split}\n{text[end:]}")
+    from compress.config.recipe import load_recipe
+
+    mixed = load_recipe(tmp_path / "tiny.yaml", ["name=mixed", "train.steps=3"])
+    assert mixed.runs == recipe.runs
+    report = json.loads((pipeline.run(mixed) / "report.json").read_text())
+    assert report["artifacts"][-1]["gate"] == "pass"

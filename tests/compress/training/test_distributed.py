@@ -1,0 +1,127 @@
+"""Two gloo processes and one process with the same global batch: the same losses, the same weights.
+
+BatchNorm runs on its statistics here (norm_eval), as in the published recipes; in training mode every process would
+use the statistics of its own share, which is another computation.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from compress.data.synthetic import class_names
+from compress.detectors.backbones import build_backbone
+from compress.run import pipeline
+from tests.compress.pseudo.test_label import teacher
+from tests.helpers import tiny
+
+
+def train(folder: Path, launcher: list[str], devices: int) -> Path:
+    """`compress distill` of the tiny recipe on `devices` processes; returns the run folder."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    torch.save(build_backbone("nano", weights="none").state_dict(), folder / "nano.pth")
+    settings = ["train.steps=10", "train.ema=null"]
+    for model in ("student", "teacher.model"):
+        settings += [f"{model}.weights={folder / 'nano.pth'}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
+    arguments = ["distill", str(tiny.recipe_file(folder)), "--devices", str(devices)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    with open(run / "student" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    return [{k: float(v) for k, v in row.items() if k.startswith(("loss", "bckd"))} for row in rows]
+
+
+@pytest.mark.parametrize("launch", ["subprocess", "torchrun"])
+def test_two_processes_equal_one(tmp_path: Path, launch: str) -> None:
+    python = [sys.executable, "-m", "compress"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
+    one = train(tmp_path / "one", python, 1)
+    two = train(tmp_path / "two", python if launch == "subprocess" else torchrun, 2)
+    assert len(losses(one)) == 2  # steps 1 and 10
+    for a, b in zip(losses(one), losses(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), key
+    weights, others = (load_file(run / "student.safetensors") for run in (one, two))
+    for key, value in weights.items():
+        torch.testing.assert_close(value, others[key], rtol=2e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
+    """The images without labels and a folder, with measured thresholds: the same bytes."""
+    a = teacher(tmp_path / "a.safetensors", tuple(class_names(3)), 1)
+    rng = np.random.default_rng(0)
+    (tmp_path / "more").mkdir()
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (56, 64, 3), dtype=np.uint8)).save(tmp_path / "more" / f"{index}.png")
+    settings = [
+        "teacher=null", "methods={}", "labels={fraction: 0.25}", "train.steps=1", "train.schedule.warmup_steps=0",
+        f"pseudo_labels={{teachers: [{{checkpoint: {a}}}], unlabeled: [{tmp_path / 'more'}], tau: 0.6, "
+        "tau_ignore: 0.5, thresholds: best_f1, batch_size: 2, fine_tune: null}",
+    ]  # fmt: skip
+    one = pipeline.distill(tiny.recipe(tmp_path, *settings, "name=one")) / "pseudo"
+    arguments = ["distill", str(tiny.recipe_file(tmp_path)), "--devices", "2", "--set", "name=two"]
+    for setting in settings:
+        arguments += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    two = tmp_path / "runs" / "two" / "pseudo"
+    assert sorted(file.name for file in two.iterdir()) == ["folder-1.json", "training-images.json"]
+    for file in two.iterdir():
+        assert file.read_bytes() == (one / file.name).read_bytes()
+        assert b'"score"' in file.read_bytes()
+
+
+def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
+    arguments = ["distill", str(tiny.recipe_file(tmp_path)), "--devices", "2", "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "everything fits together" in done.stdout and not (tmp_path / "runs").exists()
+
+
+def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
+    """Adapters and context blocks, masks that differ between the processes, one method that ends early."""
+    methods = (
+        "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, "
+        "uet: {of: [fgd, bckd]}}"
+    )
+    arguments = [
+        "distill",
+        str(tiny.recipe_file(tmp_path)),
+        "--devices",
+        "2",
+        "--set",
+        methods,
+        "--set",
+        "train.steps=14",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "runs" / "tiny" / "student" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [row["mgd"] != "" for row in rows] == [True, False, False]  # steps 1, 10 and 14; an epoch has 6
+    assert all(float(row["fgd_fg"]) > 0 and float(row["grad_fgd"]) > 0 for row in rows)

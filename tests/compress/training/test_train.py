@@ -1,0 +1,240 @@
+"""The training loop: exact resume, exact weight 0, guards, schedules."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import load_file
+
+from compress.config.recipe import Recipe, Schedule
+from compress.distill.weighting import Position
+from compress.manifest import fingerprint
+from compress.run import arms, pipeline
+from compress.training.loop import Learner, learning_rate
+from deploy.core.errors import UserError
+from tests.helpers import tiny
+
+
+def fabric() -> Fabric:
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def train(recipe: Recipe, *, max_steps: int | None = None, resume: bool = False, identity: str = "a") -> None:
+    f = fabric()
+    arms.train_arm(
+        f, recipe, "student", recipe.student, recipe.train, arms.open_data(recipe, f),
+        identity={"of": identity}, resume=resume, max_steps=max_steps,
+    )  # fmt: skip
+
+
+def last_checkpoint(recipe: Recipe) -> dict:
+    return torch.load(recipe.run_dir / "student" / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(a: object, b: object) -> None:
+    """Bit for bit, through dicts and lists; training time is not compared."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys()
+        for key in a:
+            if key != "seconds":
+                assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert isinstance(b, (list, tuple)) and len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b or (a != a and b != b)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("train.accumulate=2", "train.optimizer.name=adamw"), ("train.eval_every=1", "train.steps=18")],
+    ids=["plain", "accumulate", "best"],
+)
+def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    whole, parts = tiny.recipe(tmp_path / "a", *extra), tiny.recipe(tmp_path / "b", *extra)
+    train(whole)
+    train(parts, max_steps=10 if "train.steps=18" in extra else 4)
+    torch.manual_seed(123)  # whatever state the process is in does not matter
+    train(parts, resume=True)
+    assert_same(last_checkpoint(whole), last_checkpoint(parts))
+    assert_same(*(load_file(r.run_dir / "student.safetensors") for r in (whole, parts)))
+    rows = [(r.run_dir / "student" / "metrics.csv").read_text().splitlines() for r in (whole, parts)]
+    assert len(rows[0]) >= 3 and {row.split(",")[0] for row in rows[0]} <= {row.split(",")[0] for row in rows[1]}
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.helpers import tiny
+from tests.compress.training.test_train import train
+train(tiny.recipe(Path(sys.argv[1]), "train.steps=40", "train.checkpoint_every=2"), resume=True)
+"""
+
+
+def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
+    """kill -9 at an arbitrary moment, several times, against a run that was left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment, stdout=subprocess.DEVNULL)
+
+    checkpoint = tiny.recipe(killed).run_dir / "student" / "checkpoints" / "last.ckpt"
+    kills = 0
+    for _ in range(2):
+        process = start(killed)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if checkpoint.is_file() and checkpoint.stat().st_mtime_ns > before:
+                process.send_signal(signal.SIGKILL)  # right after some checkpoint, in the middle of a step
+                break
+            time.sleep(0.01)
+        kills += process.wait(60) == -signal.SIGKILL
+    assert kills == 2, "the run ended before it could be killed: make it longer"
+    assert start(killed).wait(300) == 0
+    assert start(whole).wait(300) == 0
+    assert_same(last_checkpoint(tiny.recipe(whole)), last_checkpoint(tiny.recipe(killed)))
+    assert_same(*(load_file(tiny.recipe(f).run_dir / "student.safetensors") for f in (whole, killed)))
+
+
+def test_an_unfinished_checkpoint_of_other_settings_is_refused_and_a_finished_one_replaced(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    train(recipe, max_steps=2)
+    with pytest.raises(UserError, match="unfinished run with other settings"):
+        train(recipe, resume=True, identity="b")
+    train(recipe, resume=True)
+    train(recipe, resume=True, identity="b")
+    assert last_checkpoint(recipe)["identity"] != fingerprint({"of": "a"})
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    train(recipe, max_steps=2)
+    (recipe.run_dir / "student" / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match=r"last.ckpt: damaged .*remove it to start again"):
+        train(recipe, resume=True)
+
+
+def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
+    """Direction of the whole gradient; 64 px makes P6 and P7 maps of one pixel."""
+    recipe = tiny.recipe(tmp_path)
+    data = arms.open_data(recipe, fabric())
+    batch = next(iter(arms.train_loader(data.train, batch_size=4, seed=0, workers=0))).to("cpu")
+
+    def gradient(half: bool) -> torch.Tensor:
+        learner = Learner(arms.build_detector(recipe.student, 3, 0), {}, None, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = learner(batch, Position(0, 1, 1))
+        assert all(value.dtype == torch.float32 for value in losses.values())
+        sum(losses.values()).backward()
+        return torch.cat([p.grad.flatten().float() for p in learner.parameters() if p.grad is not None])
+
+    exact, rounded = gradient(False), gradient(True)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.98
+    assert float(rounded.norm()) == pytest.approx(float(exact.norm()), rel=0.1)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "train.steps=null", "train.epochs=1", "train.schedule.warmup_steps=6")
+    with pytest.raises(UserError, match="leaves nothing of the run's 6 steps"):
+        train(recipe)
+
+
+def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    drawn = arms.open_data(recipe, fabric()).val_split
+    empty = drawn.model_copy(update={"annotations": tmp_path / "empty.json"})
+    empty.annotations.write_text(json.dumps({**json.loads(drawn.annotations.read_text()), "annotations": []}))
+    for arm, word in (("val", "found"), ("train", "learned")):
+        splits = {"train": drawn, "val": drawn, arm: empty, "synthetic": None}
+        data = recipe.data.model_copy(update=splits)
+        with pytest.raises(UserError, match=rf"empty.json: no box in it that could be {word}"):
+            arms.open_data(recipe.model_copy(update={"data": data}), fabric())
+
+
+def test_weight_zero_is_plain_training(tmp_path: Path) -> None:
+    """Bit for bit: the teacher runs along, its loss is logged and multiplied by zero."""
+    taught = tiny.recipe(tmp_path / "taught", "methods.bckd.weight=0")
+    plain = tiny.recipe(tmp_path / "plain")
+    pipeline.distill(taught)
+    pipeline.distill(plain, distillation=False)
+    assert_same(*(load_file(r.run_dir / "student.safetensors") for r in (taught, plain)))
+    header = (taught.run_dir / "student" / "metrics.csv").read_text().splitlines()[0]
+    assert "bckd_cls" in header
+
+
+def test_distillation_changes_the_student_and_the_baseline_is_the_plain_one(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path / "a", "baseline=true")
+    plain = tiny.recipe(tmp_path / "b")
+    pipeline.distill(recipe)
+    pipeline.distill(plain, distillation=False)
+    baseline, student = (load_file(recipe.run_dir / f"{name}.safetensors") for name in ("baseline", "student"))
+    assert_same(baseline, load_file(plain.run_dir / "student.safetensors"))
+    assert any(not torch.equal(baseline[key], student[key]) for key in baseline)
+    assert all(not key.startswith(("teacher", "methods")) for key in student)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "train.optimizer.lr=1e30", "train.clip_norm=null", "train.schedule.warmup_steps=0")
+    with pytest.raises(UserError, match=r"not finite at step \d+ .*nonfinite.pt"):
+        train(recipe)
+    saved = torch.load(recipe.run_dir / "student" / "nonfinite.pt", weights_only=False)
+    learner = Learner(arms.build_detector(recipe.student, 3, 0), {}, None, None)
+    learner.load_state_dict(saved["learner"])
+    assert all(torch.isfinite(p).all() for p in learner.parameters()), "saved after the damage"
+    (batch,) = saved["batches"]
+    assert batch.images.shape == (4, 3, 64, 64) and len(batch.targets) == 4
+    loss = sum(learner(batch, Position(0, 1, 1)).values())
+    loss.backward()
+    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+    assert not (torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)), "does not show the event"
+    assert not (recipe.run_dir / "student.safetensors").exists()
+
+
+def test_learning_rate() -> None:
+    steps = learning_rate(Schedule(milestones=(8, 11), warmup_steps=500, warmup_factor=0.001), 12 * 100, 100)
+    assert steps(0) == pytest.approx(0.001)
+    assert steps(250) == pytest.approx(0.001 + 0.999 / 2)
+    assert steps(500) == steps(799) == 1
+    assert steps(800) == pytest.approx(0.1) and steps(1100) == pytest.approx(0.01)
+    cosine = learning_rate(Schedule(name="cosine", warmup_steps=10), 110, 10)
+    assert cosine(10) == 1 and cosine(60) == pytest.approx(0.5) and cosine(110) == pytest.approx(0)
+
+
+def test_a_weak_teacher_stops_the_run_before_the_student_trains(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "teacher.min_map=90")
+    with pytest.raises(UserError, match="min_map asks for 90"):
+        pipeline.distill(recipe)
+    assert not (recipe.run_dir / "student").exists()
+
+
+def test_an_interrupted_run_is_only_continued_on_request(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    train(recipe, max_steps=2)
+    with pytest.raises(UserError, match="add --resume"):
+        pipeline.distill(recipe, distillation=False)
+
+
+def test_finished_stages_are_skipped(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    pipeline.distill(recipe)
+    student = recipe.run_dir / "student.safetensors"
+    before = student.stat().st_mtime_ns
+    pipeline.distill(recipe)
+    assert student.stat().st_mtime_ns == before
+    student.write_bytes(b"damaged")
+    pipeline.distill(recipe, resume=True)
+    load_file(student)

@@ -1,0 +1,245 @@
+"""Harmed graphs: the gate fails them, and the diagnosis names the value that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from deploy.core.errors import UserError
+from deploy.quantize.calibrate import activation_ranges
+from deploy.quantize.diagnose import first_divergence
+from deploy.quantize.qdq import quantize
+from deploy.runtimes.onnx import OnnxRunner
+from deploy.validate.accuracy import validate
+from tests.helpers.tiny_onnx import SIZE, pictures
+
+Harm = Callable[[onnx.ModelProto], str]
+"""Damages a graph; returns the name of the value that is wrong first."""
+
+
+def harmed(source: Path, out: Path, harm: Harm) -> tuple[Path, str]:
+    model = onnx.load(str(source))
+    name = harm(model)
+    onnx.save(model, str(out))
+    return out, name
+
+
+def node_of(model: onnx.ModelProto, op: str, index: int = 0) -> onnx.NodeProto:
+    return [node for node in model.graph.node if node.op_type == op][index]
+
+
+def set_initializer(model: onnx.ModelProto, name: str, factor: float) -> None:
+    item = next(item for item in model.graph.initializer if item.name == name)
+    value = numpy_helper.to_array(item)
+    item.CopyFrom(numpy_helper.from_array((value * factor).astype(value.dtype), name))
+
+
+def bad_cast(model: onnx.ModelProto) -> str:
+    """The first activation goes through int8 and back."""
+    relu = node_of(model, "Relu")
+    value, position = relu.output[0], list(model.graph.node).index(relu)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == value:
+                node.input[index] = "bad_float"
+    model.graph.node.insert(position + 1, helper.make_node("Cast", [value], ["bad_int"], "to_int", to=TensorProto.INT8))
+    model.graph.node.insert(
+        position + 2, helper.make_node("Cast", ["bad_int"], ["bad_float"], "to_float", to=TensorProto.FLOAT)
+    )
+    return "bad_float"
+
+
+def wrong_weight(model: onnx.ModelProto) -> str:
+    weight = node_of(model, "Conv").input[1]
+    set_initializer(model, weight, -1.0)
+    return weight
+
+
+def swapped_values(model: onnx.ModelProto) -> str:
+    """The decoder adds the distances that it should subtract: x2, y2 and x1, y1 change places."""
+    minus = next(node for node in model.graph.node if "dense_boxes" in node.output)
+    first, third = minus.input[0], minus.input[2]
+    minus.input[0], minus.input[2] = third, first
+    return "dense_boxes"
+
+
+def swapped_outputs(model: onnx.ModelProto) -> str:
+    """Suppression ranks by the wrong sign."""
+    top = node_of(model, "TopK", -1)
+    smallest = next(attribute for attribute in top.attribute if attribute.name == "largest")
+    smallest.i = 0
+    return top.output[0]
+
+
+def log_of_negative(model: onnx.ModelProto) -> str:
+    """The boxes' left edges become NaN, or minus infinity at 0."""
+    return through(model, 0, [("Neg", {}), ("Log", {})])
+
+
+def overflowing_cast(model: onnx.ModelProto) -> str:
+    """The boxes' right edges, x, become infinite in float16, which ends at exp(11.1)."""
+    to_half, to_float = {"to": TensorProto.FLOAT16}, {"to": TensorProto.FLOAT}
+    return through(model, 2, [("Exp", {}), ("Cast", to_half), ("Cast", to_float), ("Log", {})])
+
+
+def through(model: onnx.ModelProto, coordinate: int, steps: list[tuple[str, dict[str, int]]]) -> str:
+    """Send a coordinate of the dense boxes through more nodes."""
+    stack = next(node for node in model.graph.node if "dense_boxes" in node.output)
+    position, value = list(model.graph.node).index(stack), stack.input[coordinate]
+    for number, (op, attributes) in enumerate(steps):
+        node = helper.make_node(op, [value], [f"harm_{number}"], f"node_harm_{number}", **attributes)
+        model.graph.node.insert(position + number, node)
+        value = f"harm_{number}"
+    stack.input[coordinate] = value
+    return "dense_boxes"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> tuple[Path, Path]:
+    """Images whose ground truth is what the float file finds."""
+    folder = tmp_path_factory.mktemp("data")
+    images, boxes = [], []
+    found = OnnxRunner(tiny_onnx)(pictures(6, seed=3))
+    for i, picture in enumerate(pictures(6, seed=3)):
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": SIZE[1], "height": SIZE[0]})
+        for k in range(6):
+            x1, y1, x2, y2 = found.boxes[i, k].tolist()
+            box = {"image_id": i, "category_id": (2, 4, 9)[found.labels[i, k]], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            boxes.append({**box, "id": len(boxes) + 1, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
+    categories = [{"id": i, "name": n} for i, n in zip((2, 4, 9), "abc", strict=True)]
+    file = folder / "val.json"
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return file, folder
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    model = onnx.load(str(tiny_onnx))
+    ranges = activation_ranges(model, pictures(8, seed=7))
+    found = {}
+    for target in ("cpu", "tensorrt"):
+        found[target] = tmp_path_factory.mktemp("int8") / f"{target}.onnx"
+        onnx.save(quantize(model, ranges, target), str(found[target]))  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("harm", [bad_cast, wrong_weight, swapped_values, swapped_outputs])
+def test_the_gate_fails_a_harmed_float_file_and_names_the_tensor(
+    harm: Harm, tiny_onnx: Path, dataset: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, name = harmed(tiny_onnx, tmp_path / "harmed.onnx", harm)
+    result = validate({"good": OnnxRunner(tiny_onnx), "bad": OnnxRunner(path)}, *dataset, reference="good")
+    assert [row.gate for row in result] == ["pass", "fail"]
+    assert result[0].diagnosis is None
+    assert result[1].diagnosis is not None and f"first diverging tensor: '{name}'" in result[1].diagnosis
+
+
+@pytest.mark.parametrize("harm", [log_of_negative, overflowing_cast])
+def test_values_that_are_not_finite_fail_the_gate_and_the_tensor_is_named(
+    harm: Harm, tiny_onnx: Path, dataset: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, name = harmed(tiny_onnx, tmp_path / "harmed.onnx", harm)
+    runners = {"good": OnnxRunner(tiny_onnx), "bad": OnnxRunner(path), "other": OnnxRunner(tiny_onnx)}
+    results = validate(runners, *dataset, reference="good", max_map_drop=100.0)
+    assert [row.gate for row in results] == ["pass", "fail", "pass"]
+    diagnosis = results[1].diagnosis
+    assert diagnosis is not None and "images have values that are not finite, from image" in diagnosis
+    assert f"first diverging tensor: '{name}'" in diagnosis
+    assert diagnosis.endswith("it holds values that are not finite")
+    assert json.dumps(results[1].to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("which", ["activation", "weight"])
+def test_a_wrong_scale_of_an_int8_file_is_named(
+    target: str, which: str, tiny_onnx: Path, int8: dict[str, Path], dataset: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def harm(model: onnx.ModelProto) -> str:
+        constants = {item.name for item in model.graph.initializer}
+        ours = [
+            node
+            for node in model.graph.node
+            if node.op_type == "DequantizeLinear" and (node.input[0] in constants) == (which == "weight")
+        ]
+        node = next(node for node in ours if "stem" in node.input[0]) if which == "weight" else ours[-1]
+        set_initializer(model, node.input[1], 0.3)
+        return node.output[0]
+
+    path, name = harmed(int8[target], tmp_path / "harmed.onnx", harm)
+    assert first_divergence(tiny_onnx, int8[target], pictures(2)).divergence is None
+    found = first_divergence(tiny_onnx, path, pictures(2)).divergence
+    assert found is not None and found.introduced
+    assert found.tensor in (name, name.replace("Dequantize", "Quantize"))
+    assert (
+        validate({"good": OnnxRunner(tiny_onnx), "bad": OnnxRunner(path)}, *dataset, reference="good")[1].gate == "fail"
+    )
+
+
+def test_exchanged_outputs_are_refused_by_name(tiny_onnx: Path, dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    def harm(model: onnx.ModelProto) -> str:
+        names = {"scores": "labels", "labels": "scores"}
+        for node in model.graph.node:
+            for index, name in enumerate(node.output):
+                node.output[index] = names.get(name, name)
+            for index, name in enumerate(node.input):
+                node.input[index] = names.get(name, name)
+        for value in model.graph.output:
+            if value.name in names:
+                value.type.tensor_type.elem_type = TensorProto.INT64 if value.name == "scores" else TensorProto.FLOAT
+        return "scores"
+
+    path, name = harmed(tiny_onnx, tmp_path / "harmed.onnx", harm)
+    with pytest.raises(UserError, match=f"bad: output '{name}' is int64 .* exchanged"):
+        validate({"good": OnnxRunner(tiny_onnx), "bad": OnnxRunner(path)}, *dataset, reference="good")
+    found = first_divergence(tiny_onnx, path, pictures(2)).divergence
+    assert found is not None and found.tensor in ("scores", "labels")
+
+
+def test_equal_and_quantized_files_do_not_diverge(tiny_onnx: Path, int8: dict[str, Path]) -> None:
+    same = first_divergence(tiny_onnx, tiny_onnx, pictures(2))
+    assert same.divergence is None and same.compared == same.produced > 100 and same.worst[1] == 0
+    for path in int8.values():
+        found = first_divergence(tiny_onnx, path, pictures(2))
+        assert found.divergence is None and 0.001 < found.worst[1] < 0.2
+        assert "int8 explains their differences" in str(found)
+    assert json.dumps(same.to_dict())
+
+
+def test_another_network_is_not_compared(tiny_onnx: Path, tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["images"], ["boxes"], "only", to=TensorProto.FLOAT)
+    shape = ["batch", 3, *SIZE]
+    graph = helper.make_graph(
+        [node], "other", [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("boxes", TensorProto.FLOAT, shape)],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(tmp_path / "other.onnx"))
+    with pytest.raises(UserError, match="not two exports of one network"):
+        first_divergence(tiny_onnx, tmp_path / "other.onnx", pictures(1))
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match="not a readable ONNX file"):
+        first_divergence(tiny_onnx, tmp_path / "broken.onnx", pictures(1))
+
+
+def test_without_a_float_file_that_passed_it_says_why(dataset: tuple[Path, Path], tiny_onnx: Path) -> None:
+    class Wrapped:
+        def __init__(self, shift: float) -> None:
+            self.runner = OnnxRunner(tiny_onnx)
+            self.card, self.backend, self.shift = self.runner.card, "wrapped", shift
+
+        def __call__(self, images: np.ndarray) -> object:
+            found = self.runner(images)
+            return replace(found, boxes=found.boxes + np.float32(self.shift))
+
+    results = validate({"a": Wrapped(0), "b": Wrapped(5)}, *dataset, reference="a")  # type: ignore[dict-item]
+    assert results[1].gate == "fail" and results[1].diagnosis == (
+        "not run: only ONNX files can be compared value by value"
+    )

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.red import write_red_model
+from tests.helpers.running import Server, server
+from tests.helpers.tiny_onnx import export_tiny
+
+
+@pytest.fixture(scope="session")
+def red_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that finds the red rectangle, at once."""
+    path = tmp_path_factory.mktemp("red") / "red.onnx"
+    write_red_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def slow_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with some milliseconds of work an image."""
+    path = tmp_path_factory.mktemp("slow") / "slow.onnx"
+    write_red_model(path, work=12)
+    return path
+
+
+@pytest.fixture(scope="session")
+def red_server(red_onnx: Path) -> Iterator[Server]:
+    """A server of the red model with everything at its default, but patient: the tests share their machine."""
+    with server(red_onnx, "--threads", "1", "--deadline-ms", "30000") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector with decoding and suppression in its graph."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    export_tiny(path)
+    return path

@@ -1,0 +1,230 @@
+"""Validation: equal artifacts pass, spoiled ones fail, and figures come from the evaluator."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from compress.export.deployable import TorchRunner
+from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
+from deploy.core.image import letterbox, load_image, to_original
+from deploy.runtimes.base import Detections, Runner
+from deploy.runtimes.onnx import OnnxRunner
+from deploy.validate.accuracy import AGREEMENT_SCORE, results_table, validate, write_results
+from deploy.validate.coco import evaluate_coco
+from tests.helpers.tiny_onnx import CARD, deployable
+
+COUNT = 13  # not a multiple of the batch size
+
+
+class Spoiled:
+    """A runner whose detections pass through `change`."""
+
+    def __init__(self, runner: Runner, change: Any) -> None:
+        self.runner, self.change, self.card, self.backend = runner, change, runner.card, "spoiled"
+
+    def __call__(self, images: np.ndarray) -> Detections:
+        return self.change(self.runner(images))
+
+
+def coco_rows(runner: Runner, path: Path, image_id: int) -> list[dict[str, Any]]:
+    """One image, the obvious way, for comparison with the batched one."""
+    pixels = load_image(path)
+    canvas, scale = letterbox(pixels, runner.card.input_size, runner.card.pad_color)
+    out = runner(canvas[None])
+    rows = []
+    for k in range(int(out.count[0])):
+        x1, y1, x2, y2 = to_original(out.boxes[0, k : k + 1], scale, pixels.shape[:2])[0].tolist()
+        category = runner.card.category_ids[int(out.labels[0, k])]
+        score = float(out.scores[0, k])
+        rows.append(
+            {
+                "image_id": image_id,
+                "category_id": category,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def torch_runner() -> TorchRunner:
+    return TorchRunner(deployable(), CARD)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, torch_runner: TorchRunner) -> tuple[Path, Path]:
+    """Pictures of many sizes; the ground truth is what the detector is sure of, a little moved."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    images, boxes = [], []
+    for i in range(COUNT):
+        height, width = (int(v) for v in rng.integers(50, 160, 2))
+        coarse = rng.integers(0, 256, (8, 12, 3), np.uint8)
+        name = f"{i:03}.png"
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST).save(folder / name)
+        images.append({"id": 100 - i, "file_name": name, "width": width, "height": height})
+        for row in coco_rows(torch_runner, folder / name, 100 - i):
+            if row["score"] > 0.4 and rng.random() < 0.7:
+                x, y, w, h = row["bbox"]
+                moved = [x + 0.06 * w * rng.random(), y, w, h]
+                category = row["category_id"]
+                boxes.append(
+                    {
+                        "id": len(boxes) + 1,
+                        "image_id": 100 - i,
+                        "category_id": category,
+                        "bbox": moved,
+                        "area": w * h,
+                        "iscrowd": 0,
+                    }
+                )
+    categories = [{"id": i, "name": n} for i, n in zip(CARD.category_ids, CARD.class_names, strict=True)]
+    file = folder / "instances.json"
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return file, folder
+
+
+def test_torch_and_onnx_agree_and_a_spoiled_file_fails(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    def shift(out: Detections) -> Detections:
+        return replace(out, boxes=out.boxes + np.float32(3.0) * (out.scores > 0)[..., None])
+
+    runners: dict[str, Runner] = {
+        "torch": torch_runner,
+        "onnx": OnnxRunner(tiny_onnx, threads=1),
+        "shifted": Spoiled(torch_runner, shift),
+        "empty": Spoiled(torch_runner, lambda out: replace(out, count=out.count * 0)),
+    }
+    steps: list[tuple[int, int]] = []
+    results = validate(runners, *dataset, reference="torch", batch_size=4, progress=lambda *step: steps.append(step))
+    assert steps == [(4, 13), (8, 13), (12, 13), (13, 13)]
+    torch_result, onnx_result, shifted, empty = results
+    annotations = json.loads(dataset[0].read_text())
+    rows = [
+        row
+        for image in annotations["images"]
+        for row in coco_rows(torch_runner, dataset[1] / image["file_name"], image["id"])
+    ]
+    expected = evaluate_coco(annotations, rows, backend="pycocotools")
+    assert 20 < expected.map < 95
+    assert torch_result.metrics.map == pytest.approx(expected.map, abs=1e-6)
+    assert torch_result.metrics.per_class == pytest.approx(expected.per_class, abs=1e-6)
+
+    assert (torch_result.gate, torch_result.map_drop) == ("pass", 0.0)
+    assert onnx_result.gate == "pass" and abs(onnx_result.map_drop or 0.0) < 0.1
+    assert onnx_result.agreement is not None and onnx_result.agreement.share > 0.99
+    assert onnx_result.agreement.detections > 2 * 30
+    assert 0 < onnx_result.agreement.mean_score_difference < 1e-4
+    assert 0 < onnx_result.agreement.mean_box_difference_px < 1e-2
+
+    assert shifted.gate == "fail" and shifted.map_drop is not None and shifted.map_drop > 0.5
+    assert shifted.agreement is not None and shifted.agreement.share < 0.6
+    assert (empty.gate, empty.metrics.map) == ("fail", 0.0)
+    confident = sum(row["score"] >= AGREEMENT_SCORE for row in rows)
+    assert empty.agreement is not None
+    assert (empty.agreement.share, empty.agreement.detections) == (0.0, confident)
+
+    write_results(tmp_path / "results.json", results)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written[3]["agreement"]["mean_score_difference"] is None  # no pair to average
+    assert written[1]["metrics"]["per_class"].keys() == {"a", "b", "c"}
+    console = Console(width=140, record=True, file=(tmp_path / "table.txt").open("w"))
+    console.print(results_table(results))
+    text = console.export_text()
+    assert "fail" in text and "spoiled" in text
+
+
+def test_a_score_at_the_border_is_no_disagreement_and_a_class_is(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner
+) -> None:
+    lower = Spoiled(torch_runner, lambda out: replace(out, scores=np.maximum(out.scores - 0.02, 0)))
+    other = Spoiled(torch_runner, lambda out: replace(out, labels=(out.labels + 1) % 3))
+    runners: dict[str, Runner] = {"torch": torch_runner, "lower": lower, "other": other}
+    results = validate(runners, *dataset, reference="torch", limit=6)
+    assert results[0].images == 6
+    assert results[1].agreement is not None and results[1].agreement.share == 1.0
+    assert results[1].agreement.mean_score_difference == pytest.approx(0.02, abs=1e-3)
+    assert results[2].agreement is not None and results[2].agreement.share < 0.2
+
+
+def test_the_gate_is_the_limit_given_and_needs_a_reference(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner
+) -> None:
+    shifted = Spoiled(torch_runner, lambda out: replace(out, boxes=out.boxes + np.float32(1.0)))
+    runners: dict[str, Runner] = {"torch": torch_runner, "shifted": shifted}
+    drop = validate(runners, *dataset, reference="torch", max_map_drop=100.0)[1].map_drop
+    assert drop is not None and drop > 0
+    for limit, gate in ((drop + 0.01, "pass"), (drop - 0.01, "fail")):
+        assert validate(runners, *dataset, reference="torch", max_map_drop=limit)[1].gate == gate
+    alone = validate(runners, *dataset)
+    assert [row.gate for row in alone] == ["not run: no reference"] * 2
+    assert alone[0].map_drop is None and alone[0].agreement is None
+
+
+def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: Path) -> None:
+    file, folder = dataset
+
+    def with_card(**change: Any) -> dict[str, Runner]:
+        card = ModelCard.model_validate({**CARD.model_dump(), **change})
+        return {"m": TorchRunner(deployable(card=card), card)}
+
+    with pytest.raises(UserError, match="reference 'x' is not among the artifacts: m"):
+        validate(with_card(), file, folder, reference="x")
+    with pytest.raises(UserError, match="class 'b' is category 5, which"):
+        validate(with_card(category_ids=[2, 5, 9]), file, folder)
+    with pytest.raises(UserError, match="category 4 is 'z' to the model, 'b' in"):
+        validate(with_card(class_names=["a", "z", "c"]), file, folder)
+    with pytest.raises(UserError, match=r"000\.png: no such image|\d+\.png: no such image"):
+        validate(with_card(), file, tmp_path)
+    content = json.loads(file.read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(UserError, match="no boxes to validate against"):
+        validate(with_card(), tmp_path / "empty.json", folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("output", ["boxes", "scores"])
+def test_what_is_not_finite_is_no_detection_and_fails_the_gate(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner, output: str, value: float
+) -> None:
+    """The best detection of every image is spoiled: the rest counts, and the other runners keep their results."""
+
+    def spoil(out: Detections) -> Detections:
+        values = getattr(out, output).copy()
+        values[:, 0] = value
+        return replace(out, **{output: values})
+
+    def without_best(out: Detections) -> Detections:
+        moved = {name: np.roll(getattr(out, name), -1, axis=1) for name in ("boxes", "scores", "labels")}
+        return replace(out, **moved, count=np.maximum(out.count - 1, 0))
+
+    runners: dict[str, Runner] = {
+        "torch": torch_runner,
+        "bad": Spoiled(torch_runner, spoil),
+        "fewer": Spoiled(torch_runner, without_best),
+    }
+    good, bad, fewer = validate(runners, *dataset, reference="torch", max_map_drop=100.0, limit=4)
+    assert (good.gate, bad.gate, fewer.gate) == ("pass", "fail", "pass")
+    assert bad.metrics.to_dict() == fewer.metrics.to_dict() and 0 < bad.metrics.map < good.metrics.map
+    assert bad.agreement == fewer.agreement
+    assert bad.diagnosis is not None and bad.diagnosis.startswith("4 of 4 images have values that are not finite")
+    assert bad.diagnosis.endswith("not run: only ONNX files can be compared value by value")
+
+    against_bad = validate(runners, *dataset, reference="bad", max_map_drop=100.0, limit=4)
+    assert [row.gate for row in against_bad] == [
+        "not run: the reference gives values that are not finite",
+        "fail",
+        "not run: the reference gives values that are not finite",
+    ]
+    assert validate({"bad": runners["bad"]}, *dataset, limit=4)[0].gate == "fail"
