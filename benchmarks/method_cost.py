@@ -24,13 +24,13 @@ from torch import Tensor
 
 from benchmarks.measure import RESULTS, record
 from compress.config.methods import Methods
-from compress.config.recipe import Model
+from compress.config.model import Model
 from compress.console import open_console
 from compress.data.batch import Batch, Target
+from compress.detectors.build import build_detector
 from compress.distill.build import build_methods
 from compress.distill.method import Outputs
 from compress.distill.teacher import freeze
-from compress.run.arms import build_detector
 from deploy.core.files import write_json
 
 BOXES = 6  # an image

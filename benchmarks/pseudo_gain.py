@@ -45,7 +45,8 @@ from compress.console import open_console
 from compress.data import synthetic
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint, save_detector
 from compress.manifest import Manifest
-from compress.run.arms import open_data, train_arm
+from compress.run.data import open_data
+from compress.run.trainings import train_arm
 from compress.versions import versions
 from deploy.core.environment import environment
 from deploy.core.errors import UserError

@@ -29,12 +29,13 @@ from rich.table import Table
 
 from benchmarks import measure
 from benchmarks.distill_gain import Arm, arm_recipe
-from compress.config.recipe import Qad, Recipe
+from compress.config.deploy import Qad
+from compress.config.recipe import Recipe
 from compress.console import open_console
 from compress.distill.teacher import load_teacher
 from compress.manifest import Manifest
 from compress.run import qad
-from compress.run.arms import canvas, open_data
+from compress.run.data import canvas, open_data
 from compress.run.export import calibration_of, export_checkpoint
 from compress.run.pipeline import distill
 from compress.versions import versions

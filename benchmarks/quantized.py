@@ -27,7 +27,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.data_path import write_photographs
-from compress.config.recipe import Deploy, Split
+from compress.config.data import Split
+from compress.config.deploy import Deploy
 from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable, TorchRunner

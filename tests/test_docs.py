@@ -10,7 +10,9 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -18,12 +20,11 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from compress import cli
-from compress.config import methods, pseudo, recipe
-from compress.config import teacher as teachers
+from compress import cli, config
 from compress.config.base import Settings
-from compress.config.methods import Methods
-from compress.config.recipe import Recipe, load_recipe
+from compress.config.methods import Adapted, Methods, Term
+from compress.config.recipe import Recipe, TeacherFile, load_recipe
+from compress.config.teacher import Source
 from deploy.core.errors import UserError
 from deploy.core.files import write_text
 
@@ -123,11 +124,12 @@ def test_the_reference_is_that_of_the_recipe() -> None:
 
 def test_every_setting_is_in_the_reference() -> None:
     """Against the generator's own mistakes: a settings class that nobody reaches, a field without a word."""
-    known = [value for module in (recipe, methods, pseudo, teachers) for value in vars(module).values()]
+    modules = [import_module(found.name) for found in iter_modules(config.__path__, "compress.config.")]
+    known = [value for module in modules for value in vars(module).values()]
     classes = [c for c in known if isinstance(c, type) and issubclass(c, Settings)]
     documented = {model for _, model in sections(Recipe, "")}
-    made_of = {Settings, methods.Term, methods.Adapted, teachers.Source}
-    assert documented | made_of == {*classes} - {recipe.TeacherFile}
+    made_of = {Settings, Term, Adapted, Source}
+    assert documented | made_of == {*classes} - {TeacherFile}
     text = reference()
     for model in documented:
         for name, field in model.model_fields.items():

@@ -26,7 +26,9 @@ from compress import __version__
 from deploy.core.errors import LocalUserError, UserError
 
 if TYPE_CHECKING:
-    from compress.config.recipe import Deploy, Recipe, Split
+    from compress.config.data import Split
+    from compress.config.deploy import Deploy
+    from compress.config.recipe import Recipe
     from compress.pseudo.parts import Shard
     from compress.run.export import Quantizing
     from deploy.quantize.file import QuantizeReport
@@ -790,7 +792,7 @@ def _quantizing(
         check_deciding(*split, chosen)
     else:
         assert recipe is not None, "checked above"
-        from compress.run.arms import labelled_split
+        from compress.run.data import labelled_split
 
         count = settings.int8.deciding_images
         split = deciding_split(labelled_split(recipe), chosen, count, out.with_suffix(".deciding.json"))
@@ -840,7 +842,7 @@ def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, in
     """The recipe's validation set: where it is, its image files, and the canvas (height, width) that holds them."""
     from compress.data.coco import CocoDetection
     from compress.data.transforms import eval_transform
-    from compress.run.arms import canvas, splits
+    from compress.run.data import canvas, splits
 
     _, split = splits(recipe.data, recipe.runs)
     transform = eval_transform(recipe.data.eval_short, recipe.data.long)
@@ -866,7 +868,7 @@ def _deploy_settings(recipe: Recipe | None, given: dict[str, Any]) -> Deploy:
     """The deploy section of the recipe, or the defaults; with what was given on top."""
     from pydantic import ValidationError
 
-    from compress.config.recipe import Deploy
+    from compress.config.deploy import Deploy
 
     base = Deploy() if recipe is None else recipe.deploy
     try:

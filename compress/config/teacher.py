@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from compress.config.base import Fraction, Positive, Settings, broken_rule
+from compress.config.model import Model
+from compress.config.train import Train
 
 
 def checkpoint_name(name: str) -> str:
@@ -221,3 +223,30 @@ class Source(Settings):
 SOURCES = tuple(Source.model_fields)
 BOXES_ALONE = ("transformers", "onnx", "results")
 """Sources that give final boxes and nothing else. Of torchvision and mmdet it depends on the model."""
+
+
+class Teacher(Source):
+    """The detector to learn from: exactly one source, or `train`."""
+
+    model: Model | None = None
+    """What to build when the teacher is trained here."""
+    train: Train | None = None
+    """Train the teacher first, on the same data."""
+    min_map: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Stop before distilling when the teacher's validation mAP (percent) is lower."""
+    inherit: bool = False
+    """Start the student's neck and head from the teacher's, where the shapes agree (as published for FGD and MGD)."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Teacher:
+        if not self.given and self.train is None:
+            raise broken_rule("", f"no source; give one of {', '.join(SOURCES)}, or model and train")
+        if len(self.given) > 1:
+            raise broken_rule(self.given[1], f"excludes teacher.{self.given[0]}; keep one of the two")
+        if self.given and self.train is not None:
+            raise broken_rule("train", f"excludes teacher.{self.given[0]}; keep one of the two")
+        if self.train is not None and self.model is None:
+            raise broken_rule("train", "needs teacher.model, the detector to train")
+        if self.inherit and self.given and self.checkpoint is None:
+            raise broken_rule("inherit", f"needs a teacher of this project, not teacher.{self.given[0]}")
+        return self

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from compress.detectors.backbones import Backbone
-from compress.detectors.base import Detector
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.config.model import Model
+from compress.data.batch import Target
+from compress.detectors.backbones import Backbone, build_backbone
+from compress.detectors.base import Capability, Detector
 from compress.detectors.gfl import GFL
 
 Family = Literal["gfl", "fcos", "retinanet", "faster_rcnn"]
@@ -48,3 +53,61 @@ def build_family(
     return torchvision_two_stage.FasterRCNN.build(
         num_classes, backbone, **shape, anchor_scale=scale, roi_samples=samples
     )
+
+
+def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
+    """A fresh detector; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        backbone = build_backbone(
+            model.backbone,
+            weights=model.weights,
+            frozen_stages=model.frozen_stages,
+            norm_eval=model.norm_eval,
+        )
+        detector = build_family(
+            model.detector,
+            num_classes,
+            backbone,
+            neck_channels=model.neck_channels,
+            head_depth=model.head_depth,
+            anchor_scale=model.anchor_scale,
+            roi_samples=model.roi_samples,
+            compiled=compiled,
+        )
+    return detector.to(memory_format=torch.channels_last)
+
+
+def inherit(student: Detector, teacher: Detector) -> list[str]:
+    """Copy the layers of the teacher's neck and head whose weights have the student's shapes. Returns the keys; empty
+    when no convolution fits, and then nothing is copied."""
+    own, theirs = student.state_dict(), teacher.state_dict()
+
+    def fits(key: str) -> bool:
+        return key in own and own[key].shape == theirs[key].shape
+
+    def weight_of(key: str) -> str:
+        layer = key.rpartition(".")[0]
+        return f"{layer}.weight" if f"{layer}.weight" in theirs else key
+
+    keys = [key for key in theirs if not key.startswith("backbone.") and fits(key) and fits(weight_of(key))]
+    if not any(key.endswith("weight") and theirs[key].dim() == 4 for key in keys):
+        return []
+    student.load_state_dict({key: theirs[key] for key in keys}, strict=False)
+    return keys
+
+
+def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
+    """`params_m` (millions) and `gflops` of one image of `size` (height, width). A multiply-add is two FLOPs. Of a
+    detector in two stages with the proposals of an empty image."""
+    was_training = detector.training
+    detector.eval()
+    images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=next(detector.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        prediction = detector(images)
+        if Capability.DENSE not in detector.capabilities:  # the rest of its network comes with the boxes
+            nothing = torch.zeros(0)
+            detector.decode(prediction, [Target(nothing.view(0, 4), nothing, nothing, None, 0, size, size)])
+    detector.train(was_training)
+    params = sum(p.numel() for p in detector.parameters())
+    return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}

@@ -17,17 +17,21 @@ from lightning.fabric import Fabric
 from PIL import Image
 from rich.console import Console
 
-from compress.config.recipe import Model, Recipe, Split
+from compress.config.data import Split
+from compress.config.model import Model
+from compress.config.recipe import Recipe
 from compress.config.teacher import Source
 from compress.console import open_console
 from compress.data.synthetic import class_names
 from compress.detectors.base import Detector
+from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
 from compress.distill.teacher import freeze
-from compress.run.arms import build_detector, check_methods, model_size, open_data, train_arm
+from compress.run.data import open_data
 from compress.run.pseudo_labels import only_labels, sources
 from compress.run.pseudo_labels import rehearse as rehearse_labels
 from compress.run.teacher import for_methods
+from compress.run.trainings import check_methods, train_arm
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
 from deploy.validate.coco import read_annotations

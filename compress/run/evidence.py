@@ -19,11 +19,12 @@ from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Capability, Detector
+from compress.detectors.build import model_size
 from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
 from compress.manifest import Manifest
 from compress.report import build_report, summary_table
 from compress.run import qad
-from compress.run.arms import canvas, labelled_split, model_size, splits
+from compress.run.data import canvas, labelled_split, splits
 from compress.run.export import (
     SOURCES,
     BudgetError,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.config.recipe import Deploy, Int8, Recipe, Split
+from compress.config.data import Split
+from compress.config.deploy import Deploy, Int8
+from compress.config.recipe import Recipe
 from compress.data.batch import PAD_COLOR
 from compress.detectors.base import Capability
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
-from compress.run.arms import splits
+from compress.run.data import splits
 from compress.versions import versions
 from deploy.core.card import PROCESSING, ModelCard, card_from_file
 from deploy.core.errors import UserError

@@ -17,22 +17,16 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from compress.config.recipe import Recipe, Train, dump_recipe
+from compress.config.recipe import Recipe, dump_recipe
+from compress.config.train import Train
 from compress.console import open_console
 from compress.detectors.base import Detector
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze
 from compress.manifest import Manifest
-from compress.run.arms import (
-    Datasets,
-    build_detector,
-    check_methods,
-    evaluate_arm,
-    on_first_process,
-    open_data,
-    train_arm,
-)
+from compress.run.data import Datasets, open_data
 from compress.run.pseudo_labels import (
     FIRST_STAGE,
     PseudoLabelled,
@@ -43,8 +37,10 @@ from compress.run.pseudo_labels import (
 )
 from compress.run.pseudo_labels import is_unfinished as pseudo_labels_unfinished
 from compress.run.teacher import for_methods
+from compress.run.trainings import check_methods, evaluate_arm, train_arm
 from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
+from compress.training.distributed import on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text

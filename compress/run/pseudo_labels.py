@@ -18,9 +18,11 @@ from typing import Any
 from lightning.fabric import Fabric
 from rich.console import Console
 
+from compress.config.data import Split
 from compress.config.pseudo import FineTune, PseudoLabels
-from compress.config.recipe import Recipe, Schedule, Split, Train
+from compress.config.recipe import Recipe
 from compress.config.teacher import Source
+from compress.config.train import Schedule, Train
 from compress.data.coco import CocoDetection
 from compress.data.concat import Joined
 from compress.data.transforms import eval_transform
@@ -30,10 +32,11 @@ from compress.pseudo.images import ImageList, images_in
 from compress.pseudo.label import LOWEST_SCORE, Labelled, Settings, pseudo_label
 from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
-from compress.run.arms import Datasets, on_first_process
+from compress.run.data import Datasets
 from compress.teachers.base import BoxTeacher
 from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
+from compress.training.distributed import on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.validate.coco import read_annotations

@@ -23,7 +23,9 @@ from lightning.fabric import Fabric
 from pydantic import ValidationError
 from torch import nn
 
-from compress.config.recipe import Deploy, Int8, Optimizer, Qad, Recipe, Schedule, Train, recipe_sha256
+from compress.config.deploy import Deploy, Int8, Qad
+from compress.config.recipe import Recipe, recipe_sha256
+from compress.config.train import Optimizer, Schedule, Train
 from compress.data.loader import train_loader
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
@@ -31,9 +33,11 @@ from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
 from compress.export.deployable import Deployable
 from compress.manifest import Manifest, fingerprint
-from compress.run.arms import Datasets, canvas, evaluate_arm, on_first_process
+from compress.run.data import Datasets, canvas
 from compress.run.export import calibration_of, export_checkpoint
 from compress.run.pseudo_labels import FIRST_STAGE
+from compress.run.trainings import evaluate_arm
+from compress.training.distributed import on_first_process
 from compress.training.loop import fit
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms
 from deploy.core.card import ModelCard, card_from_file

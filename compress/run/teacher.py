@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compress.config.recipe import Recipe
 from compress.detectors.base import Capability, Detector
-from compress.run.arms import check_methods
+from compress.run.trainings import check_methods
 from compress.teachers.base import BoxTeacher
 from deploy.core.errors import UserError
 

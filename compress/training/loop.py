@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from compress.config.recipe import Optimizer, Schedule, Train
+from compress.config.train import Optimizer, Schedule, Train
 from compress.data.batch import Batch
 from compress.detectors.base import Detector
 from compress.detectors.gfl import Reduce

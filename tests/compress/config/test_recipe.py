@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from compress.config import recipe as recipe_module
-from compress.config.recipe import Backbone, Deploy, Methods, Recipe, dump_recipe, load_recipe, recipe_sha256
+from compress.config.deploy import Deploy
+from compress.config.messages import models_in
+from compress.config.methods import Methods
+from compress.config.model import Backbone
+from compress.config.recipe import Recipe, dump_recipe, load_recipe, recipe_sha256
 from deploy.core.errors import UserError
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -396,9 +399,12 @@ def test_the_limit_of_candidates_is_that_of_the_suppression() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    models = [m for m in vars(recipe_module).values() if isinstance(m, type) and issubclass(m, BaseModel)]
-    models = [m for m in models if m.__module__ == recipe_module.__name__]
-    assert len(models) > 10
+    def below(model: type[BaseModel]) -> set[type[BaseModel]]:
+        inner = {m for field in model.model_fields.values() for m in models_in(field.annotation)}
+        return {model}.union(*map(below, inner))
+
+    models = below(Recipe)
+    assert len(models) > 30
     silent = [f"{m.__name__}.{n}" for m in models for n, f in m.model_fields.items() if not f.description]
     assert silent == []
 

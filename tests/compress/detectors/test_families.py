@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from compress import cli
 from compress.config.methods import Methods
-from compress.config.recipe import Model
+from compress.config.model import Model
 from compress.data.batch import Batch, Target
 from compress.detectors.base import DensePrediction, Detector
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import load_detector
 from compress.distill.bckd import BCKD
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe, match_levels
 from compress.distill.method import Outputs
-from compress.run import arms, pipeline
+from compress.run import pipeline
+from compress.run.data import open_data
+from compress.run.trainings import train_arm
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
 from tests.helpers import tiny
@@ -31,7 +34,7 @@ SMALL = {"retinanet": {"anchor_scale": 2.0}, "faster_rcnn": {"anchor_scale": 4.0
 
 def model(family: str, seed: int = 0, **settings: Any) -> Detector:
     shape = {"backbone": "nano", "neck_channels": 32, "head_depth": 1} | SMALL.get(family, {}) | settings
-    return arms.build_detector(Model.model_validate({"detector": family, **shape}), K, seed)
+    return build_detector(Model.model_validate({"detector": family, **shape}), K, seed)
 
 
 def batch() -> Batch:
@@ -228,9 +231,9 @@ def test_training_goes_on_exactly(tmp_path: Path) -> None:
     for folder, stops in (("a", [None]), ("b", [3, None])):
         recipe = tiny.recipe(tmp_path / folder, *settings_of("faster_rcnn"), "baseline=false")
         fabric = pipeline._launch(recipe)
-        data = arms.open_data(recipe, fabric)
+        data = open_data(recipe, fabric)
         for stop in stops:
-            arms.train_arm(
+            train_arm(
                 fabric, recipe, "student", recipe.student, recipe.train, data, identity={}, resume=True, max_steps=stop
             )
         weights.append(load_detector(recipe.run_dir / "student.safetensors")[0].state_dict())

@@ -11,14 +11,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.config.methods import Methods
-from compress.config.recipe import Model, Recipe
+from compress.config.model import Model
+from compress.config.recipe import Recipe
 from compress.data.batch import Batch
+from compress.detectors.build import build_detector, inherit
 from compress.distill.build import build_methods
 from compress.distill.method import Method, Outputs
 from compress.distill.teacher import load_teacher
 from compress.distill.uet import UET
 from compress.distill.weighting import Balanced, Position, gradient_norm
-from compress.run import arms, pipeline
+from compress.run import pipeline
+from compress.run.data import open_data
+from compress.run.trainings import train_arm
 from deploy.core.errors import UserError
 from tests.compress.training.test_train import assert_same, fabric, last_checkpoint
 from tests.helpers import tiny
@@ -129,9 +133,9 @@ def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
 
 def train_taught(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
-    data = arms.open_data(recipe, fabric())
+    data = open_data(recipe, fabric())
     teacher, _ = load_teacher(recipe.teacher.checkpoint, data.train.categories)
-    arms.train_arm(
+    train_arm(
         fabric(), recipe, "student", recipe.student, recipe.train, data,
         teacher=teacher, identity={}, resume=True, max_steps=stop,
     )  # fmt: skip
@@ -147,18 +151,18 @@ def test_after_its_last_epoch_a_method_is_gone_from_the_loss(tmp_path: Path) -> 
 def test_inherit_copies_neck_and_head_where_shapes_agree(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
     assert recipe.teacher is not None and recipe.teacher.model is not None
-    teacher = arms.build_detector(recipe.teacher.model, 3, seed=1)
-    student = arms.build_detector(recipe.student, 3, seed=2)  # one convolution less in the towers
+    teacher = build_detector(recipe.teacher.model, 3, seed=1)
+    student = build_detector(recipe.student, 3, seed=2)  # one convolution less in the towers
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    copied = arms.inherit(student, teacher)
+    copied = inherit(student, teacher)
     assert "neck.fpn_convs.0.weight" in copied and "head.gfl_cls.weight" in copied
     assert not any(key.startswith("backbone") for key in copied)
     after, given = student.state_dict(), teacher.state_dict()
     for key, value in after.items():
         assert torch.equal(value, given[key] if key in copied else before[key])
-    wide = arms.build_detector(recipe.student.model_copy(update={"neck_channels": 64}), 3, seed=2)
+    wide = build_detector(recipe.student.model_copy(update={"neck_channels": 64}), 3, seed=2)
     before = {key: value.clone() for key, value in wide.state_dict().items()}
-    assert arms.inherit(wide, teacher) == [], "biases without their weights are worth nothing"
+    assert inherit(wide, teacher) == [], "biases without their weights are worth nothing"
     assert_same(before, dict(wide.state_dict()))
     unequal = tiny.recipe(tmp_path, "teacher.inherit=true", "student.neck_channels=64")
     with pytest.raises(UserError, match=r"teacher.inherit: .*width 32.*width 64"):
@@ -192,7 +196,7 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, methods: str
 def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
     names = list(Methods.model_fields)[:-1]
     settings = Methods.model_validate({name: {} for name in names} | {"uet": {"of": tuple(names)}})
-    detectors = [arms.build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
+    detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
     built = build_methods(settings, *detectors)
     assert list(built) == names
     assert all(isinstance(b.method, UET) for b in built.values())
@@ -205,7 +209,7 @@ def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
 
 def test_compile_reaches_every_method_that_can() -> None:
     names = ("fgd", "tid", "bckd", "crosskd")
-    detectors = [arms.build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
+    detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
     settings = Methods.model_validate({name: {} for name in names} | {"uet": {"of": names}})
     for compiled in (False, True):
         for balanced in build_methods(settings, *detectors, compiled=compiled).values():
@@ -228,6 +232,6 @@ def test_a_method_that_its_models_cannot_serve_is_refused_before_training(tmp_pa
         family = "boxes only"
 
     settings = Methods.model_validate({"bckd": {}})
-    student = arms.build_detector(tiny_model(), 3, 0)
+    student = build_detector(tiny_model(), 3, 0)
     with pytest.raises(UserError, match=r"methods.bckd needs dense of the teacher, which boxes only cannot give"):
         build_methods(settings, student, BoxesOnly())  # type: ignore[arg-type]

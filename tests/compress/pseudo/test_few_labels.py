@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from compress.data.coco import CocoDetection
-from compress.run import arms, pipeline
+from compress.run import pipeline
+from compress.run.data import open_data, splits
 from deploy.core.errors import UserError
 from tests.compress.training.test_train import fabric
 from tests.helpers import tiny
@@ -23,12 +24,12 @@ def test_only_a_part_keeps_its_labels(tmp_path: Path, capsys: pytest.CaptureFixt
     recipe = tiny.recipe(tmp_path, "labels={fraction: 0.25}", "train.steps=3")
     folder = pipeline.distill(recipe, distillation=False)
     assert "labels.fraction 0.25: 18 more images have no labels" in capsys.readouterr().out
-    given = read(arms.splits(recipe.data, recipe.runs)[0].annotations)
+    given = read(splits(recipe.data, recipe.runs)[0].annotations)
     labelled, rest = read(folder / "labelled.json"), read(folder / "unlabelled.json")
     assert (len(labelled["images"]), len(rest["images"]), rest["annotations"]) == (6, 18, [])
     ids = {row["id"] for row in labelled["images"]}
     assert labelled["annotations"] == [row for row in given["annotations"] if row["image_id"] in ids]
-    data = arms.open_data(recipe, fabric())
+    data = open_data(recipe, fabric())
     assert set(data.train.image_ids) == ids and isinstance(data.train, CocoDetection)
     assert len(data.val) == 8 and data.unlabelled is not None
     assert read(folder / "manifest.json")["stages"]["student"]["result"]["steps"] == 3

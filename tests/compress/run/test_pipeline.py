@@ -13,8 +13,8 @@ from PIL import Image
 
 from compress.data.loader import eval_loader
 from compress.distill.teacher import load_teacher
-from compress.run import arms, pipeline
-from compress.run.arms import canvas
+from compress.run import pipeline
+from compress.run.data import canvas, open_data
 from compress.training.evaluate import evaluate
 from deploy.core.card import card_from_file
 from deploy.core.errors import UserError
@@ -87,7 +87,7 @@ def test_a_second_run_repeats_nothing(run_dir: Path) -> None:
 
 def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny.recipe(run_dir.parents[1])
-    data = arms.open_data(recipe, fabric())
+    data = open_data(recipe, fabric())
     teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.val.categories)
     loader = eval_loader(data.val, batch_size=3, workers=0)
     fast = evaluate(teacher, loader, data.val, torch.device("cpu"))
@@ -98,7 +98,7 @@ def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, mon
 
 def test_the_canvas_holds_every_image(run_dir: Path) -> None:
     recipe = tiny.recipe(run_dir.parents[1])
-    val = arms.open_data(recipe, fabric()).val
+    val = open_data(recipe, fabric()).val
     assert canvas(val, recipe) == (64, 64)
     val.sizes = [(480, 640), (640, 480)]
     assert canvas(val, recipe) == (64, 64)

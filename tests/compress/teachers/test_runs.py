@@ -38,7 +38,7 @@ def recipe(folder: Path, teacher: dict[str, Any], *more: str) -> Recipe:
 
 def truth(recipe: Recipe) -> dict[str, Any]:
     """The drawn boxes of all images as what a detector found: a document, its categories the other way round."""
-    from compress.run.arms import splits
+    from compress.run.data import splits
 
     images: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -212,7 +212,7 @@ def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest
 
 def test_results_by_id_are_for_images_with_ids_of_their_own(tmp_path: Path) -> None:
     """Generated training and validation images both count from 1: a list of results cannot mean both."""
-    from compress.run.arms import splits
+    from compress.run.data import splits
 
     plain = tiny.recipe(tmp_path)
     drawn = json.loads(splits(plain.data, plain.runs)[1].annotations.read_text())["annotations"]

@@ -15,10 +15,14 @@ import torch
 from lightning.fabric import Fabric
 from safetensors.torch import load_file
 
-from compress.config.recipe import Recipe, Schedule
+from compress.config.recipe import Recipe
+from compress.config.train import Schedule
+from compress.detectors.build import build_detector
 from compress.distill.weighting import Position
 from compress.manifest import fingerprint
-from compress.run import arms, pipeline
+from compress.run import pipeline, trainings
+from compress.run.data import open_data
+from compress.run.trainings import train_arm
 from compress.training.loop import Learner, learning_rate
 from deploy.core.errors import UserError
 from tests.helpers import tiny
@@ -30,8 +34,8 @@ def fabric() -> Fabric:
 
 def train(recipe: Recipe, *, max_steps: int | None = None, resume: bool = False, identity: str = "a") -> None:
     f = fabric()
-    arms.train_arm(
-        f, recipe, "student", recipe.student, recipe.train, arms.open_data(recipe, f),
+    train_arm(
+        f, recipe, "student", recipe.student, recipe.train, open_data(recipe, f),
         identity={"of": identity}, resume=resume, max_steps=max_steps,
     )  # fmt: skip
 
@@ -131,11 +135,11 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
 def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
     """Direction of the whole gradient; 64 px makes P6 and P7 maps of one pixel."""
     recipe = tiny.recipe(tmp_path)
-    data = arms.open_data(recipe, fabric())
-    batch = next(iter(arms.train_loader(data.train, batch_size=4, seed=0, workers=0))).to("cpu")
+    data = open_data(recipe, fabric())
+    batch = next(iter(trainings.train_loader(data.train, batch_size=4, seed=0, workers=0))).to("cpu")
 
     def gradient(half: bool) -> torch.Tensor:
-        learner = Learner(arms.build_detector(recipe.student, 3, 0), {}, None, None)
+        learner = Learner(build_detector(recipe.student, 3, 0), {}, None, None)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             losses = learner(batch, Position(0, 1, 1))
         assert all(value.dtype == torch.float32 for value in losses.values())
@@ -155,14 +159,14 @@ def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path) -> None:
 
 def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
-    drawn = arms.open_data(recipe, fabric()).val_split
+    drawn = open_data(recipe, fabric()).val_split
     empty = drawn.model_copy(update={"annotations": tmp_path / "empty.json"})
     empty.annotations.write_text(json.dumps({**json.loads(drawn.annotations.read_text()), "annotations": []}))
     for arm, word in (("val", "found"), ("train", "learned")):
         splits = {"train": drawn, "val": drawn, arm: empty, "synthetic": None}
         data = recipe.data.model_copy(update=splits)
         with pytest.raises(UserError, match=rf"empty.json: no box in it that could be {word}"):
-            arms.open_data(recipe.model_copy(update={"data": data}), fabric())
+            open_data(recipe.model_copy(update={"data": data}), fabric())
 
 
 def test_weight_zero_is_plain_training(tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"not finite at step \d+ .*nonfinite.pt"):
         train(recipe)
     saved = torch.load(recipe.run_dir / "student" / "nonfinite.pt", weights_only=False)
-    learner = Learner(arms.build_detector(recipe.student, 3, 0), {}, None, None)
+    learner = Learner(build_detector(recipe.student, 3, 0), {}, None, None)
     learner.load_state_dict(saved["learner"])
     assert all(torch.isfinite(p).all() for p in learner.parameters()), "saved after the damage"
     (batch,) = saved["batches"]

@@ -23,7 +23,8 @@ from compress.detectors.checkpoints import load_detector
 from compress.detectors.gfl import GFL
 from compress.distill.teacher import load_teacher
 from compress.export.deployable import Deployable
-from compress.run import arms, pipeline, qad
+from compress.run import pipeline, qad
+from compress.run.data import open_data, splits
 from compress.training.qad.fake_quant import (
     FakeQuantized,
     fold_batch_norms,
@@ -65,7 +66,7 @@ def student(run_dir: Path) -> GFL:
 @pytest.fixture(scope="module")
 def quantizers(run_dir: Path) -> dict[str, Quantizer]:
     recipe = recipe_in(run_dir.parents[1])
-    train, _ = arms.splits(recipe.data, recipe.runs)
+    train, _ = splits(recipe.data, recipe.runs)
     images = choose_images(sorted(train.images.glob("*"))[:6], 6)
     targets: tuple[Any, ...] = ("cpu", "tensorrt")
     return {target: Quantizer(run_dir / "student.onnx", images, target) for target in targets}
@@ -363,7 +364,7 @@ def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
 def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
-    data = arms.open_data(recipe, f)
+    data = open_data(recipe, f)
     teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.train.categories)
     start = qad.load_grids(run_dir / "student.qad.start.json")
 
@@ -390,7 +391,7 @@ def test_the_float_control_trains_without_grids(run_dir: Path, tmp_path: Path) -
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
     result = qad.train_quantized(
-        f, recipe, arms.open_data(recipe, f), qad.load_grids(run_dir / "student.qad.start.json"),
+        f, recipe, open_data(recipe, f), qad.load_grids(run_dir / "student.qad.start.json"),
         teacher=None, identity={}, resume=False, folder=tmp_path, name="control", quantized=False,
     )  # fmt: skip
     assert result["steps"] == 6 and not (tmp_path / "control.json").exists()

@@ -1,0 +1,94 @@
+"""Settings of the exported files: precisions, thresholds, the gate, how latency is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from compress.config.base import Fraction, Positive, Settings, Weight, broken_rule
+
+
+class Benchmark(Settings):
+    """How latency is measured."""
+
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
+    """Batch sizes to measure."""
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Measuring time for each file and batch size, after the warm-up."""
+
+
+class Qad(Settings):
+    """Quantization-aware distillation: how the student goes on learning on the grids of its int8 file."""
+
+    steps: Positive = 300
+    """Optimizer steps, with the recipe's data, teacher, methods and batch size."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate (AdamW, a half cosine down to zero after a tenth of warm-up). Scales of activations move by 20
+    times this, relatively."""
+
+
+class Int8(Settings):
+    """How int8 files are made."""
+
+    target: Literal["cpu", "tensorrt"] = "cpu"
+    """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly."""
+    calibration: Path | None = None
+    """Folder of images, or COCO JSON beside its images, that the ranges come from; null: the training images."""
+    images: Positive = 128
+    """Calibration images, spread evenly over what there is."""
+    method: Literal["minmax", "percentile", "entropy"] = "minmax"
+    """How a range is chosen: the extremes, 99.99 % of the values, or least loss of information."""
+    reduce_range: bool | None = None
+    """Weights of cpu files in 7 bits, for processors without VNNI; null: what this machine needs."""
+    guided: bool = False
+    """Keep the fewest layers in float that hold the loss within max_map_drop."""
+    deciding_images: Positive = 300
+    """Labelled training images, none of them for calibration, that guided decides on."""
+    qad: Qad | None = None
+    """Also make student.qad.onnx: calibrated like the int8 file, then trained on with the teacher. {} for the
+    defaults."""
+
+
+class Deploy(Settings):
+    """The exported files and the gate that they must pass."""
+
+    precisions: Annotated[tuple[Literal["fp32", "fp16", "int8", "mixed"], ...], Field(min_length=1)] = ("fp32",)
+    """Files to write: student.onnx, student.fp16.onnx, student.int8.onnx, student.mixed.onnx (int8 layers, the rest
+    fp16, for TensorRT)."""
+    int8: Int8 = Int8()
+    """How int8 and mixed files are made."""
+
+    input_size: (
+        tuple[
+            Annotated[int, Field(ge=32, le=8192, multiple_of=32)],
+            Annotated[int, Field(ge=32, le=8192, multiple_of=32)],
+        ]
+        | None
+    ) = None
+    """Height and width of the network input; null: the evaluation canvas, rounded up to 32."""
+    score_threshold: Fraction = 0.05
+    """Detections must score more than this."""
+    nms_threshold: Fraction = 0.6
+    """Boxes of one class that overlap more than this IoU suppress each other."""
+    max_detections: Positive = 100
+    """Detections for each image."""
+    candidates: Annotated[int, Field(ge=1, le=3840)] = 1000  # the limit of TensorRT's TopK
+    """Highest-scoring boxes that enter the suppression."""
+    max_batch: Positive = 8
+    """Largest batch that the file is checked with."""
+    providers: Annotated[tuple[Literal["cpu", "cuda", "tensorrt"], ...], Field(min_length=1)] = ("cpu",)
+    """Where ONNX Runtime runs the file for validation and benchmark."""
+    max_map_drop: Weight = 0.5
+    """The gate: largest loss of mAP (points) against the student in PyTorch."""
+    benchmark: Benchmark = Benchmark()
+    """How latency is measured."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Deploy:
+        if "fp32" not in self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise broken_rule("precisions", "each once, and fp32 among them: the others are compared with it")
+        if self.candidates < self.max_detections:
+            raise broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
+        return self

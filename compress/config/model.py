@@ -1,0 +1,76 @@
+"""Settings of a detector: family, backbone, neck and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from compress.config.base import Positive, Settings, broken_rule
+from compress.config.messages import did_you_mean
+
+Backbone = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "nano",
+    "nano2x",
+]
+
+
+def _weights_file(path: Path) -> Path:
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        choices = ["imagenet", "none"]
+        hint = did_you_mean(str(path), choices) or "; use imagenet, none, or a .pth or .safetensors file"
+        raise PydanticCustomError("rule", "{problem}", {"problem": f"unknown weights '{path}'{hint}"})
+    return path
+
+
+def _whole_unless_pretrained(pretrained: Any, untrained: Any) -> Callable[[dict[str, Any]], Any]:
+    """Default of a setting that only makes sense on a backbone that comes with weights."""
+    return lambda fields: untrained if fields.get("weights", "none") == "none" else pretrained
+
+
+class Model(Settings):
+    """A detector: backbone, feature pyramid, head."""
+
+    detector: Literal["gfl", "fcos", "retinanet", "faster_rcnn"] = "gfl"
+    """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
+    levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported."""
+    backbone: Backbone
+    """Feature extractor."""
+    weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
+    """Start of the backbone: torchvision's ImageNet weights, random, or a file with such weights."""
+    neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
+    """Channels of the pyramid and the head (a multiple of 32; the head's GroupNorm takes 8 channels a group)."""
+    head_depth: Annotated[int, Field(ge=0)] = 4
+    """3x3 convolutions in each of the head's two towers (retinanet: at most 4). faster_rcnn: before its fully connected
+    layer; 0: two fully connected layers and no convolutions."""
+    anchor_scale: Annotated[float, Field(gt=0)] | None = None
+    """retinanet, faster_rcnn: side of the smallest anchor of a level in its strides; smaller for small objects. null:
+    torchvision's, 4 and 8."""
+    roi_samples: Positive | None = None
+    """faster_rcnn: proposals of an image that train the second stage; fewer for small images. null: 512."""
+    frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
+    """Stages of the backbone that do not train: -1 none, 0 the stem, n the stem and the first n of four.
+    Default: 1 with weights, -1 without."""
+    norm_eval: bool = Field(default_factory=_whole_unless_pretrained(True, False))
+    """Keep the backbone's BatchNorm statistics as loaded. Default: true with weights, false without."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Model:
+        if self.backbone.startswith("nano") and self.weights == "imagenet":
+            raise broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
+        if self.detector == "retinanet" and self.head_depth > 4:
+            raise broken_rule("head_depth", "torchvision's RetinaNet has at most 4 convolutions in a tower")
+        if self.anchor_scale is not None and self.detector in ("gfl", "fcos"):
+            raise broken_rule("anchor_scale", f"{self.detector} has no anchors to scale; leave it out")
+        if self.roi_samples is not None and self.detector != "faster_rcnn":
+            raise broken_rule("roi_samples", f"{self.detector} has no second stage; leave it out")
+        return self

@@ -1,0 +1,136 @@
+"""The images of a run: drawn or opened, with labels or without, and how large a canvas they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from compress.config.data import Data, Split
+from compress.config.recipe import Recipe
+from compress.data import synthetic
+from compress.data.coco import CocoDetection
+from compress.data.label_split import split_labels
+from compress.data.transforms import eval_transform, fit_size, train_transform
+from compress.training.distributed import on_first_process
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+
+
+@dataclass
+class Datasets:
+    """Training and validation images of a run, and what identifies them. `train` are those with labels.
+
+    unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
+        `labels` leaves without labels; None: there are none.
+    """
+
+    train: CocoDetection
+    val: CocoDetection
+    train_split: Split
+    val_split: Split
+    identity: dict[str, Any]
+    unlabelled: Split | None = None
+    has_labels: bool = True
+    """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
+
+
+def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
+    """Where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
+    if data.synthetic is None:
+        assert data.train is not None and data.val is not None, "the recipe was validated"
+        return data.train, data.val
+    settings = _as_before_styles(data.synthetic.model_dump())
+    name = "-".join(f"{key}{value}" for key, value in settings.items())
+    folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
+    if write:
+        synthetic.generate(folder, **settings)
+    images = folder / "images"
+    return (
+        Split(annotations=folder / "train.json", images=images),
+        Split(annotations=folder / "val.json", images=images),
+    )
+
+
+def _as_before_styles(synthetic: dict[str, Any]) -> dict[str, Any]:
+    """Images in the plain style keep the folder and the identity that they had when there was no other."""
+    return {key: value for key, value in synthetic.items() if (key, value) != ("style", "plain")}
+
+
+def labelled_split(recipe: Recipe) -> Split:
+    """The training images that have labels; with the recipe's `labels` that is a file in the run folder, which
+    `open_data` writes."""
+    given, _ = splits(recipe.data, recipe.runs, write=False)
+    if recipe.labels is None:
+        return given
+    return given.model_copy(update={"annotations": recipe.run_dir / "labelled.json"})
+
+
+def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
+    """Draw (synthetic) or open the recipe's images. Raises UserError for files that cannot be used."""
+    data = recipe.data
+    on_first_process(fabric, lambda: splits(data, recipe.runs))
+    given, val_split = splits(data, recipe.runs, write=False)
+    train_split, unlabelled = labelled_split(recipe), None
+    if recipe.labels is not None:
+        labels = recipe.labels
+        unlabelled = given.model_copy(update={"annotations": recipe.run_dir / "unlabelled.json"})
+
+        def divide() -> None:
+            recipe.run_dir.mkdir(parents=True, exist_ok=True)
+            split_labels(
+                given.annotations,
+                labels.fraction,
+                labels.seed,
+                labelled=train_split.annotations,
+                unlabelled=unlabelled.annotations,
+            )
+
+        on_first_process(fabric, divide)
+    transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
+    has_labels = recipe.labels is None or recipe.labels.fraction > 0
+    source = train_split if has_labels or unlabelled is None else unlabelled
+    train = CocoDetection(
+        source.annotations,
+        source.images,
+        transform,
+        cache=data.cache and has_labels,
+        drop_empty=data.drop_empty and has_labels,
+    )
+    val = CocoDetection(
+        val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
+    )
+    if train.categories != val.categories or train.category_ids != val.category_ids:
+        raise UserError(
+            f"{train_split.annotations} and {val_split.annotations} have different categories: "
+            f"{_first_difference(train, val)}"
+        )
+    for split, images in ((train_split, train), (val_split, val)):
+        if images.num_boxes == 0 and (has_labels or images is val):
+            raise UserError(
+                f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
+            )
+    described = data.model_dump(mode="json", exclude={"workers", "cache"})
+    if described["synthetic"] is not None:
+        described["synthetic"] = _as_before_styles(described["synthetic"])
+    identity = described | {
+        "train_sha256": sha256_of(train_split.annotations),
+        "val_sha256": sha256_of(val_split.annotations),
+    }
+    return Datasets(train, val, train_split, val_split, identity, unlabelled, has_labels)
+
+
+def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as the recipe resizes it."""
+    sizes = [fit_size(*size, recipe.data.eval_short, recipe.data.long) for size in set(dataset.sizes)]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+def _first_difference(train: CocoDetection, val: CocoDetection) -> str:
+    ours = dict(zip(train.category_ids, train.categories, strict=True))
+    theirs = dict(zip(val.category_ids, val.categories, strict=True))
+    key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
+    return f"id {key} is {ours.get(key)!r} in the first and {theirs.get(key)!r} in the second"

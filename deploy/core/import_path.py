@@ -1,0 +1,48 @@
+"""Objects that users name by import path: `package.module:Name`, as a recipe or an option writes them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+from deploy.core.errors import UserError
+
+PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+"""What an import path looks like: a module, a colon, a name in it."""
+
+
+def is_import_path(text: str) -> bool:
+    """Whether `text` has the form of an import path; nothing is imported."""
+    return re.fullmatch(PATTERN, text) is not None
+
+
+def import_object(path: str, key: str) -> Any:
+    """Import the object at `path`; modules in the working directory are found too, as with `python -m`.
+
+    Args:
+        path: `package.module:Name`.
+        key: the recipe key or option that named it, for messages.
+
+    Raises UserError in one line: not an import path, no such module, an error inside the module, no such name.
+    """
+    if not is_import_path(path):
+        raise UserError(f"{key}: '{path}' is no import path; write package.module:Name")
+    module_name, _, attributes = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        why = "no such module" if module_name.startswith(missing) else f"it needs the module {missing}"
+        raise UserError(f"{key}: cannot import {module_name}: {why}; is it installed, or in this folder?") from None
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise UserError(f"{key}: cannot import {module_name}: {type(error).__name__}: {error}") from error
+    for name in attributes.split("."):
+        if not hasattr(found, name):
+            raise UserError(f"{key}: {module_name} has no {attributes}")
+        found = getattr(found, name)
+    return found
