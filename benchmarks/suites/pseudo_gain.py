@@ -57,7 +57,7 @@ FRACTION = 0.2
 TEACHERS_SIZE = 128  # pixels, of the images that the package's teacher was trained on
 MORE_SEED, TARGET_SEED, HALVES_SEED = 101, 102, 103  # of images; the preset's own have another one
 HALF_IMAGES = 1000
-RECIPES = {"cpu": PRESETS / "pseudo_gain.yaml", "bccd": PRESETS / "bccd" / "student.yaml"}
+RECIPES = {"cpu": PRESETS / "cpu" / "pseudo_gain.yaml", "bccd": PRESETS / "bccd" / "student.yaml"}
 
 
 @dataclass(frozen=True)
