@@ -157,7 +157,7 @@ def _ours(folder: Path) -> tuple[Iterator[Any], Callable[[Any], object]]:
     from compress.data.coco import CocoDetection
     from compress.data.loader import train_loader
     from compress.data.transforms import train_transform
-    from compress.detectors.gfl import MEAN, STD
+    from compress.detectors.base import MEAN, STD
 
     dataset = CocoDetection(folder / "annotations.json", folder, train_transform(SHORT, LONG))
     loader = train_loader(dataset, batch_size=BATCH, seed=0, workers=WORKERS)
