@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deploy.errors import UserError
+from deploy.core.errors import UserError
 
 FOLDER = Path(__file__).parent
 FAMILIES = ("gfl", "fcos", "retinanet", "faster_rcnn")
@@ -123,15 +123,18 @@ def train(
 
     The one place that knows what the package calls its parts; all else goes by files.
     """
-    from compress.pipeline import distill
-    from compress.recipe import load_recipe
-    from kernels.backend import use
+    from compress.config.recipe import load_recipe
+    from compress.run.pipeline import distill
+    from kernels.common.backend import use
 
     file = folder / f"{name}.yaml"
     source = "null" if teacher is None else f"{{checkpoint: '{teacher}'}}"
     settings = {"seed": seed, "family": family, "shape": SHAPES[family], "methods": methods, "steps": STEPS}
     file.write_text(RECIPE.format(name=name, runs=folder, teacher=source, **settings))
-    with use("torch"), mock.patch("compress.train.LOG_EVERY", 1):  # a row of metrics.csv for every step, not every 10
+    with (
+        use("torch"),
+        mock.patch("compress.training.loop.LOG_EVERY", 1),
+    ):  # a row of metrics.csv for every step, not every 10
         return distill(load_recipe(file))
 
 

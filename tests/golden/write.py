@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from deploy.files import write_text
+from deploy.core.files import write_text
 from tests.golden.curves import FAMILIES, curves, differences, golden_file, to_text
 
 
