@@ -11,28 +11,32 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
+from compress.config.data import Split
 from compress.config.recipe import Recipe, dump_recipe
 from compress.config.train import Train
 from compress.console import open_console
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.build import build_detector
-from compress.detectors.checkpoints import ModelRecord, load_detector
+from compress.detectors.checkpoints import ModelRecord, load_detector, load_teacher_checkpoint
 from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze
-from compress.manifest import Manifest
-from compress.run.data import Datasets, open_data
+from compress.manifest import TEACHER, Manifest, RunFolder
+from compress.run.data import Datasets, canvas, labelled_split, open_data, splits
 from compress.run.pseudo_labels import (
     FIRST_STAGE,
     PseudoLabelled,
     check_labelled,
     fine_tuning,
     label_images,
+    labelling_stages,
     only_labels,
 )
 from compress.run.pseudo_labels import is_unfinished as pseudo_labels_unfinished
@@ -44,8 +48,11 @@ from compress.training.distributed import on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
-from deploy.validate.coco import read_annotations
+from deploy.validate.coco import load_annotations, read_annotations
 from kernels.common.backend import chosen, set_backend
+
+if TYPE_CHECKING:
+    from compress.run.artifacts import ArtifactPlan
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -64,9 +71,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
                 f"{run_dir / 'student.safetensors'}, its figures stand above"
             )
             return run_dir
-        from compress.run.evidence import gather_evidence  # export, validation, latency, report
-
-        gather_evidence(recipe, run_dir)
+        _ship(recipe)
     return run_dir
 
 
@@ -160,6 +165,119 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
             "training)",
         )
     return run_dir
+
+
+def _ship(recipe: Recipe) -> None:
+    """Make the files, validate and measure them, and write the report. One process, after training."""
+    from compress.run.artifacts import make
+    from compress.run.evaluation import EvaluationPlan, evaluate
+    from compress.run.report import ReportPlan, write_report
+
+    console, folder = open_console(), RunFolder(recipe.run_dir)
+    _, split = splits(recipe.data, recipe.runs)
+    val = CocoDetection(split.annotations, split.images, eval_transform(recipe.data.eval_short, recipe.data.long))
+    plans = _artifact_plans(recipe, folder, val)
+    made = []
+    for plan in plans:
+        for artifact in make(plan):
+            made.append(artifact)
+            name = artifact.path.name
+            says_its_name = artifact.summary.startswith(f"{name}:")
+            console.print(f"export: {artifact.summary if says_its_name else f'{name}, {artifact.summary}'}")
+    checks, manifest = plans[0].checks, plans[0].manifest
+    assert checks is not None and manifest is not None
+    teacher = _shown_teacher(recipe, folder, val)
+    device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    names = dict(zip(val.category_ids, val.categories, strict=True))
+    rows = evaluate(EvaluationPlan(folder, manifest, recipe.deploy, checks, split, teacher, names, device), made)
+    report = ReportPlan(
+        name=recipe.name,
+        folder=folder,
+        val=val,
+        input_size=checks.input_size,
+        teacher=teacher,
+        has_teacher=recipe.teacher is not None and bool(recipe.methods.enabled()),
+        pseudo_labels=_what_was_labelled(recipe, folder),
+        commands=_commands(folder, split),
+        device=device,
+    )
+    write_report(report, rows)
+
+
+def _artifact_plans(recipe: Recipe, folder: RunFolder, val: CocoDetection) -> list[ArtifactPlan]:
+    """The student's files; and, where it was trained on the grids of an int8 file, that one."""
+    from compress.run import qad
+    from compress.run.artifacts import ArtifactPlan, Checks, OnnxFile, onnx_files
+    from compress.run.engines import EnginePlan
+    from compress.run.quantize import Quantizing, Search
+
+    deploy, manifest = recipe.deploy, Manifest(folder.path, versions())
+    checks = Checks(
+        images=[val.path(index) for index in range(len(val))],
+        input_size=deploy.input_size or canvas(val, recipe),
+        limits=(recipe.data.eval_short, recipe.data.long),
+    )
+    search = None
+    if deploy.int8.guided:
+        count, labels = deploy.int8.deciding_images, labelled_split(recipe)
+        search = Search(labels, deploy.max_map_drop, count=count, part=folder.search_split)
+    train, held_out = splits(recipe.data, recipe.runs)
+    quantizing = Quantizing(deploy.int8, train, held_out, search)
+    engines, wanted = None, ()
+    if deploy.engines is not None:
+        engines = EnginePlan(deploy.engines.engine_options())
+        wanted = deploy.engines.precisions or deploy.precisions
+    files = onnx_files(folder.onnx(), deploy.precisions, deploy.int8.target, wanted)
+    shared: dict[str, Any] = {"checks": checks, "quantizing": quantizing, "engines": engines, "manifest": manifest}
+    plans = [ArtifactPlan(folder.weights(), files, deploy, **shared)]
+    if deploy.int8.qad is not None:
+        out, target = folder.onnx_on_trained_grids, deploy.int8.target
+        engine = out.with_suffix(".engine") if target == "tensorrt" and "int8" in wanted else None
+        trained = [OnnxFile(out, "int8", target, engine, "export qad")]
+        plans.append(ArtifactPlan(folder.weights(qad.NAME), trained, deploy, on_grids=True, **shared))
+    return plans
+
+
+def _shown_teacher(recipe: Recipe, folder: RunFolder, val: CocoDetection) -> str | None:
+    """The checkpoint of the teacher that the student learned from; None for one of another library or of other classes,
+    which is measured before the training and then neither timed nor drawn."""
+    if recipe.teacher is None or not recipe.methods.enabled():
+        return None
+    if recipe.teacher.train is not None:
+        return str(folder.weights(TEACHER))
+    if recipe.teacher.checkpoint is None:
+        return None
+    record = load_teacher_checkpoint(recipe.teacher.checkpoint)[1]
+    same = record.num_classes == len(val.categories) and record.class_names in (None, val.categories)
+    return recipe.teacher.checkpoint if same else None
+
+
+def _what_was_labelled(recipe: Recipe, folder: RunFolder) -> dict[str, Any] | None:
+    """What the teachers labelled; None where they did not."""
+    settings, stages = recipe.pseudo_labels, folder.stages()
+    if settings is None:
+        return None
+    rows = [stages[name]["result"] for name in labelling_stages(recipe, stages)]
+    first = stages.get(FIRST_STAGE) if settings.fine_tune is not None else None
+    return {
+        **{key: sum(row[key] for row in rows) for key in ("images", "labels", "regions", "skipped")},
+        "labelled_images": len(load_annotations(labelled_split(recipe).annotations)["images"])
+        if recipe.labels is None or recipe.labels.fraction > 0
+        else 0,
+        "teachers": rows[0]["teachers"] if rows else [],
+        "first_stage_map": None if first is None else first["result"]["metrics"]["map"],
+    }
+
+
+def _commands(folder: RunFolder, split: Split) -> list[str]:
+    exported = folder.onnx()
+    return [
+        f"compress run {folder.recipe}",
+        f"compress export {folder.weights()}",
+        f"compress validate {exported} --data {split.annotations} --images {split.images}",
+        f"compress benchmark {exported} --images {split.images} --batch 1,8",
+        f"compress report {folder.path}",
+    ]
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
 from compress.export.deployable import Deployable
+from compress.export.onnx import export_checkpoint
 from compress.manifest import Manifest, fingerprint
-from compress.run.data import Datasets, canvas
-from compress.run.export import calibration_of, export_checkpoint
+from compress.run.data import Datasets, canvas, splits
 from compress.run.pseudo_labels import FIRST_STAGE
+from compress.run.quantize import Quantizing
 from compress.run.trainings import evaluate_arm
 from compress.training.distributed import on_first_process
 from compress.training.loop import fit
@@ -100,7 +101,7 @@ def distill_quantized(
     }
 
     def calibrate() -> None:
-        images = calibration_of(recipe, settings)
+        images = Quantizing(settings, *splits(recipe.data, recipe.runs)).images
         size = recipe.deploy.input_size or canvas(data.val, recipe)
         grids = calibrated_grids(student, recipe, images, input_size=size, limits=limits)
         write_json(start_file, grids.model_dump(mode="json"))
