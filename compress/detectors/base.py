@@ -8,13 +8,14 @@ a location beside each other), G ground-truth boxes, P positives.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment
 from kernels.common.distribution import distances_to_boxes, integral
@@ -122,8 +123,8 @@ class Targets:
 
 
 @dataclass
-class Detections:
-    """Final detections of one image: boxes [n, 4] xyxy pixels, scores [n] in 0..1, labels [n] int64."""
+class ImageDetections:
+    """Final detections of one image: boxes [n, 4] xyxy pixels, scores [n] in 0..1, labels [n] int64; best first."""
 
     boxes: Tensor
     scores: Tensor
@@ -175,13 +176,21 @@ class Detector(nn.Module):
     def decode(
         self,
         prediction: Any,
-        targets: list[Target],
+        sizes: Sequence[ImageSize],
         *,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.6,
         max_detections: int = 100,
-    ) -> list[Detections]:
-        """Final detections in pixels of each target's original image, best first."""
+    ) -> list[ImageDetections]:
+        """Final detections of each image in pixels of its file, best first.
+
+        Args:
+            prediction: of a batch of B images, as `forward` gives it.
+            sizes: of the B images.
+            score_threshold: detections score more than this.
+            nms_threshold: boxes of one class that overlap more than this IoU suppress each other.
+            max_detections: kept of an image.
+        """
         raise self._lacks(Capability.BOXES)
 
     def _lacks(self, capability: Capability) -> TypeError:

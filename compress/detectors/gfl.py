@@ -10,6 +10,7 @@ Shape letters: see `compress.detectors.base`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +30,9 @@ from compress.detectors.base import (
     STRIDES,
     Capability,
     DensePrediction,
-    Detections,
     Detector,
+    ImageDetections,
+    ImageSize,
     Reduce,
     Targets,
     decode_level,
@@ -203,12 +205,12 @@ class GFL(Detector):
     def decode(
         self,
         prediction: DensePrediction,
-        targets: list[Target],
+        sizes: Sequence[ImageSize],
         *,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.6,
         max_detections: int = 100,
-    ) -> list[Detections]:
+    ) -> list[ImageDetections]:
         """Detections of each image in pixels of its original file, best first (mmdet's inference settings)."""
         prediction = prediction.float()
         levels = [
@@ -220,12 +222,12 @@ class GFL(Detector):
         return [
             _detect(
                 [(s[i], boxes[i]) for s, boxes in levels],
-                target,
+                size,
                 score_threshold,
                 nms_threshold,
                 max_detections,
             )
-            for i, target in enumerate(targets)
+            for i, size in enumerate(sizes)
         ]
 
 
@@ -320,11 +322,11 @@ def _locations(prediction: DensePrediction) -> list[int]:
 
 def _detect(
     levels: list[tuple[Tensor, Tensor]],
-    target: Target,
+    size: ImageSize,
     score_threshold: float,
     nms_threshold: float,
     limit: int,
-) -> Detections:
+) -> ImageDetections:
     """One image: per level scores [M, K] and boxes [M, 4] in pixels of the network image."""
     from torchvision.ops import batched_nms  # here: assignment and losses need only torch
 
@@ -339,7 +341,7 @@ def _detect(
         kept_labels.append(pairs % K)
         kept_boxes.append(boxes[pairs // K])
     scores, labels, boxes = torch.cat(kept_scores), torch.cat(kept_labels), torch.cat(kept_boxes)
-    height, width = target.size
+    height, width = size.network
     boxes = torch.stack(
         (
             boxes[:, 0].clamp(0, width),
@@ -349,9 +351,9 @@ def _detect(
         ),
         -1,
     )
-    scale_x, scale_y = target.original_size[1] / width, target.original_size[0] / height
+    scale_x, scale_y = size.original[1] / width, size.original[0] / height
     boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     boxes, scores, labels = boxes[real], scores[real], labels[real]
     keep = batched_nms(boxes, scores, labels, nms_threshold)[:limit]
-    return Detections(boxes[keep], scores[keep], labels[keep])
+    return ImageDetections(boxes[keep], scores[keep], labels[keep])

@@ -14,7 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from compress.data.batch import Target
-from compress.detectors.base import GROUP_WIDTH, MEAN, STD, Detections, Detector, Reduce, pad_targets
+from compress.detectors.base import GROUP_WIDTH, MEAN, STD, Detector, ImageDetections, ImageSize, Reduce, pad_targets
 
 IMAGENET = (MEAN, STD)
 
@@ -128,9 +128,9 @@ def summed(value: Tensor, reduce: Reduce | None) -> tuple[Tensor, int]:
     return (value, 1) if reduce is None else (reduce(value), dist.get_world_size())
 
 
-def in_original_pixels(found: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> list[Detections]:
+def in_original_pixels(found: Sequence[dict[str, Tensor]], sizes: Sequence[ImageSize]) -> list[ImageDetections]:
     """torchvision's detections in the network image → ours in the image file."""
     return [
-        Detections(resize_boxes(row["boxes"], t.size, t.original_size), row["scores"], row["labels"])
-        for row, t in zip(found, targets, strict=True)
+        ImageDetections(resize_boxes(row["boxes"], size.network, size.original), row["scores"], row["labels"])
+        for row, size in zip(found, sizes, strict=True)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.data.batch import Target
+from compress.data.batch import ImageSize, Target
 from compress.detectors.assign import atss
 from tests.helpers import case_g
 from tests.oracles import ORACLES
@@ -63,7 +63,7 @@ def test_assignment_on_five_levels() -> None:
 
 def test_inference() -> None:
     detector, prediction = case_g.detector(), case_g.prediction("student", shift=1.0)
-    detections = detector.decode(prediction, case_g.targets())
+    detections = detector.decode(prediction, [target.image_size for target in case_g.targets()])
     for found, expected in zip(detections, ORACLES["F7_infer"], strict=True):
         assert len(found.scores) == expected["num"]
         close(found.boxes[:5], [row[0] for row in expected["top5"]])
@@ -73,10 +73,10 @@ def test_inference() -> None:
 
 def test_inference_scales_to_the_original_image() -> None:
     detector, prediction = case_g.detector(), case_g.prediction("student", shift=1.0)
-    targets = case_g.targets()
-    plain = detector.decode(prediction, targets)[1]
-    targets[1].original_size = (120, 192)  # the image was shrunk to (60, 96)
-    doubled = detector.decode(prediction, targets)[1]
+    sizes = [target.image_size for target in case_g.targets()]
+    plain = detector.decode(prediction, sizes)[1]
+    sizes[1] = ImageSize(sizes[1].network, (120, 192))  # the image was shrunk to (60, 96)
+    doubled = detector.decode(prediction, sizes)[1]
     torch.testing.assert_close(doubled.boxes, plain.boxes * 2)
 
 
