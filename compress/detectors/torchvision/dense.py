@@ -36,15 +36,14 @@ from compress.detectors.assign import PAD_MULTIPLE, Assignment, unknown_classes
 from compress.detectors.backbones import Backbone
 from compress.detectors.base import (
     NO_PROBABILITY,
-    PRE_NMS,
     STRIDES,
-    Capability,
     DensePrediction,
     ImageDetections,
     ImageSize,
     Reduce,
     Targets,
 )
+from compress.detectors.select import PRE_NMS
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -76,7 +75,7 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         normalisation: see `TorchvisionDetector`.
     """
 
-    capabilities = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
+    ignores_regions = True
     strides = STRIDES
     head: Any
     whole: Any

@@ -48,7 +48,7 @@ class Pyramid(nn.Module):
 
 
 class TorchvisionDetector(Detector):
-    """Holds backbone and pyramid, and normalises images.
+    """Holds backbone and pyramid.
 
     Args:
         normalisation: mean and standard deviation of RGB pixels 0..255.
@@ -66,14 +66,7 @@ class TorchvisionDetector(Detector):
         self.backbone = backbone
         self.neck = neck
         self.feature_channels = int(neck.fpn.layer_blocks[0][0].out_channels)
-        for name, values in zip(("mean", "std"), normalisation, strict=True):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        x = (images.to(self.mean.dtype) - self.mean) / self.std
-        if not torch.compiler.is_exporting():  # on CPUs and GPUs alike convolutions are faster with channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x
+        self.set_normalisation(*normalisation)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

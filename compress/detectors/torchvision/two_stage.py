@@ -82,6 +82,7 @@ class FasterRCNN(TorchvisionDetector):
 
     family = "faster_rcnn"
     capabilities = frozenset({Capability.FEATURES, Capability.BOXES})
+    exportable = "its second stage works on as many proposals as it finds, which a fixed graph cannot"
     strides = STRIDES
 
     def __init__(
