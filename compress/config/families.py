@@ -1,7 +1,7 @@
 """Detector families and backbones as recipes know them: what each takes and what it can. No torch.
 
-What is built from these names stands in `compress.detectors.build.FAMILIES` and `compress.detectors.backbones`. A family
-has a row here, one there, and its class; a backbone of a known kind has its row here and nothing else.
+What is built from these names stands in `compress.detectors.build.FAMILIES` and `compress.detectors.backbones`. A
+family has a row here, one there, and its class; a backbone of a known kind has its row here and nothing else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Image backbones: one image in, three feature maps of strides 8, 16 and 32 out.
 
-`build_backbone("resnet50", weights="imagenet")` builds any of `BACKBONES` (its rows stand in
-`compress.config.families`), `build_own_backbone` one of a user's own. ResNet and MobileNetV3 are torchvision's own modules under torchvision's own parameter names, so torchvision's files and mmdet's (which
-use the same names for ResNet) load as they are. `Nano` is ours: small enough to train from scratch on a CPU.
+`build_backbone("resnet50", weights="imagenet")` builds any of `BACKBONES`, whose rows stand in
+`compress.config.families`; `build_own_backbone` one of a user's own. ResNet and MobileNetV3 are torchvision's own
+modules under torchvision's own parameter names, so torchvision's files and mmdet's (which use the same names for
+ResNet) load as they are. `Nano` is ours: small enough to train from scratch on a CPU.
 
 Shapes: B images, H × W pixels, both multiples of 32.
 """
@@ -23,6 +24,7 @@ from compress.config.families import BACKBONES as BACKBONES
 from compress.detectors.weights import load_exactly, read_tensors
 from deploy.core.errors import UserError
 from deploy.core.import_path import import_object
+
 
 def build_backbone(
     name: str, *, weights: Literal["imagenet", "none"] | Path, frozen_stages: int = 1, norm_eval: bool = True
