@@ -23,7 +23,8 @@ from compress.manifest import fingerprint
 from compress.run import pipeline, trainings
 from compress.run.data import open_data
 from compress.run.trainings import train_arm
-from compress.training.loop import Learner, learning_rate
+from compress.training.learner import Learner
+from compress.training.optimizer import learning_rate
 from deploy.core.errors import UserError
 from tests.helpers import tiny
 
