@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from compress.config.train import Train
-from compress.detectors.gfl import Reduce
+from compress.detectors.base import Reduce
 from deploy.core.errors import UserError
 from kernels.common.backend import chosen, set_backend
 

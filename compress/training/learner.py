@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
-from compress.detectors.base import Detector
-from compress.detectors.gfl import Reduce
+from compress.detectors.base import Detector, Reduce
 from compress.distill.method import Outputs
 from compress.distill.weighting import Balanced, Position, gradient_norm
 

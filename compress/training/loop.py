@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 
 from compress.config.train import Train
 from compress.data.batch import Batch
-from compress.detectors.base import Detector
-from compress.detectors.gfl import Reduce
+from compress.detectors.base import Detector, Reduce
 from compress.distill.weighting import Balanced, Position
 from compress.manifest import TrainingFolder
 from compress.training.checkpoint import Checkpoints, State
