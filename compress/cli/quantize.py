@@ -160,13 +160,14 @@ def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
     train = val = search = None
     if recipe is not None:
         from compress.run.data import labelled_split, splits
+        from compress.run.pipeline import data_plan
 
         train, val = splits(recipe.data, recipe.runs)
     if flags.max_map_drop is not None and flags.data is not None and student.images is not None:
         search = Search(Split(annotations=flags.data, images=student.images), flags.max_map_drop)
     elif flags.max_map_drop is not None:
         assert recipe is not None, "checked above"
-        labels, part = labelled_split(recipe), out.with_suffix(".deciding.json")
+        labels, part = labelled_split(data_plan(recipe)), out.with_suffix(".deciding.json")
         search = Search(labels, flags.max_map_drop, count=int8.deciding_images, part=part)
     how = Quantizing(int8, train, val, search)
     how.check()

@@ -112,7 +112,7 @@ def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, in
     transform = eval_transform(recipe.data.eval_short, recipe.data.long)
     images = CocoDetection(split.annotations, split.images, transform)
     files = [images.path(index) for index in range(len(images))]
-    return split, files, canvas(images, recipe)
+    return split, files, canvas(images, recipe.data)
 
 
 def _height_width(text: str | None) -> tuple[int, int] | None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from compress.config.deploy import Deploy
 from compress.console import progress
 from compress.export.onnx import export_checkpoint
-from compress.manifest import Manifest
+from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
 from compress.run import engines, qad
 from compress.run.engines import EnginePlan
 from compress.run.quantize import BudgetError, Quantizing, quantize_file
@@ -105,6 +105,10 @@ class Artifact:
     def made(self) -> bool:
         return self.gate is None
 
+    def __str__(self) -> str:
+        name = self.path.name
+        return self.summary if self.summary.startswith(f"{name}:") else f"{name}, {self.summary}"
+
 
 def onnx_files(
     out: Path, precisions: Sequence[str], target: Target | None = None, engines: Collection[str] = ()
@@ -128,6 +132,34 @@ def onnx_files(
             path = file_for(out, name, TENSORRT)
             files.append(OnnxFile(path, name, TENSORRT, engine, f"{stage} {TENSORRT}"))
     return files
+
+
+def plans_of_a_run(
+    folder: RunFolder, settings: Deploy, checks: Checks, quantizing: Quantizing, manifest: Manifest
+) -> list[ArtifactPlan]:
+    """What a run makes: the student's files; and, where it was trained on the grids of an int8 file, that one."""
+    engines = None
+    built: tuple[str, ...] = ()
+    if settings.engines is not None:
+        engines = EnginePlan(settings.engines.engine_options())
+        built = settings.engines.precisions or settings.precisions
+    target = settings.int8.target
+    plan = ArtifactPlan(
+        checkpoint=folder.weights(),
+        files=onnx_files(folder.onnx(), settings.precisions, target, built),
+        settings=settings,
+        checks=checks,
+        quantizing=quantizing,
+        engines=engines,
+        manifest=manifest,
+    )
+    if settings.int8.qad is None:
+        return [plan]
+    out = folder.onnx_on_trained_grids
+    engine = out.with_suffix(".engine") if target == TENSORRT and "int8" in built else None
+    file = OnnxFile(out, "int8", target, engine, "export qad")
+    trained = replace(plan, checkpoint=folder.weights(STUDENT_ON_INT8_GRIDS), files=[file], on_grids=True)
+    return [plan, trained]
 
 
 def make(plan: ArtifactPlan) -> Iterator[Artifact]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress.config.data import Split
+from compress.config.pseudo import FineTune
 from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
 from compress.detectors.base import Capability, Detector
@@ -17,6 +19,7 @@ from compress.report import build_report, summary_table
 from compress.run.samples import detection_pictures, uncertainty_pictures
 from deploy.core.environment import environment
 from deploy.core.files import write_json
+from deploy.validate.coco import load_annotations
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,34 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
     write_json(plan.folder.report, report)
     build_report(plan.folder.path)
     open_console().print(summary_table(report))
+
+
+def labelled_by_teachers(
+    folder: RunFolder, stages: Sequence[str], labelled: Split | None, fine_tune: FineTune | None
+) -> dict[str, Any]:
+    """What the teachers labelled, for report.json. stages: rows of the manifest that say it. labelled: the images with
+    labels of people, if there are any."""
+    found = folder.stages()
+    rows = [found[name]["result"] for name in stages]
+    first = found.get(STUDENT_ON_PSEUDO_LABELS) if fine_tune is not None else None
+    return {
+        **{key: sum(row[key] for row in rows) for key in ("images", "labels", "regions", "skipped")},
+        "labelled_images": 0 if labelled is None else len(load_annotations(labelled.annotations)["images"]),
+        "teachers": rows[0]["teachers"] if rows else [],
+        "first_stage_map": None if first is None else first["result"]["metrics"]["map"],
+    }
+
+
+def commands(folder: RunFolder, split: Split) -> list[str]:
+    """Commands that make the run, and use its files."""
+    exported = folder.onnx()
+    return [
+        f"compress run {folder.recipe}",
+        f"compress export {folder.weights()}",
+        f"compress validate {exported} --data {split.annotations} --images {split.images}",
+        f"compress benchmark {exported} --images {split.images} --batch 1,8",
+        f"compress report {folder.path}",
+    ]
 
 
 # --- details --------------------------------------------------------------------------------------------
