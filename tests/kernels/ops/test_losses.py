@@ -13,11 +13,8 @@ from kernels.ops import binary_kd_loss as kd
 from kernels.ops import quality_focal_loss as qfl
 from kernels.ops.distribution_iou_loss import distribution_iou_kd_loss, distribution_iou_loss
 from kernels.ops.iou_loss import giou_loss, iou_loss, paired_iou
+from tests.helpers.kernel_compare import close
 from tests.oracles import ORACLES, sine
-
-
-def close(value: torch.Tensor, expected: object) -> None:
-    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6)
 
 
 def test_quality_focal_loss_oracle() -> None:
