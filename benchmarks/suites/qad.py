@@ -37,7 +37,7 @@ from compress.export.onnx import export_checkpoint
 from compress.manifest import Manifest
 from compress.run import qad
 from compress.run.data import canvas, open_data, splits
-from compress.run.pipeline import distill
+from compress.run.pipeline import data_plan, distill
 from compress.run.quantize import Quantizing
 from compress.versions import versions
 from deploy.core.errors import UserError
@@ -108,9 +108,9 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     student_recipe = recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"int8": plain})})
     run_dir = distill(student_recipe, resume=True)
     fabric = Fabric(accelerator=recipe.train.accelerator, devices=1)
-    data = open_data(recipe, fabric)
+    data = open_data(data_plan(recipe), fabric)
     images = Quantizing(recipe.deploy.int8, *splits(recipe.data, recipe.runs)).images
-    size, limits = recipe.deploy.input_size or canvas(data.val, recipe), (recipe.data.eval_short, recipe.data.long)
+    size, limits = recipe.deploy.input_size or canvas(data.val, recipe.data), (recipe.data.eval_short, recipe.data.long)
     folder = run_dir / f"qad-{layers}-{recipe.deploy.int8.target}"
     folder.mkdir(exist_ok=True)
     student, start_file = run_dir / "student.safetensors", folder / "start.json"

@@ -364,7 +364,7 @@ def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
 def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
-    data = open_data(recipe, f)
+    data = open_data(pipeline.data_plan(recipe), f)
     teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.train.categories)
     start = qad.load_grids(run_dir / "student.qad.start.json")
 
@@ -391,7 +391,7 @@ def test_the_float_control_trains_without_grids(run_dir: Path, tmp_path: Path) -
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
     result = qad.train_quantized(
-        f, recipe, open_data(recipe, f), qad.load_grids(run_dir / "student.qad.start.json"),
+        f, recipe, open_data(pipeline.data_plan(recipe), f), qad.load_grids(run_dir / "student.qad.start.json"),
         teacher=None, identity={}, resume=False, folder=tmp_path, name="control", quantized=False,
     )  # fmt: skip
     assert result["steps"] == 6 and not (tmp_path / "control.json").exists()
