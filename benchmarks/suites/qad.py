@@ -33,11 +33,12 @@ from compress.config.deploy import Qad
 from compress.config.recipe import Recipe
 from compress.console import open_console
 from compress.distill.teacher import load_teacher
+from compress.export.onnx import export_checkpoint
 from compress.manifest import Manifest
 from compress.run import qad
-from compress.run.data import canvas, open_data
-from compress.run.export import calibration_of, export_checkpoint
+from compress.run.data import canvas, open_data, splits
 from compress.run.pipeline import distill
+from compress.run.quantize import Quantizing
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json
@@ -108,7 +109,7 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     run_dir = distill(student_recipe, resume=True)
     fabric = Fabric(accelerator=recipe.train.accelerator, devices=1)
     data = open_data(recipe, fabric)
-    images = calibration_of(recipe, recipe.deploy.int8)
+    images = Quantizing(recipe.deploy.int8, *splits(recipe.data, recipe.runs)).images
     size, limits = recipe.deploy.input_size or canvas(data.val, recipe), (recipe.data.eval_short, recipe.data.long)
     folder = run_dir / f"qad-{layers}-{recipe.deploy.int8.target}"
     folder.mkdir(exist_ok=True)

@@ -6,20 +6,18 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from compress.cli.exits import gate_failed, next_command
+from compress.cli.groups import with_groups
 from compress.cli.options import (
-    CudaGraph,
-    EpContext,
-    Fallback,
     JsonOut,
     Providers,
-    Threads,
-    TrtCache,
+    RunnerFlags,
     batch_sizes,
     images_in,
     need_finite,
@@ -37,6 +35,7 @@ Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 
 @commands.command()
+@with_groups
 def benchmark(
     artifacts: Annotated[
         list[Path] | None, typer.Argument(metavar="ARTIFACT...", help="Exported files; measured in turn.")
@@ -83,11 +82,7 @@ def benchmark(
         ),
     ] = None,
     provider: Providers = "cpu",
-    allow_fallback: Fallback = False,
-    threads: Threads = None,
-    trt_cache: TrtCache = None,
-    ep_context: EpContext = False,
-    cuda_graph: CudaGraph = False,
+    opening: RunnerFlags = RunnerFlags(),
     json_out: JsonOut = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a document there, and its picture.")
@@ -126,11 +121,11 @@ def benchmark(
     from deploy import latency
 
     scopes = _scopes(scope, scenario)
-    if sessions > 1 and threads is None and "cpu" in providers:
-        threads = max(1, _usable_cores() // sessions)
-        print(f"--threads: {threads} for each of {sessions} sessions")
-    on_gpu = gpu_options(artifacts, providers, trt_cache, ep_context, cuda_graph, max_batch=max(sizes))
-    opened = [open_runners(artifacts, providers, allow_fallback, threads, on_gpu) for _ in range(sessions)]
+    if sessions > 1 and opening.threads is None and "cpu" in providers:
+        opening = replace(opening, threads=max(1, _usable_cores() // sessions))
+        print(f"--threads: {opening.threads} for each of {sessions} sessions")
+    on_gpu = gpu_options(artifacts, providers, opening, max_batch=max(sizes))
+    opened = [open_runners(artifacts, providers, opening, on_gpu) for _ in range(sessions)]
     runners = {name: [session[name] for session in opened] for name in opened[0]}
     from compress.console import open_console
     from compress.console import progress as progress_of

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.options import RunnerFlags
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,37 +31,27 @@ def runner_name(file: Path, provider: str, providers: Sequence[str]) -> str:
 
 
 def gpu_options(
-    files: Sequence[Path],
-    providers: Sequence[str],
-    trt_cache: Path | None,
-    ep_context: bool,
-    cuda_graph: bool,
-    *,
-    max_batch: int,
+    files: Sequence[Path], providers: Sequence[str], flags: RunnerFlags, *, max_batch: int
 ) -> dict[str, Any]:
     """Arguments of `open_runner`. Options that would do nothing are mistakes."""
-    for option, given in (("--trt-cache", trt_cache is not None), ("--ep-context", ep_context)):
+    for option, given in (("--trt-cache", flags.trt_cache is not None), ("--ep-context", flags.ep_context)):
         if given and ("tensorrt" not in providers or all(file.suffix == ".engine" for file in files)):
             raise UserError(
                 f"{option}: is about .onnx files on the TensorRT provider; give one and --provider tensorrt"
             )
-    if cuda_graph and all(file.suffix != ".engine" for file in files):
+    if flags.cuda_graph and all(file.suffix != ".engine" for file in files):
         raise UserError("--cuda-graph: is about engines, and none is given; make one with compress export --trt")
-    options: dict[str, Any] = {"cuda_graph": True} if cuda_graph else {}
-    if trt_cache is not None or ep_context:
+    options: dict[str, Any] = {"cuda_graph": True} if flags.cuda_graph else {}
+    if flags.trt_cache is not None or flags.ep_context:
         from deploy.runtimes.onnx import TensorRTProvider
 
-        cache = trt_cache or TensorRTProvider.cache
-        options["tensorrt"] = TensorRTProvider(cache, ep_context=ep_context, max_batch=max_batch)
+        cache = flags.trt_cache or TensorRTProvider.cache
+        options["tensorrt"] = TensorRTProvider(cache, ep_context=flags.ep_context, max_batch=max_batch)
     return options
 
 
 def open_runners(
-    files: Sequence[Path],
-    providers: Sequence[str],
-    allow_fallback: bool,
-    threads: int | None,
-    on_gpu: dict[str, Any],
+    files: Sequence[Path], providers: Sequence[str], flags: RunnerFlags, on_gpu: dict[str, Any]
 ) -> dict[str, Runner]:
     """A runner for each ONNX file on each provider, and for each engine, which TensorRT alone can run, by name."""
     for file in files:
@@ -74,7 +65,7 @@ def open_runners(
 
     return {
         runner_name(file, provider, providers): open_runner(
-            file, (provider,), allow_fallback=allow_fallback, threads=threads, **on_gpu
+            file, (provider,), allow_fallback=flags.allow_fallback, threads=flags.threads, **on_gpu
         )
         for file in files
         for provider in (providers[:1] if file.suffix == ".engine" else providers)

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from compress.cli.options import CudaGraph, EpContext, Fallback, Threads, TrtCache, need_finite
+from compress.cli.groups import with_groups
+from compress.cli.options import RunnerFlags, need_finite
 from compress.cli.runners import gpu_options
 from deploy.core.errors import UserError
 
@@ -18,6 +19,7 @@ commands = typer.Typer()
 
 
 @commands.command()
+@with_groups
 def serve(
     models: Annotated[
         list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Exported .onnx files; default name: the file's.")
@@ -27,11 +29,7 @@ def serve(
     provider: Annotated[
         str, typer.Option("--provider", metavar="NAME,NAME", help="cpu, cuda, tensorrt, in order of preference.")
     ] = "cpu",
-    allow_fallback: Fallback = False,
-    threads: Threads = None,
-    trt_cache: TrtCache = None,
-    ep_context: EpContext = False,
-    cuda_graph: CudaGraph = False,
+    opening: RunnerFlags = RunnerFlags(),
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Images in one call.")] = 16,
     max_delay_ms: Annotated[
         float, typer.Option("--max-delay-ms", min=0, help="Longest wait for images that are still being decoded.")
@@ -70,7 +68,7 @@ def serve(
         need_finite(number, option)
     files = _named_files(models)
     providers = [name.strip() for name in provider.split(",")]
-    on_gpu = gpu_options(list(files.values()), providers, trt_cache, ep_context, cuda_graph, max_batch=max_batch)
+    on_gpu = gpu_options(list(files.values()), providers, opening, max_batch=max_batch)
     token = _token(token_file)
     from deploy.runtimes.open import open_runner
     from deploy.serve.server import serve as serve_files
@@ -90,7 +88,9 @@ def serve(
     )
     serve_files(
         files,
-        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads, **on_gpu),
+        lambda path: open_runner(
+            path, providers, allow_fallback=opening.allow_fallback, threads=opening.threads, **on_gpu
+        ),
         settings,
         host=host,
         port=port,

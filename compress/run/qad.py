@@ -32,11 +32,12 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
 from compress.export.deployable import Deployable
+from compress.export.onnx import export_checkpoint
 from compress.manifest import Manifest, RunFolder, fingerprint
-from compress.run.data import Datasets, canvas
-from compress.run.export import calibration_of, export_checkpoint
+from compress.run.data import Datasets, canvas, splits
 from compress.run.pseudo_labels import FIRST_STAGE
-from compress.run.trainings import evaluate_arm
+from compress.run.quantize import Quantizing
+from compress.run.trainings import evaluate_on
 from compress.training.distributed import on_first_process
 from compress.training.loop import Training, fit
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms
@@ -96,12 +97,12 @@ def distill_quantized(
         "data": data.identity,
         "student": sha256_of(student),
         "int8": settings.model_dump(mode="json", exclude={"qad", "guided", "deciding_images"}),
-        "input_size": list(recipe.deploy.input_size or canvas(data.val, recipe)),
+        "input_size": list(recipe.deploy.input_size or canvas(data.val, recipe.data)),
     }
 
     def calibrate() -> None:
-        images = calibration_of(recipe, settings)
-        size = recipe.deploy.input_size or canvas(data.val, recipe)
+        images = Quantizing(settings, *splits(recipe.data, recipe.runs)).images
+        size = recipe.deploy.input_size or canvas(data.val, recipe.data)
         grids = calibrated_grids(student, recipe, images, input_size=size, limits=limits)
         write_json(start_file, grids.model_dump(mode="json"))
 
@@ -183,7 +184,7 @@ def train_quantized(
         folder=RunFolder(folder).training(name),
         settings=train,
         loader=loader,
-        evaluate=lambda d: evaluate_arm(d, data, fabric, recipe.data.workers),
+        evaluate=lambda d: evaluate_on(d, data, fabric, recipe.data.workers),
         identity=fingerprint(identity),
         teacher=teacher,
         methods=methods,

@@ -205,7 +205,7 @@ def test_a_run_of_another_family_ends_in_a_proven_file(family: str, teacher: str
 def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compress.run.export import torch_runner
+    from compress.export.onnx import torch_runner
 
     recipe = tiny_recipe.recipe(tmp_path, *settings_of("faster_rcnn"))
     options = [word for setting in settings_of("faster_rcnn") for word in ("--set", setting)]
