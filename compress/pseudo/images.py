@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +150,13 @@ class FileContents:
 
 def without(images: ImageList, known: FileContents) -> ImageList:
     """The images whose bytes are not among the known ones; each keeps its id."""
-    rows = [
-        row for row in zip(images.ids, images.names, images.sizes, strict=True) if images.folder / row[1] not in known
-    ]
-    ids, names, sizes = ([row[column] for row in rows] for column in range(3))
-    return ImageList(images.folder, ids, names, sizes, listed=images.listed)
+    kept = [index for index, name in enumerate(images.names) if images.folder / name not in known]
+    return replace(
+        images,
+        ids=[images.ids[index] for index in kept],
+        names=[images.names[index] for index in kept],
+        sizes=[images.sizes[index] for index in kept],
+    )
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -89,7 +89,13 @@ class LabellingPlan:
 
 
 def labelling_plan(
-    settings: PseudoLabels, *, labels: Labels | None, data: Data, teacher: Teacher | None, student: Model, run: RunFolder
+    settings: PseudoLabels,
+    *,
+    labels: Labels | None,
+    data: Data,
+    teacher: Teacher | None,
+    student: Model,
+    run: RunFolder,
 ) -> LabellingPlan:
     """Make the plan of a recipe's sections; a teacher that the run trains is its checkpoint."""
     sources: tuple[Source, ...]
@@ -177,9 +183,7 @@ def label_images(
     return PseudoLabelled(Joined(with_labels), {"pseudo_labels": hashes, "weighting": plan.settings.weighting})
 
 
-def rehearse(
-    plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console
-) -> Joined:
+def rehearse(plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console) -> Joined:
     """For a dry run: label the images of `data.train` in `folder`, and join that with `data.train`. `data` may be made
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
@@ -317,9 +321,7 @@ def _check_teachers(
         )
 
 
-def _inputs(
-    plan: LabellingPlan, teachers: Sequence[BoxTeacher], images: ImageList, data: Datasets
-) -> dict[str, Any]:
+def _inputs(plan: LabellingPlan, teachers: Sequence[BoxTeacher], images: ImageList, data: Datasets) -> dict[str, Any]:
     """Everything that shapes the labels of a list (JSON-able)."""
     elsewhere = {"teachers", "unlabeled", "min_map", "weighting", "fine_tune", "thresholds", "short", "long"}
     measured = plan.settings.thresholds == "best_f1"

@@ -33,9 +33,8 @@ from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
 from compress.export.deployable import Deployable
 from compress.export.onnx import export_checkpoint
-from compress.manifest import Manifest, RunFolder, fingerprint
+from compress.manifest import STUDENT_ON_PSEUDO_LABELS, Manifest, RunFolder, fingerprint
 from compress.run.data import Datasets, canvas, splits
-from compress.run.pseudo_labels import FIRST_STAGE
 from compress.run.quantize import Quantizing
 from compress.run.trainings import evaluate_on
 from compress.training.distributed import on_first_process
@@ -168,7 +167,7 @@ def train_quantized(
         methods = build_methods(recipe.methods, network, teacher, seed=recipe.seed)
         learned = checkpoint.with_suffix("")
         if student is None and recipe.pseudo_labels is not None and recipe.pseudo_labels.fine_tune is not None:
-            learned = recipe.run_dir / FIRST_STAGE  # fine-tuning has no methods
+            learned = recipe.run_dir / STUDENT_ON_PSEUDO_LABELS  # fine-tuning has no methods
         _restore_adapters(nn.ModuleDict(methods), learned / "checkpoints" / "last.ckpt")
     train = _schedule(recipe.train, _qad(recipe))
     loader = train_loader(
