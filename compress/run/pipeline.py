@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
@@ -58,6 +58,9 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
 from deploy.core.import_path import import_object
 from deploy.validate.coco import read_annotations
+
+if TYPE_CHECKING:
+    from compress.run.qad import QadPlan
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -170,6 +173,31 @@ def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
         workers=recipe.data.workers,
         recipe_sha256=recipe_sha256(recipe),
         build=None if parts is None else parts.student,
+    )
+
+
+def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadPlan:
+    """How a recipe's student is made one for int8."""
+    from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
+
+    folder, deploy, pseudo = RunFolder(recipe.run_dir), recipe.deploy, recipe.pseudo_labels
+    assert deploy.int8.qad is not None, "the caller looks"
+    fine_tuned = pseudo is not None and pseudo.fine_tune is not None  # without methods
+    return QadPlan(
+        student=folder.weights(),
+        adapters=folder.training(STUDENT_ON_PSEUDO_LABELS if fine_tuned else STUDENT).last,
+        folder=folder,
+        train=recipe.train,
+        qad=deploy.int8.qad,
+        deploy=deploy,
+        quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
+        input_size=deploy.input_size or canvas(data.val, recipe.data),
+        limits=(recipe.data.eval_short, recipe.data.long),
+        distillation=distillation_plan(recipe, parts),
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        recipe_sha256=recipe_sha256(recipe),
     )
 
 
@@ -319,14 +347,9 @@ class _Run:
     def train_on_int8_grids(self, teacher: Detector | None) -> None:
         from compress.run.qad import distill_quantized
 
+        plan, taught = qad_plan(self.recipe, self.data, self.parts), self._taught(teacher)
         result = distill_quantized(
-            self.fabric,
-            self.recipe,
-            self.data,
-            self.manifest,
-            teacher=teacher,
-            taught=self._taught(teacher),
-            resume=self.resume,
+            self.fabric, plan, self.data, self.manifest, teacher=teacher, taught=taught, resume=self.resume
         )
         self.console.print(
             f"{STUDENT_ON_INT8_GRIDS}: mAP {result['metrics']['map']:.2f} on the grids of its int8 file "
