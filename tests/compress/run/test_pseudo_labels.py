@@ -26,6 +26,7 @@ from compress.run import pipeline
 from compress.run import pseudo_labels as stage
 from compress.run.data import Datasets, open_data, splits
 from compress.run.pseudo_labels import PseudoLabelled, fine_tuning
+from compress.run.trainings import TrainingPlan
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -132,7 +133,7 @@ def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: p
     from tests.helpers.training_runs import fabric
 
     plain = recipe(tmp_path)
-    more_images(tmp_path / "more", plain.run_dir, open_data(plain, fabric()))
+    more_images(tmp_path / "more", plain.run_dir, open_data(pipeline.data_plan(plain), fabric()))
     run_dir = pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))
     assert f"{tmp_path / 'more'}: 3 images of the training or validation set are left out" in capsys.readouterr().out
     document = read(RunFolder(run_dir).pseudo_labels / "folder-1.json")
@@ -142,7 +143,7 @@ def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: p
     assert len(seen[0].images.parts) == 3
     shutil.rmtree(tmp_path / "more")
     (tmp_path / "more").mkdir()
-    split = open_data(plain, fabric()).val_split
+    split = open_data(pipeline.data_plan(plain), fabric()).val_split
     shutil.copy(split.images / read(split.annotations)["images"][0]["file_name"], tmp_path / "more" / "again.png")
     with pytest.raises(UserError, match="all its images are training or validation images"):
         pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))
@@ -417,13 +418,13 @@ def test_mistakes_in_recipes(tmp_path: Path, overrides: list[str], says: str) ->
 
 def test_a_joined_set_is_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained_on: dict[str, Any] = {}
-    original = pipeline.train_arm
+    original = pipeline.train
 
-    def train_arm(fabric: Any, recipe: Recipe, name: str, *arguments: Any, **named: Any) -> Any:
-        trained_on[name] = named["images"]
-        return original(fabric, recipe, name, *arguments, **named)
+    def train(fabric: Any, plan: TrainingPlan, *arguments: Any, **named: Any) -> Any:
+        trained_on[plan.name] = plan.images
+        return original(fabric, plan, *arguments, **named)
 
-    monkeypatch.setattr(pipeline, "train_arm", train_arm)
+    monkeypatch.setattr(pipeline, "train", train)
     pipeline.distill(recipe(tmp_path, "baseline=true"))
     assert trained_on["baseline"] is None and trained_on["student"] is None
     assert isinstance(trained_on[STUDENT_ON_PSEUDO_LABELS], Joined) and len(trained_on[STUDENT_ON_PSEUDO_LABELS]) > 6
