@@ -111,7 +111,7 @@ def trained_grids(checkpoint: Path, precisions: Sequence[str], flags: QuantizeFl
     file = checkpoint.with_suffix(".json")
     if not any(PRECISIONS[name].quantized for name in precisions) or not file.is_file():
         return None
-    from compress.run.qad import load_grids
+    from compress.training.qad.export import load_grids
 
     grids = load_grids(file)
     settled = f"scales and float layers are those that were trained, in {file}"

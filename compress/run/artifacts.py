@@ -21,9 +21,10 @@ from compress.config.deploy import Deploy
 from compress.console import progress
 from compress.export.onnx import export_checkpoint
 from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
-from compress.run import engines, qad
+from compress.run import engines
 from compress.run.engines import EnginePlan
 from compress.run.quantize import BudgetError, Quantizing, quantize_file
+from compress.training.qad.export import grids_file, quantize_trained
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.precisions import PRECISIONS, TENSORRT, Target, file_for, sources
@@ -238,7 +239,7 @@ def _quantized(plan: ArtifactPlan, file: OnnxFile, floats: _FloatFiles) -> Artif
     def work() -> dict[str, Any]:
         source = floats[PRECISIONS[file.precision].source]
         if plan.on_grids:
-            report = qad.quantize_trained(plan.checkpoint, source, file.path, plan.settings, how.images)
+            report = quantize_trained(plan.checkpoint, source, file.path, plan.settings, how.images)
             return {"missed": None, "summary": f"{file.path.name}, {_in_words(report, ' on trained grids')}"}
         with progress("quantize") as step:
             report, search = quantize_file(
@@ -321,7 +322,7 @@ def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]
 def _quantized_inputs(plan: ArtifactPlan, file: OnnxFile, how: Quantizing) -> dict[str, Any]:
     settings = how.settings
     if plan.on_grids:
-        grids = sha256_of(qad.grids_file(plan.checkpoint))
+        grids = sha256_of(grids_file(plan.checkpoint))
         return {**_inputs(plan), "grids": grids, "int8": settings.model_dump(mode="json")}
     described = {
         **_inputs(plan),

@@ -31,7 +31,7 @@ from compress.distill.teacher import freeze
 from compress.manifest import STUDENT, RunFolder
 from compress.run.data import DataPlan, open_data
 from compress.run.parts import Parts
-from compress.run.pseudo_labels import only_labels, sources
+from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
 from compress.run.teacher import key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, train
@@ -50,7 +50,8 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
     learning = Distillation(recipe.methods, inherit, parts.methods)
     new_student = partial(_student, recipe, parts, len(categories))
     teacher = None
-    if distillation and (parts.teacher is not None or (recipe.teacher is not None and not only_labels(recipe))):
+    learns = recipe.teacher is not None and not only_labels(recipe.teacher, recipe.methods, recipe.pseudo_labels)
+    if distillation and (parts.teacher is not None or learns):
         teacher = _teacher(recipe, parts, learning, new_student(), categories, fabric, console)
     labellers = _labellers(recipe, categories, fabric, console) if distillation and recipe.pseudo_labels else []
     if teacher is not None:
@@ -77,7 +78,7 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
             seed=small.seed,
             teacher=teacher,
             distillation=learning,
-            images=rehearse_labels(small, data, labellers, place, console) if labellers else None,
+            images=rehearse_labels(_labelling(small), data, labellers, place, console) if labellers else None,
             build=parts.student,
         )
         result = train(fabric, plan, data, max_steps=1)
@@ -139,7 +140,19 @@ def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, conso
         detector = _untrained(recipe.teacher, len(categories), console)
         name, names = "teacher.safetensors", tuple(categories.values())
         return [DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device)]
-    return [_open(source, categories, fabric, console) for source in sources(recipe)]
+    return [_open(source, categories, fabric, console) for source in _labelling(recipe).sources]
+
+
+def _labelling(recipe: Recipe) -> LabellingPlan:
+    assert recipe.pseudo_labels is not None
+    return labelling_plan(
+        recipe.pseudo_labels,
+        labels=recipe.labels,
+        data=recipe.data,
+        teacher=recipe.teacher,
+        student=recipe.student,
+        run=RunFolder(recipe.run_dir),
+    )
 
 
 def _open(source: Source, categories: dict[int, str], fabric: Fabric, console: Console) -> BoxTeacher:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
@@ -41,14 +41,14 @@ from compress.manifest import (
 from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
 from compress.run.parts import Parts
 from compress.run.pseudo_labels import (
+    LabellingPlan,
     PseudoLabelled,
     check_labelled,
     fine_tuning,
     label_images,
-    labelling_stages,
+    labelling_plan,
     only_labels,
 )
-from compress.run.pseudo_labels import is_unfinished as pseudo_labels_unfinished
 from compress.run.teacher import checkpoint_to_show, key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, evaluate_on, train
 from compress.teachers.check import check_teacher, seen_images
@@ -58,6 +58,9 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
 from deploy.core.import_path import import_object
 from deploy.validate.coco import read_annotations
+
+if TYPE_CHECKING:
+    from compress.run.qad import QadPlan
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -114,8 +117,10 @@ def distill(
     data = open_data(data_plan(recipe), fabric)
     if not data.has_labels and not distillation:
         raise UserError("labels.fraction is 0: without teachers there is nothing to train on")
+    labelling = labelling_of(recipe)
     if distillation:
-        check_labelled(recipe, data)
+        fine_tune = None if labelling is None else labelling.settings.fine_tune
+        check_labelled(len(data.train), recipe.train, baseline=recipe.baseline, fine_tune=fine_tune)
     work = _Run(recipe, parts, fabric, data, folder, Manifest(folder.path, versions()), console, resume)
     work.describe_data()
     teacher = pseudo = None
@@ -123,8 +128,8 @@ def distill(
         teacher = work.teacher()
     elif distillation and parts.methods:
         raise UserError(f"methods.{next(iter(parts.methods))}: needs a teacher; add the section teacher, or give one")
-    if distillation and recipe.pseudo_labels is not None:
-        pseudo = label_images(fabric, recipe, data, work.manifest, console, resume=resume)
+    if distillation and labelling is not None:
+        pseudo = label_images(fabric, labelling, data, work.manifest, console, resume=resume)
     for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
         work.train(plan)
     if distillation and recipe.deploy.int8.qad is not None:
@@ -143,6 +148,20 @@ def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillatio
     return Distillation(recipe.methods, inherit, {} if parts is None else parts.methods)
 
 
+def labelling_of(recipe: Recipe) -> LabellingPlan | None:
+    """What teachers label in a recipe's run; None: nothing."""
+    if recipe.pseudo_labels is None:
+        return None
+    return labelling_plan(
+        recipe.pseudo_labels,
+        labels=recipe.labels,
+        data=recipe.data,
+        teacher=recipe.teacher,
+        student=recipe.student,
+        run=RunFolder(recipe.run_dir),
+    )
+
+
 def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
     """A recipe's student, trained from the labels alone."""
     return TrainingPlan(
@@ -154,6 +173,31 @@ def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
         workers=recipe.data.workers,
         recipe_sha256=recipe_sha256(recipe),
         build=None if parts is None else parts.student,
+    )
+
+
+def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadPlan:
+    """How a recipe's student is made one for int8."""
+    from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
+
+    folder, deploy, pseudo = RunFolder(recipe.run_dir), recipe.deploy, recipe.pseudo_labels
+    assert deploy.int8.qad is not None, "the caller looks"
+    fine_tuned = pseudo is not None and pseudo.fine_tune is not None  # without methods
+    return QadPlan(
+        student=folder.weights(),
+        adapters=folder.training(STUDENT_ON_PSEUDO_LABELS if fine_tuned else STUDENT).last,
+        folder=folder,
+        train=recipe.train,
+        qad=deploy.int8.qad,
+        deploy=deploy,
+        quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
+        input_size=deploy.input_size or canvas(data.val, recipe.data),
+        limits=(recipe.data.eval_short, recipe.data.long),
+        distillation=distillation_plan(recipe, parts),
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        recipe_sha256=recipe_sha256(recipe),
     )
 
 
@@ -303,14 +347,9 @@ class _Run:
     def train_on_int8_grids(self, teacher: Detector | None) -> None:
         from compress.run.qad import distill_quantized
 
+        plan, taught = qad_plan(self.recipe, self.data, self.parts), self._taught(teacher)
         result = distill_quantized(
-            self.fabric,
-            self.recipe,
-            self.data,
-            self.manifest,
-            teacher=teacher,
-            taught=self._taught(teacher),
-            resume=self.resume,
+            self.fabric, plan, self.data, self.manifest, teacher=teacher, taught=taught, resume=self.resume
         )
         self.console.print(
             f"{STUDENT_ON_INT8_GRIDS}: mAP {result['metrics']['map']:.2f} on the grids of its int8 file "
@@ -357,11 +396,11 @@ def _ship(recipe: Recipe) -> None:
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
     rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, teacher, names, device), made)
-    pseudo = recipe.pseudo_labels
-    if pseudo is not None:
+    labelling, pseudo = labelling_of(recipe), None
+    if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0
-        lists = labelling_stages(recipe, folder.stages())
-        pseudo_figures = labelled_by_teachers(folder, lists, labelled if has_labels else None, pseudo.fine_tune)
+        lists, fine_tune = labelling.stages(folder.stages()), labelling.settings.fine_tune
+        pseudo = labelled_by_teachers(folder, lists, labelled if has_labels else None, fine_tune)
     report = ReportPlan(
         name=recipe.name,
         folder=folder,
@@ -369,7 +408,7 @@ def _ship(recipe: Recipe) -> None:
         input_size=checks.input_size,
         teacher=teacher,
         has_teacher=recipe.teacher is not None and learns,
-        pseudo_labels=None if pseudo is None else pseudo_figures,
+        pseudo_labels=pseudo,
         commands=commands(folder, split),
         device=device,
     )
@@ -393,8 +432,8 @@ def _launch(recipe: Recipe) -> Fabric:
 
 def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool) -> None:
     """Create the folder with its resolved recipe. An unfinished run is only continued when asked to."""
-    unfinished = folder.unfinished()
-    if pseudo_labels_unfinished(recipe):
+    unfinished, labelling = folder.unfinished(), labelling_of(recipe)
+    if labelling is not None and labelling.is_unfinished():
         unfinished.append("the labelling")
     if unfinished and not resume:
         raise UserError(
@@ -415,7 +454,11 @@ def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:
         return True
     if recipe.teacher is None:
         return False
-    return recipe.teacher.train is not None or bool(parts.methods) or not only_labels(recipe)
+    return (
+        recipe.teacher.train is not None
+        or bool(parts.methods)
+        or not only_labels(recipe.teacher, recipe.methods, recipe.pseudo_labels)
+    )
 
 
 def _describe(record: ModelRecord) -> str:
