@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.detectors.weights import load_exactly, read_tensors
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 
 BACKBONES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large", "nano",
@@ -205,9 +205,8 @@ def _load_imagenet(backbone: Backbone, name: str) -> None:
     try:
         state = published.get_state_dict(progress=False, check_hash=True)
     except (OSError, HTTPException, RuntimeError) as error:  # no network, no disk, or not the published hash
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"ImageNet weights of {name} could not be downloaded from {published.url} ({reason}); "
+            f"ImageNet weights of {name} could not be downloaded from {published.url} ({first_line(error)}); "
             "set weights: none, or weights: FILE with a copy of that file"
         ) from error
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}

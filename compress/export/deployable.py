@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.detectors.base import Detector
 from compress.export.nms import select_detections
-from deploy.core.card import ModelCard
+from deploy.core.card import CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ModelCard
 from deploy.core.errors import UserError
 from deploy.runtimes.base import Detections, check_images
 
@@ -36,10 +36,10 @@ class Deployable(nn.Module):
         detector: Detector,
         input_size: tuple[int, int],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
-        candidates: int = 1000,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        candidates: int = CANDIDATES,
     ) -> None:
         super().__init__()
         if any(side < 1 or side % 32 for side in input_size):

@@ -42,7 +42,7 @@ from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
 from compress.training.distributed import on_first_process
 from compress.versions import versions
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of, write_text
 from deploy.validate.coco import read_annotations
 from kernels.common.backend import chosen, set_backend
@@ -215,9 +215,9 @@ def _launch(recipe: Recipe) -> Fabric:
             strategy="auto" if train.devices == 1 else "ddp_find_unused_parameters_true" if ends else "ddp",
         )
     except Exception as error:
-        message = str(error).strip().splitlines()[0]
         raise UserError(
-            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here ({message})"
+            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here "
+            f"({first_line(error)})"
         ) from error
     if train.precision == "fp16" and fabric.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import onnxruntime
 
 from deploy.core import cuda_driver
 from deploy.core.card import METADATA_KEY, card_from_session, parse_card
-from deploy.core.errors import UserError
+from deploy.core.environment import usable_cores
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import Detections, check_images
@@ -162,16 +162,12 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
-    if threads is None or threads >= _usable_cpus():
+    if threads is None or threads >= usable_cores():
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
 # ----------------------------------------------------------------------------------------------------
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tensorrt_settings(path: Path, wanted: TensorRTProvider, device: int) -> tuple[Path, dict[str, str]]:
@@ -232,6 +228,6 @@ def _open(
         with contextlib.redirect_stdout(io.StringIO()):
             return onnxruntime.InferenceSession(str(path), options, providers=wanted or [(PROVIDERS["cpu"], {})])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     finally:
         onnxruntime.set_default_logger_severity(2)

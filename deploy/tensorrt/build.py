@@ -12,13 +12,13 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deploy.core.card import METADATA_KEY, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, need_place, sha256_of
+from deploy.core.progress import Progress
 from deploy.tensorrt.card import (
     EngineCard,
     EngineOptions,
@@ -46,7 +46,6 @@ from deploy.tensorrt.network import (
     parse_network,
 )
 
-Progress = Callable[[int, int], None]
 TIMING_CACHES = Path.home() / ".cache" / "compress" / "timing"
 _REASONS = (
     (r"libnvinfer_lean", "a version-compatible engine needs TensorRT's lean runtime: pip install tensorrt_lean"),

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from deploy.core.boxes import pairwise_iou
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
 from deploy.core.image import fit_canvas, load_image, read_image_bytes, to_original
+from deploy.core.progress import Progress
 from deploy.runtimes.base import Detections, Runner
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.score_calibration import detection_ece
@@ -89,7 +91,7 @@ def validate(
     max_map_drop: float = 0.5,
     batch_size: int = 8,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
@@ -380,7 +382,7 @@ def _pairs(a: _Found, b: _Found) -> list[tuple[int, int]]:
     first."""
     rows = np.flatnonzero(a.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
     columns = np.flatnonzero(b.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
-    iou = _iou(a.boxes[rows], b.boxes[columns])
+    iou = pairwise_iou(a.boxes[rows], b.boxes[columns])
     possible = (iou >= AGREEMENT_IOU) & (a.labels[rows][:, None] == b.labels[columns][None])
     possible &= np.maximum(a.scores[rows][:, None], b.scores[columns][None]) >= AGREEMENT_SCORE
     pairs: list[tuple[int, int]] = []
@@ -392,14 +394,6 @@ def _pairs(a: _Found, b: _Found) -> list[tuple[int, int]]:
             used_b.add(j)
             pairs.append((int(rows[i]), int(columns[j])))
     return pairs
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[n, 4], [m, 4] → [n, m]; 0 for boxes without area."""
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    intersection = np.clip(high - low, 0, None).prod(-1)
-    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
