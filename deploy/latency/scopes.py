@@ -64,7 +64,7 @@ def clock_of(runner: Runner, scope: Scope, encoded: Encoded) -> str:
     """What takes the times of that scope: the host's clock, or CUDA events where the backend has them."""
     if scope != "compute" or not isinstance(runner, StagedRunner):
         return HOST
-    runner.stage(_canvases(encoded[:1], runner.card)[0])
+    runner.upload(_canvases(encoded[:1], runner.card)[0])
     return HOST if runner.compute_ms() is None else "CUDA events"
 
 
@@ -112,7 +112,7 @@ def make_task(runner: Runner, scope: Scope, encoded: Encoded, most_images: int, 
     by_device = clock_of(runner, scope, encoded) != HOST
 
     def compute(count: int) -> float | None:
-        staged.stage(next_batch(count))
+        staged.upload(next_batch(count))
         if by_device:
             return staged.compute_ms()
         before = clock.now()

@@ -25,7 +25,8 @@ from deploy.core.errors import UserError
 from deploy.core.files import write_json
 from deploy.core.image import fit_canvas, load_image, read_image_bytes, to_original
 from deploy.core.progress import Progress
-from deploy.runtimes.base import Detections, Runner
+from deploy.runtimes.base import DetectionBatch, Runner
+from deploy.runtimes.open import readable_file
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.score_calibration import detection_ece
 
@@ -286,7 +287,7 @@ def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _F
     return seconds
 
 
-def _check_shapes(name: str, out: Detections, batch: int) -> None:
+def _check_shapes(name: str, out: DetectionBatch, batch: int) -> None:
     """Raise UserError, naming the output, when one of them cannot be what it is called."""
     most = out.scores.shape[1] if out.scores.ndim == 2 else -1
     wanted = {"scores": (batch, most), "boxes": (batch, most, 4), "labels": (batch, most), "count": (batch,)}
@@ -306,19 +307,14 @@ def _graph_to_trust(runners: Mapping[str, Runner], results: list[ArtifactResult]
     """The ONNX file that failing ones are compared with: the reference, or else a float file that passed."""
     order = sorted(results, key=lambda row: row.name != reference)
     for row in order:
-        path = _onnx_path(runners[row.name])
+        path = readable_file(runners[row.name])
         if row.gate == "pass" and path is not None and runners[row.name].card.quantization is None:
             return path
     return None
 
 
-def _onnx_path(runner: Runner) -> Path | None:
-    path = getattr(runner, "path", None)
-    return path if isinstance(path, Path) and path.suffix == ".onnx" else None
-
-
 def _diagnose(runner: Runner, good: Path | None, images: list[Path]) -> str:
-    bad = _onnx_path(runner)
+    bad = readable_file(runner)
     if bad is None:
         return "not run: only ONNX files can be compared value by value"
     if good is None:
