@@ -40,7 +40,9 @@ format: .venv/.dev  ## let ruff fix and format
 	$(BIN)/ruff format .
 
 bench: .venv/.dev  ## speed against PyTorch and, with MMDET_PYTHON=/path/to/python, against mmdet
-	$(BIN)/python -m benchmarks
+	@for suite in vs_mmdet data_path latency; do \
+	$(BIN)/python -m benchmarks $$suite || failed="$$failed $$suite"; done; \
+	test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 
 clean:  ## remove the environments and caches, never runs/
 	rm -rf .venv .venv-mmdet .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

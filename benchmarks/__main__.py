@@ -1,27 +1,27 @@
-"""Every benchmark of speed, one after the other: `python -m benchmarks [--mmdet-python PATH]`.
-
-`distill_gain`, which trains, is not among them.
-"""
+"""The one program of the benchmarks: `python -m benchmarks` lists the suites, `python -m benchmarks NAME` runs one."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "--mmdet-python",
-    default=os.environ.get("MMDET_PYTHON"),
-    help="interpreter of an environment with mmdet 3.3 (default: $MMDET_PYTHON)",
-)
-args = parser.parse_args()
-peer = ["--mmdet-python", args.mmdet_python] if args.mmdet_python else []
-failed = [
-    name
-    for name, options in {"vs_mmdet": peer, "data_path": peer, "latency": []}.items()
-    if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *options]).returncode
-]
-if failed:
-    sys.exit(f"error: failed: {', '.join(failed)}")
+from benchmarks.suites import SUITES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite that the first argument names; the rest are its options."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name, options = (words or [""])[0], words[1:]
+    if name not in SUITES:
+        print("usage: python -m benchmarks NAME [options]; --help after a name tells its options\n")
+        for suite, (_, question, takes) in SUITES.items():
+            print(f"  {suite:14} {question} ({takes})")
+        return 0 if name in ("", "-h", "--help") else 2
+    module = import_module(SUITES[name][0])
+    sys.argv = [f"benchmarks {name}", *options]
+    return module.main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,10 @@
-"""manifest.json of a run: what each stage was made from, so that a finished stage is not done twice."""
+"""The folder of a run: names of its files and stages, and manifest.json, which says what each stage was made from, so
+that a finished stage is not done twice.
+
+    folder = RunFolder(Path("runs/first"))
+    folder.weights()            # runs/first/student.safetensors
+    folder.result("student")    # what the stage recorded
+"""
 
 from __future__ import annotations
 
@@ -6,21 +12,149 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json
 
+TEACHER = "teacher"
+BASELINE = "baseline"
+STUDENT = "student"
+STUDENT_ON_PSEUDO_LABELS = "student.pseudo"
+"""The student's training on pseudo labels, if it is fine-tuned afterwards."""
+STUDENT_ON_INT8_GRIDS = "student.qad"
+"""The student trained once more, rounded as in its int8 file."""
+TRAININGS = (TEACHER, BASELINE, STUDENT_ON_PSEUDO_LABELS, STUDENT, STUDENT_ON_INT8_GRIDS)
+"""Trainings that a run may hold, in their order. Each has a folder and a checkpoint of its name."""
+TEACHER_CHECK = "teacher_check"
+"""Stage in which the teacher is measured on the validation images."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of a run. Whether a file is there is not looked at."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, every key written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The report for readers."""
+        return self.path / "report.html"
+
+    @property
+    def benchmark(self) -> Path:
+        return self.path / "benchmark.json"
+
+    @property
+    def labelled(self) -> Path:
+        """COCO file of the training images that keep their labels, where the recipe has `labels`."""
+        return self.path / "labelled.json"
+
+    @property
+    def unlabelled(self) -> Path:
+        """COCO file of the others, without annotations."""
+        return self.path / "unlabelled.json"
+
+    @property
+    def search_split(self) -> Path:
+        """COCO file of the images that the search for float layers is scored on."""
+        return self.path / "deciding.json"
+
+    @property
+    def pseudo_labels(self) -> Path:
+        """Folder of a COCO file for each list of images that teachers label."""
+        return self.path / "pseudo"
+
+    def training(self, name: str) -> TrainingFolder:
+        """The folder of one of `TRAININGS`."""
+        return TrainingFolder(self.path / name)
+
+    def weights(self, name: str = STUDENT) -> Path:
+        """The checkpoint that a training leaves: `student.safetensors`."""
+        return self.path / f"{name}.safetensors"
+
+    def grids(self, name: str = STUDENT_ON_INT8_GRIDS) -> Path:
+        """The trained grids beside a checkpoint for int8: `student.qad.json`."""
+        return self.path / f"{name}.json"
+
+    def onnx(self, precision: str = "fp32") -> Path:
+        """The exported student: `student.onnx`, for other precisions `student.int8.onnx`."""
+        return self.path / (f"{STUDENT}.onnx" if precision == "fp32" else f"{STUDENT}.{precision}.onnx")
+
+    @property
+    def onnx_on_trained_grids(self) -> Path:
+        """The int8 file of quantization-aware distillation."""
+        return self.path / f"{STUDENT_ON_INT8_GRIDS}.onnx"
+
+    def engine(self, precision: str = "fp32") -> Path:
+        """The TensorRT engine of an exported file: `student.engine`, `student.fp16.engine`."""
+        return self.onnx(precision).with_suffix(".engine")
+
+    def unfinished(self) -> list[str]:
+        """Trainings that began and left no checkpoint yet."""
+        return [name for name in TRAININGS if self.training(name).last.is_file() and not self.weights(name).is_file()]
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What manifest.json records, by stage; a damaged record counts as absent."""
+        return read_stages(self.manifest)
+
+    def result(self, stage: str) -> Any:
+        """What a stage recorded. Raises KeyError where it did not run."""
+        return self.stages()[stage]["result"]
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """Names of the files of one training of a run."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Losses, learning rate, mAP by step."""
+        return self.path / "metrics.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def last(self) -> Path:
+        """Everything that resuming needs."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def best(self, step: int) -> Path:
+        """Weights of the best evaluation, which was at `step`."""
+        return self.path / "checkpoints" / f"best-{step}.ckpt"
+
+    def bests(self) -> list[Path]:
+        """The weights of best evaluations that are there: one, or two after a kill."""
+        return sorted((self.path / "checkpoints").glob("best-*.ckpt"))
+
 
 class Manifest:
     """The stages of a run, a row each: inputs (hash), outputs (path and hash), seconds, versions, result."""
 
     def __init__(self, run_dir: Path, versions: Mapping[str, str]) -> None:
-        self._path = run_dir / "manifest.json"
+        self._path = RunFolder(run_dir).manifest
         self._run_dir = run_dir
         self._versions = dict(versions)
-        self._rows = _read_rows(self._path)
+        self._rows = read_stages(self._path)
 
     def stage(
         self,
@@ -66,9 +200,9 @@ class Manifest:
         return path.relative_to(self._run_dir).as_posix()
 
 
-def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The stages that the file records. What is damaged in it counts as absent and only costs time: those stages
-    run again. Raises UserError when a folder stands in its place."""
+def read_stages(path: Path) -> dict[str, dict[str, Any]]:
+    """Read the stages that a manifest.json records. What is damaged in it counts as absent and only costs time: those
+    stages run again. Raises UserError when a folder stands in its place."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a run keeps its record in a file of this name, so remove the folder")
     try:

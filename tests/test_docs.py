@@ -169,7 +169,7 @@ def filled(text: str, name: str, block: str) -> str:
 def figures(results: dict[str, Any] | None, method: str | None, picture: Path = GAINS.with_suffix(".svg")) -> str:
     """A Markdown table of the benchmark's arms: those with the method, or all, beside the baseline."""
     if results is None:
-        return "Not measured yet: `python -m benchmarks.distill_gain cpu`.\n"
+        return "Not measured yet: `python -m benchmarks distill_gain cpu`.\n"
     baseline, *others = results["arms"]
     arms = [row for row in others if method is None or method in parts(row["arm"])]
     if not arms:
@@ -247,7 +247,7 @@ def test_figures_of_made_up_results(tmp_path: Path) -> None:
     spread = {"map_stdev": 0.5, "gain_stdev": 0.6, "gain_low": 1.25, "gain_high": 3.75}
     results = {
         "date": "2030-01-02",
-        "command": "python -m benchmarks.distill_gain cpu",
+        "command": "python -m benchmarks distill_gain cpu",
         "machine": {"cpu": "a processor", "cores": 2},
         "seeds": [0, 1, 2],
         "arms": [
@@ -262,9 +262,9 @@ def test_figures_of_made_up_results(tmp_path: Path) -> None:
     assert "| FGD | 22.50 ± 0.50 | +2.50 | +1.25 to +3.75 | `methods.fgd.weight=3` |" in shown
     assert "| baseline | 20.00 ± 0.40 |  |  |" in shown and "| BCKD+FGD | 24.00 | +4.00 |  |" in shown
     assert "| inherit only | 21.00 | +1.00 |" in shown and "| LD |" not in shown and "seeds 0, 1, 2" in shown
-    assert figures(results, "dkd") == "Not among the arms of `python -m benchmarks.distill_gain cpu` of 2030-01-02.\n"
+    assert figures(results, "dkd") == "Not among the arms of `python -m benchmarks distill_gain cpu` of 2030-01-02.\n"
     assert all(arm["arm"] in figures(results, None) for arm in results["arms"])
-    assert figures(None, "fgd") == "Not measured yet: `python -m benchmarks.distill_gain cpu`.\n"
+    assert figures(None, "fgd") == "Not measured yet: `python -m benchmarks distill_gain cpu`.\n"
     assert [gain_of(results, name) for name in ("FGD", "BCKD", "LD", "DKD")] == [
         "+2.50", "+4.00 (BCKD+FGD)", "-1.00", "not measured"
     ]  # fmt: skip

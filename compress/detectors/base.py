@@ -10,15 +10,25 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.data.batch import Target
+from compress.detectors.assign import Assignment
+from kernels.common.distribution import distances_to_boxes, integral
 
-if TYPE_CHECKING:
-    from compress.detectors.gfl import Reduce, Targets
+MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
+STD = (58.395, 57.12, 57.375)
+STRIDES = (8, 16, 32, 64, 128)  # of a pyramid P3..P7
+GROUP_WIDTH = 8  # channels of a GroupNorm group in a head
+REG_MAX = 16  # largest distance that a distribution over bins can say, in strides; it has REG_MAX + 1 bins
+NO_PROBABILITY = -1e4  # a logit whose sigmoid is 0 in float32
+PRE_NMS = 1000  # (location, class) pairs kept a level
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes; the identity in a single one."""
 
 
 class Capability(enum.Enum):
@@ -90,6 +100,28 @@ class DensePrediction:
 
 
 @dataclass
+class Targets:
+    """Ground truth of a batch as padded tensors, and where it was assigned.
+
+    boxes: float32 [B, G, 4] xyxy pixels; labels: int64 [B, G]; assignment: see `assign`.
+    avg_factor: float32 scalar, number of positives (at least one an image), mean over processes.
+    level_positives: float32 [L], positives of each level in all processes.
+    world_size: processes that share the global batch.
+    unknown: bool [B, K, A], where a class has no loss because the labels say nothing about it; None: nowhere.
+    scores: float32 [B, G], how sure a teacher was of each box, 1 for a person's; None when all are.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    assignment: Assignment
+    avg_factor: Tensor
+    level_positives: Tensor
+    world_size: int
+    unknown: Tensor | None
+    scores: Tensor | None
+
+
+@dataclass
 class Detections:
     """Final detections of one image: boxes [n, 4] xyxy pixels, scores [n] in 0..1, labels [n] int64."""
 
@@ -154,3 +186,35 @@ class Detector(nn.Module):
 
     def _lacks(self, capability: Capability) -> TypeError:
         return TypeError(f"{self.family} gives no {capability.value}")
+
+
+def decode_level(distribution: Tensor) -> Tensor:
+    """distribution [B, 4 * R, h, w] of one level → boxes [B, M, 4] xyxy in units of the stride."""
+    B, _, h, w = distribution.shape
+    distances = integral(distribution.view(B, 4, REG_MAX + 1, h * w), dim=2).transpose(1, 2)  # [B, M, 4]
+    y, x = torch.meshgrid(
+        torch.arange(h, device=distribution.device, dtype=distances.dtype),
+        torch.arange(w, device=distribution.device, dtype=distances.dtype),
+        indexing="ij",
+    )
+    points = torch.stack((x.flatten(), y.flatten()), -1).expand(B, -1, -1)
+    return distances_to_boxes(points, distances)
+
+
+def pad_targets(targets: list[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """boxes [B, G, 4], labels [B, G] and mask [B, G] (False for crowd boxes and padding)."""
+    boxes = nn.utils.rnn.pad_sequence([t.boxes for t in targets], batch_first=True).to(device)
+    labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True).to(device)
+    mask = nn.utils.rnn.pad_sequence([~t.ignore for t in targets], batch_first=True).to(device)
+    return boxes, labels, mask
+
+
+def pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
+    """float32 [B, G], 1 where a target has none; None when no target has any."""
+    if all(target.scores is None for target in targets):
+        return None
+    scores = torch.ones(mask.shape, device=mask.device)
+    for row, target in zip(scores, targets, strict=True):
+        if target.scores is not None:
+            row[: len(target.scores)] = target.scores.to(mask.device)
+    return scores

@@ -10,8 +10,6 @@ Shape letters: see `compress.detectors.base`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,48 +18,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.batch import Target
-from compress.detectors.assign import Assignment, atss, unknown_classes
-from compress.detectors.base import Capability, DensePrediction, Detections, Detector
-from kernels.common.distribution import boxes_to_distances, distances_to_boxes, distribution_focal_loss, integral
+from compress.detectors.assign import atss, unknown_classes
+from compress.detectors.base import (
+    GROUP_WIDTH,
+    MEAN,
+    NO_PROBABILITY,
+    PRE_NMS,
+    REG_MAX,
+    STD,
+    STRIDES,
+    Capability,
+    DensePrediction,
+    Detections,
+    Detector,
+    Reduce,
+    Targets,
+    decode_level,
+    pad_scores,
+    pad_targets,
+)
+from kernels.common.distribution import boxes_to_distances, distribution_focal_loss
 from kernels.ops.distribution_iou_loss import distribution_iou_loss
 from kernels.ops.quality_focal_loss import quality_focal_loss
 
 if TYPE_CHECKING:
     from compress.detectors.backbones import Backbone
 
-MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
-STD = (58.395, 57.12, 57.375)
-STRIDES = (8, 16, 32, 64, 128)
-REG_MAX = 16
-GROUP_WIDTH = 8  # channels of a GroupNorm group in the head
 BOX_WEIGHT, DFL_WEIGHT, QFL_BETA = 2.0, 0.25, 2.0
-NO_PROBABILITY = -1e4  # a logit whose sigmoid is 0 in float32
-PRE_NMS = 1000  # (location, class) pairs kept a level
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all processes; the identity in a single one."""
-
-
-@dataclass
-class Targets:
-    """Ground truth of a batch as padded tensors, and where it was assigned.
-
-    boxes: float32 [B, G, 4] xyxy pixels; labels: int64 [B, G]; assignment: see `assign`.
-    avg_factor: float32 scalar, number of positives (at least one an image), mean over processes.
-    level_positives: float32 [L], positives of each level in all processes.
-    world_size: processes that share the global batch.
-    unknown: bool [B, K, A], where a class has no loss because the labels say nothing about it; None: nowhere.
-    scores: float32 [B, G], how sure a teacher was of each box, 1 for a person's; None when all are.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    assignment: Assignment
-    avg_factor: Tensor
-    level_positives: Tensor
-    world_size: int
-    unknown: Tensor | None
-    scores: Tensor | None
 
 
 class GFL(Detector):
@@ -151,7 +134,7 @@ class GFL(Detector):
             totals[1:],
             world_size,
             unknown_classes(targets, self.num_classes, assignment.gt_index >= 0, match),
-            _pad_scores(targets, mask),
+            pad_scores(targets, mask),
         )
 
     def loss(self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
@@ -329,38 +312,6 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
-
-
-def decode_level(distribution: Tensor) -> Tensor:
-    """distribution [B, 4 * R, h, w] of one level → boxes [B, M, 4] xyxy in units of the stride."""
-    B, _, h, w = distribution.shape
-    distances = integral(distribution.view(B, 4, REG_MAX + 1, h * w), dim=2).transpose(1, 2)  # [B, M, 4]
-    y, x = torch.meshgrid(
-        torch.arange(h, device=distribution.device, dtype=distances.dtype),
-        torch.arange(w, device=distribution.device, dtype=distances.dtype),
-        indexing="ij",
-    )
-    points = torch.stack((x.flatten(), y.flatten()), -1).expand(B, -1, -1)
-    return distances_to_boxes(points, distances)
-
-
-def pad_targets(targets: list[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """boxes [B, G, 4], labels [B, G] and mask [B, G] (False for crowd boxes and padding)."""
-    boxes = nn.utils.rnn.pad_sequence([t.boxes for t in targets], batch_first=True).to(device)
-    labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True).to(device)
-    mask = nn.utils.rnn.pad_sequence([~t.ignore for t in targets], batch_first=True).to(device)
-    return boxes, labels, mask
-
-
-def _pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
-    """float32 [B, G], 1 where a target has none; None when no target has any."""
-    if all(target.scores is None for target in targets):
-        return None
-    scores = torch.ones(mask.shape, device=mask.device)
-    for row, target in zip(scores, targets, strict=True):
-        if target.scores is not None:
-            row[: len(target.scores)] = target.scores.to(mask.device)
-    return scores
 
 
 def _locations(prediction: DensePrediction) -> list[int]:

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
-from compress.detectors.base import Capability, DensePrediction, Detector
-from compress.detectors.gfl import GFL, ConvGN, decode_level
+from compress.detectors.base import Capability, DensePrediction, Detector, decode_level
+from compress.detectors.gfl import GFL, ConvGN
 from compress.distill.method import Method, Outputs
 from deploy.core.errors import UserError
 from kernels.ops.binary_kd_loss import binary_kd_loss

@@ -35,8 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
-from compress.detectors.base import Capability
-from compress.detectors.gfl import pad_targets
+from compress.detectors.base import Capability, pad_targets
 from compress.distill.method import Adapter, Method, Outputs
 from kernels.ops.attention_stats import attention_stats
 from kernels.ops.attention_stats import reference as mean_magnitudes

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from compress.data.batch import Batch
 from compress.detectors.assign import anchors
-from compress.detectors.base import Capability, DensePrediction
-from compress.detectors.gfl import Targets
+from compress.detectors.base import Capability, DensePrediction, Targets
 from compress.distill.method import Method, Outputs, weigh
 from deploy.core.errors import UserError
 

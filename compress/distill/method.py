@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
-from compress.detectors.base import Capability, DensePrediction, Detector
-from compress.detectors.gfl import Targets, decode_level
+from compress.detectors.base import Capability, DensePrediction, Detector, Targets, decode_level
 
 
 @dataclass

@@ -33,8 +33,7 @@ import torch
 from torch import Tensor
 
 from compress.data.batch import Batch
-from compress.detectors.base import Capability
-from compress.detectors.gfl import Targets
+from compress.detectors.base import Capability, Targets
 from compress.distill.method import Adapter, Method, Outputs
 from deploy.core.errors import UserError
 from kernels.ops.feature_distance import feature_distance

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.detectors.gfl import Reduce
+from compress.detectors.base import Reduce
 from compress.distill.method import Method
 
 MEASURE_EVERY = 20  # steps

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from compress.data.coco import CocoDetection
-from compress.detectors.gfl import MEAN, STD
+from compress.detectors.base import MEAN, STD
 from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
 from compress.training.evaluate import coco_rows

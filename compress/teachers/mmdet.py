@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from compress.config.teacher import Mmdet
 from compress.data.batch import Target
-from compress.detectors.base import Capability, DensePrediction, Detections, Detector
-from compress.detectors.gfl import REG_MAX
+from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detections, Detector
 from compress.teachers.base import DetectorTeacher, Preprocessing
 from compress.teachers.mmdet_files import (
     build,

@@ -19,8 +19,7 @@ from torchvision.ops import batched_nms
 
 from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
 from compress.data.transforms import fit_size
-from compress.detectors.base import Capability, Detections, Detector
-from compress.detectors.gfl import MEAN, STD
+from compress.detectors.base import MEAN, STD, Capability, Detections, Detector
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of

@@ -27,8 +27,7 @@ from torch.utils.data import DataLoader
 
 from compress.config.train import Optimizer, Schedule, Train
 from compress.data.batch import Batch
-from compress.detectors.base import Detector
-from compress.detectors.gfl import Reduce
+from compress.detectors.base import Detector, Reduce
 from compress.distill.method import Outputs
 from compress.distill.weighting import Balanced, Position, gradient_norm
 from compress.training.log import TrainingLog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import measure
+from benchmarks.lib import measure
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import distill_gain
-from benchmarks.distill_gain import BASELINE, PRESETS, Arm, arm_recipe, picture, read_table, summarise, table
+from benchmarks.suites import distill_gain
+from benchmarks.suites.distill_gain import BASELINE, PRESETS, Arm, arm_recipe, picture, read_table, summarise, table
 from compress.config.recipe import load_recipe
 from deploy.core.errors import UserError
 from tests.helpers import tiny

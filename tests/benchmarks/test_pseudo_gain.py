@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pseudo_gain
-from benchmarks.pseudo_gain import Arm, arm_recipe, drawn, markdown, parse_arguments, picture, plan, summarise
+from benchmarks.suites import pseudo_gain
+from benchmarks.suites.pseudo_gain import Arm, arm_recipe, drawn, markdown, parse_arguments, picture, plan, summarise
 from compress.config.recipe import load_recipe
 
 SMALL = ("--set", "data.synthetic.train=4", "--set", "data.synthetic.val=2", "--more", "3", "--steps", "100")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compress.manifest import Manifest, fingerprint
+from compress.manifest import Manifest, RunFolder, fingerprint
 from deploy.core.errors import UserError
 
 
@@ -67,3 +67,31 @@ def test_a_folder_in_its_place_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: is a folder") as error:
         stage(tmp_path, {})
     assert "\n" not in str(error.value)
+
+
+def test_names_of_a_run_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    names = [
+        folder.weights(), folder.weights("teacher"), folder.onnx(), folder.onnx("int8"), folder.engine("fp16"),
+        folder.grids(), folder.onnx_on_trained_grids, folder.training("baseline").last, folder.training("student").metrics,
+    ]  # fmt: skip
+    assert [path.relative_to(tmp_path).as_posix() for path in names] == [
+        "student.safetensors", "teacher.safetensors", "student.onnx", "student.int8.onnx", "student.fp16.engine",
+        "student.qad.json", "student.qad.onnx", "baseline/checkpoints/last.ckpt", "student/metrics.csv",
+    ]  # fmt: skip
+
+
+def test_a_training_without_its_checkpoint_is_unfinished(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in ("student", "teacher"):
+        folder.training(name).last.parent.mkdir(parents=True)
+        folder.training(name).last.touch()
+    folder.weights("teacher").touch()
+    assert folder.unfinished() == ["student"]
+
+
+def test_the_record_of_a_stage_is_read_back(tmp_path: Path) -> None:
+    Manifest(tmp_path, {}).stage("student", {}, [], lambda: {"map": 12.5})
+    assert RunFolder(tmp_path).result("student") == {"map": 12.5}
+    with pytest.raises(KeyError):
+        RunFolder(tmp_path).result("teacher")

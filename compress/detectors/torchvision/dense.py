@@ -34,8 +34,16 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from compress.data.batch import Target
 from compress.detectors.assign import PAD_MULTIPLE, Assignment, unknown_classes
 from compress.detectors.backbones import Backbone
-from compress.detectors.base import Capability, DensePrediction, Detections
-from compress.detectors.gfl import NO_PROBABILITY, PRE_NMS, STRIDES, Reduce, Targets
+from compress.detectors.base import (
+    NO_PROBABILITY,
+    PRE_NMS,
+    STRIDES,
+    Capability,
+    DensePrediction,
+    Detections,
+    Reduce,
+    Targets,
+)
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,

@@ -14,8 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from compress.data.batch import Target
-from compress.detectors.base import Detections, Detector
-from compress.detectors.gfl import GROUP_WIDTH, MEAN, STD, Reduce, pad_targets
+from compress.detectors.base import GROUP_WIDTH, MEAN, STD, Detections, Detector, Reduce, pad_targets
 
 IMAGENET = (MEAN, STD)
 

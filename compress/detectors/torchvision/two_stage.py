@@ -29,8 +29,7 @@ from torchvision.models.detection.rpn import RPNHead
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment
 from compress.detectors.backbones import Backbone
-from compress.detectors.base import Capability, Detections
-from compress.detectors.gfl import Reduce, Targets
+from compress.detectors.base import Capability, Detections, Reduce, Targets
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,

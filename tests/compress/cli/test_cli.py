@@ -857,6 +857,7 @@ def test_a_missed_budget_leaves_no_older_file(
     """Or it would ship as if it had met the budget."""
     import typer
 
+    from compress.cli import quantize
     from compress.run import export
     from deploy.quantize.guided import GuidedResult
 
@@ -869,7 +870,7 @@ def test_a_missed_budget_leaves_no_older_file(
         if older:
             out.write_bytes(b"of an earlier export")
         with pytest.raises(typer.Exit) as stop:
-            cli._quantize(tmp_path / "student.onnx", out, None, 8)  # type: ignore[arg-type]
+            quantize.quantize_file(tmp_path / "student.onnx", out, None, 8)  # type: ignore[arg-type]
         captured = capsys.readouterr()
         assert stop.value.exit_code == 1 and captured.err == "failed: student.int8.onnx: no choice\n"
         assert (f"{out}: removed; it was made by an earlier export" in captured.out) is older

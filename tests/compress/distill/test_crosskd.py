@@ -15,7 +15,8 @@ from torchvision.ops import generalized_box_iou
 
 from compress.data.batch import Target
 from compress.detectors.backbones import build_backbone
-from compress.detectors.gfl import GFL, GROUP_WIDTH, decode_level
+from compress.detectors.base import GROUP_WIDTH, decode_level
+from compress.detectors.gfl import GFL
 from compress.distill.bckd import BCKD
 from compress.distill.crosskd import CrossKD, align_scale, imitation, side_divergence
 from compress.distill.method import Outputs

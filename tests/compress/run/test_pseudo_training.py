@@ -16,8 +16,8 @@ from torch import Tensor
 from compress.data.batch import Target
 from compress.data.coco import CocoDetection
 from compress.detectors.backbones import build_backbone
-from compress.detectors.base import DensePrediction
-from compress.detectors.gfl import GFL, REG_MAX, STRIDES
+from compress.detectors.base import REG_MAX, STRIDES, DensePrediction
+from compress.detectors.gfl import GFL
 from deploy.core.errors import UserError
 
 SIDE, K = 128, 3

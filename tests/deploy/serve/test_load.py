@@ -1,4 +1,4 @@
-"""Many clients, impatient, slow, dead and hostile ones: short versions of `benchmarks/serve.py`."""
+"""Many clients, impatient, slow, dead and hostile ones: short versions of `benchmarks/suites/serve.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.load import LOST, REFUSED, Shot, Target, closed_loop, open_loop, percentiles
+from benchmarks.lib.load import LOST, REFUSED, Shot, Target, closed_loop, open_loop, percentiles
 from tests.helpers.pictures import encode, hostile, kinds
 from tests.helpers.red import picture, write_red_model
 from tests.helpers.running import Server, server
@@ -367,7 +367,7 @@ def post(running: Server, path: str, kind: str, body: bytes, header: str = "") -
 
 
 def test_memory_does_not_grow(red_server: Server) -> None:
-    """Good, broken and huge-claiming files; 20,000 requests in benchmarks/serve.py, a few hundred here."""
+    """Good, broken and huge-claiming files; 20,000 requests in benchmarks/suites/serve.py, a few hundred here."""
     process = psutil.Process(red_server.process.pid)
     bodies = [*kinds().values(), *hostile().values(), np.random.default_rng(0).bytes(1_000_000)]
     asyncio.run(closed_loop(target(red_server), bodies, clients=8, count=6 * len(bodies)))

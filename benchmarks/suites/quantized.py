@@ -1,13 +1,13 @@
 """What FP16 and INT8 cost in accuracy and bring in speed, in ONNX Runtime on the CPU.
 
-    python -m benchmarks.quantized speed
-    python -m benchmarks.quantized accuracy --name bccd --checkpoint student.safetensors --train train.json \
+    python -m benchmarks quantized speed
+    python -m benchmarks quantized accuracy --name bccd --checkpoint student.safetensors --train train.json \
         --val val.json --images FOLDER --size 256 320 --limits 240 320
 
 `accuracy`: mAP on the validation images of the float file, of FP16, of INT8 for `cpu` and for `tensorrt` in four
 variants: everything in int8, output layers included (*all*); output layers in float (*naive*, the default); and the
 guided search with a budget of 0.5 points (*guided*), which decides on training images that are not for calibration.
-`speed`: students with random weights, all cases of a size in turn (see `benchmarks.measure`); int8 with its output
+`speed`: students with random weights, all cases of a size in turn (see `measure`); int8 with its output
 layers in float, which is the default, and with them in int8, which the guided search takes where it may. The two
 update their part of one results file.
 """
@@ -25,8 +25,8 @@ import onnx
 import onnxruntime
 import torch
 
-from benchmarks import measure
-from benchmarks.data_path import write_photographs
+from benchmarks.lib import measure
+from benchmarks.suites.data_path import write_photographs
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.detectors.backbones import build_backbone

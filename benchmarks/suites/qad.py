@@ -1,9 +1,9 @@
 """What quantization-aware distillation gives back of the mAP that int8 costs, over seeds.
 
-    python -m benchmarks.qad                                    # recipes/quickstart.yaml, seeds 0, 1, 2
-    python -m benchmarks.qad RECIPE --seeds 0,1,2 --layers outputs-float --set deploy.int8.qad.steps=300
+    python -m benchmarks qad                                    # recipes/quickstart.yaml, seeds 0, 1, 2
+    python -m benchmarks qad RECIPE --seeds 0,1,2 --layers outputs-float --set deploy.int8.qad.steps=300
 
-For every seed: the recipe's student is distilled (or taken from an earlier run, those of `benchmarks.distill_gain`
+For every seed: the recipe's student is distilled (or taken from an earlier run, those of `distill_gain`
 included), exported, quantized after training (PTQ, naive: one calibration), and trained on by QAD from there. As a
 control the float student is trained on by the same schedule, teacher and methods, without rounding: what QAD gains must
 not be what longer training gains. All files are judged by ONNX Runtime on the validation images.
@@ -27,8 +27,8 @@ from typing import Any
 from lightning.fabric import Fabric
 from rich.table import Table
 
-from benchmarks import measure
-from benchmarks.distill_gain import Arm, arm_recipe
+from benchmarks.lib import measure
+from benchmarks.suites.distill_gain import Arm, arm_recipe
 from compress.config.deploy import Qad
 from compress.config.recipe import Recipe
 from compress.console import open_console
@@ -65,7 +65,7 @@ def main() -> int:
     console = open_console()
     by_seed: dict[int, dict[str, Any]] = {}
     for seed in arguments.seeds:
-        # The arm and the name of `benchmarks.distill_gain`: whichever runs first leaves the student for the other.
+        # The arm and the name of `distill_gain`: whichever runs first leaves the student for the other.
         recipe = arm_recipe(arguments.recipe, Arm("distilled", ()), seed, tuple(arguments.set))
         by_seed[seed] = one_seed(with_qad(recipe), arguments.layers)
         figures = ", ".join(f"{name} {row['map']:.2f}" for name, row in by_seed[seed].items())

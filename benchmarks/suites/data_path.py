@@ -1,6 +1,6 @@
 """Our training loader against mmdet's pipeline: JPEG 640 x 480 → uint8 800 x 1067, flip, batches of 2, 2 workers.
 
-    python -m benchmarks.data_path --mmdet-python PATH/TO/python
+    python -m benchmarks data_path --mmdet-python PATH/TO/python
 
 Each side runs in its own environment as a process of its own; one round is the same number of batches from one
 side, then from the other. Both loaders run on without an end and keep their workers, so that no round contains
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks import measure
-from benchmarks.vs_mmdet import HOW_TO_BUILD
+from benchmarks.lib import measure
+from benchmarks.suites.vs_mmdet import HOW_TO_BUILD
 from deploy.core.files import write_json
 
 FILE_SIZE, SHORT, LONG = (640, 480), 800, 1333
@@ -34,7 +35,12 @@ CASES = ("loader", "loader + normalise")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mmdet-python", type=Path, help="interpreter of an environment with mmdet 3.3")
+    parser.add_argument(
+        "--mmdet-python",
+        type=Path,
+        default=os.environ.get("MMDET_PYTHON"),
+        help="interpreter of an environment with mmdet 3.3 (default: $MMDET_PYTHON)",
+    )
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "data_path.json")
     parser.add_argument("--images", type=int, default=256, help="files to make and to read")
     parser.add_argument("--batches", type=int, default=128, help="batches a round")
@@ -96,7 +102,7 @@ class _Side:
     """A process that draws batches when it is told to: a line in, a line of JSON out."""
 
     def __init__(self, name: str, python: str, folder: Path, allocator: str) -> None:
-        command = [python, "-m", "benchmarks.data_path", "--child", name, "--folder", str(folder)]
+        command = [python, "-m", "benchmarks", "data_path", "--child", name, "--folder", str(folder)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -151,7 +157,7 @@ def _ours(folder: Path) -> tuple[Iterator[Any], Callable[[Any], object]]:
     from compress.data.coco import CocoDetection
     from compress.data.loader import train_loader
     from compress.data.transforms import train_transform
-    from compress.detectors.gfl import MEAN, STD
+    from compress.detectors.base import MEAN, STD
 
     dataset = CocoDetection(folder / "annotations.json", folder, train_transform(SHORT, LONG))
     loader = train_loader(dataset, batch_size=BATCH, seed=0, workers=WORKERS)

@@ -1,6 +1,6 @@
 """What each distillation method adds to a training step on the CPU.
 
-    python -m benchmarks.method_cost
+    python -m benchmarks method_cost
 
 Random weights and images. Every case is one thread's CPU time in ms, the smallest of several calls taken in turn, so
 that neighbours on the machine disturb little. `student`: forward, detection loss and backward; `teacher`: the forward
@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, record
+from benchmarks.lib.measure import RESULTS, record
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.console import open_console

@@ -1,9 +1,9 @@
 """The fused operators of `kernels/`: are they right, how fast are they, and what share of memory bandwidth is that.
 
-    python -m benchmarks.kernels                        on a GPU: every operator, six sizes, bfloat16 and float32
-    python -m benchmarks.kernels --step                 a training step R101 → R50 at 800 x 1333, kernels on and off
-    python -m benchmarks.kernels --device cpu           on a CPU: eager and compiled against what they replace
-    python -m benchmarks.kernels --device cpu --smoke   that everything runs, in tiny sizes
+    python -m benchmarks kernels                        on a GPU: every operator, six sizes, bfloat16 and float32
+    python -m benchmarks kernels --step                 a training step R101 → R50 at 800 x 1333, kernels on and off
+    python -m benchmarks kernels --device cpu           on a CPU: eager and compiled against what they replace
+    python -m benchmarks kernels --device cpu --smoke   that everything runs, in tiny sizes
 
 An operator is timed from its inputs to the gradients, on the largest map (stride 8) of the named image size and batch,
 after its result and gradients agreed with the reference's. Peers: the reference in eager mode, the reference under
@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import kernels_cpu, measure
+from benchmarks.lib import measure
+from benchmarks.suites.kernels import fpn as kernels_cpu
 from deploy.core.files import atomic_path, write_json
 from kernels.common import backend
 from kernels.common.distribution import distances_to_boxes
@@ -105,7 +106,7 @@ def _on_cpu(repeats: int, out: Path) -> None:
     runs = []
     for threads, allocator in ((2, "reuse"), (2, "default"), (1, "reuse"), (1, "default")):
         child = subprocess.run(
-            [sys.executable, "-m", "benchmarks.kernels_cpu", str(threads), str(repeats), "full"],
+            [sys.executable, "-m", "benchmarks.suites.kernels.fpn", str(threads), str(repeats), "full"],
             env=measure.environment_of_child(allocator, threads),
             stdout=subprocess.PIPE,
             text=True,

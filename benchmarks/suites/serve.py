@@ -1,10 +1,10 @@
 """`compress serve` under load, on one machine over loopback, with the generator in the same run.
 
-    python -m benchmarks.serve                       everything: about 25 minutes on two quiet cores
-    python -m benchmarks.serve --quick               the same in two minutes, to see that it works
-    python -m benchmarks.serve --only curve overload
+    python -m benchmarks serve                       everything: about 25 minutes on two quiet cores
+    python -m benchmarks serve --quick               the same in two minutes, to see that it works
+    python -m benchmarks serve --only curve overload
 
-The model is a GFL with a ResNet-18 of random weights at 320 x 320 (as in `benchmarks.latency`), or `--onnx FILE`.
+The model is a GFL with a ResNet-18 of random weights at 320 x 320 (as in `latency`), or `--onnx FILE`.
 
 equality    5,000 requests of mixed sizes: every answer is that of `compress validate`, bit for bit
 saturation  images a second: the raw runner on ready canvases, the server, the server without batching; in rounds
@@ -45,8 +45,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure
-from benchmarks.load import LOST, Shot, Target, closed_loop, get, open_loop, percentiles
+from benchmarks.lib import measure
+from benchmarks.lib.load import LOST, Shot, Target, closed_loop, get, open_loop, percentiles
 from deploy.core.files import write_json
 from deploy.core.image import decode_image, fit_canvas, to_original
 from deploy.runtimes.onnx import OnnxRunner
@@ -352,7 +352,7 @@ def _export(path: Path) -> Path:
     script = """
 import sys
 from pathlib import Path
-from benchmarks.latency import _canvases, _card, _images, _random_detector, CLASSES
+from benchmarks.suites.latency import _canvases, _card, _images, _random_detector, CLASSES
 from compress.export.deployable import Deployable
 from deploy.graph.export import export_onnx
 path, card = Path(sys.argv[1]), _card(CLASSES, (320, 320))

@@ -37,8 +37,8 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
 }
 
-RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 Case = Callable[[], dict[str, float] | None]
 """One call of a case; it may return the seconds of named parts of itself."""

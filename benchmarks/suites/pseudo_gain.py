@@ -1,7 +1,7 @@
 """What pseudo labels are worth: one student, trained on people's labels, on few of them, and on what teachers add.
 
-    python -m benchmarks.pseudo_gain cpu          # synthetic images, all parts, 3 seeds; 40 minutes of one core
-    python -m benchmarks.pseudo_gain bccd --set data.train.annotations=… --set data.train.images=… \\
+    python -m benchmarks pseudo_gain cpu          # synthetic images, all parts, 3 seeds; 40 minutes of one core
+    python -m benchmarks pseudo_gain bccd --set data.train.annotations=… --set data.train.images=… \\
         --set data.val.annotations=… --set data.val.images=…                           # part (a) on blood cells
 
 Parts of the table, with what each is compared with:
@@ -39,7 +39,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric import Fabric
 
-from benchmarks.distill_gain import PRESETS, ROOT, T_95, seeds, train_teacher
+from benchmarks.suites.distill_gain import PRESETS, ROOT, T_95, seeds, train_teacher
 from compress.config.recipe import Recipe, load_recipe, recipe_sha256
 from compress.console import open_console
 from compress.data import synthetic
@@ -57,7 +57,7 @@ FRACTION = 0.2
 TEACHERS_SIZE = 128  # pixels, of the images that the package's teacher was trained on
 MORE_SEED, TARGET_SEED, HALVES_SEED = 101, 102, 103  # of images; the preset's own have another one
 HALF_IMAGES = 1000
-RECIPES = {"cpu": Path(__file__).with_suffix(".yaml"), "bccd": PRESETS / "bccd" / "student.yaml"}
+RECIPES = {"cpu": PRESETS / "cpu" / "pseudo_gain.yaml", "bccd": PRESETS / "bccd" / "student.yaml"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def main() -> int:
         out,
         {
             "date": datetime.date.today().isoformat(),
-            "command": f"python -m benchmarks.pseudo_gain {arguments.preset}",
+            "command": f"python -m benchmarks pseudo_gain {arguments.preset}",
             "recipe": base.name,
             "recipe_sha256": recipe_sha256(base),
             "versions": versions(),

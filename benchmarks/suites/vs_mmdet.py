@@ -1,6 +1,6 @@
 """Assignment, losses and backward of GFL against mmdet's, in one process and in turn.
 
-    python -m benchmarks.vs_mmdet --mmdet-python PATH/TO/python
+    python -m benchmarks vs_mmdet --mmdet-python PATH/TO/python
 
 mmdet lives in an environment of its own. Our assignment and losses need only torch, so both sides run in that
 interpreter: the same torch, the same tensors, the same threads. Without `--mmdet-python` only our side is
@@ -21,7 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks import measure
+from benchmarks.lib import measure
 from deploy.core.files import write_json
 
 HOW_TO_BUILD = """\
@@ -30,7 +30,7 @@ no --mmdet-python: only our side is measured. An environment with mmdet 3.3 (any
     mmdet-env/bin/pip install torch  # its build for the CPU is enough
     mmdet-env/bin/pip install 'setuptools<81' wheel openmim && mmdet-env/bin/pip install mmengine 'mmdet==3.3.0'
     MMCV_WITH_OPS=0 mmdet-env/bin/pip install --no-build-isolation 'mmcv==2.1.0'
-then: python -m benchmarks.vs_mmdet --mmdet-python mmdet-env/bin/python"""
+then: python -m benchmarks vs_mmdet --mmdet-python mmdet-env/bin/python"""
 
 IMAGE, BATCH, CLASSES = (800, 1333), 2, 80
 LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # of 800 x 1344, padded to a multiple of 32
@@ -43,7 +43,12 @@ BARS = {"assignment": 4.0, "eager": 1.5, "compiled": 3.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mmdet-python", type=Path, help="interpreter of an environment with mmdet 3.3")
+    parser.add_argument(
+        "--mmdet-python",
+        type=Path,
+        default=os.environ.get("MMDET_PYTHON"),
+        help="interpreter of an environment with mmdet 3.3 (default: $MMDET_PYTHON)",
+    )
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "vs_mmdet.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=11)
@@ -72,7 +77,7 @@ def main() -> None:
 def _run_child(args: argparse.Namespace, allocator: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "child.json"
-        command = [str(args.mmdet_python or sys.executable), "-m", "benchmarks.vs_mmdet", "--child", str(out)]
+        command = [str(args.mmdet_python or sys.executable), "-m", "benchmarks", "vs_mmdet", "--child", str(out)]
         command += ["--threads", str(args.threads), "--repeats", str(args.repeats)]
         command += ["--boxes", *map(str, args.boxes)]
         command += ["--mmdet-python", str(args.mmdet_python)] if args.mmdet_python else []

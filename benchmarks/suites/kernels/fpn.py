@@ -1,5 +1,5 @@
 """The operators of `kernels/` on a CPU, eager and compiled, against what they replace: the CPU part of
-`benchmarks.kernels`, which starts it once for every allocator and number of threads.
+`kernels`, which starts it once for every allocator and number of threads.
 
 On the maps of an 800 x 1333 image, batch 2 (256 channels, 80 classes, 5 levels, 22,400 locations an image):
 
@@ -14,7 +14,7 @@ On the maps of an 800 x 1333 image, batch 2 (256 channels, 80 classes, 5 levels,
 The operators on maps are there twice, for contiguous maps and for maps with channels last, which the detectors make and
 the trainer therefore gives them; the peer's maps lie the same way.
 
-All cases of an operator take turns (`benchmarks.measure`), values are compared before anything is timed.
+All cases of an operator take turns (`measure`), values are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks.lib import measure
 from kernels.ops.attention_stats import attention_stats
 from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.feature_distance import feature_distance_and_means

@@ -1,7 +1,7 @@
 """Peak memory of labelling images: it must not grow with their number, but for their names.
 
-    python -m benchmarks.pseudo_memory                       # 5,000 and 50,000 images of 64 x 64 pixels
-    python -m benchmarks.pseudo_memory --images 100,200
+    python -m benchmarks pseudo_memory                       # 5,000 and 50,000 images of 64 x 64 pixels
+    python -m benchmarks pseudo_memory --images 100,200
 
 Each number is labelled by a process of its own (`compress.pseudo.label`, a nano teacher with random weights) in a
 temporary folder; its peak is the largest resident set that the kernel saw. Every image is a file of its own, drawn by
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.lib.measure import RESULTS
 from compress.console import open_console
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo.images import images_in
@@ -33,7 +34,7 @@ from compress.versions import versions
 from deploy.core.environment import environment
 from deploy.core.files import write_json
 
-RESULT = Path(__file__).parent / "results" / "pseudo_memory.json"
+RESULT = RESULTS / "pseudo_memory.json"
 SIDE = 64
 
 
@@ -54,7 +55,7 @@ def main() -> int:
         teacher(folder / "teacher.safetensors")
         for count in sorted(int(text) for text in arguments.images.split(",")):
             draw(folder / "images", count)
-            command = [sys.executable, "-m", "benchmarks.pseudo_memory", "--measure", str(folder)]
+            command = [sys.executable, "-m", "benchmarks", "pseudo_memory", "--measure", str(folder)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows.append({"images": count, **json.loads(output.splitlines()[-1])})
             console.print(
@@ -68,7 +69,7 @@ def main() -> int:
         arguments.out,
         {
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", "-m", "benchmarks.pseudo_memory", "--images", arguments.images]),
+            "command": " ".join(["python", "-m", "benchmarks", "pseudo_memory", "--images", arguments.images]),
             "versions": versions(),
             "machine": {"cpu": machine["cpu"]["model"], "system": platform.system()},
             "image": [SIDE, SIDE],

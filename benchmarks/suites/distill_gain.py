@@ -1,9 +1,9 @@
 """What distillation is worth: the same student, schedule and images with and without the teacher, over seeds.
 
-    python -m benchmarks.distill_gain cpu                   # every method on the preset `cpu`, 3 seeds
-    python -m benchmarks.distill_gain cpu --table uet       # another table of the preset
-    python -m benchmarks.distill_gain cpu --table families  # other detectors, each with its own teacher and baseline
-    python -m benchmarks.distill_gain recipes/quickstart.yaml --seeds 0,1,2,3,4
+    python -m benchmarks distill_gain cpu                   # every method on the preset `cpu`, 3 seeds
+    python -m benchmarks distill_gain cpu --table uet       # another table of the preset
+    python -m benchmarks distill_gain cpu --table families  # other detectors, each with its own teacher and baseline
+    python -m benchmarks distill_gain recipes/quickstart.yaml --seeds 0,1,2,3,4
 
 A preset is a folder of `benchmarks/presets`: `student.yaml` (a recipe), `teacher.yaml` (how its teacher is trained,
 once for all) and `arms.yaml` (tables of arms; an arm is a list of settings for the recipe). A table may have groups of
@@ -45,7 +45,7 @@ from deploy.core.environment import environment
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json, write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "benchmarks" / "presets"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # two-sided
 TUNING_DATA = 5  # added to the data's seed by --tune
@@ -95,7 +95,7 @@ def main() -> int:
         out,
         {
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", "-m", "benchmarks.distill_gain", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "benchmarks", "distill_gain", *sys.argv[1:]]),
             "recipe": recipe.name,
             "recipe_sha256": recipe_sha256(recipe),
             "versions": versions(),

@@ -1,0 +1,1 @@
+"""What the suites share: timing, load on a server, records, pictures."""

@@ -1,0 +1,256 @@
+"""`compress benchmark`: the latency of exported files, or two results compared."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from compress.cli.exits import gate_failed, next_command
+from compress.cli.options import (
+    CudaGraph,
+    EpContext,
+    Fallback,
+    JsonOut,
+    Providers,
+    Threads,
+    TrtCache,
+    batch_sizes,
+    images_in,
+    need_finite,
+    need_folder,
+    need_json_place,
+)
+from compress.cli.runners import gpu_options, open_runners, provider_names
+from deploy.core.errors import UserError
+
+if TYPE_CHECKING:
+    from deploy.runtimes.base import Runner
+
+commands = typer.Typer()
+Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
+
+
+@commands.command()
+def benchmark(
+    artifacts: Annotated[
+        list[Path] | None, typer.Argument(metavar="ARTIFACT...", help="Exported files; measured in turn.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="Images. Default: eight drawn ones.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="N,N", help="Batch sizes. Default: 1; offline: 1,2,4,8,16,32.")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            "--scope",
+            metavar="NAME,NAME",
+            help="compute, h2d+compute+d2h, end_to_end, preprocess. Default: the first three; server: end_to_end.",
+        ),
+    ] = None,
+    scenario: Annotated[Scenario, typer.Option("--scenario", help="How calls follow each other.")] = "single-stream",
+    streams: Annotated[
+        int | None, typer.Option("--streams", min=1, metavar="N", help="Sessions that work at the same time.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="R,R", help="Server: mean requests a second, at random times.")
+    ] = None,
+    latency_bound: Annotated[
+        float | None,
+        typer.Option("--latency-bound", metavar="MS", help="Server: find the highest rate with p99 within this."),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each measurement.")] = 5.0,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Turns of each file in a measurement.")] = 20,
+    warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Most seconds before each.")] = 10.0,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="OLD.json NEW.json", help="Measure nothing; compare two results."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0,
+            metavar="PERCENT",
+            help="Exit with 1 when significantly slower by more: NEW than OLD (default 2), files than the first.",
+        ),
+    ] = None,
+    provider: Providers = "cpu",
+    allow_fallback: Fallback = False,
+    threads: Threads = None,
+    trt_cache: TrtCache = None,
+    ep_context: EpContext = False,
+    cuda_graph: CudaGraph = False,
+    json_out: JsonOut = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a document there, and its picture.")
+    ] = None,
+) -> None:
+    """Measure the latency of exported files, or compare two results.
+
+    Rounds of all files are interleaved, so that they meet the same machine. Exit code 1 if a file is significantly
+    slower than --tolerance allows.
+    """
+    if tolerance is not None:
+        need_finite(tolerance, "--tolerance")
+    if compare is not None:
+        if artifacts or json_out is not None or markdown is not None:
+            raise UserError("--compare: takes two results and nothing else: no ARTIFACT, --json or --markdown")
+        _compare_results(*compare, tolerance=(2.0 if tolerance is None else tolerance) / 100)
+        return
+    if not artifacts:
+        raise UserError("ARTIFACT: name exported files to measure, or two results with --compare OLD.json NEW.json")
+    providers = provider_names(provider)
+    if tolerance is not None and (len(artifacts) * len(providers) < 2 or scenario == "server"):
+        raise UserError("--tolerance: needs --compare, or several files that are measured in turn")
+    sessions = _streams(scenario, streams)
+    rates = _rates(scenario, rate, latency_bound)
+    sizes = batch_sizes(batch or ("1,2,4,8,16,32" if scenario == "offline" else "1"))
+    if scenario == "server" and len(sizes) > 1:
+        raise UserError("--batch: the server scenario takes one number, the most requests handled together")
+    need_finite(seconds, "--seconds")
+    need_finite(warm_up, "--warm-up")
+    if images is not None:
+        need_folder(images, "--images")
+    need_json_place(json_out)
+    need_json_place(markdown, "--markdown")
+    if markdown is not None and markdown.suffix != ".md":
+        raise UserError(f"--markdown: {markdown} does not end in .md")
+    from deploy import latency
+
+    scopes = _scopes(scope, scenario)
+    if sessions > 1 and threads is None and "cpu" in providers:
+        threads = max(1, _usable_cores() // sessions)
+        print(f"--threads: {threads} for each of {sessions} sessions")
+    on_gpu = gpu_options(artifacts, providers, trt_cache, ep_context, cuda_graph, max_batch=max(sizes))
+    opened = [open_runners(artifacts, providers, allow_fallback, threads, on_gpu) for _ in range(sessions)]
+    runners = {name: [session[name] for session in opened] for name in opened[0]}
+    from compress.console import open_console
+    from compress.console import progress as progress_of
+
+    with _image_files(images, opened[0]) as files, progress_of("measuring") as progress:
+        if scenario == "server":
+            measured = latency.benchmark_server(
+                runners, files, rates_ips=rates, bound_ms=latency_bound, batch_size=sizes[0], scope=scopes[0],
+                seconds=seconds, warm_up_seconds=warm_up, progress=progress,
+            )  # fmt: skip
+        else:
+            measured = latency.benchmark(
+                runners, files, batch_sizes=sizes, scopes=scopes, scenario=scenario, seconds=seconds,
+                rounds=rounds, warm_up_seconds=warm_up, tolerance=(tolerance or 0.0) / 100, progress=progress,
+            )  # fmt: skip
+    console = open_console()
+    if measured.cells:
+        console.print(latency.report_table(measured))
+    if measured.comparisons:
+        console.print(latency.comparison_table(measured.comparisons, tolerance=(tolerance or 0.0) / 100))
+    for line in [*latency.offline_lines(measured.cells), *latency.bounded_lines(measured.bounded)]:
+        print(line)
+    for note in measured.notes:
+        print(f"note: {note}")
+    for warning in measured.warnings:
+        print(f"warning: {warning}")
+    if json_out is not None:
+        latency.write_report(json_out, measured)
+    if markdown is not None:
+        latency.write_markdown(markdown, measured)
+    if tolerance is not None:
+        _need_fast_enough(latency.slower(measured.comparisons), tolerance)
+    next_command("doctor")
+
+
+def _compare_results(old: Path, new: Path, *, tolerance: float) -> None:
+    from compress.console import open_console
+    from deploy import latency
+
+    comparisons, differences = latency.compare_reports(
+        latency.read_report(old), latency.read_report(new), tolerance=tolerance
+    )
+    open_console().print(latency.comparison_table(comparisons, tolerance=tolerance))
+    for line in differences:
+        print(f"warning: {line}")
+    print(
+        "note: measured at different times: what changed on the machine in between is in the difference and not in its "
+        "interval; files measured together, compress benchmark OLD.onnx NEW.onnx, are compared more reliably"
+    )
+    _need_fast_enough(latency.slower(comparisons), tolerance * 100)
+    next_command("benchmark", "--help")
+
+
+def _need_fast_enough(slower: Sequence[Any], tolerance: float) -> None:
+    if slower:
+        worst = max(slower, key=lambda found: found.ratio.value)
+        gate_failed(
+            f"{worst.other} is more than {tolerance:g} % slower than {worst.base}: {worst.figure} "
+            f"{worst.ratio.value - 1:+.1%} ({worst.where}); {len(slower)} figure{'s' * (len(slower) > 1)} in all"
+        )
+
+
+def _streams(scenario: Scenario, streams: int | None) -> int:
+    if scenario == "single-stream" and (streams or 1) > 1:
+        raise UserError(f"--streams: single-stream has one; for {streams} give --scenario multi-stream")
+    if scenario == "multi-stream" and (streams or 1) < 2:
+        raise UserError("--streams: multi-stream needs at least 2, for example --streams 2")
+    return streams or 1
+
+
+def _rates(scenario: Scenario, rate: str | None, latency_bound: float | None) -> list[float]:
+    """Requests a second for the server scenario; none when only a bound is given."""
+    if scenario != "server":
+        if rate is not None or latency_bound is not None:
+            option = "--rate" if rate is not None else "--latency-bound"
+            raise UserError(f"{option}: only --scenario server has arrivals")
+        return []
+    if rate is None and latency_bound is None:
+        raise UserError("--scenario server: needs --rate (requests a second) or --latency-bound (milliseconds)")
+    if latency_bound is not None and not 0 < latency_bound < math.inf:
+        raise UserError(f"--latency-bound: needs a number of milliseconds above 0, got {latency_bound}")
+    try:
+        rates = [float(part) for part in rate.split(",")] if rate is not None else []
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < value < 1e6 for value in rates):
+        raise UserError(f"--rate: '{(rate or '')[:60]}' is not a list of requests a second, for example 10,20")
+    return rates
+
+
+def _scopes(text: str | None, scenario: Scenario) -> list[Any]:
+    from deploy.latency import SCOPES, USUAL_SCOPES
+
+    if text is None:
+        return ["end_to_end"] if scenario == "server" else list(USUAL_SCOPES)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SCOPES:
+            raise UserError(f"--scope: unknown scope '{name[:60]}': choose from {', '.join(SCOPES)}")
+    if scenario == "server" and (len(names) > 1 or names[0] not in ("h2d+compute+d2h", "end_to_end")):
+        raise UserError("--scope: the server scenario takes one, h2d+compute+d2h or end_to_end")
+    return list(dict.fromkeys(names))
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _image_files(folder: Path | None, runners: dict[str, Runner]) -> Iterator[list[Path]]:
+    """The image files of `folder`, or drawn ones as large as the largest input, for as long as it is open."""
+    if folder is not None:
+        yield images_in(folder)
+        return
+    import tempfile
+
+    from compress.data.synthetic import generate
+
+    side = max(max(runner.card.input_size) for runner in runners.values())
+    print(f"no --images: measuring on eight drawn images of {side}x{side} pixels")
+    with tempfile.TemporaryDirectory() as drawn:
+        generate(Path(drawn) / "drawn", train=8, val=1, size=side, classes=10, seed=0)
+        yield sorted((Path(drawn) / "drawn" / "images").glob("train_*.png"))

@@ -1,0 +1,229 @@
+"""Commands about images and labels."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from compress.cli.exits import gate_failed, is_first_process, next_command
+from compress.cli.options import Resume, need_folder
+from deploy.core.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.pseudo.parts import Shard
+
+commands = typer.Typer()
+data_app = typer.Typer(help="Convert, check and generate data.", rich_markup_mode=None, add_completion=False)
+commands.add_typer(data_app, name="data")
+
+
+@data_app.callback(invoke_without_command=True)
+def _data(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@data_app.command("convert")
+def convert(
+    layout: Annotated[Literal["yolo", "voc"], typer.Argument(metavar="yolo|voc", help="What SOURCE holds.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images and label files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="COCO JSON to write.")],
+    names: Annotated[
+        str | None,
+        typer.Option("--names", metavar="NAMES", help="yolo: class names a,b,c or the dataset's data.yaml."),
+    ] = None,
+) -> None:
+    """Write YOLO or Pascal VOC labels as COCO JSON."""
+    if out.suffix != ".json":
+        raise UserError(f"{out}: OUT is a JSON file, for example {out.with_suffix('.json')}")
+    if layout == "yolo" and names is None:
+        raise UserError("--names: yolo files only have class numbers; give the names, or the data.yaml")
+    if layout == "voc" and names is not None:
+        raise UserError("--names: voc files hold the class names themselves; leave it out")
+    from compress.data.convert import from_voc, from_yolo
+    from deploy.core.files import need_place
+
+    need_place(out)
+    converted = from_voc(source, out) if names is None else from_yolo(source, _class_names(names), out)
+    print(f"{out}: {converted.images} images, {converted.annotations} boxes")
+    next_command("data", "check", out, "--images", converted.image_folder)
+
+
+def _class_names(text: str) -> list[str]:
+    """Names from `a,b,c`, or from `names` of a YOLO data.yaml: a list, or a mapping from number to name."""
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml"):
+        names = [name.strip() for name in text.split(",")]
+    else:
+        import yaml
+
+        try:  # all scalars as text: a class may be called `no` or 2020-01-01
+            found = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["names"]
+        except OSError as error:
+            raise UserError(f"--names: {path}: {error.strerror}") from None
+        except (KeyError, TypeError):
+            raise UserError(f"--names: {path}: no key 'names' in it") from None
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+            raise UserError(f"--names: {path}: not a YAML file in UTF-8") from None
+        if isinstance(found, dict) and set(found) == {str(number) for number in range(len(found))}:
+            found = [found[str(number)] for number in range(len(found))]
+        names = found if isinstance(found, list) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"--names: {text}: needs names numbered from 0 without a gap, and none empty")
+    return names
+
+
+@data_app.command("check")
+def check(
+    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS", help="COCO instances JSON.")],
+    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
+) -> None:
+    """Find what breaks training.
+
+    One line for each problem; exit code 1 if there is one."""
+    need_folder(images, "--images")
+    from compress.data.check import check as find_problems
+
+    problems = find_problems(annotations, images)
+    for problem in problems:
+        print(problem)
+    errors = sum(problem.level == "error" for problem in problems)
+    if errors:
+        gate_failed(f"{annotations}: {errors} problem{'s' * (errors > 1)}")
+    print(f"{annotations}: fit for training; in a recipe, data.train.annotations, with data.train.images: {images}")
+    next_command("run", "--help")
+
+
+@data_app.command("synthetic")
+def synthetic(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: train.json, val.json, images/.")],
+    train: Annotated[int, typer.Option(help="Training images.")] = 800,
+    val: Annotated[int, typer.Option(help="Validation images.")] = 200,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 160,
+    classes: Annotated[int, typer.Option(help="Object classes.")] = 10,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same pixels.")] = 0,
+) -> None:
+    """Draw a dataset: textured shapes on clutter."""
+    from compress.data.synthetic import generate
+    from deploy.core.files import need_place
+
+    need_place(out / "train.json")
+    generate(out, train=train, val=val, size=size, classes=classes, seed=seed)
+    print(f"{train} training and {val} validation images in {out}")
+    next_command("data", "check", out / "train.json", "--images", out / "images")
+
+
+@commands.command("pseudo-label")
+def pseudo_label(
+    teachers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEACHER...", help="Checkpoint (.safetensors, .pth, zoo:NAME), .onnx, results.json, teacher.yaml."
+        ),
+    ],
+    images: Annotated[Path, typer.Option("--images", metavar="DIR|JSON", help="Folder, or COCO JSON: its image list.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="COCO JSON to write.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Image folder of a JSON. Default: the JSON's folder.")
+    ] = None,
+    tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4,
+    tau_ignore: Annotated[
+        float, typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore.")
+    ] = 0.2,
+    thresholds_from: Annotated[
+        Path | None,
+        typer.Option("--thresholds-from", metavar="JSON", help="Labelled split: per class the tau with the best F1."),
+    ] = None,
+    thresholds_root: Annotated[
+        Path | None, typer.Option("--thresholds-root", metavar="DIR", help="Image folder of that split.")
+    ] = None,
+    merge: Annotated[
+        Literal["nms", "wbf"], typer.Option("--merge", help="Teachers that agree: the best box, or their mean.")
+    ] = "nms",
+    iou: Annotated[float, typer.Option("--iou", help="Boxes agree above this IoU.")] = 0.6,
+    categories: Annotated[
+        Path | None,
+        typer.Option(
+            "--categories", metavar="JSON", help="COCO JSON with the classes. Default: the teachers' together."
+        ),
+    ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option("--class-map", metavar="JSON", help='{"name at a teacher": "name here", "other": null to drop}'),
+    ] = None,
+    short: Annotated[
+        int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")
+    ] = 800,
+    long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode.")] = 2,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Do share I (from 1) of N. Default: torchrun's rank.")
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave broken images out, listed in `skipped`.")
+    ] = False,
+    resume: Resume = False,
+) -> None:
+    """Let teachers label images: COCO JSON with scores, regions to ignore and the classes looked for."""
+    from compress.pseudo.images import images_in
+    from compress.pseudo.label import Labelled, Settings
+    from compress.pseudo.label import pseudo_label as label
+
+    settings = Settings(tau, tau_ignore, merge, iou, short, long, batch)
+    if thresholds_root is not None and thresholds_from is None:
+        raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
+    summary = label(
+        teachers,
+        images_in(images, root),
+        out,
+        settings,
+        categories=categories,
+        table=None if class_map is None else _class_table(class_map),
+        thresholds_from=None if thresholds_from is None else Labelled(thresholds_from, thresholds_root),
+        shard=_shard(shard),
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        resume=resume,
+        quiet=not is_first_process(),
+    )
+    if summary is not None:
+        print(
+            f"{out}: {summary.labels} labels and {summary.regions} regions to ignore in {summary.images} images, "
+            f"{summary.empty} of them without any; {summary.skipped} images left out"
+        )
+    elif is_first_process():
+        print(f"{out}: complete" if out.exists() else f"{out}: this shard is done; the last one writes the file")
+    if out.exists():
+        next_command("data", "check", out, "--images", images if images.is_dir() else root or images.parent)
+
+
+def _shard(text: str | None) -> Shard:
+    """`I/N` counted from 1, or what torchrun says, or everything."""
+    from compress.pseudo.parts import Shard
+
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if text is None:
+        return Shard(int(rank), int(world))
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard: '{text[:60]}' is not a share I/N counted from 1, for example 1/4 to 4/4")
+    if world != "1":
+        raise UserError(f"--shard: torchrun divides the work among its {world} processes already; leave it out")
+    return Shard(int(index) - 1, int(count))
+
+
+def _class_table(file: Path) -> dict[str, str | None]:
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--class-map: {file}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"--class-map: {file}: not JSON in UTF-8") from None
+    if not isinstance(table, dict) or not all(name is None or isinstance(name, str) for name in table.values()):
+        raise UserError(f'--class-map: {file}: must be an object like {{"kitten": "cat", "bus": null}}')
+    return table

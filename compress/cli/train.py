@@ -1,0 +1,132 @@
+"""Commands that take a recipe or a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli.exits import gate_failed, is_first_process, next_command
+from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set
+from deploy.core.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.config.recipe import Recipe
+
+commands = typer.Typer()
+
+
+@commands.command()
+def quickstart(settings: Set = None) -> None:
+    """The whole path on generated data, in minutes; continues what was interrupted."""
+    from importlib import resources
+
+    packaged = resources.files("compress") / "assets" / "quickstart.yaml"
+    with resources.as_file(packaged) as path:
+        recipe = _recipe(path, settings)
+    _run(recipe, resume=True)
+
+
+@commands.command()
+def run(
+    recipe: RecipeFile,
+    settings: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+) -> None:
+    """The whole path of a recipe, from data to report."""
+    _run(_recipe(recipe, settings, devices), resume=resume, dry_run=dry_run, again=("run", str(recipe)))
+
+
+@commands.command()
+def distill(
+    recipe: RecipeFile,
+    settings: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+) -> None:
+    """Train a recipe's student with its teacher."""
+    loaded = _recipe(recipe, settings, devices)
+    if not loaded.methods.enabled() and loaded.pseudo_labels is None:
+        raise UserError(
+            f"{recipe}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
+        )
+    _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)
+
+
+@commands.command()
+def train(
+    recipe: RecipeFile,
+    settings: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    devices: Devices = None,
+) -> None:
+    """Train a recipe's student alone."""
+    loaded = _recipe(recipe, settings, devices)
+    if loaded.pseudo_labels is not None and is_first_process():
+        print(f"{recipe}: pseudo_labels is not used here, no teacher labels; compress distill and compress run use it")
+    _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=False)
+
+
+def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = None) -> Recipe:
+    from compress.config.recipe import load_recipe
+
+    recipe = load_recipe(path, settings or ())
+    if devices is None:
+        return recipe
+    more = [f"train.devices={devices}"]
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        more.append(f"teacher.train.devices={devices}")
+    return load_recipe(path, [*(settings or ()), *more])
+
+
+def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[str, ...] = ()) -> None:
+    from compress.run import pipeline
+
+    run_dir = pipeline.run(recipe, resume=resume, dry_run=dry_run)
+    if not is_first_process():
+        return
+    if dry_run:
+        next_command(*again)
+        return
+    if recipe.student.detector == "faster_rcnn":  # never exported, as the pipeline has said: no report, no gate
+        return
+    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
+    print(f"report: {run_dir / 'report.html'}")
+    if failed:
+        gate_failed(f"{', '.join(failed)} lost more than {recipe.deploy.max_map_drop:g} mAP")
+    next_command("benchmark", run_dir / "student.onnx", "--batch", "1,8")
+
+
+def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillation: bool) -> None:
+    from compress.run import pipeline
+
+    run_dir = pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation)
+    if dry_run:
+        next_command("distill" if distillation else "train", path)
+    elif recipe.student.detector == "faster_rcnn":
+        if is_first_process():
+            print(f"weights: {run_dir / 'student.safetensors'}; a faster_rcnn cannot be exported")
+    elif distillation and recipe.deploy.int8.qad is not None:
+        next_command("export", run_dir / "student.qad.safetensors", "--precision", "int8")
+    else:
+        next_command("export", run_dir / "student.safetensors")
+
+
+@commands.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/.")]) -> None:
+    """Write a run's report.html again."""
+    from compress.report import build_report
+
+    print(f"report: {build_report(run_dir)}")
+    if (run_dir / "student.onnx").is_file():
+        next_command("benchmark", run_dir / "student.onnx")
+    elif (run_dir / "student.safetensors").is_file():
+        next_command("export", run_dir / "student.safetensors")

@@ -1,0 +1,97 @@
+"""`compress validate`: the mAP of exported files, with a gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.cli.exits import gate_failed, next_command
+from compress.cli.options import (
+    Artifacts,
+    CudaGraph,
+    EpContext,
+    Fallback,
+    JsonOut,
+    Providers,
+    Threads,
+    TrtCache,
+    need_finite,
+    need_folder,
+    need_json_place,
+)
+from compress.cli.runners import gpu_options, open_runners, provider_names, runner_name
+from deploy.core.errors import UserError
+
+commands = typer.Typer()
+
+
+@commands.command()
+def validate(
+    artifacts: Artifacts,
+    data: Annotated[Path, typer.Option("--data", metavar="JSON", help="COCO instances JSON.")],
+    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            help="Compare with this file and gate on the difference. Default with several providers: the first file.",
+        ),
+    ] = None,
+    max_map_drop: Annotated[
+        float | None,
+        typer.Option("--max-map-drop", min=0, help="The gate: mAP points below the reference. Default: 0.5."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    provider: Providers = "cpu",
+    allow_fallback: Fallback = False,
+    threads: Threads = None,
+    trt_cache: TrtCache = None,
+    ep_context: EpContext = False,
+    cuda_graph: CudaGraph = False,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure the mAP of exported files, with a gate.
+
+    With --provider cpu,cuda,tensorrt each .onnx file runs on each of them; the reference is that file on the first one.
+    Exit code 1 if a file loses too much against the reference."""
+    need_folder(images, "--images")
+    if not data.is_file():
+        raise UserError(f"--data: {data}: no such file")
+    providers = provider_names(provider)
+    if reference is None and len(providers) > 1:
+        reference = artifacts[0]
+    if reference is None and max_map_drop is not None:
+        raise UserError("--max-map-drop: needs --reference, the file to compare with")
+    max_map_drop = 0.5 if max_map_drop is None else max_map_drop
+    need_finite(max_map_drop, "--max-map-drop")
+    need_json_place(json_out)
+    files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
+    on_gpu = gpu_options(files, providers, trt_cache, ep_context, cuda_graph, max_batch=batch_size)
+    runners = open_runners(files, providers, allow_fallback, threads, on_gpu)
+    from compress.console import open_console
+    from compress.console import progress as progress_of
+    from deploy import validate as validation
+
+    with progress_of("validating") as progress:
+        results = validation.validate(
+            runners,
+            data,
+            images,
+            reference=None if reference is None else runner_name(reference, providers[0], providers),
+            max_map_drop=max_map_drop,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    open_console().print(validation.results_table(results))
+    if json_out is not None:
+        validation.write_results(json_out, results)
+    failed = [result.name for result in results if result.gate == "fail"]
+    for result in results:
+        if result.diagnosis is not None:
+            print(f"{result.name}: {result.diagnosis}")
+    if failed:
+        gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
+    next_command("benchmark", *files, "--images", images)
