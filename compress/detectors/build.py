@@ -8,9 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.config.model import Model
-from compress.data.batch import Target
 from compress.detectors.backbones import Backbone, build_backbone
-from compress.detectors.base import Capability, Detector
+from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
 
 Family = Literal["gfl", "fcos", "retinanet", "faster_rcnn"]
@@ -106,8 +105,7 @@ def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         prediction = detector(images)
         if Capability.DENSE not in detector.capabilities:  # the rest of its network comes with the boxes
-            nothing = torch.zeros(0)
-            detector.decode(prediction, [Target(nothing.view(0, 4), nothing, nothing, None, 0, size, size)])
+            detector.decode(prediction, [ImageSize(size, size)])
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}

@@ -19,8 +19,8 @@ from deploy.core.image import load_image
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.runtimes.open import open_runner
 from deploy.validate import validate
-from tests.helpers.pictures import encode
-from tests.helpers.red import CARD, picture, write_red_model
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
 
 ROOT = Path(__file__).parents[2]
 RED = picture((480, 640), (100, 100, 300, 200))

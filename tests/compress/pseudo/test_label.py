@@ -21,34 +21,20 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from compress import cli
-from compress.data.batch import Target
+from compress.data.batch import ImageSize
 from compress.data.check import check
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
-from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.detectors.checkpoints import load_detector
 from compress.pseudo import label, parts
 from compress.pseudo.images import images_in, read_chunks
-from compress.pseudo.label import Labelled, Settings, pseudo_label
+from compress.pseudo.label import Labelled, Settings
 from compress.pseudo.parts import Shard, part_file, parts_folder
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
+from tests.helpers.random_teacher import make, teacher
 
 SIZES = [(64, 48), (40, 60), (90, 50), (64, 48), (64, 64), (70, 41), (48, 64), (64, 48), (64, 48), (40, 60), (64, 64)]
-SMALL = Settings(tau=0.6, tau_ignore=0.5, short=64, long=96, batch_size=2)
-
-
-def teacher(path: Path, names: tuple[str, ...], seed: int) -> str:
-    """Random, with scores all over 0..1 and small boxes that do not all suppress each other."""
-    record = ModelRecord(backbone="nano", num_classes=len(names), neck_channels=32, head_depth=0, class_names=names)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        detector = record._build()
-        with torch.no_grad():
-            detector.head.gfl_cls.weight.normal_(std=0.2)
-            detector.head.gfl_cls.bias.zero_()  # type: ignore[union-attr]
-            detector.head.gfl_reg.bias.view(4, -1)[:, 1] = 6  # type: ignore[union-attr]  # boxes of two strides
-    save_detector(path, detector, metadata=record)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +51,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher(folder / "b.safetensors", ("person", "kitten"), 2)
     make(folder, folder / "whole.json")
     return folder
-
-
-def make(world: Path, out: Path, **options: Any) -> parts.Summary | None:
-    """Both teachers on the folder, unless told otherwise."""
-    chosen: dict[str, Any] = {"table": {"kitten": "cat"}, "quiet": True, "device": torch.device("cpu")} | options
-    checkpoints = chosen.pop("teachers", [str(world / "a.safetensors"), str(world / "b.safetensors")])
-    images = chosen.pop("images", None) or images_in(world / "images")
-    settings = chosen.pop("settings", SMALL)
-    return pseudo_label(checkpoints, images, out, settings, **chosen)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -118,11 +95,10 @@ def test_labels_are_what_the_teacher_finds(world: Path, tmp_path: Path) -> None:
         pixels = torch.from_numpy(np.array(Image.open(world / "images" / row["file_name"]))).permute(2, 0, 1)
         image, *_ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool))
         size = (int(image.shape[1]), int(image.shape[2]))
-        target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), None, 0, size, (row["height"], row["width"]))
         canvas = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
         canvas = canvas.repeat(1, 1, -(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
         canvas[0, :, : size[0], : size[1]] = image
-        (found,) = detector.decode(detector(canvas), [target])
+        (found,) = detector.decode(detector(canvas), [ImageSize(size, (row["height"], row["width"]))])
         wanted = found.scores >= 0.6
         mine = [a for a in document["annotations"] if a["image_id"] == row["id"] and not a["iscrowd"]]
         boxes = torch.cat((found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]), 1)[wanted]
@@ -190,7 +166,7 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from compress.pseudo import parts
-from tests.compress.pseudo.test_label import make
+from tests.helpers.random_teacher import make
 append = parts.append
 def slowly(file, chunk):
     append(file, chunk)

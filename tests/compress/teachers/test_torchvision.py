@@ -18,7 +18,7 @@ from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher
 from compress.teachers.torchvision import TorchvisionTeacher, detector_of
 from deploy.core.errors import UserError
-from tests.helpers.makers import CPU, noise, sample
+from tests.helpers.teacher_files import CPU, noise, sample
 
 NAMES = ("a", "b", "c")
 PICTURES = [noise(60, 80), noise(60, 80, 1), noise(90, 50, 2)]
@@ -97,7 +97,9 @@ def test_methods_learn_from_the_whole_model(name: Any) -> None:
         near(_logits(ours.predict(maps)), logits)
         near(_logits(some.predict(maps)), logits[:, :, [1, 3]])
         prediction = ours.predict(maps)
-        for found, wanted in zip(ours.decode(prediction, targets), model(images), strict=True):
+        for found, wanted in zip(
+            ours.decode(prediction, [target.image_size for target in targets]), model(images), strict=True
+        ):
             assert len(found.boxes) == len(wanted["boxes"]) == 100
             near(found.boxes, wanted["boxes"])
             near(found.scores, wanted["scores"])

@@ -13,7 +13,7 @@ from deploy.runtimes import open as table
 from deploy.runtimes.base import DetectionBatch
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.runtimes.open import RUNNERS, open_runner, open_runners, readable_file, runner_options
-from tests.helpers.fakes import TINY_CARD
+from tests.helpers.fake_runners import TINY_CARD
 
 ONNX, ENGINE = Path("a.onnx"), Path("b.engine")
 
