@@ -382,7 +382,7 @@ def test_the_client(red_server: Server, red_onnx: Path, tmp_path: Path) -> None:
         assert one.box == (100.0, 100.0, 300.0, 200.0) and one.class_name == "red" and one.label == 0
         found = client.detect(str(path))
         assert found == client.detect(PNG) == client.detect(load_image(path)) == client.detect(Image.open(path))
-        assert list(found) == [one] and found.class_names == ("red",) and found.path == path
+        assert list(found) == [one] and found.class_names == ("red", "large red") and found.path == path
         assert found == deploy.open(red_onnx).detect(path)
         many = client.detect_many([path, encode(picture((96, 128), None)), PNG])
         assert [len(each) for each in many] == [1, 0, 1] and many[0] == many[2] == found
