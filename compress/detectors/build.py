@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,6 +58,7 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
     """A fresh detector; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        assert model.backbone is not None
         backbone = build_backbone(
             model.backbone,
             weights=model.weights,
@@ -65,7 +66,7 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
             norm_eval=model.norm_eval,
         )
         detector = build_family(
-            model.detector,
+            cast(Family, model.detector),
             num_classes,
             backbone,
             neck_channels=model.neck_channels,
