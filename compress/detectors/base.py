@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from compress.config.model import Model
 from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
@@ -156,6 +157,7 @@ class Detector(nn.Module):
         of its N anchors in pixels, a level. Two heads are comparable place by place if strides and cells agree.
     mean, std: of RGB pixels 0..255, [1, 3, 1, 1]; what the detector normalises its images with.
     compiled: run what the detector can of its loss through torch.compile; the trainer sets it.
+    model: what it was built from; None for one that was not built from settings.
 
     Of the class:
 
@@ -183,6 +185,7 @@ class Detector(nn.Module):
     mean: Tensor
     std: Tensor
     compiled: bool = False
+    model: Model | None = None
 
     def set_normalisation(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         """Set `mean` and `std`, of RGB pixels 0..255. They are not part of the weights."""

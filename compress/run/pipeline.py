@@ -341,4 +341,4 @@ def _given_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Man
 
 
 def _describe(record: ModelRecord) -> str:
-    return f"{record.detector} {record.backbone}"
+    return " ".join(filter(None, (record.model.detector, record.model.backbone)))

@@ -109,13 +109,8 @@ def train_arm(
     )
     if fabric.is_global_zero and result.metrics is not None:
         record = ModelRecord(
-            detector=model.detector,
-            backbone=model.backbone,
+            model=model,
             num_classes=detector.num_classes,
-            neck_channels=model.neck_channels,
-            head_depth=model.head_depth,
-            anchor_scale=model.anchor_scale,
-            roi_samples=model.roi_samples,
             class_names=data.train.categories,
             category_ids=data.train.category_ids,
             val_map=result.metrics.map,
