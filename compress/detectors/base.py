@@ -168,6 +168,7 @@ class Detector(nn.Module):
     has_nms: boxes of one class suppress each other; False: the head gives one box an object.
     weights_labels: its loss weighs pseudo labels by their scores.
     ignores_regions: its loss leaves out unsure regions and classes that no teacher looked for.
+    crossable: its head is a `compress.detectors.gfl.GFLHead`, whose layers CrossKD runs on another model's maps.
     """
 
     family: str = "a detector of your own"
@@ -177,6 +178,7 @@ class Detector(nn.Module):
     has_nms: bool = True
     weights_labels: bool = False
     ignores_regions: bool = False
+    crossable: bool = False
 
     num_classes: int
     strides: tuple[int, ...]
