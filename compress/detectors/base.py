@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -173,12 +173,12 @@ class Detector(nn.Module):
 
     family: str = "a detector of your own"
     capabilities: frozenset[Capability] = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
-    exportable: str | None = None
-    quantizable: bool = False
-    has_nms: bool = True
-    weights_labels: bool = False
-    ignores_regions: bool = False
-    crossable: bool = False
+    exportable: ClassVar[str | None] = None
+    quantizable: ClassVar[bool] = False
+    has_nms: ClassVar[bool] = True
+    weights_labels: ClassVar[bool] = False
+    ignores_regions: ClassVar[bool] = False
+    crossable: ClassVar[bool] = False
 
     num_classes: int
     strides: tuple[int, ...]

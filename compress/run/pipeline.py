@@ -57,8 +57,8 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
         reason = detector_class(recipe.student.detector, "student.detector").exportable
         if reason is not None:
             open_console().print(
-                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; its "
-                f"weights are {run_dir / 'student.safetensors'}, its figures stand above"
+                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
+                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
             )
             return run_dir
         from compress.run.evidence import gather_evidence  # export, validation, latency, report
