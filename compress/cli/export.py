@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +15,11 @@ from compress.cli.options import EngineFlags, QuantizeFlags, ThresholdFlags, nee
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
 from deploy.core.errors import UserError
+from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
+
+if TYPE_CHECKING:
+    from compress.config.data import Split
 
 commands = typer.Typer()
 
@@ -58,7 +63,7 @@ def export(
     if not trt:
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
-    if checkpoint.suffix == ".onnx":
+    if checkpoint.suffix == ONNX_SUFFIX:
         if not trt and triton_repo is None:
             raise UserError(f"{checkpoint}: is an ONNX file already; give --trt or --triton-repo")
         making = {"--images": images, "--input-size": input_size, "--precision": precision}
@@ -68,11 +73,9 @@ def export(
             refuse({"--out": out}, "names the engine here; add --trt")
         next_command("benchmark", deliver(checkpoint, out, plan, triton_repo))
         return
-    named, out = out is not None, out or checkpoint.with_suffix(".onnx")
-    if out.suffix != ".onnx":
-        raise UserError(f"--out: {out} does not end in .onnx")
-    from deploy.core.files import need_place
-
+    named, out = out is not None, out or checkpoint.with_suffix(ONNX_SUFFIX)
+    if out.suffix != ONNX_SUFFIX:
+        raise UserError(f"--out: {out} does not end in {ONNX_SUFFIX}")
     need_place(out)
     student = read_student(checkpoint, images, input_size, thresholds)
     wanted = _precisions(precision)
@@ -94,11 +97,15 @@ def export(
     how = quantizing(student, quantize, out) if any(PRECISIONS[name].quantized for name in wanted) else None
     checks, split = student.checks()
     make_files(ArtifactPlan(checkpoint, files, student.settings, checks, how, on_grids=grids is not None, engines=plan))
-    for file in files if triton_repo is not None else []:
-        artifact = file.engine if trt else file.path
-        if artifact is not None and triton_repo is not None:
-            add_to_triton(triton_repo, artifact)
-    written = [file.path for file in files]
+    if triton_repo is not None:
+        for artifact in [file.engine if trt else file.path for file in files]:
+            if artifact is not None:
+                add_to_triton(triton_repo, artifact)
+    _next([file.path for file in files], out, split, images)
+
+
+def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path | None) -> None:
+    """What to do with the files: validate them where labelled images are known."""
     if split is None:
         next_command("benchmark", *written, "--images", images)
         return

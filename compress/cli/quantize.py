@@ -13,6 +13,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import QuantizeFlags, ThresholdFlags, need_file, need_finite, refuse, values_of
 from compress.cli.student import Student, make_files, read_student
 from deploy.core.errors import UserError
+from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS, TENSORRT, file_for
 
 if TYPE_CHECKING:
@@ -52,20 +53,18 @@ def quantize(
     need_file(source)
     student = read_student(source, images, input_size, ThresholdFlags())
     check_flags([precision], flags, images)
-    exported = source.suffix == ".onnx"
+    exported = source.suffix == ONNX_SUFFIX
     if exported:
         refuse({"--input-size": input_size}, f"{source} has one; leave it out, or give its checkpoint")
         refuse({"--images": None if flags.data is not None else images}, "is only looked at with --data; leave it out")
-    name = source.with_suffix(".onnx")
+    name = source.with_suffix(ONNX_SUFFIX)
     out = out or file_for(_without(name, PRECISIONS[PRECISIONS[precision].source].suffix), precision)
-    if out.suffix != ".onnx":
-        raise UserError(f"--out: {out} does not end in .onnx")
+    if out.suffix != ONNX_SUFFIX:
+        raise UserError(f"--out: {out} does not end in {ONNX_SUFFIX}")
     grids = None if exported else trained_grids(source, [precision], flags)
     student = with_flags(student, flags, grids)
     if not exported:
         student.need_images_and_size()
-    from deploy.core.files import need_place
-
     need_place(out)
     from compress.run.artifacts import ArtifactPlan, OnnxFile
 
@@ -198,4 +197,4 @@ def _float_file(source: Path, precision: str) -> Path:
 
 def _without(file: Path, suffix: str) -> Path:
     """`student.fp16.onnx` → `student.onnx`."""
-    return file.with_name(f"{file.stem.removesuffix(suffix)}.onnx")
+    return file.with_name(f"{file.stem.removesuffix(suffix)}{ONNX_SUFFIX}")

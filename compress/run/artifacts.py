@@ -26,7 +26,7 @@ from compress.run.engines import EnginePlan
 from compress.run.quantize import BudgetError, Quantizing, quantize_file
 from compress.training.qad.export import grids_file, quantize_trained
 from deploy.core.errors import UserError
-from deploy.core.files import sha256_of
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of
 from deploy.core.precisions import PRECISIONS, TENSORRT, Target, file_for, sources
 from deploy.quantize.file import QuantizeReport
 from deploy.quantize.guided import GuidedResult
@@ -126,7 +126,7 @@ def onnx_files(
         kind, path = PRECISIONS[name], file_for(out, name)
         format_ = None if not kind.quantized else target if target in kind.targets else kind.targets[0]
         stage = "export" if name == "fp32" else f"export {name}"
-        engine = path.with_suffix(".engine") if name in engines else None
+        engine = path.with_suffix(ENGINE_SUFFIX) if name in engines else None
         fits = format_ in (None, TENSORRT)
         files.append(OnnxFile(path, name, format_, engine if fits else None, stage))
         if engine is not None and not fits:
@@ -157,7 +157,7 @@ def plans_of_a_run(
     if settings.int8.qad is None:
         return [plan]
     out = folder.onnx_on_trained_grids
-    engine = out.with_suffix(".engine") if target == TENSORRT and "int8" in built else None
+    engine = out.with_suffix(ENGINE_SUFFIX) if target == TENSORRT and "int8" in built else None
     file = OnnxFile(out, "int8", target, engine, "export qad")
     trained = replace(plan, checkpoint=folder.weights(STUDENT_ON_INT8_GRIDS), files=[file], on_grids=True)
     return [plan, trained]
@@ -200,7 +200,7 @@ class _FloatFiles:
 
     def __getitem__(self, precision: str) -> Path:
         if precision not in self.made:
-            path = self._scratch / file_for(Path(f"{self._plan.checkpoint.stem}.onnx"), precision)
+            path = self._scratch / file_for(Path(self._plan.checkpoint.name).with_suffix(ONNX_SUFFIX), precision)
             _export(self._plan, path, precision)
             self.made[precision] = path
         return self.made[precision]

@@ -24,7 +24,6 @@ from deploy.core.card import network_precision
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.import_path import import_object
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
 
@@ -115,7 +114,7 @@ def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
     exported = plan.folder.onnx()
     for path in plan.settings.runners or ():
         name = f"{exported.name} ({path.rpartition(':')[2]})"
-        opened.runners[name] = import_object(path, "deploy.runners")(exported)
+        opened.runners[name] = open_runner(exported, runner=path)
         opened.files[name] = exported
     return opened
 

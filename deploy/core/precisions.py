@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from deploy.core.files import ONNX_SUFFIX
+
 Target = Literal["cpu", "tensorrt"]
 TENSORRT: Target = "tensorrt"
 """The format of quantized files that engines are built from."""
@@ -73,7 +75,7 @@ def file_for(out: Path, precision: str, target: Target | None = None) -> Path:
     `student.int8.tensorrt.onnx`.
     """
     words = PRECISIONS[precision].suffix + (f".{target}" if target is not None else "")
-    return out.with_suffix(f"{words}.onnx") if words else out
+    return out.with_suffix(f"{words}{ONNX_SUFFIX}") if words else out
 
 
 def sources(precisions: Iterable[str]) -> list[str]:
