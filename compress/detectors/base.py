@@ -20,7 +20,7 @@ from compress.config.model import Model
 from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
-from compress.detectors.select import select
+from compress.detectors.select import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, select
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -260,9 +260,9 @@ class Detector(nn.Module):
         prediction: Any,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """Final detections of each image in pixels of its file, best first.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.detectors.base import Detector
+from compress.detectors.select import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from compress.export.nms import select_detections
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
@@ -38,9 +39,9 @@ class Deployable(nn.Module):
         detector: Detector,
         input_size: tuple[int, int],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
         candidates: int = 1000,
     ) -> None:
         super().__init__()

@@ -13,14 +13,13 @@ import torch.distributed as dist
 
 from compress.data.coco import CocoDetection
 from compress.detectors.base import MEAN, STD
+from compress.detectors.select import SCORE_THRESHOLD
 from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
 from compress.training.evaluate import coco_rows
 from deploy.core.errors import UserError
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 
-LOWEST_SCORE = 0.05
-"""Least score of the detections that count, as in the evaluation of students."""
 TOLERANCE = 0.5
 """Means and deviations of pixels that differ by less are the same: people round them."""
 BATCH = 8
@@ -149,7 +148,7 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
     rows: list[dict[str, Any]] = []
     for first in range(0, len(mine), BATCH):
         samples = [_sample(val, index, teacher.view) for index in mine[first : first + BATCH]]
-        for sample, found in zip(samples, teacher.detect(samples, score_threshold=LOWEST_SCORE), strict=True):
+        for sample, found in zip(samples, teacher.detect(samples, score_threshold=SCORE_THRESHOLD), strict=True):
             found.labels = found.labels.new_tensor(labels)[found.labels]
             found.boxes, found.scores, found.labels = (
                 values[found.labels >= 0] for values in (found.boxes, found.scores, found.labels)

@@ -43,7 +43,7 @@ from compress.detectors.base import (
     Reduce,
     Targets,
 )
-from compress.detectors.select import PRE_NMS
+from compress.detectors.select import MAX_DETECTIONS, NMS_THRESHOLD, PRE_NMS, SCORE_THRESHOLD
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -173,9 +173,9 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         prediction: DensePrediction,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """torchvision's selection: detections in pixels of each image file, best first."""
         prediction = prediction.float()

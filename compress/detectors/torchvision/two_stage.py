@@ -30,6 +30,7 @@ from compress.data.batch import Target
 from compress.detectors.assign import Assignment
 from compress.detectors.backbones import Backbone
 from compress.detectors.base import Capability, ImageDetections, ImageSize, Reduce, Targets
+from compress.detectors.select import MAX_DETECTIONS, SCORE_THRESHOLD
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -200,9 +201,9 @@ class FasterRCNN(TorchvisionDetector):
         prediction: TwoStagePrediction,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
+        score_threshold: float = SCORE_THRESHOLD,
         nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """torchvision's selection: detections in pixels of each image file, best first. Only in eval
         mode."""
