@@ -20,7 +20,8 @@ from compress.config.model import Model
 from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
-from compress.detectors.select import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, select
+from compress.detectors.select import select
+from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255

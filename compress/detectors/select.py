@@ -13,9 +13,6 @@ from torch import Tensor
 from compress.data.batch import ImageSize
 
 PRE_NMS = 1000  # (location, class) pairs kept a level
-SCORE_THRESHOLD = 0.05  # defaults of evaluation, as mmdet's of GFL: scores above,
-NMS_THRESHOLD = 0.6  # the IoU above which boxes of one class suppress each other,
-MAX_DETECTIONS = 100  # and how many an image may have
 
 
 def select(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.detectors.base import Detector
-from compress.detectors.select import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from compress.export.nms import select_detections
-from deploy.core.card import ModelCard
+from deploy.core.card import CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ModelCard
 from deploy.core.errors import UserError
-from deploy.runtimes.base import Detections, check_images
+from deploy.runtimes.base import DetectionBatch, check_images
 
 
 class Deployable(nn.Module):
@@ -42,7 +41,7 @@ class Deployable(nn.Module):
         score_threshold: float = SCORE_THRESHOLD,
         nms_threshold: float = NMS_THRESHOLD,
         max_detections: int = MAX_DETECTIONS,
-        candidates: int = 1000,
+        candidates: int = CANDIDATES,
     ) -> None:
         super().__init__()
         if any(side < 1 or side % 32 for side in input_size):
@@ -132,8 +131,8 @@ class TorchRunner:
         self.module = module.eval().to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> Detections:
-        """images uint8 [B, 3, H, W] of the card's size → Detections. Waits for the device."""
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
+        """images uint8 [B, 3, H, W] of the card's size → a DetectionBatch. Waits for the device."""
         check_images(images, self.card)
         outputs = self.module(torch.from_numpy(images).to(self.device))
-        return Detections(*(value.cpu().numpy() for value in outputs))
+        return DetectionBatch(*(value.cpu().numpy() for value in outputs))

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from compress.data.coco import CocoDetection
 from compress.detectors.base import MEAN, STD
-from compress.detectors.select import SCORE_THRESHOLD
 from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
 from compress.training.evaluate import coco_rows
+from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.errors import UserError
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 

@@ -43,7 +43,7 @@ from compress.detectors.base import (
     Reduce,
     Targets,
 )
-from compress.detectors.select import MAX_DETECTIONS, NMS_THRESHOLD, PRE_NMS, SCORE_THRESHOLD
+from compress.detectors.select import PRE_NMS
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -56,6 +56,7 @@ from compress.detectors.torchvision.parts import (
     per_image,
     summed,
 )
+from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.errors import UserError
 
 BETWEEN = Matcher.BETWEEN_THRESHOLDS  # in `Assignment.gt_index`: neither positive nor negative

@@ -30,7 +30,6 @@ from compress.data.batch import Target
 from compress.detectors.assign import Assignment
 from compress.detectors.backbones import Backbone
 from compress.detectors.base import Capability, ImageDetections, ImageSize, Reduce, Targets
-from compress.detectors.select import MAX_DETECTIONS, SCORE_THRESHOLD
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -40,6 +39,7 @@ from compress.detectors.torchvision.parts import (
     pad_labelled,
     per_image,
 )
+from deploy.core.card import MAX_DETECTIONS, SCORE_THRESHOLD
 from deploy.core.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
