@@ -85,7 +85,7 @@ def call_own(build: Callable[..., Any], path: str, key: str, *args: Any, **optio
     except UserError:
         raise
     except Exception as error:  # whatever a user's constructor raises
-        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {error}") from error
+        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
 class Backbone(nn.Module, ABC):
