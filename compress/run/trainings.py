@@ -21,7 +21,7 @@ from compress.console import open_console
 from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.detectors.base import Capability, Detector
-from compress.detectors.build import build_detector, inherit
+from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
@@ -177,7 +177,7 @@ def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[An
 
 def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float) -> ModelRecord:
     return ModelRecord(
-        model=plan.model,
+        model=model_of(detector),
         num_classes=detector.num_classes,
         class_names=data.train.categories,
         category_ids=data.train.category_ids,
