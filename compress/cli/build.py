@@ -11,6 +11,7 @@ from compress.cli.exits import next_command
 from compress.cli.groups import with_groups
 from compress.cli.options import EngineFlags, batch_sizes, need_file, values_of
 from deploy.core.errors import UserError
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from compress.run.engines import EnginePlan
@@ -36,7 +37,7 @@ def build(
 ) -> None:
     """Build the TensorRT engine of an exported file, with a card, for this GPU."""
     need_file(onnx)
-    if onnx.suffix != ".onnx":
+    if onnx.suffix != ONNX_SUFFIX:
         raise UserError(f"{onnx}: is no .onnx file; engines are built from exported ones: compress export {onnx}")
     next_command("benchmark", deliver(onnx, out, engine_plan(engine, triton_repo), triton_repo))
 
@@ -73,7 +74,7 @@ def deliver(onnx: Path, out: Path | None, plan: EnginePlan | None, triton_repo: 
     if plan is not None:
         from compress.run import engines
 
-        artifact = onnx.with_suffix(".engine") if out is None else out
+        artifact = onnx.with_suffix(ENGINE_SUFFIX) if out is None else out
         card = engines.build(onnx, artifact, plan)
         print(f"{artifact}: {engines.in_words(card)}")
     if triton_repo is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deploy.core.errors import UserError
+from deploy.runtimes.providers import PROVIDERS
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; recipes/ has examples.")]
 Set = Annotated[
@@ -129,6 +131,20 @@ class RunnerFlags:
         bool, typer.Option("--cuda-graph", help="Engines: launch all work of a batch with one call.")
     ] = False
 
+    def arguments(self, files: Sequence[Path], providers: Sequence[str], *, max_batch: int) -> dict[str, Any]:
+        """Arguments of `deploy.runtimes.open.open_runner`. Raises UserError for an option that would do nothing."""
+        from deploy.runtimes.open import runner_options
+
+        options = runner_options(
+            files,
+            providers,
+            trt_cache=self.trt_cache,
+            ep_context=self.ep_context,
+            cuda_graph=self.cuda_graph,
+            max_batch=max_batch,
+        )
+        return {"allow_fallback": self.allow_fallback, "threads": self.threads, **options}
+
 
 def values_of(flags: Any) -> dict[str, Any]:
     """Option → value, of a group of options; None or False where it was not given."""
@@ -142,6 +158,16 @@ def refuse(options: dict[str, Any], why: str) -> None:
             raise UserError(f"{option}: {why}")
 
 
+def provider_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PROVIDERS:
+            raise UserError(f"--provider: unknown provider '{name[:60]}': choose from {', '.join(PROVIDERS)}")
+        if names.count(name) > 1:
+            raise UserError(f"--provider: {name} is given twice")
+    return names
+
+
 def batch_sizes(text: str) -> list[int]:
     sizes = text.split(",")
     if not all(size.strip().isdecimal() and len(size) < 5 and int(size) >= 1 for size in sizes):
@@ -150,12 +176,9 @@ def batch_sizes(text: str) -> list[int]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    from deploy.core.image import IMAGE_SUFFIXES
+    from deploy.core.image import image_files
 
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"--images: {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+    return image_files(folder, "--images: ")
 
 
 def need_file(file: Path) -> None:

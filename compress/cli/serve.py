@@ -12,7 +12,6 @@ import typer
 
 from compress.cli.groups import with_groups
 from compress.cli.options import RunnerFlags, need_finite
-from compress.cli.runners import gpu_options
 from deploy.core.errors import UserError
 
 commands = typer.Typer()
@@ -68,7 +67,7 @@ def serve(
         need_finite(number, option)
     files = _named_files(models)
     providers = [name.strip() for name in provider.split(",")]
-    on_gpu = gpu_options(list(files.values()), providers, opening, max_batch=max_batch)
+    options = opening.arguments(list(files.values()), providers, max_batch=max_batch)
     token = _token(token_file)
     from deploy.runtimes.open import open_runner
     from deploy.serve.server import serve as serve_files
@@ -88,9 +87,7 @@ def serve(
     )
     serve_files(
         files,
-        lambda path: open_runner(
-            path, providers, allow_fallback=opening.allow_fallback, threads=opening.threads, **on_gpu
-        ),
+        lambda path: open_runner(path, providers, **options),
         settings,
         host=host,
         port=port,
@@ -101,16 +98,15 @@ def serve(
 
 def _named_files(models: Sequence[str]) -> dict[str, Path]:
     """Name → file, from `NAME=FILE` or `FILE`, which is called what the file is called."""
+    from deploy.runtimes.open import check_artifact
+
     files: dict[str, Path] = {}
     for text in models:
         name, given, file = text.partition("=")
         if not given or "/" in name:  # a path may hold an equals sign
             name, file = Path(text).stem, text
         path = Path(file)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        if path.suffix not in (".onnx", ".engine"):
-            raise UserError(f"{path}: neither .onnx nor .engine; make one with compress export")
+        check_artifact(path)
         if name in files:
             raise UserError(f"{path}: a second model named '{name}': give NAME={path}")
         files[name] = path

@@ -17,8 +17,8 @@ from compress.cli.options import (
     need_finite,
     need_folder,
     need_json_place,
+    provider_names,
 )
-from compress.cli.runners import gpu_options, open_runners, provider_names, runner_name
 from deploy.core.errors import UserError
 
 commands = typer.Typer()
@@ -63,8 +63,9 @@ def validate(
     need_finite(max_map_drop, "--max-map-drop")
     need_json_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
-    on_gpu = gpu_options(files, providers, opening, max_batch=batch_size)
-    runners = open_runners(files, providers, opening, on_gpu)
+    from deploy.runtimes.open import open_runners, runner_name
+
+    runners = open_runners(files, providers, **opening.arguments(files, providers, max_batch=batch_size))
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from compress.config.deploy import Deploy
-from compress.data.batch import PAD_COLOR
 from compress.detectors.base import Capability
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
 from compress.versions import versions
-from deploy.core.card import PROCESSING, ModelCard
+from deploy.core.card import PAD_COLOR, PROCESSING, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.image import fit_canvas, load_image

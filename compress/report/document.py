@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, one_line
 
 ARMS = (TEACHER, BASELINE, STUDENT)
 """The models that are compared."""
@@ -244,13 +244,13 @@ def read_document(run_dir: Path) -> Document:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; give the folder of a finished run (runs/<name>)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     try:
         value = json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity: not measured
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise UserError(f"{path}: not a report ({_one_line(error)})") from None
+        raise UserError(f"{path}: not a report ({one_line(error)})") from None
     metrics = {arm: _read_metrics(folder.training(arm).metrics) for arm in ARMS}
     recipe = folder.recipe
     return Document(
@@ -270,7 +270,7 @@ def parse_report(value: Any, source: str = "report.json") -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        problem = "is missing" if first["type"] == "missing" else _one_line(first["msg"])
+        problem = "is missing" if first["type"] == "missing" else one_line(first["msg"])
         raise UserError(f"{source}: {key}: {problem}") from None
 
 
@@ -302,7 +302,3 @@ def _number(cell: str | None, path: Path, line: int, column: str) -> float | Non
     except ValueError:
         raise UserError(f"{path}:{line}: {column}: {cell[:40]!r} is not a number") from None
     return number if math.isfinite(number) else None
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

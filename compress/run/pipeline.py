@@ -24,7 +24,7 @@ from compress.console import open_console
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
-from compress.detectors.build import build_detector
+from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze
@@ -73,10 +73,11 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run, parts=parts)
     if not dry_run and is_first_process():
-        if recipe.student.detector == "faster_rcnn":
+        reason = detector_class(recipe.student.detector, "student.detector").exportable
+        if reason is not None:
             open_console().print(
-                "not exported, validated or benchmarked: a faster_rcnn has no fixed graph; its weights are "
-                f"{run_dir / 'student.safetensors'}, its figures stand above"
+                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
+                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
             )
             return run_dir
         _ship(recipe)
@@ -107,6 +108,9 @@ def distill(
 
     parts = Parts() if parts is None else parts
     fabric = _launch(recipe)
+    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    if problem is not None:
+        raise UserError(": ".join(problem))
     for path in recipe.deploy.runners or ():
         import_object(path, "deploy.runners")  # before the training, which takes long
     if dry_run:
@@ -462,4 +466,4 @@ def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:
 
 
 def _describe(record: ModelRecord) -> str:
-    return f"{record.detector} {record.backbone}"
+    return " ".join(name for name in (record.model.detector, record.model.backbone) if name)

@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from compress.config.data import Data, Split
-from compress.config.families import FAMILY_FACTS
+from compress.config.families import FAMILY_FACTS, families_with
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.config.pseudo import FineTune, Labels, PseudoLabels
@@ -284,7 +284,8 @@ def labels_of(plan: LabellingPlan, teachers: Sequence[BoxTeacher], categories: S
     if unseen and plan.needs_all_classes:
         raise UserError(
             f"pseudo_labels: no teacher looks for {', '.join(unseen)}, and a {plan.student} student cannot learn from "
-            "images of which only some classes are known; take a gfl, fcos or retinanet student, or another teacher"
+            f"images of which only some classes are known; take a {families_with('ignores_regions')} student, or "
+            "another teacher"
         )
     return labels
 

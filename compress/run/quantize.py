@@ -11,9 +11,10 @@ from compress.config.deploy import Int8
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json, write_text
 from deploy.core.precisions import Target
+from deploy.core.progress import Progress
 from deploy.quantize.calibrate import CalibrationImages, check_apart, choose_images, list_images
 from deploy.quantize.file import Quantizer, QuantizeReport
-from deploy.quantize.guided import GuidedResult, Progress, search
+from deploy.quantize.guided import GuidedResult, search
 from deploy.quantize.picture import trade_off_svg
 from deploy.validate.coco import load_annotations
 

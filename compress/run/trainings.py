@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
@@ -21,7 +21,7 @@ from compress.console import open_console
 from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.detectors.base import Capability, Detector
-from compress.detectors.build import Family, build_detector, inherit
+from compress.detectors.build import build_detector, inherit
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
@@ -176,16 +176,9 @@ def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[An
 
 
 def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float) -> ModelRecord:
-    model = plan.model
-    assert model.backbone is not None
     return ModelRecord(
-        detector=cast(Family, model.detector),
-        backbone=model.backbone,
+        model=plan.model,
         num_classes=detector.num_classes,
-        neck_channels=model.neck_channels,
-        head_depth=model.head_depth,
-        anchor_scale=model.anchor_scale,
-        roi_samples=model.roi_samples,
         class_names=data.train.categories,
         category_ids=data.train.category_ids,
         val_map=val_map,
