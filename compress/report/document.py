@@ -275,8 +275,8 @@ def parse_report(value: Any, source: str = "report.json") -> Report:
 
 
 def _read_metrics(path: Path) -> Metrics | None:
-    """Read the curves of a training; None where there are none. A step that was written twice, after a resume, keeps its
-    last value."""
+    """Read the curves of a training; None where there are none. Of a step that was written twice, after a resume, the
+    last value counts."""
     if not path.is_file():
         return None
     columns: dict[str, dict[float, float]] = {}
