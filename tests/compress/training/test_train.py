@@ -76,7 +76,7 @@ def test_kill_and_resume_is_exact(tmp_path: Path, moment: str) -> None:
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), moment]
     assert subprocess.run(command, env=environment, timeout=1800).returncode == -signal.SIGKILL
-    assert last_checkpoint(killed)["step"] == 4
+    assert last_checkpoint(killed)["state"]["step"] == 4
     train(killed, resume=True)
     train(whole)
     assert_same(last_checkpoint(whole), last_checkpoint(killed))
