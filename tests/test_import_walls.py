@@ -18,7 +18,15 @@ PACKAGES = ("kernels", "deploy", "compress")
 
 ROOMS = {
     "kernels": [("common",), ("triton", "csrc"), ("ops",)],
-    "deploy": [("core",), ("graph",), ("tensorrt",), ("runtimes",), ("validate", "latency"), ("quantize",), ("serve",)],
+    "deploy": [
+        ("core",),
+        ("graph",),
+        ("tensorrt",),
+        ("runtimes",),
+        ("validate", "latency"),
+        ("quantize",),
+        ("serve", "model"),
+    ],
     "compress": [
         ("versions", "console", "manifest"),
         ("config", "data"),
