@@ -279,7 +279,7 @@ def test_only_the_pipeline_and_the_dry_run_hold_a_recipe() -> None:
     holders = {"compress/run/pipeline.py", "compress/run/dry_run.py"}
     naming = {
         file
-        for path in FILES["compress"]
+        for path in files("compress")
         if (file := path.relative_to(ROOT).as_posix()) and not file.startswith(("compress/config/", "compress/cli/"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if "Recipe" in (getattr(node, "id", ""), getattr(node, "attr", ""))
