@@ -79,8 +79,9 @@ def test_nothing_costs_nothing(device: torch.device, shape: tuple[int, int, int]
 def test_registration_and_compilation(device: torch.device) -> None:
     student = kernel_compare.with_layout((2, 3, 8), "channels", torch.Generator().manual_seed(0), 1.0).to(device)
     teacher, weight = student * 0.5, torch.ones(2, 8, device=device)
-    arguments = (student.requires_grad_(), teacher.detach(), weight, 1.0, True)
-    torch.library.opcheck(kd._fused, arguments)
+    arguments = (student.requires_grad_(), teacher.detach(), weight, 1.0, True, False)
+    for backend_name in ("torch", "triton"):
+        torch.library.opcheck(kd._binary_kd_loss, (*arguments, backend_name))
 
     def term(z: torch.Tensor) -> torch.Tensor:
         loss, disagreement = kd.binary_kd_loss(z * 2, teacher.detach(), weight)

@@ -163,7 +163,7 @@ def test_registration_and_compilation(device: torch.device) -> None:
     student = kernel_compare.with_layout((1, 8, 4), "channels", g, 1.0).to(device).requires_grad_()
     teacher, weight = torch.randn(1, 8, 4, generator=g).to(device), torch.ones(1, 4, device=device)
     other = teacher.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(ops._fused, (student, other, None, weight, "giou", 1e-6, True))
+    torch.library.opcheck(ops._distribution_iou_loss, (student, other, None, weight, "giou", 1e-6, True))
 
     def term(z: torch.Tensor) -> torch.Tensor:
         return ops.distribution_iou_kd_loss(z * 2, teacher, weight)

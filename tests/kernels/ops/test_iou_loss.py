@@ -156,7 +156,7 @@ def test_shapes_are_checked_at_the_door() -> None:
 def test_registration_and_compilation(device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
     a, b = (boxes(5, g).to(device).requires_grad_() for _ in range(2))
-    torch.library.opcheck(ops._fused, (a, b, torch.ones(5, device=device), "ciou", 1e-6, True, True, "triton"))
+    torch.library.opcheck(ops._iou_loss, (a, b, torch.ones(5, device=device), "ciou", 1e-6, True, True, "triton"))
 
     def term(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return ops.iou_loss(x * 2, y, kind="ciou")

@@ -108,7 +108,9 @@ def test_registration_and_compilation(device: torch.device) -> None:
     logits = kernel_compare.with_layout((2, 3, 8), "channels", torch.Generator().manual_seed(0), 1.0).to(device)
     index, labels = torch.tensor([1, 9], device=device), torch.tensor([0, 2], device=device)
     quality, weight = torch.tensor([0.5, 0.9], device=device), torch.ones(2, 8, device=device)
-    torch.library.opcheck(qfl._fused, (logits.requires_grad_(), index, labels, quality, weight, 2.0, True))
+    arguments = (logits.requires_grad_(), index, labels, quality, weight, 2.0, True, False)
+    for backend_name in ("torch", "triton"):
+        torch.library.opcheck(qfl._quality_focal_loss, (*arguments, backend_name))
 
     def term(z: torch.Tensor) -> torch.Tensor:
         return qfl.quality_focal_loss(z * 2, index, labels, quality, weight)
