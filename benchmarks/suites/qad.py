@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
         # The arm and the name of `distill_gain`: whichever runs first leaves the student for the other.
         recipe = with_qad(arm_recipe(args.recipe, Arm("distilled", ()), seed, tuple(args.set)))
         found[seed] = one_seed(recipe, args.layers)
-        print(f"seed {seed}: {', '.join(f'{name} {row['map']:.2f}' for name, row in found[seed].items())}", flush=True)
+        figures = ", ".join(f"{name} {row['map']:.2f}" for name, row in found[seed].items())
+        print(f"seed {seed}: {figures}", flush=True)
     yield Case(f"{args.recipe.stem}-{args.layers}-{recipe.deploy.int8.target}", rows_of(found, recipe))
 
 
