@@ -58,7 +58,8 @@ async def open_loop(
     gun = _Gun(target, bodies)
     arrivals = random.Random(seed)
     start = time.monotonic()
-    due, tasks = start, []
+    due = start
+    tasks: list[asyncio.Task[Shot]] = []
     while True:
         due += arrivals.expovariate(rate)
         if due > start + seconds:

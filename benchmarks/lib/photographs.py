@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 FILE_SIZE = (640, 480)  # width, height
 CLASSES, BOXES, QUALITY = 80, 7, 90
@@ -15,7 +16,9 @@ def write_photographs(folder: Path, count: int) -> float:
     from PIL import Image
 
     width, height = FILE_SIZE
-    images, annotations, total = [], [], 0
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    total = 0
     for i in range(count):
         random = np.random.default_rng(i)
         coarse = random.uniform(0, 255, (12, 16, 3)).astype(np.uint8)

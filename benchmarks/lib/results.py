@@ -68,7 +68,7 @@ class Case:
 def stamped(case: Case, origin: dict[str, str], label: str | None = None, notes: str = "") -> list[Row]:
     """The rows of a case with where they come from. origin: the columns from `suite` to `command` without `case`;
     label: added to the case's name; notes: added to those of every row."""
-    columns = {**origin, "case": case.name if label is None else f"{case.name}, {label}"}
+    columns: dict[str, Any] = {**origin, "case": case.name if label is None else f"{case.name}, {label}"}
     if case.versions is not None:
         columns["versions"] = case.versions
     return [replace(row, **columns, notes="; ".join(filter(None, (row.notes, notes)))) for row in case.rows]

@@ -43,7 +43,7 @@ def arm_recipe(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> Reci
     return load_recipe(path, [*common, *arm.settings, *own])
 
 
-def train_teacher(path: Path, settings: list[str], own: tuple[str, ...]) -> Path:
+def train_teacher(path: Path, settings: list[str], own: tuple[str, ...] = ()) -> Path:
     """The teacher of a preset or of a group (`own`: its settings), trained once below `runs`, where `settings` say that
     the images are."""
     from compress.run.pipeline import distill

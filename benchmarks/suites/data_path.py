@@ -70,7 +70,8 @@ def measure(args: argparse.Namespace, folder: Path, allocator: str) -> list[Row]
             side.close()
     rows = []
     for name, timing in timings.items():
-        notes = sides[name.partition(",")[0]].versions
+        side_versions = sides[name.partition(",")[0]].versions
+        notes = "" if side_versions == versions() else side_versions
         rows.append(replace(timing.row(name, "time a round"), notes=notes))
         rows.append(Row(name, "throughput", 1e3 * args.batches * BATCH / timing.ms, "images/s", n=timing.repeats))
     if "mmdet" in sides:

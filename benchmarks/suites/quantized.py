@@ -50,11 +50,10 @@ CALIBRATION, BUDGET = 128, 0.5
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("part", choices=("speed", "accuracy"))
-    speed = parser.add_argument_group("speed")
-    options.threads(speed, 2)
-    options.repeats(speed, 9)
-    speed.add_argument("--exports", type=Path, help="folder to keep the exported files in, or to take them from")
-    accuracy = parser.add_argument_group("accuracy")
+    options.threads(parser, 2)
+    options.repeats(parser, 9)
+    parser.add_argument("--exports", type=Path, help="folder to keep the exported files in, or to take them from")
+    accuracy = parser.add_argument_group("accuracy, which needs all but --limits")
     accuracy.add_argument("--name", help="of the data")
     accuracy.add_argument("--checkpoint", type=Path)
     for option in ("--train", "--val", "--images"):

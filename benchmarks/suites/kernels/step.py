@@ -47,7 +47,7 @@ def training_step(choice: Choice) -> Callable[[], tuple[Tensor, ...]]:
     teacher.eval().requires_grad_(False)
     methods = torch.nn.ModuleList((BCKD(), FGD(256, 256))).to(device)
     for model in (teacher, student):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     learned = [p for p in (*student.parameters(), *methods.parameters()) if p.requires_grad]
     optimizer = torch.optim.SGD(learned, lr=1e-5, momentum=0.9)
     batch = random_batch(size, batch_size, device)
