@@ -24,6 +24,7 @@ from PIL import Image
 
 from benchmarks.lib import child
 from benchmarks.lib.results import Case, Row
+from compress.config.model import Model
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo.images import images_in
 from compress.pseudo.label import Settings, pseudo_label
@@ -61,7 +62,10 @@ UNITS = {"peak": "MB", "peak before the first image": "MB", "seconds": "s", "lab
 def teacher(path: Path) -> None:
     """Random, with scores high enough that there is something to write for every image."""
     record = ModelRecord(
-        backbone="nano", num_classes=2, neck_channels=32, head_depth=0, class_names=("cat", "dog"), category_ids=(1, 2)
+        model=Model(backbone="nano", neck_channels=32, head_depth=0),
+        num_classes=2,
+        class_names=("cat", "dog"),
+        category_ids=(1, 2),
     )
     torch.manual_seed(0)
     detector = record.build()

@@ -21,7 +21,7 @@ from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
 from compress.data.transforms import fit_size
 from compress.detectors.base import MEAN, STD, Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.image import fit_canvas, letterbox, to_original
 from deploy.runtimes.onnx import OnnxRunner
@@ -31,7 +31,7 @@ ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(
 
 
 def open_onnx(source: Onnx, device: torch.device) -> CardTeacher | ForeignTeacher:
-    """Raises UserError for a file that ONNX Runtime cannot load, or that is not as described."""
+    """Open an ONNX file. Raises UserError if ONNX Runtime cannot load it, or it is not as described."""
     if source.output is None:
         return CardTeacher(source.file, device)
     return ForeignTeacher(source, device)
@@ -90,7 +90,7 @@ class CardTeacher:
 
 
 class ForeignTeacher:
-    """Any other file. Images go through it one by one."""
+    """Teacher in any other file. Images go through it one by one."""
 
     capabilities = frozenset({Capability.BOXES})
     detector: Detector | None = None
@@ -139,7 +139,7 @@ class ForeignTeacher:
             values = self._session.run(list(self._outputs.values()), feed)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise UserError(
-                f"{self._path}: cannot be run on {pixels.dtype} {list(pixels.shape)}: {str(error).splitlines()[0]}"
+                f"{self._path}: cannot be run on {pixels.dtype} {list(pixels.shape)}: {first_line(error)}"
             ) from error
         outputs = dict(zip(self._outputs, values, strict=True))
         try:
@@ -162,7 +162,7 @@ class ForeignTeacher:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an image lies on the network's canvas.
+    """Place of an image on the network's canvas.
 
     canvas: (height, width). scale: canvas pixels per image pixel, (x, y). offset: of the image's corner, (x, y).
     """
@@ -208,7 +208,7 @@ def prepare(image: np.ndarray, how: OnnxInput, size: tuple[int, int]) -> tuple[n
 def boxes_of(
     outputs: Mapping[str, np.ndarray], how: OnnxOutput, num_classes: int, placed: Placed
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a network gave as boxes float32 [n, 4] xyxy in pixels of the image, scores float32 [n], labels int64 [n].
+    """Turn outputs into boxes float32 [n, 4] xyxy in pixels of the image, scores float32 [n], labels int64 [n].
 
     Of scores a class, every class of a box is a detection of its own, as in the usual evaluation.
 
@@ -272,7 +272,7 @@ def _open(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise UserError(
             f"{path}: ONNX Runtime does not come up on the GPU: install its CUDA libraries (extra gpu), or hide the "
@@ -320,7 +320,7 @@ def _described(how: OnnxInput, size: tuple[int, int]) -> Preprocessing:
 
 
 def _unbatched(role: str, array: np.ndarray) -> np.ndarray:
-    """Without a leading axis of 1, where there is one axis more than needed."""
+    """Drop a leading axis of 1, where there is one axis more than needed."""
     axes = {"combined": 2, "boxes": 2, "labels": 1}
     most = axes.get(role, 2)
     while array.ndim > most and array.shape[0] == 1:

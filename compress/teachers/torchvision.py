@@ -25,12 +25,12 @@ from compress.detectors.torchvision.two_stage import STRIDES as TWO_STAGE_STRIDE
 from compress.detectors.torchvision.two_stage import FasterRCNN
 from compress.detectors.weights import load_exactly, read_tensors, state_sha256
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 
 
 class TorchvisionTeacher:
-    """See the module. Raises UserError for weights that cannot be had or do not fit."""
+    """Teacher in a model of torchvision. Raises UserError for weights that cannot be had or do not fit."""
 
     view = View.ORIGINAL
 
@@ -93,7 +93,7 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
         except (OSError, RuntimeError) as error:  # no network; a damaged download
             raise UserError(
                 f"teacher.torchvision: COCO weights of {source.model} could not be downloaded "
-                f"({str(error).splitlines()[0]}); give weights: FILE"
+                f"({first_line(error)}); give weights: FILE"
             ) from error
         return model.eval(), list(COCO_CATEGORIES), tuple(COCO_CATEGORIES.values())
     names = source.class_names
@@ -110,7 +110,7 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
 
 
 def detector_of(model: Any, labels: Sequence[int]) -> Detector | None:
-    """The same weights as a detector of this project, with the classes `labels` (of torchvision's) alone.
+    """Make a detector of this project with the same weights, with the classes `labels` (of torchvision's) alone.
 
     None where there is nothing to learn from but boxes: SSD's maps have a width each, and the pyramid on MobileNet two
     levels, where the contract of detectors has one width and four or five levels.
