@@ -96,7 +96,7 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
     split = deciding_split(Split(annotations=args.train, images=args.images), calibration, 300, folder / "decide.json")
     notes: dict[str, str] = {}
     for target in ("cpu", "tensorrt"):
-        quantizer = Quantizer(files["fp32"], calibration, target)  # type: ignore[arg-type]
+        quantizer = Quantizer(files["fp32"], calibration, target)
         for name, kept in (("all", ()), ("naive", None)):
             files[f"int8 {target} {name}"] = quantizer.save(folder / f"{target}.{name}.onnx", kept).path
         found = search(quantizer, *split, folder / f"{target}.json", max_map_drop=BUDGET)
