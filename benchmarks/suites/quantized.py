@@ -33,10 +33,12 @@ from compress.config.deploy import Deploy
 from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable, TorchRunner
-from compress.run.export import deciding_split, export_checkpoint, file_for, split_files
+from compress.export.onnx import export_checkpoint
+from compress.run.quantize import split_files, write_search_split
 from deploy.core.card import ModelCard, network_precision
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
+from deploy.core.precisions import file_for
 from deploy.graph.export import export_onnx
 from deploy.quantize.calibrate import check_apart, choose_images
 from deploy.quantize.file import BOXES, SCORES, Quantizer
@@ -89,17 +91,18 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
     val = split_files(args.val, args.images)
     for precision, path in files.items():
         export_checkpoint(
-            args.checkpoint, path, Deploy(), input_size=size, images=val, limits=limits, half=precision == "fp16"
+            args.checkpoint, path, Deploy(), input_size=size, images=val, limits=limits, precision=precision
         )
     calibration = choose_images(split_files(args.train, args.images), CALIBRATION)
     check_apart(calibration, val)
-    split = deciding_split(Split(annotations=args.train, images=args.images), calibration, 300, folder / "decide.json")
+    labels = Split(annotations=args.train, images=args.images)
+    split = write_search_split(labels, calibration, 300, folder / "decide.json")
     notes: dict[str, str] = {}
     for target in ("cpu", "tensorrt"):
         quantizer = Quantizer(files["fp32"], calibration, target)
         for name, kept in (("all", ()), ("naive", None)):
             files[f"int8 {target} {name}"] = quantizer.save(folder / f"{target}.{name}.onnx", kept).path
-        found = search(quantizer, *split, folder / f"{target}.json", max_map_drop=BUDGET)
+        found = search(quantizer, split.annotations, split.images, folder / f"{target}.json", max_map_drop=BUDGET)
         if found.chosen is not None:
             name = f"int8 {target} guided"
             files[name] = quantizer.save(folder / f"{target}.guided.onnx", found.chosen.float_layers).path
@@ -115,7 +118,7 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
 def _accuracy_rows(judged: ArtifactResult, size_mb: float, images: int, notes: str) -> list[Row]:
     """mAP and drop in points, agreement as a share, calibration error, size of one file."""
     name = judged.name
-    bar = "<= 0.1" if name == "fp16" else f"<= {BUDGET}" if name.endswith("guided") else ""
+    bar = "-0.1 to 0.1" if name == "fp16" else f"<= {BUDGET}" if name.endswith("guided") else ""
     notes = "; ".join(filter(None, (notes, f"network in {network_precision(judged.precision)}")))
     made = [
         Row(name, "mAP", round(judged.metrics.map, 3), n=images, notes=notes),
