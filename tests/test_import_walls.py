@@ -229,7 +229,6 @@ def test_only_run_and_cli_name_a_recipe() -> None:
     assert not found, listed(found)
 
 
-@WAITING
 def test_only_pipeline_and_dry_run_hold_a_recipe() -> None:
     """Everything else in `run/` takes its sections."""
     found = [
@@ -272,21 +271,6 @@ def test_config_and_deploy_import_no_torch() -> None:
     exporter = [where for where in breaches(files("deploy/graph"), HEAVY) if "/export.py:" not in where]
     assert exporter == []
     assert breaches(plain, lambda name: name.startswith("deploy.graph.export")) == []
-
-
-def test_only_the_pipeline_and_the_dry_run_hold_a_recipe() -> None:
-    """Everything else takes its section, or a plan; the command line reads recipes and hands them on."""
-    holders = {"compress/run/pipeline.py", "compress/run/dry_run.py"}
-    naming = {
-        file
-        for path in files("compress")
-        if (file := path.relative_to(ROOT).as_posix()) and not file.startswith(("compress/config/", "compress/cli/"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if "Recipe" in (getattr(node, "id", ""), getattr(node, "attr", ""))
-        or (isinstance(node, ast.ImportFrom) and any(alias.name in ("Recipe", "recipe") for alias in node.names))
-        or (isinstance(node, ast.Import) and any(alias.name == "compress.config.recipe" for alias in node.names))
-    }
-    assert naming == holders
 
 
 def loaded(code: str) -> set[str]:
