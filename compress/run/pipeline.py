@@ -395,7 +395,7 @@ def _ship(recipe: Recipe) -> None:
     for plan in plans_of_a_run(folder, deploy, checks, Quantizing(deploy.int8, train_split, split, search), manifest):
         for artifact in make(plan):
             made.append(artifact)
-            open_console().print(f"export: {artifact}")
+            open_console().print(f"export: {artifact}", markup=False)  # brackets are no styles
     learns = bool(recipe.methods.enabled())
     teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
