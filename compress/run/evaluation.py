@@ -150,7 +150,7 @@ def _validate(plan: EvaluationPlan, runners: dict[str, Runner]) -> list[dict[str
         )
     for result in results:
         if result.diagnosis is not None:
-            open_console().print(f"{result.name}: {result.diagnosis}")
+            open_console().print(f"{result.name}: {result.diagnosis}", markup=False)
     return [result.to_dict() for result in results]
 
 
