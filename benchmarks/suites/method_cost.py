@@ -27,10 +27,10 @@ from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.console import open_console
 from compress.data.batch import Batch, Target
+from compress.detectors.base import freeze
 from compress.detectors.build import build_detector
 from compress.distill.build import build_methods
 from compress.distill.method import Outputs
-from compress.distill.teacher import freeze
 from deploy.core.files import write_json
 
 BOXES = 6  # an image

@@ -32,7 +32,8 @@ from benchmarks.suites.distill_gain import Arm, arm_recipe
 from compress.config.deploy import Qad
 from compress.config.recipe import Recipe
 from compress.console import open_console
-from compress.distill.teacher import load_teacher
+from compress.detectors.base import freeze
+from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.manifest import Manifest
 from compress.run import qad
 from compress.run.data import canvas, open_data
@@ -142,7 +143,7 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     teacher = None
     if recipe.teacher is not None and recipe.methods.enabled():
         checkpoint = recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
-        teacher = load_teacher(checkpoint, data.train.categories)[0].to(fabric.device)
+        teacher = freeze(load_teacher_checkpoint(checkpoint)[0]).to(fabric.device)
     inputs |= {"start": sha256_of(start_file), "train": recipe.train.model_dump(mode="json")}
     seconds = {}
     for name, label in ((qad.NAME, QAD), ("control", CONTROL)):

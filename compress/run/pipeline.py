@@ -20,11 +20,10 @@ from rich.console import Console
 from compress.config.recipe import Recipe, dump_recipe
 from compress.config.train import Train
 from compress.console import open_console
-from compress.detectors.base import Detector
+from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
-from compress.distill.teacher import freeze
 from compress.manifest import Manifest
 from compress.run.data import Datasets, open_data
 from compress.run.pseudo_labels import (

@@ -511,6 +511,7 @@ def _bytes(x: Tensor) -> int:
 
 def _steps(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
     """R101 teacher, R50 student, BCKD and FGD, forward, backward and SGD; with fused operators and without."""
+    from compress.config.methods import Bckd, Fgd
     from compress.data.batch import Batch, Target
     from compress.detectors.backbones import build_backbone
     from compress.detectors.gfl import GFL
@@ -525,7 +526,7 @@ def _steps(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any
         torch.manual_seed(0)
         teacher, student = (GFL(CLASSES, build_backbone(name, weights="none")).to(device) for name in names)
         teacher.eval().requires_grad_(False)
-        methods = torch.nn.ModuleList((BCKD(), FGD(256, 256))).to(device)
+        methods = torch.nn.ModuleList((BCKD(**Bckd().constants()), FGD(256, 256, **Fgd().constants()))).to(device)
         for model in (teacher, student):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         learned = [p for p in (*student.parameters(), *methods.parameters()) if p.requires_grad]
