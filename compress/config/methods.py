@@ -68,7 +68,7 @@ class Fgd(Adapted):
     """
 
     temperature: Above = 0.5
-    """Of the attention softmax."""
+    """Temperature of the attention softmax."""
     alpha: Weight = 1e-3
     """Weight of the object term."""
     beta: Weight = 5e-4
@@ -95,7 +95,7 @@ class Cwd(Adapted):
     on: Literal["features", "logits"] = "features"
     """Pyramid maps, or the class logits."""
     temperature: Above = 1.0
-    """Of the softmax."""
+    """Temperature of the softmax."""
     loss_weight: Weight | None = None
     """The authors' constant; null: 10 on features, 5 on logits."""
 
@@ -169,9 +169,9 @@ class Ld(Term):
     classification: Weight = 10.0
     """Weight of the class term at positives."""
     temperature: Above = 10.0
-    """Of the box distributions."""
+    """Temperature of the box distributions."""
     classification_temperature: Above = 2.0
-    """Of the classes."""
+    """Temperature of the classes."""
     vlr_overlap: Literal["iof", "diou"] = "iof"
     """Overlap that bounds the region: the authors' code divides by the anchor's area, the paper by the union."""
     vlr_floor: Fraction = 0.25
@@ -212,7 +212,7 @@ class Dkd(Term):
     beta: Weight = 8.0
     """Weight of the other classes."""
     temperature: Above = 1.0
-    """Of both models' logits."""
+    """Temperature of both models' logits."""
 
 
 class Uet(Settings):

@@ -12,7 +12,6 @@ import torch
 
 from compress.config import methods as config
 from compress.detectors.base import Capability, Detector
-from compress.detectors.gfl import GFL
 from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid
 from compress.distill.level_matching import Aligned, match_levels
 from compress.distill.method import BuildContext, Method
@@ -32,15 +31,14 @@ class MethodRecord:
     build: makes it from its settings.
     needs: what it asks of both models; a function where its settings decide.
     one_prediction: why it is refused where a head has several predictions at a location; None: it is not.
-    detector, why_detector: what both models must be, and why.
+    ability: a class variable of detectors that must be true of both models, and why; None: there is none.
     """
 
     settings: type[config.Term]
     build: Callable[[Any, BuildContext], Method]
     needs: Needs | Callable[[Any], Needs]
     one_prediction: str | None = None
-    detector: type[Detector] = Detector
-    why_detector: str = ""
+    ability: tuple[str, str] | None = None
 
 
 METHODS = {
@@ -58,8 +56,10 @@ METHODS = {
         config.Crosskd,
         crosskd.build,
         crosskd.CrossKD.needs,
-        detector=GFL,
-        why_detector="sends the student's features through the teacher's head, which it can do with gfl alone",
+        ability=(
+            "crossable",
+            "sends the student's features through the teacher's head, which it can do with gfl alone",
+        ),
     ),
     "dkd": MethodRecord(config.Dkd, dkd.build, dkd.DKD.needs),
 }
@@ -171,8 +171,8 @@ def _check(name: str, needs: Needs, student: Detector, teacher: Detector, record
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
             raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {model.family} cannot give")
-        if record is not None and not isinstance(model, record.detector):
-            raise UserError(f"methods.{name} {record.why_detector}, and the {whom} is {model.family}")
+        if record is not None and record.ability is not None and not getattr(model, record.ability[0]):
+            raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
     if Capability.DENSE not in needs:
         return
     if student.strides != teacher.strides or student.cells != teacher.cells:

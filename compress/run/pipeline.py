@@ -7,13 +7,10 @@ process 0 does the rest.
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
@@ -21,7 +18,7 @@ from compress.config.recipe import Recipe, dump_recipe
 from compress.config.train import Train
 from compress.console import open_console
 from compress.detectors.base import Detector, freeze
-from compress.detectors.build import build_detector
+from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.manifest import Manifest
@@ -39,12 +36,11 @@ from compress.run.teacher import for_methods
 from compress.run.trainings import check_methods, evaluate_arm, train_arm
 from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
-from compress.training.distributed import on_first_process
+from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
 from deploy.validate.coco import read_annotations
-from kernels.common.backend import chosen, set_backend
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -56,17 +52,25 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
     Raises UserError for bad input; a failed accuracy gate is no error here, it is in report.json.
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run)
-    if not dry_run and _is_first_process():
-        if recipe.student.detector == "faster_rcnn":
+    if not dry_run and is_first_process():
+        reason = detector_class(recipe.student.detector, "student.detector").exportable
+        if reason is not None:
             open_console().print(
-                "not exported, validated or benchmarked: a faster_rcnn has no fixed graph; its weights are "
-                f"{run_dir / 'student.safetensors'}, its figures stand above"
+                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
+                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
             )
             return run_dir
         from compress.run.evidence import gather_evidence  # export, validation, latency, report
 
         gather_evidence(recipe, run_dir)
     return run_dir
+
+
+def _check_student(recipe: Recipe) -> None:
+    """Ask the class of the student, which may be a user's own, whether it can do what the recipe wants of it."""
+    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    if problem is not None:
+        raise UserError(": ".join(problem))
 
 
 def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True) -> Path:
@@ -83,6 +87,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     from compress.run.dry_run import dry_run as rehearse
 
     fabric = _launch(recipe)
+    _check_student(recipe)
     if dry_run:
         rehearse(recipe, fabric, distillation=distillation)
         return recipe.run_dir
@@ -184,55 +189,9 @@ def _arms(recipe: Recipe, teacher: Detector | None, pseudo: PseudoLabelled | Non
 
 
 def _launch(recipe: Recipe) -> Fabric:
-    train = recipe.train
-    taught = recipe.teacher.train if recipe.teacher is not None else None
-    if taught is not None:
-        for key in ("devices", "accelerator", "precision"):
-            if getattr(taught, key) != getattr(train, key):
-                raise UserError(
-                    f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
-                    "trains all its arms alike; give both the same value"
-                )
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its banner would mix with our lines
-    started = int(os.environ.get("WORLD_SIZE", train.devices))
-    if started != train.devices and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UserError(
-            f"torchrun started {started} processes, train.devices is {train.devices}; add --devices {started}"
-        )
-    precisions: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
-        "32": "32-true",
-        "bf16": "bf16-mixed",
-        "fp16": "16-mixed",
-    }
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
-    try:
-        fabric = Fabric(
-            accelerator=train.accelerator,
-            devices=train.devices,
-            precision=precisions[train.precision],
-            strategy="auto" if train.devices == 1 else "ddp_find_unused_parameters_true" if ends else "ddp",
-        )
-    except Exception as error:
-        message = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here ({message})"
-        ) from error
-    if train.precision == "fp16" and fabric.device.type == "cpu":
-        raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")
-    try:
-        set_backend(train.kernels)
-        chosen(torch.empty(0, device=fabric.device), has_cuda=True)  # `cuda` is compiled now, or refused
-    except ValueError as error:
-        raise UserError(f"train.kernels {train.kernels}: {error}") from None
-    fabric.launch()
-    return fabric
-
-
-def _is_first_process() -> bool:
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return launch(recipe.train, unused_parameters=ends)
 
 
 def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> None:
@@ -340,4 +299,4 @@ def _given_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Man
 
 
 def _describe(record: ModelRecord) -> str:
-    return f"{record.detector} {record.backbone}"
+    return " ".join(filter(None, (record.model.detector, record.model.backbone)))

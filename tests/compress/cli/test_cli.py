@@ -678,7 +678,7 @@ def test_one_file_is_validated_on_several_providers(run: Run, exported: Path, mo
     """The first provider is the reference. Without a GPU the others are an error, or say what ran in their place."""
     from deploy.core import cuda_driver
     from deploy.runtimes import open as files
-    from deploy.runtimes.base import Detections
+    from deploy.runtimes.base import DetectionBatch
 
     monkeypatch.chdir(exported)
     line = "validate tiny.onnx --data labels.json --images images --provider cpu,cuda --json out.json"
@@ -701,9 +701,9 @@ def test_one_file_is_validated_on_several_providers(run: Run, exported: Path, mo
         def __init__(self, runner: Any) -> None:
             self.runner, self.card, self.backend, self.on_cpu = runner, runner.card, "fake cuda", False
 
-        def __call__(self, images: np.ndarray) -> Detections:
+        def __call__(self, images: np.ndarray) -> DetectionBatch:
             found = self.runner(images)
-            return Detections(found.boxes, found.scores, found.labels, found.count * 0)
+            return DetectionBatch(found.boxes, found.scores, found.labels, found.count * 0)
 
     def open_runner(path: Path, providers: tuple[str, ...], **options: Any) -> Any:
         asked.append(providers)
@@ -809,6 +809,7 @@ def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.Mo
     """The recipe beside the checkpoint says the thresholds, the input size and where images are."""
     import torch
 
+    from compress.config.model import Model
     from compress.detectors.backbones import build_backbone
     from compress.detectors.checkpoints import ModelRecord, save_detector
     from compress.detectors.gfl import GFL
@@ -818,10 +819,8 @@ def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.Mo
     backbone = build_backbone("nano", weights="none", frozen_stages=-1, norm_eval=False)
     detector = GFL(3, backbone, neck_channels=32, head_depth=1)
     record = ModelRecord(
-        backbone="nano",
+        model=Model(backbone="nano", neck_channels=32, head_depth=1),
         num_classes=3,
-        neck_channels=32,
-        head_depth=1,
         class_names=("a", "b", "c"),
         category_ids=(1, 2, 3),
     )

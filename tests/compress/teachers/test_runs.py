@@ -12,6 +12,7 @@ import yaml
 from torchvision.models import detection
 
 from compress import cli
+from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import ModelRecord, mmdet_key
@@ -102,7 +103,7 @@ def retinanet(folder: Path) -> dict[str, Any]:
 
 def gfl_of_mmdet(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
     """A file with mmdet's keys; and its class names, if given."""
-    model = ModelRecord(backbone="resnet18", num_classes=len(NAMES), head_depth=1).build()
+    model = ModelRecord(model=Model(backbone="resnet18", head_depth=1), num_classes=len(NAMES)).build()
     torch.nn.init.normal_(model.head.gfl_cls.weight, std=0.2)  # type: ignore[union-attr, arg-type]
     state = {mmdet_key(key): value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "meta": {} if names is None else {"CLASSES": names}}, folder / "gfl.pth")
@@ -297,7 +298,7 @@ def test_a_checkpoint_without_names_has_the_datas_classes(tmp_path: Path, capsys
             {"onnx": {"file": "a", "class_names": ["a"], "output": {"boxes": "y", "transposed": True}}},
             "output.transposed: belongs to combined",
         ),
-        ({"onnx": {"file": "a", "class_names": ["a", "a"]}}, "'a' stands there twice"),
+        ({"onnx": {"file": "a", "class_names": ["a", "a"]}}, "'a' is listed twice"),
         ({"results": "a.json", "checkpoint": "b.pth"}, "excludes teacher.checkpoint; keep one of the two"),
         ({"torchvision": {"model": "ssd300_vgg16", "weights": "coco", "short": 9}}, "sees images of one size only"),
         ({"torchvision": {"model": "ssd", "weights": "coco"}}, "'ssd' is not one of retinanet_resnet50_fpn"),
