@@ -278,10 +278,9 @@ def test_weights_and_levels() -> None:
 
 def test_compiled_passes_are_asked_for_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    for file in ("attention_stats", "feature_distance"):
-        monkeypatch.setattr(
-            f"kernels.{file}.compiled_once", lambda function: asked.append(function.__name__) or function
-        )
+    monkeypatch.setattr(
+        "kernels.common.torch_pass.compiled_once", lambda function: asked.append(function.__name__) or function
+    )
     gradients = []
     for compiled in (False, True):
         student, teacher, batch = case()

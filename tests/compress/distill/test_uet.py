@@ -160,7 +160,7 @@ def test_the_teacher_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("observed", [True, False])
 def test_compiled_draws_are_asked_for_and_the_same(observed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("kernels.ops.mc_dropout.compiled_once", lambda function: asked.append(function) or function)
+    monkeypatch.setattr("kernels.common.torch_pass.compiled_once", lambda f: asked.append(f) or f)
     _, teacher = outputs()
     plain, compiled = build_uet(Recorder(), rates=RATES), build_uet(Recorder(), rates=RATES, compiled=True)
     plain.passes = compiled.passes = 0 if observed else 1
