@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import linecache
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.data.batch import Batch
+from compress.detectors.base import freeze
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import load_detector
 from compress.distill.build import build_methods
@@ -24,7 +29,7 @@ from compress.distill.uet import UET
 from compress.distill.weighting import Balanced
 from compress.run import pipeline
 from compress.run.data import open_data
-from compress.run.trainings import train_arm
+from compress.run.trainings import train as train_plan
 from deploy.core.errors import UserError
 from tests.helpers import tiny_recipe
 from tests.helpers.own_methods import Imitation
@@ -102,11 +107,9 @@ def test_it_trains_is_logged_and_resumes_exactly(tmp_path: Path) -> None:
 
 def train(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
-    teacher = load_detector(Path(recipe.teacher.checkpoint))[0].requires_grad_(False).eval()
-    train_arm(
-        fabric(), recipe, "student", recipe.student, recipe.train, open_data(recipe, fabric()),
-        teacher=teacher, identity={}, resume=True, max_steps=stop,
-    )  # fmt: skip
+    teacher = freeze(load_detector(Path(recipe.teacher.checkpoint))[0])
+    plan = replace(pipeline.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
+    train_plan(fabric(), plan, open_data(pipeline.data_plan(recipe), fabric()), resume=True, max_steps=stop)
 
 
 class Instance(Method):
@@ -170,3 +173,31 @@ def test_what_it_needs_is_checked() -> None:
 def test_a_mistake_inside_it_keeps_its_traceback() -> None:
     with pytest.raises(TypeError, match="of the user's own making"):
         built({"tests.helpers.own_methods:Broken": {}})
+
+
+MINE = """\
+from tests.helpers.own_methods import Imitation
+
+
+class Mine(Imitation):
+    factor = {factor}
+
+    def forward(self, student, teacher, batch):
+        return {{"mine": self.factor * super().forward(student, teacher, batch)["imitation"]}}
+"""
+
+
+def test_a_training_is_done_again_when_the_class_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ("methods={'mine_of_a_test:Mine': {}}", "train.steps=3", "train.schedule.warmup_steps=1")
+    trained = []
+    for factor in (1, 1, 2):
+        (tmp_path / "mine_of_a_test.py").write_text(MINE.format(factor=factor))
+        sys.modules.pop("mine_of_a_test", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        pipeline.distill(tiny_recipe.recipe(tmp_path / "runs", *settings))
+        trained.append("student: step 3/3" in capsys.readouterr().out)
+    assert trained == [True, False, True]
