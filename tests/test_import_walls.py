@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,3 +111,18 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 def test_the_recipe_loads_without_torch() -> None:
     assert "torch" not in loaded("import compress.config.recipe")
+
+
+def test_no_test_imports_a_test() -> None:
+    """What two tests share is in tests/helpers. Programs in strings are seen too."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    pattern = re.compile(
+        r"^\s*(?:from tests[\w.]*\.test_\w+ import|from tests[\w.]* import .*\btest_\w+|import tests[\w.]*\.test_)"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.match(line)
+    ]
+    assert len(files) > 100 and found == []

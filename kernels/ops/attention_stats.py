@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels.common import backend as backends
-from kernels.common.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, stream
-from kernels.common.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
+from kernels.common.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors
+from kernels.common.rows import chunks, from_rows, to_rows
+from kernels.common.torch_pass import torch_pass
 
 
 def attention_stats(x: Tensor, *, dropout: Dropout | None = None, compiled: bool = False) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,7 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.abs().mean(1), x.abs().mean((2, 3))
 
 
-# Registration ---------------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("detector_kernels::attention_stats", mutates_args=())
@@ -59,18 +60,14 @@ def _attention_stats(
 
         return kernel.forward(x, dropout)
     B, C, h, w = x.shape
-    whole, last = compiled or fits_a_chunk(x), channels_last(x)
-    draw = stream(dropout, B, x.device, whole=whole, last=last) if dropout else None
-    run = compiled_once(_whole_means) if compiled else _whole_means if whole else _means
+    run, draw, last = torch_pass(x, dropout, compiled, by_chunks=_means, at_once=_whole_means)
     of_rows, of_columns = run(to_rows(x, B, C, h * w, last), draw)
     spatial, channel = (of_rows, of_columns) if last else (of_columns, of_rows)
     return spatial.view(B, h, w), channel
 
 
 @_attention_stats.register_fake
-def _(
-    x: Tensor, rates: list[float], seed: int, offset: int, mode: str, combine: str, compiled: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
     B, C, h, w = x.shape
     return x.new_empty(B, h, w, dtype=torch.float32), x.new_empty(B, C, dtype=torch.float32)
 
@@ -95,27 +92,14 @@ def _attention_stats_backward(
 
         return kernel.backward(grad_spatial, grad_channel, x, dropout)
     B, C, h, w = x.shape
-    whole, last = compiled or fits_a_chunk(x), channels_last(x)
-    draw = stream(dropout, B, x.device, whole=whole, last=last) if dropout else None
-    run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
+    run, draw, last = torch_pass(x, dropout, compiled, by_chunks=_gradient, at_once=_whole_gradient)
     by_position, by_channel = grad_spatial.reshape(B, h * w) / C, grad_channel / (h * w)
     weights = (by_position, by_channel) if last else (by_channel, by_position)
     return from_rows(run(*weights, to_rows(x, B, C, h * w, last), draw), x, last)
 
 
 @_attention_stats_backward.register_fake
-def _(
-    grad_spatial: Tensor,
-    grad_channel: Tensor,
-    x: Tensor,
-    rates: list[float],
-    seed: int,
-    offset: int,
-    mode: str,
-    combine: str,
-    compiled: bool,
-    backend: str,
-) -> Tensor:
+def _(grad_spatial: Tensor, grad_channel: Tensor, x: Tensor, *settings: object) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -14,8 +14,6 @@ Shape letters: B images, K classes, M locations of a level.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +22,9 @@ from torch import Tensor
 
 from kernels.common import backend as backends
 from kernels.common.focal import power, power_slope
+from kernels.common.left_gradient import kept_dtype, kept_like, register_backward
 from kernels.common.logits import same_layout
-from kernels.common.precision import kept_dtype, scaled
+from kernels.common.rows import compiled_once
 
 
 def binary_kd_loss(
@@ -51,13 +50,13 @@ def binary_kd_loss(
         raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} logits differ in shape")
     if weight.shape != (student.shape[0], student.shape[2]):
         raise ValueError(f"weight must be [B, M] of {list(student.shape)}, got {list(weight.shape)}")
-    if backends.chosen(student) == "triton":
+    backend = backends.chosen(student)
+    if backend == "triton":
         student, teacher = same_layout(student, teacher)
-        with_gradient = torch.is_grad_enabled() and student.requires_grad
-        loss, disagreement, _ = _fused(student, teacher, weight.contiguous(), beta, with_gradient)
-        return loss, disagreement.detach()
-    loss, disagreement = _BinaryKD.apply(student, teacher, weight, beta, compiled)
-    return loss, disagreement
+    with_gradient = torch.is_grad_enabled() and student.requires_grad
+    inputs = student, teacher.detach(), weight.detach().contiguous()
+    loss, disagreement, _ = _binary_kd_loss(*inputs, beta, with_gradient, compiled, backend)
+    return loss, disagreement.detach()
 
 
 def reference(student: Tensor, teacher: Tensor, weight: Tensor, beta: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -100,62 +99,28 @@ def _loss_and_gradient_eager(z: Tensor, teacher: Tensor, weight: Tensor, beta: f
     return loss, disagreement, grad
 
 
-@functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_loss_and_gradient, dynamic=True)  # imports the compiler: only when somebody asks for it
-
-
-class _BinaryKD(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, beta: float, compiled: bool
-    ) -> tuple[Tensor, Tensor]:
-        run = _compiled() if compiled else _loss_and_gradient_eager
-        loss, disagreement, grad = run(student.detach().float(), teacher.detach().float(), weight.float(), beta)
-        ctx.save_for_backward(grad.to(kept_dtype(student.dtype)))
-        ctx.dtype = student.dtype
-        ctx.mark_non_differentiable(disagreement)
-        return loss, disagreement
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _disagreement: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return scaled(kept, upstream, ctx.dtype), *[None] * 4  # teacher, weight, beta, compiled
-
-
-# --- the fused operator ------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("detector_kernels::binary_kd_loss", mutates_args=())
-def _fused(
-    student: Tensor, teacher: Tensor, weight: Tensor, beta: float, with_gradient: bool
+def _binary_kd_loss(
+    student: Tensor, teacher: Tensor, weight: Tensor, beta: float, with_gradient: bool, compiled: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, disagreement, gradient."""
-    from kernels.triton import binary_kd_loss as kernel
+    if backend == "triton":
+        from kernels.triton import binary_kd_loss as kernel
 
-    return kernel.binary_kd_loss(student, teacher, weight, beta, with_gradient)
+        return kernel.binary_kd_loss(student, teacher, weight, beta, with_gradient)
+    run = compiled_once(_loss_and_gradient) if compiled else _loss_and_gradient_eager
+    loss, disagreement, grad = run(student.float(), teacher.float(), weight.float(), beta)
+    return loss, disagreement, grad.to(kept_dtype(student.dtype)) if with_gradient else student.new_empty(0)
 
 
-@_fused.register_fake
-def _(
-    student: Tensor, teacher: Tensor, weight: Tensor, beta: float, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+@_binary_kd_loss.register_fake
+def _(student: Tensor, teacher: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, _, M = student.shape
-    return (
-        student.new_empty((), dtype=torch.float32),
-        student.new_empty(B, M, dtype=torch.float32),
-        torch.empty_like(student, dtype=kept_dtype(student.dtype)) if with_gradient else student.new_empty(0),
-    )
+    loss, disagreement = student.new_empty((), dtype=torch.float32), student.new_empty(B, M, dtype=torch.float32)
+    return loss, disagreement, kept_like(student, settings[1])
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
-
-
-def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (kept,) = ctx.saved_tensors
-    return scaled(kept, upstream, ctx.dtype), *[None] * 4  # teacher, weight, beta, with_gradient
-
-
-_fused.register_autograd(_scale_gradient, setup_context=_save_gradient)
+register_backward(_binary_kd_loss, {2: 0})

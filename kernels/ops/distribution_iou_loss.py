@@ -21,8 +21,8 @@ from torch import Tensor
 
 from kernels.common import backend as backends
 from kernels.common.distribution import distances_to_boxes, integral
+from kernels.common.left_gradient import kept_like, register_backward
 from kernels.common.logits import dense, same_layout
-from kernels.common.precision import kept_dtype, scaled
 from kernels.ops.iou_loss import Kind, iou_loss_rows, paired_iou
 
 
@@ -113,7 +113,7 @@ def _boxes(logits: Tensor) -> Tensor:
     return distances_to_boxes(distances.new_zeros(2).expand(B, M, 2), distances)
 
 
-# --- the fused operator ------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 def _call(
@@ -121,12 +121,12 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
     weight = weight.detach().contiguous()
-    loss, iou, _ = _fused(logits, other, points, weight, kind, eps, with_gradient)
+    loss, iou, _ = _distribution_iou_loss(logits, other, points, weight, kind, eps, with_gradient)
     return loss, iou.detach()
 
 
 @torch.library.custom_op("detector_kernels::distribution_iou_loss", mutates_args=())
-def _fused(
+def _distribution_iou_loss(
     logits: Tensor,
     other: Tensor,
     points: Tensor | None,
@@ -141,32 +141,11 @@ def _fused(
     return kernel.distribution_iou_loss(logits, other, points, weight, kind, eps, with_gradient)
 
 
-@_fused.register_fake
-def _(
-    logits: Tensor,
-    other: Tensor,
-    points: Tensor | None,
-    weight: Tensor,
-    kind: str,
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@_distribution_iou_loss.register_fake
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, _, M = logits.shape
-    return (
-        logits.new_empty((), dtype=torch.float32),
-        logits.new_empty(B, M, dtype=torch.float32),
-        torch.empty_like(logits, dtype=kept_dtype(logits.dtype)) if with_gradient else logits.new_empty(0),
-    )
+    loss, iou = logits.new_empty((), dtype=torch.float32), logits.new_empty(B, M, dtype=torch.float32)
+    return loss, iou, kept_like(logits, others[-1])
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
-
-
-def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (kept,) = ctx.saved_tensors
-    return scaled(kept, upstream, ctx.dtype), *[None] * 6  # other, points, weight, kind, eps, with_gradient
-
-
-_fused.register_autograd(_scale_gradient, setup_context=_save_gradient)
+register_backward(_distribution_iou_loss, {2: 0})

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from kernels.common import backend as backends
-from kernels.common.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors, stream
-from kernels.common.precision import without_autocast
-from kernels.common.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
+from kernels.common.autocast import without_autocast
+from kernels.common.dropout import NO_DRAW, Dropout, Stream, all_factors, chunk_factors
+from kernels.common.rows import chunks, from_rows, to_rows
+from kernels.common.torch_pass import torch_pass
 
 
 def feature_distance(
@@ -116,7 +117,7 @@ def _checked(
     return results
 
 
-# Registration ---------------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("detector_kernels::feature_distance", mutates_args=())
@@ -144,9 +145,7 @@ def _feature_distance(
         sums = kernel.forward(student, teacher, spatial, channel, dropout)
         return sums, *(attention_kernel.forward(student, None) if means else _no_means(student))
     B, C, h, w = student.shape
-    whole, last = compiled or fits_a_chunk(student), channels_last(student)
-    draw = stream(dropout, B, student.device, whole=whole, last=last) if dropout else None
-    run = compiled_once(_whole_sums) if compiled else _whole_sums if whole else _sums
+    run, draw, last = torch_pass(student, dropout, compiled, by_chunks=_sums, at_once=_whole_sums)
     maps = to_rows(student, B, C, h * w, last), to_rows(teacher, B, C, h * w, last)
     weights = spatial.reshape(len(spatial), B, h * w).float(), channel.float()
     sums, of_rows, of_columns = run(*maps, *weights, draw, means, last)
@@ -155,21 +154,9 @@ def _feature_distance(
 
 
 @_feature_distance.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    spatial: Tensor,
-    channel: Tensor,
-    rates: list[float],
-    seed: int,
-    offset: int,
-    mode: str,
-    combine: str,
-    means: bool,
-    compiled: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, spatial: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, C, h, w = student.shape
+    means = others[6]
     sums = student.new_empty(spatial.shape[0], dtype=torch.float32)
     if not means:
         return sums, *_no_means(student)
@@ -208,9 +195,7 @@ def _feature_distance_backward(
         return kernel.backward(grad, student, teacher, spatial, channel, dropout, of_means)
     B, C = channel.shape
     S = student.shape[2] * student.shape[3]
-    whole, last = compiled or fits_a_chunk(student), channels_last(student)
-    draw = stream(dropout, B, student.device, whole=whole, last=last) if dropout else None
-    run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
+    run, draw, last = torch_pass(student, dropout, compiled, by_chunks=_gradient, at_once=_whole_gradient)
 
     def of_rows_and_columns(by_position: Tensor, by_channel: Tensor) -> tuple[Tensor, Tensor]:
         return (by_position, by_channel) if last else (by_channel, by_position)
@@ -223,23 +208,7 @@ def _feature_distance_backward(
 
 
 @_feature_distance_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_spatial: Tensor,
-    grad_channel: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    spatial: Tensor,
-    channel: Tensor,
-    rates: list[float],
-    seed: int,
-    offset: int,
-    mode: str,
-    combine: str,
-    means: bool,
-    compiled: bool,
-    backend: str,
-) -> Tensor:
+def _(grad: Tensor, grad_spatial: Tensor, grad_channel: Tensor, student: Tensor, *others: object) -> Tensor:
     return torch.empty_like(student)
 
 

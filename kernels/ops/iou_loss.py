@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.common import backend as backends
-from kernels.common.precision import kept_dtype, scaled
+from kernels.common.left_gradient import kept_like, register_backward
 
 Kind = Literal["iou", "giou", "diou", "ciou"]
 
@@ -56,7 +56,7 @@ def iou_loss(
         return reference(boxes.float(), target.float(), None if weight is None else weight.float(), kind, eps)
     rows = None if weight is None else weight.detach().reshape(-1).contiguous()
     grad = torch.is_grad_enabled()
-    return _fused(
+    return _iou_loss(
         boxes.reshape(-1, 4).contiguous(),
         target.reshape(-1, 4).contiguous(),
         rows,
@@ -153,11 +153,11 @@ def _aspect_angle(boxes: Tensor) -> Tensor:
     return torch.atan2(w, torch.where(point, torch.ones_like(h), h)) * ~point
 
 
-# --- the fused operator ------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("detector_kernels::iou_loss", mutates_args=())
-def _fused(
+def _iou_loss(
     boxes: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -177,35 +177,10 @@ def _fused(
     return kernel.iou_loss(boxes, target, weight, kind, eps, boxes_grad, target_grad)
 
 
-@_fused.register_fake
-def _(
-    boxes: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    eps: float,
-    boxes_grad: bool,
-    target_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        boxes.new_empty((), dtype=torch.float32),
-        torch.empty_like(boxes, dtype=kept_dtype(boxes.dtype)) if boxes_grad else boxes.new_empty(0),
-        torch.empty_like(target, dtype=kept_dtype(target.dtype)) if target_grad else target.new_empty(0),
-    )
+@_iou_loss.register_fake
+def _(boxes: Tensor, target: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, _, boxes_grad, target_grad, _ = settings
+    return boxes.new_empty((), dtype=torch.float32), kept_like(boxes, boxes_grad), kept_like(target, target_grad)
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.dtype = (inputs[5], inputs[6]), inputs[0].dtype
-
-
-def _scale_gradients(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    to_boxes, to_target = (
-        scaled(kept, upstream, ctx.dtype) if wanted else None
-        for kept, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    )
-    return to_boxes, to_target, *[None] * 6  # weight, kind, eps, boxes_grad, target_grad, backend
-
-
-_fused.register_autograd(_scale_gradients, setup_context=_save_gradients)
+register_backward(_iou_loss, {1: 0, 2: 1})

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from kernels.common import backend as backends
-from kernels.common.dropout import Combine, Stream, all_factors, chunk_factors, stream, three_dimensions
+from kernels.common.dropout import Combine, Stream, all_factors, chunk_factors, three_dimensions
 from kernels.common.dropout import Dropout as Dropout  # part of this module's interface
-from kernels.common.rows import channels_last, chunks, compiled_once, fits_a_chunk, from_rows, to_rows
+from kernels.common.rows import chunks, from_rows, to_rows
+from kernels.common.torch_pass import torch_pass
 
 
 def mc_dropout(
@@ -78,7 +79,7 @@ def _check(x: Tensor, dropout: Dropout) -> None:
     three_dimensions(x, dropout.mode)
 
 
-# Registration ---------------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("detector_kernels::mc_dropout", mutates_args=())
@@ -103,25 +104,14 @@ def _mc_dropout(
         out, drawn = forward(x, dropout, variance)
         return out, x.new_empty(0) if drawn is None else drawn
     B, C, S = three_dimensions(x, dropout.mode)
-    whole, last = compiled or fits_a_chunk(x), channels_last(x)
-    run = compiled_once(_whole_moments) if compiled else _whole_moments if whole else _moments
-    draw = stream(dropout, B, x.device, whole=whole, last=last)
+    run, draw, last = torch_pass(x, dropout, compiled, by_chunks=_moments, at_once=_whole_moments, images=B)
     out, var = run(to_rows(x, B, C, S, last), draw, variance)
     return from_rows(out, x, last), x.new_empty(0) if var is None else from_rows(var, x, last)
 
 
 @_mc_dropout.register_fake
-def _(
-    x: Tensor,
-    rates: list[float],
-    seed: int,
-    offset: int,
-    mode: str,
-    combine: str,
-    variance: bool,
-    compiled: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    variance = settings[5]
     return torch.empty_like(x), torch.empty_like(x) if variance else x.new_empty(0)
 
 
@@ -149,25 +139,13 @@ def _mc_dropout_backward(
 
         return backward(grad_out, grad_var, x, dropout)
     B, C, S = three_dimensions(x, dropout.mode)
-    whole, last = compiled or fits_a_chunk(x), channels_last(x)
-    run = compiled_once(_whole_gradient) if compiled else _whole_gradient if whole else _gradient
+    run, draw, last = torch_pass(x, dropout, compiled, by_chunks=_gradient, at_once=_whole_gradient, images=B)
     to_out, to_var, rows = (to_rows(t, B, C, S, last) for t in (grad_out, grad_var, x))
-    return from_rows(run(to_out, to_var, rows, stream(dropout, B, x.device, whole=whole, last=last)), x, last)
+    return from_rows(run(to_out, to_var, rows, draw), x, last)
 
 
 @_mc_dropout_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_var: Tensor,
-    x: Tensor,
-    rates: list[float],
-    seed: int,
-    offset: int,
-    mode: str,
-    combine: str,
-    compiled: bool,
-    backend: str,
-) -> Tensor:
+def _(grad_out: Tensor, grad_var: Tensor, x: Tensor, *settings: object) -> Tensor:
     return torch.empty_like(x)
 
 

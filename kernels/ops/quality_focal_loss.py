@@ -13,8 +13,6 @@ Shape letters: B images, K classes, M locations of a level, P positives.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +21,9 @@ from torch import Tensor
 
 from kernels.common import backend as backends
 from kernels.common.focal import power, power_slope
+from kernels.common.left_gradient import kept_dtype, kept_like, register_backward
 from kernels.common.logits import dense
-from kernels.common.precision import kept_dtype, scaled
+from kernels.common.rows import compiled_once
 
 
 def quality_focal_loss(
@@ -61,15 +60,16 @@ def quality_focal_loss(
         raise ValueError(f"weight must be {[B, M]} for logits {[B, K, M]}, got {list(weight.shape)}")
     if not index.shape == labels.shape == quality.shape:
         raise ValueError(f"index, labels, quality differ: {index.shape}, {labels.shape}, {quality.shape}")
-    if backends.chosen(logits) == "triton":
+    backend = backends.chosen(logits)
+    if backend == "triton":
         logits = dense(logits)
-        with_gradient = torch.is_grad_enabled() and logits.requires_grad
-        places = index.contiguous(), labels.contiguous(), quality.detach().contiguous()
-        return _fused(logits, *places, weight.contiguous(), beta, with_gradient)[0]
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif logits.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(index, B * M, "index")
         _check_range(labels, K, "labels")
-    return _QualityFocalLoss.apply(logits, index, labels, quality, weight, beta, compiled)
+    with_gradient = torch.is_grad_enabled() and logits.requires_grad
+    positives = index.contiguous(), labels.contiguous(), quality.detach().contiguous()
+    weight = weight.detach().contiguous()
+    return _quality_focal_loss(logits, *positives, weight, beta, with_gradient, compiled, backend)[0]
 
 
 def reference(
@@ -114,81 +114,58 @@ def _negative_beta2(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad
 
 
-@functools.cache
-def _negative_compiled() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return torch.compile(_negative, dynamic=True)  # imports the compiler: only when somebody asks for it
+def _loss_and_gradient(
+    z: Tensor, index: Tensor, labels: Tensor, y: Tensor, weight: Tensor, beta: float, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """The dense pass with y = 0, then the positives put right."""
+    if compiled:
+        loss, grad = compiled_once(_negative)(z, weight, beta)
+    elif beta == 2.0:
+        loss, grad = _negative_beta2(z, weight)
+    else:
+        loss, grad = _negative(z, weight, beta)
+    M = z.shape[2]
+    b, m = index // M, index % M
+    z_p, v_p = z[b, labels, m], weight[b, m]
+    s = z_p.sigmoid()
+    bce = F.softplus(z_p) - y * z_p
+    difference = (s - y).abs()
+    factor = difference.pow(beta)
+    slope = power_slope(difference, beta) * (s - y).sign() * s * (1 - s)
+    negative = F.softplus(z_p) * s.pow(beta)
+    loss = loss + (v_p * (bce * factor - negative)).sum()
+    grad[b, labels, m] = v_p * ((s - y) * factor + bce * slope)
+    return loss, grad
 
 
-class _QualityFocalLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        index: Tensor,
-        labels: Tensor,
-        quality: Tensor,
-        weight: Tensor,
-        beta: float,
-        compiled: bool,
-    ) -> Tensor:
-        z, weight, y = logits.detach().float(), weight.float(), quality.detach().float()
-        if compiled:
-            loss, grad = _negative_compiled()(z, weight, beta)
-        elif beta == 2.0:
-            loss, grad = _negative_beta2(z, weight)
-        else:
-            loss, grad = _negative(z, weight, beta)
-
-        M = z.shape[2]
-        b, m = index // M, index % M
-        z_p, v_p = z[b, labels, m], weight[b, m]
-        s = z_p.sigmoid()
-        bce = F.softplus(z_p) - y * z_p
-        difference = (s - y).abs()
-        factor = difference.pow(beta)
-        slope = power_slope(difference, beta) * (s - y).sign() * s * (1 - s)
-        negative = F.softplus(z_p) * s.pow(beta)
-        loss = loss + (v_p * (bce * factor - negative)).sum()
-        grad[b, labels, m] = v_p * ((s - y) * factor + bce * slope)
-        ctx.save_for_backward(grad.to(kept_dtype(logits.dtype)))
-        ctx.dtype = logits.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        return scaled(kept, upstream, ctx.dtype), *[None] * 6  # index, labels, quality, weight, beta, compiled
-
-
-# --- the fused operator ------------------------------------------------------------------------------------------
+# --- registration ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("detector_kernels::quality_focal_loss", mutates_args=())
-def _fused(
-    logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
+def _quality_focal_loss(
+    logits: Tensor,
+    index: Tensor,
+    labels: Tensor,
+    quality: Tensor,
+    weight: Tensor,
+    beta: float,
+    with_gradient: bool,
+    compiled: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss, gradient."""
-    from kernels.triton import quality_focal_loss as kernel
+    if backend == "triton":
+        from kernels.triton import quality_focal_loss as kernel
 
-    return kernel.quality_focal_loss(logits, index, labels, quality, weight, beta, with_gradient)
-
-
-@_fused.register_fake
-def _(
-    logits: Tensor, index: Tensor, labels: Tensor, quality: Tensor, weight: Tensor, beta: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(logits, dtype=kept_dtype(logits.dtype)) if with_gradient else logits.new_empty(0)
-    return logits.new_empty((), dtype=torch.float32), gradient
+        return kernel.quality_focal_loss(logits, index, labels, quality, weight, beta, with_gradient)
+    z, y = logits.float(), quality.float()
+    loss, grad = _loss_and_gradient(z, index, labels, y, weight.float(), beta, compiled)
+    return loss, grad.to(kept_dtype(logits.dtype)) if with_gradient else logits.new_empty(0)
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+@_quality_focal_loss.register_fake
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty((), dtype=torch.float32), kept_like(logits, others[5])
 
 
-def _scale_gradient(ctx: Any, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (kept,) = ctx.saved_tensors
-    return scaled(kept, upstream, ctx.dtype), *[None] * 6  # index, labels, quality, weight, beta, with_gradient
-
-
-_fused.register_autograd(_scale_gradient, setup_context=_save_gradient)
+register_backward(_quality_focal_loss, {1: 0})

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.precision import kept_dtype
+from kernels.common.left_gradient import kept_dtype
 from kernels.triton.math import log1p_unit, power, power_slope, special_exponent, unit
 
 TILE = 2048  # 16 elements a thread: enough loads in flight to hide the latency of memory

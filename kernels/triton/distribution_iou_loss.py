@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.precision import kept_dtype
+from kernels.common.left_gradient import kept_dtype
 from kernels.triton.iou_loss import KINDS, iou_and_gradients, split_rows
 from kernels.triton.math import unit
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.precision import kept_dtype
+from kernels.common.left_gradient import kept_dtype
 from kernels.triton.math import atan_unit
 
 KINDS = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3}

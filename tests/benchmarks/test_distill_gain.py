@@ -14,7 +14,7 @@ from benchmarks.suites import distill_gain
 from benchmarks.suites.distill_gain import BASELINE, PRESETS, Arm, arm_recipe, picture, read_table, summarise, table
 from compress.config.recipe import load_recipe
 from deploy.core.errors import UserError
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in PRESETS.iterdir()))
@@ -85,7 +85,7 @@ def test_picture_and_table() -> None:
 def test_from_the_command_line_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny.recipe_file(tmp_path, "train.steps=2")
+    recipe = tiny_recipe.recipe_file(tmp_path, "train.steps=2")
     out = tmp_path / "result.json"
     arguments = ["distill_gain", str(recipe), "--seeds", "0,1", "--set", "train.steps=3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -19,9 +19,9 @@ from compress.distill.method import Outputs
 from compress.run import pipeline
 from compress.teachers.mmdet import MmdetDetector, open_mmdet
 from deploy.core.errors import UserError
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
 from tests.parity_mmdet import models
-from tests.parity_mmdet.test_gfl_parity import sample
+from tests.parity_mmdet.samples import sample
 
 NAMES = tuple(class_names(3))
 
@@ -34,7 +34,7 @@ def saved(folder: Path, kind: str) -> tuple[Path, Path]:
 
 def recipe(folder: Path, kind: str, *overrides: str) -> Recipe:
     config, checkpoint = saved(folder / kind, kind)
-    return tiny.recipe(folder, f"teacher={{mmdet: {{config: {config}, checkpoint: {checkpoint}}}}}", *overrides)
+    return tiny_recipe.recipe(folder, f"teacher={{mmdet: {{config: {config}, checkpoint: {checkpoint}}}}}", *overrides)
 
 
 @pytest.mark.parametrize(

@@ -426,7 +426,7 @@ def test_options_reach_the_pipeline(run: Run, pipeline: types.ModuleType) -> Non
 
 
 def test_after_distillation_the_trained_scales_are_what_to_export(run: Run, pipeline: types.ModuleType) -> None:
-    from tests.helpers.tiny import TEXT
+    from tests.helpers.tiny_recipe import TEXT
 
     Path("tiny.yaml").write_text(TEXT.format(runs="runs"))
     following = "next: compress export runs/tiny/student"
@@ -437,7 +437,7 @@ def test_after_distillation_the_trained_scales_are_what_to_export(run: Run, pipe
 
 def test_nothing_leads_from_faster_rcnn_to_an_export(run: Run, pipeline: types.ModuleType) -> None:
     """No report is read, not even one of an earlier student, and nothing is recommended that would be refused."""
-    from tests.helpers.tiny import TEXT
+    from tests.helpers.tiny_recipe import TEXT
 
     Path("tiny.yaml").write_text(TEXT.format(runs="runs"))
     family = "--set student.detector=faster_rcnn --set methods={} --set baseline=false"
@@ -451,7 +451,7 @@ def test_nothing_leads_from_faster_rcnn_to_an_export(run: Run, pipeline: types.M
 
 def test_who_uses_pseudo_labels(run: Run, pipeline: types.ModuleType) -> None:
     """`distill` needs no method beside them, `train` says that it leaves them out."""
-    from tests.helpers.tiny import TEXT
+    from tests.helpers.tiny_recipe import TEXT
 
     Path("tiny.yaml").write_text(TEXT.format(runs="runs"))
     alone = "tiny.yaml --set methods={}"
@@ -661,7 +661,7 @@ def test_validate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_values_that_are_not_finite_fail_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one box of the labels is found by neither file, so mAP alone would pass; the other file is judged as well."""
-    from tests.deploy.quantize.test_diagnose import harmed, log_of_negative
+    from tests.helpers.harmed_graphs import harmed, log_of_negative
 
     monkeypatch.chdir(exported)
     harmed(Path("tiny.onnx"), Path("nan.onnx"), log_of_negative)

@@ -26,7 +26,7 @@ from compress.run.data import open_data
 from compress.run.trainings import train_arm
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
 
 K = 3
 SMALL = {"retinanet": {"anchor_scale": 2.0}, "faster_rcnn": {"anchor_scale": 4.0, "head_depth": 0, "roi_samples": 16}}
@@ -190,7 +190,9 @@ def settings_of(family: str) -> list[str]:
 @pytest.mark.parametrize(("family", "teacher"), [("fcos", "faster_rcnn"), ("retinanet", "retinanet")])
 def test_a_run_of_another_family_ends_in_a_proven_file(family: str, teacher: str, tmp_path: Path) -> None:
     taught = [settings_of(family)[0], *settings_of(teacher)[1:3]]
-    recipe = tiny.recipe(tmp_path, *taught, f"deploy.precisions={['fp32', 'fp16'][: 2 if family == 'fcos' else 1]}")
+    recipe = tiny_recipe.recipe(
+        tmp_path, *taught, f"deploy.precisions={['fp32', 'fp16'][: 2 if family == 'fcos' else 1]}"
+    )
     run_dir = pipeline.run(recipe)
     report = json.loads((run_dir / "report.json").read_text())
     files = {row["file"]: row for row in report["artifacts"]}
@@ -205,7 +207,7 @@ def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(
 ) -> None:
     from compress.run.export import torch_runner
 
-    recipe = tiny.recipe(tmp_path, *settings_of("faster_rcnn"))
+    recipe = tiny_recipe.recipe(tmp_path, *settings_of("faster_rcnn"))
     options = [word for setting in settings_of("faster_rcnn") for word in ("--set", setting)]
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", str(tmp_path / "tiny.yaml"), *options])
@@ -220,16 +222,16 @@ def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(
 
 
 def test_a_dry_run_names_the_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.distill(tiny.recipe(tmp_path, settings_of("fcos")[0]), dry_run=True, distillation=False)
+    pipeline.distill(tiny_recipe.recipe(tmp_path, settings_of("fcos")[0]), dry_run=True, distillation=False)
     assert "student: fcos nano, " in capsys.readouterr().out
 
 
 def test_training_goes_on_exactly(tmp_path: Path) -> None:
     """Faster R-CNN draws samples: also those are the same after a resume."""
-    whole = tiny.recipe(tmp_path / "a", *settings_of("faster_rcnn"), "baseline=false")
+    whole = tiny_recipe.recipe(tmp_path / "a", *settings_of("faster_rcnn"), "baseline=false")
     weights = []
     for folder, stops in (("a", [None]), ("b", [3, None])):
-        recipe = tiny.recipe(tmp_path / folder, *settings_of("faster_rcnn"), "baseline=false")
+        recipe = tiny_recipe.recipe(tmp_path / folder, *settings_of("faster_rcnn"), "baseline=false")
         fabric = pipeline._launch(recipe)
         data = open_data(recipe, fabric)
         for stop in stops:

@@ -7,22 +7,17 @@ import torch
 
 from compress.data.batch import Target
 from compress.detectors.assign import atss
-from tests.helpers import case_g
+from tests.helpers import gfl_case
+from tests.helpers.gfl_case import close
 from tests.oracles import ORACLES
-
-TOLERANCE = {"rtol": 0, "atol": 2e-5}  # the oracles are printed with six decimals, made in float32
-
-
-def close(value: torch.Tensor, expected: object) -> None:
-    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_losses_and_gradients(compiled: bool) -> None:
     expected = ORACLES["F5_gfl_case"]
-    detector, prediction = case_g.detector(), case_g.prediction("student")
+    detector, prediction = gfl_case.detector(), gfl_case.prediction("student")
     detector.compiled = compiled
-    targets = detector.assign(prediction, case_g.targets())
+    targets = detector.assign(prediction, gfl_case.targets())
     assert int(targets.avg_factor) == expected["avg_factor"]
     losses = detector.loss_by_level(prediction, targets)
     for name, value in losses.items():
@@ -36,8 +31,8 @@ def test_losses_and_gradients(compiled: bool) -> None:
 
 def test_positives_and_valid_locations() -> None:
     expected = ORACLES["F5_gfl_case"]
-    detector, prediction = case_g.detector(), case_g.prediction("student")
-    targets = detector.assign(prediction, case_g.targets())
+    detector, prediction = gfl_case.detector(), gfl_case.prediction("student")
+    targets = detector.assign(prediction, gfl_case.targets())
     levels = targets.assignment.gt_index.split([256, 64], 1)
     for level, rows in enumerate(expected["pos"]):
         found = [
@@ -62,8 +57,8 @@ def test_assignment_on_five_levels() -> None:
 
 
 def test_inference() -> None:
-    detector, prediction = case_g.detector(), case_g.prediction("student", shift=1.0)
-    detections = detector.decode(prediction, case_g.targets())
+    detector, prediction = gfl_case.detector(), gfl_case.prediction("student", shift=1.0)
+    detections = detector.decode(prediction, gfl_case.targets())
     for found, expected in zip(detections, ORACLES["F7_infer"], strict=True):
         assert len(found.scores) == expected["num"]
         close(found.boxes[:5], [row[0] for row in expected["top5"]])
@@ -72,8 +67,8 @@ def test_inference() -> None:
 
 
 def test_inference_scales_to_the_original_image() -> None:
-    detector, prediction = case_g.detector(), case_g.prediction("student", shift=1.0)
-    targets = case_g.targets()
+    detector, prediction = gfl_case.detector(), gfl_case.prediction("student", shift=1.0)
+    targets = gfl_case.targets()
     plain = detector.decode(prediction, targets)[1]
     targets[1].original_size = (120, 192)  # the image was shrunk to (60, 96)
     doubled = detector.decode(prediction, targets)[1]
@@ -81,7 +76,7 @@ def test_inference_scales_to_the_original_image() -> None:
 
 
 def test_an_empty_batch_is_all_negative_and_differentiable() -> None:
-    detector, prediction = case_g.detector(), case_g.prediction("student")
+    detector, prediction = gfl_case.detector(), gfl_case.prediction("student")
     empty = [
         Target(
             boxes=torch.zeros(0, 4),
@@ -103,8 +98,8 @@ def test_an_empty_batch_is_all_negative_and_differentiable() -> None:
 
 
 def test_crowd_boxes_are_no_targets() -> None:
-    detector, prediction = case_g.detector(), case_g.prediction("student")
-    with_crowd = case_g.targets()
+    detector, prediction = gfl_case.detector(), gfl_case.prediction("student")
+    with_crowd = gfl_case.targets()
     with_crowd[0].ignore[0] = True
     index = detector.assign(prediction, with_crowd).assignment.gt_index[0]
     assert set(index.unique().tolist()) == {-1, 1}

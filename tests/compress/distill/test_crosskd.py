@@ -23,9 +23,9 @@ from compress.distill.method import Outputs
 from compress.distill.teacher import freeze
 from deploy.core.errors import UserError
 from kernels.ops.binary_kd_loss import reference
-from tests.compress.detectors.test_gfl_oracles import close
-from tests.helpers import case_g
-from tests.helpers.variations import assert_same, batch, bfloat16, certain, leaves, total
+from tests.helpers import gfl_case
+from tests.helpers.gfl_case import close
+from tests.helpers.method_checks import assert_same, batch, bfloat16, certain, leaves, total
 from tests.oracles import ORACLES, sine
 
 CHANNELS, CLASSES = 16, 3
@@ -35,7 +35,7 @@ ALL_TERMS = ["crosskd_cls", "crosskd_reg", "crosskd_giou"]
 
 def test_imitation_on_case_g() -> None:
     expected = ORACLES["E_crosskd"]
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     assert student.targets is not None
     valid = student.targets.assignment.valid
     losses = imitation(

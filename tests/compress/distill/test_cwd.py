@@ -12,14 +12,14 @@ from torch import Tensor
 from compress.detectors.base import Capability
 from compress.distill.cwd import CWD, channel_kl
 from deploy.core.errors import UserError
-from tests.helpers import case_g, pyramids
+from tests.helpers import gfl_case, pyramid_maps
 from tests.oracles import ORACLES, sine
 
 STUDENT, TEACHER = sine((2, 3, 2, 2), 1.0, 0.7, 0.1), sine((2, 3, 2, 2), 1.4, 0.6, 0.9, 0.3)
 
 
 def loss(method: CWD, s: list[Tensor], t: list[Tensor], certainty: list[Tensor] | None = None) -> Tensor:
-    value: Tensor = method(pyramids.outputs(s), pyramids.outputs(t, certainty), pyramids.EMPTY)["cwd"]
+    value: Tensor = method(pyramid_maps.outputs(s), pyramid_maps.outputs(t, certainty), pyramid_maps.EMPTY)["cwd"]
     return value
 
 
@@ -74,17 +74,17 @@ def test_offset_of_a_channel_does_not_matter_and_no_weighting_makes_a_difference
 
 
 def test_certainty_of_ones_and_zeros() -> None:
-    s, t = pyramids.maps(4, 0), pyramids.maps(4, 1)
+    s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
     method = CWD(4, 4, levels=2)
-    torch.testing.assert_close(loss(method, s, t, pyramids.certainties(1.0)), loss(method, s, t))
-    assert loss(method, s, t, pyramids.certainties(0.0)) == 0
+    torch.testing.assert_close(loss(method, s, t, pyramid_maps.certainties(1.0)), loss(method, s, t))
+    assert loss(method, s, t, pyramid_maps.certainties(0.0)) == 0
 
 
 def test_on_logits() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     method = CWD(8, 16, levels=2, on="logits")
     assert not list(method.parameters())
-    value = method(student, teacher, pyramids.EMPTY)["cwd"]
+    value = method(student, teacher, pyramid_maps.EMPTY)["cwd"]
     pairs = zip(student.prediction.logits, teacher.prediction.logits, strict=True)
     expected = torch.stack([channel_kl(s.detach().double(), t.double(), 1.0) for s, t in pairs]).sum()
     assert value.item() == pytest.approx(5 * expected.item(), rel=1e-5)
@@ -96,7 +96,7 @@ def test_on_logits() -> None:
 
 
 def test_adapters_precision_and_weights() -> None:
-    s, t = pyramids.maps(3, 0, grad=True), pyramids.maps(4, 1, grad=True)
+    s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
     method = CWD(3, 4, levels=2)
     loss(method, s, t).backward()
     assert all(x.grad is None for x in t)
@@ -109,7 +109,7 @@ def test_adapters_precision_and_weights() -> None:
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, loss(method, [x.float() for x in low_s], [x.float() for x in low_t]))
 
-    other = pyramids.maps(4, 2)
+    other = pyramid_maps.maps(4, 2)
     plain = loss(CWD(4, 4, levels=2, loss_weight=1.0), t, other)
     torch.testing.assert_close(loss(CWD(4, 4, levels=2, weight=0.5), t, other), 5 * plain)
     nothing = loss(CWD(4, 4, levels=2, weight=0.0), t, other)

@@ -9,9 +9,9 @@ import torch
 from compress.distill.bckd import BCKD
 from compress.distill.dkd import DKD, decoupled_kl, decoupled_rows
 from kernels.ops.binary_kd_loss import reference
-from tests.compress.detectors.test_gfl_oracles import close
-from tests.helpers import case_g
-from tests.helpers.variations import batch, certain, check_common, outputs, total, without_boxes
+from tests.helpers import gfl_case
+from tests.helpers.gfl_case import close
+from tests.helpers.method_checks import batch, certain, check_common, outputs, total, without_boxes
 from tests.oracles import ORACLES, sine
 
 
@@ -57,7 +57,7 @@ def test_rows_equal_a_naive_reference(temperature: float) -> None:
 
 
 def test_both_halves_together_are_bckd_at_the_positives() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     assert student.targets is not None
     losses = DKD(beta=1.0).by_level(student, teacher)
     positive = (student.targets.assignment.gt_index >= 0).float().split([256, 64], 1)
@@ -70,7 +70,7 @@ def test_both_halves_together_are_bckd_at_the_positives() -> None:
 
 
 def test_weights_scale_the_terms() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     plain = DKD(beta=1.0)(student, teacher, batch())
     scaled = DKD(weight=0.5, alpha=3.0, beta=4.0)(student, teacher, batch())
     assert set(scaled) == {"dkd_target", "dkd_other"}
@@ -79,11 +79,11 @@ def test_weights_scale_the_terms() -> None:
 
 
 def test_what_holds_for_every_method() -> None:
-    check_common(DKD(), DKD(weight=0.0), *case_g.outputs())
+    check_common(DKD(), DKD(weight=0.0), *gfl_case.outputs())
 
 
 def test_certainty_belongs_to_its_location() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     teacher = certain(teacher, 0.0)
     assert teacher.certainty is not None
     teacher.certainty[0][0, 5, 5] = 2.0  # positive 85 of image 0, label 0

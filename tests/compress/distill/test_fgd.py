@@ -19,7 +19,7 @@ from compress.distill.fgd import (
     foreground,
     relation_rest,
 )
-from tests.helpers import pyramids
+from tests.helpers import pyramid_maps
 from tests.oracles import ORACLES, sine
 
 CASE = ORACLES["E_fgd"]
@@ -30,7 +30,7 @@ def case() -> tuple[Tensor, Tensor, Batch]:
     """Student, teacher and boxes of the authors' numbers."""
     student = sine((2, 4, 4, 6), 1.0, 0.31, 0.2).float().requires_grad_()
     teacher = sine((2, 4, 4, 6), 1.3, 0.31, 0.7, 0.1).float()
-    return student, teacher, pyramids.batch(CASE["gt"], CASE["img_shape"])
+    return student, teacher, pyramid_maps.batch(CASE["gt"], CASE["img_shape"])
 
 
 def with_parameters() -> FGD:
@@ -47,7 +47,7 @@ def with_parameters() -> FGD:
 
 
 def run(method: FGD, student: Tensor, teacher: Tensor, batch: Batch) -> dict[str, Tensor]:
-    return method(pyramids.outputs([student]), pyramids.outputs([teacher]), batch)
+    return method(pyramid_maps.outputs([student]), pyramid_maps.outputs([teacher]), batch)
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
@@ -185,16 +185,16 @@ def test_finite_differences() -> None:
 def test_crowds_are_background_and_empty_images_have_no_foreground() -> None:
     student, teacher, _ = case()
     boxes = CASE["gt"][0]
-    crowd = pyramids.batch([boxes, []], CASE["img_shape"], ignore=[[True, False], []])
-    alone = pyramids.batch([boxes[1:], []], CASE["img_shape"])
+    crowd = pyramid_maps.batch([boxes, []], CASE["img_shape"], ignore=[[True, False], []])
+    alone = pyramid_maps.batch([boxes[1:], []], CASE["img_shape"])
     method = FGD(4, 4, levels=1)
     for a, b in zip(
         run(method, student, teacher, crowd).values(), run(method, student, teacher, alone).values(), strict=True
     ):
         torch.testing.assert_close(a, b)
     for empty in (
-        pyramids.batch([[], []], CASE["img_shape"]),
-        pyramids.batch([boxes, []], CASE["img_shape"], ignore=[[True, True], []]),
+        pyramid_maps.batch([[], []], CASE["img_shape"]),
+        pyramid_maps.batch([boxes, []], CASE["img_shape"], ignore=[[True, True], []]),
     ):
         losses = run(method, student, teacher, empty)
         assert losses["fgd_fg"] == 0 and losses["fgd_bg"] > 0
@@ -204,12 +204,12 @@ def test_crowds_are_background_and_empty_images_have_no_foreground() -> None:
 def test_box_norm_batch_puts_boxes_where_they_are() -> None:
     # 32 × 32 image in a 32 × 64 batch: its right half is padding, and a box over the left half of the image covers
     # the first quarter of the map, plus the inclusive column. As published the drawing is stretched to the half.
-    batch = pyramids.batch([[[0.0, 0.0, 15.9, 31.9]]], [(32, 32)], padded=(32, 64))
+    batch = pyramid_maps.batch([[[0.0, 0.0, 15.9, 31.9]]], [(32, 32)], padded=(32, 64))
     s, t = torch.zeros(1, 2, 4, 8), torch.ones(1, 2, 4, 8)
     sensitive = {}
     for norm in ("img", "batch"):
         x = s.clone().requires_grad_()
-        losses = FGD(2, 2, levels=1, box_norm=norm)(pyramids.outputs([x]), pyramids.outputs([t]), batch)
+        losses = FGD(2, 2, levels=1, box_norm=norm)(pyramid_maps.outputs([x]), pyramid_maps.outputs([t]), batch)
         (grad,) = torch.autograd.grad(losses["fgd_fg"], x)
         sensitive[norm] = (grad[0, 0, 0] != 0).tolist()
     assert sensitive["batch"] == [True] * 3 + [False] * 5
@@ -217,16 +217,16 @@ def test_box_norm_batch_puts_boxes_where_they_are() -> None:
 
 
 def test_certainty() -> None:
-    s, t = pyramids.maps(4, 0), pyramids.maps(4, 1)
-    batch = pyramids.batch([[[3.0, 2.0, 30.0, 20.0]], []], [(32, 64), (32, 50)])
+    s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
+    batch = pyramid_maps.batch([[[3.0, 2.0, 30.0, 20.0]], []], [(32, 64), (32, 50)])
     method = FGD(4, 4, levels=2)
     for block in (*method.student_context, *method.teacher_context):
         torch.nn.init.normal_(block.add[-1].weight)
-    student = pyramids.outputs(s)
-    plain = method(student, pyramids.outputs(t), batch)
-    ones = method(student, pyramids.outputs(t, pyramids.certainties(1.0)), batch)
-    zeros = method(student, pyramids.outputs(t, pyramids.certainties(0.0)), batch)
-    half = method(student, pyramids.outputs(t, pyramids.certainties(0.5)), batch)
+    student = pyramid_maps.outputs(s)
+    plain = method(student, pyramid_maps.outputs(t), batch)
+    ones = method(student, pyramid_maps.outputs(t, pyramid_maps.certainties(1.0)), batch)
+    zeros = method(student, pyramid_maps.outputs(t, pyramid_maps.certainties(0.0)), batch)
+    half = method(student, pyramid_maps.outputs(t, pyramid_maps.certainties(0.5)), batch)
     for name in TERMS:
         torch.testing.assert_close(ones[name], plain[name])
         torch.testing.assert_close(half[name], plain[name] / 2)
@@ -234,10 +234,10 @@ def test_certainty() -> None:
 
 
 def test_adapters_precision_and_who_learns() -> None:
-    s, t = pyramids.maps(3, 0, grad=True), pyramids.maps(4, 1, grad=True)
+    s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
     method = FGD(3, 4, levels=2)
-    batch = pyramids.batch([[[3.0, 2.0, 30.0, 20.0]], []], [(32, 64), (32, 50)])
-    total(method(pyramids.outputs(s), pyramids.outputs(t), batch)).backward()
+    batch = pyramid_maps.batch([[[3.0, 2.0, 30.0, 20.0]], []], [(32, 64), (32, 50)])
+    total(method(pyramid_maps.outputs(s), pyramid_maps.outputs(t), batch)).backward()
     assert all(x.grad is None for x in t)
     assert all(x.grad is not None and x.grad.any() for x in s)
     assert all(p.grad is not None for p in method.parameters())
@@ -245,9 +245,11 @@ def test_adapters_precision_and_who_learns() -> None:
 
     assert FGD(4, 4).adapter.convs is None and FGD(4, 4, adapter="always").adapter.convs is not None
     rounded_s, rounded_t = [x.detach().bfloat16() for x in s], [x.detach().bfloat16() for x in t]
-    low = method(pyramids.outputs(rounded_s), pyramids.outputs(rounded_t), batch)
+    low = method(pyramid_maps.outputs(rounded_s), pyramid_maps.outputs(rounded_t), batch)
     full = method(
-        pyramids.outputs([x.float() for x in rounded_s]), pyramids.outputs([x.float() for x in rounded_t]), batch
+        pyramid_maps.outputs([x.float() for x in rounded_s]),
+        pyramid_maps.outputs([x.float() for x in rounded_t]),
+        batch,
     )
     for name in TERMS:
         assert low[name].dtype == torch.float32
@@ -266,10 +268,10 @@ def test_weights_and_levels() -> None:
     (grad,) = torch.autograd.grad(nothing, student)
     assert nothing == 0 and not grad.any()
 
-    s, t = pyramids.maps(4, 0), pyramids.maps(4, 1)
+    s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
     method = FGD(4, 4, levels=2)
-    both = method.by_level(pyramids.outputs(s), pyramids.outputs(t), pyramids.EMPTY)
-    first = FGD(4, 4, levels=1)(pyramids.outputs(s), pyramids.outputs(t), pyramids.EMPTY)
+    both = method.by_level(pyramid_maps.outputs(s), pyramid_maps.outputs(t), pyramid_maps.EMPTY)
+    first = FGD(4, 4, levels=1)(pyramid_maps.outputs(s), pyramid_maps.outputs(t), pyramid_maps.EMPTY)
     for name in TERMS:
         torch.testing.assert_close(both[name][0], first[name])
 

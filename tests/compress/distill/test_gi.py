@@ -12,7 +12,7 @@ from torchvision.ops import nms
 from compress.distill import gi
 from compress.distill.gi import GI, best_apart, general_instances, imitation
 from compress.distill.method import Outputs, boxes_in_strides
-from tests.helpers import case_g, pyramids
+from tests.helpers import gfl_case, pyramid_maps
 from tests.oracles import ORACLES
 
 CASE = ORACLES["E_gi"]
@@ -21,10 +21,10 @@ CHANNELS = 4
 
 def case(student_channels: int = CHANNELS, certainty: list[Tensor] | None = None) -> tuple[Outputs, Outputs]:
     """CASE-G with random pyramid maps."""
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     generator = torch.Generator().manual_seed(0)
-    student.features = [torch.randn(2, student_channels, *size, generator=generator) for size in case_g.SIZES]
-    teacher.features = [torch.randn(2, CHANNELS, *size, generator=generator) for size in case_g.SIZES]
+    student.features = [torch.randn(2, student_channels, *size, generator=generator) for size in gfl_case.SIZES]
+    teacher.features = [torch.randn(2, CHANNELS, *size, generator=generator) for size in gfl_case.SIZES]
     for x in [*student.features, *teacher.features]:
         x.requires_grad_()
     teacher.certainty = certainty
@@ -32,7 +32,7 @@ def case(student_channels: int = CHANNELS, certainty: list[Tensor] | None = None
 
 
 def loss(method: GI, student: Outputs, teacher: Outputs) -> Tensor:
-    value: Tensor = method(student, teacher, pyramids.EMPTY)["gi"]
+    value: Tensor = method(student, teacher, pyramid_maps.EMPTY)["gi"]
     return value
 
 
@@ -59,7 +59,7 @@ def test_selection_of_each_image() -> None:
     assert student.targets is not None
     chosen = GI(CHANNELS, CHANNELS, levels=2, topk=3).select(student, teacher)
     first = 0
-    for level, (h, w) in enumerate(case_g.SIZES):
+    for level, (h, w) in enumerate(gfl_case.SIZES):
         M = h * w
         scores, boxes = scores_and_boxes(student, teacher, level)
         expected = []
@@ -149,10 +149,10 @@ def test_certainty() -> None:
     def weighted(values: list[Tensor] | None) -> float:
         return loss(method, *case(certainty=values)).item()
 
-    ones = [torch.ones(2, *size) for size in case_g.SIZES]
+    ones = [torch.ones(2, *size) for size in gfl_case.SIZES]
     assert weighted(ones) == pytest.approx(weighted(None), rel=1e-6)
     assert weighted([0 * x for x in ones]) == 0
-    random = [torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) for size in case_g.SIZES]
+    random = [torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) for size in gfl_case.SIZES]
     student, teacher = case()
     expected = 0.0
     for s, t, c, index in zip(student.features, teacher.features, random, method.select(student, teacher), strict=True):

@@ -10,9 +10,9 @@ from compress.detectors.assign import anchors
 from compress.distill import ld
 from compress.distill.ld import LD, side_rows, softened_kl, vlr_region
 from deploy.core.errors import UserError
-from tests.compress.detectors.test_gfl_oracles import close
-from tests.helpers import case_g
-from tests.helpers.variations import (
+from tests.helpers import gfl_case
+from tests.helpers.gfl_case import close
+from tests.helpers.method_checks import (
     assert_same,
     batch,
     check_common,
@@ -56,7 +56,7 @@ def test_side_rows_follow_the_layout_of_the_head() -> None:
 
 
 def test_region_of_case_g() -> None:
-    student, _ = case_g.outputs()
+    student, _ = gfl_case.outputs()
     assert student.targets is not None
     region = LD()._region(student.prediction, student.targets)
     for image in (0, 1):
@@ -72,7 +72,7 @@ def test_region_of_case_g() -> None:
 
 
 def test_case_g_losses() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     losses = LD().by_level(student, teacher)
     close(losses["ld_main"], ORACLES["E_ld_case"]["loss_ld"])
     close(losses["ld_vlr"], ORACLES["E_ld_vlr"]["loss_ld_vlr"])
@@ -116,19 +116,19 @@ def test_region_equals_a_naive_reference(overlap: ld.Overlap, monkeypatch: pytes
 
 
 def test_true_diou_bounds_a_region_of_its_own() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     official, intended = (LD(vlr_overlap=x).by_level(student, teacher)["ld_vlr"] for x in ("iof", "diou"))
     assert (official != intended).all() and (intended > 0).all()
 
 
 def test_the_box_terms_read_no_value_on_the_way() -> None:
-    student, teacher = (without_values(x) for x in case_g.outputs())
+    student, teacher = (without_values(x) for x in gfl_case.outputs())
     losses = LD(classification=0.0)(student, teacher, batch())
     assert all(value.is_meta for value in losses.values())
 
 
 def test_normalised_by_positives() -> None:
-    student, teacher = case_g.outputs()  # 7 and 4 positives, A = 11
+    student, teacher = gfl_case.outputs()  # 7 and 4 positives, A = 11
     official, ours = (LD(normalise=x).by_level(student, teacher) for x in ("official", "positives"))
     torch.testing.assert_close(ours["ld_main"], official["ld_main"] / 11)
     torch.testing.assert_close(ours["ld_vlr"], official["ld_vlr"] / 11)
@@ -136,7 +136,7 @@ def test_normalised_by_positives() -> None:
 
 
 def test_weights_scale_the_terms() -> None:
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     plain = LD()(student, teacher, batch())
     scaled = LD(weight=0.5, main=0.5, vlr=1.0, classification=30.0)(student, teacher, batch())
     torch.testing.assert_close(scaled["ld_main"], plain["ld_main"])
@@ -147,7 +147,7 @@ def test_weights_scale_the_terms() -> None:
 
 def test_several_processes_share_the_positives() -> None:
     """Two processes with the same images each: the mean of their losses is the loss of one."""
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     assert student.targets is not None
     plain = LD().by_level(student, teacher)
     student.targets.level_positives, student.targets.world_size = student.targets.level_positives * 2, 2
@@ -155,7 +155,7 @@ def test_several_processes_share_the_positives() -> None:
 
 
 def test_what_holds_for_every_method() -> None:
-    check_common(LD(), LD(weight=0.0), *case_g.outputs())
+    check_common(LD(), LD(weight=0.0), *gfl_case.outputs())
 
 
 def test_images_without_ground_truth() -> None:
@@ -169,7 +169,7 @@ def test_images_without_ground_truth() -> None:
 
 
 def test_crowd_boxes_have_no_region() -> None:
-    targets = case_g.targets()
+    targets = gfl_case.targets()
     targets[0].ignore[:] = True
     student, teacher = outputs(targets)
     total(LD()(student, teacher, batch())).backward()

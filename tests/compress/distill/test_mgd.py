@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.distill.mgd import MGD, PUBLISHED, generation_distance
-from tests.helpers import pyramids
+from tests.helpers import pyramid_maps
 from tests.oracles import ORACLES, sine
 
 CASE = ORACLES["E_mgd"]
@@ -19,7 +19,7 @@ MASK = torch.tensor(CASE["mask"]).view(2, 1, 2, 2)
 
 
 def loss(method: MGD, s: list[Tensor], t: list[Tensor], certainty: list[Tensor] | None = None) -> Tensor:
-    value: Tensor = method(pyramids.outputs(s), pyramids.outputs(t, certainty), pyramids.EMPTY)["mgd"]
+    value: Tensor = method(pyramid_maps.outputs(s), pyramid_maps.outputs(t, certainty), pyramid_maps.EMPTY)["mgd"]
     return value
 
 
@@ -104,7 +104,7 @@ def test_share_of_masked_locations(masked: float) -> None:
 
 
 def test_a_resumed_run_sees_the_same_masks() -> None:
-    s, t = pyramids.maps(4, 0), pyramids.maps(4, 1)
+    s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
     method = MGD(4, 4, levels=2)
     for _ in range(3):
         loss(method, s, t)
@@ -121,12 +121,12 @@ def test_a_resumed_run_sees_the_same_masks() -> None:
 def test_the_global_generator_is_left_alone() -> None:
     method = MGD(4, 4, levels=2)
     before = torch.get_rng_state()
-    loss(method, pyramids.maps(4, 0), pyramids.maps(4, 1))
+    loss(method, pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_masked_locations_are_not_read() -> None:
-    s, t = pyramids.maps(4, 0, grad=True), pyramids.maps(4, 1)
+    s, t = pyramid_maps.maps(4, 0, grad=True), pyramid_maps.maps(4, 1)
     loss(MGD(4, 4, levels=2), s, t).backward()
     for x, mask in zip(s, MGD(4, 4, levels=2).masks(s), strict=True):
         assert x.grad is not None
@@ -134,19 +134,19 @@ def test_masked_locations_are_not_read() -> None:
 
 
 def test_certainty_of_ones_and_zeros() -> None:
-    s, t = pyramids.maps(4, 0), pyramids.maps(4, 1)
+    s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
     method = MGD(4, 4, levels=2)
 
     def first_pass(certainty: list[Tensor] | None) -> Tensor:
         method.passes = 0
         return loss(method, s, t, certainty)
 
-    torch.testing.assert_close(first_pass(pyramids.certainties(1.0)), first_pass(None))
-    assert first_pass(pyramids.certainties(0.0)) == 0
+    torch.testing.assert_close(first_pass(pyramid_maps.certainties(1.0)), first_pass(None))
+    assert first_pass(pyramid_maps.certainties(0.0)) == 0
 
 
 def test_adapters_precision_and_weights() -> None:
-    s, t = pyramids.maps(3, 0, grad=True), pyramids.maps(4, 1, grad=True)
+    s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
     method = MGD(3, 4, levels=2)
     loss(method, s, t).backward()
     assert all(x.grad is None for x in t)
@@ -165,7 +165,7 @@ def test_adapters_precision_and_weights() -> None:
     for weight in (1.0, 0.5, 0.0):
         scaled = MGD(4, 4, levels=2, weight=weight)
         scaled.load_state_dict(same.state_dict())
-        values.append(loss(scaled, t, pyramids.maps(4, 2)))
+        values.append(loss(scaled, t, pyramid_maps.maps(4, 2)))
     torch.testing.assert_close(values[1], values[0] / 2)
     grads = torch.autograd.grad(values[2], t)
     assert values[2] == 0 and not any(g.any() for g in grads)

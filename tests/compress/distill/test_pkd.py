@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.distill.pkd import PKD, PUBLISHED, pearson_distance, standardise
-from tests.helpers import pyramids
+from tests.helpers import pyramid_maps
 from tests.oracles import ORACLES, sine
 
 CASE = ORACLES["E_pkd"]
@@ -21,7 +21,7 @@ STUDENT, TEACHER = sine((2, 3, 2, 2), 1.0, 0.7, 0.1), sine((2, 3, 2, 2), 1.4, 0.
 
 
 def loss(method: PKD, s: list[Tensor], t: list[Tensor], certainty: list[Tensor] | None = None) -> Tensor:
-    value: Tensor = method(pyramids.outputs(s), pyramids.outputs(t, certainty), pyramids.EMPTY)["pkd"]
+    value: Tensor = method(pyramid_maps.outputs(s), pyramid_maps.outputs(t, certainty), pyramid_maps.EMPTY)["pkd"]
     return value
 
 
@@ -68,10 +68,10 @@ def test_certainty_weighs_locations() -> None:
         expected += (certainty.numpy() * (a - b) ** 2).sum() / (2 * 24)
     assert pearson_distance(STUDENT, TEACHER, certainty).item() == pytest.approx(expected, rel=1e-12)
 
-    maps = pyramids.maps(4, 0), pyramids.maps(4, 1)
+    maps = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
     method = PKD(4, 4, levels=2)
-    torch.testing.assert_close(loss(method, *maps, pyramids.certainties(1.0)), loss(method, *maps))
-    assert loss(method, *maps, pyramids.certainties(0.0)) == 0
+    torch.testing.assert_close(loss(method, *maps, pyramid_maps.certainties(1.0)), loss(method, *maps))
+    assert loss(method, *maps, pyramid_maps.certainties(0.0)) == 0
 
 
 def test_another_size_is_resized() -> None:
@@ -106,7 +106,7 @@ def test_standardise() -> None:
 
 
 def test_adapters_precision_and_weights() -> None:
-    s, t = pyramids.maps(3, 0, grad=True), pyramids.maps(4, 1, grad=True)
+    s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
     method = PKD(3, 4, levels=2)
     loss(method, s, t).backward()
     assert all(x.grad is None for x in t)
@@ -119,10 +119,10 @@ def test_adapters_precision_and_weights() -> None:
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, loss(method, [x.float() for x in low_s], [x.float() for x in low_t]))
 
-    plain = loss(PKD(4, 4, levels=2, loss_weight=1.0), t, pyramids.maps(4, 2))
+    plain = loss(PKD(4, 4, levels=2, loss_weight=1.0), t, pyramid_maps.maps(4, 2))
     retina = PKD(4, 4, **(asdict(PUBLISHED["retinanet"]) | {"levels": 2}), weight=0.5)
-    torch.testing.assert_close(loss(retina, t, pyramids.maps(4, 2)), 5 * plain)
-    torch.testing.assert_close(loss(PKD(4, 4, levels=2), t, pyramids.maps(4, 2)), 6 * plain)
-    nothing = loss(PKD(4, 4, levels=2, weight=0.0), t, pyramids.maps(4, 2))
+    torch.testing.assert_close(loss(retina, t, pyramid_maps.maps(4, 2)), 5 * plain)
+    torch.testing.assert_close(loss(PKD(4, 4, levels=2), t, pyramid_maps.maps(4, 2)), 6 * plain)
+    nothing = loss(PKD(4, 4, levels=2, weight=0.0), t, pyramid_maps.maps(4, 2))
     grads = torch.autograd.grad(nothing, t)
     assert nothing == 0 and not any(g.any() for g in grads)

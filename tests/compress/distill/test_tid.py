@@ -25,12 +25,12 @@ from compress.distill.tid import (
     weighted_difference,
 )
 from deploy.core.errors import UserError
-from tests.compress.detectors.test_gfl_oracles import close
-from tests.helpers import case_g, variations
-from tests.helpers.variations import batch, check_common, total, without_boxes, without_values
+from tests.helpers import gfl_case, method_checks
+from tests.helpers.gfl_case import close
+from tests.helpers.method_checks import batch, check_common, total, without_boxes, without_values
 from tests.oracles import ORACLES, sine
 
-LEVELS = len(case_g.SIZES)
+LEVELS = len(gfl_case.SIZES)
 
 
 def test_worked_example() -> None:
@@ -106,7 +106,7 @@ def test_weighted_difference_against_the_equation() -> None:
 
 @pytest.mark.parametrize("channels", [(4, 4), (4, 6)])
 def test_the_whole_equals_a_naive_reference(channels: tuple[int, int]) -> None:
-    targets = case_g.targets()
+    targets = gfl_case.targets()
     targets[0].boxes[1] = torch.tensor([60.0, 60.0, 90.0, 100.0])
     crowd = dataclasses.replace(
         targets[1],
@@ -127,19 +127,19 @@ def test_the_whole_equals_a_naive_reference(channels: tuple[int, int]) -> None:
 
 
 def test_gradient_reaches_maps_and_adapter_alone() -> None:
-    student, teacher = outputs(case_g.targets(), (4, 6))
+    student, teacher = outputs(gfl_case.targets(), (4, 6))
     method = TID(4, 6, levels=LEVELS)
     total(method(student, teacher, batch())).backward()
     assert all(x.grad is not None and x.grad.any() for x in student.features)
     assert all(x.grad is not None and x.grad.any() for x in method.parameters())
-    assert all(x.grad is None for x in variations.leaves(student.prediction))
+    assert all(x.grad is None for x in method_checks.leaves(student.prediction))
     for b, valid in enumerate(student.targets.assignment.valid if student.targets else ()):
         for x, inside in zip(student.features, valid.split([256, 64]), strict=True):
             assert x.grad is not None and not x.grad[b].abs().sum(0).flatten()[~inside].any()
 
 
 def test_fewer_levels_are_compared_and_regions_counted_there_alone() -> None:
-    student, teacher = outputs(case_g.targets(), (4, 4))
+    student, teacher = outputs(gfl_case.targets(), (4, 4))
     TID(4, 4, levels=1)(student, teacher, batch())["tid"].backward()
     assert student.features[0].grad is not None and student.features[1].grad is None
     M = student.features[0][0, 0].numel()
@@ -177,26 +177,26 @@ def test_images_without_ground_truth_are_of_low_value() -> None:
 
 
 def test_crowd_boxes_are_no_ground_truth() -> None:
-    targets = case_g.targets()
+    targets = gfl_case.targets()
     targets[0].ignore[:] = True
     student, teacher = outputs(targets, (4, 4))
     assert (TID(4, 4, levels=LEVELS).regions(student, teacher)[0] == 2).all()
 
 
 def test_what_holds_for_every_method() -> None:
-    student, teacher = outputs(case_g.targets(), (4, 4))
+    student, teacher = outputs(gfl_case.targets(), (4, 4))
     check_common(TID(4, 4, levels=LEVELS), TID(4, 4, levels=LEVELS, weight=0.0), student, teacher)
 
 
 def test_no_value_is_read_on_the_way() -> None:
-    student, teacher = (without_values(x) for x in outputs(case_g.targets(), (4, 6)))
+    student, teacher = (without_values(x) for x in outputs(gfl_case.targets(), (4, 6)))
     loss = TID(4, 6, levels=LEVELS).to("meta")(student, teacher, batch())["tid"]
     loss.backward()
     assert loss.is_meta and all(x.grad is not None for x in student.features)
 
 
 def test_constants_scale_the_loss() -> None:
-    student, teacher = outputs(case_g.targets(), (4, 4))
+    student, teacher = outputs(gfl_case.targets(), (4, 4))
     plain = TID(4, 4, levels=LEVELS)(student, teacher, batch())["tid"]
     scaled = TID(4, 4, levels=LEVELS, weight=0.5, lambdas=(16.0, 8.0, 2.0))(student, teacher, batch())["tid"]
     torch.testing.assert_close(scaled, plain * 2)
@@ -211,10 +211,10 @@ def test_impossible_settings_are_named() -> None:
 
 def outputs(targets: list[Target], channels: tuple[int, int]) -> tuple[Outputs, Outputs]:
     """CASE-G with feature maps; those of the student are leaves."""
-    student, teacher = variations.outputs(targets)
+    student, teacher = method_checks.outputs(targets)
     for model, c, phase in ((student, channels[0], 0.1), (teacher, channels[1], 0.9)):
         model.features = [
-            sine((2, c, h, w), 1.2, 0.7, phase + level).float() for level, (h, w) in enumerate(case_g.SIZES)
+            sine((2, c, h, w), 1.2, 0.7, phase + level).float() for level, (h, w) in enumerate(gfl_case.SIZES)
         ]
     for x in student.features:
         x.requires_grad_()
@@ -237,7 +237,7 @@ def naive(method: TID, student: Outputs, teacher: Outputs, targets: list[Target]
             logits = np.concatenate([z[b].detach().flatten(1).numpy() for z in model.prediction.logits], 1)
             valid = [
                 y * s < extent[0] and x * s < extent[1]
-                for (h, w), s in zip(case_g.SIZES, (8, 16), strict=True)
+                for (h, w), s in zip(gfl_case.SIZES, (8, 16), strict=True)
                 for y in range(h)
                 for x in range(w)
             ]

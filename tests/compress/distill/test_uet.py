@@ -14,7 +14,7 @@ from compress.distill.bckd import BCKD
 from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
 from kernels.ops.mc_dropout import reference
-from tests.helpers import case_g
+from tests.helpers import gfl_case
 from tests.oracles import ORACLES, sine
 
 RATES = (0.15, 0.2, 0.25, 0.3, 0.35)
@@ -32,21 +32,21 @@ class Recorder(Method):
 
 def outputs(value: float | None = None) -> tuple[Outputs, Outputs]:
     """CASE-G with pyramid maps of 32 channels; the teacher's are constant if `value` is given."""
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     teacher.detector.eval()
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, 32, h, w, generator=generator) for h, w in case_g.SIZES]
+    maps = [torch.randn(2, 32, h, w, generator=generator) for h, w in gfl_case.SIZES]
     if value is not None:
         maps = [torch.full_like(x, value) for x in maps]
     return student, dataclasses.replace(teacher, features=maps)
 
 
 def batch() -> Batch:
-    return Batch(torch.zeros(2, 3, 128, 128, dtype=torch.uint8), case_g.targets())
+    return Batch(torch.zeros(2, 3, 128, 128, dtype=torch.uint8), gfl_case.targets())
 
 
 def seen(uet: UET, teacher: Outputs) -> Outputs:
-    uet(case_g.outputs()[0], teacher, batch())
+    uet(gfl_case.outputs()[0], teacher, batch())
     assert isinstance(uet.host, Recorder)
     return uet.host.seen
 
@@ -130,12 +130,12 @@ def test_variance_is_reported_per_level() -> None:
 
 
 def test_a_host_on_logits_gets_the_head_of_the_sampled_maps() -> None:
-    detector = case_g.detector().eval()
+    detector = gfl_case.detector().eval()
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     with torch.no_grad():
         maps = detector.features(images)
         teacher = Outputs(maps, detector.predict(maps), detector)
-        student = Outputs(maps, teacher.prediction, detector, detector.assign(teacher.prediction, case_g.targets()))
+        student = Outputs(maps, teacher.prediction, detector, detector.assign(teacher.prediction, gfl_case.targets()))
     uet = UET(BCKD(), rates=RATES, combine="sum")
     sampled = uet.sample(teacher)
     assert sampled.features is teacher.features

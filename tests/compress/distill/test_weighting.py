@@ -24,8 +24,8 @@ from compress.run import pipeline
 from compress.run.data import open_data
 from compress.run.trainings import train_arm
 from deploy.core.errors import UserError
-from tests.compress.training.test_train import assert_same, fabric, last_checkpoint
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
+from tests.helpers.training_runs import assert_same, fabric, last_checkpoint
 
 
 class Nothing(Method):
@@ -87,7 +87,7 @@ COMPOSED = "methods={bckd: {}, fgd: {weight: auto, ratio: 0.5}, uet: {of: [fgd, 
 
 
 def test_composed_methods_train_and_log(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, COMPOSED, "train.steps=20", "teacher.inherit=true")
+    recipe = tiny_recipe.recipe(tmp_path, COMPOSED, "train.steps=20", "teacher.inherit=true")
     run_dir = pipeline.distill(recipe)
     first, second, last = (r for r in rows(run_dir) if r["loss"])
     for row in (first, last):
@@ -101,7 +101,7 @@ def test_composed_methods_train_and_log(tmp_path: Path) -> None:
 def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
     names = [name for name in Methods.model_fields if name != "uet"]
     methods = ", ".join(f"{name}: {{}}" for name in names)
-    recipe = tiny.recipe(
+    recipe = tiny_recipe.recipe(
         tmp_path, f"methods={{{methods}, uet: {{of: [{', '.join(names)}]}}}}",
         "train.precision=bf16", "teacher.train.precision=bf16", "train.steps=2", "train.schedule.warmup_steps=1",
         "student.head_depth=1",
@@ -113,19 +113,19 @@ def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
 
 def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
     extra = (COMPOSED, "train.steps=24", "methods.fgd.stop_epoch=3", "methods.bckd.decay=linear")
-    whole = tiny.recipe(tmp_path / "a", *extra)
+    whole = tiny_recipe.recipe(tmp_path / "a", *extra)
     pipeline.distill(whole)
 
     teacher = whole.run_dir / "teacher.safetensors"
     checkpoint = ("teacher.model=null", "teacher.train=null", f"teacher.checkpoint={teacher}")
     for recipe, stops in (
-        (tiny.recipe(tmp_path / "c", *extra, *checkpoint), (24,)),
-        (tiny.recipe(tmp_path / "d", *extra, *checkpoint), (5, 24)),
+        (tiny_recipe.recipe(tmp_path / "c", *extra, *checkpoint), (24,)),
+        (tiny_recipe.recipe(tmp_path / "d", *extra, *checkpoint), (5, 24)),
     ):
         for stop in stops:
             torch.manual_seed(stop)
             train_taught(recipe, stop)
-    c, d = (tiny.recipe(tmp_path / x, *extra, *checkpoint) for x in "cd")
+    c, d = (tiny_recipe.recipe(tmp_path / x, *extra, *checkpoint) for x in "cd")
     assert_same(last_checkpoint(c), last_checkpoint(d))
     assert_same(*(load_file(r.run_dir / "student.safetensors") for r in (c, d)))
     assert_same(load_file(whole.run_dir / "student.safetensors"), load_file(c.run_dir / "student.safetensors"))
@@ -142,14 +142,14 @@ def train_taught(recipe: Recipe, stop: int) -> None:
 
 
 def test_after_its_last_epoch_a_method_is_gone_from_the_loss(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, "methods.bckd.stop_epoch=1", "train.steps=20")  # 6 steps an epoch
+    recipe = tiny_recipe.recipe(tmp_path, "methods.bckd.stop_epoch=1", "train.steps=20")  # 6 steps an epoch
     logged = [r for r in rows(pipeline.distill(recipe)) if r["loss"]]
     assert float(logged[0]["bckd_cls"]) > 0
     assert all(row["bckd_cls"] == "" for row in logged[1:])
 
 
 def test_inherit_copies_neck_and_head_where_shapes_agree(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     assert recipe.teacher is not None and recipe.teacher.model is not None
     teacher = build_detector(recipe.teacher.model, 3, seed=1)
     student = build_detector(recipe.student, 3, seed=2)  # one convolution less in the towers
@@ -164,14 +164,14 @@ def test_inherit_copies_neck_and_head_where_shapes_agree(tmp_path: Path) -> None
     before = {key: value.clone() for key, value in wide.state_dict().items()}
     assert inherit(wide, teacher) == [], "biases without their weights are worth nothing"
     assert_same(before, dict(wide.state_dict()))
-    unequal = tiny.recipe(tmp_path, "teacher.inherit=true", "student.neck_channels=64")
+    unequal = tiny_recipe.recipe(tmp_path, "teacher.inherit=true", "student.neck_channels=64")
     with pytest.raises(UserError, match=r"teacher.inherit: .*width 32.*width 64"):
         pipeline.distill(unequal)
 
 
 def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"methods.bckd.stop_epoch 3 lies behind the end .*\(1.0 epochs\)"):
-        pipeline.distill(tiny.recipe(tmp_path, "methods.bckd.stop_epoch=3"))
+        pipeline.distill(tiny_recipe.recipe(tmp_path, "methods.bckd.stop_epoch=3"))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -
 )
 def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, methods: str, problem: str) -> None:
     with pytest.raises(UserError) as caught:
-        tiny.recipe(tmp_path, f"methods={methods}")
+        tiny_recipe.recipe(tmp_path, f"methods={methods}")
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -222,7 +222,7 @@ def tiny_model() -> Model:
 
 
 def test_a_method_that_its_models_cannot_serve_is_refused_before_training(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, "methods={crosskd: {}}", "student.neck_channels=64")
+    recipe = tiny_recipe.recipe(tmp_path, "methods={crosskd: {}}", "student.neck_channels=64")
     with pytest.raises(UserError, match="crosskd"):
         pipeline.distill(recipe)
     assert not (recipe.run_dir / "teacher").exists(), "the teacher was trained first"

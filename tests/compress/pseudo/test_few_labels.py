@@ -12,8 +12,8 @@ from compress.data.coco import CocoDetection
 from compress.run import pipeline
 from compress.run.data import open_data, splits
 from deploy.core.errors import UserError
-from tests.compress.training.test_train import fabric
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
+from tests.helpers.training_runs import fabric
 
 
 def read(path: Path) -> Any:
@@ -21,7 +21,7 @@ def read(path: Path) -> Any:
 
 
 def test_only_a_part_keeps_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tiny.recipe(tmp_path, "labels={fraction: 0.25}", "train.steps=3")
+    recipe = tiny_recipe.recipe(tmp_path, "labels={fraction: 0.25}", "train.steps=3")
     folder = pipeline.distill(recipe, distillation=False)
     assert "labels.fraction 0.25: 18 more images have no labels" in capsys.readouterr().out
     given = read(splits(recipe.data, recipe.runs)[0].annotations)
@@ -36,17 +36,19 @@ def test_only_a_part_keeps_its_labels(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_another_part_is_another_training(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, "labels={fraction: 0.25}", "train.steps=3")
+    recipe = tiny_recipe.recipe(tmp_path, "labels={fraction: 0.25}", "train.steps=3")
     folder = pipeline.distill(recipe, distillation=False)
     before = read(folder / "manifest.json")["stages"]["student"]
     pipeline.distill(recipe, distillation=False)
     assert read(folder / "manifest.json")["stages"]["student"] == before
-    pipeline.distill(tiny.recipe(tmp_path, "labels={fraction: 0.25, seed: 1}", "train.steps=3"), distillation=False)
+    pipeline.distill(
+        tiny_recipe.recipe(tmp_path, "labels={fraction: 0.25, seed: 1}", "train.steps=3"), distillation=False
+    )
     assert read(folder / "manifest.json")["stages"]["student"]["inputs"] != before["inputs"]
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"labels\.fraction: 0 leaves nothing to train on"):
-        tiny.recipe(tmp_path, "labels={fraction: 0}")
+        tiny_recipe.recipe(tmp_path, "labels={fraction: 0}")
     with pytest.raises(UserError, match=r"labels\.fraction: missing"):
-        tiny.recipe(tmp_path, "labels={}")
+        tiny_recipe.recipe(tmp_path, "labels={}")

@@ -25,30 +25,16 @@ from compress.data.batch import Target
 from compress.data.check import check
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
-from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.detectors.checkpoints import load_detector
 from compress.pseudo import label, parts
 from compress.pseudo.images import images_in, read_chunks
-from compress.pseudo.label import Labelled, Settings, pseudo_label
+from compress.pseudo.label import Labelled, Settings
 from compress.pseudo.parts import Shard, part_file, parts_folder
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
+from tests.helpers.random_teacher import make, teacher
 
 SIZES = [(64, 48), (40, 60), (90, 50), (64, 48), (64, 64), (70, 41), (48, 64), (64, 48), (64, 48), (40, 60), (64, 64)]
-SMALL = Settings(tau=0.6, tau_ignore=0.5, short=64, long=96, batch_size=2)
-
-
-def teacher(path: Path, names: tuple[str, ...], seed: int) -> str:
-    """Random, with scores all over 0..1 and small boxes that do not all suppress each other."""
-    record = ModelRecord(backbone="nano", num_classes=len(names), neck_channels=32, head_depth=0, class_names=names)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        detector = record._build()
-        with torch.no_grad():
-            detector.head.gfl_cls.weight.normal_(std=0.2)
-            detector.head.gfl_cls.bias.zero_()  # type: ignore[union-attr]
-            detector.head.gfl_reg.bias.view(4, -1)[:, 1] = 6  # type: ignore[union-attr]  # boxes of two strides
-    save_detector(path, detector, metadata=record)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +51,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher(folder / "b.safetensors", ("person", "kitten"), 2)
     make(folder, folder / "whole.json")
     return folder
-
-
-def make(world: Path, out: Path, **options: Any) -> parts.Summary | None:
-    """Both teachers on the folder, unless told otherwise."""
-    chosen: dict[str, Any] = {"table": {"kitten": "cat"}, "quiet": True, "device": torch.device("cpu")} | options
-    checkpoints = chosen.pop("teachers", [str(world / "a.safetensors"), str(world / "b.safetensors")])
-    images = chosen.pop("images", None) or images_in(world / "images")
-    settings = chosen.pop("settings", SMALL)
-    return pseudo_label(checkpoints, images, out, settings, **chosen)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -190,7 +167,7 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from compress.pseudo import parts
-from tests.compress.pseudo.test_label import make
+from tests.helpers.random_teacher import make
 append = parts.append
 def slowly(file, chunk):
     append(file, chunk)

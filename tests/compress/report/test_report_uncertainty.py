@@ -27,7 +27,7 @@ from compress.report.heat import MOST_OPAQUE, RAMP, _colour
 from compress.report.page import _method_charts
 from compress.run.samples import uncertainty_pictures
 from deploy.core.errors import UserError
-from tests.compress.report.test_report import HOSTILE, Page, full_report, write_run
+from tests.helpers.report_pages import HOSTILE, Page, full_report, write_run
 
 ENTRY = {
     "image": "photo.png",

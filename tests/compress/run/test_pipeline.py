@@ -21,13 +21,13 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import evaluate_coco
-from tests.compress.training.test_train import fabric
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
+from tests.helpers.training_runs import fabric
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.run(tiny.recipe(tmp_path_factory.mktemp("run"), "baseline=true"))
+    return pipeline.run(tiny_recipe.recipe(tmp_path_factory.mktemp("run"), "baseline=true"))
 
 
 def test_a_run_leaves_the_promised_files(run_dir: Path) -> None:
@@ -79,14 +79,14 @@ def test_bare_onnxruntime_is_enough(run_dir: Path) -> None:
 
 
 def test_a_second_run_repeats_nothing(run_dir: Path) -> None:
-    recipe = tiny.recipe(run_dir.parents[1], "baseline=true")
+    recipe = tiny_recipe.recipe(run_dir.parents[1], "baseline=true")
     before = json.loads((run_dir / "manifest.json").read_text())
     pipeline.run(recipe)
     assert json.loads((run_dir / "manifest.json").read_text()) == before
 
 
 def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny.recipe(run_dir.parents[1])
+    recipe = tiny_recipe.recipe(run_dir.parents[1])
     data = open_data(recipe, fabric())
     teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.val.categories)
     loader = eval_loader(data.val, batch_size=3, workers=0)
@@ -97,7 +97,7 @@ def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, mon
 
 
 def test_the_canvas_holds_every_image(run_dir: Path) -> None:
-    recipe = tiny.recipe(run_dir.parents[1])
+    recipe = tiny_recipe.recipe(run_dir.parents[1])
     val = open_data(recipe, fabric()).val
     assert canvas(val, recipe) == (64, 64)
     val.sizes = [(480, 640), (640, 480)]
@@ -119,7 +119,7 @@ def test_a_teacher_of_other_classes_is_refused(run_dir: Path) -> None:
 
 
 def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     pipeline.distill(recipe, dry_run=True)
     assert "1 step on made-up images; everything fits together" in capsys.readouterr().out
     assert not recipe.runs.exists()
@@ -127,7 +127,7 @@ def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest
 
 def test_portrait_photographs_go_through(tmp_path: Path) -> None:
     """Images of several sizes and ratios, none of them the canvas; validation in the original pixels."""
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for i, (w, h) in enumerate([(90, 60), (60, 90), (64, 64), (200, 40), (120, 90), (33, 70)], start=1):

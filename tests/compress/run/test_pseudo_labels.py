@@ -28,8 +28,8 @@ from compress.run.pseudo_labels import FIRST_STAGE, PseudoLabelled, fine_tuning,
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from tests.compress.pseudo.test_label import teacher
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
+from tests.helpers.random_teacher import teacher
 
 NAMES = class_names(3)
 PSEUDO = (
@@ -51,7 +51,7 @@ def recipe(folder: Path, *overrides: str, more: str = "fine_tune: {steps: 2}") -
     a = teacher(folder / "a.safetensors", tuple(NAMES[:2]), 1)
     b = teacher(folder / "b.safetensors", ("kitten",), 2)
     pseudo = PSEUDO.format(a=a, b=b, c=NAMES[2], more=more)
-    return tiny.recipe(
+    return tiny_recipe.recipe(
         folder, "teacher=null", "methods={}", "labels={fraction: 0.25}", f"pseudo_labels={pseudo}", "train.steps=3",
         *overrides,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def more_images(folder: Path, run_dir: Path, data: Datasets) -> None:
 
 
 def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.compress.training.test_train import fabric
+    from tests.helpers.training_runs import fabric
 
     plain = recipe(tmp_path)
     more_images(tmp_path / "more", plain.run_dir, open_data(plain, fabric()))
@@ -341,7 +341,7 @@ def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_recipes_teacher_labels(tmp_path: Path) -> None:
     """Trained in the run from the labelled images, it labels the others, teaches by its features and is compared."""
-    made = tiny.recipe(
+    made = tiny_recipe.recipe(
         tmp_path,
         "labels={fraction: 0.5}",
         "pseudo_labels={tau: 0.011, tau_ignore: 0.01, fine_tune: {steps: 1}}",

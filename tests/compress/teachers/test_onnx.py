@@ -16,7 +16,7 @@ from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher, source_of
 from compress.teachers.onnx import Placed, boxes_of, prepare
 from deploy.core.errors import UserError
-from tests.helpers.makers import CENTRE, CORNERS, CPU, PIXELS, SHARES, deployable, noise, rectangle, sample, spot
+from tests.helpers.teacher_files import CENTRE, CORNERS, CPU, PIXELS, SHARES, deployable, noise, rectangle, sample, spot
 
 NAMES = ("a", "b", "c")
 SEPARATE = "float[N,4] boxes, float[N] scores, int64[N] labels"

@@ -11,7 +11,7 @@ import pytest
 from compress.teachers.load import open_teacher
 from compress.teachers.results import ResultsTeacher
 from deploy.core.errors import UserError
-from tests.helpers.makers import CPU, noise, sample
+from tests.helpers.teacher_files import CPU, noise, sample
 
 NAMES = {7: "cat", 3: "dog"}
 ROWS: list[dict[str, Any]] = [

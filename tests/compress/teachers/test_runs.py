@@ -17,9 +17,9 @@ from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import ModelRecord, mmdet_key
 from compress.run import pipeline
 from deploy.core.errors import UserError
-from tests.compress.pseudo.test_label import teacher as random_teacher
-from tests.helpers import tiny
-from tests.helpers.makers import CORNERS, PIXELS, deployable, spot, transformers_model
+from tests.helpers import tiny_recipe
+from tests.helpers.random_teacher import teacher as random_teacher
+from tests.helpers.teacher_files import CORNERS, PIXELS, deployable, spot, transformers_model
 
 NAMES = class_names(3)
 LABELLED = ("labels.fraction=0.5", "pseudo_labels.tau=0.05", "pseudo_labels.tau_ignore=0.02",
@@ -33,7 +33,7 @@ ANYTHING = """
 
 
 def recipe(folder: Path, teacher: dict[str, Any], *more: str) -> Recipe:
-    return tiny.recipe(folder, f"teacher={json.dumps(teacher)}", *more)
+    return tiny_recipe.recipe(folder, f"teacher={json.dumps(teacher)}", *more)
 
 
 def truth(recipe: Recipe) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def truth(recipe: Recipe) -> dict[str, Any]:
 
 def results(folder: Path) -> dict[str, Any]:
     path = folder / "truth.json"
-    path.write_text(json.dumps(truth(tiny.recipe(folder))))
+    path.write_text(json.dumps(truth(tiny_recipe.recipe(folder))))
     return {"results": str(path)}
 
 
@@ -136,7 +136,7 @@ def test_boxes_teach_by_pseudo_labels(tmp_path: Path, kind: str, capsys: pytest.
     assert [row["name"] for row in document["categories"]] == list(NAMES)
     if kind == "results":  # other order of classes, other ids: still the drawn boxes
         assert "mAP 100.00" in said and "3 classes matched by name" in said
-        drawn = truth(tiny.recipe(tmp_path))
+        drawn = truth(tiny_recipe.recipe(tmp_path))
         boxes = {(row["file_name"], row["id"]): [] for row in document["images"]}
         own = {row["id"]: row["file_name"] for row in drawn["images"]}
         for row in drawn["annotations"]:
@@ -196,7 +196,7 @@ def test_a_weak_teacher_stops_the_labelling(tmp_path: Path) -> None:
 
 def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Results for the training images alone: they can teach, but nobody knows how good they are."""
-    document = truth(tiny.recipe(tmp_path))
+    document = truth(tiny_recipe.recipe(tmp_path))
     names = {row["file_name"] for row in document["images"] if "train" in row["file_name"]}
     assert 0 < len(names) < len(document["images"])
     document["images"] = [row for row in document["images"] if row["file_name"] in names]
@@ -214,7 +214,7 @@ def test_results_by_id_are_for_images_with_ids_of_their_own(tmp_path: Path) -> N
     """Generated training and validation images both count from 1: a list of results cannot mean both."""
     from compress.run.data import splits
 
-    plain = tiny.recipe(tmp_path)
+    plain = tiny_recipe.recipe(tmp_path)
     drawn = json.loads(splits(plain.data, plain.runs)[1].annotations.read_text())["annotations"]
     rows = [{key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for row in drawn]
     (tmp_path / "val.json").write_text(json.dumps(rows))

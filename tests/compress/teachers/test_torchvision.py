@@ -18,7 +18,7 @@ from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher
 from compress.teachers.torchvision import TorchvisionTeacher, detector_of
 from deploy.core.errors import UserError
-from tests.helpers.makers import CPU, noise, sample
+from tests.helpers.teacher_files import CPU, noise, sample
 
 NAMES = ("a", "b", "c")
 PICTURES = [noise(60, 80), noise(60, 80, 1), noise(90, 50, 2)]

@@ -12,7 +12,7 @@ import torch
 from compress.config.teacher import Source, Transformers
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
-from tests.helpers.makers import CPU, noise, sample, transformers_model
+from tests.helpers.teacher_files import CPU, noise, sample, transformers_model
 
 NAMES = ("a", "b", "c")
 PICTURES = [noise(60, 80), noise(60, 80, 1), noise(90, 50, 2)]

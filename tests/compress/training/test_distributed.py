@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from compress.data.synthetic import class_names
 from compress.detectors.backbones import build_backbone
 from compress.run import pipeline
-from tests.compress.pseudo.test_label import teacher
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
+from tests.helpers.random_teacher import teacher
 
 
 def train(folder: Path, launcher: list[str], devices: int) -> Path:
@@ -33,7 +33,7 @@ def train(folder: Path, launcher: list[str], devices: int) -> Path:
     settings = ["train.steps=10", "train.ema=null"]
     for model in ("student", "teacher.model"):
         settings += [f"{model}.weights={folder / 'nano.pth'}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
-    arguments = ["distill", str(tiny.recipe_file(folder)), "--devices", str(devices)]
+    arguments = ["distill", str(tiny_recipe.recipe_file(folder)), "--devices", str(devices)]
     for setting in settings:
         arguments += ["--set", setting]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
@@ -76,8 +76,8 @@ def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
         f"pseudo_labels={{teachers: [{{checkpoint: {a}}}], unlabeled: [{tmp_path / 'more'}], tau: 0.6, "
         "tau_ignore: 0.5, thresholds: best_f1, batch_size: 2, fine_tune: null}",
     ]  # fmt: skip
-    one = pipeline.distill(tiny.recipe(tmp_path, *settings, "name=one")) / "pseudo"
-    arguments = ["distill", str(tiny.recipe_file(tmp_path)), "--devices", "2", "--set", "name=two"]
+    one = pipeline.distill(tiny_recipe.recipe(tmp_path, *settings, "name=one")) / "pseudo"
+    arguments = ["distill", str(tiny_recipe.recipe_file(tmp_path)), "--devices", "2", "--set", "name=two"]
     for setting in settings:
         arguments += ["--set", setting]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
-    arguments = ["distill", str(tiny.recipe_file(tmp_path)), "--devices", "2", "--dry-run"]
+    arguments = ["distill", str(tiny_recipe.recipe_file(tmp_path)), "--devices", "2", "--dry-run"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "compress", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -109,7 +109,7 @@ def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: P
     )
     arguments = [
         "distill",
-        str(tiny.recipe_file(tmp_path)),
+        str(tiny_recipe.recipe_file(tmp_path)),
         "--devices",
         "2",
         "--set",

@@ -12,53 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from safetensors.torch import load_file
 
-from compress.config.recipe import Recipe
 from compress.config.train import Schedule
 from compress.detectors.build import build_detector
 from compress.distill.weighting import Position
 from compress.manifest import fingerprint
 from compress.run import pipeline, trainings
 from compress.run.data import open_data
-from compress.run.trainings import train_arm
 from compress.training.loop import Learner, learning_rate
 from deploy.core.errors import UserError
-from tests.helpers import tiny
-
-
-def fabric() -> Fabric:
-    return Fabric(accelerator="cpu", devices=1)
-
-
-def train(recipe: Recipe, *, max_steps: int | None = None, resume: bool = False, identity: str = "a") -> None:
-    f = fabric()
-    train_arm(
-        f, recipe, "student", recipe.student, recipe.train, open_data(recipe, f),
-        identity={"of": identity}, resume=resume, max_steps=max_steps,
-    )  # fmt: skip
-
-
-def last_checkpoint(recipe: Recipe) -> dict:
-    return torch.load(recipe.run_dir / "student" / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same(a: object, b: object) -> None:
-    """Bit for bit, through dicts and lists; training time is not compared."""
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor) and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert isinstance(b, dict) and a.keys() == b.keys()
-        for key in a:
-            if key != "seconds":
-                assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert isinstance(b, (list, tuple)) and len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b or (a != a and b != b)
+from tests.helpers import tiny_recipe
+from tests.helpers.training_runs import assert_same, fabric, last_checkpoint, train
 
 
 @pytest.mark.parametrize(
@@ -67,7 +32,7 @@ def assert_same(a: object, b: object) -> None:
     ids=["plain", "accumulate", "best"],
 )
 def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
-    whole, parts = tiny.recipe(tmp_path / "a", *extra), tiny.recipe(tmp_path / "b", *extra)
+    whole, parts = tiny_recipe.recipe(tmp_path / "a", *extra), tiny_recipe.recipe(tmp_path / "b", *extra)
     train(whole)
     train(parts, max_steps=10 if "train.steps=18" in extra else 4)
     torch.manual_seed(123)  # whatever state the process is in does not matter
@@ -81,9 +46,9 @@ def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.helpers import tiny
-from tests.compress.training.test_train import train
-train(tiny.recipe(Path(sys.argv[1]), "train.steps=40", "train.checkpoint_every=2"), resume=True)
+from tests.helpers import tiny_recipe
+from tests.helpers.training_runs import train
+train(tiny_recipe.recipe(Path(sys.argv[1]), "train.steps=40", "train.checkpoint_every=2"), resume=True)
 """
 
 
@@ -95,7 +60,7 @@ def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
     def start(folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment, stdout=subprocess.DEVNULL)
 
-    checkpoint = tiny.recipe(killed).run_dir / "student" / "checkpoints" / "last.ckpt"
+    checkpoint = tiny_recipe.recipe(killed).run_dir / "student" / "checkpoints" / "last.ckpt"
     kills = 0
     for _ in range(2):
         process = start(killed)
@@ -110,12 +75,12 @@ def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
     assert kills == 2, "the run ended before it could be killed: make it longer"
     assert start(killed).wait(300) == 0
     assert start(whole).wait(300) == 0
-    assert_same(last_checkpoint(tiny.recipe(whole)), last_checkpoint(tiny.recipe(killed)))
-    assert_same(*(load_file(tiny.recipe(f).run_dir / "student.safetensors") for f in (whole, killed)))
+    assert_same(last_checkpoint(tiny_recipe.recipe(whole)), last_checkpoint(tiny_recipe.recipe(killed)))
+    assert_same(*(load_file(tiny_recipe.recipe(f).run_dir / "student.safetensors") for f in (whole, killed)))
 
 
 def test_an_unfinished_checkpoint_of_other_settings_is_refused_and_a_finished_one_replaced(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     train(recipe, max_steps=2)
     with pytest.raises(UserError, match="unfinished run with other settings"):
         train(recipe, resume=True, identity="b")
@@ -125,7 +90,7 @@ def test_an_unfinished_checkpoint_of_other_settings_is_refused_and_a_finished_on
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     train(recipe, max_steps=2)
     (recipe.run_dir / "student" / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(UserError, match=r"last.ckpt: damaged .*remove it to start again"):
@@ -134,7 +99,7 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
 
 def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
     """Direction of the whole gradient; 64 px makes P6 and P7 maps of one pixel."""
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     data = open_data(recipe, fabric())
     batch = next(iter(trainings.train_loader(data.train, batch_size=4, seed=0, workers=0))).to("cpu")
 
@@ -152,13 +117,13 @@ def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, "train.steps=null", "train.epochs=1", "train.schedule.warmup_steps=6")
+    recipe = tiny_recipe.recipe(tmp_path, "train.steps=null", "train.epochs=1", "train.schedule.warmup_steps=6")
     with pytest.raises(UserError, match="leaves nothing of the run's 6 steps"):
         train(recipe)
 
 
 def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     drawn = open_data(recipe, fabric()).val_split
     empty = drawn.model_copy(update={"annotations": tmp_path / "empty.json"})
     empty.annotations.write_text(json.dumps({**json.loads(drawn.annotations.read_text()), "annotations": []}))
@@ -171,8 +136,8 @@ def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> Non
 
 def test_weight_zero_is_plain_training(tmp_path: Path) -> None:
     """Bit for bit: the teacher runs along, its loss is logged and multiplied by zero."""
-    taught = tiny.recipe(tmp_path / "taught", "methods.bckd.weight=0")
-    plain = tiny.recipe(tmp_path / "plain")
+    taught = tiny_recipe.recipe(tmp_path / "taught", "methods.bckd.weight=0")
+    plain = tiny_recipe.recipe(tmp_path / "plain")
     pipeline.distill(taught)
     pipeline.distill(plain, distillation=False)
     assert_same(*(load_file(r.run_dir / "student.safetensors") for r in (taught, plain)))
@@ -181,8 +146,8 @@ def test_weight_zero_is_plain_training(tmp_path: Path) -> None:
 
 
 def test_distillation_changes_the_student_and_the_baseline_is_the_plain_one(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path / "a", "baseline=true")
-    plain = tiny.recipe(tmp_path / "b")
+    recipe = tiny_recipe.recipe(tmp_path / "a", "baseline=true")
+    plain = tiny_recipe.recipe(tmp_path / "b")
     pipeline.distill(recipe)
     pipeline.distill(plain, distillation=False)
     baseline, student = (load_file(recipe.run_dir / f"{name}.safetensors") for name in ("baseline", "student"))
@@ -192,7 +157,9 @@ def test_distillation_changes_the_student_and_the_baseline_is_the_plain_one(tmp_
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, "train.optimizer.lr=1e30", "train.clip_norm=null", "train.schedule.warmup_steps=0")
+    recipe = tiny_recipe.recipe(
+        tmp_path, "train.optimizer.lr=1e30", "train.clip_norm=null", "train.schedule.warmup_steps=0"
+    )
     with pytest.raises(UserError, match=r"not finite at step \d+ .*nonfinite.pt"):
         train(recipe)
     saved = torch.load(recipe.run_dir / "student" / "nonfinite.pt", weights_only=False)
@@ -219,21 +186,21 @@ def test_learning_rate() -> None:
 
 
 def test_a_weak_teacher_stops_the_run_before_the_student_trains(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, "teacher.min_map=90")
+    recipe = tiny_recipe.recipe(tmp_path, "teacher.min_map=90")
     with pytest.raises(UserError, match="min_map asks for 90"):
         pipeline.distill(recipe)
     assert not (recipe.run_dir / "student").exists()
 
 
 def test_an_interrupted_run_is_only_continued_on_request(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     train(recipe, max_steps=2)
     with pytest.raises(UserError, match="add --resume"):
         pipeline.distill(recipe, distillation=False)
 
 
 def test_finished_stages_are_skipped(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path)
+    recipe = tiny_recipe.recipe(tmp_path)
     pipeline.distill(recipe)
     student = recipe.run_dir / "student.safetensors"
     before = student.stat().st_mtime_ns

@@ -19,8 +19,8 @@ from deploy.quantize.calibrate import activation_ranges
 from deploy.quantize.diagnose import first_divergence
 from deploy.quantize.qdq import check_format, quantize
 from deploy.runtimes.onnx import OnnxRunner
+from tests.helpers.tensorrt_build import build
 from tests.helpers.tiny_onnx import CARD, TinyDetector, deployable, pictures
-from tests.helpers.trt_build import build
 
 
 class NormedDetector(TinyDetector):

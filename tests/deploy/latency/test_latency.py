@@ -31,7 +31,7 @@ from deploy.latency import (
 )
 from deploy.latency.telemetry import Telemetry, troubles
 from deploy.runtimes.onnx import OnnxRunner
-from tests.helpers.fakes import FakeClock, FakeRunner, StagedFake, correlated, small_images
+from tests.helpers.fake_runners import FakeClock, FakeRunner, StagedFake, correlated, small_images
 
 ROOT = Path(__file__).parents[3]
 H2D: Any = "h2d+compute+d2h"

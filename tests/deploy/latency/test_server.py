@@ -15,7 +15,7 @@ from deploy.latency import benchmark_server, bounded_lines
 from deploy.latency.clock import HostClock
 from deploy.latency.server import BLOCKS, highest_rate, open_loop
 from deploy.latency.statistics import estimates
-from tests.helpers.fakes import FakeClock, FakeRunner, small_images
+from tests.helpers.fake_runners import FakeClock, FakeRunner, small_images
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from deploy.latency.statistics import (
     student_tail,
     weighted_percentiles,
 )
-from tests.helpers.fakes import correlated
+from tests.helpers.fake_runners import correlated
 
 ROUNDS, CALLS, RUNS = 20, 60, 100
 

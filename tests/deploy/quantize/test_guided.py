@@ -25,7 +25,7 @@ from deploy.quantize.file import Quantizer
 from deploy.quantize.guided import GuidedResult, Sensitivity, Trial, search
 from deploy.quantize.picture import sensitivity_table, trade_off_svg, trials_table
 from deploy.runtimes.onnx import OnnxRunner
-from tests.deploy.quantize.test_diagnose import harmed, log_of_negative
+from tests.helpers.harmed_graphs import harmed, log_of_negative
 from tests.helpers.tiny_onnx import SIZE, pictures
 
 FLOAT_MAP = 40.0

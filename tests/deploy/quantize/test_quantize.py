@@ -208,7 +208,7 @@ def test_dense_outputs_are_those_before_suppression(tiny_onnx: Path) -> None:
 def test_int8_for_tensorrt_parses_and_builds_with_a_dynamic_batch(
     tiny_onnx: Path, images: CalibrationImages, tmp_path: Path
 ) -> None:
-    from tests.helpers.trt_build import build
+    from tests.helpers.tensorrt_build import build
 
     Quantizer(tiny_onnx, images, "tensorrt").save(tmp_path / "tiny.int8.onnx")
     built = build(tmp_path / "tiny.int8.onnx")

@@ -26,8 +26,8 @@ from deploy.runtimes.onnx import PROVIDERS, OnnxRunner
 from deploy.runtimes.open import open_runner
 from deploy.tensorrt.build import build_engine
 from deploy.tensorrt.card import EngineOptions, TensorSpec, write_engine_card
-from tests.deploy.tensorrt.test_card import T4, engine_card
-from tests.helpers import rig
+from tests.helpers import tensorrt_rig
+from tests.helpers.engine_cards import T4, engine_card
 from tests.helpers.tiny_onnx import SIZE, pictures
 
 
@@ -313,7 +313,7 @@ def test_what_is_missing_is_named(tmp_path: Path, tiny_onnx: Path) -> None:
 # ----------------------------------------------------------------------------------------------- on a real GPU
 
 
-@rig.needs_gpu
+@tensorrt_rig.needs_gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_real_engine_gives_what_onnxruntime_gives(
     tiny_onnx: Path, reference: OnnxRunner, tmp_path: Path, cuda_graph: bool
@@ -330,7 +330,7 @@ def test_a_real_engine_gives_what_onnxruntime_gives(
     assert 0 < engine.compute_ms() < 1000
 
 
-@rig.needs_device
+@tensorrt_rig.needs_device
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_bound_inputs_give_what_the_cpu_gives(tiny_onnx: Path, reference: OnnxRunner, provider: str) -> None:
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.red import write_red_model
-from tests.helpers.running import Server, server
+from tests.helpers.red_rectangle_model import write_red_model
+from tests.helpers.server_process import Server, server
 from tests.helpers.tiny_onnx import export_tiny
 
 

@@ -13,7 +13,7 @@ import pytest
 from deploy.runtimes.base import Detections
 from deploy.serve.batching import Batcher, Call, InferenceError, Row
 from deploy.serve.settings import OverloadedError
-from tests.helpers.red import CARD
+from tests.helpers.red_rectangle_model import CARD
 
 
 class Watched:

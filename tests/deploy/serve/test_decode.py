@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from deploy.core.image import decode_image, fit_canvas
 from deploy.serve.decode import decode, read_header
 from deploy.serve.settings import RefusalError
-from tests.helpers.pictures import encode, hostile, jpeg_of_many_scans, kinds, png_that_claims, with_exif
-from tests.helpers.red import CARD, picture
+from tests.helpers.encoded_pictures import encode, hostile, jpeg_of_many_scans, kinds, png_that_claims, with_exif
+from tests.helpers.red_rectangle_model import CARD, picture
 
 GOOD, BAD = kinds(), hostile()
 LIMIT = 1_000_000

@@ -16,9 +16,9 @@ from deploy.serve.batching import Ticket
 from deploy.serve.bodies import Bodies
 from deploy.serve.decode import check_together
 from deploy.serve.settings import OverloadedError, RefusalError
-from tests.helpers.pictures import encode, png_that_claims
-from tests.helpers.red import picture, write_red_model
-from tests.helpers.running import Server, server
+from tests.helpers.encoded_pictures import encode, png_that_claims
+from tests.helpers.red_rectangle_model import picture, write_red_model
+from tests.helpers.server_process import Server, server
 
 SMALL = encode(picture((48, 64), (10, 10, 30, 30)))
 HEAD = b"POST /v1/detect HTTP/1.1\r\nHost: a\r\n"

@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.lib.load import LOST, REFUSED, Shot, Target, closed_loop, open_loop, percentiles
-from tests.helpers.pictures import encode, hostile, kinds
-from tests.helpers.red import picture, write_red_model
-from tests.helpers.running import Server, server
+from tests.helpers.encoded_pictures import encode, hostile, kinds
+from tests.helpers.red_rectangle_model import picture, write_red_model
+from tests.helpers.server_process import Server, server
 
 SMALL = encode(picture((48, 64), (10, 10, 30, 30)))
 

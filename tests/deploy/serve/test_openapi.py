@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.pictures import encode, kinds
-from tests.helpers.red import CARD, picture
-from tests.helpers.running import Server
+from tests.helpers.encoded_pictures import encode, kinds
+from tests.helpers.red_rectangle_model import CARD, picture
+from tests.helpers.server_process import Server
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 from schemathesis import GenerationMode  # noqa: E402

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.helpers.browser import CHROMIUM, Page, browser
-from tests.helpers.pictures import encode
-from tests.helpers.red import picture
-from tests.helpers.running import Server, server
+from tests.helpers.encoded_pictures import encode
+from tests.helpers.red_rectangle_model import picture
+from tests.helpers.server_process import Server, server
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the page is not tried")
 

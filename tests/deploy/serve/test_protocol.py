@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deploy.serve.batching import Row
 from deploy.serve.protocol import InferRequest, answer_infer, parse_infer
 from deploy.serve.settings import RefusalError
-from tests.helpers.red import CARD
+from tests.helpers.red_rectangle_model import CARD
 
 CARD_2X2 = CARD.model_copy(update={"input_size": (2, 2)})
 

@@ -28,9 +28,9 @@ from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.serve.client import Client, ServerError
-from tests.helpers.pictures import encode, hostile, kinds, with_exif
-from tests.helpers.red import CARD, picture, write_red_model
-from tests.helpers.running import ROOT, Server, server
+from tests.helpers.encoded_pictures import encode, hostile, kinds, with_exif
+from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
+from tests.helpers.server_process import ROOT, Server, server
 
 PNG = encode(picture((480, 640), (100, 100, 300, 200)))
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from deploy.runtimes.onnx import OnnxRunner
-from tests.helpers.red import CARD, SLOTS, picture
-from tests.helpers.running import Server
+from tests.helpers.red_rectangle_model import CARD, SLOTS, picture
+from tests.helpers.server_process import Server
 
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 BOXES = [(10, 20, 50, 60), (0, 0, 128, 96), (64, 3, 71, 90)]

@@ -14,7 +14,7 @@ from deploy.core.card import METADATA_KEY
 from deploy.core.errors import UserError
 from deploy.serve.triton_repo import config_pbtxt, write_triton_model
 from deploy.tensorrt.card import EngineOptions, Layers, write_engine_card
-from tests.deploy.tensorrt.test_card import engine_card
+from tests.helpers.engine_cards import engine_card
 from tests.helpers.tiny_onnx import CARD, SIZE
 
 # Of model_config.proto of Triton Inference Server: message → field → type, `*` for repeated, `{}` for a map by string.

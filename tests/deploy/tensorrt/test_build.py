@@ -36,10 +36,10 @@ from deploy.tensorrt.card import (
     this_machine,
     write_engine_card,
 )
-from tests.helpers import rig
+from tests.helpers import tensorrt_rig
 from tests.helpers.tiny_onnx import CARD, SIZE, export_tiny, pictures
 
-rig.need_tensorrt()
+tensorrt_rig.need_tensorrt()
 
 from deploy.tensorrt.network import compute_layers, library, load_tensorrt, parse_network  # noqa: E402
 
@@ -71,7 +71,7 @@ def build(tiny_onnx: Path, tmp_path: Path) -> Callable[..., EngineCard]:
 
     def build(onnx_file: Path = tiny_onnx, name: str = "tiny.engine", **options: Any) -> EngineCard:
         chosen = EngineOptions(**{"batches": (1, 4, 8), **options})
-        return rig.if_possible(
+        return tensorrt_rig.if_possible(
             lambda: build_engine(onnx_file, tmp_path / name, chosen, timing_caches=tmp_path / "timing"), options
         )
 
@@ -120,7 +120,7 @@ def test_an_engine_and_its_card(engine: Path, tiny_onnx: Path) -> None:
     assert json.loads(card_path(engine).read_text())["schema_version"] == 1
 
 
-@rig.needs_gpu
+@tensorrt_rig.needs_gpu
 def test_the_inspector_lists_layers(engine: Path) -> None:
     card = read_engine_card(engine)
     assert card.layers is not None, card.layers_missing
@@ -175,10 +175,10 @@ def test_only_what_the_rig_cannot_do_is_skipped(
 
     monkeypatch.setattr(cuda_driver, "gpu", lambda: None)
     with pytest.raises(pytest.skip.Exception if skipped else UserError, match=reason):
-        rig.if_possible(fail, options)
+        tensorrt_rig.if_possible(fail, options)
     monkeypatch.setattr(cuda_driver, "gpu", lambda: "a GPU")
     with pytest.raises(UserError, match=reason):
-        rig.if_possible(fail, options)
+        tensorrt_rig.if_possible(fail, options)
 
 
 def test_weights_are_marked_one_by_one(tiny_onnx: Path) -> None:
@@ -237,7 +237,7 @@ def test_the_timing_cache_is_kept_and_offered_again(build: Callable[..., EngineC
     assert second is not None and second.key == first.key
     if second.state != "reused":
         assert second.state.startswith("not accepted: ")
-        if rig.not_runnable():
+        if tensorrt_rig.not_runnable():
             pytest.skip(f"the cache was found and offered; {second.state}")
     assert second.state == "reused"
 
@@ -324,7 +324,7 @@ def test_refit_needs_the_same_structure(engine: Path, tiny_onnx: Path, tmp_path:
         refit_engine(engine, tmp_path / "changed.onnx")
 
 
-@rig.needs_gpu
+@tensorrt_rig.needs_gpu
 @pytest.mark.parametrize("options", [{"refit": "all"}, {"refit": "individual"}, {"refit": "all", "strip": True}])
 def test_a_refitted_engine_computes_as_its_new_file(
     build: Callable[..., EngineCard], other_onnx: Path, tmp_path: Path, options: dict[str, Any]
@@ -566,7 +566,7 @@ def test_broken_files_are_one_line_and_exit_code_2(
 
 
 def test_an_engine_is_not_run_by_something_else(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if rig.not_runnable() is None:
+    if tensorrt_rig.not_runnable() is None:
         pytest.skip("engines run here")
     assert run("benchmark", engine) == 2
     error = capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -15,12 +14,8 @@ from compress import cli
 from deploy.core.card import ModelCard, Quantization
 from deploy.core.errors import UserError
 from deploy.tensorrt.card import (
-    EngineCard,
     EngineOptions,
     Layers,
-    Machine,
-    Profile,
-    TensorSpec,
     card_path,
     claimed_precision,
     contradiction,
@@ -30,46 +25,11 @@ from deploy.tensorrt.card import (
     rebuild,
     write_engine_card,
 )
-from tests.helpers.tiny_onnx import CARD, SIZE
+from tests.helpers.engine_cards import T4, engine_card
+from tests.helpers.tiny_onnx import CARD
 
-T4 = Machine(
-    library="TensorRT", version="10.13.3", gpu="Tesla T4", compute_capability="7.5", driver="580.65", cuda="13.0",
-    platform="Linux x86_64",
-)  # fmt: skip
 L4 = T4.model_copy(update={"gpu": "NVIDIA L4", "compute_capability": "8.9"})
 FP32, FP16, INT8 = ({"fp32": 1.0}, {"fp16": 0.9, "fp32": 0.1}, {"int8": 0.8, "fp32": 0.2})
-
-
-def engine_card(content: bytes = b"engine", **changes: Any) -> EngineCard:
-    """A card as the builder writes it, for an engine with these bytes."""
-    batches, shape = changes.pop("batches", (1, 8, 32)), [3, *SIZE]
-    values: dict[str, Any] = {
-        "engine": "tiny.engine",
-        "engine_sha256": hashlib.sha256(content).hexdigest(),
-        "engine_bytes": len(content),
-        "onnx": "tiny.onnx",
-        "onnx_sha256": "0" * 64,
-        "structure_sha256": "1" * 64,
-        "precision": None,
-        "machine": T4,
-        "options": EngineOptions(batches=batches),
-        "profiles": [
-            Profile(input="images", **{k: [b, *shape] for k, b in zip(("min", "opt", "max"), batches, strict=True)})
-        ],
-        "inputs": [TensorSpec(name="images", dtype="uint8", shape=[-1, *shape])],
-        "outputs": [
-            TensorSpec(name="boxes", dtype="fp32", shape=[-1, CARD.max_detections, 4]),
-            TensorSpec(name="scores", dtype="fp32", shape=[-1, CARD.max_detections]),
-            TensorSpec(name="labels", dtype="int64", shape=[-1, CARD.max_detections]),
-            TensorSpec(name="count", dtype="int32", shape=[-1]),
-        ],
-        "network": Layers(count=6, share=FP32),
-        "layers": None,
-        "build_seconds": 1.0,
-        "model": CARD,
-        "created": "2026-01-01T00:00:00+00:00",
-    }
-    return EngineCard(**{**values, **changes})
 
 
 def write(folder: Path, name: str = "tiny.engine", content: bytes = b"engine", **changes: Any) -> Path:

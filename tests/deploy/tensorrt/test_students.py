@@ -24,9 +24,9 @@ from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer
 from deploy.tensorrt.build import build_engine
 from deploy.tensorrt.card import EngineCard, EngineOptions, Layers
-from tests.helpers import rig
+from tests.helpers import tensorrt_rig
 
-rig.need_tensorrt()
+tensorrt_rig.need_tensorrt()
 
 SIZES = {"nano": (320, 320), "resnet18": (512, 640), "mobilenet_v3_small": (640, 640), "resnet50": (800, 800)}
 BATCHES = (1, 8, 32)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kernels.common import backend
 from kernels.ops import binary_kd_loss as kd
-from tests.helpers import compare, sass
-from tests.kernels.ops.test_losses import close
+from tests.helpers import kernel_compare, kernel_sass
+from tests.helpers.kernel_compare import close
 from tests.oracles import ORACLES
 
 
@@ -42,9 +42,9 @@ def test_equals_its_reference(
     seed: int,
 ) -> None:
     g = torch.Generator().manual_seed(seed)
-    student, teacher = (compare.with_layout(shape, layout, g, 4.0).to(dtype) for layout in layouts)
+    student, teacher = (kernel_compare.with_layout(shape, layout, g, 4.0).to(dtype) for layout in layouts)
     weight = torch.rand(shape[0], shape[2], generator=g)
-    compare.check(
+    kernel_compare.check(
         lambda *x: kd.binary_kd_loss(*x, beta=beta),
         lambda *x: kd.reference(*x, beta),
         [student, teacher, weight],
@@ -56,7 +56,7 @@ def test_saturated_and_equal_logits(device: torch.device) -> None:
     z = torch.tensor([-200.0, -30.0, 0.0, 30.0, 200.0])
     student, teacher = (x.reshape(1, 1, -1) for x in torch.meshgrid(z, z, indexing="ij"))
     for beta in (1.0, 2.0):
-        compare.check(
+        kernel_compare.check(
             lambda *x, b=beta: kd.binary_kd_loss(*x, beta=b),
             lambda *x, b=beta: kd.reference(*x, b),
             [student, teacher, torch.ones(1, 25)],
@@ -77,10 +77,11 @@ def test_nothing_costs_nothing(device: torch.device, shape: tuple[int, int, int]
 
 
 def test_registration_and_compilation(device: torch.device) -> None:
-    student = compare.with_layout((2, 3, 8), "channels", torch.Generator().manual_seed(0), 1.0).to(device)
+    student = kernel_compare.with_layout((2, 3, 8), "channels", torch.Generator().manual_seed(0), 1.0).to(device)
     teacher, weight = student * 0.5, torch.ones(2, 8, device=device)
-    arguments = (student.requires_grad_(), teacher.detach(), weight, 1.0, True)
-    torch.library.opcheck(kd._fused, arguments)
+    arguments = (student.requires_grad_(), teacher.detach(), weight, 1.0, True, False)
+    for backend_name in ("torch", "triton"):
+        torch.library.opcheck(kd._binary_kd_loss, (*arguments, backend_name))
 
     def term(z: torch.Tensor) -> torch.Tensor:
         loss, disagreement = kd.binary_kd_loss(z * 2, teacher.detach(), weight)
@@ -101,11 +102,11 @@ def test_autocast_and_no_grad(device: torch.device) -> None:
     assert cast == plain and not cast.requires_grad
 
 
-def _build(dtype: str, m_inner: bool) -> sass.Build:
+def _build(dtype: str, m_inner: bool) -> kernel_sass.Build:
     block_m = {"fp32": 128, "bf16": 256}[dtype] if m_inner else 128
     pointers = {"student": dtype, "teacher": dtype, "weight": "fp32", "partial": "fp32", "disagreement": "fp32"}
     pointers["gradient"] = dtype
-    return sass.Build(
+    return kernel_sass.Build(
         "kernels.triton.binary_kd_loss",
         "_binary_kd_kernel",
         {name: "*" + kind for name, kind in pointers.items()}
@@ -117,7 +118,7 @@ def _build(dtype: str, m_inner: bool) -> sass.Build:
 
 @pytest.mark.slow
 def test_machine_code() -> None:
-    for result in sass.inspect([_build("fp32", True), _build("bf16", True), _build("bf16", False)]):
+    for result in kernel_sass.inspect([_build("fp32", True), _build("bf16", True), _build("bf16", False)]):
         assert result.local == result.local_instructions == result.atomics == 0, result
         # The logits and their gradient in 16 bytes; a smaller access is the weight, the disagreement or a partial sum.
         assert result.loads[128] >= 4 and sum(result.loads.values()) - result.loads[128] <= 1, result

@@ -19,8 +19,8 @@ from kernels.common.dropout_table import table
 from kernels.csrc import build as cuda
 from kernels.ops import iou_loss as iou
 from kernels.ops.mc_dropout import mc_dropout
-from tests.helpers.sass import TARGETS
-from tests.kernels.ops.test_iou_loss import KINDS, boxes
+from tests.helpers.kernel_boxes import KINDS, boxes
+from tests.helpers.kernel_sass import TARGETS
 
 CSRC = cuda.SOURCES
 

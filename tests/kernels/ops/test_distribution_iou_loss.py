@@ -13,8 +13,8 @@ from kernels.common.distribution import distances_to_boxes, integral
 from kernels.ops import distribution_iou_loss as ops
 from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.iou_loss import Kind, giou_loss, paired_iou
-from tests.helpers import case_g, compare, sass
-from tests.kernels.ops.test_losses import close
+from tests.helpers import gfl_case, kernel_compare, kernel_sass
+from tests.helpers.kernel_compare import close
 from tests.oracles import ORACLES, sine
 
 KINDS: tuple[Kind, ...] = ("iou", "giou", "diou", "ciou")
@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = ("iou", "giou", "diou", "ciou")
 def test_numbers_of_the_authors_code(device: torch.device) -> None:
     """BCKD's localisation term of the head-level case, value and gradient, with the weights of the fused kernel."""
     expected = ORACLES["B_bckd_case"]
-    student, teacher = case_g.outputs()
+    student, teacher = gfl_case.outputs()
     assert student.targets is not None
     scale = BCKD().loc_weight / (student.targets.avg_factor + torch.finfo(torch.float32).eps)
     losses, norms = [], []
@@ -75,8 +75,8 @@ def test_student_against_teacher(
 ) -> None:
     B, M = shape
     g = torch.Generator().manual_seed(seed)
-    student, teacher = (compare.with_layout((B, 4 * bins, M), layout, g, 2.0).to(dtype) for layout in layouts)
-    compare.check(
+    student, teacher = (kernel_compare.with_layout((B, 4 * bins, M), layout, g, 2.0).to(dtype) for layout in layouts)
+    kernel_compare.check(
         lambda *x: ops.distribution_iou_kd_loss(*x, kind=kind),
         lambda *x: ops.kd_reference(*x, kind=kind),
         [student, teacher, torch.rand(B, M, generator=g)],
@@ -100,7 +100,7 @@ def test_student_against_ground_truth(
     points = torch.randint(0, 40, (count, 2), generator=g).float()
     sides = torch.rand(count, 4, generator=g) * bins
     boxes = torch.cat((points - sides[:, :2], points + sides[:, 2:] + 0.1), 1)
-    compare.check(
+    kernel_compare.check(
         lambda *x: ops.distribution_iou_loss(*x, kind=kind),
         lambda *x: ops.reference(*x, kind=kind),
         [logits, points, boxes, torch.rand(count, generator=g)],
@@ -160,10 +160,10 @@ def test_shapes_are_checked_at_the_door() -> None:
 
 def test_registration_and_compilation(device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
-    student = compare.with_layout((1, 8, 4), "channels", g, 1.0).to(device).requires_grad_()
+    student = kernel_compare.with_layout((1, 8, 4), "channels", g, 1.0).to(device).requires_grad_()
     teacher, weight = torch.randn(1, 8, 4, generator=g).to(device), torch.ones(1, 4, device=device)
     other = teacher.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(ops._fused, (student, other, None, weight, "giou", 1e-6, True))
+    torch.library.opcheck(ops._distribution_iou_loss, (student, other, None, weight, "giou", 1e-6, True))
 
     def term(z: torch.Tensor) -> torch.Tensor:
         return ops.distribution_iou_kd_loss(z * 2, teacher, weight)
@@ -174,10 +174,10 @@ def test_registration_and_compilation(device: torch.device) -> None:
     torch.testing.assert_close(compiled, eager)
 
 
-def _build(dtype: str, m_inner: bool, boxes: bool = False) -> sass.Build:
+def _build(dtype: str, m_inner: bool, boxes: bool = False) -> kernel_sass.Build:
     pointers = {"logits": dtype, "other": "fp32" if boxes else dtype, "weight": "fp32", "partial": "fp32"}
     pointers |= {"iou_out": "fp32", "gradient": dtype}
-    return sass.Build(
+    return kernel_sass.Build(
         "kernels.triton.distribution_iou_loss",
         "_distribution_iou_kernel",
         {name: "*" + kind for name, kind in pointers.items()}
@@ -192,8 +192,10 @@ def _build(dtype: str, m_inner: bool, boxes: bool = False) -> sass.Build:
 def test_machine_code() -> None:
     """float32 logits in 16 bytes. Of bfloat16 a thread takes four elements, 8 bytes: with eight locations a thread
     ptxas wants 255 registers and spills (sm_90), and with channels inside only four of a location lie aligned."""
-    dense = sass.inspect([_build("fp32", True)])
-    halves = sass.inspect([_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)], (90,))
+    dense = kernel_sass.inspect([_build("fp32", True)])
+    halves = kernel_sass.inspect(
+        [_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)], (90,)
+    )
     for result in (*dense, *halves):
         assert result.local == result.local_instructions == result.atomics == 0, result
         width = 64 if result.build.arguments["logits"] == "*bf16" else 128

@@ -21,8 +21,8 @@ from kernels.ops import feature_distance as distance_file
 from kernels.ops.attention_stats import attention_stats
 from kernels.ops.feature_distance import feature_distance, feature_distance_and_means
 from kernels.ops.mc_dropout import Dropout, mc_dropout
-from tests.helpers import given_masks
-from tests.helpers.compare import LAYOUTS, strided
+from tests.helpers import dropout_masks
+from tests.helpers.kernel_compare import LAYOUTS, strided
 
 BACKENDS = ["torch", "triton"]
 PATHS = [("torch", CHUNK), ("torch", 16), ("triton", CHUNK)]  # 16: every map here is larger than a chunk
@@ -209,14 +209,14 @@ def test_uncertain_teacher_with_given_masks(combine, monkeypatch: pytest.MonkeyP
     """The masks of UET's oracle, drawn on the fly, against the target made beforehand; both backends."""
     if torch.cuda.is_available():
         pytest.skip("the masks of the oracle go in through Triton's interpreter")
-    given_masks.install(monkeypatch)
+    dropout_masks.install(monkeypatch)
     student, teacher = sines(1.0, 0.31, 0.2), sines(1.3, 0.31, 0.7, 0.1)
-    kept = given_masks.kept(192).view(5, 2, 4, 4, 6)
-    uncertain = sum(teacher * m / (1 - p) for m, p in zip(kept, given_masks.RATES, strict=True)) / 5
+    kept = dropout_masks.kept(192).view(5, 2, 4, 4, 6)
+    uncertain = sum(teacher * m / (1 - p) for m, p in zip(kept, dropout_masks.RATES, strict=True)) / 5
     target = teacher + uncertain if combine == "sum" else (teacher + uncertain) / 2
     for name in BACKENDS:
         with backend.use(name):  # type: ignore[arg-type]
-            drop = Dropout(given_masks.RATES, 0, combine=combine)
+            drop = Dropout(dropout_masks.RATES, 0, combine=combine)
             found = attention(teacher, drop)
             distance = feature_distance(student, teacher, foreground() * found[0], found[1], dropout=drop)
         with backend.use("torch"):

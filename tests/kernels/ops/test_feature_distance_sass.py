@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.sass import TARGETS, Build, inspect
+from tests.helpers.kernel_sass import TARGETS, Build, inspect
 
 SCALARS = {
     **dict.fromkeys(("seed_low", "seed_high", "offset_low", "offset_high", "c_units", "s_units"), "i32"),

@@ -12,20 +12,10 @@ from hypothesis import strategies as st
 
 from kernels.common import backend
 from kernels.ops import iou_loss as ops
-from tests.helpers import compare, sass
-from tests.kernels.ops.test_losses import close
+from tests.helpers import kernel_compare, kernel_sass
+from tests.helpers.kernel_boxes import KINDS, boxes
+from tests.helpers.kernel_compare import close
 from tests.oracles import ORACLES
-
-KINDS: tuple[ops.Kind, ...] = ("iou", "giou", "diou", "ciou")
-
-
-def boxes(count: int, g: torch.Generator, kind: str = "boxes") -> torch.Tensor:
-    """float32 [count, 4]: of sides 0.1 to 10, of integer corners (many ties and points), or of corners in disorder."""
-    corner = torch.rand(count, 2, generator=g) * 10
-    other = corner + 0.1 + 9.9 * torch.rand(count, 2, generator=g)
-    if kind == "integers":
-        return torch.cat((corner // 4, corner // 4 + torch.randint(0, 3, (count, 2), generator=g)), 1)
-    return torch.cat((corner, corner[torch.randperm(count, generator=g)] if kind == "disorder" else other), 1)
 
 
 @pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
@@ -93,7 +83,7 @@ def test_equals_its_reference(
     if made == "disorder":  # losses of either sign, and points: d(distance^2 / diagonal^2) = 0 is a difference of ones
         rows = ops.iou_loss_rows(a.double(), b.double(), kind=kind, eps=eps).abs()
         terms = max(1.0, float(rows.sum())), 1.0
-    compare.check(
+    kernel_compare.check(
         lambda *x: ops.iou_loss(*x, kind=kind, eps=eps),
         lambda *x: ops.reference(*x, kind=kind, eps=eps),
         [a, b, *weight],
@@ -128,7 +118,7 @@ def test_eps_may_be_0(device: torch.device, kind: ops.Kind) -> None:
     g = torch.Generator().manual_seed(0)
     inputs = [*(boxes(3, g) for _ in range(2)), torch.rand(3, generator=g)]
     chosen: dict[str, Any] = {"kind": kind, "eps": 0.0}
-    compare.check(lambda *x: ops.iou_loss(*x, **chosen), lambda *x: ops.reference(*x, **chosen), inputs, device)
+    kernel_compare.check(lambda *x: ops.iou_loss(*x, **chosen), lambda *x: ops.reference(*x, **chosen), inputs, device)
 
 
 def test_no_boxes(device: torch.device) -> None:
@@ -166,7 +156,7 @@ def test_shapes_are_checked_at_the_door() -> None:
 def test_registration_and_compilation(device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
     a, b = (boxes(5, g).to(device).requires_grad_() for _ in range(2))
-    torch.library.opcheck(ops._fused, (a, b, torch.ones(5, device=device), "ciou", 1e-6, True, True, "triton"))
+    torch.library.opcheck(ops._iou_loss, (a, b, torch.ones(5, device=device), "ciou", 1e-6, True, True, "triton"))
 
     def term(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return ops.iou_loss(x * 2, y, kind="ciou")
@@ -177,10 +167,10 @@ def test_registration_and_compilation(device: torch.device) -> None:
         torch.testing.assert_close(torch.autograd.grad(compiled(a, b), (a, b)), eager)
 
 
-def _build(dtype: str, kind: int, both: bool) -> sass.Build:
+def _build(dtype: str, kind: int, both: bool) -> kernel_sass.Build:
     pointers = {"boxes": dtype, "target": dtype, "weight": "fp32", "partial": "fp32"}
     pointers |= {"to_boxes": dtype, "to_target": dtype}
-    return sass.Build(
+    return kernel_sass.Build(
         "kernels.triton.iou_loss",
         "_iou_kernel",
         {name: "*" + kind for name, kind in pointers.items()}
@@ -200,7 +190,7 @@ def _build(dtype: str, kind: int, both: bool) -> sass.Build:
 @pytest.mark.slow
 def test_machine_code() -> None:
     builds = [_build("fp32", 1, False), _build("fp32", 3, True), _build("bf16", 1, False)]
-    for result in sass.inspect(builds):
+    for result in kernel_sass.inspect(builds):
         assert result.local == result.local_instructions == result.atomics == 0, result
         # Rows of boxes: 16 bytes at once. Only their weights and the partial sum are accessed singly.
         assert result.loads[128] >= 4 and result.stores[128] >= 2, result

@@ -13,11 +13,8 @@ from kernels.ops import binary_kd_loss as kd
 from kernels.ops import quality_focal_loss as qfl
 from kernels.ops.distribution_iou_loss import distribution_iou_kd_loss, distribution_iou_loss
 from kernels.ops.iou_loss import giou_loss, iou_loss, paired_iou
+from tests.helpers.kernel_compare import close
 from tests.oracles import ORACLES, sine
-
-
-def close(value: torch.Tensor, expected: object) -> None:
-    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6)
 
 
 def test_quality_focal_loss_oracle() -> None:
@@ -82,8 +79,8 @@ def test_no_gradient_where_there_is_no_difference(
     run: str, beta: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With beta < 1 the slope of |difference|^beta is infinite at 0, and its sign is 0 there."""
-    monkeypatch.setattr(kd, "_compiled", lambda: kd._loss_and_gradient)  # what is compiled, without compiling it
-    monkeypatch.setattr(qfl, "_negative_compiled", lambda: qfl._negative)
+    for module in (kd, qfl):  # what is compiled, without compiling it
+        monkeypatch.setattr(module, "compiled_once", lambda function: function)
     g = torch.Generator().manual_seed(0)
     z, t, weight = torch.randn(2, 3, 8, generator=g), torch.randn(2, 3, 8, generator=g), torch.rand(2, 8, generator=g)
     same = torch.rand(2, 3, 8, generator=g) < 0.3

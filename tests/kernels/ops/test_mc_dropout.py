@@ -19,8 +19,8 @@ from kernels.common.dropout_table import outcomes, table
 from kernels.common.rows import CHUNK
 from kernels.ops.mc_dropout import Dropout, mc_dropout, reference
 from kernels.triton.dropout import philox
-from tests.helpers import given_masks
-from tests.helpers.compare import LAYOUTS, strided
+from tests.helpers import dropout_masks
+from tests.helpers.kernel_compare import LAYOUTS, strided
 from tests.oracles import ORACLES, sine
 
 CPU = torch.device("cpu")
@@ -328,14 +328,14 @@ def test_cuda_backend_takes_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) ->
 def test_oracle_of_uet(name: backend.Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type != "cpu":
         pytest.skip("the masks of the oracle go in through Triton's interpreter")
-    given_masks.install(monkeypatch)
+    dropout_masks.install(monkeypatch)
     i = torch.arange(2 * 4 * 4 * 6, dtype=torch.float64)
     teacher = (0.1 + 1.3 * torch.sin(0.31 * i + 0.7)).view(2, 4, 4, 6)
     with backend.use(name):
-        out, var = mc_dropout(teacher.float(), Dropout(given_masks.RATES, 0))
+        out, var = mc_dropout(teacher.float(), Dropout(dropout_masks.RATES, 0))
     assert out.sum().item() == pytest.approx(ORACLE["U_sum"], rel=1e-5)
     assert out.flatten()[:6].tolist() == pytest.approx(ORACLE["U_first6"], rel=1e-5)
-    wanted = reference(teacher, given_masks.kept(len(i)).view(5, 2, 4, 4, 6), given_masks.RATES)
+    wanted = reference(teacher, dropout_masks.kept(len(i)).view(5, 2, 4, 4, 6), dropout_masks.RATES)
     close(out, wanted[0], 1e-5)
     assert var is not None
     close(var, wanted[1], 1e-5)

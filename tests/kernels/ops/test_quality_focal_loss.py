@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kernels.common import backend
 from kernels.ops import quality_focal_loss as qfl
-from tests.helpers import compare, sass
-from tests.kernels.ops.test_losses import close
+from tests.helpers import kernel_compare, kernel_sass
+from tests.helpers.kernel_compare import close
 from tests.oracles import ORACLES
 
 
@@ -40,11 +40,11 @@ def test_equals_its_reference(
 ) -> None:
     B, K, M = shape
     g = torch.Generator().manual_seed(seed)
-    logits = compare.with_layout(shape, layout, g, 4.0).to(dtype)
+    logits = kernel_compare.with_layout(shape, layout, g, 4.0).to(dtype)
     index = torch.randperm(B * M, generator=g)[: int(torch.randint(0, B * M + 1, (), generator=g))]
     labels = torch.randint(0, K, index.shape, generator=g)
     quality, weight = torch.rand(index.shape, generator=g), torch.rand(B, M, generator=g)
-    compare.check(
+    kernel_compare.check(
         lambda *x: qfl.quality_focal_loss(*x, beta=beta),
         lambda *x: qfl.reference(*x, beta),
         [logits, index, labels, quality, weight],
@@ -56,7 +56,7 @@ def test_saturated_logits(device: torch.device) -> None:
     z = torch.tensor([-200.0, -30.0, 0.0, 30.0, 200.0]).reshape(1, 1, 5)
     index = torch.arange(5)
     quality = torch.tensor([0.3, 1.0, 0.5, 0.0, 1.0])
-    compare.check(
+    kernel_compare.check(
         qfl.quality_focal_loss,
         qfl.reference,
         [z, index, torch.zeros_like(index), quality, torch.ones(1, 5)],
@@ -105,10 +105,12 @@ def test_nothing_costs_nothing(device: torch.device, shape: tuple[int, int, int]
 
 
 def test_registration_and_compilation(device: torch.device) -> None:
-    logits = compare.with_layout((2, 3, 8), "channels", torch.Generator().manual_seed(0), 1.0).to(device)
+    logits = kernel_compare.with_layout((2, 3, 8), "channels", torch.Generator().manual_seed(0), 1.0).to(device)
     index, labels = torch.tensor([1, 9], device=device), torch.tensor([0, 2], device=device)
     quality, weight = torch.tensor([0.5, 0.9], device=device), torch.ones(2, 8, device=device)
-    torch.library.opcheck(qfl._fused, (logits.requires_grad_(), index, labels, quality, weight, 2.0, True))
+    arguments = (logits.requires_grad_(), index, labels, quality, weight, 2.0, True, False)
+    for backend_name in ("torch", "triton"):
+        torch.library.opcheck(qfl._quality_focal_loss, (*arguments, backend_name))
 
     def term(z: torch.Tensor) -> torch.Tensor:
         return qfl.quality_focal_loss(z * 2, index, labels, quality, weight)
@@ -119,10 +121,10 @@ def test_registration_and_compilation(device: torch.device) -> None:
     torch.testing.assert_close(compiled, eager)
 
 
-def _dense(dtype: str, m_inner: bool) -> sass.Build:
+def _dense(dtype: str, m_inner: bool) -> kernel_sass.Build:
     block_m = {"fp32": 128, "bf16": 256}[dtype] if m_inner else 128
     pointers = {"logits": dtype, "weight": "fp32", "partial": "fp32", "gradient": dtype}
-    return sass.Build(
+    return kernel_sass.Build(
         "kernels.triton.quality_focal_loss",
         "_negative_kernel",
         {name: "*" + kind for name, kind in pointers.items()}
@@ -132,7 +134,7 @@ def _dense(dtype: str, m_inner: bool) -> sass.Build:
     )
 
 
-POSITIVE = sass.Build(
+POSITIVE = kernel_sass.Build(
     "kernels.triton.quality_focal_loss",
     "_positive_kernel",
     {"logits": "*bf16", "index": "*i64", "labels": "*i64", "quality": "*fp32", "weight": "*fp32", "partial": "*fp32"}
@@ -144,7 +146,7 @@ POSITIVE = sass.Build(
 @pytest.mark.slow
 def test_machine_code() -> None:
     dense = [_dense("fp32", True), _dense("bf16", False)]
-    for result in sass.inspect([*dense, POSITIVE]):
+    for result in kernel_sass.inspect([*dense, POSITIVE]):
         assert result.local == result.local_instructions == result.atomics == 0, result
         if result.build is POSITIVE:
             continue  # gathers single entries

@@ -39,8 +39,8 @@ from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
 from deploy.quantize.grids import Grids
 from deploy.quantize.qdq import check_format
-from tests.compress.training.test_train import assert_same, fabric
-from tests.helpers import tiny
+from tests.helpers import tiny_recipe
+from tests.helpers.training_runs import assert_same, fabric
 
 SETTINGS = (
     "deploy.int8={images: 6, qad: {steps: 6, lr: 1e-3}}",
@@ -50,7 +50,7 @@ SETTINGS = (
 
 
 def recipe_in(folder: Path) -> Recipe:
-    return tiny.recipe(folder, *SETTINGS)
+    return tiny_recipe.recipe(folder, *SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +407,7 @@ def test_damaged_grids_are_one_line(tmp_path: Path) -> None:
 
 
 def test_trained_grids_for_tensorrt_parse_and_build(quantizers: dict[str, Quantizer], tmp_path: Path) -> None:
-    from tests.helpers.trt_build import build
+    from tests.helpers.tensorrt_build import build
 
     quantizer = quantizers["tensorrt"]
     path = tmp_path / "student.qad.onnx"

@@ -78,3 +78,8 @@ def check(
         least = SUBNORMAL if inputs[i].dtype == torch.float16 else 0.0
         tolerance = max(GRADIENT[inputs[i].dtype] * greatest, least)
         torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=GRADIENT[inputs[i].dtype], atol=tolerance)
+
+
+def close(value: Tensor, expected: object) -> None:
+    """Assert what an oracle says, to an absolute 2e-6."""
+    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6)

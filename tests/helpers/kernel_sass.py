@@ -77,7 +77,7 @@ def inspect(builds: list[Build], targets: tuple[int, ...] = TARGETS) -> list[Ins
     work = json.dumps({"builds": [dataclasses.asdict(build) for build in builds], "targets": targets})
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.sass"],
+        [sys.executable, "-m", "tests.helpers.kernel_sass"],
         input=work,
         capture_output=True,
         text=True,

@@ -49,3 +49,8 @@ def outputs() -> tuple[Outputs, Outputs]:
     model, student, teacher = detector(), prediction("student"), prediction("teacher")
     targets_ = model.assign(student, targets())
     return Outputs([], student, model, targets_), Outputs([], teacher.detach(), model)
+
+
+def close(value: torch.Tensor, expected: object) -> None:
+    """Assert what an oracle says; they are printed with six decimals and were made in float32."""
+    torch.testing.assert_close(value.detach().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-5)

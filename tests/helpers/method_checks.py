@@ -10,11 +10,11 @@ from torch import Tensor
 from compress.data.batch import Batch, Target
 from compress.detectors.base import DensePrediction
 from compress.distill.method import Method, Outputs
-from tests.helpers import case_g
+from tests.helpers import gfl_case
 
 
 def batch(targets: list[Target] | None = None) -> Batch:
-    return Batch(torch.zeros(2, 3, 128, 128, dtype=torch.uint8), case_g.targets() if targets is None else targets)
+    return Batch(torch.zeros(2, 3, 128, 128, dtype=torch.uint8), gfl_case.targets() if targets is None else targets)
 
 
 def without_boxes(images: set[int]) -> list[Target]:
@@ -25,12 +25,12 @@ def without_boxes(images: set[int]) -> list[Target]:
             target, boxes=target.boxes[:0], labels=target.labels[:0], ignore=target.ignore[:0]
         )  # fmt: skip
 
-    return [empty(x) if i in images else x for i, x in enumerate(case_g.targets())]
+    return [empty(x) if i in images else x for i, x in enumerate(gfl_case.targets())]
 
 
 def outputs(targets: list[Target]) -> tuple[Outputs, Outputs]:
-    """`case_g.outputs` with other ground truth."""
-    student, teacher = case_g.outputs()
+    """`gfl_case.outputs` with other ground truth."""
+    student, teacher = gfl_case.outputs()
     student.targets = student.detector.assign(student.prediction, targets)
     return student, teacher
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.helpers.red import picture
+from tests.helpers.red_rectangle_model import picture
 
 
 def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **more: Any) -> bytes:

@@ -1,0 +1,38 @@
+"""Small detectors with random weights as teachers of pseudo labels, and what two of them label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.detectors.checkpoints import ModelRecord, save_detector
+from compress.pseudo import parts
+from compress.pseudo.images import images_in
+from compress.pseudo.label import Settings, pseudo_label
+
+SMALL = Settings(tau=0.6, tau_ignore=0.5, short=64, long=96, batch_size=2)
+
+
+def teacher(path: Path, names: tuple[str, ...], seed: int) -> str:
+    """Random, with scores all over 0..1 and small boxes that do not all suppress each other."""
+    record = ModelRecord(backbone="nano", num_classes=len(names), neck_channels=32, head_depth=0, class_names=names)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        detector = record._build()
+        with torch.no_grad():
+            detector.head.gfl_cls.weight.normal_(std=0.2)
+            detector.head.gfl_cls.bias.zero_()  # type: ignore[union-attr]
+            detector.head.gfl_reg.bias.view(4, -1)[:, 1] = 6  # type: ignore[union-attr]  # boxes of two strides
+    save_detector(path, detector, metadata=record)
+    return str(path)
+
+
+def make(world: Path, out: Path, **options: Any) -> parts.Summary | None:
+    """Both teachers on the folder, unless told otherwise."""
+    chosen: dict[str, Any] = {"table": {"kitten": "cat"}, "quiet": True, "device": torch.device("cpu")} | options
+    checkpoints = chosen.pop("teachers", [str(world / "a.safetensors"), str(world / "b.safetensors")])
+    images = chosen.pop("images", None) or images_in(world / "images")
+    settings = chosen.pop("settings", SMALL)
+    return pseudo_label(checkpoints, images, out, settings, **chosen)
