@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from compress.config.messages import own_parts_in
 from compress.config.recipe import Recipe
 from deploy.core.files import write_text
 
@@ -71,6 +72,7 @@ def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseMode
                 classes = [field.annotation, *getattr(field.annotation, "__args__", ())]
                 below = [c for c in classes if isinstance(c, type) and issubclass(c, BaseModel)]
                 todo += [(f"{path}.{name}".lstrip("."), c) for c in below]
+            todo += [(f"{path}.package.module:Name", c) for c in own_parts_in(model)]
     order = ["", *Recipe.model_fields]
     return sorted(((path, m) for m, path in found.items()), key=lambda row: order.index(row[0].partition(".")[0]))
 
@@ -90,7 +92,8 @@ def accepted(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             return f"list of {accepted(schema['items'], definitions)}"
         return f"[{', '.join(accepted(item, definitions) for item in items)}]"
     words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}
-    text = "path" if schema.get("format") == "path" else {**words, "object": "section", "null": "`null`"}[kind]
+    formats = {"path": "path", "import-path": "import path"}
+    text = formats.get(schema.get("format", "")) or {**words, "object": "section", "null": "`null`"}[kind]
     bounds = {"minimum": "≥ ", "exclusiveMinimum": "> ", "maximum": "≤ ", "exclusiveMaximum": "< "}
     limits = [f"{sign}{_plain(schema[key])}" for key, sign in bounds.items() if key in schema]
     if "multipleOf" in schema:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic_core import PydanticCustomError
+
+from deploy.core.import_path import PATTERN
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what every generator takes
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+ImportPath = Annotated[str, Field(pattern=f"^{PATTERN}$", json_schema_extra={"format": "import-path"})]
+"""A user's own part, `package.module:Name`; what it names is imported where it is used, not while reading a recipe."""
+Options = dict[str, JsonValue]
+"""Arguments of a user's own part, by name."""
+
+
+def added_later() -> Any:
+    """A field for a key that recipes of version 0.1 do not know: null, and then in no dump. So the hash of an old
+    recipe, what its run's manifest compares, and the recipe.yaml of a run without the key stay as they were."""
+    return Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Settings(BaseModel):
@@ -22,6 +34,7 @@ class Settings(BaseModel):
     )
 
 
-def broken_rule(key: str, problem: str) -> PydanticCustomError:
-    """An error of a rule between fields, reported at `key` of the model that raises it."""
-    return PydanticCustomError("rule", "{problem}", {"problem": problem, "key": key})
+def broken_rule(key: str | tuple[str, ...], problem: str) -> PydanticCustomError:
+    """An error of a rule between fields, reported at `key` of the model that raises it: dotted, or in parts."""
+    parts = tuple(key.split(".")) if isinstance(key, str) and key else tuple(key)
+    return PydanticCustomError("rule", "{problem}", {"problem": problem, "key": parts})

@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compress.config.base import Fraction, Positive, Settings, Weight, broken_rule
+from compress.config.base import Fraction, ImportPath, Positive, Settings, Weight, added_later, broken_rule
+from deploy.tensorrt.card import EngineOptions
+
+Precision = Literal["fp32", "fp16", "int8", "mixed"]
 
 
 class Benchmark(Settings):
@@ -51,10 +54,44 @@ class Int8(Settings):
     defaults."""
 
 
+_ENGINE = EngineOptions()
+
+
+class Engines(Settings):
+    """TensorRT engines, built where TensorRT is installed."""
+
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] | None = None
+    """Files that engines are built from; null: all of deploy.precisions."""
+    batch: tuple[Positive, Positive, Positive] = _ENGINE.batches
+    """Smallest batch, the one that the engine is tuned for, largest batch."""
+    workspace_gb: Annotated[float, Field(gt=0, le=1e4)] | None = _ENGINE.workspace_gb
+    """Most device memory that a layer may use for scratch, in 1e9 bytes; null: all there is."""
+    optimization_level: Annotated[int, Field(ge=0, le=5)] = _ENGINE.optimization_level
+    """0 builds fastest, 5 searches longest for the fastest engine."""
+    version_compatible: bool = _ENGINE.version_compatible
+    """The engine runs with later TensorRT versions of the same major version as well."""
+    hardware_compatible: Literal["ampere+", "same"] | None = _ENGINE.hardware_compatible
+    """The engine runs on every GPU from Ampere on, or on every GPU of the same compute capability."""
+    refit: Literal["all", "individual"] | None = _ENGINE.refit
+    """Weights can be replaced later: all of them, or each that the network names."""
+
+    def engine_options(self) -> EngineOptions:
+        """The options of the builder."""
+        return EngineOptions(batches=self.batch, **self.model_dump(exclude={"precisions", "batch"}))
+
+    @model_validator(mode="after")
+    def _rules(self) -> Engines:
+        if not self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise broken_rule("batch", f"{list(self.batch)} does not rise; write [smallest, best, largest]")
+        if self.precisions is not None and len(set(self.precisions)) < len(self.precisions):
+            raise broken_rule("precisions", "names a precision twice")
+        return self
+
+
 class Deploy(Settings):
     """The exported files and the gate that they must pass."""
 
-    precisions: Annotated[tuple[Literal["fp32", "fp16", "int8", "mixed"], ...], Field(min_length=1)] = ("fp32",)
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32",)
     """Files to write: student.onnx, student.fp16.onnx, student.int8.onnx, student.mixed.onnx (int8 layers, the rest
     fp16, for TensorRT)."""
     int8: Int8 = Int8()
@@ -84,6 +121,10 @@ class Deploy(Settings):
     """The gate: largest loss of mAP (points) against the student in PyTorch."""
     benchmark: Benchmark = Benchmark()
     """How latency is measured."""
+    engines: Engines | None = added_later()
+    """Also build TensorRT engines of the files; null: none. {} for the defaults."""
+    runners: Annotated[tuple[ImportPath, ...], Field(min_length=1)] | None = added_later()
+    """Import paths of runners of your own; each opens student.onnx and is validated and measured beside ours."""
 
     @model_validator(mode="after")
     def _rules(self) -> Deploy:
@@ -91,4 +132,9 @@ class Deploy(Settings):
             raise broken_rule("precisions", "each once, and fp32 among them: the others are compared with it")
         if self.candidates < self.max_detections:
             raise broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
+        for precision in (self.engines.precisions or ()) if self.engines is not None else ():
+            if precision not in self.precisions:
+                raise broken_rule("engines.precisions", f"{precision} is not in deploy.precisions; add it there")
+        if self.runners is not None and len(set(self.runners)) < len(self.runners):
+            raise broken_rule("runners", "names a runner twice")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -10,31 +11,40 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from compress.config.yaml_document import Document, Key
+from deploy.core.import_path import PATTERN
 
 
 def problems(error: ValidationError, data: dict[str, Any], document: Document, root: type[BaseModel]) -> list[str]:
     """One line for each problem, in the order of the file's sections."""
     found: dict[Key, list[tuple[str, str]]] = {}
     alternatives: set[Key] = set()
+    unknown: set[Key] = set()
     for item in error.errors(include_url=False):
         kind = item["type"]
         key, is_alternative = _data_key(item, data)
         if kind == "default_factory_not_called":  # follows from another field's error
             continue
+        if kind == "string_pattern_mismatch" and PATTERN in item["ctx"]["pattern"]:
+            is_key = item["loc"] == key and item["input"] == key[-1]  # then it is no setting of ours either
+            kind = "extra_forbidden" if is_key and _is_unknown(key, root) else "import_path"
+            item = {**item, "type": kind}
+        if any(key[:length] in unknown for length in range(1, len(key) + 1)):
+            continue  # what stands below an unknown key is no second problem
         if kind == "missing" and isinstance(key[-1], int):  # too few elements
             key, kind = key[:-1], "rule"
-        if is_alternative:
+        if is_alternative or kind == "too_short":  # an item that is wrong does not count
             alternatives.add(key)
         if kind == "rule" and item.get("ctx", {}).get("key"):
-            key = (*key, *item["ctx"]["key"].split("."))
+            key = (*key, *item["ctx"]["key"])
         found.setdefault(key, []).append((kind, _message(item, key, root)))
-        if kind == "extra_forbidden" and (meant := _closest(key, root)):  # a typing error is one problem, not two
-            right = (*key[:-1], meant)
-            if found.get(right, [("", "")])[0][0] == "missing":
-                del found[right]
+        if kind == "extra_forbidden":
+            unknown.add(key)
+            meant = _closest(key, root)
+            if meant and found.get((*key[:-1], meant), [("", "")])[0][0] == "missing":
+                del found[*key[:-1], meant]  # a typing error is one problem, not two
     # Of a value that may have several forms, speak of the form that fitted best: the one that failed deepest.
     for key in alternatives:
-        if any(other != key and other[: len(key)] == key for other in alternatives):
+        if any(other != key and other[: len(key)] == key for other in found):
             found.pop(key, None)
     return [document.report(key, _joined(messages)) for key, messages in found.items()]
 
@@ -44,6 +54,12 @@ def _joined(messages: list[tuple[str, str]]) -> str:
     rules = [text for kind, text in messages if kind == "rule"]
     if rules:
         return rules[-1]
+    kinds = dict(messages)
+    if {"literal_error", "import_path"} <= kinds.keys():  # a built-in part, or a user's own
+        if ":" in kinds["import_path"].partition(";")[0]:
+            return kinds["import_path"]
+        hinted = "; did you mean" in kinds["literal_error"]
+        return kinds["literal_error"] + ("" if hinted else ", and no import path (package.module:Name)")
     needs = [text.removeprefix("needs ") for kind, text in messages if kind in _NEEDED]
     if len(needs) > 1:
         return "needs " + " or ".join([*(text.partition(", got ")[0] for text in needs[:-1]), needs[-1]])
@@ -108,6 +124,8 @@ def _message(item: Any, key: Key, root: type[BaseModel]) -> str:
         return f"needs {_NEEDED[kind]}, got {value!r}"
     if kind == "rule":
         return context.get("problem") or item["msg"]
+    if kind == "import_path":
+        return f"{value!r} is not an import path; write package.module:Name"
     if kind == "string_pattern_mismatch":
         return f"{value!r} is not a plain name (letters, digits, . _ -)"
     if kind == "too_long":
@@ -125,8 +143,14 @@ def _model_at(key: Key, root: type[BaseModel]) -> type[BaseModel]:
     model = root
     for part in key:
         if isinstance(part, str):
-            model = next(models_in(model.model_fields[part].annotation))
+            field = model.model_fields.get(part)
+            model = next(own_parts_in(model) if field is None else models_in(field.annotation))
     return model
+
+
+def _is_unknown(key: Key, root: type[BaseModel]) -> bool:
+    """Whether the section at `key` has no such setting."""
+    return key[-1] not in _model_at(key[:-1], root).model_fields
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -135,6 +159,11 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in get_args(annotation):
         yield from models_in(inner)
+
+
+def own_parts_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The settings class of keys that are import paths, where a section takes such keys."""
+    return models_in(inspect.get_annotations(model, eval_str=True).get("__pydantic_extra__"))
 
 
 def _closest(key: Key, root: type[BaseModel]) -> str | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from compress.config.base import Fraction, Positive, Settings, Weight, broken_rule
+from compress.config.base import Fraction, ImportPath, Options, Positive, Settings, Weight, added_later, broken_rule
 
 Above = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -244,8 +244,19 @@ class Uet(Settings):
         return self
 
 
+class OwnMethod(Term):
+    """A method of your own: `package.module:Name: {options: {...}}`."""
+
+    options: Options | None = added_later()
+    """Arguments of its class, besides student and teacher."""
+
+
 class Methods(Settings):
-    """Distillation methods; those given add up. Write `bckd: {}` for a method with its defaults."""
+    """Distillation methods; those given add up. Write `bckd: {}` for a method with its defaults, and the import path
+    of its class for a method of your own."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[ImportPath, OwnMethod] = Field(init=False)
 
     bckd: Bckd | None = None
     """BCKD."""
@@ -271,9 +282,14 @@ class Methods(Settings):
     """UET, around methods given above."""
 
     def enabled(self) -> dict[str, Term]:
-        """The methods that are given, by name, without the wrapper UET."""
+        """The methods that are given, by name or import path, without the wrapper UET."""
         terms = {name: getattr(self, name) for name in type(self).model_fields if name != "uet"}
-        return {name: term for name, term in terms.items() if term is not None}
+        return {name: term for name, term in terms.items() if term is not None} | self.own
+
+    @property
+    def own(self) -> dict[str, OwnMethod]:
+        """Methods of the user's, by import path."""
+        return self.__pydantic_extra__
 
     @model_validator(mode="after")
     def _rules(self) -> Methods:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import Positive, Settings, broken_rule
+from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule
 from compress.config.messages import did_you_mean
+from deploy.core.import_path import is_import_path
 
 Backbone = Literal[
     "resnet18",
@@ -33,18 +34,28 @@ def _weights_file(path: Path) -> Path:
 
 
 def _whole_unless_pretrained(pretrained: Any, untrained: Any) -> Callable[[dict[str, Any]], Any]:
-    """Default of a setting that only makes sense on a backbone that comes with weights."""
-    return lambda fields: untrained if fields.get("weights", "none") == "none" else pretrained
+    """Default of a setting that only makes sense on a backbone of ours that comes with weights."""
+
+    def default(fields: dict[str, Any]) -> Any:
+        own = fields.get("backbone") is None or is_import_path(fields["backbone"])
+        return untrained if own or fields.get("weights", "none") == "none" else pretrained
+
+    return default
 
 
 class Model(Settings):
     """A detector: backbone, feature pyramid, head."""
 
-    detector: Literal["gfl", "fcos", "retinanet", "faster_rcnn"] = "gfl"
+    detector: Literal["gfl", "fcos", "retinanet", "faster_rcnn"] | ImportPath = "gfl"
     """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
-    levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported."""
-    backbone: Backbone
-    """Feature extractor."""
+    levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. Or the import
+    path of a class of your own."""
+    options: Options | None = added_later()
+    """Arguments of a detector of your own."""
+    backbone: Backbone | ImportPath | None = None
+    """Feature extractor, or the import path of a function that makes one; a detector of your own may go without."""
+    backbone_options: Options | None = added_later()
+    """Arguments of a backbone of your own."""
     weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
     """Start of the backbone: torchvision's ImageNet weights, random, or a file with such weights."""
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
@@ -65,7 +76,8 @@ class Model(Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> Model:
-        if self.backbone.startswith("nano") and self.weights == "imagenet":
+        self._own_part_rules()
+        if self.backbone is not None and self.backbone.startswith("nano") and self.weights == "imagenet":
             raise broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
         if self.detector == "retinanet" and self.head_depth > 4:
             raise broken_rule("head_depth", "torchvision's RetinaNet has at most 4 convolutions in a tower")
@@ -74,3 +86,30 @@ class Model(Settings):
         if self.roi_samples is not None and self.detector != "faster_rcnn":
             raise broken_rule("roi_samples", f"{self.detector} has no second stage; leave it out")
         return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the detector is a class of the user's."""
+        return is_import_path(self.detector)
+
+    def _own_part_rules(self) -> None:
+        own_backbone = self.backbone is not None and is_import_path(self.backbone)
+        if not self.is_own:
+            if self.backbone is None:
+                raise broken_rule("backbone", "missing")
+            if self.options is not None:
+                raise broken_rule("options", f"is for a detector of your own; {self.detector} has settings by name")
+        else:
+            for key in ("neck_channels", "head_depth", "anchor_scale", "roi_samples"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise broken_rule(key, "is for the built-in detectors; give it to your own under options")
+        if self.backbone_options is not None and not own_backbone:
+            raise broken_rule("backbone_options", "is for a backbone of your own, and backbone names none")
+        if own_backbone or self.backbone is None:
+            whose = "your own backbone" if own_backbone else "a detector without backbone"
+            if self.weights == "imagenet" or (self.backbone is None and self.weights != "none"):
+                raise broken_rule("weights", f"{whose} has none here; use none, and load them in your class")
+            if self.frozen_stages >= 0:
+                raise broken_rule("frozen_stages", f"{whose} freezes its stages itself; leave it out")
+            if self.norm_eval:
+                raise broken_rule("norm_eval", f"{whose} freezes its statistics itself; leave it out")

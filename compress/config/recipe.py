@@ -70,10 +70,10 @@ class Recipe(Settings):
     def _rules(self) -> Recipe:
         methods = self.methods.enabled()
         if methods and self.teacher is None:
-            raise broken_rule(f"methods.{next(iter(methods))}", "needs a teacher; add the section teacher")
+            raise broken_rule(("methods", next(iter(methods))), "needs a teacher; add the section teacher")
         if methods and self.teacher is not None and set(self.teacher.given) & set(BOXES_ALONE):
             raise broken_rule(
-                f"methods.{next(iter(methods))}",
+                ("methods", next(iter(methods))),
                 f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
                 "pseudo_labels, or another teacher",
             )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import Fraction, Positive, Settings, broken_rule
+from compress.config.base import Fraction, ImportPath, Options, Positive, Settings, added_later, broken_rule
 from compress.config.model import Model
 from compress.config.train import Train
 
@@ -190,6 +190,15 @@ class Onnx(Settings):
         return self
 
 
+class Custom(Settings):
+    """A teacher of your own."""
+
+    factory: ImportPath
+    """Import path of a class or function that makes it."""
+    options: Options | None = None
+    """Arguments of the factory, besides `device` and `categories`."""
+
+
 class Source(Settings):
     """Where a teacher comes from: exactly one of the keys."""
 
@@ -205,6 +214,8 @@ class Source(Settings):
     """A detector in an ONNX file."""
     results: Path | None = None
     """COCO JSON with what a detector found: a list of results, or a whole document with images and categories."""
+    custom: Custom | None = added_later()
+    """A teacher of your own: a detector, or anything that gives boxes."""
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -247,6 +258,6 @@ class Teacher(Source):
             raise broken_rule("train", f"excludes teacher.{self.given[0]}; keep one of the two")
         if self.train is not None and self.model is None:
             raise broken_rule("train", "needs teacher.model, the detector to train")
-        if self.inherit and self.given and self.checkpoint is None:
+        if self.inherit and self.given and self.checkpoint is None and self.custom is None:
             raise broken_rule("inherit", f"needs a teacher of this project, not teacher.{self.given[0]}")
         return self

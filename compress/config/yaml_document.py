@@ -69,7 +69,7 @@ class Document:
 
     def override(self, data: dict[str, Any], text: str) -> None:
         dotted, equals, written = text.partition("=")
-        keys = tuple(part.strip() for part in dotted.split("."))
+        keys = _keys(data, dotted.strip())
         place = f"--set {dotted.strip()}"
         if not equals or not all(keys):
             self.problems.append(f"--set {text}: write it as key=value, for example train.epochs=3")
@@ -156,6 +156,20 @@ class Document:
                 return node.value
         self.problems.append(self.report(key, f"the tag {node.tag} has no meaning here"))
         return None
+
+
+def _keys(data: Any, dotted: str) -> tuple[str, ...]:
+    """The keys that a dotted key goes through. An import path that is a key of `data` is one, dots and all."""
+    keys: list[str] = []
+    rest = f"{dotted}."
+    while rest:
+        section = data if isinstance(data, dict) else {}
+        own = (key for key in section if ":" in key and rest.startswith(f"{key}."))
+        key = next(own, rest.partition(".")[0])
+        rest = rest[len(key) + 1 :]
+        keys.append(key.strip())
+        data = section.get(key.strip())
+    return tuple(keys)
 
 
 def one_line(text: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What the data package hands to a detector: one uint8 image batch and one `Target` per image."""
+"""What the data package hands to a detector: one uint8 image batch and one `Target` an image."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ STRIDE = 32
 
 
 _TENSORS = ("boxes", "labels", "ignore", "scores", "unsure", "uncovered")  # of a target; some may be None
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Sizes of one image, each (height, width) in pixels: `network`, of its valid area in the padded batch, and
+    `original`, of its file."""
+
+    network: tuple[int, int]
+    original: tuple[int, int]
 
 
 @dataclass
@@ -45,6 +54,11 @@ class Target:
     trained as background. None: there is none."""
     uncovered: Tensor | None = None
     """int64 [k], labels that nobody looked for in this image: neither there nor absent. None: all were looked for."""
+
+    @property
+    def image_size(self) -> ImageSize:
+        """The two sizes, as decoding takes them."""
+        return ImageSize(self.size, self.original_size)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -83,6 +97,11 @@ class Batch:
     """
     targets: list[Target]
 
+    @property
+    def sizes(self) -> list[ImageSize]:
+        """Of every image."""
+        return [target.image_size for target in self.targets]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         # Reordering 2.5 MB costs a worker more than resizing it; a GPU does not notice.
         return Batch(
@@ -96,24 +115,29 @@ class Batch:
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Pad images uint8 [3, h, w] to one common size, a multiple of 32, with `PAD_COLOR`.
+    """A batch of images uint8 [3, h, w] of any sizes, see `pad_images`, and their targets."""
+    return Batch(pad_images([image for image, _ in samples]), [target for _, target in samples])
+
+
+def pad_images(images: Sequence[Tensor]) -> Tensor:
+    """Pad images uint8 [3, h, w] to one common size, a multiple of 32, with `PAD_COLOR`: uint8 [B, 3, H, W].
 
     Every pixel is written once, straight into the batch's memory, which is channels-last because decoders
     and the resize kernel make such images.
     """
-    height = _round_up(max(image.shape[1] for image, _ in samples))
-    width = _round_up(max(image.shape[2] for image, _ in samples))
-    shape = (len(samples), 3, height, width)
-    images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    height = _round_up(max(image.shape[1] for image in images))
+    width = _round_up(max(image.shape[2] for image in images))
+    shape = (len(images), 3, height, width)
+    batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     if torch.utils.data.get_worker_info() is not None:
-        images.share_memory_()  # before it is filled: else the way to the main process copies every pixel
+        batch.share_memory_()  # before it is filled: else the way to the main process copies every pixel
     pad = torch.tensor(PAD_COLOR, dtype=torch.uint8).view(3, 1, 1)
-    for slot, (image, _) in zip(images, samples, strict=True):
+    for slot, image in zip(batch, images, strict=True):
         h, w = image.shape[1:]
         slot[:, :h, :w] = image
         slot[:, h:] = pad
         slot[:, :h, w:] = pad
-    return Batch(images, [target for _, target in samples])
+    return batch
 
 
 def _round_up(side: int) -> int:

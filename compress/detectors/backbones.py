@@ -1,8 +1,9 @@
 """Image backbones: one image in, three feature maps of strides 8, 16 and 32 out.
 
-`build_backbone("resnet50", weights="imagenet")` builds any of `BACKBONES`. ResNet and MobileNetV3 are
-torchvision's own modules under torchvision's own parameter names, so torchvision's files and mmdet's (which
-use the same names for ResNet) load as they are. `Nano` is ours: small enough to train from scratch on a CPU.
+`build_backbone("resnet50", weights="imagenet")` builds any of `BACKBONES`, whose rows stand in
+`compress.config.families`; `build_own_backbone` one of a user's own. ResNet and MobileNetV3 are torchvision's own
+modules under torchvision's own parameter names, so torchvision's files and mmdet's (which use the same names for
+ResNet) load as they are. `Nano` is ours: small enough to train from scratch on a CPU.
 
 Shapes: B images, H × W pixels, both multiples of 32.
 """
@@ -10,22 +11,19 @@ Shapes: B images, H × W pixels, both multiples of 32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_type_hints
 
 import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compress.config.families import BACKBONES as BACKBONES
 from compress.detectors.weights import load_exactly, read_tensors
 from deploy.core.errors import UserError
-
-BACKBONES = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_small", "mobilenet_v3_large", "nano",
-    "nano2x",
-)  # fmt: skip
+from deploy.core.import_path import import_object
 
 
 def build_backbone(
@@ -45,12 +43,8 @@ def build_backbone(
         raise UserError(f"backbone {name!r} is unknown; use one of {', '.join(BACKBONES)}")
     if not -1 <= frozen_stages <= 4:
         raise UserError(f"frozen_stages is {frozen_stages}; use -1 (none), 0 (stem) or 1 to 4 (stages)")
-    if name.startswith("nano"):
-        backbone: Backbone = Nano(width=2 if name == "nano2x" else 1)
-    elif name.startswith("resnet"):
-        backbone = ResNet(name)
-    else:
-        backbone = MobileNetV3(name)
+    facts = BACKBONES[name]
+    backbone = KINDS[facts.kind](**facts.options)
     if weights == "imagenet":
         _load_imagenet(backbone, name)
     elif weights != "none":
@@ -59,6 +53,39 @@ def build_backbone(
         load_exactly(backbone, state, source=str(weights))
     backbone.freeze(frozen_stages, norm_eval=norm_eval)
     return backbone
+
+
+def build_own_backbone(path: str, options: Mapping[str, Any], key: str) -> nn.Module:
+    """Build a user's own backbone: what is at the import path `path`, called with `options`.
+
+    It is a subclass of torch.nn.Module, or a function whose return type says that it gives one: so a checkpoint that
+    names it cannot have anything else called. The module takes normalised float images [B, 3, H, W], gives C3, C4, C5
+    as `Backbone.forward` does, and has `out_channels`, their three widths.
+
+    `key` names it in messages. Raises UserError when it is none of this.
+    """
+    build = import_object(path, key)
+    made = build if isinstance(build, type) else _return_type(build)
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise UserError(
+            f"{key}: {path} is no backbone; name a subclass of torch.nn.Module, or a function with such a class as its "
+            "return type"
+        )
+    backbone: nn.Module = call_own(build, path, key, **options)
+    channels = getattr(backbone, "out_channels", None)
+    if not (isinstance(channels, (tuple, list)) and len(channels) == 3 and all(type(c) is int for c in channels)):
+        raise UserError(f"{key}: {path} needs the attribute out_channels, the three widths of C3, C4 and C5")
+    return backbone
+
+
+def call_own(build: Callable[..., Any], path: str, key: str, *args: Any, **options: Any) -> Any:
+    """Call a user's own class or function; whatever it raises becomes a UserError in one line."""
+    try:
+        return build(*args, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's constructor raises
+        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {error}") from error
 
 
 class Backbone(nn.Module, ABC):
@@ -198,8 +225,18 @@ def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Sequ
     )
 
 
+KINDS: dict[str, Callable[..., Backbone]] = {"resnet": ResNet, "mobilenet_v3": MobileNetV3, "nano": Nano}
+
+
+def _return_type(function: Any) -> Any:
+    try:
+        return get_type_hints(function).get("return")
+    except Exception:  # no function, or an annotation that cannot be resolved
+        return None
+
+
 def _load_imagenet(backbone: Backbone, name: str) -> None:
-    if name.startswith("nano"):
+    if not BACKBONES[name].imagenet:
         raise UserError(f"backbone {name} has no ImageNet weights; set weights: none")
     published = zoo.get_model_weights(name)["IMAGENET1K_V1"]
     try:

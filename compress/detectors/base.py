@@ -8,15 +8,18 @@ a location beside each other), G ground-truth boxes, P positives.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
-from compress.detectors.assign import Assignment
+from compress.detectors.assign import Assignment, atss, unknown_classes
+from compress.detectors.select import select
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -25,7 +28,6 @@ STRIDES = (8, 16, 32, 64, 128)  # of a pyramid P3..P7
 GROUP_WIDTH = 8  # channels of a GroupNorm group in a head
 REG_MAX = 16  # largest distance that a distribution over bins can say, in strides; it has REG_MAX + 1 bins
 NO_PROBABILITY = -1e4  # a logit whose sigmoid is 0 in float32
-PRE_NMS = 1000  # (location, class) pairs kept a level
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes; the identity in a single one."""
@@ -89,6 +91,13 @@ class DensePrediction:
             return logits
         return logits.unflatten(1, (self.anchors, -1)).permute(0, 2, 3, 1).flatten(2)
 
+    def level_scores(self, level: int) -> Tensor:
+        """`scores` of one level, [B, M, K]."""
+        scores = self.class_logits(level).transpose(1, 2).sigmoid()
+        if not self.centerness:
+            return scores
+        return (scores * self.centerness[level].flatten(2).transpose(1, 2).sigmoid()).sqrt()
+
     def scores(self) -> Tensor:
         """What detections are ranked by, [B, A, K] in 0..1: sigmoid(logits), in FCOS its geometric mean with the
         centerness."""
@@ -122,8 +131,8 @@ class Targets:
 
 
 @dataclass
-class Detections:
-    """Final detections of one image: boxes [n, 4] xyxy pixels, scores [n] in 0..1, labels [n] int64."""
+class ImageDetections:
+    """Final detections of one image: boxes [n, 4] xyxy pixels, scores [n] in 0..1, labels [n] int64; best first."""
 
     boxes: Tensor
     scores: Tensor
@@ -131,23 +140,61 @@ class Detections:
 
 
 class Detector(nn.Module):
-    """A detector. It implements what its `capabilities` say; students also `assign` and `loss`.
+    """A detector: the base class of the families of this project and of a user's own.
 
-    family: the name that recipes and checkpoints have for it.
+    What to implement. Every detector: `features`, `predict` and `decode_boxes`, or what its `capabilities` say. One
+    that trains: `loss`, and `assign` unless its targets are those of ATSS, as here. One that is exported: nothing more,
+    if `predict` gives a `DensePrediction`; another type of prediction needs the methods `float`, `detach` and `scores`
+    of that class, and a `decode` of its own. One in two stages: `decode`, and the reason against `exportable`.
+
+    The constructor sets the attributes below and calls `set_normalisation`. A recipe builds `MyDetector(num_classes,
+    **options)`, or with the key `backbone` `MyDetector(num_classes, backbone=module, **options)`.
+
+    num_classes: K.
     strides: of the maps that `features` gives, in pixels; feature_channels: their width C.
     cells: where a dense head predicts at a location: None for points (one prediction each), else the widths and heights
         of its N anchors in pixels, a level. Two heads are comparable place by place if strides and cells agree.
     mean, std: of RGB pixels 0..255, [1, 3, 1, 1]; what the detector normalises its images with.
+    compiled: run what the detector can of its loss through torch.compile; the trainer sets it.
+
+    Of the class:
+
+    family: its name in messages; a recipe's import path for a user's own.
+    capabilities: what methods may ask of it.
+    exportable: why no file can be made of it, as in "cannot be exported: ..."; None: it can.
+    quantizable: it can be trained on the grids of its int8 file (deploy.int8.qad).
+    has_nms: boxes of one class suppress each other; False: the head gives one box an object.
+    weights_labels: its loss weighs pseudo labels by their scores.
+    ignores_regions: its loss leaves out unsure regions and classes that no teacher looked for.
     """
 
-    family: str
-    capabilities: frozenset[Capability]
+    family: str = "a detector of your own"
+    capabilities: frozenset[Capability] = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
+    exportable: str | None = None
+    quantizable: bool = False
+    has_nms: bool = True
+    weights_labels: bool = False
+    ignores_regions: bool = False
+
     num_classes: int
     strides: tuple[int, ...]
     feature_channels: int
     cells: tuple[tuple[tuple[float, float], ...], ...] | None = None
     mean: Tensor
     std: Tensor
+    compiled: bool = False
+
+    def set_normalisation(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        """Set `mean` and `std`, of RGB pixels 0..255. They are not part of the weights."""
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 RGB images [B, 3, H, W] → float, (images - mean) / std."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        if not torch.compiler.is_exporting():  # on CPUs and GPUs alike convolutions are faster with channels last
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
 
     def features(self, images: Tensor) -> list[Tensor]:
         """uint8 images [B, 3, H, W] (RGB), H and W multiples of 32 → pyramid maps [B, C, h, w], one a stride."""
@@ -160,9 +207,39 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))
 
+    @torch.no_grad()
     def assign(self, prediction: Any, targets: list[Target], reduce: Reduce | None = None) -> Targets:
-        """Ground truth of a batch and where it belongs; `reduce` sums over processes."""
-        raise TypeError(f"{self.family} cannot be trained here")
+        """Ground truth of a batch, where it belongs, and the normalisers that all losses share. Here by ATSS, for heads
+        with one prediction a location.
+
+        `reduce` sums over processes; with it the losses of n processes average to the loss of one process that holds
+        the whole batch.
+        """
+        boxes, labels, mask = pad_targets(targets, prediction.logits[0].device)
+        sizes = torch.tensor([t.size for t in targets], device=boxes.device)
+        assignment = atss(boxes, mask, sizes, prediction.level_sizes, prediction.strides)
+        per_level = torch.stack([(x >= 0).sum() for x in assignment.gt_index.split(prediction.counts, dim=1)])
+        at_least_one = assignment.num_positives.clamp(min=1).sum().to(boxes.dtype)
+        totals = torch.cat((at_least_one[None], per_level.to(boxes.dtype)))
+        world_size = 1
+        if reduce is not None:
+            totals, world_size = reduce(totals), dist.get_world_size()
+
+        def match(regions: Tensor, images: Tensor) -> Tensor:
+            alone = regions[:, None]
+            there = torch.ones(alone.shape[:2], dtype=torch.bool, device=regions.device)
+            return atss(alone, there, sizes[images], prediction.level_sizes, prediction.strides).gt_index
+
+        return Targets(
+            boxes,
+            labels,
+            assignment,
+            totals[0] / world_size,
+            totals[1:],
+            world_size,
+            unknown_classes(targets, self.num_classes, assignment.gt_index >= 0, match),
+            pad_scores(targets, mask),
+        )
 
     def loss(self, prediction: Any, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """Weighted scalars, float32."""
@@ -172,17 +249,41 @@ class Detector(nn.Module):
         """Boxes [B, A, 4] xyxy in pixels of the network image, not clipped."""
         raise self._lacks(Capability.DENSE)
 
+    @torch.no_grad()
     def decode(
         self,
         prediction: Any,
-        targets: list[Target],
+        sizes: Sequence[ImageSize],
         *,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.6,
         max_detections: int = 100,
-    ) -> list[Detections]:
-        """Final detections in pixels of each target's original image, best first."""
-        raise self._lacks(Capability.BOXES)
+    ) -> list[ImageDetections]:
+        """Final detections of each image in pixels of its file, best first.
+
+        Args:
+            prediction: of a batch of B images, as `forward` gives it.
+            sizes: of the B images.
+            score_threshold: detections score more than this.
+            nms_threshold: boxes of one class that overlap more than this IoU suppress each other, if `has_nms`.
+            max_detections: kept of an image.
+        """
+        if Capability.DENSE not in self.capabilities:
+            raise self._lacks(Capability.BOXES)
+        prediction = prediction.float()
+        scores = [prediction.level_scores(level) for level in range(len(prediction.logits))]
+        boxes = self.decode_boxes(prediction).split(prediction.counts, 1)
+        found = []
+        for index, size in enumerate(sizes):
+            selected = select(
+                [(s[index], b[index]) for s, b in zip(scores, boxes, strict=True)],
+                size,
+                score_threshold=score_threshold,
+                nms_threshold=nms_threshold if self.has_nms else None,
+                max_detections=max_detections,
+            )
+            found.append(ImageDetections(*selected))
+        return found
 
     def _lacks(self, capability: Capability) -> TypeError:
         return TypeError(f"{self.family} gives no {capability.value}")

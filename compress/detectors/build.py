@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.config.model import Model
-from compress.data.batch import Target
 from compress.detectors.backbones import Backbone, build_backbone
-from compress.detectors.base import Capability, Detector
+from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
 
 Family = Literal["gfl", "fcos", "retinanet", "faster_rcnn"]
@@ -59,6 +58,7 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
     """A fresh detector; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        assert model.backbone is not None
         backbone = build_backbone(
             model.backbone,
             weights=model.weights,
@@ -66,7 +66,7 @@ def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool 
             norm_eval=model.norm_eval,
         )
         detector = build_family(
-            model.detector,
+            cast(Family, model.detector),
             num_classes,
             backbone,
             neck_channels=model.neck_channels,
@@ -106,8 +106,7 @@ def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         prediction = detector(images)
         if Capability.DENSE not in detector.capabilities:  # the rest of its network comes with the boxes
-            nothing = torch.zeros(0)
-            detector.decode(prediction, [Target(nothing.view(0, 4), nothing, nothing, None, 0, size, size)])
+            detector.decode(prediction, [ImageSize(size, size)])
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}

@@ -13,29 +13,20 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.data.batch import Target
-from compress.detectors.assign import atss, unknown_classes
 from compress.detectors.base import (
     GROUP_WIDTH,
-    MEAN,
     NO_PROBABILITY,
-    PRE_NMS,
     REG_MAX,
-    STD,
     STRIDES,
     Capability,
     DensePrediction,
-    Detections,
     Detector,
     Reduce,
     Targets,
     decode_level,
-    pad_scores,
-    pad_targets,
 )
 from kernels.common.distribution import boxes_to_distances, distribution_focal_loss
 from kernels.ops.distribution_iou_loss import distribution_iou_loss
@@ -60,6 +51,9 @@ class GFL(Detector):
 
     family = "gfl"
     capabilities = frozenset(Capability)
+    quantizable = True
+    weights_labels = True
+    ignores_regions = True
     strides = STRIDES
 
     def __init__(
@@ -80,62 +74,25 @@ class GFL(Detector):
         self.backbone = backbone
         self.neck = FPN(backbone.out_channels, neck_channels)
         self.head = GFLHead(num_classes, neck_channels, head_depth)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.set_normalisation()
+
+    @classmethod
+    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int) -> GFL:
+        """With fresh neck and head, see the constructor."""
+        return cls(num_classes, backbone, neck_channels=neck_channels, head_depth=head_depth)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """uint8 RGB images [B, 3, H, W] → P3..P7, each float [B, neck_channels, h, w]."""
-        x = (images.to(self.mean.dtype) - self.mean) / self.std
-        if not torch.compiler.is_exporting():  # on CPUs and GPUs alike convolutions are faster with channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.neck(self.backbone(x))
+        return self.neck(self.backbone(self.normalise(images)))
 
     def predict(self, features: list[Tensor]) -> DensePrediction:
         logits, distribution = self.head(features)
         return DensePrediction(logits, distribution, STRIDES)
 
-    def forward(self, images: Tensor) -> DensePrediction:
-        return self.predict(self.features(images))
-
     def decode_boxes(self, prediction: DensePrediction) -> Tensor:
         """Boxes [B, A, 4] xyxy in pixels of the network image, not clipped."""
         levels = zip(prediction.distribution, prediction.strides, strict=True)
         return torch.cat([decode_level(x) * stride for x, stride in levels], 1)
-
-    @torch.no_grad()
-    def assign(self, prediction: DensePrediction, targets: list[Target], reduce: Reduce | None = None) -> Targets:
-        """Assign ground truth to locations and compute the normalisers that all losses share.
-
-        `reduce` sums over processes; with it the losses of n processes average to the loss of one process
-        that holds the whole batch.
-        """
-        boxes, labels, mask = pad_targets(targets, prediction.logits[0].device)
-        sizes = torch.tensor([t.size for t in targets], device=boxes.device)
-        assignment = atss(boxes, mask, sizes, prediction.level_sizes, prediction.strides)
-        per_level = torch.stack([(x >= 0).sum() for x in assignment.gt_index.split(_locations(prediction), dim=1)]).to(
-            boxes.dtype
-        )
-        at_least_one = assignment.num_positives.clamp(min=1).sum().to(boxes.dtype)
-        totals = torch.cat((at_least_one[None], per_level))
-        world_size = 1
-        if reduce is not None:
-            totals, world_size = reduce(totals), dist.get_world_size()
-
-        def match(regions: Tensor, images: Tensor) -> Tensor:
-            alone = regions[:, None]
-            there = torch.ones(alone.shape[:2], dtype=torch.bool, device=regions.device)
-            return atss(alone, there, sizes[images], prediction.level_sizes, prediction.strides).gt_index
-
-        return Targets(
-            boxes,
-            labels,
-            assignment,
-            totals[0] / world_size,
-            totals[1:],
-            world_size,
-            unknown_classes(targets, self.num_classes, assignment.gt_index >= 0, match),
-            pad_scores(targets, mask),
-        )
 
     def loss(self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """Quality focal, GIoU and distribution focal loss: scalars, weighted (1, 2, 0.25), float32."""
@@ -153,12 +110,11 @@ class GFL(Detector):
         """
         prediction = prediction.float()
         L = len(prediction.logits)
-        locations = _locations(prediction)
         classification, level_of = [], []
         positive_logits, wanted, scores, box_losses = [], [], [], []
-        gt_levels = targets.assignment.gt_index.split(locations, 1)
-        valid_levels = targets.assignment.valid.split(locations, 1)
-        unknown_levels = None if targets.unknown is None else targets.unknown.split(locations, 2)
+        gt_levels = targets.assignment.gt_index.split(prediction.counts, 1)
+        valid_levels = targets.assignment.valid.split(prediction.counts, 1)
+        unknown_levels = None if targets.unknown is None else targets.unknown.split(prediction.counts, 2)
         for level, stride in enumerate(prediction.strides):
             logits = prediction.logits[level].flatten(2)  # [B, K, M]
             if unknown_levels is not None:  # a probability of 0 where it should be 0: no loss, no gradient
@@ -198,35 +154,6 @@ class GFL(Detector):
             "loss_bbox": BOX_WEIGHT * torch.stack(box_losses) / total,
             "loss_dfl": DFL_WEIGHT * zero.index_add(0, levels, dfl_rows * weight) / total,
         }
-
-    @torch.no_grad()
-    def decode(
-        self,
-        prediction: DensePrediction,
-        targets: list[Target],
-        *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
-    ) -> list[Detections]:
-        """Detections of each image in pixels of its original file, best first (mmdet's inference settings)."""
-        prediction = prediction.float()
-        levels = [
-            (logits.flatten(2).transpose(1, 2).sigmoid(), decode_level(distribution) * stride)
-            for logits, distribution, stride in zip(
-                prediction.logits, prediction.distribution, prediction.strides, strict=True
-            )
-        ]
-        return [
-            _detect(
-                [(s[i], boxes[i]) for s, boxes in levels],
-                target,
-                score_threshold,
-                nms_threshold,
-                max_detections,
-            )
-            for i, target in enumerate(targets)
-        ]
 
 
 class FPN(nn.Module):
@@ -312,46 +239,3 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
-
-
-def _locations(prediction: DensePrediction) -> list[int]:
-    return [h * w for h, w in prediction.level_sizes]
-
-
-def _detect(
-    levels: list[tuple[Tensor, Tensor]],
-    target: Target,
-    score_threshold: float,
-    nms_threshold: float,
-    limit: int,
-) -> Detections:
-    """One image: per level scores [M, K] and boxes [M, 4] in pixels of the network image."""
-    from torchvision.ops import batched_nms  # here: assignment and losses need only torch
-
-    kept_scores, kept_labels, kept_boxes = [], [], []
-    for scores, boxes in levels:
-        K = scores.shape[1]
-        flat = scores.flatten()
-        pairs = (flat > score_threshold).nonzero().squeeze(1)
-        values, order = flat[pairs].sort(descending=True, stable=True)
-        pairs = pairs[order[:PRE_NMS]]
-        kept_scores.append(values[:PRE_NMS])
-        kept_labels.append(pairs % K)
-        kept_boxes.append(boxes[pairs // K])
-    scores, labels, boxes = torch.cat(kept_scores), torch.cat(kept_labels), torch.cat(kept_boxes)
-    height, width = target.size
-    boxes = torch.stack(
-        (
-            boxes[:, 0].clamp(0, width),
-            boxes[:, 1].clamp(0, height),
-            boxes[:, 2].clamp(0, width),
-            boxes[:, 3].clamp(0, height),
-        ),
-        -1,
-    )
-    scale_x, scale_y = target.original_size[1] / width, target.original_size[0] / height
-    boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
-    real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    boxes, scores, labels = boxes[real], scores[real], labels[real]
-    keep = batched_nms(boxes, scores, labels, nms_threshold)[:limit]
-    return Detections(boxes[keep], scores[keep], labels[keep])

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from compress.data.batch import Target
+from compress.data.batch import ImageSize
 from compress.data.coco import decode
 from compress.data.transforms import fit_size
 from compress.teachers.base import Sample, View
@@ -158,17 +158,10 @@ class _Chunks(Dataset[Any]):
                 f"{path}: the file is {original[1]}x{original[0]} pixels, the list says {listed[1]}x{listed[0]}"
             )
         size = fit_size(*original, *self._limits)
-        target = Target(
-            boxes=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            ignore=torch.zeros(0, dtype=torch.bool),
-            scores=None,
-            image_id=images.ids[index],
-            size=size,
-            original_size=original,
-        )
         small = F.resize_image(image, list(size), antialias=True) if View.RESIZED in self._views else None
-        return Sample(small, target, name, image if View.ORIGINAL in self._views else None)
+        return Sample(
+            small, images.ids[index], ImageSize(size, original), name, image if View.ORIGINAL in self._views else None
+        )
 
 
 def _as_it_is(chunk: Any) -> Any:

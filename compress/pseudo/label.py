@@ -304,7 +304,7 @@ def _measured(
             if bad:
                 raise UserError(bad[0].reason)
             for sample, found in zip(samples, _find(teachers, samples, settings, counts, LOWEST_SCORE), strict=True):
-                collected.add(found, *truth.get(sample.target.image_id, nothing))
+                collected.add(found, *truth.get(sample.image_id, nothing))
             advance(number, total)
     tau, f1 = collected.best()
     for label, (_, name) in enumerate(union):
@@ -377,8 +377,8 @@ def _sorted_out(chunk: Chunk) -> tuple[list[Sample], list[Unreadable]]:
 
 
 def _image_row(sample: Sample) -> dict[str, Any]:
-    height, width = sample.target.original_size
-    return {"id": sample.target.image_id, "file_name": sample.name, "width": width, "height": height}
+    height, width = sample.size.original
+    return {"id": sample.image_id, "file_name": sample.name, "width": width, "height": height}
 
 
 def _annotations(sample: Sample, labels: Boxes, regions: Boxes, union: Union) -> Iterator[dict[str, Any]]:
@@ -389,7 +389,7 @@ def _annotations(sample: Sample, labels: Boxes, regions: Boxes, union: Union) ->
             width, height = round(x2 - x1, 2), round(y2 - y1, 2)
             if width > 0 and height > 0:
                 yield {
-                    "image_id": sample.target.image_id,
+                    "image_id": sample.image_id,
                     "category_id": union[label][0],
                     "bbox": [x1, y1, width, height],
                     "area": round(width * height, 2),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.data.batch import Batch, collate
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Detections, Detector
+from compress.detectors.base import Detector, ImageDetections
 from compress.distill.uncertainty import RATE, SAMPLES, predictive_uncertainty
 
 PICTURES = 6
@@ -74,10 +74,10 @@ def _spread(val: CocoDetection, most: int) -> list[int]:
 
 @torch.no_grad()
 def _detect(detector: Detector, batch: Batch, val: CocoDetection) -> list[dict[str, Any]]:
-    return _boxes(detector.decode(detector(batch.images), batch.targets)[0], val)
+    return _boxes(detector.decode(detector(batch.images), batch.sizes)[0], val)
 
 
-def _boxes(found: Detections, val: CocoDetection) -> list[dict[str, Any]]:
+def _boxes(found: ImageDetections, val: CocoDetection) -> list[dict[str, Any]]:
     return [
         {"box": [round(x, 1) for x in box], "label": val.categories[label], "score": round(score, 3)}
         for box, label, score in zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.data.batch import STRIDE, Target, collate
-from compress.detectors.base import Capability, Detections, Detector
+from compress.data.batch import STRIDE, ImageSize, pad_images
+from compress.detectors.base import Capability, Detector, ImageDetections
 
 
 class View(enum.Enum):
@@ -35,13 +35,14 @@ class View(enum.Enum):
 class Sample:
     """One image. Both pictures are uint8 [3, h, w] RGB; None where no teacher looks at them.
 
-    image: after the keep-ratio resize, of `target.size`. original: as in the file, of `target.original_size`.
-    target: without boxes; id and sizes only.
+    image: after the keep-ratio resize, of `size.network`. original: as in the file, of `size.original`.
+    image_id: in the COCO file that lists it, or in the folder.
     name: the file's, relative to the image folder, with `/`.
     """
 
     image: Tensor | None
-    target: Target
+    image_id: int
+    size: ImageSize
     name: str
     original: Tensor | None = None
 
@@ -95,7 +96,7 @@ class BoxTeacher(Protocol):
             UserError: it knows nothing about one of them, or cannot tell it from an image of a list of before.
         """
 
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Detections of each image in pixels of its file (`original_size`), best first, with scores at or above the
         threshold, on any device; `labels` index `class_names`. What it finds in an image does not depend on the other
         images of the call.
@@ -136,18 +137,19 @@ class DetectorTeacher:
         return None
 
     @torch.inference_mode()
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Images share a batch only if they need no padding for it: each is seen as alone."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, sample in enumerate(samples):
-            height, width = sample.target.size
+            height, width = sample.size.network
             groups.setdefault((-(-height // STRIDE), -(-width // STRIDE)), []).append(index)
-        found: dict[int, Detections] = {}
+        found: dict[int, ImageDetections] = {}
         for group in groups.values():
-            batch = collate([(resized(samples[index]), samples[index].target) for index in group]).to(self._device)
-            prediction = self._network(batch.images)
+            images = pad_images([resized(samples[index]) for index in group]).to(self._device).contiguous()
+            prediction = self._network(images)
+            sizes = [samples[index].size for index in group]
             # decode wants scores above its threshold, ours are at or above
-            decoded = self._network.decode(prediction, batch.targets, score_threshold=score_threshold * (1 - 1e-6))
+            decoded = self._network.decode(prediction, sizes, score_threshold=score_threshold * (1 - 1e-6))
             found |= zip(group, decoded, strict=True)
         return [found[index] for index in range(len(samples))]
 
@@ -166,7 +168,7 @@ def original(sample: Sample) -> Tensor:
 
 def final(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, size: tuple[int, int], score_threshold: float
-) -> Detections:
+) -> ImageDetections:
     """Detections as `BoxTeacher.detect` gives them: clipped to the image, those with an area and a score at or above
     the threshold, best first.
 
@@ -178,4 +180,4 @@ def final(
     boxes = torch.stack((boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)), -1).flatten(1)
     kept = (scores >= score_threshold) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     order = torch.argsort(scores[kept], descending=True, stable=True)
-    return Detections(boxes[kept][order], scores[kept][order], labels[kept][order].long())
+    return ImageDetections(boxes[kept][order], scores[kept][order], labels[kept][order].long())

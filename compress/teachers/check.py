@@ -154,7 +154,7 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
             found.boxes, found.scores, found.labels = (
                 values[found.labels >= 0] for values in (found.boxes, found.scores, found.labels)
             )
-            rows += coco_rows(found, sample.target, val.category_ids)
+            rows += coco_rows(found, sample.image_id, val.category_ids)
     if several:
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, rows)
@@ -191,7 +191,8 @@ def _sample(val: CocoDetection, index: int, view: View) -> Sample:
     image, target = val[index]
     return Sample(
         image if view is View.RESIZED else None,
-        target,
+        target.image_id,
+        target.image_size,
         val.name(index),
         val.image(index) if view is View.ORIGINAL else None,
     )

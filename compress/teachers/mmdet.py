@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.config.teacher import Mmdet
-from compress.data.batch import Target
-from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detections, Detector
+from compress.data.batch import ImageSize
+from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detector, ImageDetections
 from compress.teachers.base import DetectorTeacher, Preprocessing
 from compress.teachers.mmdet_files import (
     build,
@@ -144,10 +144,7 @@ class MmdetDetector(Detector):
         """Run the model once; sets strides, feature_channels and cells. Raises what the model raises in detection."""
         image = torch.zeros(1, 3, PROBE, PROBE, dtype=torch.uint8)
         side = (PROBE, PROBE)
-        empty = Target(
-            torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool), None, 0, side, side
-        )  # fmt: skip
-        self._detect(self._normalised(image), [empty])
+        self._detect(self._normalised(image), [ImageSize(side, side)])
         self.strides, self.feature_channels, self.cells = (), 0, None
         try:
             maps = self.features(image)
@@ -220,34 +217,36 @@ class MmdetDetector(Detector):
     def decode(
         self,
         prediction: Any,
-        targets: list[Target],
+        sizes: Sequence[ImageSize],
         *,
         score_threshold: float = 0.0,
         nms_threshold: float | None = None,
         max_detections: int | None = None,
-    ) -> list[Detections]:
-        """Detections in pixels of each target's original image, best first: those that mmdet selects by the thresholds
+    ) -> list[ImageDetections]:
+        """Detections in pixels of each image file, best first: those that mmdet selects by the thresholds
         of the config, of which scores above `score_threshold` are kept. The other two settings are the config's.
         """
         if nms_threshold is not None or max_detections is not None:
             raise ValueError("NMS and the number of detections are settings of the mmdet config")
         if isinstance(prediction, Seen):
-            return self._detect(prediction.images, targets, score_threshold)
+            return self._detect(prediction.images, sizes, score_threshold)
         prediction = prediction.float()
         height, width = (side * prediction.strides[0] for side in prediction.level_sizes[0])
         outputs = [prediction.logits, prediction.distribution or prediction.sides]
         if prediction.centerness:
             outputs.append(prediction.centerness)
-        metas = [_meta(target, (height, width)) for target in targets]
+        metas = [_meta(size, (height, width)) for size in sizes]
         found = self.model.bbox_head.predict_by_feat(*outputs, batch_img_metas=metas, rescale=True)
         return [_detections(instances, score_threshold) for instances in found]
 
-    def _detect(self, images: Tensor, targets: Sequence[Target], score_threshold: float = 0.0) -> list[Detections]:
+    def _detect(
+        self, images: Tensor, sizes: Sequence[ImageSize], score_threshold: float = 0.0
+    ) -> list[ImageDetections]:
         """mmdet's `predict` on normalised images."""
         from mmdet.structures import DetDataSample
 
         shape = (int(images.shape[2]), int(images.shape[3]))
-        samples = [DetDataSample(metainfo=_meta(target, shape)) for target in targets]
+        samples = [DetDataSample(metainfo=_meta(size, shape)) for size in sizes]
         found = self.model.predict(images, samples, rescale=True)
         return [_detections(sample.pred_instances, score_threshold) for sample in found]
 
@@ -277,11 +276,10 @@ def _dense_head(model: Any) -> _Dense | None:
     return _Dense(distribution, int(head.prior_generator.num_base_priors[0]))
 
 
-def _meta(target: Target, shape: tuple[int, int]) -> dict[str, Any]:
+def _meta(size: ImageSize, shape: tuple[int, int]) -> dict[str, Any]:
     """What mmdet's pipeline would say of an image in a batch of `shape`."""
-    (height, width), (file_height, file_width) = target.size, target.original_size
+    (height, width), (file_height, file_width) = size.network, size.original
     return {
-        "img_id": target.image_id,
         "img_shape": (height, width),
         "ori_shape": (file_height, file_width),
         "pad_shape": shape,
@@ -290,9 +288,9 @@ def _meta(target: Target, shape: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _detections(instances: Any, score_threshold: float) -> Detections:
+def _detections(instances: Any, score_threshold: float) -> ImageDetections:
     scores, order = instances.scores.float().sort(descending=True, stable=True)
     order = order[scores > score_threshold]
-    return Detections(
+    return ImageDetections(
         instances.bboxes.float()[order], instances.scores.float()[order], instances.labels[order].to(torch.int64)
     )

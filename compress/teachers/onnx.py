@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms
 
 from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
 from compress.data.transforms import fit_size
-from compress.detectors.base import MEAN, STD, Capability, Detections, Detector
+from compress.detectors.base import MEAN, STD, Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -69,7 +69,7 @@ class CardTeacher:
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return self._told
 
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         pictures = [_hwc(sample) for sample in samples]
         canvases, scales = zip(*(fit_canvas(picture, self._run.card) for picture in pictures), strict=True)
         output = self._run(np.stack(canvases))
@@ -125,10 +125,10 @@ class ForeignTeacher:
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
 
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         return [self._one(_hwc(sample), score_threshold) for sample in samples]
 
-    def _one(self, image: np.ndarray, score_threshold: float) -> Detections:
+    def _one(self, image: np.ndarray, score_threshold: float) -> ImageDetections:
         assert self.class_names is not None
         pixels, placed = prepare(image, self._input, self._size)
         feed = {self._name: pixels.astype(self._dtype)}
@@ -155,9 +155,9 @@ class ForeignTeacher:
         )
         if self._output.nms_threshold is not None:
             kept = batched_nms(found.boxes, found.scores, found.labels, self._output.nms_threshold)
-            found = Detections(found.boxes[kept], found.scores[kept], found.labels[kept])
+            found = ImageDetections(found.boxes[kept], found.scores[kept], found.labels[kept])
         limit = self._output.max_detections
-        return Detections(found.boxes[:limit], found.scores[:limit], found.labels[:limit])
+        return ImageDetections(found.boxes[:limit], found.scores[:limit], found.labels[:limit])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress.detectors.base import Capability, Detections, Detector
+from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
@@ -118,17 +118,17 @@ class ResultsTeacher:
         self._need_one_image_each(ids, names, folder)
         return f"{self._path}: no result for {empty} of {len(ids)} images: nothing was found there" if empty else None
 
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         found = []
         for sample in samples:
             self._need_size(sample)
-            rows = self._places.get(sample.name if self._by_name else sample.target.image_id, [])
+            rows = self._places.get(sample.name if self._by_name else sample.image_id, [])
             found.append(
                 final(
                     torch.from_numpy(self._boxes[rows]),
                     torch.from_numpy(self._scores[rows]),
                     torch.from_numpy(self._labels[rows]),
-                    size=sample.target.original_size,
+                    size=sample.size.original,
                     score_threshold=score_threshold,
                 )
             )
@@ -151,7 +151,7 @@ class ResultsTeacher:
             )
 
     def _need_size(self, sample: Sample) -> None:
-        height, width = sample.target.original_size
+        height, width = sample.size.original
         stated = self._sizes.get(sample.name, (height, width))
         if stated != (height, width):
             raise LocalUserError(

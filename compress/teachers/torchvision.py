@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from compress.config.teacher import Torchvision
-from compress.detectors.base import Capability, Detections, Detector
+from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.detectors.checkpoints import COCO_CATEGORIES
 from compress.detectors.torchvision.dense import FCOS, FCOSMaps, RetinaNet, RetinaNetMaps
 from compress.detectors.torchvision.parts import Body, Pyramid
@@ -59,13 +59,13 @@ class TorchvisionTeacher:
         return None
 
     @torch.inference_mode()
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Images of one size share a batch, so that none is padded for another."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, sample in enumerate(samples):
-            groups.setdefault(sample.target.original_size, []).append(index)
+            groups.setdefault(sample.size.original, []).append(index)
         _set_threshold(self._model, score_threshold * (1 - 1e-6))  # it keeps scores above, ours are at or above
-        found: dict[int, Detections] = {}
+        found: dict[int, ImageDetections] = {}
         for size, group in groups.items():
             images = [original(samples[index]).to(self._device).float() / 255 for index in group]
             for index, result in zip(group, self._model(images), strict=True):

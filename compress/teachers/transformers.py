@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compress.detectors.base import Capability, Detections, Detector
+from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -87,12 +87,12 @@ class TransformersTeacher:
         return None
 
     @torch.inference_mode()
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Detections]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Images of one size share a batch: some processors would pad others, and models notice that."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, sample in enumerate(samples):
-            groups.setdefault(sample.target.original_size, []).append(index)
-        found: dict[int, Detections] = {}
+            groups.setdefault(sample.size.original, []).append(index)
+        found: dict[int, ImageDetections] = {}
         for size, group in groups.items():
             pictures = [original(samples[index]) for index in group]
             inputs = self._processor(images=pictures, input_data_format="channels_first", return_tensors="pt")

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from compress.data.batch import Batch, Target
+from compress.data.batch import Batch
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Detections, Detector
+from compress.detectors.base import Detector, ImageDetections
 from deploy.validate.coco import CocoMetrics, evaluate_coco
 
 
@@ -28,9 +28,9 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for batch in loader:
         prediction = detector(batch.images.to(device))
-        detections = detector.decode(prediction, batch.targets)
+        detections = detector.decode(prediction, batch.sizes)
         for target, found in zip(batch.targets, detections, strict=True):
-            rows.extend(coco_rows(found, target, dataset.category_ids))
+            rows.extend(coco_rows(found, target.image_id, dataset.category_ids))
     detector.train(was_training)
     if dist.is_available() and dist.is_initialized():
         shares: list[Any] = [None] * dist.get_world_size()
@@ -39,12 +39,12 @@ def evaluate(
     return evaluate_coco(dataset.annotations, rows)
 
 
-def coco_rows(detections: Detections, target: Target, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
+def coco_rows(detections: ImageDetections, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
     """COCO result rows of one image."""
     boxes = detections.boxes.clone()
     boxes[:, 2:] -= boxes[:, :2]
     return [
-        {"image_id": target.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for box, label, score in zip(
             boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True
         )

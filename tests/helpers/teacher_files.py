@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import parser
 
-from compress.data.batch import Target
+from compress.data.batch import ImageSize
 from compress.teachers.base import Sample
 from deploy.core.card import METADATA_KEY, ModelCard
 
@@ -20,9 +20,7 @@ CPU = torch.device("cpu")
 def sample(image: np.ndarray, image_id: int = 1, name: str = "1.png") -> Sample:
     """An RGB image uint8 [h, w, 3] as a teacher gets it that looks at original images."""
     size = (image.shape[0], image.shape[1])
-    nothing = torch.zeros(0, dtype=torch.int64)
-    target = Target(torch.zeros(0, 4), nothing, nothing.bool(), None, image_id, size, size)
-    return Sample(None, target, name, torch.from_numpy(image).permute(2, 0, 1))
+    return Sample(None, image_id, ImageSize(size, size), name, torch.from_numpy(image).permute(2, 0, 1))
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

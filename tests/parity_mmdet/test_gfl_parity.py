@@ -96,7 +96,7 @@ def test_features_and_head(pair: Pair) -> None:
 def test_detections(pair: Pair) -> None:
     """Decoding, the selection of 1000 pairs a level, clipping, rescaling and NMS; each from its own activations."""
     targets = pair.batch.targets
-    ours = pair.ours.decode(pair.ours(pair.batch.images), targets)
+    ours = pair.ours.decode(pair.ours(pair.batch.images), pair.batch.sizes)
     features = pair.theirs.extract_feat(pair.normalised)
     samples = [DetDataSample(metainfo=meta) for meta in metas(targets)]
     theirs = pair.theirs.bbox_head.predict(features, samples, rescale=True)
@@ -118,7 +118,7 @@ def test_detections_of_the_same_logits(pair: Pair) -> None:
     features = pair.theirs.extract_feat(pair.normalised)
     logits, distribution = pair.theirs.bbox_head(features)
     prediction = DensePrediction(list(logits), list(distribution), pair.ours.strides)
-    ours = pair.ours.decode(prediction, targets)
+    ours = pair.ours.decode(prediction, pair.batch.sizes)
     theirs = pair.theirs.bbox_head.predict_by_feat(logits, distribution, batch_img_metas=metas(targets), rescale=True)
     for found, expected in zip(ours, theirs, strict=True):
         assert found.labels.tolist() == expected.labels.tolist()

@@ -15,7 +15,7 @@ from mmengine.logging import MessageHub
 from torch import Tensor
 
 from compress.config.teacher import Mmdet
-from compress.data.batch import Target
+from compress.data.batch import ImageSize
 from compress.detectors.base import Capability
 from compress.teachers.base import DetectorTeacher, Sample, View
 from compress.teachers.mmdet import Maps, MmdetDetector, open_mmdet
@@ -68,12 +68,8 @@ def pictures() -> Tensor:
     return images.to(torch.uint8)
 
 
-def targets() -> list[Target]:
-    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
-    return [
-        Target(*nothing, None, i, size, original)
-        for i, (size, original) in enumerate(zip(SIZES, ORIGINALS, strict=True))
-    ]
+def sizes() -> list[ImageSize]:
+    return [ImageSize(size, original) for size, original in zip(SIZES, ORIGINALS, strict=True)]
 
 
 def samples() -> list[DetDataSample]:
@@ -149,7 +145,7 @@ def test_dense_outputs(case: Case) -> None:
 @torch.no_grad()
 def test_boxes(case: Case) -> None:
     """Selected by mmdet, in pixels of the file, each image within its own size."""
-    ours = case.ours.decode(case.ours(case.images), targets())
+    ours = case.ours.decode(case.ours(case.images), sizes())
     theirs = case.theirs.predict(case.normalised(), samples(), rescale=True)
     for found, sample, original in zip(ours, theirs, ORIGINALS, strict=True):
         expected = sample.pred_instances
@@ -159,7 +155,7 @@ def test_boxes(case: Case) -> None:
         same(case.name, "boxes, pixels of the file", found.boxes, expected.bboxes, tolerance=1e-3)
         assert (found.scores.diff() <= 0).all()
         assert float(found.boxes[:, 0::2].max()) <= original[1] and float(found.boxes[:, 1::2].max()) <= original[0]
-    fewer = case.ours.decode(case.ours(case.images), targets(), score_threshold=float(ours[0].scores[4]))
+    fewer = case.ours.decode(case.ours(case.images), sizes(), score_threshold=float(ours[0].scores[4]))
     assert len(fewer[0].scores) == 4, "strictly above the threshold"
 
 
@@ -172,7 +168,7 @@ def test_rows_of_the_dense_outputs(case: Case) -> None:
     boxes = case.ours.decode_boxes(prediction)
     logits = torch.cat([prediction.class_logits(level) for level in range(5)], 2)  # [B, K, A]
     assert boxes.shape == (2, logits.shape[2], 4) and logits.shape[1] == 3
-    found = case.ours.decode(prediction, targets())[0]
+    found = case.ours.decode(prediction, sizes())[0]
     height, width = BATCH
     clipped = boxes[0].clone()
     clipped[:, 0::2] = clipped[:, 0::2].clamp(0, width)
@@ -197,8 +193,7 @@ def test_gfl_of_other_bins_has_no_dense_outputs(tmp_path: Path) -> None:
 
 def test_as_a_teacher_of_boxes(case: Case) -> None:
     image = case.images[0]
-    blank = targets()[0]
-    (found,) = case.teacher.detect([Sample(image, blank, "a.png")], score_threshold=0.15)
+    (found,) = case.teacher.detect([Sample(image, 0, sizes()[0], "a.png")], score_threshold=0.15)
     expected = case.theirs.predict(case.normalised()[:1], samples()[:1], rescale=True)[0].pred_instances
     expected = expected[expected.scores >= 0.15]
     assert found.labels.tolist() == expected.labels.tolist() and len(found.labels)

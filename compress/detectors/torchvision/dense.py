@@ -36,14 +36,14 @@ from compress.detectors.assign import PAD_MULTIPLE, Assignment, unknown_classes
 from compress.detectors.backbones import Backbone
 from compress.detectors.base import (
     NO_PROBABILITY,
-    PRE_NMS,
     STRIDES,
-    Capability,
     DensePrediction,
-    Detections,
+    ImageDetections,
+    ImageSize,
     Reduce,
     Targets,
 )
+from compress.detectors.select import PRE_NMS
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -75,7 +75,7 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         normalisation: see `TorchvisionDetector`.
     """
 
-    capabilities = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
+    ignores_regions = True
     strides = STRIDES
     head: Any
     whole: Any
@@ -173,13 +173,13 @@ class TorchvisionDense(TorchvisionDetector, ABC):
     def decode(
         self,
         prediction: DensePrediction,
-        targets: list[Target],
+        sizes: Sequence[ImageSize],
         *,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.6,
         max_detections: int = 100,
-    ) -> list[Detections]:
-        """torchvision's selection: detections in pixels of each target's original image, best first."""
+    ) -> list[ImageDetections]:
+        """torchvision's selection: detections in pixels of each image file, best first."""
         prediction = prediction.float()
         levels = range(len(prediction.logits))
         outputs = {
@@ -194,9 +194,9 @@ class TorchvisionDense(TorchvisionDetector, ABC):
             topk_candidates=PRE_NMS,
             box_coder=self.box_coder,
         )
-        anchors = [self.anchors(prediction)] * len(targets)
-        found = self.whole.postprocess_detections(settings, outputs, anchors, [target.size for target in targets])
-        return in_original_pixels(found, targets)
+        anchors = [self.anchors(prediction)] * len(sizes)
+        found = self.whole.postprocess_detections(settings, outputs, anchors, [size.network for size in sizes])
+        return in_original_pixels(found, sizes)
 
     @abstractmethod
     def match(self, anchors: list[Tensor], truth: list[dict[str, Tensor]], counts: list[int]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from compress.data.batch import Target
-from compress.detectors.base import GROUP_WIDTH, MEAN, STD, Detections, Detector, Reduce, pad_targets
+from compress.detectors.base import GROUP_WIDTH, MEAN, STD, Detector, ImageDetections, ImageSize, Reduce, pad_targets
 
 IMAGENET = (MEAN, STD)
 
@@ -48,7 +48,7 @@ class Pyramid(nn.Module):
 
 
 class TorchvisionDetector(Detector):
-    """Holds backbone and pyramid, and normalises images.
+    """Holds backbone and pyramid.
 
     Args:
         normalisation: mean and standard deviation of RGB pixels 0..255.
@@ -66,14 +66,7 @@ class TorchvisionDetector(Detector):
         self.backbone = backbone
         self.neck = neck
         self.feature_channels = int(neck.fpn.layer_blocks[0][0].out_channels)
-        for name, values in zip(("mean", "std"), normalisation, strict=True):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        x = (images.to(self.mean.dtype) - self.mean) / self.std
-        if not torch.compiler.is_exporting():  # on CPUs and GPUs alike convolutions are faster with channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x
+        self.set_normalisation(*normalisation)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -128,9 +121,9 @@ def summed(value: Tensor, reduce: Reduce | None) -> tuple[Tensor, int]:
     return (value, 1) if reduce is None else (reduce(value), dist.get_world_size())
 
 
-def in_original_pixels(found: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> list[Detections]:
+def in_original_pixels(found: Sequence[dict[str, Tensor]], sizes: Sequence[ImageSize]) -> list[ImageDetections]:
     """torchvision's detections in the network image → ours in the image file."""
     return [
-        Detections(resize_boxes(row["boxes"], t.size, t.original_size), row["scores"], row["labels"])
-        for row, t in zip(found, targets, strict=True)
+        ImageDetections(resize_boxes(row["boxes"], size.network, size.original), row["scores"], row["labels"])
+        for row, size in zip(found, sizes, strict=True)
     ]

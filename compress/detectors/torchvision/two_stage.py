@@ -29,7 +29,7 @@ from torchvision.models.detection.rpn import RPNHead
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment
 from compress.detectors.backbones import Backbone
-from compress.detectors.base import Capability, Detections, Reduce, Targets
+from compress.detectors.base import Capability, ImageDetections, ImageSize, Reduce, Targets
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -82,6 +82,7 @@ class FasterRCNN(TorchvisionDetector):
 
     family = "faster_rcnn"
     capabilities = frozenset({Capability.FEATURES, Capability.BOXES})
+    exportable = "its second stage works on as many proposals as it finds, which a fixed graph cannot"
     strides = STRIDES
 
     def __init__(
@@ -194,29 +195,29 @@ class FasterRCNN(TorchvisionDetector):
     def decode(
         self,
         prediction: TwoStagePrediction,
-        targets: list[Target],
+        sizes: Sequence[ImageSize],
         *,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
-    ) -> list[Detections]:
-        """torchvision's selection: detections in pixels of each target's original image, best first. Only in eval
+    ) -> list[ImageDetections]:
+        """torchvision's selection: detections in pixels of each image file, best first. Only in eval
         mode."""
         assert not self.training, "proposals of training are others"
-        sizes = [target.size for target in targets]
-        images, maps = _stage_inputs(prediction.float(), sizes)
+        inside = [size.network for size in sizes]
+        images, maps = _stage_inputs(prediction.float(), inside)
         proposals, _ = self.rpn(images, maps)
         heads = self.roi_heads
-        logits, sides = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+        logits, sides = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, inside)))
         settings = SimpleNamespace(
             box_coder=heads.box_coder,
             score_thresh=score_threshold,
             nms_thresh=nms_threshold,
             detections_per_img=max_detections,
         )
-        boxes, scores, labels = RoIHeads.postprocess_detections(settings, logits, sides, proposals, sizes)
+        boxes, scores, labels = RoIHeads.postprocess_detections(settings, logits, sides, proposals, inside)
         found = [{"boxes": b, "scores": s, "labels": c - 1} for b, s, c in zip(boxes, scores, labels, strict=True)]
-        return in_original_pixels(found, targets)
+        return in_original_pixels(found, sizes)
 
 
 def _stage_inputs(

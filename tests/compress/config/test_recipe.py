@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,51 +18,9 @@ from compress.config.methods import Methods
 from compress.config.model import Backbone
 from compress.config.recipe import Recipe, dump_recipe, load_recipe, recipe_sha256
 from deploy.core.errors import UserError
+from tests.helpers.recipes import TEXT, Load, problems
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-
-TEXT = """\
-name: example
-data:
-  synthetic: {train: 8, val: 4, size: 64}
-  short: 64
-  long: 64
-student:
-  backbone: nano
-teacher:
-  model:
-    backbone: resnet18
-  train:
-    epochs: 2
-    batch_size: 4
-methods:
-  bckd:
-    weight: 1.5
-train:
-  epochs: 3
-  batch_size: 4
-  optimizer:
-    lr: 1e-3
-"""
-
-Load = Callable[..., Recipe]
-
-
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    monkeypatch.chdir(tmp_path)
-
-    def load(text: str = TEXT, *overrides: str) -> Recipe:
-        Path("r.yaml").write_text(text, encoding="utf-8")
-        return load_recipe(Path("r.yaml"), overrides)
-
-    return load
-
-
-def problems(load: Load, text: str, *overrides: str) -> list[str]:
-    with pytest.raises(UserError) as caught:
-        load(text, *overrides)
-    return str(caught.value).splitlines()
 
 
 def test_values_and_defaults(load: Load) -> None:
@@ -176,7 +133,7 @@ def test_precision_may_be_written_as_a_number(load: Load) -> None:
             "  train:\n    epochs: 2\n    batch_size: 4\n",
             "",
             "r.yaml:8: teacher: no source; "
-            "give one of checkpoint, torchvision, mmdet, transformers, onnx, results, or model and train",
+            "give one of checkpoint, torchvision, mmdet, transformers, onnx, results, custom, or model and train",
         ),
         (
             "  model:\n    backbone: resnet18\n",
@@ -416,3 +373,28 @@ def test_teachers_from_the_zoo_are_in_it() -> None:
         teacher = load_recipe(path).teacher
         if teacher is not None and (teacher.checkpoint or "").startswith("zoo:"):
             assert str(teacher.checkpoint).removeprefix("zoo:") in {*PACKAGED, *ZOO}
+
+
+# SHA-256 of the repository's recipes by version 0.1, before there were keys for users' own parts and engines.
+HASHES = {
+    "bccd": "995668c1009157faa698d8c44f69e70f6623409038e7df03169875b3020645a5",
+    "gfl_r101_gfl_r18_bckd": "fd15550ae6ee44dea15ff806edcdb8244fd27d7a7fd35b0d1df7139c68508572",
+    "gfl_r101_gfl_r18_ld_main": "189e5ae9dfe47373d328737ab2c44b6e4dc5871a60113a098bf712139fe372f8",
+    "gfl_r101_gfl_r34_bckd": "0a48ea1e5a40dbed891afe16485f3fb4587403643a894ef5a058046d261459b3",
+    "gfl_r101_gfl_r34_ld_main": "b5f519c6585092db7417f164285ebf1d00b41a24941beb52599c83f10214ecef",
+    "gfl_r101_gfl_r50_bckd": "4b00d00869c9195ccfc17533936ddfccc25f180d1a4a4364cd58af2cce839e0a",
+    "gfl_r101_gfl_r50_crosskd": "545df8f16625fe4ca2ed8c41f14155dfbd0e6a9d15ba672375d9d17b7c21bc3d",
+    "gfl_r101_gfl_r50_crosskd_pkd": "cb96d1e753be5c79b522c97ded830f1c6aae85dafb16ddbf1c4e1c2a974839ae",
+    "gfl_r101_gfl_r50_cwd": "2df6dfa9c1068bfcc2282312d4ff49216d18ced4ca4d5f2081fb25ea310728a8",
+    "gfl_r101_gfl_r50_fgd": "eb64bc1fefb1102a7be5eefda75ea66be7f7ab7e5c22da27e50bd1a53bbcf2da",
+    "gfl_r101_gfl_r50_ld": "ff7e37fb7ddc9938ba3a5caa593c2a9d07bc8fa9e2d78a08ddca8a356412c29e",
+    "gfl_r101_gfl_r50_ld_main": "d62955ab1557df921d536e7dd6b1fbf6881a677cbf263638abaf06ddd5bc6e7e",
+    "gfl_r101_gfl_r50_tid": "b8aba308c27dfff35f094d128fa3123acdf0ba8d3e1b37335b878e3dd3beaf35",
+    "gfl_r101_gfl_r50_uet_fgd": "470806888beda842a518a11e899a1dfc0e9ec2b7d8c8aa5f7a49c2ceb20cabd4",
+    "quickstart": "4fd7f556cd0c4bfcdf22d9b117fa245be791d7399138fe8ba436ff490791eb9d",
+    "quickstart_teacher": "2f44aa9bb21ef45086095dfee4baf7e5102395b7d83e448a2cf973ba80b851fd",
+}
+
+
+def test_recipes_without_later_keys_keep_their_hash() -> None:
+    assert {path.stem: recipe_sha256(load_recipe(path)) for path in RECIPES.rglob("*.yaml")} == HASHES

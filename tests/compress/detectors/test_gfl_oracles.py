@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.data.batch import Target
+from compress.data.batch import ImageSize, Target
 from compress.detectors.assign import atss
 from tests.helpers import gfl_case
 from tests.helpers.gfl_case import close
@@ -58,7 +58,7 @@ def test_assignment_on_five_levels() -> None:
 
 def test_inference() -> None:
     detector, prediction = gfl_case.detector(), gfl_case.prediction("student", shift=1.0)
-    detections = detector.decode(prediction, gfl_case.targets())
+    detections = detector.decode(prediction, [target.image_size for target in gfl_case.targets()])
     for found, expected in zip(detections, ORACLES["F7_infer"], strict=True):
         assert len(found.scores) == expected["num"]
         close(found.boxes[:5], [row[0] for row in expected["top5"]])
@@ -68,10 +68,10 @@ def test_inference() -> None:
 
 def test_inference_scales_to_the_original_image() -> None:
     detector, prediction = gfl_case.detector(), gfl_case.prediction("student", shift=1.0)
-    targets = gfl_case.targets()
-    plain = detector.decode(prediction, targets)[1]
-    targets[1].original_size = (120, 192)  # the image was shrunk to (60, 96)
-    doubled = detector.decode(prediction, targets)[1]
+    sizes = [target.image_size for target in gfl_case.targets()]
+    plain = detector.decode(prediction, sizes)[1]
+    sizes[1] = ImageSize(sizes[1].network, (120, 192))  # the image was shrunk to (60, 96)
+    doubled = detector.decode(prediction, sizes)[1]
     torch.testing.assert_close(doubled.boxes, plain.boxes * 2)
 
 

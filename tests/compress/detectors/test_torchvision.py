@@ -138,7 +138,7 @@ def test_detections_are_torchvisions(family: str) -> None:
     model = torchvision_model(ours, **settings).eval()
     with torch.no_grad():
         theirs = model(images)
-        found = ours.decode(ours(data.images), data.targets)
+        found = ours.decode(ours(data.images), data.sizes)
     assert sum(len(row.boxes) for row in found) > 20
     for row, other in zip(found, theirs, strict=True):
         scale = torch.tensor([3.0, 2.0, 3.0, 2.0])  # our detections are in pixels of the file
@@ -154,7 +154,7 @@ def test_dense_boxes_and_scores_are_those_of_the_detections(family: str) -> None
     with torch.no_grad():
         prediction = ours(data.images)
         boxes, scores = ours.decode_boxes(prediction), prediction.scores()
-        found = ours.decode(prediction, data.targets)[0]
+        found = ours.decode(prediction, data.sizes)[0]
     assert boxes.shape[1] == scores.shape[1] == sum(prediction.counts)
     best = scores[0].flatten().argmax()
     assert scores[0].flatten()[best] == pytest.approx(float(found.scores[0]), abs=1e-6)

@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from compress import cli
-from compress.data.batch import Target
+from compress.data.batch import ImageSize
 from compress.data.check import check
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
@@ -95,11 +95,10 @@ def test_labels_are_what_the_teacher_finds(world: Path, tmp_path: Path) -> None:
         pixels = torch.from_numpy(np.array(Image.open(world / "images" / row["file_name"]))).permute(2, 0, 1)
         image, *_ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool))
         size = (int(image.shape[1]), int(image.shape[2]))
-        target = Target(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), None, 0, size, (row["height"], row["width"]))
         canvas = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
         canvas = canvas.repeat(1, 1, -(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
         canvas[0, :, : size[0], : size[1]] = image
-        (found,) = detector.decode(detector(canvas), [target])
+        (found,) = detector.decode(detector(canvas), [ImageSize(size, (row["height"], row["width"]))])
         wanted = found.scores >= 0.6
         mine = [a for a in document["annotations"] if a["image_id"] == row["id"] and not a["iscrowd"]]
         boxes = torch.cat((found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]), 1)[wanted]

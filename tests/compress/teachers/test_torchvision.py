@@ -97,7 +97,9 @@ def test_methods_learn_from_the_whole_model(name: Any) -> None:
         near(_logits(ours.predict(maps)), logits)
         near(_logits(some.predict(maps)), logits[:, :, [1, 3]])
         prediction = ours.predict(maps)
-        for found, wanted in zip(ours.decode(prediction, targets), model(images), strict=True):
+        for found, wanted in zip(
+            ours.decode(prediction, [target.image_size for target in targets]), model(images), strict=True
+        ):
             assert len(found.boxes) == len(wanted["boxes"]) == 100
             near(found.boxes, wanted["boxes"])
             near(found.scores, wanted["scores"])

@@ -1,0 +1,65 @@
+"""Detector families and backbones as recipes know them: what each takes and what it can. No torch.
+
+What is built from these names stands in `compress.detectors.build.FAMILIES` and `compress.detectors.backbones`. A
+family has a row here, one there, and its class; a backbone of a known kind has its row here and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """What a recipe must know of a detector family before anything is built.
+
+    defaults: the keys of `SPECIAL` that it takes, each with the value where the recipe says null.
+    most_convolutions: limit of head_depth and whose it is; None: there is none.
+    quantizable, weights_labels, ignores_regions: as its class says (`compress.detectors.base.Detector`).
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    most_convolutions: tuple[int, str] | None = None
+    quantizable: bool = False
+    weights_labels: bool = False
+    ignores_regions: bool = True
+
+
+SPECIAL = {"anchor_scale": "has no anchors to scale", "roi_samples": "has no second stage"}
+"""Keys of a model that not every family takes, and why one may not."""
+
+FAMILY_FACTS = {
+    "gfl": FamilyFacts(quantizable=True, weights_labels=True),
+    "fcos": FamilyFacts(),
+    "retinanet": FamilyFacts(
+        {"anchor_scale": 4.0}, most_convolutions=(4, "torchvision's RetinaNet has at most 4 convolutions in a tower")
+    ),
+    "faster_rcnn": FamilyFacts({"anchor_scale": 8.0, "roi_samples": 512}, ignores_regions=False),
+}
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What makes a backbone.
+
+    kind: key of `compress.detectors.backbones.KINDS`. options: arguments of its class.
+    imagenet: torchvision has weights trained on ImageNet for it, under its name.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    imagenet: bool = True
+
+
+BACKBONES = {
+    "resnet18": BackboneFacts("resnet", {"name": "resnet18"}),
+    "resnet34": BackboneFacts("resnet", {"name": "resnet34"}),
+    "resnet50": BackboneFacts("resnet", {"name": "resnet50"}),
+    "resnet101": BackboneFacts("resnet", {"name": "resnet101"}),
+    "mobilenet_v3_small": BackboneFacts("mobilenet_v3", {"name": "mobilenet_v3_small"}),
+    "mobilenet_v3_large": BackboneFacts("mobilenet_v3", {"name": "mobilenet_v3_large"}),
+    "nano": BackboneFacts("nano", {"width": 1}, imagenet=False),
+    "nano2x": BackboneFacts("nano", {"width": 2}, imagenet=False),
+}
