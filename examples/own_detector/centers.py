@@ -71,12 +71,11 @@ class Centers(Detector):
         self.heat = nn.Sequential(_block(width, width, 1), nn.Conv2d(width, num_classes, 1))
         self.size = nn.Sequential(_block(width, width, 1), nn.Conv2d(width, 4, 1))
         nn.init.constant_(self.heat[1].bias, -4.0)  # almost nothing is an object
-        self.register_buffer("mean", torch.full((1, 3, 1, 1), 127.5), persistent=False)
-        self.register_buffer("std", torch.full((1, 3, 1, 1), 64.0), persistent=False)
+        self.set_normalisation((127.5,) * 3, (64.0,) * 3)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """uint8 [B, 3, H, W] → one map [B, width, H / 8, W / 8]."""
-        x = self.body((images.to(self.mean.dtype) - self.mean) / self.std)
+        x = self.body(self.normalise(images))
         return [x + self.context(x)]
 
     def predict(self, features: list[Tensor]) -> DensePrediction:
@@ -90,7 +89,9 @@ class Centers(Detector):
         distances = prediction.sides[0].clamp(-6, 6).exp().flatten(2).transpose(1, 2)  # [B, h * w, 4]
         h, w = prediction.level_sizes[0]
         y, x = torch.meshgrid(
-            torch.arange(h, device=distances.device) + 0.5, torch.arange(w, device=distances.device) + 0.5, indexing="ij"
+            torch.arange(h, device=distances.device) + 0.5,
+            torch.arange(w, device=distances.device) + 0.5,
+            indexing="ij",
         )
         points = torch.stack((x, y), -1).view(1, h * w, 2)
         return torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1) * STRIDE
