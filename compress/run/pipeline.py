@@ -7,13 +7,10 @@ process 0 does the rest.
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
@@ -40,12 +37,11 @@ from compress.run.teacher import for_methods
 from compress.run.trainings import check_methods, evaluate_arm, train_arm
 from compress.teachers.check import check_teacher, seen_images
 from compress.teachers.load import open_teacher
-from compress.training.distributed import on_first_process
+from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
 from deploy.validate.coco import read_annotations
-from kernels.common.backend import chosen, set_backend
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -57,7 +53,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
     Raises UserError for bad input; a failed accuracy gate is no error here, it is in report.json.
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run)
-    if not dry_run and _is_first_process():
+    if not dry_run and is_first_process():
         if recipe.student.detector == "faster_rcnn":
             open_console().print(
                 "not exported, validated or benchmarked: a faster_rcnn has no fixed graph; its weights are "
@@ -194,46 +190,9 @@ def _launch(recipe: Recipe) -> Fabric:
                     f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
                     "trains all its arms alike; give both the same value"
                 )
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its banner would mix with our lines
-    started = int(os.environ.get("WORLD_SIZE", train.devices))
-    if started != train.devices and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UserError(
-            f"torchrun started {started} processes, train.devices is {train.devices}; add --devices {started}"
-        )
-    precisions: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
-        "32": "32-true",
-        "bf16": "bf16-mixed",
-        "fp16": "16-mixed",
-    }
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
-    try:
-        fabric = Fabric(
-            accelerator=train.accelerator,
-            devices=train.devices,
-            precision=precisions[train.precision],
-            strategy="auto" if train.devices == 1 else "ddp_find_unused_parameters_true" if ends else "ddp",
-        )
-    except Exception as error:
-        message = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here ({message})"
-        ) from error
-    if train.precision == "fp16" and fabric.device.type == "cpu":
-        raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")
-    try:
-        set_backend(train.kernels)
-        chosen(torch.empty(0, device=fabric.device), has_cuda=True)  # `cuda` is compiled now, or refused
-    except ValueError as error:
-        raise UserError(f"train.kernels {train.kernels}: {error}") from None
-    fabric.launch()
-    return fabric
-
-
-def _is_first_process() -> bool:
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return launch(train, unused_parameters=ends)
 
 
 def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> None:

@@ -32,13 +32,13 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.detectors.gfl import GFL
 from compress.distill.build import build_methods
 from compress.export.deployable import Deployable
-from compress.manifest import Manifest, fingerprint
+from compress.manifest import Manifest, RunFolder, fingerprint
 from compress.run.data import Datasets, canvas
 from compress.run.export import calibration_of, export_checkpoint
 from compress.run.pseudo_labels import FIRST_STAGE
 from compress.run.trainings import evaluate_arm
 from compress.training.distributed import on_first_process
-from compress.training.loop import fit
+from compress.training.loop import Training, fit
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms
 from deploy.core.card import ModelCard, card_from_file
 from deploy.core.errors import UserError
@@ -178,28 +178,24 @@ def train_quantized(
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
-    result = fit(
-        fabric,
-        network,
-        train,
+    training = Training(
+        name=name,
+        folder=RunFolder(folder).training(name),
+        settings=train,
         loader=loader,
         evaluate=lambda d: evaluate_arm(d, data, fabric, recipe.data.workers),
-        folder=folder / name,
-        name=name,
         identity=fingerprint(identity),
         teacher=teacher,
         methods=methods,
-        resume=resume,
-        max_steps=max_steps,
     )
+    result = fit(fabric, network, training, resume=resume, max_steps=max_steps)
     if fabric.is_global_zero and result.metrics is not None:
         if isinstance(network, FakeQuantized):
             write_json(folder / f"{name}.json", network.grids().model_dump(mode="json"))
         trained = record.model_copy(update={"val_map": result.metrics.map, "recipe_sha256": recipe_sha256(recipe)})
         save_detector(output, detector.to("cpu"), metadata=trained)
     fabric.barrier()
-    metrics = result.metrics.to_dict() if result.metrics is not None else {}
-    return {"metrics": metrics, "steps": result.steps, "seconds": round(result.seconds, 1)}
+    return result.to_dict()
 
 
 def export_quantized(

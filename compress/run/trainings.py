@@ -23,10 +23,10 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
 from compress.distill.weighting import Balanced
-from compress.manifest import fingerprint
+from compress.manifest import RunFolder, fingerprint
 from compress.run.data import Datasets
 from compress.training.evaluate import evaluate
-from compress.training.loop import fit
+from compress.training.loop import Training, fit
 from deploy.core.errors import UserError
 from deploy.validate.coco import CocoMetrics
 
@@ -93,20 +93,17 @@ def train_arm(
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
-    result = fit(
-        fabric,
-        detector,
-        settings,
+    training = Training(
+        name=name,
+        folder=RunFolder(recipe.run_dir).training(name),
+        settings=settings,
         loader=loader,
         evaluate=lambda d: evaluate_arm(d, data, fabric, recipe.data.workers),
-        folder=recipe.run_dir / name,
-        name=name,
         identity=fingerprint(identity),
         teacher=teacher,
         methods=methods,
-        resume=resume,
-        max_steps=max_steps,
     )
+    result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
     if fabric.is_global_zero and result.metrics is not None:
         assert model.backbone is not None
         record = ModelRecord(
@@ -124,8 +121,7 @@ def train_arm(
         )
         save_detector(output, detector, metadata=record)
     fabric.barrier()
-    metrics = result.metrics.to_dict() if result.metrics is not None else {}
-    return {"metrics": metrics, "steps": result.steps, "seconds": round(result.seconds, 1)}
+    return result.to_dict()
 
 
 def evaluate_arm(detector: Detector, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:

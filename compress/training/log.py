@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from compress.console import open_console
+from compress.manifest import TrainingFolder
 from deploy.core.files import write_text
 from deploy.validate.coco import CocoMetrics
 
@@ -27,19 +28,19 @@ PLAIN_EVERY_S = 15.0  # seconds between plain lines when the output is not a ter
 
 
 class TrainingLog:
-    """Progress and history of one arm. `enabled` is False on all processes but the first.
+    """Progress and history of one training. `enabled` is False on all processes but the first.
 
     Rows after `from_step` of an earlier, interrupted run are dropped from metrics.csv, so that the file tells
     one story. Columns: step, epoch, seconds, lr, loss, every loss term; grad_norm, with methods grad_detection,
     grad_<method>, scale_<method>, and what they report (variance_<level>_<method>); map (filled at evaluations).
     """
 
-    def __init__(self, folder: Path, *, name: str, total: int, from_step: int, enabled: bool) -> None:
+    def __init__(self, folder: TrainingFolder, name: str, total: int, *, from_step: int, enabled: bool) -> None:
         self._enabled = enabled
         if not enabled:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.csv"
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._path = folder.metrics
         self._rows = _rows_until(self._path, from_step)
         self._name, self._total, self._from_step = name, total, from_step
         self._console = open_console()
@@ -49,7 +50,7 @@ class TrainingLog:
             TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self._console, disable=not self._live,
         )  # fmt: skip
         self._task = self._progress.add_task(name, total=total, completed=from_step, text="")
-        self._board = _tensorboard(folder / "tensorboard", from_step)
+        self._board = _tensorboard(folder.tensorboard, from_step)
         self._started = self._printed = time.perf_counter()
 
     def start(self) -> None:

@@ -42,6 +42,12 @@ class CocoMetrics:
     mar100: float
     per_class: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CocoMetrics:
+        """The metrics that `to_dict` wrote."""
+        figures = {name: _or_nan(value) for name, value in values.items() if name != "per_class"}
+        return cls(**figures, per_class={name: _or_nan(value) for name, value in values["per_class"].items()})
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: NaN becomes None."""
         values = asdict(self)
@@ -282,3 +288,7 @@ def _percent(values: np.ndarray) -> float:
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

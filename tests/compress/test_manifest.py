@@ -73,7 +73,8 @@ def test_names_of_a_run_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     names = [
         folder.weights(), folder.weights("teacher"), folder.onnx(), folder.onnx("int8"), folder.engine("fp16"),
-        folder.grids(), folder.onnx_on_trained_grids, folder.training("baseline").last, folder.training("student").metrics,
+        folder.grids(), folder.onnx_on_trained_grids, folder.training("baseline").last,
+        folder.training("student").metrics,
     ]  # fmt: skip
     assert [path.relative_to(tmp_path).as_posix() for path in names] == [
         "student.safetensors", "teacher.safetensors", "student.onnx", "student.int8.onnx", "student.fp16.engine",

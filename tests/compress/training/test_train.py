@@ -20,7 +20,8 @@ from compress.distill.weighting import Position
 from compress.manifest import fingerprint
 from compress.run import pipeline, trainings
 from compress.run.data import open_data
-from compress.training.loop import Learner, learning_rate
+from compress.training.learner import Learner
+from compress.training.optimizer import learning_rate
 from deploy.core.errors import UserError
 from tests.helpers import tiny_recipe
 from tests.helpers.training_runs import assert_same, fabric, last_checkpoint, train

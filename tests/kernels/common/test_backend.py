@@ -123,13 +123,14 @@ def test_cuda_asked_for_is_refused_without_nvcc(on_gpu: Tensor, monkeypatch: pyt
 
 def test_training_is_refused_at_its_start(tmp_path: Path, on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     from compress.run import pipeline
+    from compress.training import distributed
     from deploy.core.errors import UserError
     from tests.helpers import tiny_recipe
 
     everything_but_a_gpu(monkeypatch)
     monkeypatch.setattr(cuda, "_nvcc_exists", lambda: False)
     fabric = SimpleNamespace(device=on_gpu.device, launch=lambda: pytest.fail("the run has started"))
-    monkeypatch.setattr(pipeline, "Fabric", lambda **_: fabric)
+    monkeypatch.setattr(distributed, "Fabric", lambda **_: fabric)
     recipe = tiny_recipe.recipe(tmp_path, "train.kernels=cuda")
     with backend.use("auto"), pytest.raises(UserError, match=r"(?s)^train.kernels cuda: .*nvcc.*'torch'"):
         pipeline._launch(recipe)

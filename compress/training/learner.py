@@ -1,0 +1,86 @@
+"""The student with the methods that it learns by: one module whose forward pass is the whole loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compress.data.batch import Batch
+from compress.detectors.base import Detector, Reduce
+from compress.distill.method import Outputs
+from compress.distill.weighting import Balanced, Position, gradient_norm
+
+
+class Learner(nn.Module):
+    """The student and the methods' adapters; its forward pass is the whole loss.
+
+    The teacher is kept out of the module tree: it has no gradient, goes to no checkpoint and stays in eval mode.
+    """
+
+    def __init__(
+        self, student: Detector, methods: Mapping[str, Balanced], teacher: Detector | None, reduce: Reduce | None
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.methods = nn.ModuleDict(methods)
+        self._teacher = (teacher,)
+        self._reduce = reduce
+        self.detection_norm: Tensor
+        self.register_buffer("detection_norm", torch.zeros(()), persistent=False)
+
+    def forward(self, batch: Batch, position: Position) -> dict[str, Tensor]:
+        """Weighted scalar losses of a batch; their sum is what is minimised."""
+        (teacher,) = self._teacher
+        features = self.student.features(batch.images)
+        prediction = self.student.predict(features)
+        factors = {name: method.factor(position) for name, method in self._balanced()}
+        teacher_outputs = None
+        if teacher is not None and any(factors.values()):
+            with torch.no_grad():
+                teacher_features = teacher.features(batch.images)
+                teacher_outputs = Outputs(teacher_features, teacher.predict(teacher_features), teacher)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            prediction = prediction.float()
+            targets = self.student.assign(prediction, batch.targets, self._reduce)
+            losses = self.student.loss(prediction, targets, self._reduce)
+            if teacher_outputs is not None:
+                student = Outputs(features, prediction, self.student, targets)
+                terms = {
+                    name: m.method(student, teacher_outputs, batch) for name, m in self._balanced() if factors[name]
+                }
+                if position.measures and features[0].requires_grad:
+                    self._measure(losses, terms, features)
+                for name, balanced in self._balanced():
+                    factor = factors[name] * balanced.scale
+                    losses.update({key: value * factor for key, value in terms.get(name, {}).items()})
+        return losses
+
+    def observations(self) -> dict[str, Tensor]:
+        """Scalars for the log besides the losses: gradient norms, automatic weights, what the methods report."""
+        values: dict[str, Tensor] = {}
+        for name, balanced in self._balanced():
+            values[f"grad_{name}"] = balanced.norm
+            if balanced.auto_ratio is not None:
+                values[f"scale_{name}"] = balanced.scale
+            values |= {f"{key}_{name}": value for key, value in balanced.method.observations().items()}
+        if len(self.methods):
+            values["grad_detection"] = self.detection_norm
+        return values
+
+    def _balanced(self) -> list[tuple[str, Balanced]]:
+        return list(self.methods.items())  # type: ignore[arg-type]
+
+    def _measure(self, losses: dict[str, Tensor], terms: dict[str, dict[str, Tensor]], features: list[Tensor]) -> None:
+        """Gradient norms of the detection loss and of each method at the student's pyramid."""
+        self.detection_norm.copy_(gradient_norm(total_loss(losses), features, self._reduce))
+        for name, balanced in self._balanced():
+            if name in terms:
+                norm = gradient_norm(total_loss(terms[name]), features, self._reduce)
+                balanced.measure(norm, self.detection_norm)
+
+
+def total_loss(losses: dict[str, Tensor]) -> Tensor:
+    """Sum of scalar losses."""
+    return torch.stack(list(losses.values())).sum()

@@ -1,0 +1,52 @@
+"""Optimizer, learning rate and moving average of the weights, as a recipe's `train` section says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from compress.config.train import Optimizer, Schedule
+
+
+def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters of `module` that train."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
+    )
+
+
+def learning_rate(schedule: Schedule, total: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """Factor on the learning rate at a step (0-based): linear warm-up, times steps or a half cosine.
+
+    Warm-up is mmdet's LinearLR: warmup_factor at step 0, 1 at step `warmup_steps`.
+    """
+    milestones = [epoch * steps_per_epoch for epoch in schedule.milestones]
+
+    def factor(step: int) -> float:
+        if schedule.name == "multistep":
+            value = schedule.gamma ** sum(step >= milestone for milestone in milestones)
+        else:
+            progress = max(0, step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
+            value = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if step < schedule.warmup_steps:
+            start = schedule.warmup_factor
+            value *= start + (1 - start) * step / schedule.warmup_steps
+        return value
+
+    return factor
+
+
+def moving_average(module: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Exponential moving average of parameters and buffers; None where `decay` is None."""
+    if decay is None:
+        return None
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
