@@ -10,12 +10,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from compress.config.model import Model
 from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
@@ -156,6 +157,7 @@ class Detector(nn.Module):
         of its N anchors in pixels, a level. Two heads are comparable place by place if strides and cells agree.
     mean, std: of RGB pixels 0..255, [1, 3, 1, 1]; what the detector normalises its images with.
     compiled: run what the detector can of its loss through torch.compile; the trainer sets it.
+    model: what it was built from; None for one that was not built from settings.
 
     Of the class:
 
@@ -166,15 +168,17 @@ class Detector(nn.Module):
     has_nms: boxes of one class suppress each other; False: the head gives one box an object.
     weights_labels: its loss weighs pseudo labels by their scores.
     ignores_regions: its loss leaves out unsure regions and classes that no teacher looked for.
+    crossable: its head is a `compress.detectors.gfl.GFLHead`, whose layers CrossKD runs on another model's maps.
     """
 
     family: str = "a detector of your own"
     capabilities: frozenset[Capability] = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
-    exportable: str | None = None
-    quantizable: bool = False
-    has_nms: bool = True
-    weights_labels: bool = False
-    ignores_regions: bool = False
+    exportable: ClassVar[str | None] = None
+    quantizable: ClassVar[bool] = False
+    has_nms: ClassVar[bool] = True
+    weights_labels: ClassVar[bool] = False
+    ignores_regions: ClassVar[bool] = False
+    crossable: ClassVar[bool] = False
 
     num_classes: int
     strides: tuple[int, ...]
@@ -183,6 +187,7 @@ class Detector(nn.Module):
     mean: Tensor
     std: Tensor
     compiled: bool = False
+    model: Model | None = None
 
     def set_normalisation(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         """Set `mean` and `std`, of RGB pixels 0..255. They are not part of the weights."""

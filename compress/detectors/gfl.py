@@ -54,6 +54,7 @@ class GFL(Detector):
     quantizable = True
     weights_labels = True
     ignores_regions = True
+    crossable = True
     strides = STRIDES
 
     def __init__(

@@ -14,6 +14,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -62,23 +63,24 @@ class Preprocessing:
 
 
 class BoxTeacher(Protocol):
-    """Frozen, in eval mode, on its device."""
+    """Frozen, in eval mode, on its device. A subclass gets the defaults of what gives boxes alone, and has to set
+    `sha256`, `class_names` and `view` and to implement `detect`."""
 
     file: str
     """Its name in messages and provenance: a file name without folder, or `zoo:NAME`."""
     sha256: str
     """Of what defines it: file, folder or weights. Same digits, same teacher (given `settings`)."""
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = MappingProxyType({})
     """What else decides its boxes (JSON-able, without paths); empty where the file says everything."""
     class_names: tuple[str, ...] | None
     """In the order of its labels; None where nothing says."""
-    capabilities: frozenset[Capability]
+    capabilities: frozenset[Capability] = frozenset({Capability.BOXES})
     """Of `detector`; BOXES alone where there is none."""
-    detector: Detector | None
+    detector: Detector | None = None
     """What feature and logit methods learn from, on the same device, frozen; its labels are those of `class_names`.
     None: boxes are all that it gives."""
     view: View
-    preprocessing: Preprocessing | None
+    preprocessing: Preprocessing | None = None
     """None: it looks at no pixels."""
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
@@ -95,6 +97,7 @@ class BoxTeacher(Protocol):
         Raises:
             UserError: it knows nothing about one of them, or cannot tell it from an image of a list of before.
         """
+        return None
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Detections of each image in pixels of its file (`original_size`), best first, with scores at or above the

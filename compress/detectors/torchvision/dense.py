@@ -58,8 +58,6 @@ from compress.detectors.torchvision.parts import (
 )
 from deploy.core.errors import UserError
 
-ANCHOR_SCALE = 4.0  # side of RetinaNet's smallest anchor in strides
-HEAD_DEPTH = 4  # most convolutions that torchvision builds into a tower of RetinaNet
 BETWEEN = Matcher.BETWEEN_THRESHOLDS  # in `Assignment.gt_index`: neither positive nor negative
 
 
@@ -239,7 +237,7 @@ class FCOS(TorchvisionDense):
     radius = 1.5  # of the centre of a box, in strides: where locations may be positive
 
     @classmethod
-    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int = 256, head_depth: int = 4) -> FCOS:
+    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int) -> FCOS:
         """With fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower."""
         head = FCOSHead(neck_channels, 1, num_classes, 0)
         head.classification_head = FCOSClassificationHead(
@@ -318,9 +316,9 @@ class RetinaNet(TorchvisionDense):
         num_classes: int,
         backbone: Backbone,
         *,
-        neck_channels: int = 256,
-        head_depth: int = HEAD_DEPTH,
-        anchor_scale: float = ANCHOR_SCALE,
+        neck_channels: int,
+        head_depth: int,
+        anchor_scale: float,
     ) -> RetinaNet:
         """With fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower, at most 4.
         anchor_scale: side of the smallest anchor in strides."""

@@ -42,8 +42,6 @@ from compress.detectors.torchvision.parts import (
 from deploy.core.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
-ANCHOR_SCALE = 8.0  # side of a square anchor in strides
-ROI_SAMPLES = 512  # proposals of an image that train the second stage
 ROI_SIDE = 7  # locations of a proposal
 WIDENING = 4  # neurons of the fully connected layers for each channel of the pyramid: 1024 at 256
 
@@ -104,10 +102,10 @@ class FasterRCNN(TorchvisionDetector):
         num_classes: int,
         backbone: Backbone,
         *,
-        neck_channels: int = 256,
-        head_depth: int = 4,
-        anchor_scale: float = ANCHOR_SCALE,
-        roi_samples: int = ROI_SAMPLES,
+        neck_channels: int,
+        head_depth: int,
+        anchor_scale: float,
+        roi_samples: int,
     ) -> FasterRCNN:
         """With fresh pyramid and heads.
 
@@ -118,6 +116,11 @@ class FasterRCNN(TorchvisionDetector):
             roi_samples: proposals of an image that train the second stage; drawn from four times as many, at most
                 2000; as many, at most 1000, are looked at in evaluation.
         """
+        if not hasattr(backbone, "all_maps"):
+            raise UserError(
+                f"a faster_rcnn starts from C2 too, which {type(backbone).__name__} does not give: it needs a method "
+                "all_maps(images) -> [C2, C3, C4, C5]"
+            )
         C, wide = neck_channels, WIDENING * neck_channels
         sizes = tuple((int(anchor_scale * stride),) for stride in (*STRIDES, 2 * STRIDES[-1]))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
