@@ -12,9 +12,11 @@ whatever can be seen in seconds on generated images is seen here.
 from __future__ import annotations
 
 import copy
+import io
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,9 @@ class _Subject:
         """A checkpoint of the trained detector."""
         if self._saved is None:
             detector = self.trained or self.detector
-            record = ModelRecord(model=self.model, num_classes=CLASSES, class_names=("a", "b", "c"))
+            record = ModelRecord(
+                model=self.model, num_classes=CLASSES, class_names=("a", "b", "c"), category_ids=(1, 2, 3)
+            )
             self._saved = self.folder / "detector.safetensors"
             save_detector(self._saved, detector, metadata=record)
         return self._saved
@@ -157,7 +161,7 @@ def _boxes(subject: _Subject) -> str | None:
     if Capability.DENSE not in detector.capabilities:
         return None
     prediction = detector(_images(2)).float()
-    boxes = detector.decode_boxes(prediction)
+    boxes = detector.decode_boxes(prediction).detach()
     total = sum(prediction.counts)
     if list(boxes.shape) != [2, total, 4]:
         return f"decode_boxes gives {list(boxes.shape)}, not {[2, total, 4]} = [B, predictions, 4]"
@@ -168,10 +172,10 @@ def _boxes(subject: _Subject) -> str | None:
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2
     expected = _locations(prediction.level_sizes, prediction.strides, prediction.anchors)
     reach = torch.cat([torch.full((n,), float(s)) for n, s in zip(prediction.counts, prediction.strides, strict=True)])
-    away = (centres - expected).abs().amax(-1) / reach
-    if float(away.median()) > 3:
+    away = float(((centres - expected).abs().amax(-1) / reach).median())
+    if away > 3:
         return (
-            f"boxes lie {float(away.median()):.0f} strides away from their locations: are they x before y, and in "
+            f"boxes lie {away:.0f} strides away from their locations: are they x before y, and in "
             "pixels of the network image?"
         )
     return None
@@ -391,7 +395,8 @@ def _trained(subject: _Subject, data: Path, folder: Path, stops: list[int | None
             name="check-model", folder=TrainingFolder(folder), settings=settings, identity="check-model",
             loader=train_loader(images, batch_size=4, seed=SEED, workers=0), evaluate=lambda _: _no_metrics(),
         )  # fmt: skip
-        fit(fabric, detector, training, resume=index > 0, max_steps=stop)
+        with redirect_stdout(io.StringIO()):  # its progress is nobody's business here
+            fit(fabric, detector, training, resume=index > 0, max_steps=stop)
         weights = {key: value.clone() for key, value in detector.state_dict().items()}
     return weights
 

@@ -117,7 +117,8 @@ class Centers(Detector):
             radius = ((own[:, 2:] - own[:, :2]).amax(1) / 6).clamp(min=0.5)
             squared = (x - centre_x[:, None, None]).square() + (y - centre_y[:, None, None]).square()
             bumps = torch.exp(-squared / (2 * radius.square()[:, None, None]))  # [G, h, w]
-            heat[image].index_reduce_(0, labels, bumps, "amax")
+            for label, bump in zip(labels.tolist(), bumps, strict=True):
+                heat[image, label] = torch.maximum(heat[image, label], bump)
             cells.append(torch.stack((torch.full_like(centre_x, image), centre_y, centre_x)))
             boxes.append(own * STRIDE)
         image_index, cell_y, cell_x = torch.cat(cells, 1)
