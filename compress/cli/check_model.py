@@ -35,9 +35,8 @@ def check_model(
 
     failed = []
     for check in checks(detector, **given):
-        state, detail = (
-            ("fail", check.problem) if check.problem else ("skip", check.skipped) if check.skipped else ("ok", "")
-        )
+        state = "fail" if check.problem else "skip" if check.skipped else "ok"
+        detail = check.problem or check.skipped
         print(f"{state:<4} {check.name}{f': {detail}' if detail else ''}")
         failed += [check.name] if check.problem else []
     if failed:

@@ -91,7 +91,7 @@ class Colours:
 
 
 def _components(mask: Tensor) -> Tensor:
-    """bool [h, w] → int64 [h, w]: cells that touch (corners too) share a number. The largest number floods each part."""
+    """bool [h, w] → int64 [h, w]: cells that touch, corners too, share a number: the largest floods its part."""
     number = torch.arange(1, mask.numel() + 1, device=mask.device, dtype=torch.float64).view(mask.shape) * mask
     while True:
         grown = F.max_pool2d(number[None, None], 3, 1, 1)[0, 0] * mask

@@ -1,4 +1,4 @@
-"""Copies of the example detector with one fault each, of the kinds that people make. `FAULTS`: class → failing check."""
+"""Copies of the example detector with one fault each, of the kinds that people make: FAULTS, class → failing check."""
 
 from __future__ import annotations
 
