@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import platform
 import re
 import shutil
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from compress import __version__, foreign_kernels
+from deploy.core.environment import usable_cores
+from deploy.core.errors import first_line
 
 TRAIN = (
     "torch",
@@ -116,8 +117,7 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_machine() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("machine", f"{platform.system()} {platform.machine()}, {cores} cores")
+    return Finding("machine", f"{platform.system()} {platform.machine()}, {usable_cores()} cores")
 
 
 def check_disk(free_bytes: int) -> Finding:
@@ -179,7 +179,7 @@ def check_import(name: str, installed: Mapping[str, str]) -> list[Finding]:
         import_module(name)
     except Exception as error:  # a torchvision built for another torch raises RuntimeError, a lost library OSError
         remedy = "pip install --force-reinstall torch torchvision (both from the same index)"
-        return [Finding(name, f"does not import: {_first_line(error)}", "broken", remedy)]
+        return [Finding(name, f"does not import: {first_line(error)}", "broken", remedy)]
     return [Finding(name, f"{installed[name]} imports")]
 
 
@@ -224,7 +224,7 @@ def check_providers(installed: Mapping[str, str]) -> list[Finding]:
         import onnxruntime
     except Exception as error:
         remedy = "pip install --force-reinstall compress-detectors"
-        return [Finding("providers", f"onnxruntime does not import: {_first_line(error)}", "broken", remedy)]
+        return [Finding("providers", f"onnxruntime does not import: {first_line(error)}", "broken", remedy)]
     onnxruntime.set_default_logger_severity(4)  # a provider that cannot start would print pages
     starts: list[str] = []
     listed: list[str] = []
@@ -290,7 +290,3 @@ def _torch_sees_cuda() -> bool | None:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].strip(".").split(".") if number)  # type: ignore[index]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

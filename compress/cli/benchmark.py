@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,8 @@ from compress.cli.options import (
     need_finite,
     need_folder,
     need_json_place,
+    provider_names,
 )
-from compress.cli.runners import gpu_options, open_runners, provider_names
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,13 +123,20 @@ def benchmark(
     if markdown is not None and markdown.suffix != ".md":
         raise UserError(f"--markdown: {markdown} does not end in .md")
     from deploy import latency
+    from deploy.core.environment import usable_cores
+    from deploy.runtimes.open import open_runners, runner_options
 
     scopes = _scopes(scope, scenario)
     if sessions > 1 and threads is None and "cpu" in providers:
-        threads = max(1, _usable_cores() // sessions)
+        threads = max(1, usable_cores() // sessions)
         print(f"--threads: {threads} for each of {sessions} sessions")
-    on_gpu = gpu_options(artifacts, providers, trt_cache, ep_context, cuda_graph, max_batch=max(sizes))
-    opened = [open_runners(artifacts, providers, allow_fallback, threads, on_gpu) for _ in range(sessions)]
+    options = runner_options(
+        artifacts, providers, trt_cache=trt_cache, ep_context=ep_context, cuda_graph=cuda_graph, max_batch=max(sizes)
+    )
+    opened = [
+        open_runners(artifacts, providers, allow_fallback=allow_fallback, threads=threads, **options)
+        for _ in range(sessions)
+    ]
     runners = {name: [session[name] for session in opened] for name in opened[0]}
     from compress.console import open_console
     from compress.console import progress as progress_of
@@ -233,10 +239,6 @@ def _scopes(text: str | None, scenario: Scenario) -> list[Any]:
     if scenario == "server" and (len(names) > 1 or names[0] not in ("h2d+compute+d2h", "end_to_end")):
         raise UserError("--scope: the server scenario takes one, h2d+compute+d2h or end_to_end")
     return list(dict.fromkeys(names))
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 from compress.cli.exits import next_command
 from compress.cli.options import batch_sizes
 from deploy.core.errors import UserError
+from deploy.core.files import ENGINE_SUFFIX
 
 if TYPE_CHECKING:
     from deploy.tensorrt.card import EngineCard, EngineOptions
@@ -63,7 +64,7 @@ def deliver(
         from compress.console import progress as progress_of
         from deploy.tensorrt.build import TIMING_CACHES, build_engine
 
-        artifact = onnx.with_suffix(".engine") if out is None else out
+        artifact = onnx.with_suffix(ENGINE_SUFFIX) if out is None else out
         with progress_of(f"building {artifact.name}") as progress:
             card = build_engine(onnx, artifact, options, timing_caches=timing_cache or TIMING_CACHES, progress=progress)
         print(f"{artifact}: {_engine_in_words(card)}")

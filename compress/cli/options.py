@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.core.errors import UserError
+from deploy.runtimes.providers import PROVIDERS
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; recipes/ has examples.")]
 Set = Annotated[
@@ -55,6 +56,16 @@ def refuse(options: dict[str, Any], why: str) -> None:
             raise UserError(f"{option}: {why}")
 
 
+def provider_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PROVIDERS:
+            raise UserError(f"--provider: unknown provider '{name[:60]}': choose from {', '.join(PROVIDERS)}")
+        if names.count(name) > 1:
+            raise UserError(f"--provider: {name} is given twice")
+    return names
+
+
 def batch_sizes(text: str) -> list[int]:
     sizes = text.split(",")
     if not all(size.strip().isdecimal() and len(size) < 5 and int(size) >= 1 for size in sizes):
@@ -63,12 +74,9 @@ def batch_sizes(text: str) -> list[int]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    from deploy.core.image import IMAGE_SUFFIXES
+    from deploy.core.image import image_files
 
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"--images: {folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+    return image_files(folder, "--images: ")
 
 
 def need_folder(folder: Path, option: str) -> None:

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import typer
 
 from compress.cli.options import CudaGraph, EpContext, Fallback, Threads, TrtCache, need_finite
-from compress.cli.runners import gpu_options
 from deploy.core.errors import UserError
 
 commands = typer.Typer()
@@ -70,9 +69,13 @@ def serve(
         need_finite(number, option)
     files = _named_files(models)
     providers = [name.strip() for name in provider.split(",")]
-    on_gpu = gpu_options(list(files.values()), providers, trt_cache, ep_context, cuda_graph, max_batch=max_batch)
+    from deploy.runtimes.open import open_runner, runner_options
+
+    options = runner_options(
+        list(files.values()), providers, trt_cache=trt_cache, ep_context=ep_context, cuda_graph=cuda_graph,
+        max_batch=max_batch,
+    )  # fmt: skip
     token = _token(token_file)
-    from deploy.runtimes.open import open_runner
     from deploy.serve.server import serve as serve_files
     from deploy.serve.settings import Settings
 
@@ -90,7 +93,7 @@ def serve(
     )
     serve_files(
         files,
-        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads, **on_gpu),
+        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads, **options),
         settings,
         host=host,
         port=port,
@@ -101,16 +104,15 @@ def serve(
 
 def _named_files(models: Sequence[str]) -> dict[str, Path]:
     """Name → file, from `NAME=FILE` or `FILE`, which is called what the file is called."""
+    from deploy.runtimes.open import check_artifact
+
     files: dict[str, Path] = {}
     for text in models:
         name, given, file = text.partition("=")
         if not given or "/" in name:  # a path may hold an equals sign
             name, file = Path(text).stem, text
         path = Path(file)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        if path.suffix not in (".onnx", ".engine"):
-            raise UserError(f"{path}: neither .onnx nor .engine; make one with compress export")
+        check_artifact(path)
         if name in files:
             raise UserError(f"{path}: a second model named '{name}': give NAME={path}")
         files[name] = path

@@ -20,8 +20,8 @@ from compress.cli.options import (
     need_finite,
     need_folder,
     need_json_place,
+    provider_names,
 )
-from compress.cli.runners import gpu_options, open_runners, provider_names, runner_name
 from deploy.core.errors import UserError
 
 commands = typer.Typer()
@@ -69,11 +69,15 @@ def validate(
     need_finite(max_map_drop, "--max-map-drop")
     need_json_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
-    on_gpu = gpu_options(files, providers, trt_cache, ep_context, cuda_graph, max_batch=batch_size)
-    runners = open_runners(files, providers, allow_fallback, threads, on_gpu)
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation
+    from deploy.runtimes.open import open_runners, runner_name, runner_options
+
+    options = runner_options(
+        files, providers, trt_cache=trt_cache, ep_context=ep_context, cuda_graph=cuda_graph, max_batch=batch_size
+    )
+    runners = open_runners(files, providers, allow_fallback=allow_fallback, threads=threads, **options)
 
     with progress_of("validating") as progress:
         results = validation.validate(

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from compress.config.base import Fraction, ImportPath, Positive, Settings, Weight, added_later, broken_rule
+from deploy.core.card import CANDIDATES, MAX_CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
+from deploy.runtimes.providers import Provider
 from deploy.tensorrt.card import EngineOptions
 
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
@@ -105,17 +107,17 @@ class Deploy(Settings):
         | None
     ) = None
     """Height and width of the network input; null: the evaluation canvas, rounded up to 32."""
-    score_threshold: Fraction = 0.05
+    score_threshold: Fraction = SCORE_THRESHOLD
     """Detections must score more than this."""
-    nms_threshold: Fraction = 0.6
+    nms_threshold: Fraction = NMS_THRESHOLD
     """Boxes of one class that overlap more than this IoU suppress each other."""
-    max_detections: Positive = 100
+    max_detections: Positive = MAX_DETECTIONS
     """Detections for each image."""
-    candidates: Annotated[int, Field(ge=1, le=3840)] = 1000  # the limit of TensorRT's TopK
+    candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = CANDIDATES
     """Highest-scoring boxes that enter the suppression."""
     max_batch: Positive = 8
     """Largest batch that the file is checked with."""
-    providers: Annotated[tuple[Literal["cpu", "cuda", "tensorrt"], ...], Field(min_length=1)] = ("cpu",)
+    providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = ("cpu",)
     """Where ONNX Runtime runs the file for validation and benchmark."""
     max_map_drop: Weight = 0.5
     """The gate: largest loss of mAP (points) against the student in PyTorch."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, one_line
 
 _SCALARS = (  # YAML 1.2 core schema, in the form PyYAML wants: tag, pattern, possible first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -53,9 +53,11 @@ class Document:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             where = f"{self.name}:{mark.line + 1}" if mark else self.name
-            raise UserError(f"{where}: not valid YAML: {one_line(error.problem or error.context)}") from None
+            raise UserError(
+                f"{where}: not valid YAML: {one_line(error.problem or error.context or 'unreadable')}"
+            ) from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets "\\UFFFFFFFF" become a ValueError
-            raise UserError(f"{self.name}: not valid YAML: {one_line(str(error))}") from None
+            raise UserError(f"{self.name}: not valid YAML: {one_line(error)}") from None
         except RecursionError:
             raise UserError(f"{self.name}: not a recipe: nested too deeply") from None
         if node is None:
@@ -170,7 +172,3 @@ def _keys(data: Any, dotted: str) -> tuple[str, ...]:
         keys.append(key.strip())
         data = section.get(key.strip())
     return tuple(keys)
-
-
-def one_line(text: str | None) -> str:
-    return " ".join((text or "unreadable").split())

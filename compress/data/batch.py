@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PAD_COLOR = (124, 116, 104)
-"""The ImageNet mean in RGB, rounded: padding that is nearly zero after normalisation."""
+from deploy.core.card import PAD_COLOR
 
 STRIDE = 32
 """Batches are padded to a multiple of this, so that every pyramid level up to P5 divides them exactly."""

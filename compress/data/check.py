@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.data.coco import decode
+from deploy.core.errors import first_line
 from deploy.validate.coco import read_annotations
 
 TOLERANCE_PX = 1.0
@@ -84,7 +85,7 @@ def _images(file: Path, folder: Path, document: dict[str, Any]) -> Iterator[Prob
         except FileNotFoundError:
             return Problem("error", path, where, "the file is missing")
         except (OSError, RuntimeError, ValueError) as error:
-            return Problem("error", path, where, f"cannot be read as an image: {str(error).splitlines()[0]}")
+            return Problem("error", path, where, f"cannot be read as an image: {first_line(error)}")
         if (height, width) != (entry["height"], entry["width"]):
             said = f"{entry['width']}x{entry['height']}"
             return Problem("error", path, where, f"the file is {width}x{height} pixels, {file.name} says {said}")

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
 
 from compress.data.batch import Target
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.image import rgb
 from deploy.validate.coco import read_annotations
 
@@ -208,7 +208,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         except FileNotFoundError:
             raise UserError(f"{where}: the file is missing") from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{where}: cannot be read as an image: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{where}: cannot be read as an image: {first_line(error)}") from None
         height, width = self.sizes[index]
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}x{image.shape[1]}"

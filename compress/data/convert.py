@@ -11,7 +11,7 @@ from xml.parsers import expat
 
 from PIL import Image
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import write_json
 from deploy.core.image import IMAGE_SUFFIXES
 
@@ -137,7 +137,7 @@ def _image_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read as an image: {first_line(error)}") from None
     return (height, width) if turned else (width, height)
 
 

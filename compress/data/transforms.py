@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
-from compress.data.batch import PAD_COLOR
 from compress.data.coco import Transform
+from deploy.core.card import PAD_COLOR
 
 MIN_KEPT = 0.3
 """After zooming in, a box of which less than this share is left is no target any more, but background."""

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.config.families import BACKBONES as BACKBONES
 from compress.detectors.weights import load_exactly, read_tensors
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_object
 
 
@@ -242,9 +242,8 @@ def _load_imagenet(backbone: Backbone, name: str) -> None:
     try:
         state = published.get_state_dict(progress=False, check_hash=True)
     except (OSError, HTTPException, RuntimeError) as error:  # no network, no disk, or not the published hash
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"ImageNet weights of {name} could not be downloaded from {published.url} ({reason}); "
+            f"ImageNet weights of {name} could not be downloaded from {published.url} ({first_line(error)}); "
             "set weights: none, or weights: FILE with a copy of that file"
         ) from error
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}

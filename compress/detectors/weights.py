@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 
 LISTED_KEYS = 8  # a message stays one readable line: the first few keys, then a count
 
@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path, device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
-                f"{path}: not a readable safetensors file ({_first_line(error)}); copy or download it again"
+                f"{path}: not a readable safetensors file ({first_line(error)}); copy or download it again"
             ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -48,11 +48,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 "run code; save its state_dict alone and pass that file"
             ) from error
         raise UserError(
-            f"{path}: not a readable torch checkpoint ({_first_line(error)}); copy or download it again"
+            f"{path}: not a readable torch checkpoint ({first_line(error)}); copy or download it again"
         ) from error
     except Exception as error:  # torch raises whatever a damaged zip or pickle stream makes its readers raise
         raise UserError(
-            f"{path}: not a readable torch checkpoint ({type(error).__name__}: {_first_line(error)}); "
+            f"{path}: not a readable torch checkpoint ({type(error).__name__}: {first_line(error)}); "
             "copy or download it again"
         ) from error
     for key in ("state_dict", "model"):
@@ -114,8 +114,3 @@ def listed(keys: Iterable[str]) -> str:
     keys = list(keys)
     more = len(keys) - LISTED_KEYS
     return ", ".join(keys[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

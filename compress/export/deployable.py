@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from compress.detectors.base import Detector
 from compress.export.nms import select_detections
-from deploy.core.card import ModelCard
+from deploy.core.card import CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ModelCard
 from deploy.core.errors import UserError
-from deploy.runtimes.base import Detections, check_images
+from deploy.runtimes.base import DetectionBatch, check_images
 
 
 class Deployable(nn.Module):
@@ -38,10 +38,10 @@ class Deployable(nn.Module):
         detector: Detector,
         input_size: tuple[int, int],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
-        candidates: int = 1000,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+        candidates: int = CANDIDATES,
     ) -> None:
         super().__init__()
         if any(side < 1 or side % 32 for side in input_size):
@@ -131,8 +131,8 @@ class TorchRunner:
         self.module = module.eval().to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> Detections:
-        """images uint8 [B, 3, H, W] of the card's size → Detections. Waits for the device."""
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
+        """images uint8 [B, 3, H, W] of the card's size → a DetectionBatch. Waits for the device."""
         check_images(images, self.card)
         outputs = self.module(torch.from_numpy(images).to(self.device))
-        return Detections(*(value.cpu().numpy() for value in outputs))
+        return DetectionBatch(*(value.cpu().numpy() for value in outputs))

@@ -30,8 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_CANDIDATES = 3840
-"""TensorRT's TopK limit."""
+from deploy.core.card import MAX_CANDIDATES
 
 
 def class_aware_nms(

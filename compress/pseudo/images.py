@@ -17,7 +17,7 @@ from compress.data.batch import ImageSize
 from compress.data.coco import decode
 from compress.data.transforms import fit_size
 from compress.teachers.base import Sample, View
-from deploy.core.errors import LocalUserError, UserError
+from deploy.core.errors import LocalUserError, UserError, first_line
 from deploy.core.image import IMAGE_SUFFIXES
 
 
@@ -150,7 +150,7 @@ class _Chunks(Dataset[Any]):
         except FileNotFoundError:
             return Unreadable(name, f"{path}: no such file")
         except (OSError, RuntimeError, ValueError) as error:
-            return Unreadable(name, f"{path}: cannot be read as an image: {str(error).splitlines()[0]}")
+            return Unreadable(name, f"{path}: cannot be read as an image: {first_line(error)}")
         original = (int(image.shape[1]), int(image.shape[2]))
         listed = images.sizes[index]
         if listed is not None and listed != original:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from deploy.core.boxes import pairwise_iou
 from deploy.core.errors import UserError
 
 Merging = Literal["nms", "wbf"]
@@ -174,14 +175,6 @@ def split(found: Boxes, tau: np.ndarray, tau_ignore: np.ndarray) -> tuple[Boxes,
     label = found.scores >= tau[found.labels]
     region = ~label & (found.scores >= tau_ignore[found.labels])
     return found.where(label), found.where(region)
-
-
-def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes [n, 4] with boxes [m, 4], both xyxy → [n, m]; 0 where a box has no area."""
-    size = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    overlap = size.clip(min=0).prod(-1)
-    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - overlap
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
 
 
 # --- details --------------------------------------------------------------------------------------------

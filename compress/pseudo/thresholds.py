@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.pseudo.merge import Boxes, pairwise_iou
+from compress.pseudo.merge import Boxes
+from deploy.core.boxes import pairwise_iou
 
 MATCH_IOU = 0.5
 CROWD_SHARE = 0.5  # a detection with more of its area than this in a crowd region is not counted

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, one_line
 
 ARMS = ("teacher", "baseline", "student")
 
@@ -203,13 +203,13 @@ def read_document(run_dir: Path) -> Document:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; give the folder of a finished run (runs/<name>)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
     try:
         value = json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity: not measured
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise UserError(f"{path}: not a report ({_one_line(error)})") from None
+        raise UserError(f"{path}: not a report ({one_line(error)})") from None
     metrics = {arm: _read_metrics(run_dir / arm / "metrics.csv") for arm in ARMS}
     recipe = run_dir / "recipe.yaml"
     return Document(
@@ -229,7 +229,7 @@ def parse_report(value: Any, source: str = "report.json") -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        problem = "is missing" if first["type"] == "missing" else _one_line(first["msg"])
+        problem = "is missing" if first["type"] == "missing" else one_line(first["msg"])
         raise UserError(f"{source}: {key}: {problem}") from None
 
 
@@ -261,7 +261,3 @@ def _number(cell: str | None, path: Path, line: int, column: str) -> float | Non
     except ValueError:
         raise UserError(f"{path}:{line}: {column}: {cell[:40]!r} is not a number") from None
     return number if math.isfinite(number) else None
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from compress.report.document import Box, Document, Picture, Report
+from deploy.core.boxes import iou
 from deploy.core.image import rgb
 
 LONGEST_SIDE = 640  # pixels of an embedded image
@@ -201,16 +203,14 @@ def _caption(key: str, shown: Sequence[Box], picture: Picture, report: Report) -
 
 def count_matches(detections: Sequence[Box], truth: Sequence[Box], report: Report) -> int:
     """Objects found: best score first, each takes the free object of its class with the highest IoU ≥ 0.5."""
+
+    def overlap(a: Box, b: Box) -> float:
+        return float(iou(np.asarray(a.box), np.asarray(b.box)))
+
     free = list(truth)
     for d in sorted(detections, key=lambda b: -(b.score or 0.0)):
         name = report.class_name(d.label)
-        same = [t for t in free if report.class_name(t.label) == name and _iou(d.box, t.box) >= MATCH_IOU]
+        same = [t for t in free if report.class_name(t.label) == name and overlap(d, t) >= MATCH_IOU]
         if same:
-            free.remove(max(same, key=lambda t: _iou(d.box, t.box)))
+            free.remove(max(same, key=lambda t: overlap(d, t)))
     return len(truth) - len(free)
-
-
-def _iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    inter = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
-    return inter / union if union > 0 else 0.0

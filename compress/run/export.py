@@ -12,20 +12,20 @@ import numpy as np
 from compress.config.data import Split
 from compress.config.deploy import Deploy, Int8
 from compress.config.recipe import Recipe
-from compress.data.batch import PAD_COLOR
 from compress.detectors.base import Capability
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
 from compress.run.data import splits
 from compress.versions import versions
-from deploy.core.card import PROCESSING, ModelCard, card_from_file
+from deploy.core.card import PAD_COLOR, PROCESSING, ModelCard, card_from_file
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json, write_text
 from deploy.core.image import fit_canvas, load_image
+from deploy.core.progress import Progress
 from deploy.graph.export import ExportReport, export_onnx
 from deploy.quantize.calibrate import CalibrationImages, check_apart, choose_images, list_images
 from deploy.quantize.file import Quantizer, QuantizeReport
-from deploy.quantize.guided import GuidedResult, Progress, search
+from deploy.quantize.guided import GuidedResult, search
 from deploy.quantize.picture import trade_off_svg
 from deploy.validate.coco import load_annotations
 

@@ -30,13 +30,13 @@ from compress.teachers.base import DetectorTeacher, Preprocessing
 from compress.teachers.mmdet_files import (
     build,
     class_names,
-    first_line,
     gets_rgb,
     load_weights,
     need_mmdet,
     number_of_classes,
     read_checkpoint,
     read_config,
+    what_failed,
 )
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -85,7 +85,7 @@ def load_mmdet(config: Path, checkpoint: Path) -> tuple[MmdetDetector, tuple[str
     except Exception as error:  # whatever a foreign model raises on an image without text, points, masks …
         raise UserError(
             f"teacher.mmdet.config: {config}: its {type(model).__name__} cannot detect in a plain image "
-            f"({first_line(error)}); only detectors of boxes in single images can teach"
+            f"({what_failed(error)}); only detectors of boxes in single images can teach"
         ) from error
     text = settings.model.to_dict() if hasattr(settings.model, "to_dict") else settings.model
     return detector, names, hashlib.sha256(repr(text).encode()).hexdigest()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.detectors.weights import listed
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 
 
 def need_mmdet() -> None:
@@ -28,7 +28,7 @@ def need_mmdet() -> None:
             import mmdet.apis  # noqa: F401
     except (ImportError, AssertionError) as error:  # mmdet asserts the versions of mmcv and mmengine
         raise UserError(
-            f"teacher.mmdet needs mmdet 3 and mmcv 2 with its operators: {first_line(error)}; see docs/mmdet.md"
+            f"teacher.mmdet needs mmdet 3 and mmcv 2 with its operators: {what_failed(error)}; see docs/mmdet.md"
         ) from error
 
 
@@ -44,7 +44,7 @@ def read_config(path: Path) -> Any:
     try:
         settings = Config.fromfile(path)
     except Exception as error:  # a config is a program
-        raise UserError(f"teacher.mmdet.config: {path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"teacher.mmdet.config: {path}: cannot be read ({what_failed(error)})") from error
     if settings.get("model") is None:
         raise UserError(
             f"teacher.mmdet.config: {path}: has no `model`; give a whole config, as mmdet's train.py takes it"
@@ -69,9 +69,9 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
                 f"{where}: holds Python objects that could run code, so it is not loaded; save a dict with its "
                 "state_dict and meta.dataset_meta alone and give that file"
             ) from error
-        raise UserError(f"{where}: not a readable torch checkpoint ({first_line(error)})") from error
+        raise UserError(f"{where}: not a readable torch checkpoint ({what_failed(error)})") from error
     except Exception as error:  # whatever a damaged zip or pickle stream makes its readers raise
-        raise UserError(f"{where}: not a readable torch checkpoint ({first_line(error)})") from error
+        raise UserError(f"{where}: not a readable torch checkpoint ({what_failed(error)})") from error
     if isinstance(content, Mapping) and not isinstance(content.get("state_dict"), Mapping):
         content = {"state_dict": content}
     if not isinstance(content, Mapping) or not any(isinstance(x, Tensor) for x in content["state_dict"].values()):
@@ -121,7 +121,7 @@ def build(path: Path, settings: Any) -> nn.Module:
             init_default_scope(settings.get("default_scope", "mmdet"))
             model: nn.Module = revert_sync_batchnorm(MODELS.build(section))
     except Exception as error:  # of any type: unknown names, wrong arguments, failing custom code
-        raise UserError(f"teacher.mmdet.config: {path}: its model cannot be built ({first_line(error)})") from error
+        raise UserError(f"teacher.mmdet.config: {path}: its model cannot be built ({what_failed(error)})") from error
     preprocessor = getattr(model, "data_preprocessor", None)
     if not hasattr(model, "predict") or not hasattr(preprocessor, "pad_size_divisor"):
         raise UserError(
@@ -189,6 +189,6 @@ def _metainfo_of(kind: Any) -> Mapping[str, Any] | None:
     return getattr(found, "METAINFO", None)
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+def what_failed(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -21,7 +21,7 @@ from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
 from compress.data.transforms import fit_size
 from compress.detectors.base import MEAN, STD, Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.image import fit_canvas, letterbox, to_original
 from deploy.runtimes.onnx import OnnxRunner
@@ -139,7 +139,7 @@ class ForeignTeacher:
             values = self._session.run(list(self._outputs.values()), feed)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise UserError(
-                f"{self._path}: cannot be run on {pixels.dtype} {list(pixels.shape)}: {str(error).splitlines()[0]}"
+                f"{self._path}: cannot be run on {pixels.dtype} {list(pixels.shape)}: {first_line(error)}"
             ) from error
         outputs = dict(zip(self._outputs, values, strict=True))
         try:
@@ -272,7 +272,7 @@ def _open(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise UserError(
             f"{path}: ONNX Runtime does not come up on the GPU: install its CUDA libraries (extra gpu), or hide the "

@@ -25,7 +25,7 @@ from compress.detectors.torchvision.two_stage import STRIDES as TWO_STAGE_STRIDE
 from compress.detectors.torchvision.two_stage import FasterRCNN
 from compress.detectors.weights import load_exactly, read_tensors, state_sha256
 from compress.teachers.base import Preprocessing, Sample, View, final, original
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 
 
@@ -93,7 +93,7 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
         except (OSError, RuntimeError) as error:  # no network; a damaged download
             raise UserError(
                 f"teacher.torchvision: COCO weights of {source.model} could not be downloaded "
-                f"({str(error).splitlines()[0]}); give weights: FILE"
+                f"({first_line(error)}); give weights: FILE"
             ) from error
         return model.eval(), list(COCO_CATEGORIES), tuple(COCO_CATEGORIES.values())
     names = source.class_names

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.config.train import Train
 from compress.detectors.base import Reduce
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from kernels.common.backend import chosen, set_backend
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -47,9 +47,9 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
             strategy="auto" if train.devices == 1 else strategy,
         )
     except Exception as error:
-        message = str(error).strip().splitlines()[0]
         raise UserError(
-            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here ({message})"
+            f"train.accelerator {train.accelerator}, train.devices {train.devices}: not available here "
+            f"({first_line(error)})"
         ) from error
     if train.precision == "fp16" and fabric.device.type == "cpu":
         raise UserError("train.precision fp16 needs a GPU and there is none here; use bf16 or 32")

@@ -12,11 +12,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 
 METADATA_KEY = "compress"
 PROCESSING = "pre- and post-processing"
 """The part of `ModelCard.precision` that is not the network."""
+
+PAD_COLOR = (124, 116, 104)
+"""RGB around a picture on its canvas: the ImageNet mean, rounded, which is nearly zero after normalisation."""
+SCORE_THRESHOLD = 0.05
+"""Default: detections must score more."""
+NMS_THRESHOLD = 0.6
+"""Default: boxes of one class that overlap more (IoU) suppress each other."""
+MAX_DETECTIONS = 100
+"""Default: detections of a picture, as many as COCO's evaluation takes."""
+CANDIDATES = 1000
+"""Default: highest-scoring boxes that enter the suppression."""
+MAX_CANDIDATES = 3840
+"""The most boxes that may enter the suppression: the limit of TensorRT's TopK."""
 
 _Byte = Annotated[int, Field(ge=0, le=255)]
 _Pixels = Annotated[int, Field(ge=1)]
@@ -60,11 +73,11 @@ class ModelCard(BaseModel):
     """Images are not made larger than this on the short side (nor `long` on the long side), however large the
     canvas: the scale that the model was trained and evaluated at. None: the canvas alone decides."""
     long: _Pixels | None = None
-    pad_color: tuple[_Byte, _Byte, _Byte] = (124, 116, 104)
-    score_threshold: _Share = 0.05
-    nms_threshold: _Share = 0.6
-    max_detections: int = Field(default=100, ge=1)
-    candidates: int = Field(default=1000, ge=1)
+    pad_color: tuple[_Byte, _Byte, _Byte] = PAD_COLOR
+    score_threshold: _Share = SCORE_THRESHOLD
+    nms_threshold: _Share = NMS_THRESHOLD
+    max_detections: int = Field(default=MAX_DETECTIONS, ge=1)
+    candidates: int = Field(default=CANDIDATES, ge=1)
     precision: dict[str, str] = {}
     """Number format of each part as the graph has it, for example `{"backbone": "int8", "head": "fp32+int8"}`."""
     quantization: Quantization | None = None
@@ -104,7 +117,7 @@ def card_from_file(path: Path) -> ModelCard:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        raise UserError(f"{path}: not a readable ONNX file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: not a readable ONNX file: {first_line(error)}") from error
     return card_from_session(session, str(path))
 
 

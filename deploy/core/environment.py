@@ -27,8 +27,8 @@ def environment() -> dict[str, Any]:
         "cpu": {
             "model": _cpu_model(),
             "logical_cores": os.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-            "governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+            "usable_cores": usable_cores(),
+            "governor": _line_of(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
         "memory_gib": _memory_gib(),
@@ -40,6 +40,11 @@ def environment() -> dict[str, Any]:
             name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
         },
     }
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[dict[str, Any]] | None:
@@ -97,7 +102,7 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _first_line(path: Path) -> str | None:
+def _line_of(path: Path) -> str | None:
     try:
         return path.read_text().splitlines()[0]
     except (OSError, IndexError):

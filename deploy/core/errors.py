@@ -13,3 +13,15 @@ class UserError(ValueError):
 
 class LocalUserError(UserError):
     """Bad input that one of several processes met alone, such as an image of its share: that process prints it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, for a message of one line: its first line without the full stop, or the
+    name of its type when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def one_line(text: object) -> str:
+    """The whole text with every run of white space, line breaks included, as one space."""
+    return " ".join(str(text).split())

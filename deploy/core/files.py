@@ -13,6 +13,9 @@ from typing import Any
 
 from deploy.core.errors import UserError
 
+ONNX_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
+"""Names of exported files end so; `deploy.runtimes.open.RUNNERS` says what runs each."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

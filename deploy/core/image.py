@@ -15,12 +15,44 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Files that count as images where a folder is searched; lower case."""
 
 
+Picture = str | Path | bytes | np.ndarray | Image.Image
+"""A file, its bytes, pixels uint8 [h, w, 3] RGB, or a PIL image."""
+
+
+def image_files(folder: Path, where: str = "") -> list[Path]:
+    """The image files of a folder, by name. Raises UserError, beginning with `where`, when there is none."""
+    folder = Path(folder)
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"{where}{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
 def load_image(path: Path) -> np.ndarray:
     """Decode an image file to RGB uint8 [H, W, 3], turned as its EXIF orientation says.
 
     Transparency is dropped. Raises UserError when the file is missing, truncated or not an image.
     """
     return decode_image(read_image_bytes(path), str(path))
+
+
+def read_picture(picture: Picture) -> np.ndarray:
+    """RGB uint8 [h, w, 3] of a picture in any form; a PIL image is turned as its EXIF orientation says, like a file.
+
+    Raises UserError as `load_image`, and for an array of another kind.
+    """
+    if isinstance(picture, np.ndarray):
+        return check_pixels(picture)
+    if isinstance(picture, bytes):
+        return decode_image(picture)
+    return rgb(picture) if isinstance(picture, Image.Image) else load_image(Path(picture))
+
+
+def check_pixels(pixels: np.ndarray) -> np.ndarray:
+    """The same array. Raises UserError unless it is uint8 [height, width, 3] and not empty."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError(f"pixels must be uint8 [height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
+    return pixels
 
 
 def read_image_bytes(path: Path) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import numpy as np
 
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
+from deploy.core.progress import Progress
 from deploy.latency.clock import HOST_CLOCK, Clock
 from deploy.latency.compare import compare_cells
 from deploy.latency.results import BenchmarkReport, Cell, Scenario, Scope, WarmUp
@@ -30,7 +31,6 @@ from deploy.latency.statistics import PERCENTILES, SIGNIFICANCE, calls_needed, e
 from deploy.latency.telemetry import Telemetry, troubles
 from deploy.runtimes.base import Runner
 
-Progress = Callable[[int, int], None]
 Streams = Mapping[str, Sequence[Runner]]
 
 

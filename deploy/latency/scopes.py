@@ -19,10 +19,11 @@ import numpy as np
 
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
-from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
+from deploy.core.image import decode_image, read_image_bytes, to_original
 from deploy.latency.clock import Clock
 from deploy.latency.results import Scope
 from deploy.runtimes.base import Runner, StagedRunner
+from deploy.runtimes.pictures import Canvases, fit_pictures
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 USUAL_SCOPES: tuple[Scope, ...] = ("compute", "h2d+compute+d2h", "end_to_end")
@@ -64,7 +65,7 @@ def clock_of(runner: Runner, scope: Scope, encoded: Encoded) -> str:
     """What takes the times of that scope: the host's clock, or CUDA events where the backend has them."""
     if scope != "compute" or not isinstance(runner, StagedRunner):
         return HOST
-    runner.stage(_canvases(encoded[:1], runner.card)[0])
+    runner.upload(_canvases(encoded[:1], runner.card).images)
     return HOST if runner.compute_ms() is None else "CUDA events"
 
 
@@ -83,17 +84,17 @@ def make_task(runner: Runner, scope: Scope, encoded: Encoded, most_images: int, 
         _canvases(next_files(count), card)
 
     def end_to_end(count: int) -> None:
-        batch, geometry = _canvases(next_files(count), card)
-        out = runner(batch)
-        for i, (scale, size_hw) in enumerate(geometry):
-            to_original(out.boxes[i, : out.count[i]], scale, size_hw)
+        canvases = _canvases(next_files(count), card)
+        out = runner(canvases.images)
+        for i, (scale, size) in enumerate(zip(canvases.scales, canvases.sizes, strict=True)):
+            to_original(out.boxes[i, : out.count[i]], scale, size)
 
     if scope == "preprocess":
         return preprocess
     if scope == "end_to_end":
         return end_to_end
 
-    one_each, _ = _canvases(encoded, card)
+    one_each = _canvases(encoded, card).images
     ring = np.concatenate([one_each] * (1 + -(-most_images // len(encoded))))  # any call is one slice of it
 
     def next_batch(count: int) -> np.ndarray:
@@ -112,7 +113,7 @@ def make_task(runner: Runner, scope: Scope, encoded: Encoded, most_images: int, 
     by_device = clock_of(runner, scope, encoded) != HOST
 
     def compute(count: int) -> float | None:
-        staged.stage(next_batch(count))
+        staged.upload(next_batch(count))
         if by_device:
             return staged.compute_ms()
         before = clock.now()
@@ -125,11 +126,5 @@ def make_task(runner: Runner, scope: Scope, encoded: Encoded, most_images: int, 
 # ----------------------------------------------------------------------------------------------------
 
 
-def _canvases(files: Encoded, card: ModelCard) -> tuple[np.ndarray, list[tuple[tuple[float, float], tuple[int, int]]]]:
-    canvases, geometry = [], []
-    for path, data in files:
-        pixels = decode_image(data, str(path))
-        canvas, scale = fit_canvas(pixels, card)
-        canvases.append(canvas)
-        geometry.append((scale, (pixels.shape[0], pixels.shape[1])))
-    return np.stack(canvases), geometry
+def _canvases(files: Encoded, card: ModelCard) -> Canvases:
+    return fit_pictures([decode_image(data, str(path)) for path, data in files], card)

@@ -23,9 +23,9 @@ import numpy as np
 
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
+from deploy.core.progress import Progress
 from deploy.latency.clock import HOST_CLOCK, Clock
 from deploy.latency.measure import (
-    Progress,
     Slice,
     after,
     as_streams,

@@ -23,7 +23,7 @@ from onnx import shape_inference
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.image import IMAGE_SUFFIXES, fit_canvas, load_image
+from deploy.core.image import fit_canvas, image_files, load_image
 from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]
@@ -64,10 +64,7 @@ def list_images(source: Path, option: str = "--calibration") -> list[Path]:
     Raises UserError when there are none, naming `option`.
     """
     if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise UserError(f"{option}: {source}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-        return files
+        return image_files(source, f"{option}: ")
     if not source.is_file():
         raise UserError(f"{option}: {source}: no such file or folder")
     try:

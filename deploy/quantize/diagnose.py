@@ -28,7 +28,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, numpy_helper, shape_inference
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.graph.structure import needed_for
 from deploy.quantize.file import BOXES, SCORES
 
@@ -199,7 +199,7 @@ class _Graph:
             )
             return dict(zip(names, session.run(names, dict(feed)), strict=True))
         except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise UserError(f"{self.path}: cannot be run value by value: {str(error).splitlines()[0][:300]}") from error
+            raise UserError(f"{self.path}: cannot be run value by value: {first_line(error)[:300]}") from error
 
 
 def _match(good: _Graph, bad: _Graph) -> dict[str, str]:

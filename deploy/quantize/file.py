@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from deploy.core.boxes import iou
 from deploy.core.card import METADATA_KEY, Quantization, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
@@ -162,11 +163,8 @@ def output_error(reference: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarr
     scores, boxes = reference
     score_error = np.abs(other[0] - scores).sum() / max(float(scores.sum()), 1e-12)
     weight = scores.max(-1)
-    low, high = np.maximum(boxes[..., :2], other[1][..., :2]), np.minimum(boxes[..., 2:], other[1][..., 2:])
-    both = np.clip(high - low, 0, None).prod(-1)
-    union = (boxes[..., 2:] - boxes[..., :2]).prod(-1) + (other[1][..., 2:] - other[1][..., :2]).prod(-1) - both
-    iou = np.divide(both, union, out=np.ones_like(both), where=union > 0)
-    return float(score_error), float((weight * (1 - iou)).sum() / max(float(weight.sum()), 1e-12))
+    overlap = iou(boxes, other[1], empty=1.0)
+    return float(score_error), float((weight * (1 - overlap)).sum() / max(float(weight.sum()), 1e-12))
 
 
 # ----------------------------------------------------------------------------------------------------

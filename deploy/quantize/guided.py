@@ -28,14 +28,13 @@ import onnx
 
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json
+from deploy.core.progress import Progress
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import validate
 from deploy.validate.coco import load_annotations
 
 PROXY_IMAGES = 8
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from deploy.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Detections:
+class DetectionBatch:
     """Final detections of a batch, zeros past `count`, descending score.
 
     boxes: float32 [B, D, 4] xyxy in pixels of the network input canvas. scores: float32 [B, D] in 0..1.
@@ -39,7 +39,7 @@ class Runner(Protocol):
     def on_cpu(self) -> bool:
         """The network runs on the CPU, in host memory: there is nothing to copy to a device and back."""
 
-    def __call__(self, images: np.ndarray) -> Detections:
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
         """images: uint8 [B, 3, H, W] RGB canvases of the card's input size."""
 
 
@@ -47,17 +47,17 @@ class Runner(Protocol):
 class StagedRunner(Runner, Protocol):
     """A runner whose call can be taken apart, so that a clock can stand between the steps.
 
-    `runner(images)` is `stage(images)`, `compute()`, `fetch()`. Each returns when its work is done, on the device too.
+    `runner(images)` is `upload(images)`, `compute()`, `fetch()`. Each returns when its work is done, on the device too.
     The steps belong to one thread.
     """
 
-    def stage(self, images: np.ndarray) -> None:
+    def upload(self, images: np.ndarray) -> None:
         """Bring the images to where they are computed."""
 
     def compute(self) -> None:
-        """Run the network on what was staged last; may be repeated."""
+        """Run the network on what was uploaded last; may be repeated."""
 
-    def fetch(self) -> Detections:
+    def fetch(self) -> DetectionBatch:
         """The detections of the last `compute`, in host memory."""
 
     def compute_ms(self) -> float | None:

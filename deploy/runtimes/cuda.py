@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deploy.core import cuda_driver
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 
 
 class CudaDevice:
@@ -28,9 +28,7 @@ class CudaDevice:
         except ModuleNotFoundError as error:
             raise UserError("pycuda is not installed: pip install 'compress-detectors[trt]'") from error
         except (ImportError, OSError) as error:
-            raise UserError(
-                f"pycuda does not load, which needs an NVIDIA driver: {str(error).splitlines()[0]}"
-            ) from error
+            raise UserError(f"pycuda does not load, which needs an NVIDIA driver: {first_line(error)}") from error
         if cuda_driver.gpu(index) is None:
             raise UserError(f"no CUDA GPU {index} here: an engine needs one")
         driver.init()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +14,13 @@ import onnxruntime
 
 from deploy.core import cuda_driver
 from deploy.core.card import METADATA_KEY, card_from_session, parse_card
-from deploy.core.errors import UserError
+from deploy.core.environment import usable_cores
+from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.onnx_scan import scan_onnx
-from deploy.runtimes.base import Detections, check_images
+from deploy.runtimes.base import DetectionBatch, check_images
+from deploy.runtimes.providers import PROVIDERS
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 _OUTPUTS = ["boxes", "scores", "labels", "count"]
 
 
@@ -91,7 +87,7 @@ class OnnxRunner:
             raise UserError(f"{path}: not a deployable file: it takes {inputs} and gives {outputs}")
         self._device = device
         self._binding = None if self.active_providers[0] == "cpu" else self._session.io_binding()
-        self._staged: np.ndarray | None = None
+        self._uploaded: np.ndarray | None = None
         self._fetched: list[np.ndarray] = []
 
     @property
@@ -102,14 +98,14 @@ class OnnxRunner:
     def on_cpu(self) -> bool:
         return self.active_providers[0] == "cpu"
 
-    def __call__(self, images: np.ndarray) -> Detections:
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
-        return Detections(*self._session.run(_OUTPUTS, {"images": images}))
+        return DetectionBatch(*self._session.run(_OUTPUTS, {"images": images}))
 
-    def stage(self, images: np.ndarray) -> None:
+    def upload(self, images: np.ndarray) -> None:
         """See `deploy.runtimes.base.StagedRunner`. On the CPU there is nothing to move."""
         check_images(images, self.card)
-        self._staged = images
+        self._uploaded = images
         if self._binding is not None:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images), "cuda", self._device)
             self._binding.bind_ortvalue_input("images", value)
@@ -118,10 +114,10 @@ class OnnxRunner:
             self._binding.synchronize_inputs()
 
     def compute(self) -> None:
-        if self._staged is None:
-            raise RuntimeError("compute() before stage()")
+        if self._uploaded is None:
+            raise RuntimeError("compute() before upload()")
         if self._binding is None:
-            self._fetched = self._session.run(_OUTPUTS, {"images": self._staged})
+            self._fetched = self._session.run(_OUTPUTS, {"images": self._uploaded})
             return
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
@@ -130,8 +126,8 @@ class OnnxRunner:
         """None: ONNX Runtime does not give its stream away, so only the host's clock sees it."""
         return None
 
-    def fetch(self) -> Detections:
-        return Detections(*(self._fetched if self._binding is None else self._binding.copy_outputs_to_cpu()))
+    def fetch(self) -> DetectionBatch:
+        return DetectionBatch(*(self._fetched if self._binding is None else self._binding.copy_outputs_to_cpu()))
 
 
 def machine_key(device: int = 0) -> str:
@@ -162,16 +158,12 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
-    if threads is None or threads >= _usable_cpus():
+    if threads is None or threads >= usable_cores():
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
 # ----------------------------------------------------------------------------------------------------
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tensorrt_settings(path: Path, wanted: TensorRTProvider, device: int) -> tuple[Path, dict[str, str]]:
@@ -232,6 +224,6 @@ def _open(
         with contextlib.redirect_stdout(io.StringIO()):
             return onnxruntime.InferenceSession(str(path), options, providers=wanted or [(PROVIDERS["cpu"], {})])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     finally:
         onnxruntime.set_default_logger_severity(2)

@@ -1,18 +1,92 @@
-"""A runner for a file, whatever it is."""
+"""A runner for a file, whatever it is: the table of runtimes, by the suffix of the files that they run.
+
+A new runtime is a module with a runner (`deploy.runtimes.base.Runner`) and a row here. A user's own needs no row:
+`open_runner(path, runner="pkg.module:MyRunner")`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
+from deploy.core.import_path import import_object
+from deploy.runtimes.base import Runner
+from deploy.runtimes.providers import Provider
 
 if TYPE_CHECKING:
-    from deploy.runtimes.onnx import OnnxRunner, TensorRTProvider
+    from deploy.runtimes.onnx import TensorRTProvider
+
+OwnRunner = str | Callable[[Path], Runner]
+"""A user's own runner: an import path, or the class itself. It is called with the path of the file."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of `open_runner` that not every file has."""
+
+    refusal: str | None = None
+    """What to say to a user who gives it where it would do nothing; None: it is taken as a default for all files."""
+    provider: Provider | None = None
+    """The provider that it is for; None: it does not depend on one."""
+
+
+@dataclass(frozen=True)
+class RunnerKind:
+    """How the files of a suffix are run."""
+
+    name: str
+    open: Callable[..., Runner]
+    """(path, providers, **options) → a runner. Imports what it needs itself."""
+    has_providers: bool = False
+    """Whether the file runs in several places, which `providers` names."""
+    readable: bool = False
+    """Whether the values inside can be read one by one, to find where two files part (`deploy.quantize.diagnose`)."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    """The arguments of `open_runner` that are for these files alone."""
+
+
+def _open_onnx(path: Path, providers: Sequence[str], **options: Any) -> Runner:
+    from deploy.runtimes.onnx import OnnxRunner
+
+    return OnnxRunner(path, providers, **options)
+
+
+def _open_engine(path: Path, providers: Sequence[str], **options: Any) -> Runner:
     from deploy.runtimes.tensorrt import TensorRTRunner
 
-SUFFIXES = (".onnx", ".engine")
+    return TensorRTRunner(path, **options)
+
+
+RUNNERS: dict[str, RunnerKind] = {
+    ONNX_SUFFIX: RunnerKind(
+        "ONNX Runtime",
+        _open_onnx,
+        has_providers=True,
+        readable=True,
+        options={
+            "allow_fallback": Option(),
+            "threads": Option(),
+            "tensorrt": Option(
+                "is about .onnx files on the TensorRT provider; give one and --provider tensorrt", "tensorrt"
+            ),
+        },
+    ),
+    ENGINE_SUFFIX: RunnerKind(
+        "TensorRT",
+        _open_engine,
+        options={
+            "cuda_graph": Option("is about engines, and none is given; make one with compress export --trt"),
+        },
+    ),
+}
+"""Suffix → how such a file is run."""
+
+SUFFIXES = tuple(RUNNERS)
 
 
 def open_runner(
@@ -21,21 +95,128 @@ def open_runner(
     *,
     allow_fallback: bool = False,
     threads: int | None = None,
-    cuda_graph: bool = False,
     tensorrt: TensorRTProvider | None = None,
-) -> OnnxRunner | TensorRTRunner:
-    """`.onnx` in ONNX Runtime on `providers`, `.engine` in TensorRT, which has no other place to run.
+    cuda_graph: bool = False,
+    runner: OwnRunner | None = None,
+) -> Runner:
+    """A runner for the file at `path`, in the runtime of its suffix: `.onnx` in ONNX Runtime, `.engine` in TensorRT.
 
-    cuda_graph: only of engines. tensorrt: settings of ONNX Runtime's TensorRT provider.
-    Raises UserError for another suffix and for everything that keeps the file from running.
+    What is for the files of another suffix is not looked at, so that a command opens all its files alike.
+
+    Args:
+        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`.
+        allow_fallback: ONNX Runtime may continue on another provider when one does not come up.
+        threads: of ONNX Runtime on the CPU; None: one a core.
+        tensorrt: settings of ONNX Runtime's TensorRT provider.
+        cuda_graph: of an engine: record the work of a batch size, and launch it with one call.
+        runner: a user's own runner to open it with, whatever its suffix.
+
+    Raises UserError for a file of another suffix, and for everything that keeps the file from running.
     """
     path = Path(path)
-    if path.suffix == ".engine":
-        from deploy.runtimes.tensorrt import TensorRTRunner
+    if runner is not None:
+        return _open_own(path, runner)
+    kind = runner_kind(path)
+    options = {"allow_fallback": allow_fallback, "threads": threads, "tensorrt": tensorrt, "cuda_graph": cuda_graph}
+    return kind.open(path, providers, **{name: value for name, value in options.items() if name in kind.options})
 
-        return TensorRTRunner(path, cuda_graph=cuda_graph)
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: neither .onnx nor .engine; make one with compress export")
-    from deploy.runtimes.onnx import OnnxRunner
 
-    return OnnxRunner(path, providers, allow_fallback=allow_fallback, threads=threads, tensorrt=tensorrt)
+def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **options: Any) -> dict[str, Runner]:
+    """A runner for each file by its name; a file that several of the providers can run has one on each of them.
+
+    Raises UserError as `open_runner` does, and for a file that is given twice.
+    """
+    for file in files:
+        check_artifact(file)
+        if files.count(file) > 1:
+            raise UserError(f"{file}: given twice")
+    return {
+        runner_name(file, provider, providers): open_runner(file, (provider,), **options)
+        for file in files
+        for provider in (providers if runner_kind(file).has_providers else providers[:1])
+    }
+
+
+def runner_name(file: Path, provider: str, providers: Sequence[str]) -> str:
+    """What the runner of a file is called: its path as it was given, with the provider where there are several."""
+    several = len(providers) > 1 and runner_kind(file).has_providers
+    return f"{file} ({provider})" if several else str(file)
+
+
+def runner_options(
+    files: Sequence[Path],
+    providers: Sequence[str] = ("cpu",),
+    *,
+    trt_cache: Path | None = None,
+    ep_context: bool = False,
+    cuda_graph: bool = False,
+    max_batch: int = 32,
+) -> dict[str, Any]:
+    """Options of `open_runner` from those of the command line.
+
+    Args:
+        trt_cache: folder of the engines that the TensorRT provider builds; None: its default.
+        ep_context: keep that provider's optimised model there too, built for batches up to `max_batch`.
+        cuda_graph: record the work of an engine as a CUDA graph.
+
+    Raises UserError for an option that would do nothing with these files on these providers.
+    """
+    for option, argument, given in (
+        ("--trt-cache", "tensorrt", trt_cache is not None),
+        ("--ep-context", "tensorrt", ep_context),
+        ("--cuda-graph", "cuda_graph", cuda_graph),
+    ):
+        if given:
+            _check_useful(option, argument, files, providers)
+    options: dict[str, Any] = {"cuda_graph": True} if cuda_graph else {}
+    if trt_cache is not None or ep_context:
+        from deploy.runtimes.onnx import TensorRTProvider
+
+        cache = trt_cache or TensorRTProvider.cache
+        options["tensorrt"] = TensorRTProvider(cache, ep_context=ep_context, max_batch=max_batch)
+    return options
+
+
+def check_artifact(path: Path) -> None:
+    """Raise UserError unless there is a file at `path` that one of `RUNNERS` opens."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    runner_kind(path)
+
+
+def runner_kind(path: Path) -> RunnerKind:
+    """The row of `RUNNERS` for the file at `path`. Raises UserError for another suffix."""
+    if path.suffix not in RUNNERS:
+        raise UserError(f"{path}: neither {' nor '.join(SUFFIXES)}; make one with compress export")
+    return RUNNERS[path.suffix]
+
+
+def readable_file(runner: Runner) -> Path | None:
+    """The file of a runner when the values inside it can be read one by one, else None."""
+    path = getattr(runner, "path", None)
+    return path if isinstance(path, Path) and path.suffix in RUNNERS and RUNNERS[path.suffix].readable else None
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _check_useful(option: str, argument: str, files: Sequence[Path], providers: Sequence[str]) -> None:
+    rule = next(kind.options[argument] for kind in RUNNERS.values() if argument in kind.options)
+    takes_it = any(argument in RUNNERS[file.suffix].options for file in files if file.suffix in RUNNERS)
+    if not takes_it or (rule.provider is not None and rule.provider not in providers):
+        raise UserError(f"{option}: {rule.refusal}")
+
+
+def _open_own(path: Path, runner: OwnRunner) -> Runner:
+    """A user's own runner, which must have what `Runner` asks for."""
+    make = import_object(runner, "runner") if isinstance(runner, str) else runner
+    name = runner if isinstance(runner, str) else getattr(runner, "__name__", repr(runner))
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    made: Runner = make(path)
+    for attribute, kind in (("backend", str), ("card", ModelCard), ("on_cpu", bool)):
+        if not isinstance(getattr(made, attribute, None), kind):
+            raise UserError(f"runner: {name}: its attribute '{attribute}' must be a {kind.__name__}")
+    if not callable(made):
+        raise UserError(f"runner: {name}: has no __call__(images) that gives a DetectionBatch")
+    return made

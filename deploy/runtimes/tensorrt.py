@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deploy.core.errors import UserError
-from deploy.runtimes.base import Detections, check_images
+from deploy.runtimes.base import DetectionBatch, check_images
 from deploy.runtimes.cuda import CudaDevice
 from deploy.tensorrt.card import EngineCard, Machine, open_engine, this_machine
 from deploy.tensorrt.network import library, load_engine, load_tensorrt, log
@@ -66,7 +66,7 @@ class TensorRTRunner:
         """Smallest and largest batch of one launch."""
         return self._buffers.smallest, self._buffers.largest
 
-    def __call__(self, images: np.ndarray) -> Detections:
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
         with self._lock, self._cuda.active():
             pieces = []
@@ -77,9 +77,9 @@ class TensorRTRunner:
                 pieces.append(self._take())
         if len(pieces) == 1:
             return pieces[0]
-        return Detections(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in _OUTPUTS))
+        return DetectionBatch(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in _OUTPUTS))
 
-    def stage(self, images: np.ndarray) -> None:
+    def upload(self, images: np.ndarray) -> None:
         """Bring at most one launch of images to the device. Raises UserError for more."""
         check_images(images, self.card)
         if len(images) > self._buffers.largest:
@@ -98,7 +98,7 @@ class TensorRTRunner:
         with self._lock, self._cuda.active():
             return self._cuda.time_ms(lambda: self._queue(copies=False))
 
-    def fetch(self) -> Detections:
+    def fetch(self) -> DetectionBatch:
         with self._lock, self._cuda.active():
             self._copy_out()
             self._cuda.synchronize()
@@ -174,9 +174,9 @@ class TensorRTRunner:
             self._graphs[key] = self._cuda.capture(work)
         self._graphs[key]()
 
-    def _take(self) -> Detections:
+    def _take(self) -> DetectionBatch:
         """Copies: the pinned memory is written again by the next call."""
-        return Detections(*(self._host[name][: self._count].astype(_FINAL[name]) for name in _OUTPUTS))
+        return DetectionBatch(*(self._host[name][: self._count].astype(_FINAL[name]) for name in _OUTPUTS))
 
 
 class EngineBuffers:

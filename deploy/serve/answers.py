@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydantic import BaseModel, Field
 
+from deploy.core import detections as core
 from deploy.core.card import ModelCard
+from deploy.core.draw import draw_boxes
 from deploy.core.image import to_original
 from deploy.serve.batching import Row
 from deploy.serve.decode import Decoded
-
-COLOURS = ("#ffd23f", "#4fd1ff", "#ff7ac6", "#7ee36b", "#ff9d4d", "#c3a6ff", "#3fe0c0", "#ff7d7d", "#b7d7ff", "#e8e27a")
 
 _Number = Annotated[float, Field(ge=0)]
 
@@ -107,24 +107,12 @@ MAX_JPEG_SIDE = 65_500
 """Pixels; libjpeg writes no larger picture."""
 
 
-def draw_boxes(pixels: np.ndarray, detections: Sequence[dict[str, Any]]) -> bytes:
+def annotated_jpeg(pixels: np.ndarray, detections: Sequence[dict[str, Any]]) -> bytes:
     """A JPEG of the picture uint8 [h, w, 3] with its boxes; lowest score first, so that the best is on top.
 
     Its sides are at most `MAX_JPEG_SIDE`."""
     picture = Image.fromarray(pixels)
-    draw = ImageDraw.Draw(picture)
-    side = min(picture.size)
-    line, size = max(2, side // 250), max(11, side // 40)
-    font = ImageFont.load_default(size)
-    for found in reversed(detections):
-        colour = COLOURS[found["label"] % len(COLOURS)]
-        x1, y1, x2, y2 = found["box"]
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=line)
-        text = f"{found['class_name']} {found['score']:.2f}"
-        left, top = x1, max(0.0, y1 - size - 4)
-        box = draw.textbbox((left + 2, top), text, font=font)
-        draw.rectangle((left, top, box[2] + 2, top + size + 4), fill=colour)
-        draw.text((left + 2, top), text, font=font, fill="#111")
+    draw_boxes(picture, [core.Detection(**found) for found in detections])
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=90)
     return out.getvalue()

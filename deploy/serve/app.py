@@ -26,7 +26,7 @@ from starlette.responses import PlainTextResponse
 
 from deploy.core.image import decode_image
 from deploy.serve import protocol
-from deploy.serve.answers import MAX_JPEG_SIDE, DetectAnswer, ErrorAnswer, ModelAnswer, draw_boxes, image_answer
+from deploy.serve.answers import MAX_JPEG_SIDE, DetectAnswer, ErrorAnswer, ModelAnswer, annotated_jpeg, image_answer
 from deploy.serve.batching import InferenceError, Row, Ticket
 from deploy.serve.bodies import Bodies, ClientGoneError, media_type, multipart_files
 from deploy.serve.decode import MEDIA_TYPES, Decoded, check_together, decode
@@ -159,7 +159,7 @@ def _add_detect(app: FastAPI, service: Service) -> None:
                 stages = {"decode": decode_s}
                 if annotate:  # decoded once more: pixels of many waiting pictures would fill the memory
                     start, found = time.monotonic(), images[0]["detections"]
-                    drawn = await service.in_pool(lambda: draw_boxes(decode_image(pictures[0]), found))
+                    drawn = await service.in_pool(lambda: annotated_jpeg(decode_image(pictures[0]), found))
                     stages["draw"] = time.monotonic() - start
                 timing = _timing(service, request, served, rows, received, stages)
                 if annotate:

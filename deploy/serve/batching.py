@@ -25,7 +25,7 @@ from types import TracebackType
 
 import numpy as np
 
-from deploy.runtimes.base import Detections, Runner
+from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.serve.settings import OverloadedError
 
 SMOOTHING = 0.2  # weight of the newest batch in the estimated seconds an image
@@ -267,7 +267,7 @@ class _Item:
     gone: bool = False
 
 
-def _row(out: Detections, i: int, item: _Item, start: float, call: Call) -> Row | InferenceError:
+def _row(out: DetectionBatch, i: int, item: _Item, start: float, call: Call) -> Row | InferenceError:
     n = int(out.count[i])
     boxes, scores = out.boxes[i, :n], out.scores[i, :n]
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):

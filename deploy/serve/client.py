@@ -18,17 +18,16 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from deploy.core.detections import Detections
 from deploy.core.errors import UserError
-
-Picture = str | Path | bytes | np.ndarray
-"""A file, its bytes, or pixels uint8 [H, W, 3] RGB (sent as PNG, so that nothing is lost)."""
+from deploy.core.image import Picture, check_pixels, read_image_bytes, rgb
 
 
 class ServerError(UserError):
@@ -39,20 +38,12 @@ class ServerError(UserError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Detection:
-    """`box` is xyxy in pixels of the picture; `label` indexes the model's class names."""
-
-    box: tuple[float, float, float, float]
-    score: float
-    label: int
-    class_name: str
-    category_id: int
-
-
 class Client:
-    """url: of the server. token: what it was started with. timeout_s: of one answer. retries: how often an overloaded
-    server (429, 503) is asked again, after the time that it names."""
+    """A connection to a server. Pixels and PIL images are sent as PNG, so that nothing is lost.
+
+    url: of the server. token: what it was started with. timeout_s: of one answer. retries: how often an overloaded
+    server (429, 503) is asked again, after the time that it names.
+    """
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 30.0, retries: int = 3) -> None:
         wrong = UserError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
@@ -68,15 +59,16 @@ class Client:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(parts.hostname, port, timeout=timeout_s)
         self._url, self._base, self._retries = url, parts.path.rstrip("/"), retries
+        self._classes: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # of each model: names, category ids
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def detect(
         self, picture: Picture, *, model: str | None = None, min_score: float = 0.0, deadline_ms: float | None = None
-    ) -> list[Detection]:
+    ) -> Detections:
         """Detections of one picture, highest score first. Raises ServerError, and UserError for a missing file."""
         query = {"model": model, "min_score": min_score or None, "deadline_ms": deadline_ms}
         answer = json.loads(self._ask("POST", "/v1/detect", query, _encoded(picture), "application/octet-stream"))
-        return _detections(answer["images"][0])
+        return self._detections(answer["model"], [answer["images"][0]], [picture])[0]
 
     def detect_many(
         self,
@@ -85,7 +77,7 @@ class Client:
         model: str | None = None,
         min_score: float = 0.0,
         deadline_ms: float | None = None,
-    ) -> list[list[Detection]]:
+    ) -> list[Detections]:
         """Several pictures in one request: all are answered, or none."""
         boundary = uuid.uuid4().hex
         parts = [
@@ -96,7 +88,7 @@ class Client:
         body = b"".join([*parts, b"--%s--\r\n" % boundary.encode()])
         query = {"model": model, "min_score": min_score or None, "deadline_ms": deadline_ms}
         answer = json.loads(self._ask("POST", "/v1/detect", query, body, f"multipart/form-data; boundary={boundary}"))
-        return [_detections(image) for image in answer["images"]]
+        return self._detections(answer["model"], answer["images"], pictures)
 
     def annotate(self, picture: Picture, *, model: str | None = None, min_score: float = 0.3) -> bytes:
         """The picture as a JPEG with its boxes."""
@@ -127,6 +119,32 @@ class Client:
         self.close()
 
     # ------------------------------------------------------------------------------------------------
+
+    def _detections(
+        self, model: str, images: Sequence[dict[str, Any]], pictures: Sequence[Picture]
+    ) -> list[Detections]:
+        """Answers as arrays. The names of all classes come from the model's card, which is asked for once, and again
+        when an answer does not fit it: then the server has loaded another file."""
+        found = [row for image in images for row in image["detections"]]
+        if model not in self._classes or not all(_named_so(self._classes[model][0], row) for row in found):
+            for row in self.models():
+                if row["card"] is not None:
+                    card = row["card"]
+                    self._classes[row["name"]] = (tuple(card["class_names"]), tuple(card["category_ids"]))
+        names, ids = self._classes[model]
+        if not all(_named_so(names, row) for row in found):
+            raise ServerError(200, f"{self._url}: model {model} was replaced during the request; ask again")
+        return [
+            Detections(
+                np.array([row["box"] for row in image["detections"]], np.float32).reshape(-1, 4),
+                np.array([row["score"] for row in image["detections"]], np.float32),
+                np.array([row["label"] for row in image["detections"]], np.int64),
+                names,
+                ids,
+                Path(picture) if isinstance(picture, str | Path) else None,
+            )
+            for image, picture in zip(images, pictures, strict=True)
+        ]
 
     def _ask(
         self, method: str, path: str, query: Mapping[str, Any] | None = None, body: bytes | None = None, kind: str = ""
@@ -172,21 +190,17 @@ class Client:
 def _encoded(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise UserError(f"pixels must be uint8 [height, width, 3], got {picture.dtype} {list(picture.shape)}")
-        from PIL import Image
-
-        out = io.BytesIO()
-        Image.fromarray(picture).save(out, "PNG", compress_level=1)
-        return out.getvalue()
-    from deploy.core.image import read_image_bytes
-
-    return read_image_bytes(Path(picture))
+    if isinstance(picture, str | Path):
+        return read_image_bytes(Path(picture))
+    pixels = check_pixels(picture) if isinstance(picture, np.ndarray) else rgb(picture)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()
 
 
-def _detections(image: dict[str, Any]) -> list[Detection]:
-    return [Detection(**{**found, "box": tuple(found["box"])}) for found in image["detections"]]
+def _named_so(names: Sequence[str], row: Mapping[str, Any]) -> bool:
+    """Whether the class of an answer is what the card calls it."""
+    return row["label"] < len(names) and bool(names[row["label"]] == row["class_name"])
 
 
 def _message(answer: bytes) -> str:

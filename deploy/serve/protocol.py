@@ -4,8 +4,8 @@ https://github.com/open-inference/open-inference-protocol (HTTP/REST), and the b
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md: the first
 `Inference-Header-Content-Length` bytes of a body are JSON, the rest are tensors, little endian, in their order.
 
-A model has one input, `images` UINT8 [n, 3, H, W], and the outputs of `deploy.runtimes.base.Detections`. Boxes are in
-pixels of the canvas that the client made.
+A model has one input, `images` UINT8 [n, 3, H, W], and the outputs of `deploy.runtimes.base.DetectionBatch`. Boxes
+are in pixels of the canvas that the client made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from deploy.core.card import ModelCard
-from deploy.runtimes.base import Detections
+from deploy.runtimes.base import DetectionBatch
 from deploy.serve.batching import Row
 from deploy.serve.settings import RefusalError
 
@@ -211,11 +211,11 @@ def _deadline(parameters: dict[str, Any]) -> float | None:
     return min(timeout, _LONGEST_US) / 1e6 if timeout else None
 
 
-def _pad(rows: Sequence[Row], detections: int) -> Detections:
+def _pad(rows: Sequence[Row], detections: int) -> DetectionBatch:
     boxes = np.zeros((len(rows), detections, 4), np.float32)
     scores = np.zeros((len(rows), detections), np.float32)
     labels = np.zeros((len(rows), detections), np.int64)
     for i, row in enumerate(rows):
         n = len(row.scores)
         boxes[i, :n], scores[i, :n], labels[i, :n] = row.boxes, row.scores, row.labels
-    return Detections(boxes, scores, labels, np.array([len(row.scores) for row in rows], np.int32))
+    return DetectionBatch(boxes, scores, labels, np.array([len(row.scores) for row in rows], np.int32))

@@ -12,17 +12,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from deploy.core.card import METADATA_KEY, ModelCard, parse_card
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path, sha256_of, write_text
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, atomic_path, sha256_of, write_text
 from deploy.core.onnx_scan import scan_onnx
 from deploy.tensorrt.card import EngineCard, card_path, contradiction, read_engine_card, rebuild
 
 Kind = Literal["KIND_AUTO", "KIND_GPU", "KIND_CPU"]
+Backend = Literal["onnxruntime", "tensorrt"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,49 @@ class TritonModel:
     name: str
     folder: Path
     version: int
-    backend: Literal["onnxruntime", "tensorrt"]
+    backend: Backend
     max_batch: int
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file brings to its configuration. best: the batch that it is fastest at, None if none is known."""
+
+    card: ModelCard
+    max_batch: int
+    best: int | None = None
+    beside: tuple[Path, str] | None = None
+    """Another file to copy, and its name in the repository."""
+
+
+@dataclass(frozen=True)
+class _TritonFiles:
+    """How the files of a suffix stand in a repository. kinds: where they may run, the default first."""
+
+    backend: Backend
+    file: str
+    name_end: str
+    kinds: tuple[Kind, ...]
+    read: Callable[[Path, int], _Content]
+    """(path, largest batch asked for) → what is in it. Raises UserError."""
+
+
+def _read_onnx(artifact: Path, max_batch: int) -> _Content:
+    return _Content(parse_card(scan_onnx(artifact).metadata.get(METADATA_KEY), str(artifact)), max_batch)
+
+
+def _read_engine(artifact: Path, max_batch: int) -> _Content:
+    engine = _whole_engine(artifact)
+    smallest, best, largest = engine.options.batches
+    if smallest != 1:
+        raise UserError(f"{artifact}: takes no batch below {smallest}, but the server sends single images too")
+    return _Content(engine.model, largest, best, (card_path(artifact), "model.plan.json"))
+
+
+_FILES = {
+    ONNX_SUFFIX: _TritonFiles("onnxruntime", "model.onnx", "", ("KIND_AUTO", "KIND_GPU", "KIND_CPU"), _read_onnx),
+    ENGINE_SUFFIX: _TritonFiles("tensorrt", "model.plan", "_trt", ("KIND_GPU",), _read_engine),
+}
 
 
 def write_triton_model(
@@ -58,41 +101,31 @@ def write_triton_model(
     repository, artifact = Path(repository), Path(artifact)
     if max_batch < 1 or instances < 1 or max_queue_delay_us < 0:
         raise UserError("max_batch and instances must be at least 1, max_queue_delay_us at least 0")
+    if artifact.suffix not in _FILES:
+        raise UserError(f"{artifact}: neither {' nor '.join(_FILES)}; make one with compress export")
+    files = _FILES[artifact.suffix]
     if name is None:
-        name = re.sub(r"[^\w-]+", "_", artifact.stem) + ("_trt" if artifact.suffix == ".engine" else "")
+        name = re.sub(r"[^\w-]+", "_", artifact.stem) + files.name_end
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"'{name}': a model's name is made of letters, digits, _ and -")
-    best = None
-    if artifact.suffix == ".engine":
-        engine = _whole_engine(artifact)
-        card, backend, file = engine.model, "tensorrt", "model.plan"
-        smallest, best, max_batch = engine.options.batches
-        if smallest != 1:
-            raise UserError(f"{artifact}: takes no batch below {smallest}, but the server sends single images too")
-        kind = kind or "KIND_GPU"
-        if kind != "KIND_GPU":
-            raise UserError(f"{artifact}: an engine runs on a GPU, not {kind}")
-    elif artifact.suffix == ".onnx":
-        card = parse_card(scan_onnx(artifact).metadata.get(METADATA_KEY), str(artifact))
-        backend, file, kind = "onnxruntime", "model.onnx", kind or "KIND_AUTO"
-    else:
-        raise UserError(f"{artifact}: neither .onnx nor .engine; make one with compress export")
+    content = files.read(artifact, max_batch)
+    kind = kind or files.kinds[0]
+    if kind not in files.kinds:
+        raise UserError(f"{artifact}: an engine runs on a GPU, not {kind}")
 
     folder = repository / name
     config = folder / "config.pbtxt"
-    if config.is_file() and f'backend: "{backend}"' not in config.read_text(encoding="utf-8"):
+    if config.is_file() and f'backend: "{files.backend}"' not in config.read_text(encoding="utf-8"):
         raise UserError(f"{folder}: a model of another backend has this name: give another one")
-    version = _next_version(folder, file, artifact)
-    with atomic_path(folder / str(version) / file) as temporary:
-        shutil.copyfile(artifact, temporary)
-    if artifact.suffix == ".engine":
-        with atomic_path(folder / str(version) / "model.plan.json") as temporary:
-            shutil.copyfile(card_path(artifact), temporary)
+    version = _next_version(folder, files.file, artifact)
+    for source, file in [(artifact, files.file), *([content.beside] if content.beside else [])]:
+        with atomic_path(folder / str(version) / file) as temporary:
+            shutil.copyfile(source, temporary)
+    card, largest = content.card, content.max_batch
     write_text(folder / "labels.txt", "".join(" ".join(label.splitlines()) + "\n" for label in card.class_names))
-    preferred = sorted({size for size in (best, max_batch) if size is not None and size > 1})
-    text = config_pbtxt(card, name, backend, max_batch, preferred, max_queue_delay_us, instances, kind)
-    write_text(config, text)
-    return TritonModel(name, folder, version, "tensorrt" if file == "model.plan" else "onnxruntime", max_batch)
+    preferred = sorted({size for size in (content.best, largest) if size is not None and size > 1})
+    write_text(config, config_pbtxt(card, name, files.backend, largest, preferred, max_queue_delay_us, instances, kind))
+    return TritonModel(name, folder, version, files.backend, largest)
 
 
 def config_pbtxt(

@@ -12,13 +12,13 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deploy.core.card import METADATA_KEY, parse_card
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path, need_place, sha256_of
+from deploy.core.files import ENGINE_SUFFIX, atomic_path, need_place, sha256_of
+from deploy.core.progress import Progress
 from deploy.tensorrt.card import (
     EngineCard,
     EngineOptions,
@@ -46,7 +46,6 @@ from deploy.tensorrt.network import (
     parse_network,
 )
 
-Progress = Callable[[int, int], None]
 TIMING_CACHES = Path.home() / ".cache" / "compress" / "timing"
 _REASONS = (
     (r"libnvinfer_lean", "a version-compatible engine needs TensorRT's lean runtime: pip install tensorrt_lean"),
@@ -73,9 +72,9 @@ def build_engine(
     called. Nothing is left behind then, and what was at `engine` before stays.
     """
     onnx, options = Path(onnx), options or EngineOptions()
-    engine = onnx.with_suffix(".engine") if engine is None else Path(engine)
-    if engine.suffix != ".engine":
-        raise UserError(f"{engine}: an engine's name ends in .engine")
+    engine = onnx.with_suffix(ENGINE_SUFFIX) if engine is None else Path(engine)
+    if engine.suffix != ENGINE_SUFFIX:
+        raise UserError(f"{engine}: an engine's name ends in {ENGINE_SUFFIX}")
     need_place(engine)
     parsed = parse_network(onnx)
     model = parse_card(parsed.facts.metadata.get(METADATA_KEY), str(onnx))
@@ -141,8 +140,8 @@ def refit_engine(engine: Path, onnx: Path, out: Path | None = None) -> EngineCar
     """
     engine, onnx = Path(engine), Path(onnx)
     out = engine if out is None else Path(out)
-    if out.suffix != ".engine":
-        raise UserError(f"{out}: an engine's name ends in .engine")
+    if out.suffix != ENGINE_SUFFIX:
+        raise UserError(f"{out}: an engine's name ends in {ENGINE_SUFFIX}")
     need_place(out)
     trt = load_tensorrt()
     data, card = open_engine(engine, this_machine(*library(trt)))

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deploy.core import cuda_driver
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
-from deploy.core.files import sha256_of, write_text
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of, write_text
 
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 MAJORITY = 0.5
@@ -292,7 +292,7 @@ def machine_differences(card: EngineCard, here: Machine) -> list[str]:
 
 def rebuild(card: EngineCard) -> str:
     """What to do when an engine does not fit: the command that builds it again."""
-    default = card.onnx.removesuffix(".onnx") + ".engine"
+    default = card.onnx.removesuffix(ONNX_SUFFIX) + ENGINE_SUFFIX
     out = [] if card.engine == default else ["--out", card.engine]
     return (
         f"rebuild it with `{shlex.join(['compress', 'export', card.onnx, '--trt', *out, *card.options.arguments()])}`"

@@ -9,21 +9,24 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from deploy.core.boxes import pairwise_iou
 from deploy.core.card import ModelCard
+from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
-from deploy.core.image import fit_canvas, load_image, read_image_bytes, to_original
-from deploy.runtimes.base import Detections, Runner
+from deploy.core.image import load_image, read_image_bytes
+from deploy.core.progress import Progress
+from deploy.runtimes.base import Runner
+from deploy.runtimes.open import readable_file
+from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.score_calibration import detection_ece
 
@@ -89,7 +92,7 @@ def validate(
     max_map_drop: float = 0.5,
     batch_size: int = 8,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
@@ -117,21 +120,14 @@ def validate(
         "annotations": [row for row in content["annotations"] if row["image_id"] in chosen],
     }
 
-    found: dict[str, dict[int, _Found]] = {name: {} for name in runners}
-    seconds = dict.fromkeys(runners, 0.0)
-    done = 0
-    for batch in _batches(rows, Path(images), batch_size):
-        for name, runner in runners.items():
-            seconds[name] += _detect(name, runner, batch, found[name])
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(rows))
-
-    detections = {name: list(_coco_rows(found[name], runner.card)) for name, runner in runners.items()}
-    metrics = {name: evaluate_coco(truth, rows) for name, rows in detections.items()}
-    spoiled = {name: [image_id for image_id, item in found[name].items() if not item.finite] for name in runners}
+    files = {row["id"]: Path(images) / row["file_name"] for row in rows}
+    outcomes = detect_all(runners, files, batch_size, progress)
+    detections = {name: outcome.coco_rows() for name, outcome in outcomes.items()}
+    metrics = {name: evaluate_coco(truth, found) for name, found in detections.items()}
+    base = None if reference is None else outcomes[reference]
     results = []
     for name, runner in runners.items():
+        outcome = outcomes[name]
         drop = None if reference is None else metrics[reference].map - metrics[name].map
         results.append(
             ArtifactResult(
@@ -141,28 +137,19 @@ def validate(
                 metrics=metrics[name],
                 d_ece=detection_ece(truth, detections[name]),
                 map_drop=drop,
-                agreement=None if reference is None else _agreement(found[reference], found[name]),
-                gate="fail" if spoiled[name] else _gate(drop, max_map_drop, bool(reference and spoiled[reference])),
+                agreement=None if base is None else _agreement(base.detections, outcome.detections),
+                gate="fail" if outcome.spoiled else _gate(drop, max_map_drop, bool(base and base.spoiled)),
                 images=len(rows),
-                seconds=seconds[name],
+                seconds=outcome.seconds,
             )
         )
-    good = _graph_to_trust(runners, results, reference)
-    files = {row["id"]: Path(images) / row["file_name"] for row in rows}
-
-    def diagnosed(row: ArtifactResult) -> ArtifactResult:
-        if row.gate != "fail":
-            return row
-        telling = spoiled[row.name] or list(files)
-        where = _diagnose(runners[row.name], good, [files[image_id] for image_id in telling[:DIAGNOSED_IMAGES]])
-        if spoiled[row.name]:
-            where = (
-                f"{len(telling)} of {len(files)} images have values that are not finite, from image {telling[0]} on; "
-                f"such detections count as none; {where}"
-            )
-        return replace(row, diagnosis=where)
-
-    return [diagnosed(row) for row in results]
+    trusted = _graph_to_trust(runners, results, reference)
+    return [
+        replace(row, diagnosis=_diagnosis(runners[row.name], trusted, files, outcomes[row.name].spoiled))
+        if row.gate == "fail"
+        else row
+        for row in results
+    ]
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -191,24 +178,54 @@ def write_results(path: Path, results: list[ArtifactResult]) -> None:
     write_json(path, [row.to_dict() for row in results])
 
 
+@dataclass
+class Outcome:
+    """What one runner gave for all images, by their ids."""
+
+    detections: dict[int, Detections] = field(default_factory=dict)
+    """The finite ones, in pixels of the original images."""
+    spoiled: list[int] = field(default_factory=list)
+    """Images where the runner also gave values that are not finite."""
+    seconds: float = 0.0
+    """Time spent in the runner."""
+
+    def coco_rows(self) -> list[dict[str, Any]]:
+        return [row for image_id, found in self.detections.items() for row in found.to_coco(image_id)]
+
+
+def detect_all(
+    runners: Mapping[str, Runner], files: Mapping[int, Path], batch_size: int, progress: Progress | None = None
+) -> dict[str, Outcome]:
+    """Run every runner over the same images (id → file), each of which is decoded once.
+
+    Raises UserError for an image that cannot be read, and for outputs that cannot be what they are called.
+    """
+    outcomes = {name: Outcome() for name in runners}
+
+    def load(item: tuple[int, Path]) -> tuple[int, np.ndarray]:
+        return item[0], load_image(item[1])
+
+    done = 0
+    for batch in load_batches(files.items(), load, batch_size):
+        for name, runner in runners.items():
+            canvases = fit_pictures([pixels for _, pixels in batch], runner.card)
+            start = time.perf_counter()
+            found = runner(canvases.images)
+            outcomes[name].seconds += time.perf_counter() - start
+            check_outputs(name, found, len(batch))
+            finite = np.asarray(finite_values(found).all(-1))
+            for i, detections in enumerate(picture_detections(found, canvases, runner.card)):
+                image_id = batch[i][0]
+                outcomes[name].detections[image_id] = detections
+                if not finite[i]:
+                    outcomes[name].spoiled.append(image_id)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(files))
+    return outcomes
+
+
 # ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    image_id: int
-    pixels: np.ndarray  # uint8 [h, w, 3]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Finite detections of one image: boxes [n, 4] xyxy in original pixels, scores [n] descending, labels [n]."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    finite: bool
-    """False: the runner also gave others."""
 
 
 def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:
@@ -239,110 +256,43 @@ def _check_calibration(runners: Mapping[str, Runner], files: list[Path]) -> None
             )
 
 
-def _batches(rows: list[dict[str, Any]], folder: Path, batch_size: int) -> Iterator[list[_Loaded]]:
-    """Decode ahead on two threads (Pillow releases the lock), never more than two batches in memory."""
-
-    def load(row: dict[str, Any]) -> _Loaded:
-        return _Loaded(row["id"], load_image(folder / row["file_name"]))
-
-    with ThreadPoolExecutor(2) as pool:
-        waiting = iter(rows)
-        ahead: deque[Future[_Loaded]] = deque()
-        batch: list[_Loaded] = []
-        try:
-            while True:
-                while len(ahead) < batch_size and (row := next(waiting, None)) is not None:
-                    ahead.append(pool.submit(load, row))
-                if not ahead:
-                    break
-                batch.append(ahead.popleft().result())
-                if len(batch) == batch_size:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _detect(name: str, runner: Runner, batch: list[_Loaded], found: dict[int, _Found]) -> float:
-    """Fill `found` with the batch's detections; return the seconds spent in the runner."""
-    card = runner.card
-    fitted = [fit_canvas(item.pixels, card) for item in batch]
-    images = np.stack([canvas for canvas, _ in fitted])
-    start = time.perf_counter()
-    out = runner(images)
-    seconds = time.perf_counter() - start
-    _check_shapes(name, out, len(batch))
-    finite = np.isfinite(out.boxes).all(-1) & np.isfinite(out.scores)
-    for i, (item, (_, scale)) in enumerate(zip(batch, fitted, strict=True)):
-        n = int(out.count[i])
-        height, width = item.pixels.shape[:2]
-        kept = np.flatnonzero(finite[i, :n])
-        boxes = to_original(out.boxes[i, kept], scale, (height, width))
-        found[item.image_id] = _Found(boxes, out.scores[i, kept], out.labels[i, kept], bool(finite[i].all()))
-    return seconds
-
-
-def _check_shapes(name: str, out: Detections, batch: int) -> None:
-    """Raise UserError, naming the output, when one of them cannot be what it is called."""
-    most = out.scores.shape[1] if out.scores.ndim == 2 else -1
-    wanted = {"scores": (batch, most), "boxes": (batch, most, 4), "labels": (batch, most), "count": (batch,)}
-    for output, shape in wanted.items():
-        value = getattr(out, output)
-        integer = output in ("labels", "count")
-        if value.shape != shape or np.issubdtype(value.dtype, np.integer) != integer:
-            raise UserError(
-                f"{name}: output '{output}' is {value.dtype} {list(value.shape)}, which cannot be {output}: its "
-                "outputs are damaged or exchanged; export it again"
-            )
-    if not ((out.count >= 0) & (out.count <= most)).all():
-        raise UserError(f"{name}: output 'count' is beyond the {most} places of an image; export it again")
-
-
 def _graph_to_trust(runners: Mapping[str, Runner], results: list[ArtifactResult], reference: str | None) -> Path | None:
     """The ONNX file that failing ones are compared with: the reference, or else a float file that passed."""
     order = sorted(results, key=lambda row: row.name != reference)
     for row in order:
-        path = _onnx_path(runners[row.name])
+        path = readable_file(runners[row.name])
         if row.gate == "pass" and path is not None and runners[row.name].card.quantization is None:
             return path
     return None
 
 
-def _onnx_path(runner: Runner) -> Path | None:
-    path = getattr(runner, "path", None)
-    return path if isinstance(path, Path) and path.suffix == ".onnx" else None
+def _diagnosis(runner: Runner, trusted: Path | None, files: Mapping[int, Path], spoiled: Sequence[int]) -> str:
+    """Why a file fails, and where it starts to compute something else, on the images that show it."""
+    images = spoiled or list(files)
+    where = _first_divergence(runner, trusted, [files[image_id] for image_id in images[:DIAGNOSED_IMAGES]])
+    if not spoiled:
+        return where
+    return (
+        f"{len(spoiled)} of {len(files)} images have values that are not finite, from image {spoiled[0]} on; "
+        f"such detections count as none; {where}"
+    )
 
 
-def _diagnose(runner: Runner, good: Path | None, images: list[Path]) -> str:
-    bad = _onnx_path(runner)
-    if bad is None:
+def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) -> str:
+    file = readable_file(runner)
+    if file is None:
         return "not run: only ONNX files can be compared value by value"
-    if good is None:
+    if trusted is None:
         return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
     try:
         from deploy.quantize.diagnose import first_divergence
     except ModuleNotFoundError as error:
         return f"not run: pip install {error.name}, which reads the values inside ONNX files"
-    canvases = np.stack([fit_canvas(load_image(image), runner.card)[0] for image in images])
+    canvases = fit_pictures([load_image(image) for image in images], runner.card).images
     try:
-        return str(first_divergence(good, bad, canvases))
+        return str(first_divergence(trusted, file, canvases))
     except UserError as error:
         return f"not found: {error}"
-
-
-def _coco_rows(found: dict[int, _Found], card: ModelCard) -> Iterator[dict[str, Any]]:
-    for image_id, item in found.items():
-        for (x1, y1, x2, y2), score, label in zip(
-            item.boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True
-        ):
-            yield {
-                "image_id": image_id,
-                "category_id": card.category_ids[label],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": score,
-            }
 
 
 def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> str:
@@ -355,7 +305,7 @@ def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> s
     return "pass" if drop <= max_map_drop + 1e-9 else "fail"
 
 
-def _agreement(left: dict[int, _Found], right: dict[int, _Found]) -> Agreement:
+def _agreement(left: dict[int, Detections], right: dict[int, Detections]) -> Agreement:
     confirmed = total = 0
     scores: list[float] = []
     boxes: list[float] = []
@@ -375,12 +325,12 @@ def _agreement(left: dict[int, _Found], right: dict[int, _Found]) -> Agreement:
     )
 
 
-def _pairs(a: _Found, b: _Found) -> list[tuple[int, int]]:
+def _pairs(a: Detections, b: Detections) -> list[tuple[int, int]]:
     """One-to-one pairs of one class with IoU ≥ 0.9, at least one side ≥ 0.3 and both ≥ 0.25; best IoU
     first."""
     rows = np.flatnonzero(a.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
     columns = np.flatnonzero(b.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
-    iou = _iou(a.boxes[rows], b.boxes[columns])
+    iou = pairwise_iou(a.boxes[rows], b.boxes[columns])
     possible = (iou >= AGREEMENT_IOU) & (a.labels[rows][:, None] == b.labels[columns][None])
     possible &= np.maximum(a.scores[rows][:, None], b.scores[columns][None]) >= AGREEMENT_SCORE
     pairs: list[tuple[int, int]] = []
@@ -392,14 +342,6 @@ def _pairs(a: _Found, b: _Found) -> list[tuple[int, int]]:
             used_b.add(j)
             pairs.append((int(rows[i]), int(columns[j])))
     return pairs
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[n, 4], [m, 4] → [n, m]; 0 for boxes without area."""
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    intersection = np.clip(high - low, 0, None).prod(-1)
-    union = (a[:, 2:] - a[:, :2]).prod(-1)[:, None] + (b[:, 2:] - b[:, :2]).prod(-1)[None] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from deploy.core.boxes import intersection, share, xyxy
+
 MIN_SCORE, MIN_IOU, BINS = 0.3, 0.5, 20
 
 
@@ -47,23 +49,21 @@ def matches(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> t
         crowds = [row["bbox"] for row in boxes[key] if row.get("iscrowd")]
         free = np.ones(len(objects), dtype=bool)
         for row in sorted(rows, key=lambda row: -row["score"]):
-            overlap = _iou(row["bbox"], objects) * free
+            overlap = _overlap(row["bbox"], objects) * free
             hit = bool(len(objects)) and overlap.max() >= MIN_IOU
             if hit:
                 free[int(overlap.argmax())] = False
-            elif crowds and _iou(row["bbox"], crowds, of_first=True).max() >= MIN_IOU:
+            elif crowds and _overlap(row["bbox"], crowds, of_first=True).max() >= MIN_IOU:
                 continue
             scores.append(row["score"])
             right.append(hit)
     return np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
 
 
-def _iou(box: Sequence[float], others: Sequence[Sequence[float]], *, of_first: bool = False) -> np.ndarray:
+def _overlap(box: Sequence[float], others: Sequence[Sequence[float]], *, of_first: bool = False) -> np.ndarray:
     """IoU [n] of one box xywh with n others; `of_first`: the share of the box instead, as COCO treats crowds."""
     if not others:
         return np.zeros(0)
     a, b = np.asarray(box, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    low, high = np.maximum(a[:2], b[:, :2]), np.minimum(a[:2] + a[2:], b[:, :2] + b[:, 2:])
-    both = np.clip(high - low, 0, None).prod(-1)
-    size = a[2:].prod() if of_first else a[2:].prod() + b[:, 2:].prod(-1) - both
-    return np.divide(both, size, out=np.zeros_like(both), where=size > 0)
+    both = intersection(xyxy(a), xyxy(b))
+    return share(both, a[2:].prod() if of_first else a[2:].prod() + b[:, 2:].prod(-1) - both)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from deploy.core.card import ModelCard
-from deploy.runtimes.base import Detections
+from deploy.runtimes.base import DetectionBatch
 
 TINY_CARD = ModelCard(name="fake", class_names=["a"], category_ids=[1], input_size=(32, 32))
 
@@ -37,11 +37,11 @@ class FakeRunner:
     def __init__(self, clock: FakeClock, delay_ms: Callable[[int], float]) -> None:
         self.clock, self.delay_ms, self.batches = clock, delay_ms, list[int]()
 
-    def __call__(self, images: np.ndarray) -> Detections:
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
         self.batches.append(len(images))
         self.clock.second += self.delay_ms(len(images)) / 1e3
         n = len(images)
-        return Detections(
+        return DetectionBatch(
             np.zeros((n, 1, 4), np.float32),
             np.zeros((n, 1), np.float32),
             np.zeros((n, 1), np.int64),
@@ -60,19 +60,19 @@ class StagedFake(FakeRunner):
         super().__init__(clock, delay_ms)
         self.device_clock = device_clock
 
-    def __call__(self, images: np.ndarray) -> Detections:
-        self.stage(images)
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
+        self.upload(images)
         self.compute()
         return self.fetch()
 
-    def stage(self, images: np.ndarray) -> None:
+    def upload(self, images: np.ndarray) -> None:
         self.images = images
         self.clock.second += 2e-3
 
     def compute(self) -> None:
         self.found = super().__call__(self.images)
 
-    def fetch(self) -> Detections:
+    def fetch(self) -> DetectionBatch:
         self.clock.second += 1e-3
         return self.found
 

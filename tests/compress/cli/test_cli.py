@@ -678,7 +678,7 @@ def test_one_file_is_validated_on_several_providers(run: Run, exported: Path, mo
     """The first provider is the reference. Without a GPU the others are an error, or say what ran in their place."""
     from deploy.core import cuda_driver
     from deploy.runtimes import open as files
-    from deploy.runtimes.base import Detections
+    from deploy.runtimes.base import DetectionBatch
 
     monkeypatch.chdir(exported)
     line = "validate tiny.onnx --data labels.json --images images --provider cpu,cuda --json out.json"
@@ -701,9 +701,9 @@ def test_one_file_is_validated_on_several_providers(run: Run, exported: Path, mo
         def __init__(self, runner: Any) -> None:
             self.runner, self.card, self.backend, self.on_cpu = runner, runner.card, "fake cuda", False
 
-        def __call__(self, images: np.ndarray) -> Detections:
+        def __call__(self, images: np.ndarray) -> DetectionBatch:
             found = self.runner(images)
-            return Detections(found.boxes, found.scores, found.labels, found.count * 0)
+            return DetectionBatch(found.boxes, found.scores, found.labels, found.count * 0)
 
     def open_runner(path: Path, providers: tuple[str, ...], **options: Any) -> Any:
         asked.append(providers)

@@ -348,7 +348,7 @@ def test_coco_recipes_have_the_published_settings(depth: int) -> None:
 
 
 def test_the_limit_of_candidates_is_that_of_the_suppression() -> None:
-    from compress.export.nms import MAX_CANDIDATES
+    from deploy.core.card import MAX_CANDIDATES
 
     Deploy(candidates=MAX_CANDIDATES)
     with pytest.raises(ValidationError):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.data.batch import PAD_COLOR, Target, collate
+from compress.data.batch import Target, collate
 from compress.data.transforms import eval_transform, fit_size, train_transform
+from deploy.core.card import PAD_COLOR
 
 SIDES = st.integers(33, 120)
 

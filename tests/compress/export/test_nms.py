@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, nms
 
-from compress.export.nms import MAX_CANDIDATES, class_aware_nms, select_detections
+from compress.export.nms import class_aware_nms, select_detections
+from deploy.core.card import MAX_CANDIDATES
 
 BATCH, BOXES = 3, 24
 

@@ -17,10 +17,10 @@ from compress.pseudo.merge import (
     in_union,
     looked_for,
     merge,
-    pairwise_iou,
     split,
     union_of,
 )
+from deploy.core.boxes import pairwise_iou
 from deploy.core.errors import UserError
 from tests.oracles import ORACLES
 

@@ -21,9 +21,10 @@ import pytest
 
 from deploy.core.errors import UserError
 from deploy.runtimes import tensorrt
-from deploy.runtimes.base import Detections
-from deploy.runtimes.onnx import PROVIDERS, OnnxRunner
+from deploy.runtimes.base import DetectionBatch
+from deploy.runtimes.onnx import OnnxRunner
 from deploy.runtimes.open import open_runner
+from deploy.runtimes.providers import PROVIDERS
 from deploy.tensorrt.build import build_engine
 from deploy.tensorrt.card import EngineOptions, TensorSpec, write_engine_card
 from tests.helpers import tensorrt_rig
@@ -176,7 +177,7 @@ def runner(
     return make
 
 
-def same(found: Detections, wanted: Detections) -> None:
+def same(found: DetectionBatch, wanted: DetectionBatch) -> None:
     for name in ("boxes", "scores", "labels", "count"):
         one, two = getattr(found, name), getattr(wanted, name)
         assert one.dtype == two.dtype
@@ -202,7 +203,7 @@ def test_any_number_of_images_gives_what_the_file_gives(
 def test_results_are_not_overwritten_by_the_next_call(runner: Callable[..., tensorrt.TensorRTRunner]) -> None:
     engine = runner()
     first = engine(pictures(2, seed=1))
-    kept = Detections(*(getattr(first, name).copy() for name in ("boxes", "scores", "labels", "count")))
+    kept = DetectionBatch(*(getattr(first, name).copy() for name in ("boxes", "scores", "labels", "count")))
     engine(pictures(2, seed=2))
     same(first, kept)
 
@@ -243,13 +244,13 @@ def test_the_shape_is_only_set_when_it_changes(runner: Callable[..., tensorrt.Te
 def test_the_steps_of_a_call(runner: Callable[..., tensorrt.TensorRTRunner], reference: OnnxRunner) -> None:
     engine = runner()
     images = pictures(3)
-    engine.stage(images)
+    engine.upload(images)
     for _ in range(2):
         engine.compute()
     assert engine.compute_ms() == 1.25
     same(engine.fetch(), reference(images))
     with pytest.raises(UserError, match="batch 5: built for at most 4"):
-        engine.stage(pictures(5))
+        engine.upload(pictures(5))
 
 
 def test_threads_take_turns(runner: Callable[..., tensorrt.TensorRTRunner], reference: OnnxRunner) -> None:
@@ -326,7 +327,7 @@ def test_a_real_engine_gives_what_onnxruntime_gives(
         found, wanted = engine(images), reference(images)
         np.testing.assert_array_equal(found.count, wanted.count)
         np.testing.assert_allclose(found.scores, wanted.scores, atol=2e-3)
-    engine.stage(pictures(8))
+    engine.upload(pictures(8))
     assert 0 < engine.compute_ms() < 1000
 
 
@@ -339,7 +340,7 @@ def test_bound_inputs_give_what_the_cpu_gives(tiny_onnx: Path, reference: OnnxRu
         pytest.skip("TensorRT's library, libnvinfer, is not installed")
     runner = OnnxRunner(tiny_onnx, (provider, "cpu"))  # a provider that is there and does not come up is a failure
     images = pictures(4)
-    runner.stage(images)
+    runner.upload(images)
     runner.compute()
     found, wanted = runner.fetch(), reference(images)
     np.testing.assert_array_equal(found.count, wanted.count)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from deploy.runtimes.base import Detections
+from deploy.runtimes.base import DetectionBatch
 from deploy.serve.batching import Batcher, Call, InferenceError, Row
 from deploy.serve.settings import OverloadedError
 from tests.helpers.red_rectangle_model import CARD
@@ -29,7 +29,7 @@ class Watched:
         self.fail: Exception | None = None
         self.score_of_7: float | None = None
 
-    def __call__(self, images: np.ndarray) -> Detections:
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
         if self.gate is not None:
             assert self.gate.wait(20)
         self.batches.append([int(image.flat[0]) for image in images])
@@ -40,7 +40,7 @@ class Watched:
         if self.score_of_7 is not None:
             scores[images[:, 0, 0, 0] == 7] = self.score_of_7
         n = len(images)
-        return Detections(np.zeros((n, 1, 4), np.float32), scores, np.zeros((n, 1), np.int64), np.ones(n, np.int32))
+        return DetectionBatch(np.zeros((n, 1, 4), np.float32), scores, np.zeros((n, 1), np.int64), np.ones(n, np.int32))
 
 
 def canvas(k: int) -> np.ndarray:

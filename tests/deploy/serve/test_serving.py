@@ -22,12 +22,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import deploy
 from compress import cli
-from deploy import validate
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.serve.client import Client, ServerError
+from deploy.validate.accuracy import detect_all
 from tests.helpers.encoded_pictures import encode, hostile, kinds, with_exif
 from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
 from tests.helpers.server_process import ROOT, Server, server
@@ -169,9 +170,8 @@ def test_bits_equal_those_of_validation(tiny_onnx: Path, tmp_path: Path) -> None
         path = tmp_path / f"{k}.{['png', 'jpg', 'webp', 'bmp'][k % 4]}"
         image.save(path)
         files.append(path)
-    wanted: dict[int, Any] = {}
-    loaded = [validate._Loaded(k, load_image(path)) for k, path in enumerate(files)]
-    validate._detect("tiny", OnnxRunner(tiny_onnx, threads=1), loaded, wanted)
+    runners = {"tiny": OnnxRunner(tiny_onnx, threads=1)}
+    wanted = detect_all(runners, dict(enumerate(files)), batch_size=len(files))["tiny"].detections
     assert sum(len(one.scores) for one in wanted.values()) > 20
 
     def equal(image: dict[str, Any], k: int) -> None:
@@ -373,16 +373,20 @@ def test_a_token(red_onnx: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- the Python client
 
 
-def test_the_client(red_server: Server, tmp_path: Path) -> None:
+def test_the_client(red_server: Server, red_onnx: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(PNG)
     with Client(red_server.url) as client:
         assert client.ready() and client.models()[0]["name"] == "red"
         (one,) = client.detect(path)
         assert one.box == (100.0, 100.0, 300.0, 200.0) and one.class_name == "red" and one.label == 0
-        assert client.detect(str(path)) == client.detect(PNG) == client.detect(load_image(path)) == [one]
-        assert client.detect_many([path, encode(picture((96, 128), None)), PNG]) == [[one], [], [one]]
-        assert client.detect(path, min_score=0.99) == []
+        found = client.detect(str(path))
+        assert found == client.detect(PNG) == client.detect(load_image(path)) == client.detect(Image.open(path))
+        assert list(found) == [one] and found.class_names == ("red", "large red") and found.path == path
+        assert found == deploy.open(red_onnx).detect(path)
+        many = client.detect_many([path, encode(picture((96, 128), None)), PNG])
+        assert [len(each) for each in many] == [1, 0, 1] and many[0] == many[2] == found
+        assert len(client.detect(path, min_score=0.99)) == 0
         assert client.annotate(path).startswith(b"\xff\xd8\xff")
         with pytest.raises(ServerError, match="415: image: not a JPEG") as caught:
             client.detect(b"hello")
@@ -392,7 +396,7 @@ def test_the_client(red_server: Server, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="uint8"):
             client.detect(np.zeros((4, 4), np.float32))
         client._connection.sock.shutdown(socket.SHUT_RDWR)  # a kept connection that broke is made again
-        assert client.detect(PNG) == [one]
+        assert client.detect(PNG) == found
     with pytest.raises(ServerError, match="refused"):
         Client("http://127.0.0.1:9").detect(PNG)
     assert not Client("http://127.0.0.1:9").ready()

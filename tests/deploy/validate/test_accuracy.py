@@ -16,7 +16,7 @@ from compress.export.deployable import TorchRunner
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.image import letterbox, load_image, to_original
-from deploy.runtimes.base import Detections, Runner
+from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import AGREEMENT_SCORE, results_table, validate, write_results
 from deploy.validate.coco import evaluate_coco
@@ -31,7 +31,7 @@ class Spoiled:
     def __init__(self, runner: Runner, change: Any) -> None:
         self.runner, self.change, self.card, self.backend = runner, change, runner.card, "spoiled"
 
-    def __call__(self, images: np.ndarray) -> Detections:
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
         return self.change(self.runner(images))
 
 
@@ -97,7 +97,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, torch_runner: TorchRunner)
 def test_torch_and_onnx_agree_and_a_spoiled_file_fails(
     dataset: tuple[Path, Path], torch_runner: TorchRunner, tiny_onnx: Path, tmp_path: Path
 ) -> None:
-    def shift(out: Detections) -> Detections:
+    def shift(out: DetectionBatch) -> DetectionBatch:
         return replace(out, boxes=out.boxes + np.float32(3.0) * (out.scores > 0)[..., None])
 
     runners: dict[str, Runner] = {
@@ -200,12 +200,12 @@ def test_what_is_not_finite_is_no_detection_and_fails_the_gate(
 ) -> None:
     """The best detection of every image is spoiled: the rest counts, and the other runners keep their results."""
 
-    def spoil(out: Detections) -> Detections:
+    def spoil(out: DetectionBatch) -> DetectionBatch:
         values = getattr(out, output).copy()
         values[:, 0] = value
         return replace(out, **{output: values})
 
-    def without_best(out: Detections) -> Detections:
+    def without_best(out: DetectionBatch) -> DetectionBatch:
         moved = {name: np.roll(getattr(out, name), -1, axis=1) for name in ("boxes", "scores", "labels")}
         return replace(out, **moved, count=np.maximum(out.count - 1, 0))
 

@@ -1,0 +1,104 @@
+"""Pictures of any size through a runner: onto the canvas of its card, and its boxes back to pixels of the pictures.
+
+Validation, benchmarks and `deploy.Model.detect` take this one path.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from deploy.core.card import ModelCard
+from deploy.core.detections import Detections
+from deploy.core.errors import UserError
+from deploy.core.image import fit_canvas, to_original
+from deploy.runtimes.base import DetectionBatch
+
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Canvases:
+    """A batch for a runner.
+
+    images: uint8 [B, 3, H, W]. scales: (sx, sy), canvas pixels per picture pixel. sizes: (height, width) of each.
+    """
+
+    images: np.ndarray
+    scales: list[tuple[float, float]]
+    sizes: list[tuple[int, int]]
+
+
+def fit_pictures(pictures: Sequence[np.ndarray], card: ModelCard) -> Canvases:
+    """Pictures uint8 [h, w, 3] RGB on canvases of the card's input size, as the card says."""
+    fitted = [fit_canvas(picture, card) for picture in pictures]
+    sizes = [(int(picture.shape[0]), int(picture.shape[1])) for picture in pictures]
+    return Canvases(np.stack([canvas for canvas, _ in fitted]), [scale for _, scale in fitted], sizes)
+
+
+def picture_detections(found: DetectionBatch, canvases: Canvases, card: ModelCard) -> list[Detections]:
+    """The detections of each picture, in its own pixels. Those that are not finite are left out."""
+    finite = finite_values(found)
+    names, ids = tuple(card.class_names), tuple(card.category_ids)
+    detections = []
+    for i, (scale, size) in enumerate(zip(canvases.scales, canvases.sizes, strict=True)):
+        kept = np.flatnonzero(finite[i, : int(found.count[i])])
+        boxes = to_original(found.boxes[i, kept], scale, size)
+        detections.append(Detections(boxes, found.scores[i, kept], found.labels[i, kept], names, ids))
+    return detections
+
+
+def finite_values(found: DetectionBatch) -> np.ndarray:
+    """Whether score and box are finite, bool [B, D], in the places beyond `count` too."""
+    finite: np.ndarray = np.isfinite(found.boxes).all(-1) & np.isfinite(found.scores)
+    return finite
+
+
+def check_outputs(name: str, found: DetectionBatch, batch: int) -> None:
+    """Raise UserError, naming the runner and the output, when an output cannot be what it is called."""
+    most = found.scores.shape[1] if found.scores.ndim == 2 else -1
+    shapes = {"scores": (batch, most), "boxes": (batch, most, 4), "labels": (batch, most), "count": (batch,)}
+    for output, shape in shapes.items():
+        value = getattr(found, output)
+        integer = output in ("labels", "count")
+        if value.shape != shape or np.issubdtype(value.dtype, np.integer) != integer:
+            raise UserError(
+                f"{name}: output '{output}' is {value.dtype} {list(value.shape)}, which cannot be {output}: its "
+                "outputs are damaged or exchanged; export it again"
+            )
+    if not ((found.count >= 0) & (found.count <= most)).all():
+        raise UserError(f"{name}: output 'count' is beyond the {most} places of an image; export it again")
+
+
+def load_batches(items: Iterable[Item], load: Callable[[Item], Loaded], batch_size: int) -> Iterator[list[Loaded]]:
+    """`load` of every item, in batches. Two threads load ahead (Pillow releases the lock while it decodes); never more
+    than two batches are in memory."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = iter(items)
+        ahead: deque[Future[Loaded]] = deque()
+        batch: list[Loaded] = []
+        done = False
+        try:
+            while True:
+                while len(ahead) < batch_size and not done:
+                    for item in waiting:
+                        ahead.append(pool.submit(load, item))
+                        break
+                    else:
+                        done = True
+                if not ahead:
+                    break
+                batch.append(ahead.popleft().result())
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
