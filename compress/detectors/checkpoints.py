@@ -46,7 +46,7 @@ ARCHITECTURE = tuple(key for key in Model.model_fields if key not in ("weights",
 
 
 class ModelRecord(BaseModel):
-    """What a checkpoint says about its model.
+    """Description of the model in a checkpoint.
 
     model: what to build; weights, frozen_stages and norm_eval of a training are not kept.
     class_names, category_ids: of the training data, in the order of the labels; None where nothing says.
@@ -392,7 +392,7 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the pattern's group takes among the keys."""
+    """Count the different numbers that the pattern's group takes among the keys."""
     return len({match[1] for key in state if (match := re.match(pattern, key))})
 
 
@@ -404,7 +404,7 @@ def _validated(path: Path, fields: Mapping[str, object]) -> ModelRecord:
 
 
 def _one_line(error: ValidationError) -> str:
-    """All problems; keys as they stand in the file."""
+    """List all problems in one line; keys as they stand in the file."""
     lines = []
     for problem in error.errors(include_url=False):
         keys = [str(key) for key in problem["loc"] if key != "model"]

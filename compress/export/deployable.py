@@ -79,7 +79,7 @@ class Deployable(nn.Module):
 
     @classmethod
     def from_card(cls, detector: Detector, card: ModelCard) -> Deployable:
-        """With the input size and the thresholds of `card`, in eval mode."""
+        """Wrap `detector` with the input size and the thresholds of `card`, in eval mode."""
         module = cls(
             detector,
             card.input_size,

@@ -36,7 +36,7 @@ from deploy.core.card import MAX_CANDIDATES
 def class_aware_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, iou_threshold: float, iterations: int = 32
 ) -> Tensor:
-    """Which boxes greedy per-class suppression keeps: bool [B, N].
+    """Find the boxes that greedy per-class suppression keeps: bool [B, N].
 
     boxes: float32 [B, N, 4] xyxy in any unit, x1 ≤ x2 and y1 ≤ y2, IoU threshold ≥ 0. scores: float32 [B, N]
     in any order; a score ≤ 0 marks a place that holds nothing: it is not kept and suppresses nothing.

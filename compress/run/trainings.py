@@ -18,7 +18,7 @@ from compress.console import open_console
 from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.detectors.base import Capability, Detector
-from compress.detectors.build import build_detector, inherit
+from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
@@ -106,7 +106,7 @@ def train_arm(
     result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
     if fabric.is_global_zero and result.metrics is not None:
         record = ModelRecord(
-            model=model,
+            model=model_of(detector),
             num_classes=detector.num_classes,
             class_names=data.train.categories,
             category_ids=data.train.category_ids,

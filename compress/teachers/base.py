@@ -1,4 +1,4 @@
-"""What a teacher is: at the least, something that finds boxes in images (`BoxTeacher`).
+"""The contract of a teacher: at the least, something that finds boxes in images (`BoxTeacher`).
 
 Teachers differ in what they look at. A detector of this project takes the images that the student sees, resized and in
 batches. A foreign model prepares the image of the file by its own rules. A file of results looks the image up.
@@ -25,7 +25,7 @@ from compress.detectors.base import Capability, Detector, ImageDetections
 
 
 class View(enum.Enum):
-    """What of an image a teacher looks at."""
+    """Part of an image that a teacher looks at."""
 
     RESIZED = "resized"  # as the student sees it
     ORIGINAL = "original"  # as the file has it
@@ -50,7 +50,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a teacher does to an image before its network; for people and for comparison, not for computing.
+    """Preparation of an image before a teacher's network; for people and for comparison, not for computing.
 
     mean, std: of RGB pixels 0..255, in the order of the channels that the network gets; None where unknown.
     order: of the channels that the network gets. size: in words, for example `letterbox to 640 x 640`.
@@ -69,22 +69,22 @@ class BoxTeacher(Protocol):
     file: str
     """Its name in messages and provenance: a file name without folder, or `zoo:NAME`."""
     sha256: str
-    """Of what defines it: file, folder or weights. Same digits, same teacher (given `settings`)."""
+    """Digits of what defines it: file, folder or weights. Same digits, same teacher (given `settings`)."""
     settings: Mapping[str, Any] = MappingProxyType({})
-    """What else decides its boxes (JSON-able, without paths); empty where the file says everything."""
+    """Settings that decide its boxes besides (JSON-able, without paths); empty where the file says everything."""
     class_names: tuple[str, ...] | None
-    """In the order of its labels; None where nothing says."""
+    """Names in the order of its labels; None where nothing says."""
     capabilities: frozenset[Capability] = frozenset({Capability.BOXES})
-    """Of `detector`; BOXES alone where there is none."""
+    """Capabilities of `detector`; BOXES alone where there is none."""
     detector: Detector | None = None
-    """What feature and logit methods learn from, on the same device, frozen; its labels are those of `class_names`.
-    None: boxes are all that it gives."""
+    """Model that feature and logit methods learn from, on the same device, frozen; its labels are those of
+    `class_names`. None: boxes are all that it gives."""
     view: View
     preprocessing: Preprocessing | None = None
     """None: it looks at no pixels."""
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
-        """Can it say something about these images? Asked once for each list of images, before long work.
+        """Check that it can say something about these images. Asked once for each list, before long work.
 
         Args:
             ids: image ids of the COCO file that lists the images; None for a folder, whose images have no ids.

@@ -39,6 +39,7 @@ from compress.detectors.torchvision.parts import (
     pad_labelled,
     per_image,
 )
+from deploy.core.card import MAX_DETECTIONS, SCORE_THRESHOLD
 from deploy.core.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
@@ -107,7 +108,7 @@ class FasterRCNN(TorchvisionDetector):
         anchor_scale: float,
         roi_samples: int,
     ) -> FasterRCNN:
-        """With fresh pyramid and heads.
+        """Make one with fresh pyramid and heads.
 
         Args:
             head_depth: 3 × 3 convolutions before the fully connected layer of the second stage, 4 in
@@ -164,7 +165,7 @@ class FasterRCNN(TorchvisionDetector):
         for what, found in (
             ("weights", any(t.scores is not None for t in targets)),
             ("regions to ignore", any(t.unsure is not None and bool(t.unsure.any()) for t in targets)),
-            ("classes that nobody looked for", any(t.uncovered is not None for t in targets)),
+            ("classes that no teacher looked for", any(t.uncovered is not None for t in targets)),
         ):
             if found:
                 raise UserError(
@@ -200,13 +201,13 @@ class FasterRCNN(TorchvisionDetector):
         prediction: TwoStagePrediction,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
+        score_threshold: float = SCORE_THRESHOLD,
         nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """torchvision's selection: detections in pixels of each image file, best first. Only in eval
         mode."""
-        assert not self.training, "proposals of training are others"
+        assert not self.training, "in training other proposals are kept"
         inside = [size.network for size in sizes]
         images, maps = _stage_inputs(prediction.float(), inside)
         proposals, _ = self.rpn(images, maps)
@@ -226,7 +227,7 @@ class FasterRCNN(TorchvisionDetector):
 def _stage_inputs(
     prediction: TwoStagePrediction, sizes: list[tuple[int, int]]
 ) -> tuple[ImageList, OrderedDict[str, Tensor]]:
-    """What torchvision's stages read: the sizes of images and batch, and the maps by name."""
+    """Inputs of torchvision's stages: the sizes of images and batch, and the maps by name."""
     finest, coarsest = prediction.maps[0], prediction.maps[-1]
     height, width = (side * prediction.strides[0] for side in finest.shape[2:])
     images = ImageList(finest.new_empty(len(sizes), 0, height, width), sizes)
