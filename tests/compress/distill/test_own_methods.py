@@ -135,8 +135,8 @@ class Instance(Method):
         (
             {PATH: {"options": {"level": 3}}},
             {},
-            f"methods.{PATH}: Imitation cannot be built: TypeError: Imitation.__init__() got an unexpected keyword argument "
-            "'level'",
+            f"methods.{PATH}: Imitation cannot be built: TypeError: Imitation.__init__() got an unexpected keyword "
+            "argument 'level'",
         ),
         (
             {"tests.helpers.own_methods:Nothing": {}},
