@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.core.errors import UserError
-from deploy.core.files import ENGINE_SUFFIX, sha256_of, write_json
+from deploy.core.files import sha256_of, write_json
 
 TEACHER = "teacher"
 BASELINE = "baseline"
@@ -100,10 +100,6 @@ class RunFolder:
     def onnx_on_trained_grids(self) -> Path:
         """The int8 file of quantization-aware distillation."""
         return self.path / f"{STUDENT_ON_INT8_GRIDS}.onnx"
-
-    def engine(self, precision: str = "fp32") -> Path:
-        """The TensorRT engine of an exported file: `student.engine`, `student.fp16.engine`."""
-        return self.onnx(precision).with_suffix(ENGINE_SUFFIX)
 
     def unfinished(self) -> list[str]:
         """Trainings that began and left no checkpoint yet."""

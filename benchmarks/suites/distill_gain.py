@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime
-import json
 import multiprocessing
 import os
 import platform
@@ -40,6 +39,7 @@ from rich.table import Table
 
 from compress.config.recipe import Recipe, load_recipe, recipe_sha256
 from compress.console import open_console
+from compress.manifest import STUDENT, TEACHER_CHECK, RunFolder
 from compress.versions import versions
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
@@ -219,7 +219,7 @@ def train_teacher(path: Path, settings: list[str], own: tuple[str, ...]) -> Path
 
     shared = [setting for setting in settings if setting.startswith(("runs=", "data."))]
     recipe = load_recipe(path, [*shared, *own])
-    weights = recipe.run_dir / "student.safetensors"
+    weights = RunFolder(recipe.run_dir).weights()
     distill(recipe, resume=True, distillation=False)
     return weights
 
@@ -246,7 +246,7 @@ def train(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> tuple[str
 
     recipe = arm_recipe(path, arm, seed, common)
     run_dir = distill(recipe, resume=True, distillation=not arm.alone)
-    result = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]["student"]["result"]
+    result = RunFolder(run_dir).result(STUDENT)
     figures = {key: round(result["metrics"][key], 3) for key in ("map", "map50", "map75")}
     return arm.name, seed, figures | {"seconds": result["seconds"], "steps": result["steps"]}
 
@@ -261,11 +261,10 @@ def arm_recipe(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> Reci
 
 def taught_by(recipe: Recipe) -> dict[str, Any]:
     """mAP of the teacher on the students' validation images, and which file it is (None: trained in each run)."""
-    stages = json.loads((recipe.run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]
     checkpoint = recipe.teacher.checkpoint if recipe.teacher is not None else None
     file = Path(checkpoint) if checkpoint is not None else None
     return {
-        "map": round(stages["teacher_check"]["result"]["metrics"]["map"], 3),
+        "map": round(RunFolder(recipe.run_dir).result(TEACHER_CHECK)["metrics"]["map"], 3),
         "sha256": sha256_of(file) if file is not None and file.is_file() else None,
     }
 

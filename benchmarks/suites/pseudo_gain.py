@@ -44,7 +44,7 @@ from compress.config.recipe import Recipe, load_recipe, recipe_sha256
 from compress.console import open_console
 from compress.data import synthetic
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint, save_detector
-from compress.manifest import Manifest
+from compress.manifest import STUDENT, STUDENT_ON_PSEUDO_LABELS, Manifest, RunFolder
 from compress.run import trainings
 from compress.run.data import open_data
 from compress.run.pipeline import data_plan, student_plan
@@ -254,11 +254,11 @@ def train(arguments: argparse.Namespace, arm: Arm, seed: int) -> dict[str, Any]:
     from compress.run.pipeline import distill
 
     run_dir = distill(arm_recipe(arguments, arm, seed), resume=True, distillation=not arm.alone)
-    stages = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    stages = RunFolder(run_dir).stages()
     figures: dict[str, Any] = {
-        key: round(stages["student"]["result"]["metrics"][key], 3) for key in ("map", "map50", "map75")
+        key: round(stages[STUDENT]["result"]["metrics"][key], 3) for key in ("map", "map50", "map75")
     }
-    trained = [stages[name]["result"] for name in ("student.pseudo", "student") if name in stages]
+    trained = [stages[name]["result"] for name in (STUDENT_ON_PSEUDO_LABELS, STUDENT) if name in stages]
     figures["seconds"] = round(sum(result["seconds"] for result in trained), 1)
     if not arm.alone:
         found = [row["result"] for name, row in stages.items() if "regions" in (row["result"] or {})]
@@ -335,7 +335,7 @@ def half_teacher(arguments: argparse.Namespace, base: Recipe, checkpoint: str, n
     def work() -> dict[str, Any]:
         return trainings.train(fabric, replace(student_plan(recipe), start=start, identity=inputs), data, resume=True)
 
-    out = recipe.run_dir / "student.safetensors"
+    out = RunFolder(recipe.run_dir).weights()
     Manifest(recipe.run_dir, versions()).stage("student", inputs, [out], work)
     return out
 

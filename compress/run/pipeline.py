@@ -77,7 +77,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
         if reason is not None:
             open_console().print(
                 f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
-                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
+                f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
             )
             return run_dir
         _ship(recipe)
