@@ -101,6 +101,10 @@ class RunFolder:
         """The int8 file of quantization-aware distillation."""
         return self.path / f"{STUDENT_ON_INT8_GRIDS}.onnx"
 
+    def engine(self, precision: str = "fp32") -> Path:
+        """The TensorRT engine of an exported file: `student.engine`, `student.fp16.engine`."""
+        return self.onnx(precision).with_suffix(".engine")
+
     def unfinished(self) -> list[str]:
         """Trainings that began and left no checkpoint yet."""
         return [name for name in TRAININGS if self.training(name).last.is_file() and not self.weights(name).is_file()]
