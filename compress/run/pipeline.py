@@ -73,10 +73,11 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run, parts=parts)
     if not dry_run and is_first_process():
-        reason = detector_class(recipe.student.detector, "student.detector").exportable
-        if reason is not None:
+        kind = _student_class(recipe, Parts() if parts is None else parts)
+        if kind.exportable is not None:
+            name = recipe.student.detector if parts is None or parts.student is None else kind.__name__
             open_console().print(
-                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
+                f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
                 f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
             )
             return run_dir
@@ -108,7 +109,7 @@ def distill(
 
     parts = Parts() if parts is None else parts
     fabric = _launch(recipe)
-    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    problem = recipe.student_problem(_student_class(recipe, parts))
     if problem is not None:
         raise UserError(": ".join(problem))
     for path in recipe.deploy.runners or ():
@@ -450,6 +451,13 @@ def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool
         write_text(folder.recipe, dump_recipe(recipe))
 
     on_first_process(fabric, create)
+
+
+def _student_class(recipe: Recipe, parts: Parts) -> type[Detector]:
+    """What the student is, to ask it what it can."""
+    if parts.student is not None:
+        return type(parts.student(2))
+    return detector_class(recipe.student.detector, "student.detector")
 
 
 def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:
