@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.config.deploy import Deploy
+from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
 from compress.versions import versions
@@ -76,7 +77,7 @@ def torch_runner(
     if detector.exportable is not None:
         raise UserError(
             f"{checkpoint}: {detector.family} cannot be exported: {detector.exportable}; it trains and teaches. Ship a "
-            "student of another family"
+            f"{exportable_families()} student"
         )
     if record.class_names is not None and record.category_ids is not None:
         categories = dict(zip(record.category_ids, record.class_names, strict=True))
