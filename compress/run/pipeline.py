@@ -77,7 +77,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
             name = recipe.student.detector if parts is None or parts.student is None else kind.__name__
             open_console().print(
                 f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
-                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
+                f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
             )
             return run_dir
         _ship(recipe)
