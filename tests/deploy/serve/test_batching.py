@@ -131,12 +131,12 @@ def test_a_wait_beyond_the_deadline_is_refused_at_the_door_but_never_by_an_empty
     gate = threading.Event()
 
     async def work() -> None:
-        under_test = batcher(Watched(gate=gate), seconds_an_image=300.0)
+        under_test = batcher(Watched(gate=gate), seconds_an_image=130.0)
         first = asyncio.create_task(ask(under_test, 1, deadline_s=100.0))  # slower than its deadline, but it is alone
         await asyncio.sleep(0.01)
         with pytest.raises(OverloadedError) as caught:
             under_test.admit(1, 100.0)
-        assert caught.value.reason == "the wait would exceed the deadline" and caught.value.retry_after_s == 200
+        assert caught.value.reason == "the wait would exceed the deadline" and caught.value.retry_after_s == 30
         with under_test.admit(1, 500.0):
             pass
         gate.set()
