@@ -141,7 +141,7 @@ class ImageDetections:
     labels: Tensor
 
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of COCO results; `category_ids` in label order."""
+        """Rows of COCO results, boxes as x, y, width and height; `category_ids` in label order."""
         boxes = self.boxes.clone()
         boxes[:, 2:] -= boxes[:, :2]
         return [
