@@ -45,9 +45,9 @@ def depth(running: Server) -> float:
 
 
 def ports_of(running: Server) -> set[int]:
-    """Ports of the clients whose connections the server holds."""
-    connections = psutil.Process(running.process.pid).net_connections("tcp")
-    return {connection.raddr.port for connection in connections if connection.raddr}
+    """Ports of the clients for whom the server, or the kernel after it, still has something to send."""
+    theirs = [one for one in psutil.net_connections("tcp") if one.laddr.port == running.address[1] and one.raddr]
+    return {connection.raddr.port for connection in theirs}
 
 
 def closed(connection: socket.socket) -> bool:
