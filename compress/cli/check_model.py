@@ -29,12 +29,11 @@ def check_model(
     """Check a detector of your own, in seconds: one line a check.
 
     Shapes, loss and gradient, export, saving and resuming, on generated images. Exit code 1 if a check fails."""
-    given = {"options": _mapping(options, "--options"), "backbone": backbone}
-    given["backbone_options"] = _mapping(backbone_options, "--backbone-options")
+    of_model, of_backbone = _mapping(options, "--options"), _mapping(backbone_options, "--backbone-options")
     from compress.run.conformance import check_model as checks
 
     failed = []
-    for check in checks(detector, **given):
+    for check in checks(detector, options=of_model, backbone=backbone, backbone_options=of_backbone):
         state = "fail" if check.problem else "skip" if check.skipped else "ok"
         detail = check.problem or check.skipped
         print(f"{state:<4} {check.name}{f': {detail}' if detail else ''}")

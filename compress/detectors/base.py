@@ -334,3 +334,8 @@ def pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
         if target.scores is not None:
             row[: len(target.scores)] = target.scores.to(mask.device)
     return scores
+
+
+def freeze(detector: Detector) -> Detector:
+    """Turn `detector` into a teacher: in eval mode, without gradients."""
+    return detector.requires_grad_(False).eval()
