@@ -28,10 +28,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.core.errors import UserError
 from deploy.runtimes.base import Runner
-from deploy.serve.app import Service, create_app
+from deploy.serve.app import create_app
 from deploy.serve.metrics import Metrics
 from deploy.serve.middleware import Gate, log_as_json
 from deploy.serve.models import Models
+from deploy.serve.service import Service
 from deploy.serve.settings import RefusalError, Settings
 
 MAX_HEAD_BYTES = 32 * 1024
