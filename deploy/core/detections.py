@@ -31,7 +31,7 @@ class Detection:
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one picture, highest score first. Iterates over `Detection`s; `d[d.scores > 0.5]` chooses.
+    """Detections of one picture, highest score first. Iterates over `Detection`s; `d[d.scores > 0.5]` chooses.
 
     Raises ValueError for arrays whose shapes do not fit each other.
     """
@@ -77,7 +77,7 @@ class Detections:
         return self._with(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
 
     def __eq__(self, other: object) -> bool:
-        """Whether boxes, scores, labels and classes are equal, to the bit; the file does not count."""
+        """Equality of boxes, scores, labels and classes, to the bit; the file does not count."""
         if not isinstance(other, Detections):
             return NotImplemented
         arrays = ("boxes", "scores", "labels")

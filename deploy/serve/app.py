@@ -121,7 +121,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:
-        return Response(status_code=499)  # for the log; nobody reads it
+        return Response(status_code=499)  # for the log: the client is gone
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:  # it goes on to the gate, which logs it

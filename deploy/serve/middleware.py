@@ -125,7 +125,7 @@ def log_as_json(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
-    logging.captureWarnings(True)  # Pillow warns of what strangers send
+    logging.captureWarnings(True)  # Pillow warns of damaged pictures
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings are our answers with 400
     log.setLevel(level.upper())
 
@@ -187,5 +187,5 @@ class _Exchange:
         )
 
     def _route(self) -> str:
-        """The pattern of the path, so that strangers cannot make new time series."""
+        """The pattern of the path, so that clients cannot make new time series."""
         return self.route or getattr(self._scope.get("route"), "path", None) or "none"

@@ -167,7 +167,7 @@ class _Server(uvicorn.Server):
 
     async def _accept_backlog(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        loop.remove_reader(listening)  # from here on nobody else accepts
+        loop.remove_reader(listening)  # from here on only this loop accepts
         listening.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -324,8 +324,8 @@ class GuardedConnection(H11Protocol):
     def _make_room(self) -> None:
         """Cut the longest waiting connection of the larger group: idle ones, or those whose bodies still arrive.
 
-        Whoever fills the server with one kind thus makes room himself: a thousand half-sent bodies reset nobody's
-        kept connection, a thousand idle connections nobody's upload. It is the newest itself when all others have a
+        A client that fills the server with one kind thus loses its own: a thousand half-sent bodies reset no kept
+        connection, a thousand idle connections no upload. It is the newest itself when all others have a
         whole request in work."""
         alive = [c for c in self.connections if isinstance(c, GuardedConnection) and not c.transport.is_closing()]
         arriving = [c for c in alive if c._body_arrives()]

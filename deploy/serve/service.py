@@ -1,4 +1,4 @@
-"""What the routes of the server work with, and what those for pictures and those for tensors have in common.
+"""State that the routes of the server work with, and the steps that those for pictures and for tensors share.
 
 A request that detects goes: body (bounded, before anything is taken) → place in the model's queue, or 429 → decoding in
 the pool → batcher → answer. When its client goes away, it gives back its place at whatever point it is.
@@ -28,7 +28,7 @@ from deploy.serve.settings import OverloadedError, RefusalError, Settings
 
 @dataclass
 class Service:
-    """What the routes work with. `draining` is set when the server is asked to end."""
+    """State of a server, for its routes. `draining` is set when the server is asked to end."""
 
     settings: Settings
     models: Models
