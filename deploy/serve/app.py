@@ -23,7 +23,7 @@ _DESCRIPTION = """Detects objects in pictures. Pictures go to `/v1/detect`; clie
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; `deploy.serve.middleware.Gate` belongs around it."""
+    """The application; `deploy.serve.middleware.Middleware` belongs around it."""
     app = FastAPI(
         title="compress serve",
         description=_DESCRIPTION,
@@ -124,5 +124,5 @@ def _add_errors(app: FastAPI) -> None:
         return Response(status_code=499)  # for the log: the client is gone
 
     @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:  # it goes on to the gate, which logs it
+    async def broken(request: Request, error: Exception) -> Response:  # it goes on to the middleware, which logs it
         return answer(request, RefusalError(500, "internal error; the log has more under this request id"))

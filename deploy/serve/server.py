@@ -30,7 +30,7 @@ from deploy.core.errors import UserError
 from deploy.runtimes.base import Runner
 from deploy.serve.app import create_app
 from deploy.serve.metrics import Metrics
-from deploy.serve.middleware import Gate, log_as_json
+from deploy.serve.middleware import Middleware, log_as_json
 from deploy.serve.models import Models
 from deploy.serve.service import Service
 from deploy.serve.settings import RefusalError, Settings
@@ -69,7 +69,7 @@ def serve(
 
 async def _serve(service: Service, listening: socket.socket, say: Callable[[str], None]) -> None:
     settings = service.settings
-    gate = Gate(
+    middleware = Middleware(
         create_app(service),
         token=settings.token,
         send_timeout_s=settings.send_timeout_s,
@@ -78,7 +78,7 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
     )
     server = _Server(
         uvicorn.Config(
-            gate,
+            middleware,
             http=guarded_connection(settings),
             ws="none",
             lifespan="off",
@@ -107,7 +107,7 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
             if os.getpid() == 1:  # which is none on the first process of a container
                 loop.add_signal_handler(again, os._exit, 128 + again)
         log.info("draining", extra={"requests": len(server.server_state.tasks)})
-        service.draining = gate.draining = True
+        service.draining = middleware.draining = True
         loop.call_later(pause_s, setattr, server, "should_exit", True)
 
     async def reload_all() -> None:
