@@ -307,7 +307,7 @@ def half_teacher(arguments: argparse.Namespace, base: Recipe, checkpoint: str, n
     weights = detector.state_dict()
     weights |= {key: value[wanted] for key, value in weights.items() if key.startswith("head.gfl_cls.")}
     smaller.load_state_dict(weights)
-    model = {key: getattr(record, key) for key in ("backbone", "neck_channels", "head_depth")}
+    model = {key: getattr(record.model, key) for key in ("backbone", "neck_channels", "head_depth")}
     recipe = load_recipe(
         RECIPES[arguments.preset],
         [

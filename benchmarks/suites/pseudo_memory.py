@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from benchmarks.lib.measure import RESULTS
+from compress.config.model import Model
 from compress.console import open_console
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo.images import images_in
@@ -83,7 +84,10 @@ def main() -> int:
 def teacher(path: Path) -> None:
     """Random, with scores high enough that there is something to write for every image."""
     record = ModelRecord(
-        backbone="nano", num_classes=2, neck_channels=32, head_depth=0, class_names=("cat", "dog"), category_ids=(1, 2)
+        model=Model(backbone="nano", neck_channels=32, head_depth=0),
+        num_classes=2,
+        class_names=("cat", "dog"),
+        category_ids=(1, 2),
     )
     torch.manual_seed(0)
     detector = record.build()

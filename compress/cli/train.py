@@ -95,7 +95,7 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
     if dry_run:
         next_command(*again)
         return
-    if recipe.student.detector == "faster_rcnn":  # never exported, as the pipeline has said: no report, no gate
+    if not _is_exported(recipe):  # as the pipeline has said: no report, no gate
         return
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
@@ -105,15 +105,21 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
     next_command("benchmark", run_dir / "student.onnx", "--batch", "1,8")
 
 
+def _is_exported(recipe: Recipe) -> bool:
+    from compress.detectors.build import detector_class
+
+    return detector_class(recipe.student.detector, "student.detector").exportable is None
+
+
 def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillation: bool) -> None:
     from compress.run import pipeline
 
     run_dir = pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation)
     if dry_run:
         next_command("distill" if distillation else "train", path)
-    elif recipe.student.detector == "faster_rcnn":
+    elif not _is_exported(recipe):
         if is_first_process():
-            print(f"weights: {run_dir / 'student.safetensors'}; a faster_rcnn cannot be exported")
+            print(f"weights: {run_dir / 'student.safetensors'}; a {recipe.student.detector} cannot be exported")
     elif distillation and recipe.deploy.int8.qad is not None:
         next_command("export", run_dir / "student.qad.safetensors", "--precision", "int8")
     else:

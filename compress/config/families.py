@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,17 @@ class FamilyFacts:
     ignores_regions: bool = True
 
 
+class Abilities(Protocol):
+    """What a recipe asks of a student: facts of a family, or the class of a user's own detector."""
+
+    @property
+    def quantizable(self) -> bool: ...
+    @property
+    def weights_labels(self) -> bool: ...
+    @property
+    def ignores_regions(self) -> bool: ...
+
+
 SPECIAL = {"anchor_scale": "has no anchors to scale", "roi_samples": "has no second stage"}
 """Keys of a model that not every family takes, and why one may not."""
 
@@ -38,6 +49,12 @@ FAMILY_FACTS = {
     ),
     "faster_rcnn": FamilyFacts({"anchor_scale": 8.0, "roi_samples": 512}, ignores_regions=False),
 }
+
+
+def families_with(ability: str) -> str:
+    """The families that have one of `Abilities`, for messages: `gfl, fcos or retinanet`."""
+    names = [name for name, facts in FAMILY_FACTS.items() if getattr(facts, ability)]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule
+from compress.config.families import BACKBONES, FAMILY_FACTS, SPECIAL
 from compress.config.messages import did_you_mean
 from deploy.core.import_path import is_import_path
 
-Backbone = Literal[
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "mobilenet_v3_small",
-    "mobilenet_v3_large",
-    "nano",
-    "nano2x",
-]
+if TYPE_CHECKING:
+    Backbone = str
+    Family = str
+else:
+    Backbone = Literal[tuple(BACKBONES)]
+    Family = Literal[tuple(FAMILY_FACTS)]
 
 
 def _weights_file(path: Path) -> Path:
@@ -46,7 +43,7 @@ def _whole_unless_pretrained(pretrained: Any, untrained: Any) -> Callable[[dict[
 class Model(Settings):
     """A detector: backbone, feature pyramid, head."""
 
-    detector: Literal["gfl", "fcos", "retinanet", "faster_rcnn"] | ImportPath = "gfl"
+    detector: Family | ImportPath = "gfl"
     """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
     levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. Or the import
     path of a class of your own."""
@@ -77,15 +74,21 @@ class Model(Settings):
     @model_validator(mode="after")
     def _rules(self) -> Model:
         self._own_part_rules()
-        if self.backbone is not None and self.backbone.startswith("nano") and self.weights == "imagenet":
+        if self.backbone in BACKBONES and not BACKBONES[self.backbone].imagenet and self.weights == "imagenet":
             raise broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
-        if self.detector == "retinanet" and self.head_depth > 4:
-            raise broken_rule("head_depth", "torchvision's RetinaNet has at most 4 convolutions in a tower")
-        if self.anchor_scale is not None and self.detector in ("gfl", "fcos"):
-            raise broken_rule("anchor_scale", f"{self.detector} has no anchors to scale; leave it out")
-        if self.roi_samples is not None and self.detector != "faster_rcnn":
-            raise broken_rule("roi_samples", f"{self.detector} has no second stage; leave it out")
+        if self.is_own:
+            return self
+        facts = FAMILY_FACTS[self.detector]
+        if facts.most_convolutions is not None and self.head_depth > facts.most_convolutions[0]:
+            raise broken_rule("head_depth", facts.most_convolutions[1])
+        for key, lack in SPECIAL.items():
+            if getattr(self, key) is not None and key not in facts.defaults:
+                raise broken_rule(key, f"{self.detector} {lack}; leave it out")
         return self
+
+    def bare(self) -> Model:
+        """The same architecture with random weights, nothing frozen."""
+        return self.model_copy(update={"weights": "none", "frozen_stages": -1, "norm_eval": False})
 
     @property
     def is_own(self) -> bool:

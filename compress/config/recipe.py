@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from compress.config.base import Seed, Settings, broken_rule
 from compress.config.data import Data
 from compress.config.deploy import Deploy
+from compress.config.families import FAMILY_FACTS, Abilities, families_with
 from compress.config.messages import problems
 from compress.config.methods import Methods
 from compress.config.model import Model
@@ -80,8 +81,10 @@ class Recipe(Settings):
         if self.baseline and not methods and self.pseudo_labels is None:
             raise broken_rule("baseline", "needs something to compare with; add a method under methods")
         self._label_rules()
-        if self.deploy.int8.qad is not None and self.student.detector != "gfl":
-            raise broken_rule("deploy.int8.qad", f"is for gfl students, not {self.student.detector}; leave it out")
+        if not self.student.is_own:  # one's own is imported, and asked, when the run begins
+            broken = self.student_problem(FAMILY_FACTS[self.student.detector])
+            if broken is not None:
+                raise broken_rule(*broken)
         trained = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model
@@ -91,6 +94,26 @@ class Recipe(Settings):
             if model.weights == "none" and model.norm_eval:
                 raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
         return self
+
+    def student_problem(self, abilities: Abilities) -> tuple[str, str] | None:
+        """What the recipe asks of its student that a detector of these abilities cannot do: key and problem."""
+        family, pseudo = self.student.detector, self.pseudo_labels
+        if self.deploy.int8.qad is not None and not abilities.quantizable:
+            return "deploy.int8.qad", f"is for {families_with('quantizable')} students, not {family}; leave it out"
+        if pseudo is None:
+            return None
+        if pseudo.weighting == "score" and not abilities.weights_labels:
+            return (
+                "pseudo_labels.weighting",
+                f"score is for {families_with('weights_labels')} students; a {family} student needs hard",
+            )
+        if pseudo.tau_ignore < pseudo.tau and not abilities.ignores_regions:
+            return (
+                "pseudo_labels.tau_ignore",
+                f"a {family} student cannot learn from unsure regions; set tau_ignore to {pseudo.tau:g}, equal to tau, "
+                "and there are none",
+            )
+        return None
 
     def _label_rules(self) -> None:
         pseudo = self.pseudo_labels
@@ -105,17 +128,6 @@ class Recipe(Settings):
                 raise broken_rule(
                     "teacher",
                     "nobody learns from it: pseudo_labels.teachers label, and there are no methods; remove it",
-                )
-            family = self.student.detector
-            if pseudo.weighting == "score" and family != "gfl":
-                raise broken_rule(
-                    "pseudo_labels.weighting", f"score is for gfl students; a {family} student needs hard"
-                )
-            if pseudo.tau_ignore < pseudo.tau and family == "faster_rcnn":
-                raise broken_rule(
-                    "pseudo_labels.tau_ignore",
-                    f"a faster_rcnn student cannot learn from unsure regions; set tau_ignore to {pseudo.tau:g}, equal "
-                    "to tau, and there are none",
                 )
             parts = self.train.devices * self.train.accumulate
             if pseudo.fine_tune is not None and (pseudo.fine_tune.batch_size or 0) % parts:

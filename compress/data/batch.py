@@ -1,4 +1,4 @@
-"""What the data package hands to a detector: one uint8 image batch and one `Target` an image."""
+"""Batches as the data package hands them to a detector: uint8 images and one `Target` an image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Target:
     """bool [n]; True = a region of pseudo labels where something may be, also set in `ignore`: what lies in it is not
     trained as background. None: there is none."""
     uncovered: Tensor | None = None
-    """int64 [k], labels that nobody looked for in this image: neither there nor absent. None: all were looked for."""
+    """int64 [k], labels that no teacher looked for in this image: neither there nor absent. None: none."""
 
     @property
     def image_size(self) -> ImageSize:
@@ -98,7 +98,7 @@ class Batch:
 
     @property
     def sizes(self) -> list[ImageSize]:
-        """Of every image."""
+        """Sizes of every image."""
         return [target.image_size for target in self.targets]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

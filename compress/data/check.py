@@ -27,7 +27,7 @@ class Problem:
     """error: training would fail or learn from wrong labels. note: handled, but worth knowing."""
     file: Path
     where: str
-    """For example `annotation 12`."""
+    """Place in the file, for example `annotation 12`."""
     message: str
 
     def __str__(self) -> str:

@@ -70,7 +70,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     aspect_ratios: np.ndarray
     """float32 [len(self)], width / height."""
     dropped: Counter[str]
-    """How many annotations were left out, by reason."""
+    """Counts of annotations that were left out, by reason."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     @property
     def boxes_by_class(self) -> list[int]:
-        """The same for each class, in the order of `categories`."""
+        """Boxes of each class, in the order of `categories`."""
         return torch.bincount(self._labels[~self._crowd], minlength=len(self.categories)).tolist()
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:

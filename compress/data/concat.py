@@ -15,7 +15,7 @@ from compress.data.coco import CocoDetection
 
 
 class TrainingImages(Protocol):
-    """What `compress.data.loader.train_loader` reads."""
+    """Images that `compress.data.loader.train_loader` reads."""
 
     aspect_ratios: np.ndarray
     """float32 [len(self)], width / height."""

@@ -18,7 +18,7 @@ from deploy.core.image import IMAGE_SUFFIXES
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. `file_name`s in the JSON are relative to `image_folder`."""
+    """Result of a conversion. `file_name`s in the JSON are relative to `image_folder`."""
 
     images: int
     annotations: int

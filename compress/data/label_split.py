@@ -20,7 +20,7 @@ from deploy.validate.coco import load_annotations
 
 @dataclass(frozen=True)
 class LabelSplit:
-    """How many images have labels and how many have none; names of the classes that are left without a label."""
+    """Counts of images with and without labels; names of the classes that are left without a label."""
 
     labelled: int
     unlabelled: int

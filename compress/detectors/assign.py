@@ -70,9 +70,9 @@ def location_points(level_sizes: list[tuple[int, int]], strides: tuple[int, ...]
 def unknown_classes(
     targets: list[Target], num_classes: int, positive: Tensor, match: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor | None:
-    """What labels say nothing about: bool [B, K, A], True where a class has no loss at a location; None: nowhere.
+    """Find what labels say nothing about: bool [B, K, A], True where a class has no loss at a location; None: nowhere.
 
-    A class that nobody looked for, anywhere in its image. The class of an unsure region of pseudo labels, where it
+    A class that no teacher looked for, anywhere in its image. The class of an unsure region of pseudo labels, where it
     would be no background were the region a label; but a location that is positive for some label is known.
 
     Args:

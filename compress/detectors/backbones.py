@@ -85,7 +85,7 @@ def call_own(build: Callable[..., Any], path: str, key: str, *args: Any, **optio
     except UserError:
         raise
     except Exception as error:  # whatever a user's constructor raises
-        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {error}") from error
+        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
 class Backbone(nn.Module, ABC):
@@ -107,7 +107,7 @@ class Backbone(nn.Module, ABC):
         return self.all_maps(images)[1:]
 
     def all_maps(self, images: Tensor) -> list[Tensor]:
-        """Like `forward`, with C2 (stride 4) in front: the outputs of the four stages."""
+        """Outputs of the four stages: as `forward`, with C2 (stride 4) in front."""
         maps, x = [], images
         for stage in self.stages():
             for module in stage:

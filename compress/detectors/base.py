@@ -1,4 +1,4 @@
-"""What a detector gives and takes: the contract between models, methods, the trainer and deployment.
+"""The contract of a detector: what it gives and takes, between models, methods, the trainer and deployment.
 
 Shape letters of this package: B images, K classes, L levels, h × w the grid of a level, N predictions at a location
 (1, or the anchors of a RetinaNet), M = h·w·N, A = all predictions of an image (levels concatenated, row-major, the N of
@@ -10,16 +10,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from compress.config.model import Model
 from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.select import select
+from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -34,7 +36,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Capability(enum.Enum):
-    """What a model can give to a distillation method."""
+    """Kinds of output that a model can give to a distillation method."""
 
     FEATURES = "features"  # feature pyramid maps
     DENSE = "dense"  # class and box predictions at every location
@@ -63,7 +65,7 @@ class DensePrediction:
     anchors: int = 1
 
     def float(self) -> DensePrediction:
-        """The same prediction in float32: losses are never computed in half precision."""
+        """Convert all tensors to float32: losses are never computed in half precision."""
         return self._map(Tensor.float)
 
     def detach(self) -> DensePrediction:
@@ -92,14 +94,14 @@ class DensePrediction:
         return logits.unflatten(1, (self.anchors, -1)).permute(0, 2, 3, 1).flatten(2)
 
     def level_scores(self, level: int) -> Tensor:
-        """`scores` of one level, [B, M, K]."""
+        """Scores of one level, [B, M, K]; see `scores`."""
         scores = self.class_logits(level).transpose(1, 2).sigmoid()
         if not self.centerness:
             return scores
         return (scores * self.centerness[level].flatten(2).transpose(1, 2).sigmoid()).sqrt()
 
     def scores(self) -> Tensor:
-        """What detections are ranked by, [B, A, K] in 0..1: sigmoid(logits), in FCOS its geometric mean with the
+        """Scores that rank detections, [B, A, K] in 0..1: sigmoid(logits), in FCOS its geometric mean with the
         centerness."""
         logits = torch.cat([self.class_logits(level) for level in range(len(self.logits))], 2).transpose(1, 2)
         if not self.centerness:
@@ -117,7 +119,7 @@ class Targets:
     level_positives: float32 [L], positives of each level in all processes.
     world_size: processes that share the global batch.
     unknown: bool [B, K, A], where a class has no loss because the labels say nothing about it; None: nowhere.
-    scores: float32 [B, G], how sure a teacher was of each box, 1 for a person's; None when all are.
+    scores: float32 [B, G], how sure a teacher was of each box, 1 for an annotated one; None when all are annotated.
     """
 
     boxes: Tensor
@@ -156,6 +158,7 @@ class Detector(nn.Module):
         of its N anchors in pixels, a level. Two heads are comparable place by place if strides and cells agree.
     mean, std: of RGB pixels 0..255, [1, 3, 1, 1]; what the detector normalises its images with.
     compiled: run what the detector can of its loss through torch.compile; the trainer sets it.
+    model: what it was built from; None for one that was not built from settings.
 
     Of the class:
 
@@ -166,15 +169,17 @@ class Detector(nn.Module):
     has_nms: boxes of one class suppress each other; False: the head gives one box an object.
     weights_labels: its loss weighs pseudo labels by their scores.
     ignores_regions: its loss leaves out unsure regions and classes that no teacher looked for.
+    crossable: its head is a `compress.detectors.gfl.GFLHead`, whose layers CrossKD runs on another model's maps.
     """
 
     family: str = "a detector of your own"
     capabilities: frozenset[Capability] = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
-    exportable: str | None = None
-    quantizable: bool = False
-    has_nms: bool = True
-    weights_labels: bool = False
-    ignores_regions: bool = False
+    exportable: ClassVar[str | None] = None
+    quantizable: ClassVar[bool] = False
+    has_nms: ClassVar[bool] = True
+    weights_labels: ClassVar[bool] = False
+    ignores_regions: ClassVar[bool] = False
+    crossable: ClassVar[bool] = False
 
     num_classes: int
     strides: tuple[int, ...]
@@ -183,6 +188,7 @@ class Detector(nn.Module):
     mean: Tensor
     std: Tensor
     compiled: bool = False
+    model: Model | None = None
 
     def set_normalisation(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         """Set `mean` and `std`, of RGB pixels 0..255. They are not part of the weights."""
@@ -201,7 +207,7 @@ class Detector(nn.Module):
         raise self._lacks(Capability.FEATURES)
 
     def predict(self, features: list[Tensor]) -> Any:
-        """What the head makes of the maps: a `DensePrediction` if the detector has Capability.DENSE."""
+        """Run the head on the maps: a `DensePrediction` if the detector has Capability.DENSE."""
         raise self._lacks(Capability.DENSE)
 
     def forward(self, images: Tensor) -> Any:
@@ -255,9 +261,9 @@ class Detector(nn.Module):
         prediction: Any,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """Final detections of each image in pixels of its file, best first.
 

@@ -1,81 +1,144 @@
-"""The detectors that can be built and trained here, by the name that recipes and checkpoints have for them."""
+"""The detectors that can be built and trained here: the families of this project, by name, and a user's own, by import
+path.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress.config.families import FAMILY_FACTS, FamilyFacts
 from compress.config.model import Model
-from compress.detectors.backbones import Backbone, build_backbone
+from compress.detectors.backbones import build_backbone, build_own_backbone, call_own
 from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
+from deploy.core.errors import UserError
+from deploy.core.import_path import import_object, is_import_path
 
-Family = Literal["gfl", "fcos", "retinanet", "faster_rcnn"]
 
+@dataclass(frozen=True)
+class FamilyRecord:
+    """A family of this project.
 
-def build_family(
-    family: Family,
-    num_classes: int,
-    backbone: Backbone,
-    *,
-    neck_channels: int,
-    head_depth: int,
-    anchor_scale: float | None = None,
-    roi_samples: int | None = None,
-    compiled: bool = False,
-) -> Detector:
-    """A detector with fresh neck and head.
-
-    Args:
-        neck_channels: width of the pyramid and the heads.
-        head_depth: convolutions of a tower, see the families.
-        anchor_scale: of families with anchors, in strides; None: the family's own.
-        roi_samples: of Faster R-CNN; None: torchvision's.
-        compiled: run GFL's dense loss passes through torch.compile.
+    facts: what recipes know of it.
+    load: imports and returns its class. Its classmethod `build(num_classes, backbone, *, neck_channels, head_depth)`,
+        which takes the keys of `facts.defaults` too, gives a detector with fresh neck and head.
     """
-    shape = {"neck_channels": neck_channels, "head_depth": head_depth}
-    if family == "gfl":
-        return GFL(num_classes, backbone, **shape, compiled=compiled)
-    # Here: torchvision's detectors take a second to import.
-    from compress.detectors.torchvision import dense as torchvision_dense
-    from compress.detectors.torchvision import two_stage as torchvision_two_stage
 
-    if family == "fcos":
-        return torchvision_dense.FCOS.build(num_classes, backbone, **shape)
-    if family == "retinanet":
-        scale = torchvision_dense.ANCHOR_SCALE if anchor_scale is None else anchor_scale
-        return torchvision_dense.RetinaNet.build(num_classes, backbone, **shape, anchor_scale=scale)
-    scale = torchvision_two_stage.ANCHOR_SCALE if anchor_scale is None else anchor_scale
-    samples = torchvision_two_stage.ROI_SAMPLES if roi_samples is None else roi_samples
-    return torchvision_two_stage.FasterRCNN.build(
-        num_classes, backbone, **shape, anchor_scale=scale, roi_samples=samples
-    )
+    facts: FamilyFacts
+    load: Callable[[], Any]
 
 
-def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
-    """A fresh detector; the same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        assert model.backbone is not None
-        backbone = build_backbone(
-            model.backbone,
-            weights=model.weights,
-            frozen_stages=model.frozen_stages,
-            norm_eval=model.norm_eval,
-        )
-        detector = build_family(
-            cast(Family, model.detector),
+def _fcos() -> Any:
+    from compress.detectors.torchvision.dense import FCOS  # torchvision's detectors take a second to import
+
+    return FCOS
+
+
+def _retinanet() -> Any:
+    from compress.detectors.torchvision.dense import RetinaNet
+
+    return RetinaNet
+
+
+def _faster_rcnn() -> Any:
+    from compress.detectors.torchvision.two_stage import FasterRCNN
+
+    return FasterRCNN
+
+
+FAMILIES = {
+    "gfl": FamilyRecord(FAMILY_FACTS["gfl"], lambda: GFL),
+    "fcos": FamilyRecord(FAMILY_FACTS["fcos"], _fcos),
+    "retinanet": FamilyRecord(FAMILY_FACTS["retinanet"], _retinanet),
+    "faster_rcnn": FamilyRecord(FAMILY_FACTS["faster_rcnn"], _faster_rcnn),
+}
+
+NEEDED = ("num_classes", "strides", "feature_channels", "mean", "std")
+"""Attributes that the constructor of a detector sets."""
+
+
+def detector_class(name: str, key: str = "detector") -> type[Detector]:
+    """The class of a family, or of a user's own detector by its import path; its attributes say what it can.
+
+    `key` names it in messages. Raises UserError for an import path that leads to no subclass of `Detector`.
+    """
+    if name in FAMILIES:
+        family: type[Detector] = FAMILIES[name].load()
+        return family
+    found = import_object(name, key)
+    if not (isinstance(found, type) and issubclass(found, Detector)):
+        raise UserError(f"{key}: {name} is no subclass of compress.detectors.base.Detector")
+    return found
+
+
+def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
+    """The detector of `model` with fresh neck and head, its backbone with the weights that `model` says.
+
+    A user's own class is imported and called. `key` names the section in messages. Raises UserError for parts that
+    cannot be built and weights that cannot be had.
+    """
+    backbone = _backbone(model, key)
+    kind: Any = detector_class(model.detector, f"{key}.detector")
+    if model.is_own:
+        parts = {} if backbone is None else {"backbone": backbone}
+        arguments = parts | (model.options or {})
+        detector: Detector = call_own(kind, model.detector, f"{key}.detector", num_classes, **arguments)
+        lacking = [name for name in NEEDED if not hasattr(detector, name)]
+        if lacking:
+            raise UserError(f"{key}.detector: {model.detector} does not set {', '.join(lacking)}")
+        detector.family = model.detector
+    else:
+        defaults = FAMILIES[model.detector].facts.defaults
+        given = {name: getattr(model, name) for name in defaults}
+        detector = kind.build(
             num_classes,
             backbone,
             neck_channels=model.neck_channels,
             head_depth=model.head_depth,
-            anchor_scale=model.anchor_scale,
-            roi_samples=model.roi_samples,
-            compiled=compiled,
+            **{name: defaults[name] if value is None else value for name, value in given.items()},
         )
+    detector.model = model.bare()
+    return detector
+
+
+def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
+    """A fresh detector; the same seed gives the same weights.
+
+    compiled: run its dense loss passes through torch.compile, where it has such. Raises UserError as `assemble`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        detector = assemble(model, num_classes)
+    detector.compiled = compiled
     return detector.to(memory_format=torch.channels_last)
+
+
+def model_of(detector: Detector) -> Model:
+    """The settings that build a detector of this architecture again.
+
+    Of a detector that was not built from settings: its class by import path and its attribute `options`, the arguments
+    of its constructor besides num_classes (absent: none).
+    """
+    if detector.model is not None:
+        return detector.model
+    kind = type(detector)
+    return Model(detector=f"{kind.__module__}:{kind.__qualname__}", options=getattr(detector, "options", None))
+
+
+def _backbone(model: Model, key: str) -> nn.Module | None:
+    if model.backbone is None:
+        return None
+    if is_import_path(model.backbone):
+        return build_own_backbone(model.backbone, model.backbone_options or {}, f"{key}.backbone")
+    return build_backbone(
+        model.backbone, weights=model.weights, frozen_stages=model.frozen_stages, norm_eval=model.norm_eval
+    )
 
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:

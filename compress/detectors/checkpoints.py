@@ -9,117 +9,154 @@ Whatever is missing from a file, left over in it or of another shape is an error
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
 import rich.progress
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from compress.detectors.backbones import BACKBONES, build_backbone
+from compress.config.families import BACKBONES
+from compress.config.model import Model
 from compress.detectors.base import Detector
-from compress.detectors.build import Family, build_family
+from compress.detectors.build import FAMILIES, assemble
 from compress.detectors.weights import listed, load_exactly, read_tensors
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, sha256_of
+from deploy.core.import_path import is_import_path
 
 HEADER_KEY = "metadata_json"
 NATIVE_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pth", ".pt")
+ARCHITECTURE = tuple(key for key in Model.model_fields if key not in ("weights", "frozen_stages", "norm_eval"))
+"""Keys of a model that say what it is, not how it was trained."""
 
 
 class ModelRecord(BaseModel):
-    """What a checkpoint says about its model.
+    """Description of the model in a checkpoint.
 
+    model: what to build; weights, frozen_stages and norm_eval of a training are not kept.
     class_names, category_ids: of the training data, in the order of the labels; None where nothing says.
     val_map: COCO mAP on the validation set, percent.
     recipe_sha256: of the recipe that trained it.
     source: where the weights came from, for a converted checkpoint.
+
+    In the file the settings of the model stand beside the others. Version 2 knows users' own parts, by import path
+    with their options. A model without such is written as version 1 was: byte for byte, and readable by 0.1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
-    detector: Family = "gfl"
-    backbone: str
+    model: Model
     num_classes: Annotated[int, Field(ge=1)]
-    neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
-    head_depth: Annotated[int, Field(ge=0)] = 4
-    anchor_scale: Annotated[float, Field(gt=0)] | None = None
-    roi_samples: Annotated[int, Field(ge=1)] | None = None
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     val_map: float | None = None
     recipe_sha256: str | None = None
     source: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "model" in fields:
+            return fields
+        fields = dict(fields)
+        if fields.pop("schema_version", 1) not in (1, 2):
+            raise ValueError("schema_version: Input should be 1 or 2; a newer version wrote this file")
+        model = {key: fields.pop(key) for key in ARCHITECTURE if key in fields}
+        for key, known in (("detector", FAMILIES), ("backbone", BACKBONES)):
+            value = model.get(key)
+            if isinstance(value, str) and value not in known and not is_import_path(value):
+                raise ValueError(f"{key} {value!r} is unknown; known are {', '.join(known)}")
+        return {"model": model, **fields}
+
+    @field_validator("model")
+    @classmethod
+    def _bare(cls, model: Model) -> Model:
+        return model.bare()
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone {self.backbone!r} is unknown; known are {', '.join(BACKBONES)}")
         for name in ("class_names", "category_ids"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_classes:
                 raise ValueError(f"{name} has {len(values)} entries for {self.num_classes} classes")
         return self
 
+    @property
+    def has_own_parts(self) -> bool:
+        """Whether loading runs code that the file names."""
+        return self.model.is_own or is_import_path(self.model.backbone or "")
+
+    def to_json(self) -> str:
+        """The text in the file's header."""
+        model = self.model.model_dump(mode="json", include=set(ARCHITECTURE))
+        others = self.model_dump(mode="json", exclude={"model"})
+        first = {"schema_version": 2 if self.has_own_parts else 1}
+        first |= {key: model.pop(key) for key in ("detector", "backbone")} | {"num_classes": others.pop("num_classes")}
+        return json.dumps(first | model | others, ensure_ascii=False, separators=(",", ":"))
+
     def build(self) -> Detector:
         """The model with random weights, nothing frozen, in training mode.
 
-        Random numbers come from a fork of torch's generator, so that loading a teacher does not change what a
-        run draws afterwards.
+        Random numbers come from a fork of torch's generator, so that loading a teacher does not change what a run draws
+        afterwards. Users' own parts are imported and called.
         """
         with torch.random.fork_rng(devices=[]):
-            return self._build()
-
-    def _build(self) -> Detector:
-        backbone = build_backbone(self.backbone, weights="none", frozen_stages=-1, norm_eval=False)
-        return build_family(
-            self.detector,
-            self.num_classes,
-            backbone,
-            neck_channels=self.neck_channels,
-            head_depth=self.head_depth,
-            anchor_scale=self.anchor_scale,
-            roi_samples=self.roi_samples,
-        )
+            return assemble(self.model, self.num_classes)
 
 
 def save_detector(path: Path, detector: Detector, *, metadata: ModelRecord) -> None:
     """Write weights and `metadata` to a `.safetensors` file, whole or not at all.
 
-    Raises ValueError if `metadata` does not describe `detector`: such a file could not be loaded again.
+    Raises ValueError if `metadata` does not describe `detector`: such a file could not be loaded again. Raises
+    UserError where that is so because a user's own class does not build the same model again.
     """
     if path.suffix != NATIVE_SUFFIX:
         raise UserError(f"{path}: a detector is saved as {NATIVE_SUFFIX}; give the file that ending")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}
-    with torch.device("meta"):  # shapes alone: no memory, no random numbers
+    # Shapes alone: no memory, no random numbers. A user's constructor may want real tensors.
+    with nullcontext() if metadata.has_own_parts else torch.device("meta"):
         described = {key: tensor.shape for key, tensor in metadata.build().state_dict().items()}
     if {key: tensor.shape for key, tensor in state.items()} != described:
+        if metadata.has_own_parts:
+            raise UserError(
+                f"{path}: {metadata.model.detector} built again from its options has other weights than the trained "
+                "model, so it could not be loaded; its constructor must make the same model of the same arguments"
+            )
         raise ValueError(f"metadata does not describe the detector: {metadata!r}")
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={HEADER_KEY: metadata.model_dump_json()})
+        save_file(state, temporary, metadata={HEADER_KEY: metadata.to_json()})
 
 
 def load_detector(path: Path) -> tuple[Detector, ModelRecord]:
     """The detector in a native file, float32 on the CPU in eval mode, and what the file says about it.
 
-    Raises UserError for a file that is absent, damaged, from a newer version or not from `save_detector`.
+    A file of a user's own detector names a class; that module is imported and the class is called, so open only those
+    whose author you trust. It must be installed, or lie in the working directory: nothing of it is in the file.
+
+    Raises UserError for a file that is absent, damaged, from a newer version or not from `save_detector`, and for an
+    own part that cannot be imported.
     """
     state = read_tensors(path)  # first: it says clearly when the file is absent or damaged
     record = _read_record(path)
-    detector = record.build()
+    try:
+        detector = record.build()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     load_exactly(detector, state, source=str(path))
     return detector.eval(), record
 
@@ -150,7 +187,7 @@ def load_mmdet_gfl(
         category_ids = tuple(COCO_CATEGORIES)
     record = _validated(
         path,
-        record.model_dump()
+        dict(record)
         | {
             "class_names": class_names,
             "category_ids": category_ids,
@@ -344,16 +381,18 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
     return _validated(
         path,
         {
-            "backbone": _RESNETS[kind, blocks],
+            "model": Model(
+                backbone=_RESNETS[kind, blocks],
+                neck_channels=channels,
+                head_depth=_count(state, r"bbox_head\.cls_convs\.(\d+)\."),
+            ),
             "num_classes": state["bbox_head.gfl_cls.weight"].shape[0],
-            "neck_channels": channels,
-            "head_depth": _count(state, r"bbox_head\.cls_convs\.(\d+)\."),
         },
     )
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the pattern's group takes among the keys."""
+    """Count the different numbers that the pattern's group takes among the keys."""
     return len({match[1] for key in state if (match := re.match(pattern, key))})
 
 
@@ -365,10 +404,14 @@ def _validated(path: Path, fields: Mapping[str, object]) -> ModelRecord:
 
 
 def _one_line(error: ValidationError) -> str:
-    return "; ".join(
-        ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, "))))
-        for problem in error.errors(include_url=False)
-    )
+    """List all problems in one line; keys as they stand in the file."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        keys = [str(key) for key in problem["loc"] if key != "model"]
+        if problem["type"] == "rule":  # of a model's settings, which says its key
+            keys += problem["ctx"]["key"]
+        lines.append(": ".join(filter(None, (".".join(keys), problem["msg"].removeprefix("Value error, ")))))
+    return "; ".join(lines)
 
 
 def _download(url: str, path: Path) -> None:

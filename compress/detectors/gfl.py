@@ -54,6 +54,7 @@ class GFL(Detector):
     quantizable = True
     weights_labels = True
     ignores_regions = True
+    crossable = True
     strides = STRIDES
 
     def __init__(
@@ -78,7 +79,7 @@ class GFL(Detector):
 
     @classmethod
     def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int) -> GFL:
-        """With fresh neck and head, see the constructor."""
+        """Make one with fresh neck and head; see the constructor."""
         return cls(num_classes, backbone, neck_channels=neck_channels, head_depth=head_depth)
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -101,7 +102,7 @@ class GFL(Detector):
     def loss_by_level(
         self, prediction: DensePrediction, targets: Targets, reduce: Reduce | None = None
     ) -> dict[str, Tensor]:
-        """The same as [L] tensors. Formulas: methods of mmdet 3.3 `GFLHead`.
+        """Losses as [L] tensors, one entry a level. Formulas: methods of mmdet 3.3 `GFLHead`.
 
         The class target of a positive location is the IoU of its box, times the score of a pseudo label that has one.
         The box terms are weighted by the best class score of the location and divided by the sum of those

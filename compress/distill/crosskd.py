@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -224,12 +224,12 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gfl(model: Detector) -> GFL:
-    if not isinstance(model, GFL):
+    if not model.crossable:
         raise UserError(
             f"crosskd: the student's features go through the teacher's head, which is built for gfl alone, not for "
             f"{model.family}; use bckd, or a method on features"
         )
-    return model
+    return cast(GFL, model)
 
 
 def _check_heads(student: GFL, teacher: GFL) -> None:

@@ -28,7 +28,9 @@ class Deployable(nn.Module):
     and `select` are its two halves: everything continuous, then everything that decides. An export compares
     them one by one.
 
-    `detector` normalises the images itself. `candidates` is explained in `select_detections`.
+    Any detector whose class says that it is `exportable`, a user's own too: `features`, `predict` and `decode_boxes`
+    go into the graph, and the prediction's `float` and `scores`, which a `DensePrediction` has. `detector` normalises
+    the images itself; without `has_nms` nothing is suppressed. `candidates` is explained in `select_detections`.
     """
 
     def __init__(
@@ -70,14 +72,14 @@ class Deployable(nn.Module):
             scores,
             boxes,
             score_threshold=self.score_threshold,
-            iou_threshold=self.nms_threshold,
+            iou_threshold=self.nms_threshold if self.detector.has_nms else None,
             max_detections=self.max_detections,
             candidates=self.candidates,
         )
 
     @classmethod
     def from_card(cls, detector: Detector, card: ModelCard) -> Deployable:
-        """With the input size and the thresholds of `card`, in eval mode."""
+        """Wrap `detector` with the input size and the thresholds of `card`, in eval mode."""
         module = cls(
             detector,
             card.input_size,

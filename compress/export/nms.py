@@ -36,7 +36,7 @@ from deploy.core.card import MAX_CANDIDATES
 def class_aware_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, iou_threshold: float, iterations: int = 32
 ) -> Tensor:
-    """Which boxes greedy per-class suppression keeps: bool [B, N].
+    """Find the boxes that greedy per-class suppression keeps: bool [B, N].
 
     boxes: float32 [B, N, 4] xyxy in any unit, x1 ≤ x2 and y1 ≤ y2, IoU threshold ≥ 0. scores: float32 [B, N]
     in any order; a score ≤ 0 marks a place that holds nothing: it is not kept and suppresses nothing.
@@ -58,7 +58,7 @@ def select_detections(
     boxes: Tensor,
     *,
     score_threshold: float,
-    iou_threshold: float,
+    iou_threshold: float | None,
     max_detections: int,
     candidates: int = 1000,
     iterations: int = 32,
@@ -68,8 +68,8 @@ def select_detections(
 
     scores: float32 [B, A, K], probabilities. boxes: float32 [B, A, 4] xyxy in pixels, clipped as wished. The
     best `candidates` (location, class) pairs with a score above `score_threshold` (strictly) and a box of
-    positive width and height go through `class_aware_nms`; the best D = `max_detections` of what is left
-    come out in descending score, with zeros past `count`.
+    positive width and height go through `class_aware_nms`, unless `iou_threshold` is None; the best
+    D = `max_detections` of what is left come out in descending score, with zeros past `count`.
 
     A limit of 1000 pairs a level, as GFL's reference has it, changes nothing here while `candidates` ≤ 1000:
     the best 1000 of all levels are among the best 1000 of each. Raises ValueError when `candidates` is
@@ -85,8 +85,10 @@ def select_detections(
     top_boxes = boxes.gather(1, where[:, :, None].expand(-1, -1, 4))
     extent = top_boxes[..., 2:] - top_boxes[..., :2]
     valid = (top_scores > score_threshold) & (extent[..., 0] > 0) & (extent[..., 1] > 0)
-    index = torch.arange(count, device=scores.device)
-    keep = _suppress(top_boxes, labels, valid, index[:, None] < index[None, :], iou_threshold, iterations)
+    keep = valid
+    if iou_threshold is not None:
+        index = torch.arange(count, device=scores.device)
+        keep = _suppress(top_boxes, labels, valid, index[:, None] < index[None, :], iou_threshold, iterations)
 
     kept_scores, order = torch.where(keep, top_scores, -1.0).topk(min(max_detections, count))
     real = kept_scores >= 0

@@ -122,7 +122,8 @@ def _source(source: Source, console: Console) -> Source:
 
 
 def _zoo(name: str, classes: int) -> Detector:
-    return freeze(ModelRecord(backbone="resnet101" if "_r101_" in name else "resnet50", num_classes=classes).build())
+    model = Model(backbone="resnet101" if "_r101_" in name else "resnet50")
+    return freeze(ModelRecord(model=model, num_classes=classes).build())
 
 
 def _without_download(model: Model, console: Console, who: str) -> Model:

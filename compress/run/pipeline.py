@@ -18,7 +18,7 @@ from compress.config.recipe import Recipe, dump_recipe
 from compress.config.train import Train
 from compress.console import open_console
 from compress.detectors.base import Detector
-from compress.detectors.build import build_detector
+from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze
@@ -54,16 +54,24 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run)
     if not dry_run and is_first_process():
-        if recipe.student.detector == "faster_rcnn":
+        reason = detector_class(recipe.student.detector, "student.detector").exportable
+        if reason is not None:
             open_console().print(
-                "not exported, validated or benchmarked: a faster_rcnn has no fixed graph; its weights are "
-                f"{run_dir / 'student.safetensors'}, its figures stand above"
+                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
+                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
             )
             return run_dir
         from compress.run.evidence import gather_evidence  # export, validation, latency, report
 
         gather_evidence(recipe, run_dir)
     return run_dir
+
+
+def _check_student(recipe: Recipe) -> None:
+    """Ask the class of the student, which may be a user's own, whether it can do what the recipe wants of it."""
+    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    if problem is not None:
+        raise UserError(": ".join(problem))
 
 
 def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True) -> Path:
@@ -80,6 +88,7 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     from compress.run.dry_run import dry_run as rehearse
 
     fabric = _launch(recipe)
+    _check_student(recipe)
     if dry_run:
         rehearse(recipe, fabric, distillation=distillation)
         return recipe.run_dir
@@ -300,4 +309,4 @@ def _given_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Man
 
 
 def _describe(record: ModelRecord) -> str:
-    return f"{record.detector} {record.backbone}"
+    return " ".join(filter(None, (record.model.detector, record.model.backbone)))

@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from compress.config.data import Split
+from compress.config.families import families_with
 from compress.config.pseudo import FineTune, PseudoLabels
 from compress.config.recipe import Recipe
 from compress.config.teacher import Source
@@ -26,6 +27,7 @@ from compress.config.train import Schedule, Train
 from compress.data.coco import CocoDetection
 from compress.data.concat import Joined
 from compress.data.transforms import eval_transform
+from compress.detectors.build import detector_class
 from compress.manifest import Manifest
 from compress.pseudo import parts
 from compress.pseudo.images import ImageList, images_in
@@ -293,10 +295,12 @@ def labels_of(recipe: Recipe, teachers: Sequence[BoxTeacher], categories: Sequen
             raise UserError(f"teacher {teacher.file}: does not name its classes, so they cannot be matched")
         found.append(class_map(teacher.class_names, categories, settings.class_map, teacher=f"teacher {teacher.file}"))
     unseen = [name for label, name in enumerate(categories) if not any(label in labels for labels in found)]
-    if unseen and recipe.student.detector == "faster_rcnn":
+    family = recipe.student.detector
+    if unseen and not detector_class(family, "student.detector").ignores_regions:
         raise UserError(
-            f"pseudo_labels: no teacher looks for {', '.join(unseen)}, and a faster_rcnn student cannot learn from "
-            "images of which only some classes are known; take a gfl, fcos or retinanet student, or another teacher"
+            f"pseudo_labels: no teacher looks for {', '.join(unseen)}, and a {family} student cannot learn "
+            f"from images of which only some classes are known; take a {families_with('ignores_regions')} student, or "
+            "another teacher"
         )
     return found
 

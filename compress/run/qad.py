@@ -15,7 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -261,9 +261,11 @@ def load_grids(path: Path) -> Grids:
 
 def _gfl(checkpoint: Path) -> tuple[GFL, ModelRecord]:
     detector, record = load_detector(checkpoint)
-    if not isinstance(detector, GFL):
-        raise UserError(f"{checkpoint}: quantization-aware distillation is for gfl students, this is {record.detector}")
-    return detector, record
+    if not detector.quantizable:
+        raise UserError(
+            f"{checkpoint}: quantization-aware distillation is for gfl students, this is {record.model.detector}"
+        )
+    return cast(GFL, detector), record
 
 
 def _dense(detector: GFL, card: ModelCard, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric import Fabric
 
@@ -18,7 +18,7 @@ from compress.console import open_console
 from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.detectors.base import Capability, Detector
-from compress.detectors.build import Family, build_detector, inherit
+from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
@@ -105,15 +105,9 @@ def train_arm(
     )
     result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
     if fabric.is_global_zero and result.metrics is not None:
-        assert model.backbone is not None
         record = ModelRecord(
-            detector=cast(Family, model.detector),
-            backbone=model.backbone,
+            model=model_of(detector),
             num_classes=detector.num_classes,
-            neck_channels=model.neck_channels,
-            head_depth=model.head_depth,
-            anchor_scale=model.anchor_scale,
-            roi_samples=model.roi_samples,
             class_names=data.train.categories,
             category_ids=data.train.category_ids,
             val_map=result.metrics.map,

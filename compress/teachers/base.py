@@ -1,4 +1,4 @@
-"""What a teacher is: at the least, something that finds boxes in images (`BoxTeacher`).
+"""The contract of a teacher: at the least, something that finds boxes in images (`BoxTeacher`).
 
 Teachers differ in what they look at. A detector of this project takes the images that the student sees, resized and in
 batches. A foreign model prepares the image of the file by its own rules. A file of results looks the image up.
@@ -14,6 +14,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from compress.detectors.base import Capability, Detector, ImageDetections
 
 
 class View(enum.Enum):
-    """What of an image a teacher looks at."""
+    """Part of an image that a teacher looks at."""
 
     RESIZED = "resized"  # as the student sees it
     ORIGINAL = "original"  # as the file has it
@@ -49,7 +50,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a teacher does to an image before its network; for people and for comparison, not for computing.
+    """Preparation of an image before a teacher's network; for people and for comparison, not for computing.
 
     mean, std: of RGB pixels 0..255, in the order of the channels that the network gets; None where unknown.
     order: of the channels that the network gets. size: in words, for example `letterbox to 640 x 640`.
@@ -62,27 +63,28 @@ class Preprocessing:
 
 
 class BoxTeacher(Protocol):
-    """Frozen, in eval mode, on its device."""
+    """Frozen, in eval mode, on its device. A subclass gets the defaults of what gives boxes alone, and has to set
+    `sha256`, `class_names` and `view` and to implement `detect`."""
 
     file: str
     """Its name in messages and provenance: a file name without folder, or `zoo:NAME`."""
     sha256: str
-    """Of what defines it: file, folder or weights. Same digits, same teacher (given `settings`)."""
-    settings: Mapping[str, Any]
-    """What else decides its boxes (JSON-able, without paths); empty where the file says everything."""
+    """Digits of what defines it: file, folder or weights. Same digits, same teacher (given `settings`)."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """Settings that decide its boxes besides (JSON-able, without paths); empty where the file says everything."""
     class_names: tuple[str, ...] | None
-    """In the order of its labels; None where nothing says."""
-    capabilities: frozenset[Capability]
-    """Of `detector`; BOXES alone where there is none."""
-    detector: Detector | None
-    """What feature and logit methods learn from, on the same device, frozen; its labels are those of `class_names`.
-    None: boxes are all that it gives."""
+    """Names in the order of its labels; None where nothing says."""
+    capabilities: frozenset[Capability] = frozenset({Capability.BOXES})
+    """Capabilities of `detector`; BOXES alone where there is none."""
+    detector: Detector | None = None
+    """Model that feature and logit methods learn from, on the same device, frozen; its labels are those of
+    `class_names`. None: boxes are all that it gives."""
     view: View
-    preprocessing: Preprocessing | None
+    preprocessing: Preprocessing | None = None
     """None: it looks at no pixels."""
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
-        """Can it say something about these images? Asked once for each list of images, before long work.
+        """Check that it can say something about these images. Asked once for each list, before long work.
 
         Args:
             ids: image ids of the COCO file that lists the images; None for a folder, whose images have no ids.
@@ -95,6 +97,7 @@ class BoxTeacher(Protocol):
         Raises:
             UserError: it knows nothing about one of them, or cannot tell it from an image of a list of before.
         """
+        return None
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Detections of each image in pixels of its file (`original_size`), best first, with scores at or above the

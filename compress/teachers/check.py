@@ -1,4 +1,4 @@
-"""A teacher is looked at before anybody learns from it: its classes, what it does to images, its mAP.
+"""Checks of a teacher before a student learns from it: its classes, what it does to images, its mAP.
 
 `check_teacher` says all that and stops a run whose teacher is too weak. The parts are functions of their own.
 """
@@ -16,11 +16,10 @@ from compress.detectors.base import MEAN, STD
 from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
 from compress.training.evaluate import coco_rows
+from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.errors import UserError
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 
-LOWEST_SCORE = 0.05
-"""Of the detections that count, as in the evaluation of students."""
 TOLERANCE = 0.5
 """Means and deviations of pixels that differ by less are the same: people round them."""
 BATCH = 8
@@ -89,12 +88,12 @@ def check_teacher(
 
 
 def seen_images(short: int, long: int) -> Preprocessing:
-    """What happens to images that are resized to these limits for a model of this program."""
+    """Preparation of images that are resized to these limits for a model of this program."""
     return Preprocessing(f"short side {short}, long side {long}", "RGB", MEAN, STD)
 
 
 def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence[str]) -> list[str]:
-    """Which class of the teacher is which of the data, and what has no counterpart."""
+    """Lines that say which class of the teacher is which of the data, and what has no counterpart."""
     names = teacher.class_names or ()
     start = f"teacher {teacher.file}: "
     if list(names) == list(categories) and list(labels) == list(range(len(categories))):
@@ -115,7 +114,7 @@ def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence
 
 
 def preprocessing_lines(teacher: BoxTeacher, seen: Preprocessing) -> list[str]:
-    """What the teacher does to images; a warning where that is not what happens to those that it is shown."""
+    """Lines that say what the teacher does to images; a warning where those that it gets are prepared otherwise."""
     own = teacher.preprocessing
     if own is None:
         return []
@@ -149,7 +148,7 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
     rows: list[dict[str, Any]] = []
     for first in range(0, len(mine), BATCH):
         samples = [_sample(val, index, teacher.view) for index in mine[first : first + BATCH]]
-        for sample, found in zip(samples, teacher.detect(samples, score_threshold=LOWEST_SCORE), strict=True):
+        for sample, found in zip(samples, teacher.detect(samples, score_threshold=SCORE_THRESHOLD), strict=True):
             found.labels = found.labels.new_tensor(labels)[found.labels]
             found.boxes, found.scores, found.labels = (
                 values[found.labels >= 0] for values in (found.boxes, found.scores, found.labels)
@@ -170,7 +169,7 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
 
 
 def described(preprocessing: Preprocessing) -> str:
-    """In one line."""
+    """Write a preprocessing in one line."""
     parts = [preprocessing.size, preprocessing.order]
     for name, values in (("mean", preprocessing.mean), ("deviation", preprocessing.std)):
         if values is not None:

@@ -2,18 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from compress.config.recipe import load_teacher_file
-from compress.config.teacher import Onnx, Source
+from compress.config.teacher import Custom, Mmdet, Onnx, Source, Torchvision, Transformers
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """A source of teachers, a key of `compress.config.teacher.Source`.
+
+    open: its section, the device and names by category id (None: unknown) → a frozen teacher on that device. It imports
+        the source's own library.
+    """
+
+    open: Callable[[Any, torch.device, Mapping[int, str] | None], BoxTeacher]
+
+
+def _checkpoint(checkpoint: str, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    detector, record = load_teacher_checkpoint(checkpoint)
+    path = checkpoint_file(checkpoint)
+    return DetectorTeacher(
+        detector,
+        file=checkpoint if checkpoint.startswith("zoo:") else Path(path).name,
+        sha256=sha256_of(path),
+        class_names=record.class_names,
+        device=device,
+    )
+
+
+def _torchvision(source: Torchvision, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    from compress.teachers.torchvision import TorchvisionTeacher
+
+    return TorchvisionTeacher(source, device)
+
+
+def _mmdet(source: Mmdet, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    from compress.teachers.mmdet import open_mmdet
+
+    return open_mmdet(source, device)
+
+
+def _transformers(source: Transformers, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    from compress.teachers.transformers import TransformersTeacher
+
+    return TransformersTeacher(source.model, device)
+
+
+def _onnx(source: Onnx, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    from compress.teachers.onnx import open_onnx
+
+    return open_onnx(source, device)
+
+
+def _results(path: Path, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    from compress.teachers.results import ResultsTeacher
+
+    return ResultsTeacher(path, categories)
+
+
+def _custom(source: Custom, device: torch.device, categories: Mapping[int, str] | None) -> BoxTeacher:
+    from compress.teachers.custom import open_custom
+
+    return open_custom(source, device, categories)
+
+
+TEACHERS = {
+    "checkpoint": TeacherRecord(_checkpoint),
+    "torchvision": TeacherRecord(_torchvision),
+    "mmdet": TeacherRecord(_mmdet),
+    "transformers": TeacherRecord(_transformers),
+    "onnx": TeacherRecord(_onnx),
+    "results": TeacherRecord(_results),
+    "custom": TeacherRecord(_custom),
+}
 
 
 def open_teacher(
@@ -30,29 +102,8 @@ def open_teacher(
     """
     if isinstance(source, str):
         source = source_of(source)
-    # A kind's own library is imported where it is used.
-    if source.torchvision is not None:
-        from compress.teachers.torchvision import TorchvisionTeacher
-
-        return TorchvisionTeacher(source.torchvision, device)
-    if source.mmdet is not None:
-        from compress.teachers.mmdet import open_mmdet
-
-        return open_mmdet(source.mmdet, device)
-    if source.transformers is not None:
-        from compress.teachers.transformers import TransformersTeacher
-
-        return TransformersTeacher(source.transformers.model, device)
-    if source.onnx is not None:
-        from compress.teachers.onnx import open_onnx
-
-        return open_onnx(source.onnx, device)
-    if source.results is not None:
-        from compress.teachers.results import ResultsTeacher
-
-        return ResultsTeacher(source.results, categories)
-    assert source.checkpoint is not None, "the section was validated"
-    return _native(source.checkpoint, device)
+    (key,) = source.given
+    return TEACHERS[key].open(getattr(source, key), device, categories)
 
 
 def source_of(text: str) -> Source:
@@ -73,18 +124,3 @@ def source_of(text: str) -> Source:
         raise UserError(
             f"{text}: can be no teacher; use .safetensors, .pth, zoo:NAME, .onnx, COCO results (.json), or .yaml"
         ) from None
-
-
-# --- details --------------------------------------------------------------------------------------------
-
-
-def _native(checkpoint: str, device: torch.device) -> DetectorTeacher:
-    detector, record = load_teacher_checkpoint(checkpoint)
-    path = checkpoint_file(checkpoint)
-    return DetectorTeacher(
-        detector,
-        file=checkpoint if checkpoint.startswith("zoo:") else Path(path).name,
-        sha256=sha256_of(path),
-        class_names=record.class_names,
-        device=device,
-    )

@@ -1,4 +1,4 @@
-"""Any detector of mmdet 3.x as a teacher, from its config and checkpoint: `open_mmdet`.
+"""Detectors of mmdet 3.x as teachers, from its config and checkpoint: `open_mmdet`.
 
 The network, its normalisation and its selection of detections are mmdet's own; images are those that the student sees
 (the config's pipeline is not run, so choose `data.short` and `data.long` near its image size). What a model gives:
@@ -100,7 +100,7 @@ class Seen:
 
 @dataclass
 class Maps:
-    """What a head that is not dense makes of maps: nothing that a method could use but their strides."""
+    """Output of a head that is not dense: nothing that a method could use but the strides."""
 
     maps: list[Tensor]
     strides: tuple[int, ...]
@@ -175,7 +175,7 @@ class MmdetDetector(Detector):
         return list(self.model.extract_feat(self._normalised(images)))
 
     def predict(self, features: list[Tensor]) -> DensePrediction | Maps:
-        """What a dense head makes of the maps. `sides` are as the head's box coder takes them: distances in pixels in
+        """Run a dense head on the maps. `sides` are as the head's box coder takes them: distances in pixels in
         FCOS, deltas of anchors in ATSS and RetinaNet. FCOS's locations lie half a stride right of and below those that
         `DensePrediction` speaks of; `decode_boxes` has them right."""
         if self._dense is None:
@@ -277,7 +277,7 @@ def _dense_head(model: Any) -> _Dense | None:
 
 
 def _meta(size: ImageSize, shape: tuple[int, int]) -> dict[str, Any]:
-    """What mmdet's pipeline would say of an image in a batch of `shape`."""
+    """Describe an image in a batch of `shape` as mmdet's pipeline would."""
     (height, width), (file_height, file_width) = size.network, size.original
     return {
         "img_shape": (height, width),

@@ -20,7 +20,7 @@ from deploy.core.errors import UserError, first_line
 
 
 def need_mmdet() -> None:
-    """Raises UserError unless mmdet, and mmcv with its compiled operators, can be imported."""
+    """Check that mmdet, and mmcv with its compiled operators, can be imported. Raises UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside mmdet are not the user's business
@@ -154,7 +154,7 @@ def gets_rgb(settings: Any) -> bool:
 
 
 def number_of_classes(model: Any) -> int | None:
-    """Of the head that names the classes."""
+    """Count the classes of the head that names them."""
     head = getattr(model, "bbox_head", None) or getattr(getattr(model, "roi_head", None), "bbox_head", None)
     if isinstance(head, nn.ModuleList):  # a cascade
         head = head[-1]
@@ -163,7 +163,7 @@ def number_of_classes(model: Any) -> int | None:
 
 
 def class_names(settings: Any, content: Mapping[str, Any], expected: int | None) -> tuple[str, ...] | None:
-    """From the checkpoint, else from the config, else of the config's kind of data set; of the right number."""
+    """Names from the checkpoint, else from the config, else of the config's kind of data set; of the right number."""
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     candidates = [meta.get("dataset_meta"), meta]

@@ -31,7 +31,7 @@ ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(
 
 
 def open_onnx(source: Onnx, device: torch.device) -> CardTeacher | ForeignTeacher:
-    """Raises UserError for a file that ONNX Runtime cannot load, or that is not as described."""
+    """Open an ONNX file. Raises UserError if ONNX Runtime cannot load it, or it is not as described."""
     if source.output is None:
         return CardTeacher(source.file, device)
     return ForeignTeacher(source, device)
@@ -90,7 +90,7 @@ class CardTeacher:
 
 
 class ForeignTeacher:
-    """Any other file. Images go through it one by one."""
+    """Teacher in any other file. Images go through it one by one."""
 
     capabilities = frozenset({Capability.BOXES})
     detector: Detector | None = None
@@ -162,7 +162,7 @@ class ForeignTeacher:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an image lies on the network's canvas.
+    """Place of an image on the network's canvas.
 
     canvas: (height, width). scale: canvas pixels per image pixel, (x, y). offset: of the image's corner, (x, y).
     """
@@ -208,7 +208,7 @@ def prepare(image: np.ndarray, how: OnnxInput, size: tuple[int, int]) -> tuple[n
 def boxes_of(
     outputs: Mapping[str, np.ndarray], how: OnnxOutput, num_classes: int, placed: Placed
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a network gave as boxes float32 [n, 4] xyxy in pixels of the image, scores float32 [n], labels int64 [n].
+    """Turn outputs into boxes float32 [n, 4] xyxy in pixels of the image, scores float32 [n], labels int64 [n].
 
     Of scores a class, every class of a box is a detection of its own, as in the usual evaluation.
 
@@ -320,7 +320,7 @@ def _described(how: OnnxInput, size: tuple[int, int]) -> Preprocessing:
 
 
 def _unbatched(role: str, array: np.ndarray) -> np.ndarray:
-    """Without a leading axis of 1, where there is one axis more than needed."""
+    """Drop a leading axis of 1, where there is one axis more than needed."""
     axes = {"combined": 2, "boxes": 2, "labels": 1}
     most = axes.get(role, 2)
     while array.ndim > most and array.shape[0] == 1:

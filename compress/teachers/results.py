@@ -31,7 +31,7 @@ from deploy.core.files import sha256_of
 
 
 class ResultsTeacher:
-    """See the module.
+    """Teacher in a file of results.
 
     Args:
         path: the JSON file.

@@ -30,7 +30,7 @@ from deploy.core.files import sha256_of
 
 
 class TorchvisionTeacher:
-    """See the module. Raises UserError for weights that cannot be had or do not fit."""
+    """Teacher in a model of torchvision. Raises UserError for weights that cannot be had or do not fit."""
 
     view = View.ORIGINAL
 
@@ -110,7 +110,7 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
 
 
 def detector_of(model: Any, labels: Sequence[int]) -> Detector | None:
-    """The same weights as a detector of this project, with the classes `labels` (of torchvision's) alone.
+    """Make a detector of this project with the same weights, with the classes `labels` (of torchvision's) alone.
 
     None where there is nothing to learn from but boxes: SSD's maps have a width each, and the pyramid on MobileNet two
     levels, where the contract of detectors has one width and four or five levels.

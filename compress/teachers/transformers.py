@@ -21,11 +21,11 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 
 GAP = "N/A"
-"""What COCO models of 91 outputs call an id that COCO does not use."""
+"""Name, in COCO models of 91 outputs, of an id that COCO does not use."""
 
 
 class TransformersTeacher:
-    """See the module.
+    """Teacher in a folder of transformers.
 
     Args:
         folder: with config.json, preprocessor_config.json and weights.
@@ -120,7 +120,7 @@ class TransformersTeacher:
 
 
 def _folder_sha256(folder: Path) -> str:
-    """Of the names and contents of the files that decide what the model finds."""
+    """Hash the names and contents of the files that decide what the model finds."""
     digest = hashlib.sha256()
     kinds = (".json", ".safetensors", ".bin")
     for path in sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file()):

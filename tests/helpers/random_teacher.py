@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from compress.config.model import Model
+from compress.detectors.build import assemble
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo import parts
 from compress.pseudo.images import images_in
@@ -17,10 +19,11 @@ SMALL = Settings(tau=0.6, tau_ignore=0.5, short=64, long=96, batch_size=2)
 
 def teacher(path: Path, names: tuple[str, ...], seed: int) -> str:
     """Random, with scores all over 0..1 and small boxes that do not all suppress each other."""
-    record = ModelRecord(backbone="nano", num_classes=len(names), neck_channels=32, head_depth=0, class_names=names)
+    model = Model(backbone="nano", neck_channels=32, head_depth=0)
+    record = ModelRecord(model=model, num_classes=len(names), class_names=names)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        detector = record._build()
+        detector = assemble(model, len(names))
         with torch.no_grad():
             detector.head.gfl_cls.weight.normal_(std=0.2)
             detector.head.gfl_cls.bias.zero_()  # type: ignore[union-attr]

@@ -40,7 +40,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("gfl")
     _, checkpoint = models.save(folder, settings, theirs, tuple(f"class{i}" for i in range(CLASSES)))
     ours, record = load_mmdet_gfl(Path(checkpoint))
-    assert record.backbone == f"resnet{request.param}" and record.class_names is not None
+    assert record.model.backbone == f"resnet{request.param}" and record.class_names is not None
     assert record.class_names[79] == "class79"
     batch = collate([sample(i, size) for i, size in enumerate(SIZES)])
     assert batch.images.shape == (4, 3, 256, 320)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compress.config.methods import Methods
+from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.config.teacher import Mmdet
 from compress.data.batch import collate
@@ -52,7 +53,7 @@ def test_a_training_step(kind: str, methods: dict[str, object], tmp_path: Path) 
     config, checkpoint = saved(tmp_path, kind)
     teacher = open_mmdet(Mmdet(config=config, checkpoint=checkpoint), torch.device("cpu")).detector
     assert isinstance(teacher, MmdetDetector)
-    student = ModelRecord(backbone="nano", num_classes=3, neck_channels=32, head_depth=1).build()
+    student = ModelRecord(model=Model(backbone="nano", neck_channels=32, head_depth=1), num_classes=3).build()
     pairs = [sample(i, (120, 150)) for i in range(2)]
     for _, target in pairs:
         target.labels %= 3
@@ -76,7 +77,7 @@ def test_a_training_step(kind: str, methods: dict[str, object], tmp_path: Path) 
 def test_methods_that_a_teacher_cannot_serve(tmp_path: Path) -> None:
     config, checkpoint = saved(tmp_path, "faster_rcnn")
     teacher = open_mmdet(Mmdet(config=config, checkpoint=checkpoint), torch.device("cpu")).detector
-    student = ModelRecord(backbone="nano", num_classes=3, neck_channels=32, head_depth=1).build()
+    student = ModelRecord(model=Model(backbone="nano", neck_channels=32, head_depth=1), num_classes=3).build()
     assert teacher is not None
     with pytest.raises(UserError, match="needs dense of the teacher, which mmdet's FasterRCNN cannot give"):
         build_methods(Methods.model_validate({"bckd": {}}), student, teacher)

@@ -56,15 +56,14 @@ from compress.detectors.torchvision.parts import (
     per_image,
     summed,
 )
+from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.errors import UserError
 
-ANCHOR_SCALE = 4.0  # side of RetinaNet's smallest anchor in strides
-HEAD_DEPTH = 4  # most convolutions that torchvision builds into a tower of RetinaNet
 BETWEEN = Matcher.BETWEEN_THRESHOLDS  # in `Assignment.gt_index`: neither positive nor negative
 
 
 class TorchvisionDense(TorchvisionDetector, ABC):
-    """What FCOS and RetinaNet have in common.
+    """Base of FCOS and RetinaNet.
 
     Args:
         num_classes: K.
@@ -175,9 +174,9 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         prediction: DensePrediction,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """torchvision's selection: detections in pixels of each image file, best first."""
         prediction = prediction.float()
@@ -207,7 +206,7 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         """sides [B, A, 4] at anchors [A, 4] → boxes [B, A, 4]."""
 
     def share(self, targets: Targets) -> Tensor:
-        """What the loss of this process is multiplied by, so that the mean over processes is that of their batch."""
+        """Factor on the loss of this process, so that the mean over processes is the loss of the whole batch."""
         return torch.ones((), device=targets.boxes.device)
 
 
@@ -239,8 +238,8 @@ class FCOS(TorchvisionDense):
     radius = 1.5  # of the centre of a box, in strides: where locations may be positive
 
     @classmethod
-    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int = 256, head_depth: int = 4) -> FCOS:
-        """With fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower."""
+    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int) -> FCOS:
+        """Make one with fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower."""
         head = FCOSHead(neck_channels, 1, num_classes, 0)
         head.classification_head = FCOSClassificationHead(
             neck_channels, 1, num_classes, head_depth, norm_layer=group_norm
@@ -264,8 +263,8 @@ class FCOS(TorchvisionDense):
         return decoded
 
     def share(self, targets: Targets) -> Tensor:
-        mine = targets.assignment.num_positives.sum().clamp(min=1)
-        return mine * targets.world_size / targets.level_positives.sum().clamp(min=1)
+        positives = targets.assignment.num_positives.sum().clamp(min=1)
+        return positives * targets.world_size / targets.level_positives.sum().clamp(min=1)
 
 
 class RetinaNetMaps(RetinaNetHead):
@@ -318,12 +317,12 @@ class RetinaNet(TorchvisionDense):
         num_classes: int,
         backbone: Backbone,
         *,
-        neck_channels: int = 256,
-        head_depth: int = HEAD_DEPTH,
-        anchor_scale: float = ANCHOR_SCALE,
+        neck_channels: int,
+        head_depth: int,
+        anchor_scale: float,
     ) -> RetinaNet:
-        """With fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower, at most 4.
-        anchor_scale: side of the smallest anchor in strides."""
+        """Make one with fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower, at
+        most 4. anchor_scale: side of the smallest anchor in strides."""
         octaves = [2 ** (n / 3) for n in range(3)]
         sizes = tuple(tuple(int(int(anchor_scale * s) * octave) for octave in octaves) for s in STRIDES)
         around_zero = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)).cell_anchors
@@ -351,7 +350,7 @@ class RetinaNet(TorchvisionDense):
 
 
 class _Matches:
-    """In place of a head: `compute_loss` of torchvision's detectors matches, then hands the matches to its head."""
+    """Stand-in for a head: `compute_loss` of torchvision's detectors matches, then hands the matches to its head."""
 
     @staticmethod
     def compute_loss(

@@ -1,4 +1,4 @@
-"""What the detectors built of torchvision's modules share: pixels to maps, their pyramid, and grids of anchors."""
+"""Shared parts of the detectors built of torchvision's modules: pixels to maps, the pyramid, grids of anchors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def grid_anchors(cells: Sequence[Tensor], level_sizes: Sequence[tuple[int, int]], stride: int) -> list[Tensor]:
-    """What torchvision's AnchorGenerator gives for an image: float32 [M, 4] xyxy in pixels, a level.
+    """Anchors as torchvision's AnchorGenerator gives them for an image: float32 [M, 4] xyxy in pixels, a level.
 
     The distance between locations is the side of the image divided by that of the grid, rounded down: less than the
     level's stride where a grid covers more than the image.
@@ -104,7 +104,7 @@ def cell_sizes(cells: Sequence[Tensor]) -> tuple[tuple[tuple[float, float], ...]
 
 
 def pad_labelled(targets: Sequence[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`pad_targets` without crowd boxes, which torchvision's losses do not know: what they cover is background."""
+    """Pad targets without crowd boxes, which torchvision's losses do not know: what they cover is background."""
     kept = [
         replace(t, boxes=t.boxes[~t.ignore], labels=t.labels[~t.ignore], ignore=t.ignore[~t.ignore]) for t in targets
     ]

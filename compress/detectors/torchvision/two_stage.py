@@ -39,11 +39,10 @@ from compress.detectors.torchvision.parts import (
     pad_labelled,
     per_image,
 )
+from deploy.core.card import MAX_DETECTIONS, SCORE_THRESHOLD
 from deploy.core.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
-ANCHOR_SCALE = 8.0  # side of a square anchor in strides
-ROI_SAMPLES = 512  # proposals of an image that train the second stage
 ROI_SIDE = 7  # locations of a proposal
 WIDENING = 4  # neurons of the fully connected layers for each channel of the pyramid: 1024 at 256
 
@@ -104,12 +103,12 @@ class FasterRCNN(TorchvisionDetector):
         num_classes: int,
         backbone: Backbone,
         *,
-        neck_channels: int = 256,
-        head_depth: int = 4,
-        anchor_scale: float = ANCHOR_SCALE,
-        roi_samples: int = ROI_SAMPLES,
+        neck_channels: int,
+        head_depth: int,
+        anchor_scale: float,
+        roi_samples: int,
     ) -> FasterRCNN:
-        """With fresh pyramid and heads.
+        """Make one with fresh pyramid and heads.
 
         Args:
             head_depth: 3 × 3 convolutions before the fully connected layer of the second stage, 4 in
@@ -118,6 +117,11 @@ class FasterRCNN(TorchvisionDetector):
             roi_samples: proposals of an image that train the second stage; drawn from four times as many, at most
                 2000; as many, at most 1000, are looked at in evaluation.
         """
+        if not hasattr(backbone, "all_maps"):
+            raise UserError(
+                f"a faster_rcnn starts from C2 too, which {type(backbone).__name__} does not give: it needs a method "
+                "all_maps(images) -> [C2, C3, C4, C5]"
+            )
         C, wide = neck_channels, WIDENING * neck_channels
         sizes = tuple((int(anchor_scale * stride),) for stride in (*STRIDES, 2 * STRIDES[-1]))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -161,7 +165,7 @@ class FasterRCNN(TorchvisionDetector):
         for what, found in (
             ("weights", any(t.scores is not None for t in targets)),
             ("regions to ignore", any(t.unsure is not None and bool(t.unsure.any()) for t in targets)),
-            ("classes that nobody looked for", any(t.uncovered is not None for t in targets)),
+            ("classes that no teacher looked for", any(t.uncovered is not None for t in targets)),
         ):
             if found:
                 raise UserError(
@@ -197,13 +201,13 @@ class FasterRCNN(TorchvisionDetector):
         prediction: TwoStagePrediction,
         sizes: Sequence[ImageSize],
         *,
-        score_threshold: float = 0.05,
+        score_threshold: float = SCORE_THRESHOLD,
         nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        max_detections: int = MAX_DETECTIONS,
     ) -> list[ImageDetections]:
         """torchvision's selection: detections in pixels of each image file, best first. Only in eval
         mode."""
-        assert not self.training, "proposals of training are others"
+        assert not self.training, "in training other proposals are kept"
         inside = [size.network for size in sizes]
         images, maps = _stage_inputs(prediction.float(), inside)
         proposals, _ = self.rpn(images, maps)
@@ -223,7 +227,7 @@ class FasterRCNN(TorchvisionDetector):
 def _stage_inputs(
     prediction: TwoStagePrediction, sizes: list[tuple[int, int]]
 ) -> tuple[ImageList, OrderedDict[str, Tensor]]:
-    """What torchvision's stages read: the sizes of images and batch, and the maps by name."""
+    """Inputs of torchvision's stages: the sizes of images and batch, and the maps by name."""
     finest, coarsest = prediction.maps[0], prediction.maps[-1]
     height, width = (side * prediction.strides[0] for side in finest.shape[2:])
     images = ImageList(finest.new_empty(len(sizes), 0, height, width), sizes)

@@ -809,6 +809,7 @@ def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.Mo
     """The recipe beside the checkpoint says the thresholds, the input size and where images are."""
     import torch
 
+    from compress.config.model import Model
     from compress.detectors.backbones import build_backbone
     from compress.detectors.checkpoints import ModelRecord, save_detector
     from compress.detectors.gfl import GFL
@@ -818,10 +819,8 @@ def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.Mo
     backbone = build_backbone("nano", weights="none", frozen_stages=-1, norm_eval=False)
     detector = GFL(3, backbone, neck_channels=32, head_depth=1)
     record = ModelRecord(
-        backbone="nano",
+        model=Model(backbone="nano", neck_channels=32, head_depth=1),
         num_classes=3,
-        neck_channels=32,
-        head_depth=1,
         class_names=("a", "b", "c"),
         category_ids=(1, 2, 3),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from lightning.fabric import Fabric
 
+from compress.config.model import Model
 from compress.config.recipe import Recipe, load_recipe
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.gfl import GFL
@@ -95,7 +96,7 @@ def test_the_published_constants() -> None:
 @pytest.fixture(scope="module")
 def teacher() -> GFL:
     """What a dry run has in place of the zoo's file; made once here."""
-    return freeze(ModelRecord(backbone="resnet101", num_classes=80).build())
+    return freeze(ModelRecord(model=Model(backbone="resnet101"), num_classes=80).build())
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compress.config.model import Model
 from compress.detectors import checkpoints
 from compress.detectors.checkpoints import (
     COCO_CATEGORIES,
@@ -145,7 +146,7 @@ def test_names_and_shapes_are_mmdets(depth: int) -> None:
     )
     assert hashlib.sha256(text.encode()).hexdigest() == LIST_SHA256[depth]
     with torch.device("meta"):
-        detector = ModelRecord(backbone=f"resnet{depth}", num_classes=80).build()
+        detector = ModelRecord(model=Model(backbone=f"resnet{depth}"), num_classes=80).build()
     ours = {mmdet_key(key): tuple(tensor.shape) for key, tensor in detector.state_dict().items()}
     del official["bbox_head.integral.project"]
     assert ours == official
@@ -161,7 +162,7 @@ def test_hash_generator() -> None:
 def test_architecture_checksum(depth: int) -> None:
     """Mean and standard deviation of every map of the whole model against mmdet's, in float64."""
     official = hashed_state(depth)
-    detector = ModelRecord(backbone=f"resnet{depth}", num_classes=80).build().double().eval()
+    detector = ModelRecord(model=Model(backbone=f"resnet{depth}"), num_classes=80).build().double().eval()
     detector.load_state_dict({key: official[mmdet_key(key)] for key in detector.state_dict()})
     images = torch.from_numpy(2 * hashed(3 * 96 * 128, 5)).reshape(1, 3, 96, 128)
     with torch.no_grad():
@@ -205,7 +206,7 @@ def test_settings_come_from_keys_and_shapes(depth: int, zipped: bool, tmp_path: 
     path = write_official(tmp_path / "gfl.pth", blank(shapes), _use_new_zipfile_serialization=zipped)
     detector, record = load_mmdet_gfl(path)
     assert record == ModelRecord(
-        backbone=f"resnet{depth}", num_classes=7, neck_channels=256, head_depth=2, source="gfl.pth"
+        model=Model(backbone=f"resnet{depth}", neck_channels=256, head_depth=2), num_classes=7, source="gfl.pth"
     )
     assert not detector.training
     assert all(not p.any() for p in detector.parameters())
@@ -395,7 +396,7 @@ def native_file(path: Path, header: dict[str, str] | None, drop: str = "", add: 
     return path
 
 
-GOOD_HEADER = small_record().model_dump_json()
+GOOD_HEADER = small_record().to_json()
 
 
 @pytest.mark.parametrize(
@@ -404,9 +405,9 @@ GOOD_HEADER = small_record().model_dump_json()
         (None, "no metadata_json in its header"),
         ({"format": "pt"}, "no metadata_json in its header"),
         ({HEADER_KEY: "{"}, "Invalid JSON"),
-        ({HEADER_KEY: "{}"}, "backbone: Field required; num_classes: Field required"),
+        ({HEADER_KEY: "{}"}, "backbone: missing; num_classes: Field required"),
         (
-            {HEADER_KEY: GOOD_HEADER.replace('"schema_version":1', '"schema_version":2')},
+            {HEADER_KEY: GOOD_HEADER.replace('"schema_version":1', '"schema_version":3')},
             "schema_version: Input",
         ),
         (
@@ -447,7 +448,7 @@ def test_specification_dispatch(tmp_path: Path) -> None:
     write_official(tmp_path / "b.pth", blank(SMALL))
     assert load_teacher_checkpoint(str(tmp_path / "a.safetensors"))[1] == record
     detector, official = load_teacher_checkpoint(str(tmp_path / "b.pth"))
-    assert isinstance(detector, GFL) and official.backbone == "resnet18"
+    assert isinstance(detector, GFL) and official.model.backbone == "resnet18"
 
 
 @pytest.mark.parametrize(

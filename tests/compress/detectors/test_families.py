@@ -199,7 +199,7 @@ def test_a_run_of_another_family_ends_in_a_proven_file(family: str, teacher: str
     assert files["student.onnx"]["gate"] == "pass"
     assert ("student.fp16.onnx" in files) == (family == "fcos")
     assert files["student.onnx"]["map"] == pytest.approx(files["student.safetensors"]["map"], abs=0.1)
-    assert load_detector(run_dir / "student.safetensors")[1].detector == family
+    assert load_detector(run_dir / "student.safetensors")[1].model.detector == family
 
 
 def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(

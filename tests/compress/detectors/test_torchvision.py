@@ -35,7 +35,9 @@ def detector(family: str, *, anchor_scale: float = 2.0, head_depth: int = 1) -> 
     elif family == "retinanet":
         built = RetinaNet.build(K, backbone, neck_channels=32, head_depth=head_depth, anchor_scale=anchor_scale)
     else:
-        built = FasterRCNN.build(K, backbone, neck_channels=32, head_depth=head_depth, anchor_scale=anchor_scale)
+        built = FasterRCNN.build(
+            K, backbone, neck_channels=32, head_depth=head_depth, anchor_scale=anchor_scale, roi_samples=512
+        )
     built.mean.fill_(0), built.std.fill_(255)  # the same bits as torchvision's, which draws its samples by them
     for name, parameter in built.named_parameters():  # detections, not the same low score everywhere
         if "cls_logits" in name:

@@ -12,6 +12,7 @@ import yaml
 from torchvision.models import detection
 
 from compress import cli
+from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import ModelRecord, mmdet_key
@@ -102,7 +103,7 @@ def retinanet(folder: Path) -> dict[str, Any]:
 
 def gfl_of_mmdet(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
     """A file with mmdet's keys; and its class names, if given."""
-    model = ModelRecord(backbone="resnet18", num_classes=len(NAMES), head_depth=1).build()
+    model = ModelRecord(model=Model(backbone="resnet18", head_depth=1), num_classes=len(NAMES)).build()
     torch.nn.init.normal_(model.head.gfl_cls.weight, std=0.2)  # type: ignore[union-attr, arg-type]
     state = {mmdet_key(key): value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "meta": {} if names is None else {"CLASSES": names}}, folder / "gfl.pth")
