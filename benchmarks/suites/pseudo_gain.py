@@ -32,7 +32,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,8 +45,9 @@ from compress.console import open_console
 from compress.data import synthetic
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint, save_detector
 from compress.manifest import Manifest
+from compress.run import trainings
 from compress.run.data import open_data
-from compress.run.trainings import train_arm
+from compress.run.pipeline import data_plan, student_plan
 from compress.versions import versions
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
@@ -328,13 +329,11 @@ def half_teacher(arguments: argparse.Namespace, base: Recipe, checkpoint: str, n
     start = recipe.run_dir / "start.safetensors"
     save_detector(start, smaller, metadata=ours)
     fabric = Fabric(accelerator="cpu", devices=1)
-    data = open_data(recipe, fabric)
+    data = open_data(data_plan(recipe), fabric)
     inputs = {"data": data.identity, "train": recipe.train.model_dump(mode="json"), "start": sha256_of(start)}
 
     def work() -> dict[str, Any]:
-        return train_arm(
-            fabric, recipe, "student", recipe.student, recipe.train, data, start=start, identity=inputs, resume=True
-        )
+        return trainings.train(fabric, replace(student_plan(recipe), start=start, identity=inputs), data, resume=True)
 
     out = recipe.run_dir / "student.safetensors"
     Manifest(recipe.run_dir, versions()).stage("student", inputs, [out], work)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ from compress.config.deploy import Qad
 from compress.config.recipe import Recipe
 from compress.console import open_console
 from compress.distill.teacher import load_teacher
-from compress.manifest import Manifest
-from compress.run import qad
-from compress.run.data import canvas, open_data
-from compress.run.export import calibration_of, export_checkpoint
-from compress.run.pipeline import distill
+from compress.export.onnx import export_checkpoint
+from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
+from compress.run.data import open_data
+from compress.run.pipeline import data_plan, distill, qad_plan
+from compress.training.qad.export import load_grids, quantize_trained
+from compress.training.qad.train import train_quantized
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json
@@ -107,16 +109,17 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     student_recipe = recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"int8": plain})})
     run_dir = distill(student_recipe, resume=True)
     fabric = Fabric(accelerator=recipe.train.accelerator, devices=1)
-    data = open_data(recipe, fabric)
-    images = calibration_of(recipe, recipe.deploy.int8)
-    size, limits = recipe.deploy.input_size or canvas(data.val, recipe), (recipe.data.eval_short, recipe.data.long)
+    data = open_data(data_plan(recipe), fabric)
+    plan = qad_plan(recipe, data)
+    images = plan.quantizing.images
     folder = run_dir / f"qad-{layers}-{recipe.deploy.int8.target}"
     folder.mkdir(exist_ok=True)
+    plan = replace(plan, folder=RunFolder(folder))
     student, start_file = run_dir / "student.safetensors", folder / "start.json"
     keep_float = () if layers == "all" else None
     settings = recipe.deploy.int8
     files = {FLOAT: folder / "float.onnx", PTQ: folder / "ptq.onnx"}
-    trained_files = {CONTROL: folder / "control.onnx", QAD: folder / f"{qad.NAME}.onnx"}
+    trained_files = {CONTROL: folder / "control.onnx", QAD: folder / f"{STUDENT_ON_INT8_GRIDS}.onnx"}
     manifest = Manifest(folder, versions())
     inputs: dict[str, Any] = {
         "student": sha256_of(student),
@@ -127,7 +130,9 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     }
 
     def export(checkpoint: Path, out: Path) -> None:
-        export_checkpoint(checkpoint, out, recipe.deploy, input_size=size, images=images.files, limits=limits)
+        export_checkpoint(
+            checkpoint, out, plan.deploy, input_size=plan.input_size, images=images.files, limits=plan.limits
+        )
 
     def calibrate() -> None:
         export(student, files[FLOAT])
@@ -138,29 +143,27 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
         write_json(start_file, quantizer.grids(keep_float).model_dump(mode="json"))
 
     manifest.stage("calibrate", inputs, [*files.values(), start_file], calibrate)
-    start = qad.load_grids(start_file)
+    start = load_grids(start_file)
     teacher = None
     if recipe.teacher is not None and recipe.methods.enabled():
         checkpoint = recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
         teacher = load_teacher(checkpoint, data.train.categories)[0].to(fabric.device)
     inputs |= {"start": sha256_of(start_file), "train": recipe.train.model_dump(mode="json")}
     seconds = {}
-    for name, label in ((qad.NAME, QAD), ("control", CONTROL)):
+    for name, label in ((STUDENT_ON_INT8_GRIDS, QAD), ("control", CONTROL)):
 
         def train(name: str = name, quantized: bool = label == QAD) -> dict[str, Any]:
-            return qad.train_quantized(
-                fabric, recipe, data, start, teacher=teacher, identity=inputs, resume=True, student=student,
-                folder=folder, name=name, quantized=quantized,
-            )  # fmt: skip
+            training = plan.training(fabric, data, start if quantized else None, inputs, name)
+            return train_quantized(fabric, training, teacher=teacher, resume=True)
 
         outputs = [folder / f"{name}.safetensors"] + [folder / f"{name}.json"] * (label == QAD)
         seconds[label] = manifest.stage(name, inputs, outputs, train)["seconds"]
 
     def judge() -> dict[str, Any]:
         export(folder / "control.safetensors", trained_files[CONTROL])
-        qad.export_quantized(
-            folder / f"{qad.NAME}.safetensors", trained_files[QAD], recipe, images, input_size=size, limits=limits
-        )
+        trained, source = folder / f"{STUDENT_ON_INT8_GRIDS}.safetensors", folder / "trained.onnx"
+        export(trained, source)
+        quantize_trained(trained, source, trained_files[QAD], plan.deploy, images)
         paths = {**files, **trained_files}
         runners: dict[str, Runner] = {name: OnnxRunner(paths[name]) for name in (FLOAT, CONTROL, PTQ, QAD)}
         rows = validate(runners, data.val_split.annotations, data.val_split.images, reference=FLOAT)
@@ -170,7 +173,7 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
             for row in rows
         }
 
-    weights = [sha256_of(folder / f"{name}.safetensors") for name in (qad.NAME, "control")]
+    weights = [sha256_of(folder / f"{name}.safetensors") for name in (STUDENT_ON_INT8_GRIDS, "control")]
     figures: dict[str, Any] = manifest.stage("judge", {**inputs, "weights": weights}, [*trained_files.values()], judge)
     return figures
 

@@ -32,10 +32,12 @@ from compress.config.deploy import Deploy
 from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable, TorchRunner
-from compress.run.export import deciding_split, export_checkpoint, file_for, split_files
+from compress.export.onnx import export_checkpoint
+from compress.run.quantize import split_files, write_search_split
 from deploy.core.card import ModelCard, network_precision
 from deploy.core.files import write_json
 from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
+from deploy.core.precisions import file_for
 from deploy.graph.export import export_onnx
 from deploy.quantize.calibrate import check_apart, choose_images
 from deploy.quantize.file import BOXES, SCORES, Quantizer
@@ -85,21 +87,22 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     limits = tuple(args.limits) if args.limits else None
     out = folder / "student.onnx"
     val = split_files(args.val, args.images)
-    for half in (False, True):
+    for precision in ("fp32", "fp16"):
         export_checkpoint(
-            Path(args.checkpoint), file_for(out, "fp16" if half else "fp32"), settings, input_size=size,
-            images=val, limits=limits, half=half,
+            Path(args.checkpoint), file_for(out, precision), settings, input_size=size,
+            images=val, limits=limits, precision=precision,
         )  # fmt: skip
     calibration = choose_images(split_files(args.train, args.images), CALIBRATION)
     check_apart(calibration, val)
-    split = deciding_split(Split(annotations=args.train, images=args.images), calibration, 300, folder / "decide.json")
+    labels = Split(annotations=args.train, images=args.images)
+    split = write_search_split(labels, calibration, 300, folder / "decide.json")
     files = {"fp32": out, "fp16": file_for(out, "fp16")}
     searches = {}
     for target in ("cpu", "tensorrt"):
         quantizer = Quantizer(out, calibration, target)  # type: ignore[arg-type]
         for name, kept in (("all", ()), ("naive", None)):
             files[f"int8 {target} {name}"] = quantizer.save(folder / f"{target}.{name}.onnx", kept).path
-        found = search(quantizer, *split, folder / f"{target}.json", max_map_drop=BUDGET)
+        found = search(quantizer, split.annotations, split.images, folder / f"{target}.json", max_map_drop=BUDGET)
         searches[target] = found.to_dict() | {"sensitivities": len(found.sensitivities)}
         if found.chosen is not None:
             chosen = quantizer.save(folder / f"{target}.guided.onnx", found.chosen.float_layers)

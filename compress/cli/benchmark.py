@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from compress.cli.exits import gate_failed, next_command
+from compress.cli.groups import with_groups
 from compress.cli.options import (
-    CudaGraph,
-    EpContext,
-    Fallback,
     JsonOut,
     Providers,
-    Threads,
-    TrtCache,
+    RunnerFlags,
     batch_sizes,
     images_in,
     need_finite,
@@ -29,13 +27,70 @@ from compress.cli.options import (
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
+    from deploy.latency import BenchmarkReport
     from deploy.runtimes.base import Runner
 
 commands = typer.Typer()
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 
+@dataclass(frozen=True)
+class LoadFlags:
+    """How calls follow each other."""
+
+    scenario: Annotated[Scenario, typer.Option("--scenario", help="How calls follow each other.")] = "single-stream"
+    streams: Annotated[
+        int | None, typer.Option("--streams", min=1, metavar="N", help="Sessions that work at the same time.")
+    ] = None
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="R,R", help="Server: mean requests a second, at random times.")
+    ] = None
+    latency_bound: Annotated[
+        float | None,
+        typer.Option("--latency-bound", metavar="MS", help="Server: find the highest rate with p99 within this."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TimeFlags:
+    """How long is measured."""
+
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each measurement.")] = 5.0
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Turns of each file in a measurement.")] = 20
+    warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Most seconds before each.")] = 10.0
+
+
+@dataclass(frozen=True)
+class CompareFlags:
+    """What is too slow."""
+
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="OLD.json NEW.json", help="Measure nothing; compare two results."),
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            min=0,
+            metavar="PERCENT",
+            help="Exit with 1 when significantly slower by more: NEW than OLD (default 2), files than the first.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Where results go besides the terminal."""
+
+    json_out: JsonOut = None
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a document there, and its picture.")
+    ] = None
+
+
 @commands.command()
+@with_groups
 def benchmark(
     artifacts: Annotated[
         list[Path] | None, typer.Argument(metavar="ARTIFACT...", help="Exported files; measured in turn.")
@@ -54,104 +109,91 @@ def benchmark(
             help="compute, h2d+compute+d2h, end_to_end, preprocess. Default: the first three; server: end_to_end.",
         ),
     ] = None,
-    scenario: Annotated[Scenario, typer.Option("--scenario", help="How calls follow each other.")] = "single-stream",
-    streams: Annotated[
-        int | None, typer.Option("--streams", min=1, metavar="N", help="Sessions that work at the same time.")
-    ] = None,
-    rate: Annotated[
-        str | None, typer.Option("--rate", metavar="R,R", help="Server: mean requests a second, at random times.")
-    ] = None,
-    latency_bound: Annotated[
-        float | None,
-        typer.Option("--latency-bound", metavar="MS", help="Server: find the highest rate with p99 within this."),
-    ] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each measurement.")] = 5.0,
-    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Turns of each file in a measurement.")] = 20,
-    warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Most seconds before each.")] = 10.0,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option("--compare", metavar="OLD.json NEW.json", help="Measure nothing; compare two results."),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance",
-            min=0,
-            metavar="PERCENT",
-            help="Exit with 1 when significantly slower by more: NEW than OLD (default 2), files than the first.",
-        ),
-    ] = None,
+    load: LoadFlags = LoadFlags(),
+    time: TimeFlags = TimeFlags(),
+    against: CompareFlags = CompareFlags(),
     provider: Providers = "cpu",
-    allow_fallback: Fallback = False,
-    threads: Threads = None,
-    trt_cache: TrtCache = None,
-    ep_context: EpContext = False,
-    cuda_graph: CudaGraph = False,
-    json_out: JsonOut = None,
-    markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write a document there, and its picture.")
-    ] = None,
+    opening: RunnerFlags = RunnerFlags(),
+    output: OutputFlags = OutputFlags(),
 ) -> None:
     """Measure the latency of exported files, or compare two results.
 
     Rounds of all files are interleaved, so that they meet the same machine. Exit code 1 if a file is significantly
     slower than --tolerance allows.
     """
+    tolerance = against.tolerance
     if tolerance is not None:
         need_finite(tolerance, "--tolerance")
-    if compare is not None:
-        if artifacts or json_out is not None or markdown is not None:
+    if against.compare is not None:
+        if artifacts or output != OutputFlags():
             raise UserError("--compare: takes two results and nothing else: no ARTIFACT, --json or --markdown")
-        _compare_results(*compare, tolerance=(2.0 if tolerance is None else tolerance) / 100)
+        _compare_results(*against.compare, tolerance=(2.0 if tolerance is None else tolerance) / 100)
         return
     if not artifacts:
         raise UserError("ARTIFACT: name exported files to measure, or two results with --compare OLD.json NEW.json")
     providers = provider_names(provider)
-    if tolerance is not None and (len(artifacts) * len(providers) < 2 or scenario == "server"):
+    if tolerance is not None and (len(artifacts) * len(providers) < 2 or load.scenario == "server"):
         raise UserError("--tolerance: needs --compare, or several files that are measured in turn")
-    sessions = _streams(scenario, streams)
-    rates = _rates(scenario, rate, latency_bound)
-    sizes = batch_sizes(batch or ("1,2,4,8,16,32" if scenario == "offline" else "1"))
-    if scenario == "server" and len(sizes) > 1:
-        raise UserError("--batch: the server scenario takes one number, the most requests handled together")
-    need_finite(seconds, "--seconds")
-    need_finite(warm_up, "--warm-up")
+    sessions, rates, sizes = _streams(load), _rates(load), _sizes(batch, load)
+    need_finite(time.seconds, "--seconds")
+    need_finite(time.warm_up, "--warm-up")
     if images is not None:
         need_folder(images, "--images")
-    need_json_place(json_out)
-    need_json_place(markdown, "--markdown")
-    if markdown is not None and markdown.suffix != ".md":
-        raise UserError(f"--markdown: {markdown} does not end in .md")
-    from deploy import latency
+    _check_output(output)
+    scopes = _scopes(scope, load.scenario)
     from deploy.core.environment import usable_cores
-    from deploy.runtimes.open import open_runners, runner_options
+    from deploy.runtimes.open import open_runners
 
-    scopes = _scopes(scope, scenario)
-    if sessions > 1 and threads is None and "cpu" in providers:
-        threads = max(1, usable_cores() // sessions)
-        print(f"--threads: {threads} for each of {sessions} sessions")
-    options = runner_options(
-        artifacts, providers, trt_cache=trt_cache, ep_context=ep_context, cuda_graph=cuda_graph, max_batch=max(sizes)
-    )
-    opened = [
-        open_runners(artifacts, providers, allow_fallback=allow_fallback, threads=threads, **options)
-        for _ in range(sessions)
-    ]
+    if sessions > 1 and opening.threads is None and "cpu" in providers:
+        opening = replace(opening, threads=max(1, usable_cores() // sessions))
+        print(f"--threads: {opening.threads} for each of {sessions} sessions")
+    options = opening.arguments(artifacts, providers, max_batch=max(sizes))
+    opened = [open_runners(artifacts, providers, **options) for _ in range(sessions)]
     runners = {name: [session[name] for session in opened] for name in opened[0]}
-    from compress.console import open_console
-    from compress.console import progress as progress_of
+    with _image_files(images, opened[0]) as files:
+        measured = _measure(runners, files, load, time, sizes=sizes, scopes=scopes, rates=rates, tolerance=tolerance)
+    _show(measured, output, tolerance)
+    next_command("doctor")
 
-    with _image_files(images, opened[0]) as files, progress_of("measuring") as progress:
-        if scenario == "server":
-            measured = latency.benchmark_server(
-                runners, files, rates_ips=rates, bound_ms=latency_bound, batch_size=sizes[0], scope=scopes[0],
-                seconds=seconds, warm_up_seconds=warm_up, progress=progress,
+
+def _check_output(output: OutputFlags) -> None:
+    need_json_place(output.json_out)
+    need_json_place(output.markdown, "--markdown")
+    if output.markdown is not None and output.markdown.suffix != ".md":
+        raise UserError(f"--markdown: {output.markdown} does not end in .md")
+
+
+def _measure(
+    runners: dict[str, list[Runner]],
+    files: Sequence[Path],
+    load: LoadFlags,
+    time: TimeFlags,
+    *,
+    sizes: Sequence[int],
+    scopes: Sequence[Any],
+    rates: Sequence[float],
+    tolerance: float | None,
+) -> BenchmarkReport:
+    from compress.console import progress as progress_of
+    from deploy import latency
+
+    with progress_of("measuring") as progress:
+        if load.scenario == "server":
+            return latency.benchmark_server(
+                runners, files, rates_ips=rates, bound_ms=load.latency_bound, batch_size=sizes[0], scope=scopes[0],
+                seconds=time.seconds, warm_up_seconds=time.warm_up, progress=progress,
             )  # fmt: skip
-        else:
-            measured = latency.benchmark(
-                runners, files, batch_sizes=sizes, scopes=scopes, scenario=scenario, seconds=seconds,
-                rounds=rounds, warm_up_seconds=warm_up, tolerance=(tolerance or 0.0) / 100, progress=progress,
-            )  # fmt: skip
+        return latency.benchmark(
+            runners, files, batch_sizes=sizes, scopes=scopes, scenario=load.scenario, seconds=time.seconds,
+            rounds=time.rounds, warm_up_seconds=time.warm_up, tolerance=(tolerance or 0.0) / 100, progress=progress,
+        )  # fmt: skip
+
+
+def _show(measured: BenchmarkReport, output: OutputFlags, tolerance: float | None) -> None:
+    """Print and write the results; ends the command where a file is too slow."""
+    from compress.console import open_console
+    from deploy import latency
+
     console = open_console()
     if measured.cells:
         console.print(latency.report_table(measured))
@@ -163,13 +205,12 @@ def benchmark(
         print(f"note: {note}")
     for warning in measured.warnings:
         print(f"warning: {warning}")
-    if json_out is not None:
-        latency.write_report(json_out, measured)
-    if markdown is not None:
-        latency.write_markdown(markdown, measured)
+    if output.json_out is not None:
+        latency.write_report(output.json_out, measured)
+    if output.markdown is not None:
+        latency.write_markdown(output.markdown, measured)
     if tolerance is not None:
         _need_fast_enough(latency.slower(measured.comparisons), tolerance)
-    next_command("doctor")
 
 
 def _compare_results(old: Path, new: Path, *, tolerance: float) -> None:
@@ -199,25 +240,27 @@ def _need_fast_enough(slower: Sequence[Any], tolerance: float) -> None:
         )
 
 
-def _streams(scenario: Scenario, streams: int | None) -> int:
-    if scenario == "single-stream" and (streams or 1) > 1:
+def _streams(load: LoadFlags) -> int:
+    streams = load.streams or 1
+    if load.scenario == "single-stream" and streams > 1:
         raise UserError(f"--streams: single-stream has one; for {streams} give --scenario multi-stream")
-    if scenario == "multi-stream" and (streams or 1) < 2:
+    if load.scenario == "multi-stream" and streams < 2:
         raise UserError("--streams: multi-stream needs at least 2, for example --streams 2")
-    return streams or 1
+    return streams
 
 
-def _rates(scenario: Scenario, rate: str | None, latency_bound: float | None) -> list[float]:
+def _rates(load: LoadFlags) -> list[float]:
     """Requests a second for the server scenario; none when only a bound is given."""
-    if scenario != "server":
-        if rate is not None or latency_bound is not None:
+    rate, bound = load.rate, load.latency_bound
+    if load.scenario != "server":
+        if rate is not None or bound is not None:
             option = "--rate" if rate is not None else "--latency-bound"
             raise UserError(f"{option}: only --scenario server has arrivals")
         return []
-    if rate is None and latency_bound is None:
+    if rate is None and bound is None:
         raise UserError("--scenario server: needs --rate (requests a second) or --latency-bound (milliseconds)")
-    if latency_bound is not None and not 0 < latency_bound < math.inf:
-        raise UserError(f"--latency-bound: needs a number of milliseconds above 0, got {latency_bound}")
+    if bound is not None and not 0 < bound < math.inf:
+        raise UserError(f"--latency-bound: needs a number of milliseconds above 0, got {bound}")
     try:
         rates = [float(part) for part in rate.split(",")] if rate is not None else []
     except ValueError:
@@ -225,6 +268,14 @@ def _rates(scenario: Scenario, rate: str | None, latency_bound: float | None) ->
     if not all(0 < value < 1e6 for value in rates):
         raise UserError(f"--rate: '{(rate or '')[:60]}' is not a list of requests a second, for example 10,20")
     return rates
+
+
+def _sizes(text: str | None, load: LoadFlags) -> list[int]:
+    """Batch sizes to measure."""
+    sizes = batch_sizes(text or ("1,2,4,8,16,32" if load.scenario == "offline" else "1"))
+    if load.scenario == "server" and len(sizes) > 1:
+        raise UserError("--batch: the server scenario takes one number, the most requests handled together")
+    return sizes
 
 
 def _scopes(text: str | None, scenario: Scenario) -> list[Any]:

@@ -1,21 +1,45 @@
-"""Engines: building one from an ONNX file, and putting other weights into it."""
+"""Engines: `compress build` makes one of an ONNX file, `compress refit` puts other weights into it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compress.cli.exits import next_command
-from compress.cli.options import batch_sizes
+from compress.cli.groups import with_groups
+from compress.cli.options import EngineFlags, batch_sizes, need_file, values_of
 from deploy.core.errors import UserError
-from deploy.core.files import ENGINE_SUFFIX
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 
 if TYPE_CHECKING:
-    from deploy.tensorrt.card import EngineCard, EngineOptions
+    from compress.run.engines import EnginePlan
+    from deploy.tensorrt.card import EngineOptions
 
 commands = typer.Typer()
+
+TritonRepo = Annotated[
+    Path | None,
+    typer.Option("--triton-repo", metavar="DIR", help="Also add it to a model repository of NVIDIA Triton."),
+]
+
+
+@commands.command()
+@with_groups
+def build(
+    onnx: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An exported file; int8: in TensorRT's format.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: MODEL's name with .engine.")
+    ] = None,
+    engine: EngineFlags = EngineFlags(),
+    triton_repo: TritonRepo = None,
+) -> None:
+    """Build the TensorRT engine of an exported file, with a card, for this GPU."""
+    need_file(onnx)
+    if onnx.suffix != ONNX_SUFFIX:
+        raise UserError(f"{onnx}: is no .onnx file; engines are built from exported ones: compress export {onnx}")
+    next_command("benchmark", deliver(onnx, out, engine_plan(engine, triton_repo), triton_repo))
 
 
 @commands.command()
@@ -32,20 +56,54 @@ def refit(
     next_command("benchmark", out or engine)
 
 
-def engine_options(batch: str, given: dict[str, Any]) -> EngineOptions:
-    """given: option → value, None where the default holds."""
+def engine_plan(flags: EngineFlags, triton_repo: Path | None) -> EnginePlan:
+    """Raises UserError for options that cannot be."""
+    if flags.strip and flags.refit == "individual":
+        raise UserError("--refit: an engine without weights gets all of them back; leave out individual or --strip")
+    if flags.strip and triton_repo is not None:
+        raise UserError("--strip: Triton cannot serve an engine without weights; leave out --strip or --triton-repo")
+    from compress.run.engines import EnginePlan
+
+    plan = EnginePlan(_options(flags))
+    return plan if flags.timing_cache is None else EnginePlan(plan.options, flags.timing_cache)
+
+
+def deliver(onnx: Path, out: Path | None, plan: EnginePlan | None, triton_repo: Path | None) -> Path:
+    """Build the engine of an ONNX file, if there is a plan, and put it, or the file, into a model repository."""
+    artifact = onnx
+    if plan is not None:
+        from compress.run import engines
+
+        artifact = onnx.with_suffix(ENGINE_SUFFIX) if out is None else out
+        card = engines.build(onnx, artifact, plan)
+        print(f"{artifact}: {engines.in_words(card)}")
+    if triton_repo is not None:
+        add_to_triton(triton_repo, artifact)
+    return artifact
+
+
+def add_to_triton(repository: Path, artifact: Path) -> None:
+    from deploy.serve.triton_repo import write_triton_model
+
+    added = write_triton_model(repository, artifact)
+    print(f"{added.folder}: version {added.version}, backend {added.backend}, batches up to {added.max_batch}")
+
+
+def _options(flags: EngineFlags) -> EngineOptions:
     from pydantic import ValidationError
 
     from deploy.tensorrt.card import EngineOptions
 
-    sizes = batch_sizes(batch)
+    text = flags.batch or "1,8,32"
+    sizes = batch_sizes(text)
     if len(sizes) > 3 or sizes != sorted(sizes):
-        raise UserError(f"--batch: '{batch}': an engine has a smallest, a best and a largest batch, for example 1,8,32")
+        raise UserError(f"--batch: '{text}': an engine has a smallest, a best and a largest batch, for example 1,8,32")
     smallest, largest = sizes[0], sizes[-1]
+    given = {**values_of(flags), "--refit": "all" if flags.strip else flags.refit}
     fields = {
         option.removeprefix("--").removeprefix("builder-").replace("-", "_"): value
         for option, value in given.items()
-        if value is not None
+        if option not in ("--batch", "--timing-cache") and value is not None
     }
     try:
         return EngineOptions(batches=(smallest, sizes[1] if len(sizes) == 3 else largest, largest), **fields)
@@ -53,35 +111,3 @@ def engine_options(batch: str, given: dict[str, Any]) -> EngineOptions:
         problem = error.errors()[0]
         option = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""
         raise UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from None
-
-
-def deliver(
-    onnx: Path, out: Path | None, options: EngineOptions | None, timing_cache: Path | None, triton_repo: Path | None
-) -> tuple[Any, ...]:
-    """Build the engine of an ONNX file and put it, or the file, into a model repository. The next command."""
-    artifact = onnx
-    if options is not None:
-        from compress.console import progress as progress_of
-        from deploy.tensorrt.build import TIMING_CACHES, build_engine
-
-        artifact = onnx.with_suffix(ENGINE_SUFFIX) if out is None else out
-        with progress_of(f"building {artifact.name}") as progress:
-            card = build_engine(onnx, artifact, options, timing_caches=timing_cache or TIMING_CACHES, progress=progress)
-        print(f"{artifact}: {_engine_in_words(card)}")
-    if triton_repo is not None:
-        from deploy.serve.triton_repo import write_triton_model
-
-        added = write_triton_model(triton_repo, artifact)
-        print(f"{added.folder}: version {added.version}, backend {added.backend}, batches up to {added.max_batch}")
-    return ("benchmark", artifact)
-
-
-def _engine_in_words(card: EngineCard) -> str:
-    share = ", ".join(f"{part:.0%} {name}" for name, part in card.network.share.items())
-    layers = f"{card.layers.count} layers" if card.layers is not None else f"layers not known ({card.layers_missing})"
-    smallest, best, largest = card.options.batches
-    return (
-        f"{card.engine_bytes / 1e6:.1f} MB in {card.build_seconds:.0f} s with {card.machine.library} "
-        f"{card.machine.version} for {card.machine.gpu or 'no GPU'}; batch {smallest} to {largest}, best at {best}; "
-        f"convolutions and matrix products {share}; {layers}"
-    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from compress.cli.exits import gate_failed, is_first_process, next_command
+from compress.cli.groups import with_groups
 from compress.cli.options import Resume, need_folder
 from deploy.core.errors import UserError
 
@@ -117,7 +119,55 @@ def synthetic(
     next_command("data", "check", out / "train.json", "--images", out / "images")
 
 
+@dataclass(frozen=True)
+class LabelFlags:
+    """What becomes a label."""
+
+    tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4
+    tau_ignore: Annotated[
+        float, typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore.")
+    ] = 0.2
+    thresholds_from: Annotated[
+        Path | None,
+        typer.Option("--thresholds-from", metavar="JSON", help="Labelled split: per class the tau with the best F1."),
+    ] = None
+    thresholds_root: Annotated[
+        Path | None, typer.Option("--thresholds-root", metavar="DIR", help="Image folder of that split.")
+    ] = None
+    merge: Annotated[
+        Literal["nms", "wbf"], typer.Option("--merge", help="Teachers that agree: the best box, or their mean.")
+    ] = "nms"
+    iou: Annotated[float, typer.Option("--iou", help="Boxes agree above this IoU.")] = 0.6
+    categories: Annotated[
+        Path | None,
+        typer.Option(
+            "--categories", metavar="JSON", help="COCO JSON with the classes. Default: the teachers' together."
+        ),
+    ] = None
+    class_map: Annotated[
+        Path | None,
+        typer.Option("--class-map", metavar="JSON", help='{"name at a teacher": "name here", "other": null to drop}'),
+    ] = None
+
+
+@dataclass(frozen=True)
+class WorkFlags:
+    """How the images are gone through."""
+
+    short: Annotated[int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")] = 800
+    long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode.")] = 2
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Do share I (from 1) of N. Default: torchrun's rank.")
+    ] = None
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave broken images out, listed in `skipped`.")
+    ] = False
+
+
 @commands.command("pseudo-label")
+@with_groups
 def pseudo_label(
     teachers: Annotated[
         list[str],
@@ -130,43 +180,8 @@ def pseudo_label(
     root: Annotated[
         Path | None, typer.Option("--root", metavar="DIR", help="Image folder of a JSON. Default: the JSON's folder.")
     ] = None,
-    tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4,
-    tau_ignore: Annotated[
-        float, typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore.")
-    ] = 0.2,
-    thresholds_from: Annotated[
-        Path | None,
-        typer.Option("--thresholds-from", metavar="JSON", help="Labelled split: per class the tau with the best F1."),
-    ] = None,
-    thresholds_root: Annotated[
-        Path | None, typer.Option("--thresholds-root", metavar="DIR", help="Image folder of that split.")
-    ] = None,
-    merge: Annotated[
-        Literal["nms", "wbf"], typer.Option("--merge", help="Teachers that agree: the best box, or their mean.")
-    ] = "nms",
-    iou: Annotated[float, typer.Option("--iou", help="Boxes agree above this IoU.")] = 0.6,
-    categories: Annotated[
-        Path | None,
-        typer.Option(
-            "--categories", metavar="JSON", help="COCO JSON with the classes. Default: the teachers' together."
-        ),
-    ] = None,
-    class_map: Annotated[
-        Path | None,
-        typer.Option("--class-map", metavar="JSON", help='{"name at a teacher": "name here", "other": null to drop}'),
-    ] = None,
-    short: Annotated[
-        int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")
-    ] = 800,
-    long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode.")] = 2,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Do share I (from 1) of N. Default: torchrun's rank.")
-    ] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave broken images out, listed in `skipped`.")
-    ] = False,
+    flags: LabelFlags = LabelFlags(),
+    work: WorkFlags = WorkFlags(),
     resume: Resume = False,
 ) -> None:
     """Let teachers label images: COCO JSON with scores, regions to ignore and the classes looked for."""
@@ -174,20 +189,23 @@ def pseudo_label(
     from compress.pseudo.label import Labelled, Settings
     from compress.pseudo.label import pseudo_label as label
 
-    settings = Settings(tau, tau_ignore, merge, iou, short, long, batch)
-    if thresholds_root is not None and thresholds_from is None:
+    settings = Settings(flags.tau, flags.tau_ignore, flags.merge, flags.iou, work.short, work.long, work.batch)
+    if flags.thresholds_root is not None and flags.thresholds_from is None:
         raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
+    thresholds = None
+    if flags.thresholds_from is not None:
+        thresholds = Labelled(flags.thresholds_from, flags.thresholds_root)
     summary = label(
         teachers,
         images_in(images, root),
         out,
         settings,
-        categories=categories,
-        table=None if class_map is None else _class_table(class_map),
-        thresholds_from=None if thresholds_from is None else Labelled(thresholds_from, thresholds_root),
-        shard=_shard(shard),
-        workers=workers,
-        skip_unreadable=skip_unreadable,
+        categories=flags.categories,
+        table=None if flags.class_map is None else _class_table(flags.class_map),
+        thresholds_from=thresholds,
+        shard=_shard(work.shard),
+        workers=work.workers,
+        skip_unreadable=work.skip_unreadable,
         resume=resume,
         quiet=not is_first_process(),
     )

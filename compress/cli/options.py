@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -30,23 +32,123 @@ Providers = Annotated[
         help="Where ONNX Runtime runs: cpu, cuda, tensorrt. Several: on each of them.",
     ),
 ]
-Fallback = Annotated[
-    bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
-]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime on the CPU.")]
-TrtCache = Annotated[
-    Path | None,
-    typer.Option(
-        "--trt-cache",
-        metavar="DIR",
-        help="TensorRT provider: folder of its engines. Default: ~/.cache/compress/onnxruntime.",
-    ),
-]
-EpContext = Annotated[
-    bool, typer.Option("--ep-context", help="TensorRT provider: keep the compiled model, and open it when it is there.")
-]
-CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Engines: launch all work of a batch with one call.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
+
+
+@dataclass(frozen=True)
+class ThresholdFlags:
+    """What an exported file gives back."""
+
+    score_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
+    nms_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
+    max_detections: Annotated[int | None, typer.Option(min=1)] = None
+    candidates: Annotated[int | None, typer.Option(min=1)] = None
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch to check.")] = None
+
+
+@dataclass(frozen=True)
+class QuantizeFlags:
+    """How quantized files are made."""
+
+    target: Annotated[
+        Literal["cpu", "tensorrt"] | None,
+        typer.Option("--target", help="Whose format. Default: the recipe's, or cpu."),
+    ] = None
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", metavar="DIR|JSON", help="Images that the ranges come from. Default: for training."
+        ),
+    ] = None
+    calibration_images: Annotated[int | None, typer.Option(min=1, help="How many of them. Default: 128.")] = None
+    calibration_method: Annotated[
+        Literal["minmax", "percentile", "entropy"] | None, typer.Option(help="Default: minmax.")
+    ] = None
+    max_map_drop: Annotated[
+        float | None,
+        typer.Option("--max-map-drop", min=0, help="Keep layers in float until the loss is within these points."),
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="JSON", help="Labels of --images to decide on. Default: for training."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """How engines are built."""
+
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="N,N,N", help="Smallest, best and largest batch. Default: 1,8,32."),
+    ] = None
+    workspace_gb: Annotated[
+        float | None, typer.Option("--workspace-gb", help="Most scratch memory. Default: all there is.")
+    ] = None
+    builder_optimization_level: Annotated[
+        int | None,
+        typer.Option("--builder-optimization-level", min=0, max=5, help="5 searches longest. Default: 3."),
+    ] = None
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Also for later TensorRT of the same major version.")
+    ] = False
+    hardware_compatible: Annotated[
+        Literal["ampere+", "same"] | None,
+        typer.Option("--hardware-compatible", help="Also for later GPUs, or all of this compute capability."),
+    ] = None
+    refit: Annotated[
+        Literal["all", "individual"] | None,
+        typer.Option("--refit", help="Weights can be replaced later, all or each that has a name."),
+    ] = None
+    strip: Annotated[bool, typer.Option("--strip", help="Without weights, which compress refit puts in.")] = False
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="DIR", help="Default: ~/.cache/compress/timing."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunnerFlags:
+    """How the files that a command runs are opened."""
+
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
+    ] = False
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime on the CPU.")] = None
+    trt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--trt-cache",
+            metavar="DIR",
+            help="TensorRT provider: folder of its engines. Default: ~/.cache/compress/onnxruntime.",
+        ),
+    ] = None
+    ep_context: Annotated[
+        bool,
+        typer.Option("--ep-context", help="TensorRT provider: keep the compiled model, and open it when it is there."),
+    ] = False
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Engines: launch all work of a batch with one call.")
+    ] = False
+
+    def arguments(self, files: Sequence[Path], providers: Sequence[str], *, max_batch: int) -> dict[str, Any]:
+        """Arguments of `deploy.runtimes.open.open_runner`. Raises UserError for an option that would do nothing."""
+        from deploy.runtimes.open import runner_options
+
+        options = runner_options(
+            files,
+            providers,
+            trt_cache=self.trt_cache,
+            ep_context=self.ep_context,
+            cuda_graph=self.cuda_graph,
+            max_batch=max_batch,
+        )
+        return {"allow_fallback": self.allow_fallback, "threads": self.threads, **options}
+
+
+def values_of(flags: Any) -> dict[str, Any]:
+    """Option → value, of a group of options; None or False where it was not given."""
+    return {f"--{field.name.replace('_', '-')}": getattr(flags, field.name) for field in fields(flags)}
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
@@ -77,6 +179,11 @@ def images_in(folder: Path) -> list[Path]:
     from deploy.core.image import image_files
 
     return image_files(folder, "--images: ")
+
+
+def need_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
 
 
 def need_folder(folder: Path, option: str) -> None:

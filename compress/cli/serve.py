@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from compress.cli.options import CudaGraph, EpContext, Fallback, Threads, TrtCache, need_finite
+from compress.cli.groups import with_groups
+from compress.cli.options import RunnerFlags, need_finite, values_of
 from deploy.core.errors import UserError
 
 commands = typer.Typer()
 
 
+@dataclass(frozen=True)
+class QueueFlags:
+    """How requests are put together and how long they wait."""
+
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Images in one call.")] = 16
+    max_delay_ms: Annotated[
+        float, typer.Option("--max-delay-ms", min=0, help="Longest wait for images that are still being decoded.")
+    ] = 3.0
+    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Images inside the server, a model.")] = 256
+    deadline_ms: Annotated[
+        float, typer.Option("--deadline-ms", min=1, help="Who would wait longer is answered 429.")
+    ] = 2000.0
+
+
+@dataclass(frozen=True)
+class RequestFlags:
+    """What clients may send, and how it is decoded."""
+
+    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Largest request.")] = 20.0
+    max_megapixels: Annotated[float, typer.Option("--max-megapixels", min=0.001, help="Largest picture.")] = 32.0
+    decode_workers: Annotated[
+        int | None, typer.Option("--decode-workers", min=1, help="Threads that decode. Default: one a core, at most 8.")
+    ] = None
+
+
 @commands.command()
+@with_groups
 def serve(
     models: Annotated[
         list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Exported .onnx files; default name: the file's.")
@@ -26,24 +54,9 @@ def serve(
     provider: Annotated[
         str, typer.Option("--provider", metavar="NAME,NAME", help="cpu, cuda, tensorrt, in order of preference.")
     ] = "cpu",
-    allow_fallback: Fallback = False,
-    threads: Threads = None,
-    trt_cache: TrtCache = None,
-    ep_context: EpContext = False,
-    cuda_graph: CudaGraph = False,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Images in one call.")] = 16,
-    max_delay_ms: Annotated[
-        float, typer.Option("--max-delay-ms", min=0, help="Longest wait for images that are still being decoded.")
-    ] = 3.0,
-    max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Images inside the server, a model.")] = 256,
-    deadline_ms: Annotated[
-        float, typer.Option("--deadline-ms", min=1, help="Who would wait longer is answered 429.")
-    ] = 2000.0,
-    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Largest request.")] = 20.0,
-    max_megapixels: Annotated[float, typer.Option("--max-megapixels", min=0.001, help="Largest picture.")] = 32.0,
-    decode_workers: Annotated[
-        int | None, typer.Option("--decode-workers", min=1, help="Threads that decode. Default: one a core, at most 8.")
-    ] = None,
+    opening: RunnerFlags = RunnerFlags(),
+    queue: QueueFlags = QueueFlags(),
+    requests: RequestFlags = RequestFlags(),
     token_file: Annotated[
         Path | None,
         typer.Option("--token-file", metavar="FILE", help="Ask for the token in it. Also: COMPRESS_SERVE_TOKEN."),
@@ -59,41 +72,29 @@ def serve(
     """Serve exported files over HTTP: pictures, the Open Inference Protocol, metrics, a web page.
 
     Ends with SIGTERM or SIGINT, after answering what it accepted; SIGHUP loads the files again."""
-    for number, option in (
-        (max_delay_ms, "--max-delay-ms"),
-        (deadline_ms, "--deadline-ms"),
-        (max_megabytes, "--max-megabytes"),
-        (max_megapixels, "--max-megapixels"),
-        (drain_seconds, "--drain-seconds"),
-    ):
-        need_finite(number, option)
+    for option, number in {**values_of(queue), **values_of(requests), "--drain-seconds": drain_seconds}.items():
+        if isinstance(number, float):
+            need_finite(number, option)
     files = _named_files(models)
     providers = [name.strip() for name in provider.split(",")]
-    from deploy.runtimes.open import open_runner, runner_options
-
-    options = runner_options(
-        list(files.values()), providers, trt_cache=trt_cache, ep_context=ep_context, cuda_graph=cuda_graph,
-        max_batch=max_batch,
-    )  # fmt: skip
+    options = opening.arguments(list(files.values()), providers, max_batch=queue.max_batch)
     token = _token(token_file)
+    from deploy.runtimes.open import open_runner
     from deploy.serve.server import serve as serve_files
     from deploy.serve.settings import Settings
 
     settings = Settings(
-        max_batch=max_batch,
-        max_delay_ms=max_delay_ms,
-        max_queue=max_queue,
-        deadline_ms=deadline_ms,
-        max_bytes=int(max_megabytes * 1e6),
-        max_pixels=int(max_megapixels * 1e6),
+        **vars(queue),
+        max_bytes=int(requests.max_megabytes * 1e6),
+        max_pixels=int(requests.max_megapixels * 1e6),
         drain_s=drain_seconds,
         allow_reload=allow_reload,
         token=token,
-        **({} if decode_workers is None else {"decode_workers": decode_workers}),
+        **({} if requests.decode_workers is None else {"decode_workers": requests.decode_workers}),
     )
     serve_files(
         files,
-        lambda path: open_runner(path, providers, allow_fallback=allow_fallback, threads=threads, **options),
+        lambda path: open_runner(path, providers, **options),
         settings,
         host=host,
         port=port,

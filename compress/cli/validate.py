@@ -8,15 +8,12 @@ from typing import Annotated
 import typer
 
 from compress.cli.exits import gate_failed, next_command
+from compress.cli.groups import with_groups
 from compress.cli.options import (
     Artifacts,
-    CudaGraph,
-    EpContext,
-    Fallback,
     JsonOut,
     Providers,
-    Threads,
-    TrtCache,
+    RunnerFlags,
     need_finite,
     need_folder,
     need_json_place,
@@ -28,6 +25,7 @@ commands = typer.Typer()
 
 
 @commands.command()
+@with_groups
 def validate(
     artifacts: Artifacts,
     data: Annotated[Path, typer.Option("--data", metavar="JSON", help="COCO instances JSON.")],
@@ -46,11 +44,7 @@ def validate(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     provider: Providers = "cpu",
-    allow_fallback: Fallback = False,
-    threads: Threads = None,
-    trt_cache: TrtCache = None,
-    ep_context: EpContext = False,
-    cuda_graph: CudaGraph = False,
+    opening: RunnerFlags = RunnerFlags(),
     json_out: JsonOut = None,
 ) -> None:
     """Measure the mAP of exported files, with a gate.
@@ -69,15 +63,12 @@ def validate(
     need_finite(max_map_drop, "--max-map-drop")
     need_json_place(json_out)
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
+    from deploy.runtimes.open import open_runners, runner_name
+
+    runners = open_runners(files, providers, **opening.arguments(files, providers, max_batch=batch_size))
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation
-    from deploy.runtimes.open import open_runners, runner_name, runner_options
-
-    options = runner_options(
-        files, providers, trt_cache=trt_cache, ep_context=ep_context, cuda_graph=cuda_graph, max_batch=batch_size
-    )
-    runners = open_runners(files, providers, allow_fallback=allow_fallback, threads=threads, **options)
 
     with progress_of("validating") as progress:
         results = validation.validate(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compress.data.coco import decode
 from compress.data.transforms import fit_size
 from compress.teachers.base import Sample, View
 from deploy.core.errors import LocalUserError, UserError, first_line
+from deploy.core.files import sha256_of
 from deploy.core.image import IMAGE_SUFFIXES
 
 
@@ -124,7 +125,38 @@ def read_chunks(
 
 
 def chunk_count(images: ImageList, size: int) -> int:
+    """How many chunks of `size` images there are."""
     return -(-len(images) // size)
+
+
+class FileContents:
+    """`file in contents`: has one of `files` the same bytes? Only files of its size are read, each once."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._by_size: dict[int, list[Path]] = {}
+        self._hashes: dict[int, set[str]] = {}
+        for file in files:
+            if file.is_file():
+                self._by_size.setdefault(file.stat().st_size, []).append(file)
+
+    def __contains__(self, file: Path) -> bool:
+        size = file.stat().st_size if file.is_file() else None
+        if size not in self._by_size:
+            return False
+        if size not in self._hashes:
+            self._hashes[size] = {sha256_of(other) for other in self._by_size[size]}
+        return sha256_of(file) in self._hashes[size]
+
+
+def without(images: ImageList, known: FileContents) -> ImageList:
+    """The images whose bytes are not among the known ones; each keeps its id."""
+    kept = [index for index, name in enumerate(images.names) if images.folder / name not in known]
+    return replace(
+        images,
+        ids=[images.ids[index] for index in kept],
+        names=[images.names[index] for index in kept],
+        sizes=[images.sizes[index] for index in kept],
+    )
 
 
 # --- details --------------------------------------------------------------------------------------------

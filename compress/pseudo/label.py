@@ -125,6 +125,109 @@ def pseudo_label(
         UserError: a teacher, a class, an image or a setting is not usable; `out` is there; parts of another run are.
             LocalUserError for what belongs to this shard.
     """
+    _check_place(out, shard, resume=resume)
+    table = table or {}
+    union, teachers = _load(sources, categories, table, device or _default_device())
+    for source, teacher in zip(sources, teachers, strict=True):
+        if isinstance(source, Source | str) and not quiet:
+            for line in _about(teacher, [name for _, name in union], settings):
+                print(line)
+        note = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
+        if note is not None and not quiet:
+            print(note)
+    counts = looked_for([teacher.labels for teacher in teachers], len(union))
+    tau, tau_ignore = np.full(len(union), settings.tau), np.full(len(union), settings.tau_ignore)
+    if thresholds_from is not None:
+        tau = _measured(teachers, union, counts, settings, thresholds_from, workers, quiet=quiet)
+        tau_ignore = tau * (settings.tau_ignore / settings.tau)
+    labeller = _Labeller(images, settings, teachers, union, counts, tau, tau_ignore, workers, skip_unreadable)
+    info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
+    if out.exists():
+        if parts.header_of(out) != info:
+            raise UserError(f"{out}: is there already, made with other settings; delete it, or name another file")
+        return None
+    document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
+    with _of_this_shard():
+        labeller.write_part(out, shard, document, quiet=quiet)
+        return parts.join(out, shard.count, chunk_count(images, settings.batch_size))
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+Union = list[tuple[int, str]]
+"""The common label space: (category id, name), the place is the label."""
+
+
+@dataclass(frozen=True)
+class _Labeller:
+    """What labels a shard, all things decided.
+
+    union: the common label space. counts: teachers that look for each class, int64 [K].
+    tau, tau_ignore: lowest score of a label and of a region, a class, float64 [K].
+    """
+
+    images: ImageList
+    settings: Settings
+    teachers: Sequence[Teacher]
+    union: Union
+    counts: np.ndarray
+    tau: np.ndarray
+    tau_ignore: np.ndarray
+    workers: int
+    skip_unreadable: bool
+
+    def info(self, table: Mapping[str, str | None], thresholds_sha256: str | None) -> dict[str, Any]:
+        """Which classes were looked for, and how the file comes about."""
+        names = [name for _, name in self.union]
+        return {
+            "description": "pseudo labels",
+            "coverage": [self.union[label][0] for label in np.flatnonzero(self.counts)],
+            "pseudo_labels": {
+                "version": __version__,
+                "teachers": [_provenance(teacher.boxes) for teacher in self.teachers],
+                "table": dict(sorted(table.items())),
+                **{key: value for key, value in asdict(self.settings).items() if not key.startswith("tau")},
+                "thresholds_from": thresholds_sha256,
+                "tau": {name: float(value) for name, value in zip(names, self.tau, strict=True)},
+                "tau_ignore": {name: float(value) for name, value in zip(names, self.tau_ignore, strict=True)},
+                "images_sha256": self.images.sha256(),
+            },
+        }
+
+    def write_part(self, out: Path, shard: Shard, document: dict[str, Any], *, quiet: bool) -> None:
+        """Label the chunks of a shard that are not labelled yet, a line of its part file each."""
+        numbers = shard.chunks(chunk_count(self.images, self.settings.batch_size))
+        name = "pseudo labels" if shard.count == 1 else f"pseudo labels, shard {shard}"
+        done = parts.begin(out, shard, {"document": document})
+        chunks = _read(self.images, numbers[done:], self.settings, self.teachers, self.workers)
+        with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
+            for number, chunk in zip(numbers[done:], chunks, strict=True):
+                parts.append(file, {"number": number, **self._labelled(chunk)})
+                advance(number // shard.count + 1, len(numbers))
+
+    def _labelled(self, chunk: Chunk) -> dict[str, Any]:
+        """COCO rows of a chunk. Raises UserError for an image that cannot be read and is not to be skipped."""
+        samples, bad = _sorted_out(chunk)
+        if bad and not self.skip_unreadable:
+            raise UserError(
+                f"{bad[0].reason}; --skip-unreadable, or pseudo_labels.skip_unreadable in a recipe, leaves such images "
+                "out"
+            )
+        lowest = min(LOWEST_SCORE, float(self.tau_ignore.min()))
+        merged = _find(self.teachers, samples, self.settings, self.counts, lowest)
+        return {
+            "images": [_image_row(sample) for sample in samples],
+            "annotations": [
+                annotation
+                for sample, boxes in zip(samples, merged, strict=True)
+                for annotation in _annotations(sample, *split(boxes, self.tau, self.tau_ignore), self.union)
+            ],
+            "skipped": [item.name for item in bad],
+        }
+
+
+def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
+    """Raises UserError where `out` or this shard's part of it cannot be written."""
     if out.suffix != ".json":
         raise UserError(f"{out}: pseudo labels are COCO JSON; name a file that ends in .json")
     need_place(out)
@@ -132,78 +235,6 @@ def pseudo_label(
         raise UserError(f"{out}: is there already; delete it, or name another file")
     with _of_this_shard():
         parts.need_fresh(out, shard, resume=resume)
-    table = table or {}
-    device = device or _default_device()
-    union, teachers = _load(sources, categories, table, device)
-    for source, teacher in zip(sources, teachers, strict=True):
-        if isinstance(source, Source | str) and not quiet:
-            for line in _about(teacher, [name for _, name in union], settings):
-                print(line)
-        told = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
-        if told is not None and not quiet:
-            print(told)
-    counts = looked_for([teacher.labels for teacher in teachers], len(union))
-    tau, tau_ignore = np.full(len(union), settings.tau), np.full(len(union), settings.tau_ignore)
-    if thresholds_from is not None:
-        tau = _measured(teachers, union, counts, settings, thresholds_from, workers, quiet=quiet)
-        tau_ignore = tau * (settings.tau_ignore / settings.tau)
-    document = {
-        "info": {
-            "description": "pseudo labels",
-            "coverage": [union[label][0] for label in np.flatnonzero(counts)],
-            "pseudo_labels": {
-                "version": __version__,
-                "teachers": [_provenance(teacher.boxes) for teacher in teachers],
-                "table": dict(sorted(table.items())),
-                **{key: value for key, value in asdict(settings).items() if not key.startswith("tau")},
-                "thresholds_from": None if thresholds_from is None else sha256_of(thresholds_from.annotations),
-                "tau": {name: float(value) for (_, name), value in zip(union, tau, strict=True)},
-                "tau_ignore": {name: float(value) for (_, name), value in zip(union, tau_ignore, strict=True)},
-                "images_sha256": images.sha256(),
-            },
-        },
-        "categories": [{"id": number, "name": name} for number, name in union],
-    }
-    if out.exists():
-        if parts.header_of(out) != document["info"]:
-            raise UserError(f"{out}: is there already, made with other settings; delete it, or name another file")
-        return None
-
-    total = chunk_count(images, settings.batch_size)
-    mine = shard.chunks(total)
-    name = "pseudo labels" if shard.count == 1 else f"pseudo labels, shard {shard}"
-    lowest = min(LOWEST_SCORE, float(tau_ignore.min()))
-    with _of_this_shard():
-        done = parts.begin(out, shard, {"document": document})
-        chunks = _read(images, mine[done:], settings, teachers, workers)
-        with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
-            for number, chunk in zip(mine[done:], chunks, strict=True):
-                samples, bad = _sorted_out(chunk)
-                if bad and not skip_unreadable:
-                    raise UserError(
-                        f"{bad[0].reason}; --skip-unreadable, or pseudo_labels.skip_unreadable in a recipe, leaves "
-                        "such images out"
-                    )
-                merged = _find(teachers, samples, settings, counts, lowest)
-                row = {
-                    "number": number,
-                    "images": [_image_row(sample) for sample in samples],
-                    "annotations": [
-                        annotation
-                        for sample, found in zip(samples, merged, strict=True)
-                        for annotation in _annotations(sample, *split(found, tau, tau_ignore), union)
-                    ],
-                    "skipped": [item.name for item in bad],
-                }
-                parts.append(file, row)
-                advance(number // shard.count + 1, len(mine))
-        return parts.join(out, shard.count, total)
-
-
-# --- details --------------------------------------------------------------------------------------------
-
-Union = list[tuple[int, str]]
-"""The common label space: (category id, name), the place is the label."""
 
 
 @contextmanager

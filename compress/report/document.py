@@ -17,9 +17,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.errors import UserError, one_line
 
-ARMS = ("teacher", "baseline", "student")
+ARMS = (TEACHER, BASELINE, STUDENT)
+"""The models that are compared."""
 
 
 def _finite(value: Any) -> Any:
@@ -62,8 +64,45 @@ class Latency(_Part):
     p99: Number = None
 
 
+class Layers(_Part):
+    """How many layers, and the share of each number format among them, 0 to 1."""
+
+    count: int = 0
+    share: dict[str, float] = {}
+
+
+class Machine(_Part):
+    """What an engine was built with, and the GPU it was built for."""
+
+    library: str = "TensorRT"
+    version: str = ""
+    gpu: str | None = None
+
+
+class EngineOptions(_Part):
+    """batches: smallest, best and largest."""
+
+    batches: tuple[int, int, int] = (1, 1, 1)
+
+
+class Engine(_Part):
+    """An engine's card, as much of it as is shown.
+
+    network: convolutions and matrix products as they were typed. layers: of the built engine; None: `layers_missing`
+        says why they are not known.
+    """
+
+    machine: Machine = Machine()
+    options: EngineOptions = EngineOptions()
+    network: Layers = Layers()
+    layers: Layers | None = None
+    layers_missing: str = ""
+    build_seconds: Number = None
+
+
 class Artifact(_Part):
-    """One exported file. `map` in percent, `map_drop` in points of it, `agreement` a share, 0 to 1."""
+    """One exported file. `map` in percent, `map_drop` in points of it, `agreement` a share, 0 to 1; `engine` of a file
+    that TensorRT built."""
 
     file: str
     backend: str = ""
@@ -74,6 +113,7 @@ class Artifact(_Part):
     agreement: Number = None
     latency_ms: Latency | None = None
     throughput_ips: Number = None
+    engine: Engine | None = None
     gate: str = "not run"
 
     @field_validator("gate")
@@ -197,7 +237,8 @@ class Document:
 
 def read_document(run_dir: Path) -> Document:
     """Read everything the report shows. Raises UserError for a missing or bad file."""
-    path = run_dir / "report.json"
+    folder = RunFolder(run_dir)
+    path = folder.report
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -210,8 +251,8 @@ def read_document(run_dir: Path) -> Document:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
         raise UserError(f"{path}: not a report ({one_line(error)})") from None
-    metrics = {arm: _read_metrics(run_dir / arm / "metrics.csv") for arm in ARMS}
-    recipe = run_dir / "recipe.yaml"
+    metrics = {arm: _read_metrics(folder.training(arm).metrics) for arm in ARMS}
+    recipe = folder.recipe
     return Document(
         run_dir=run_dir,
         report=parse_report(value, source=str(path)),

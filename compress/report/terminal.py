@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.report.document import ARMS, parse_report
+from compress.report.text import figure
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
@@ -35,10 +36,10 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         else:
             table.add_row(
                 Text(arm, style="bold" if arm == "student" else ""),
-                _figure(figures.map, 1),
+                figure(figures.map, 1),
                 "–",
-                _figure(figures.params_m, 2),
-                _figure(figures.gflops, 2),
+                figure(figures.params_m, 2),
+                figure(figures.gflops, 2),
                 "–",
                 "–",
                 "",
@@ -51,16 +52,12 @@ def summary_table(report: Mapping[str, Any]) -> Table:
             table.add_section()
         table.add_row(
             Text(a.file),
-            _figure(a.map, 1),
-            _figure(a.map_drop, 2),
+            figure(a.map, 1),
+            figure(a.map_drop, 2),
             "–",
             "–",
-            _figure(a.p50, 2),
-            _figure(a.p99, 2),
+            figure(a.p50, 2),
+            figure(a.p99, 2),
             Text(a.gate, style=style),
         )
     return table
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -9,14 +9,29 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from compress.config.data import Data, Split
-from compress.config.recipe import Recipe
+from compress.config.pseudo import Labels
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.label_split import split_labels
 from compress.data.transforms import eval_transform, fit_size, train_transform
+from compress.manifest import RunFolder
 from compress.training.distributed import on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Which images a run has.
+
+    data: the recipe's section. labels: how many of the training images have labels; None: all.
+    runs: where drawn images are kept, for all runs. folder: of this one.
+    """
+
+    data: Data
+    runs: Path
+    folder: RunFolder
+    labels: Labels | None = None
 
 
 @dataclass
@@ -59,43 +74,28 @@ def _as_before_styles(synthetic: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in synthetic.items() if (key, value) != ("style", "plain")}
 
 
-def labelled_split(recipe: Recipe) -> Split:
-    """The training images that have labels; with the recipe's `labels` that is a file in the run folder, which
-    `open_data` writes."""
-    given, _ = splits(recipe.data, recipe.runs, write=False)
-    if recipe.labels is None:
-        return given
-    return given.model_copy(update={"annotations": recipe.run_dir / "labelled.json"})
+def labelled_split(plan: DataPlan) -> Split:
+    """The training images that have labels; where only a share has, a file in the run folder, which `open_data`
+    writes."""
+    given, _ = splits(plan.data, plan.runs, write=False)
+    return given if plan.labels is None else given.model_copy(update={"annotations": plan.folder.labelled})
 
 
-def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
-    """Draw (synthetic) or open the recipe's images. Raises UserError for files that cannot be used."""
-    data = recipe.data
-    on_first_process(fabric, lambda: splits(data, recipe.runs))
-    given, val_split = splits(data, recipe.runs, write=False)
-    train_split, unlabelled = labelled_split(recipe), None
-    if recipe.labels is not None:
-        labels = recipe.labels
-        unlabelled = given.model_copy(update={"annotations": recipe.run_dir / "unlabelled.json"})
-
-        def divide() -> None:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)
-            split_labels(
-                given.annotations,
-                labels.fraction,
-                labels.seed,
-                labelled=train_split.annotations,
-                unlabelled=unlabelled.annotations,
-            )
-
-        on_first_process(fabric, divide)
-    transform = train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
-    has_labels = recipe.labels is None or recipe.labels.fraction > 0
+def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
+    """Draw (synthetic) or open the images. Raises UserError for files that cannot be used."""
+    data, labels = plan.data, plan.labels
+    on_first_process(fabric, lambda: splits(data, plan.runs))
+    given, val_split = splits(data, plan.runs, write=False)
+    train_split, unlabelled = labelled_split(plan), None
+    if labels is not None:
+        unlabelled = given.model_copy(update={"annotations": plan.folder.unlabelled})
+        on_first_process(fabric, lambda: _divide(given, labels, plan.folder))
+    has_labels = labels is None or labels.fraction > 0
     source = train_split if has_labels or unlabelled is None else unlabelled
     train = CocoDetection(
         source.annotations,
         source.images,
-        transform,
+        train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
         cache=data.cache and has_labels,
         drop_empty=data.drop_empty and has_labels,
     )
@@ -112,21 +112,35 @@ def open_data(recipe: Recipe, fabric: Fabric) -> Datasets:
             raise UserError(
                 f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
             )
+    return Datasets(train, val, train_split, val_split, _identity(data, train_split, val_split), unlabelled, has_labels)
+
+
+def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it."""
+    sizes = [fit_size(*size, data.eval_short, data.long) for size in set(dataset.sizes)]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _divide(given: Split, labels: Labels, folder: RunFolder) -> None:
+    """Write the part of the training images that keeps its labels, and the rest."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    split_labels(
+        given.annotations, labels.fraction, labels.seed, labelled=folder.labelled, unlabelled=folder.unlabelled
+    )
+
+
+def _identity(data: Data, train_split: Split, val_split: Split) -> dict[str, Any]:
     described = data.model_dump(mode="json", exclude={"workers", "cache"})
     if described["synthetic"] is not None:
         described["synthetic"] = _as_before_styles(described["synthetic"])
-    identity = described | {
+    return described | {
         "train_sha256": sha256_of(train_split.annotations),
         "val_sha256": sha256_of(val_split.annotations),
     }
-    return Datasets(train, val, train_split, val_split, identity, unlabelled, has_labels)
-
-
-def canvas(dataset: CocoDetection, recipe: Recipe) -> tuple[int, int]:
-    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as the recipe resizes it."""
-    sizes = [fit_size(*size, recipe.data.eval_short, recipe.data.long) for size in set(dataset.sizes)]
-    height, width = (max(side) for side in zip(*sizes, strict=True))
-    return -(-height // 32) * 32, -(-width // 32) * 32
 
 
 def _first_difference(train: CocoDetection, val: CocoDetection) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ from rich.console import Console
 from compress.config.data import Split
 from compress.config.model import Model
 from compress.config.recipe import Recipe
-from compress.config.teacher import Source
+from compress.config.teacher import Source, Teacher
 from compress.console import open_console
 from compress.data.synthetic import class_names
 from compress.detectors.base import Detector
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
 from compress.distill.teacher import freeze
-from compress.run.data import open_data
-from compress.run.pseudo_labels import only_labels, sources
+from compress.manifest import STUDENT, RunFolder
+from compress.run.data import DataPlan, open_data
+from compress.run.parts import Parts
+from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
-from compress.run.teacher import for_methods
-from compress.run.trainings import check_methods, train_arm
+from compress.run.teacher import key_of, match_teacher, open_given
+from compress.run.trainings import Distillation, TrainingPlan, train
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
 from deploy.validate.coco import read_annotations
@@ -39,22 +42,27 @@ from deploy.validate.coco import read_annotations
 SHORT_PX, LONG_PX = 256, 448
 
 
-def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
+def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool) -> None:
     """Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
+    inherit = recipe.teacher is not None and recipe.teacher.inherit
+    learning = Distillation(recipe.methods, inherit, parts.methods)
+    new_student = partial(_student, recipe, parts, len(categories))
     teacher = None
-    if distillation and recipe.teacher is not None and not only_labels(recipe):
-        teacher = _teacher(recipe, categories, fabric, console)
+    learns = recipe.teacher is not None and not only_labels(recipe.teacher, recipe.methods, recipe.pseudo_labels)
+    if distillation and (parts.teacher is not None or learns):
+        teacher = _teacher(recipe, parts, learning, new_student(), categories, fabric, console)
     labellers = _labellers(recipe, categories, fabric, console) if distillation and recipe.pseudo_labels else []
     if teacher is not None:
-        check_methods(recipe, len(categories), teacher)
+        learning.check(new_student(), teacher)
     with tempfile.TemporaryDirectory() as own:
-        folder = Path(fabric.broadcast(own))  # the first process's: all of them read what it writes
-        small = _rehearsal(recipe, folder, categories, console, write=fabric.is_global_zero)
-        data = open_data(small, fabric)
+        place = Path(fabric.broadcast(own))  # the first process's: all of them read what it writes
+        small = _rehearsal(recipe, place, categories, console, write=fabric.is_global_zero)
+        folder = RunFolder(small.run_dir)
+        data = open_data(DataPlan(small.data, small.runs, folder), fabric)
         size = (recipe.data.eval_short, recipe.data.long)
-        student = build_detector(small.student, len(categories), recipe.seed)
+        student = _student(small, parts, len(categories))
         figures = model_size(student, (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32))
         console.print(
             f"student: {recipe.student.detector} {recipe.student.backbone}, {figures['params_m']:.2f} M parameters, "
@@ -62,11 +70,18 @@ def dry_run(recipe: Recipe, fabric: Fabric, *, distillation: bool) -> None:
         )
         if teacher is not None:
             teacher.to(fabric.device)
-        images = rehearse_labels(small, data, labellers, folder, console) if labellers else None
-        result = train_arm(
-            fabric, small, "student", small.student, small.train, data,
-            teacher=teacher, images=images, identity={}, resume=False, max_steps=1,
-        )  # fmt: skip
+        plan = TrainingPlan(
+            name=STUDENT,
+            model=small.student,
+            settings=small.train,
+            folder=folder,
+            seed=small.seed,
+            teacher=teacher,
+            distillation=learning,
+            images=rehearse_labels(_labelling(small), data, labellers, place, console) if labellers else None,
+            build=parts.student,
+        )
+        result = train(fabric, plan, data, max_steps=1)
     console.print(
         f"dry run of {recipe.name}: {result['steps']} step on made-up images; everything fits together",
     )
@@ -84,23 +99,60 @@ def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
     return dict(COCO_CATEGORIES)
 
 
-def _teacher(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> Detector:
-    settings = recipe.teacher
+def _student(recipe: Recipe, parts: Parts, num_classes: int) -> Detector:
+    """A new one with random weights."""
+    if parts.student is not None:
+        return parts.student(num_classes)
+    return build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
+
+
+def _teacher(
+    recipe: Recipe,
+    parts: Parts,
+    learning: Distillation,
+    student: Detector,
+    categories: dict[int, str],
+    fabric: Fabric,
+    console: Console,
+) -> Detector:
+    """What the student learns from. student: a new one, which this changes."""
+    names, settings = list(categories.values()), recipe.teacher
+    if parts.teacher is not None:
+        teacher = open_given(None, parts.teacher, fabric.device, categories)
+        return match_teacher(teacher, key_of(None), names, learning, student)[0]
     assert settings is not None
     if settings.given:
-        return for_methods(recipe, _open(settings, categories, fabric, console), list(categories.values()))[0]
+        teacher = _open(settings, categories, fabric, console)
+        return match_teacher(teacher, key_of(settings), names, learning, student)[0]
+    return _untrained(settings, len(names), console)
+
+
+def _untrained(settings: Teacher, num_classes: int, console: Console) -> Detector:
+    """A teacher that the run would train first."""
     assert settings.model is not None
-    return freeze(build_detector(_without_download(settings.model, console, "teacher"), len(categories), 0))
+    return freeze(build_detector(_without_download(settings.model, console, "teacher"), num_classes, 0))
 
 
 def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> list[BoxTeacher]:
     """The teachers of `pseudo_labels`; random ones for what would have to be downloaded or trained first."""
     assert recipe.pseudo_labels is not None
     if recipe.pseudo_labels.teachers is None and recipe.teacher is not None and recipe.teacher.train is not None:
-        detector = _teacher(recipe, categories, fabric, console)
+        detector = _untrained(recipe.teacher, len(categories), console)
         name, names = "teacher.safetensors", tuple(categories.values())
         return [DetectorTeacher(detector, file=name, sha256="", class_names=names, device=fabric.device)]
-    return [_open(source, categories, fabric, console) for source in sources(recipe)]
+    return [_open(source, categories, fabric, console) for source in _labelling(recipe).sources]
+
+
+def _labelling(recipe: Recipe) -> LabellingPlan:
+    assert recipe.pseudo_labels is not None
+    return labelling_plan(
+        recipe.pseudo_labels,
+        labels=recipe.labels,
+        data=recipe.data,
+        teacher=recipe.teacher,
+        student=recipe.student,
+        run=RunFolder(recipe.run_dir),
+    )
 
 
 def _open(source: Source, categories: dict[int, str], fabric: Fabric, console: Console) -> BoxTeacher:

@@ -1,58 +1,77 @@
-"""A run from recipe to report: teacher, baseline and student, export, proof, latency, report.
+"""A run from recipe to report: teacher, baseline and student, export, validation, latency, report.
 
-`distill` trains the arms; `run` does that and everything after. Every stage is a row of the run's manifest.json
-and is skipped when its inputs are unchanged and its outputs intact. With several processes all of them train;
-process 0 does the rest.
+`distill` trains; `run` does that and everything after. Every stage is a row of the run's manifest.json and is skipped
+when its inputs are unchanged and its outputs intact. With several processes all of them train; process 0 does the rest.
+
+This file and the dry run are the only ones that hold a whole recipe: everything else gets a section of it, or a plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from compress.config.recipe import Recipe, dump_recipe
+from compress.config.recipe import Recipe, dump_recipe, recipe_sha256
+from compress.config.teacher import Teacher
 from compress.config.train import Train
 from compress.console import open_console
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.distill.teacher import freeze
-from compress.manifest import Manifest
-from compress.run.data import Datasets, open_data
+from compress.manifest import (
+    BASELINE,
+    STUDENT,
+    STUDENT_ON_INT8_GRIDS,
+    STUDENT_ON_PSEUDO_LABELS,
+    TEACHER,
+    TEACHER_CHECK,
+    Manifest,
+    RunFolder,
+)
+from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
+from compress.run.parts import Parts
 from compress.run.pseudo_labels import (
-    FIRST_STAGE,
+    LabellingPlan,
     PseudoLabelled,
     check_labelled,
     fine_tuning,
     label_images,
+    labelling_plan,
     only_labels,
 )
-from compress.run.pseudo_labels import is_unfinished as pseudo_labels_unfinished
-from compress.run.teacher import for_methods
-from compress.run.trainings import check_methods, evaluate_arm, train_arm
+from compress.run.teacher import checkpoint_to_show, key_of, match_teacher, open_given
+from compress.run.trainings import Distillation, TrainingPlan, evaluate_on, train
 from compress.teachers.check import check_teacher, seen_images
-from compress.teachers.load import open_teacher
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
+from deploy.core.import_path import import_object
 from deploy.validate.coco import read_annotations
+
+if TYPE_CHECKING:
+    from compress.run.qad import QadPlan
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
 
 
-def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
+def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: Parts | None = None) -> Path:
     """The whole path. Returns the run folder, which then holds report.json and report.html.
 
     Raises UserError for bad input; a failed accuracy gate is no error here, it is in report.json.
     """
-    run_dir = distill(recipe, resume=resume, dry_run=dry_run)
+    run_dir = distill(recipe, resume=resume, dry_run=dry_run, parts=parts)
     if not dry_run and is_first_process():
         reason = detector_class(recipe.student.detector, "student.detector").exportable
         if reason is not None:
@@ -61,25 +80,25 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False) -> Path:
                 f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
             )
             return run_dir
-        from compress.run.evidence import gather_evidence  # export, validation, latency, report
-
-        gather_evidence(recipe, run_dir)
+        _ship(recipe)
     return run_dir
 
 
-def _check_student(recipe: Recipe) -> None:
-    """Ask the class of the student, which may be a user's own, whether it can do what the recipe wants of it."""
-    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
-    if problem is not None:
-        raise UserError(": ".join(problem))
-
-
-def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, distillation: bool = True) -> Path:
+def distill(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    distillation: bool = True,
+    parts: Parts | None = None,
+) -> Path:
     """Train teacher (if the recipe says so), baseline (if asked for) and student, and the student once more on the
     grids of its int8 file (if asked for). Returns the run folder.
 
     With pseudo labels, teachers first label images, and the student trains on those and is fine-tuned on the others.
     With `distillation` False only the student is trained, alone, from the labels.
+
+    parts: objects in the place of, or beside, what the recipe names.
 
     Raises:
         UserError: bad data, a teacher that does not fit or is too weak, a loss that is not finite, or an
@@ -87,106 +106,317 @@ def distill(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, dist
     """
     from compress.run.dry_run import dry_run as rehearse
 
+    parts = Parts() if parts is None else parts
     fabric = _launch(recipe)
-    _check_student(recipe)
+    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    if problem is not None:
+        raise UserError(": ".join(problem))
+    for path in recipe.deploy.runners or ():
+        import_object(path, "deploy.runners")  # before the training, which takes long
     if dry_run:
-        rehearse(recipe, fabric, distillation=distillation)
+        rehearse(recipe, parts, fabric, distillation=distillation)
         return recipe.run_dir
-    console = open_console(quiet=not fabric.is_global_zero)
-    run_dir = recipe.run_dir
-    _open_run(run_dir, recipe, fabric, resume)
-    manifest = Manifest(run_dir, versions())
-    data = open_data(recipe, fabric)
+    folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
+    _open_folder(recipe, folder, fabric, resume)
+    data = open_data(data_plan(recipe), fabric)
     if not data.has_labels and not distillation:
         raise UserError("labels.fraction is 0: without teachers there is nothing to train on")
+    labelling = labelling_of(recipe)
     if distillation:
-        check_labelled(recipe, data)
-    console.print(
-        f"{recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation images, "
-        f"{len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
-    )
-    for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
-        if images.dropped:
-            counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
-            console.print(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
-    if data.unlabelled is not None:
-        assert recipe.labels is not None
-        rest = len(read_annotations(data.unlabelled.annotations)["images"])
-        unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
-        console.print(
-            f"labels.fraction {recipe.labels.fraction:g}: {rest} more images have no labels"
-            + (f"; no label is left of {', '.join(unseen)}" if unseen and data.has_labels else "")
-        )
-    common = {"data": data.identity, "seed": recipe.seed, "world_size": fabric.world_size}
-
-    teacher = None
-    if distillation and recipe.teacher is not None and (recipe.teacher.train is not None or not only_labels(recipe)):
-        teacher = _teacher(recipe, data, fabric, manifest, common, resume, console)
-    pseudo = None
-    if distillation and recipe.pseudo_labels is not None:
-        pseudo = label_images(fabric, recipe, data, manifest, console, resume=resume)
-    taught = (
-        {}
-        if teacher is None
-        else {
-            "methods": recipe.methods.model_dump(mode="json"),
-            "inherit": recipe.teacher is not None and recipe.teacher.inherit,
-            "teacher": state_sha256(teacher),
-        }
-    )
-    for arm in _arms(recipe, teacher, pseudo, distillation=distillation):
-        inputs = {
-            **common,
-            "model": recipe.student.model_dump(mode="json", exclude_none=True),
-            "train": arm.settings.model_dump(mode="json", exclude=NOT_THE_RESULT),
-            **(taught if arm.teacher is not None else {}),
-            **(arm.pseudo.identity if arm.pseudo is not None else {}),
-            **({"start": sha256_of(arm.start)} if arm.start is not None else {}),
-        }
-
-        def work(arm: _Arm = arm, inputs: dict[str, Any] = inputs) -> dict[str, Any]:
-            return train_arm(
-                fabric, recipe, arm.name, recipe.student, arm.settings, data,
-                teacher=arm.teacher, images=None if arm.pseudo is None else arm.pseudo.images, start=arm.start,
-                identity=inputs, resume=resume,
-            )  # fmt: skip
-
-        outputs = [run_dir / f"{arm.name}.safetensors"]
-        result = manifest.stage(arm.name, inputs, outputs, work, write=fabric.is_global_zero)
-        console.print(
-            f"{arm.name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)",
-        )
+        fine_tune = None if labelling is None else labelling.settings.fine_tune
+        check_labelled(len(data.train), recipe.train, baseline=recipe.baseline, fine_tune=fine_tune)
+    work = _Run(recipe, parts, fabric, data, folder, Manifest(folder.path, versions()), console, resume)
+    work.describe_data()
+    teacher = pseudo = None
+    if distillation and _has_a_teacher(recipe, parts):
+        teacher = work.teacher()
+    elif distillation and parts.methods:
+        raise UserError(f"methods.{next(iter(parts.methods))}: needs a teacher; add the section teacher, or give one")
+    if distillation and labelling is not None:
+        pseudo = label_images(fabric, labelling, data, work.manifest, console, resume=resume)
+    for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
+        work.train(plan)
     if distillation and recipe.deploy.int8.qad is not None:
-        from compress.run.qad import NAME, distill_quantized
+        work.train_on_int8_grids(teacher)
+    return folder.path
 
-        result = distill_quantized(fabric, recipe, data, manifest, teacher=teacher, taught=taught, resume=resume)
-        console.print(
-            f"{NAME}: mAP {result['metrics']['map']:.2f} on the grids of its int8 file ({result['seconds']:.0f} s of "
-            "training)",
-        )
-    return run_dir
+
+def data_plan(recipe: Recipe) -> DataPlan:
+    """Which images a recipe's run has."""
+    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels)
+
+
+def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
+    """How a recipe's student learns from its teacher."""
+    inherit = recipe.teacher is not None and recipe.teacher.inherit
+    return Distillation(recipe.methods, inherit, {} if parts is None else parts.methods)
+
+
+def labelling_of(recipe: Recipe) -> LabellingPlan | None:
+    """What teachers label in a recipe's run; None: nothing."""
+    if recipe.pseudo_labels is None:
+        return None
+    return labelling_plan(
+        recipe.pseudo_labels,
+        labels=recipe.labels,
+        data=recipe.data,
+        teacher=recipe.teacher,
+        student=recipe.student,
+        run=RunFolder(recipe.run_dir),
+    )
+
+
+def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
+    """A recipe's student, trained from the labels alone."""
+    return TrainingPlan(
+        name=STUDENT,
+        model=recipe.student,
+        settings=recipe.train,
+        folder=RunFolder(recipe.run_dir),
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        recipe_sha256=recipe_sha256(recipe),
+        build=None if parts is None else parts.student,
+    )
+
+
+def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadPlan:
+    """How a recipe's student is made one for int8."""
+    from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
+
+    folder, deploy, pseudo = RunFolder(recipe.run_dir), recipe.deploy, recipe.pseudo_labels
+    assert deploy.int8.qad is not None, "the caller looks"
+    fine_tuned = pseudo is not None and pseudo.fine_tune is not None  # without methods
+    return QadPlan(
+        student=folder.weights(),
+        adapters=folder.training(STUDENT_ON_PSEUDO_LABELS if fine_tuned else STUDENT).last,
+        folder=folder,
+        train=recipe.train,
+        qad=deploy.int8.qad,
+        deploy=deploy,
+        quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
+        input_size=deploy.input_size or canvas(data.val, recipe.data),
+        limits=(recipe.data.eval_short, recipe.data.long),
+        distillation=distillation_plan(recipe, parts),
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        recipe_sha256=recipe_sha256(recipe),
+    )
 
 
 @dataclass(frozen=True)
-class _Arm:
-    """A training of the student. pseudo: what it trains on, None for the labelled images. start: see `train_arm`."""
+class _Run:
+    """The trainings of a run, while they are done."""
 
-    name: str
-    settings: Train
-    teacher: Detector | None = None
-    pseudo: PseudoLabelled | None = None
-    start: Path | None = None
+    recipe: Recipe
+    parts: Parts
+    fabric: Fabric
+    data: Datasets
+    folder: RunFolder
+    manifest: Manifest
+    console: Console
+    resume: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all trainings depend on."""
+        return {"data": self.data.identity, "seed": self.recipe.seed, "world_size": self.fabric.world_size}
+
+    def describe_data(self) -> None:
+        recipe, data, say = self.recipe, self.data, self.console.print
+        say(
+            f"{recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation "
+            f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
+            f"{self.fabric.device.type}",
+        )
+        for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
+            if images.dropped:
+                counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
+                say(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
+        if data.unlabelled is not None:
+            assert recipe.labels is not None
+            rest = len(read_annotations(data.unlabelled.annotations)["images"])
+            unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
+            say(
+                f"labels.fraction {recipe.labels.fraction:g}: {rest} more images have no labels"
+                + (f"; no label is left of {', '.join(unseen)}" if unseen and data.has_labels else "")
+            )
+
+    def teacher(self) -> Detector:
+        """Load or train the teacher, and measure it on the validation images before a student learns from it."""
+        settings = self.recipe.teacher
+        if self.parts.teacher is None and settings is not None and settings.train is not None:
+            return self._trained_teacher(settings, settings.train)
+        names = dict(zip(self.data.train.category_ids, self.data.train.categories, strict=True))
+        teacher = open_given(settings, self.parts.teacher, self.fabric.device, names)
+        named, key = teacher.class_names is not None, key_of(None if self.parts.teacher is not None else settings)
+        detector, labels = match_teacher(
+            teacher, key, self.data.train.categories, distillation_plan(self.recipe, self.parts), self._new_student()
+        )
+        if labels and not named:
+            self.console.print(f"teacher {teacher.file}: does not name its classes; they are taken for the data's")
+        check_teacher(
+            teacher,
+            labels,
+            self.data.val,
+            self.manifest,
+            stage=TEACHER_CHECK,
+            identity=self.data.identity,
+            seen=seen_images(self.recipe.data.eval_short, self.recipe.data.long),
+            least=0.0 if settings is None else settings.min_map,
+            say=self.console.print,
+            write=self.fabric.is_global_zero,
+        )
+        return detector
+
+    def _trained_teacher(self, settings: Teacher, schedule: Train) -> Detector:
+        assert settings.model is not None, "the recipe was validated"
+        classes = len(self.data.train.categories)
+        untrained = build_detector(settings.model.model_copy(update={"weights": "none"}), classes, 0)
+        distillation_plan(self.recipe, self.parts).check(self._new_student(), untrained)
+        plan = replace(student_plan(self.recipe), name=TEACHER, model=settings.model, settings=schedule)
+        self._stage(plan)
+        teacher, record = load_detector(self.folder.weights(TEACHER))
+        freeze(teacher)
+        teacher.to(self.fabric.device)
+
+        def check() -> dict[str, Any]:
+            return {"metrics": evaluate_on(teacher, self.data, self.fabric, self.recipe.data.workers).to_dict()}
+
+        inputs = {"data": self.data.identity, "weights": state_sha256(teacher)}
+        measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
+        found = measured["metrics"]["map"]
+        self.console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
+        if found < settings.min_map:
+            raise UserError(
+                f"the teacher reaches {found:.2f} mAP on {self.data.val_split.annotations}, teacher.min_map asks for "
+                f"{settings.min_map:g}: train it longer, or check that its classes and images are these"
+            )
+        return teacher
+
+    def _new_student(self) -> Detector:
+        """The student before its training, without weights that would have to be downloaded."""
+        classes, student = len(self.data.train.categories), self.recipe.student
+        if self.parts.student is not None:
+            return self.parts.student(classes)
+        return build_detector(student.model_copy(update={"weights": "none"}), classes, self.recipe.seed)
+
+    def student_trainings(
+        self, teacher: Detector | None, pseudo: PseudoLabelled | None, *, distillation: bool
+    ) -> Iterator[TrainingPlan]:
+        """The student's trainings in their order; the last one makes the student. A plan may need the files of the one
+        before it."""
+        recipe = self.recipe
+        alone = student_plan(recipe, self.parts)
+        if distillation and recipe.baseline:
+            yield replace(alone, name=BASELINE)
+        first = replace(
+            alone,
+            teacher=teacher,
+            distillation=distillation_plan(recipe, self.parts),
+            images=None if pseudo is None else pseudo.images,
+            identity={**self._taught(teacher), **({} if pseudo is None else pseudo.identity)},
+        )
+        fine_tune = None if pseudo is None or recipe.pseudo_labels is None else recipe.pseudo_labels.fine_tune
+        if fine_tune is None:
+            yield first
+            return
+        yield replace(first, name=STUDENT_ON_PSEUDO_LABELS)
+        start = self.folder.weights(STUDENT_ON_PSEUDO_LABELS)
+        settings = fine_tuning(recipe.train, fine_tune)
+        yield replace(alone, settings=settings, start=start, identity={"start": sha256_of(start)})
+
+    def train(self, plan: TrainingPlan) -> None:
+        """Do a training, if it is not done yet, and say how it went."""
+        result = self._stage(plan)
+        self.console.print(f"{plan.name}: mAP {result['metrics']['map']:.2f} ({result['seconds']:.0f} s of training)")
+
+    def _stage(self, plan: TrainingPlan) -> dict[str, Any]:
+        inputs = {
+            **self.identity,
+            "model": plan.model.model_dump(mode="json", exclude_none=True),
+            "train": plan.settings.model_dump(mode="json", exclude=NOT_THE_RESULT),
+            **(self.parts.student_identity() if plan.build is not None else {}),
+            **plan.identity,
+        }
+
+        def work() -> dict[str, Any]:
+            return train(self.fabric, replace(plan, identity=inputs), self.data, resume=self.resume)
+
+        outputs = [self.folder.weights(plan.name)]
+        result: dict[str, Any] = self.manifest.stage(plan.name, inputs, outputs, work, write=self.fabric.is_global_zero)
+        return result
+
+    def train_on_int8_grids(self, teacher: Detector | None) -> None:
+        from compress.run.qad import distill_quantized
+
+        plan, taught = qad_plan(self.recipe, self.data, self.parts), self._taught(teacher)
+        result = distill_quantized(
+            self.fabric, plan, self.data, self.manifest, teacher=teacher, taught=taught, resume=self.resume
+        )
+        self.console.print(
+            f"{STUDENT_ON_INT8_GRIDS}: mAP {result['metrics']['map']:.2f} on the grids of its int8 file "
+            f"({result['seconds']:.0f} s of training)",
+        )
+
+    def _taught(self, teacher: Detector | None) -> dict[str, Any]:
+        """What a student learns from besides labels, as JSON."""
+        if teacher is None:
+            return {}
+        distillation = distillation_plan(self.recipe)
+        return {
+            "methods": distillation.methods.model_dump(mode="json"),
+            "inherit": distillation.inherit,
+            "teacher": state_sha256(teacher),
+            **self.parts.method_identity(),
+        }
 
 
-def _arms(recipe: Recipe, teacher: Detector | None, pseudo: PseudoLabelled | None, *, distillation: bool) -> list[_Arm]:
-    """The student's trainings in their order; the last one makes the student."""
-    arms = [_Arm("baseline", recipe.train)] if distillation and recipe.baseline else []
-    fine_tune = None if pseudo is None or recipe.pseudo_labels is None else recipe.pseudo_labels.fine_tune
-    if fine_tune is None:
-        return [*arms, _Arm("student", recipe.train, teacher, pseudo)]
-    first = _Arm(FIRST_STAGE, recipe.train, teacher, pseudo)
-    start = recipe.run_dir / f"{FIRST_STAGE}.safetensors"
-    return [*arms, first, _Arm("student", fine_tuning(recipe.train, fine_tune), start=start)]
+def _ship(recipe: Recipe) -> None:
+    """Make the files, validate and measure them, and write the report. One process, after training."""
+    from compress.run.artifacts import Checks, make, plans_of_a_run
+    from compress.run.evaluation import EvaluationPlan, evaluate
+    from compress.run.quantize import Quantizing, Search
+    from compress.run.report import ReportPlan, commands, labelled_by_teachers, write_report
+
+    deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
+    manifest, limits = Manifest(folder.path, versions()), (recipe.data.eval_short, recipe.data.long)
+    train_split, split = splits(recipe.data, recipe.runs)
+    labelled = labelled_split(data_plan(recipe))
+    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
+    images = [val.path(index) for index in range(len(val))]
+    checks = Checks(images, deploy.input_size or canvas(val, recipe.data), limits)
+    search = None
+    if deploy.int8.guided:
+        search = Search(labelled, deploy.max_map_drop, deploy.int8.deciding_images, folder.search_split)
+    made = []
+    for plan in plans_of_a_run(folder, deploy, checks, Quantizing(deploy.int8, train_split, split, search), manifest):
+        for artifact in make(plan):
+            made.append(artifact)
+            open_console().print(f"export: {artifact}")
+    learns = bool(recipe.methods.enabled())
+    teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
+    device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    names = dict(zip(val.category_ids, val.categories, strict=True))
+    rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, teacher, names, device), made)
+    labelling, pseudo = labelling_of(recipe), None
+    if labelling is not None:
+        has_labels = recipe.labels is None or recipe.labels.fraction > 0
+        lists, fine_tune = labelling.stages(folder.stages()), labelling.settings.fine_tune
+        pseudo = labelled_by_teachers(folder, lists, labelled if has_labels else None, fine_tune)
+    report = ReportPlan(
+        name=recipe.name,
+        folder=folder,
+        val=val,
+        input_size=checks.input_size,
+        teacher=teacher,
+        has_teacher=recipe.teacher is not None and learns,
+        pseudo_labels=pseudo,
+        commands=commands(folder, split),
+        device=device,
+    )
+    write_report(report, rows)
 
 
 def _launch(recipe: Recipe) -> Fabric:
@@ -204,109 +434,36 @@ def _launch(recipe: Recipe) -> Fabric:
     return launch(train, unused_parameters=ends)
 
 
-def _open_run(run_dir: Path, recipe: Recipe, fabric: Fabric, resume: bool) -> None:
+def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool) -> None:
     """Create the folder with its resolved recipe. An unfinished run is only continued when asked to."""
-    unfinished = [
-        name
-        for name in ("teacher", "baseline", FIRST_STAGE, "student", "student.qad")
-        if (run_dir / name / "checkpoints" / "last.ckpt").is_file() and not (run_dir / f"{name}.safetensors").is_file()
-    ]
-    if pseudo_labels_unfinished(recipe):
+    unfinished, labelling = folder.unfinished(), labelling_of(recipe)
+    if labelling is not None and labelling.is_unfinished():
         unfinished.append("the labelling")
     if unfinished and not resume:
         raise UserError(
-            f"{run_dir} holds an interrupted run ({unfinished[0]} is unfinished); add --resume to continue it, or "
+            f"{folder.path} holds an interrupted run ({unfinished[0]} is unfinished); add --resume to continue it, or "
             "remove the folder to start again"
         )
 
     def create() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_text(folder.recipe, dump_recipe(recipe))
 
     on_first_process(fabric, create)
 
 
-def _teacher(
-    recipe: Recipe,
-    data: Datasets,
-    fabric: Fabric,
-    manifest: Manifest,
-    common: dict[str, Any],
-    resume: bool,
-    console: Console,
-) -> Detector:
-    """Load or train the teacher, and measure it on the validation images before anybody learns from it."""
-    settings = recipe.teacher
-    assert settings is not None
-    if settings.given:
-        return _given_teacher(recipe, data, fabric, manifest, console)
-    assert settings.model is not None and settings.train is not None, "the recipe was validated"
-    first = fabric.is_global_zero
-    classes = len(data.train.categories)
-    check_methods(recipe, classes, build_detector(settings.model.model_copy(update={"weights": "none"}), classes, 0))
-    path = recipe.run_dir / "teacher.safetensors"
-    inputs = {
-        **common,
-        "model": settings.model.model_dump(mode="json", exclude_none=True),
-        "train": settings.train.model_dump(mode="json", exclude=NOT_THE_RESULT),
-    }
-
-    def train() -> dict[str, Any]:
-        assert settings.model is not None and settings.train is not None
-        return train_arm(
-            fabric,
-            recipe,
-            "teacher",
-            settings.model,
-            settings.train,
-            data,
-            identity=inputs,
-            resume=resume,
-        )
-
-    manifest.stage("teacher", inputs, [path], train, write=first)
-    teacher, record = load_detector(path)
-    freeze(teacher)
-    teacher.to(fabric.device)
-
-    def check() -> dict[str, Any]:
-        return {"metrics": evaluate_arm(teacher, data, fabric, recipe.data.workers).to_dict()}
-
-    weights = state_sha256(teacher)
-    measured = manifest.stage("teacher_check", {"data": data.identity, "weights": weights}, [], check, write=first)
-    found = measured["metrics"]["map"]
-    console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
-    if found < settings.min_map:
-        raise UserError(
-            f"the teacher reaches {found:.2f} mAP on {data.val_split.annotations}, teacher.min_map asks for "
-            f"{settings.min_map:g}: train it longer, or check that its classes and images are these"
-        )
-    return teacher
-
-
-def _given_teacher(recipe: Recipe, data: Datasets, fabric: Fabric, manifest: Manifest, console: Console) -> Detector:
-    """One that is there already, checked."""
-    assert recipe.teacher is not None
-    names = dict(zip(data.train.category_ids, data.train.categories, strict=True))
-    teacher = open_teacher(recipe.teacher, fabric.device, categories=names)
-    named = teacher.class_names is not None
-    detector, labels = for_methods(recipe, teacher, data.train.categories)
-    if labels and not named:
-        console.print(f"teacher {teacher.file}: does not name its classes; they are taken for the data's")
-    check_teacher(
-        teacher,
-        labels,
-        data.val,
-        manifest,
-        stage="teacher_check",
-        identity=data.identity,
-        seen=seen_images(recipe.data.eval_short, recipe.data.long),
-        least=recipe.teacher.min_map,
-        say=console.print,
-        write=fabric.is_global_zero,
+def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:
+    """Is there a teacher that a student learns from, or one to train, which may label alone?"""
+    if parts.teacher is not None:
+        return True
+    if recipe.teacher is None:
+        return False
+    return (
+        recipe.teacher.train is not None
+        or bool(parts.methods)
+        or not only_labels(recipe.teacher, recipe.methods, recipe.pseudo_labels)
     )
-    return detector
 
 
 def _describe(record: ModelRecord) -> str:
-    return " ".join(filter(None, (record.model.detector, record.model.backbone)))
+    return " ".join(name for name in (record.model.detector, record.model.backbone) if name)

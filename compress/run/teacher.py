@@ -1,43 +1,88 @@
-"""Teachers for methods that learn from features or logits."""
+"""The teacher of a run: opened or trained here, matched with the data, measured before a student learns from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from compress.config.recipe import Recipe
+import torch
+
+from compress.config.teacher import Teacher
+from compress.data.coco import CocoDetection
 from compress.detectors.base import Capability, Detector
-from compress.run.trainings import check_methods
-from compress.teachers.base import BoxTeacher
+from compress.detectors.checkpoints import load_teacher_checkpoint
+from compress.detectors.weights import state_sha256
+from compress.manifest import TEACHER, RunFolder
+from compress.run.trainings import Distillation
+from compress.teachers.base import BoxTeacher, DetectorTeacher
+from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 
+UNNAMED = ("teacher", "teacher.checkpoint", "teacher.custom")
+"""Teachers that may leave the names of their classes to the data."""
 
-def for_methods(recipe: Recipe, teacher: BoxTeacher, categories: Sequence[str]) -> tuple[Detector, list[int]]:
-    """The detector that the methods learn from; and for each class of the teacher its label in the data, or -1.
+
+def key_of(settings: Teacher | None) -> str:
+    """Where a recipe names its teacher; `teacher` for one that was handed over as an object."""
+    return "teacher" if settings is None or not settings.given else f"teacher.{settings.given[0]}"
+
+
+def open_given(
+    settings: Teacher | None, part: Detector | BoxTeacher | None, device: torch.device, categories: Mapping[int, str]
+) -> BoxTeacher:
+    """The teacher that is there already: an object, or what the section names. categories: id → name."""
+    if isinstance(part, Detector):
+        return DetectorTeacher(
+            part, file=type(part).__name__, sha256=state_sha256(part), class_names=None, device=device
+        )
+    if part is not None:
+        return part
+    assert settings is not None, "there is a section, or an object"
+    return open_teacher(settings, device, categories=categories)
+
+
+def match_teacher(
+    teacher: BoxTeacher, key: str, categories: Sequence[str], distillation: Distillation, student: Detector
+) -> tuple[Detector, list[int]]:
+    """The detector that the student learns from; and for each class of the teacher its label in the data, or -1.
 
     Features may come from a teacher of any classes. Logits are compared class by class, so they need the data's classes
     in the data's order. A checkpoint that does not name its classes gets the data's names if there are as many.
 
+    Args:
+        key: of the recipe, for messages.
+        student: of the model that will be trained; its weights change.
+
     Raises:
         UserError: the teacher gives boxes alone; teacher, student and methods do not fit each other; other classes.
     """
-    assert recipe.teacher is not None, "the recipe was validated"
-    key = f"teacher.{recipe.teacher.given[0]}"
-    if teacher.detector is None:
-        method = next(iter(recipe.methods.enabled()), None)
-        wanted = "" if method is None else f", and methods.{method} learns from features or logits"
-        raise UserError(f"{key}: {teacher.file} gives boxes alone{wanted}; use pseudo_labels, or another teacher")
-    methods = check_methods(recipe, len(categories), teacher.detector).values()
-    unnamed = teacher.class_names is None and recipe.teacher.checkpoint is not None
-    if unnamed and teacher.detector.num_classes == len(categories):
+    detector = teacher.detector
+    if detector is None:
+        method = next(iter(distillation.names), None)
+        learns = "" if method is None else f", and methods.{method} learns from features or logits"
+        raise UserError(f"{key}: {teacher.file} gives boxes alone{learns}; use pseudo_labels, or another teacher")
+    methods = distillation.check(student, detector).values()
+    if teacher.class_names is None and key in UNNAMED and detector.num_classes == len(categories):
         teacher.class_names = tuple(categories)
     names = list(teacher.class_names or ())
     if names != list(categories):
         needing = "methods on logits need" if any(Capability.DENSE in built.method.needs for built in methods) else ""
-        if recipe.teacher.inherit and len(names) == len(categories):  # then the head's last layer would be copied too
+        if distillation.inherit and len(names) == len(categories):  # then the head's last layer would be copied too
             needing = "teacher.inherit needs"
         if needing:
             raise UserError(f"{key}: {_difference(names, categories)}; {needing} the same classes in the same order")
-    return teacher.detector, [categories.index(name) if name in categories else -1 for name in names]
+    return detector, [categories.index(name) if name in categories else -1 for name in names]
+
+
+def checkpoint_to_show(settings: Teacher, folder: RunFolder, val: CocoDetection) -> str | None:
+    """The checkpoint of the teacher that a student learned from, to time it and to draw what it finds; None for one of
+    another library or of other classes, which is measured before the training and not again."""
+    if settings.train is not None:
+        return str(folder.weights(TEACHER))
+    if settings.checkpoint is None:
+        return None
+    record = load_teacher_checkpoint(settings.checkpoint)[1]
+    same = record.num_classes == len(val.categories) and record.class_names in (None, val.categories)
+    return settings.checkpoint if same else None
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
-"""The trainings of a run: teacher, baseline and student, each built from the recipe, trained and saved.
+"""The trainings of a run: teacher, baseline and student, each built from its section, trained and saved.
 
 Everything here works the same in one process and in several; process 0 writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
+from torch.utils.data import DataLoader
 
+from compress.config.methods import Methods
 from compress.config.model import Model
-from compress.config.recipe import Recipe, recipe_sha256
 from compress.config.train import Train
 from compress.console import open_console
 from compress.data.concat import TrainingImages
@@ -22,6 +25,7 @@ from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
+from compress.distill.method import Method
 from compress.distill.weighting import Balanced
 from compress.manifest import RunFolder, fingerprint
 from compress.run.data import Datasets
@@ -33,92 +37,119 @@ from deploy.validate.coco import CocoMetrics
 EVAL_BATCH = 8
 
 
-def check_methods(recipe: Recipe, num_classes: int, teacher: Detector) -> dict[str, Balanced]:
-    """Build the methods as the student's training will build them. Raises UserError where teacher, student and methods
-    do not fit each other."""
-    student = build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
-    methods = build_methods(recipe.methods, student, teacher)
-    if recipe.teacher is not None and recipe.teacher.inherit and not inherit(student, teacher):
-        raise UserError(
-            f"teacher.inherit: no layer of the teacher's neck and head (width {teacher.feature_channels}) fits the "
-            f"student's (width {student.feature_channels}); give both the same neck_channels"
-        )
-    return methods
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from a teacher.
 
-
-def train_arm(
-    fabric: Fabric,
-    recipe: Recipe,
-    name: str,
-    model: Model,
-    settings: Train,
-    data: Datasets,
-    *,
-    teacher: Detector | None = None,
-    images: TrainingImages | None = None,
-    start: Path | None = None,
-    identity: Mapping[str, Any],
-    resume: bool,
-    max_steps: int | None = None,
-) -> dict[str, Any]:
-    """Train one arm and save it as `<run>/<name>.safetensors`. Returns its figures (JSON-able).
-
-    With a teacher it learns by the recipe's methods, and inherits if the recipe says so.
-
-    Args:
-        images: to train on, with the classes of `data.train`; None: `data.train`.
-        start: checkpoint with the weights to begin with, of the same model; None: fresh ones.
+    methods: the recipe's section. own: methods that are there as objects; a training works on copies.
+    inherit: start the student's neck and head from the teacher's.
     """
-    output = recipe.run_dir / f"{name}.safetensors"
+
+    methods: Methods = field(default_factory=Methods)
+    inherit: bool = False
+    own: Mapping[str, Method] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The methods that take part."""
+        return [*self.methods.enabled(), *self.own]
+
+    def build(
+        self, student: Detector, teacher: Detector, *, seed: int = 0, compiled: bool = False
+    ) -> dict[str, Balanced]:
+        """The methods, with fresh adapters. Raises UserError where teacher, student and methods do not fit."""
+        built = build_methods(self.methods, student, teacher, seed=seed, compiled=compiled)
+        return built | {name: Balanced(copy.deepcopy(method)) for name, method in self.own.items()}
+
+    def pass_on(self, student: Detector, teacher: Detector) -> None:
+        """Let the student inherit, where it should. Raises UserError where nothing fits."""
+        if self.inherit and not inherit(student, teacher):
+            raise UserError(
+                f"teacher.inherit: no layer of the teacher's neck and head (width {teacher.feature_channels}) fits the "
+                f"student's (width {student.feature_channels}); give both the same neck_channels"
+            )
+
+    def check(self, student: Detector, teacher: Detector) -> dict[str, Balanced]:
+        """Do what the student's training will begin with. The weights of `student` do not matter, and change.
+
+        Raises UserError where teacher, student and methods do not fit each other.
+        """
+        methods = self.build(student, teacher)
+        self.pass_on(student, teacher)
+        return methods
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One training of a run, built anew from its settings.
+
+    name: of its folder, its checkpoint and its row in the manifest.
+    teacher, distillation: what it learns from besides labels, and how; None: from labels alone.
+    images: to train on, with the classes of the labelled ones; None: the labelled ones.
+    start: a checkpoint of the same model with the weights to begin with; None: fresh ones.
+    identity: everything that shapes the result (JSON-able).
+    recipe_sha256: for the checkpoint's record.
+    build: gives the detector for a number of classes, in the place of `model`.
+    """
+
+    name: str
+    model: Model
+    settings: Train
+    folder: RunFolder
+    seed: int = 0
+    workers: int = 0
+    teacher: Detector | None = None
+    distillation: Distillation = field(default_factory=Distillation)
+    images: TrainingImages | None = None
+    start: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    recipe_sha256: str = ""
+    build: Callable[[int], Detector] | None = None
+
+    def detector(self, num_classes: int) -> Detector:
+        """The detector as its training begins with it."""
+        if self.build is not None:
+            return self.build(num_classes)
+        return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile)
+
+
+def train(
+    fabric: Fabric, plan: TrainingPlan, data: Datasets, *, resume: bool = False, max_steps: int | None = None
+) -> dict[str, Any]:
+    """Do a training and save `<run>/<name>.safetensors`. Returns its figures (JSON-able)."""
+    output = plan.folder.weights(plan.name)
     if fabric.is_global_zero:
-        output.unlink(missing_ok=True)  # from now on this arm is unfinished
-    fabric.seed_everything(recipe.seed, verbose=False)
-    detector = build_detector(model, len(data.train.categories), recipe.seed, compiled=settings.compile)
-    if start is not None:
-        detector.load_state_dict(load_detector(start)[0].state_dict())
+        output.unlink(missing_ok=True)  # from now on this training is unfinished
+    fabric.seed_everything(plan.seed, verbose=False)
+    detector, teacher = plan.detector(len(data.train.categories)), plan.teacher
+    if plan.start is not None:
+        detector.load_state_dict(load_detector(plan.start)[0].state_dict())
     methods = {}
     if teacher is not None:
-        methods = build_methods(recipe.methods, detector, teacher, seed=recipe.seed, compiled=settings.compile)
+        methods = plan.distillation.build(detector, teacher, seed=plan.seed, compiled=plan.settings.compile)
         if any(Capability.DENSE not in built.method.needs for built in methods.values()):
             note = describe(detector.strides, teacher.strides)
             if note is not None and fabric.is_global_zero:
-                open_console().print(f"{name}: {note}")
-        if recipe.teacher is not None and recipe.teacher.inherit:
-            inherit(detector, teacher)
-    loader = train_loader(
-        data.train if images is None else images,
-        batch_size=settings.batch_size // settings.accumulate,
-        seed=recipe.seed,
-        workers=recipe.data.workers,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
+                open_console().print(f"{plan.name}: {note}")
+        plan.distillation.pass_on(detector, teacher)
     training = Training(
-        name=name,
-        folder=RunFolder(recipe.run_dir).training(name),
-        settings=settings,
-        loader=loader,
-        evaluate=lambda d: evaluate_arm(d, data, fabric, recipe.data.workers),
-        identity=fingerprint(identity),
+        name=plan.name,
+        folder=plan.folder.training(plan.name),
+        settings=plan.settings,
+        loader=_loader(fabric, plan, data),
+        evaluate=lambda d: evaluate_on(d, data, fabric, plan.workers),
+        identity=fingerprint(plan.identity),
         teacher=teacher,
         methods=methods,
     )
     result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
     if fabric.is_global_zero and result.metrics is not None:
-        record = ModelRecord(
-            model=model_of(detector),
-            num_classes=detector.num_classes,
-            class_names=data.train.categories,
-            category_ids=data.train.category_ids,
-            val_map=result.metrics.map,
-            recipe_sha256=recipe_sha256(recipe),
-        )
-        save_detector(output, detector, metadata=record)
+        save_detector(output, detector, metadata=_record(plan, detector, data, result.metrics.map))
     fabric.barrier()
     return result.to_dict()
 
 
-def evaluate_arm(detector: Detector, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
+def evaluate_on(detector: Detector, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
     """COCO metrics (percent) on the validation images, shared out among the processes."""
     loader = eval_loader(
         data.val,
@@ -128,3 +159,28 @@ def evaluate_arm(detector: Detector, data: Datasets, fabric: Fabric, workers: in
         world_size=fabric.world_size,
     )
     return evaluate(detector, loader, data.val, fabric.device)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[Any]:
+    return train_loader(
+        data.train if plan.images is None else plan.images,
+        batch_size=plan.settings.batch_size // plan.settings.accumulate,
+        seed=plan.seed,
+        workers=plan.workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+
+
+def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float) -> ModelRecord:
+    return ModelRecord(
+        model=model_of(detector),
+        num_classes=detector.num_classes,
+        class_names=data.train.categories,
+        category_ids=data.train.category_ids,
+        val_map=val_map,
+        recipe_sha256=plan.recipe_sha256,
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from lightning.fabric import Fabric
 
 from compress.config.recipe import Recipe
+from compress.run import pipeline, trainings
 from compress.run.data import open_data
-from compress.run.trainings import train_arm
 
 
 def fabric() -> Fabric:
@@ -16,10 +18,8 @@ def fabric() -> Fabric:
 
 def train(recipe: Recipe, *, max_steps: int | None = None, resume: bool = False, identity: str = "a") -> None:
     f = fabric()
-    train_arm(
-        f, recipe, "student", recipe.student, recipe.train, open_data(recipe, f),
-        identity={"of": identity}, resume=resume, max_steps=max_steps,
-    )  # fmt: skip
+    plan = replace(pipeline.student_plan(recipe), identity={"of": identity})
+    trainings.train(f, plan, open_data(pipeline.data_plan(recipe), f), resume=resume, max_steps=max_steps)
 
 
 def last_checkpoint(recipe: Recipe) -> dict:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from compress.detectors.base import DensePrediction
+from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.gfl import GFL
 from deploy.core.errors import UserError
 from deploy.quantize.grids import Call, Grids
 
 RATE = 20.0  # a step of the optimizer's size moves a weight absolutely, and a scale by RATE times that, relatively
 _TRACED = (64, 64)  # pixels; which operations run does not depend on the size
+
+
+def load_quantizable(checkpoint: Path) -> tuple[GFL, ModelRecord]:
+    """Load a detector that can be rounded. Raises UserError for another one."""
+    detector, record = load_detector(checkpoint)
+    if not detector.quantizable:
+        raise UserError(f"{checkpoint}: quantization-aware distillation is for gfl students, this is {detector.family}")
+    assert isinstance(detector, GFL), "what is quantizable has the parts of GFL, which FakeQuantized replaces"
+    return detector, record
 
 
 def fold_batch_norms(detector: GFL) -> None:

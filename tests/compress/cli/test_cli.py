@@ -856,20 +856,29 @@ def test_a_missed_budget_leaves_no_older_file(
     """Or it would ship as if it had met the budget."""
     import typer
 
-    from compress.cli import quantize
-    from compress.run import export
+    from compress.cli import student
+    from compress.config.deploy import Deploy
+    from compress.run import artifacts
+    from compress.run.quantize import BudgetError, Quantizing
     from deploy.quantize.guided import GuidedResult
 
     def missed(*_: object, **__: object) -> None:
-        raise export.BudgetError("student.int8.onnx: no choice", GuidedResult(0.5, 40.0, 3))
+        raise BudgetError("student.int8.onnx: no choice", GuidedResult(0.5, 40.0, 3))
 
-    monkeypatch.setattr(export, "quantize_export", missed)
-    out = tmp_path / "student.int8.onnx"
+    monkeypatch.setattr(artifacts, "quantize_file", missed)
+    out, settings = tmp_path / "student.int8.onnx", Deploy()
+    plan = artifacts.ArtifactPlan(
+        tmp_path / "student.onnx",
+        artifacts.onnx_files(tmp_path / "student.onnx", ["int8"]),
+        settings,
+        quantizing=Quantizing(settings.int8),
+        given={"fp32": tmp_path / "student.onnx"},
+    )
     for older in (True, False):
         if older:
             out.write_bytes(b"of an earlier export")
         with pytest.raises(typer.Exit) as stop:
-            quantize.quantize_file(tmp_path / "student.onnx", out, None, 8)  # type: ignore[arg-type]
+            student.make_files(plan)
         captured = capsys.readouterr()
         assert stop.value.exit_code == 1 and captured.err == "failed: student.int8.onnx: no choice\n"
         assert (f"{out}: removed; it was made by an earlier export" in captured.out) is older

@@ -23,7 +23,7 @@ from compress.distill.level_matching import describe, match_levels
 from compress.distill.method import Outputs
 from compress.run import pipeline
 from compress.run.data import open_data
-from compress.run.trainings import train_arm
+from compress.run.trainings import train
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
 from tests.helpers import tiny_recipe
@@ -205,7 +205,7 @@ def test_a_run_of_another_family_ends_in_a_proven_file(family: str, teacher: str
 def test_a_run_of_faster_rcnn_trains_and_says_that_it_is_not_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compress.run.export import torch_runner
+    from compress.export.onnx import torch_runner
 
     recipe = tiny_recipe.recipe(tmp_path, *settings_of("faster_rcnn"))
     options = [word for setting in settings_of("faster_rcnn") for word in ("--set", setting)]
@@ -233,11 +233,9 @@ def test_training_goes_on_exactly(tmp_path: Path) -> None:
     for folder, stops in (("a", [None]), ("b", [3, None])):
         recipe = tiny_recipe.recipe(tmp_path / folder, *settings_of("faster_rcnn"), "baseline=false")
         fabric = pipeline._launch(recipe)
-        data = open_data(recipe, fabric)
+        data = open_data(pipeline.data_plan(recipe), fabric)
         for stop in stops:
-            train_arm(
-                fabric, recipe, "student", recipe.student, recipe.train, data, identity={}, resume=True, max_steps=stop
-            )
+            train(fabric, pipeline.student_plan(recipe), data, resume=True, max_steps=stop)
         weights.append(load_detector(recipe.run_dir / "student.safetensors")[0].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
     assert whole.student.detector == "faster_rcnn" and isinstance(model("fcos"), nn.Module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from compress.distill.uet import UET
 from compress.distill.weighting import Balanced, Position, gradient_norm
 from compress.run import pipeline
 from compress.run.data import open_data
-from compress.run.trainings import train_arm
+from compress.run.trainings import train
 from deploy.core.errors import UserError
 from tests.helpers import tiny_recipe
 from tests.helpers.training_runs import assert_same, fabric, last_checkpoint
@@ -133,12 +134,10 @@ def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
 
 def train_taught(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
-    data = open_data(recipe, fabric())
+    data = open_data(pipeline.data_plan(recipe), fabric())
     teacher, _ = load_teacher(recipe.teacher.checkpoint, data.train.categories)
-    train_arm(
-        fabric(), recipe, "student", recipe.student, recipe.train, data,
-        teacher=teacher, identity={}, resume=True, max_steps=stop,
-    )  # fmt: skip
+    plan = replace(pipeline.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
+    train(fabric(), plan, data, resume=True, max_steps=stop)
 
 
 def test_after_its_last_epoch_a_method_is_gone_from_the_loss(tmp_path: Path) -> None:

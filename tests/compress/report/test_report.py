@@ -13,7 +13,7 @@ from rich.console import Console
 from compress.report import build_report, summary_table
 from compress.report.charts import _log_ticks, _thin, _ticks
 from compress.report.document import Artifact, Box, Figures, Models, Report
-from compress.report.page import headline
+from compress.report.headline import headline
 from compress.report.pictures import count_matches
 from deploy.core.errors import UserError
 from tests.helpers.report_pages import HOSTILE, Page, full_report, write_run
@@ -53,6 +53,42 @@ def test_full_report_shows_every_part(full_run: Path) -> None:
     assert html.count("data:image/jpeg;base64,") == 1  # one copy, four panels
     assert 'viewBox="0 0 1600 1200"' in html
     assert "No teacher" not in page.text and "No baseline:" not in page.text
+    assert "Engines" not in page.text
+
+
+def test_engines_that_could_not_run_show_their_cards(full_run: Path) -> None:
+    report = full_report()
+    card = {
+        "engine": "student.fp16.engine", "build_seconds": 41.6, "layers": None, "layers_missing": "not shown here",
+        "machine": {"library": "TensorRT", "version": "10.13.3.9", "gpu": None, "platform": "Linux x86_64"},
+        "options": {"batches": [1, 4, 8], "refit": None},
+        "network": {"count": 40, "share": {"fp32": 0.05, "fp16": 0.95}},
+    }  # fmt: skip
+    idle = {"precision": "fp16", "size_mb": 4.25, "gate": "not run: no GPU"}
+    report["artifacts"] += [
+        {"file": "student.fp16.engine", **idle, "engine": card},
+        {
+            "file": "student.engine", **idle,
+            "engine": {
+                **card, "machine": {"library": "TensorRT", "version": "10.13.3.9", "gpu": "NVIDIA L4"},
+                "options": {"batches": [2, 2, 2]}, "layers": {"count": 31, "share": {"fp32": 1.0}},
+            },
+        },
+    ]  # fmt: skip
+    html = build_report(write_run(full_run, report)).read_text(encoding="utf-8")
+    artifacts, engines = (html.split("<h3>Engines</h3>")[part] for part in (0, 1))
+    engines = engines.split("</section>")[0]
+    rows = [re.sub(r"<[^>]+>", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", engines)[1:]]
+    assert [re.sub(r"\|+", "|", row).strip("|") for row in rows] == [
+        "student.fp16.engine|TensorRT 10.13.3.9|none|1 to 8, best at 4|95% fp16, 5% fp32|not shown here|42",
+        "student.engine|TensorRT 10.13.3.9|NVIDIA L4|2|95% fp16, 5% fp32|31: 100% fp32|42",
+    ]
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", artifacts) if ">student.fp16.engine<" in row)
+    assert ">TensorRT<" in row and ">not run</span>" in row and ">no GPU</span>" in row and ">4.2<" in row
+    console = Console(file=io.StringIO(), width=160)
+    console.print(summary_table(report))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert any("student.fp16.engine" in line and "not run: no GPU" in line for line in lines)
 
 
 def test_page_loads_nothing_from_outside(full_run: Path) -> None:

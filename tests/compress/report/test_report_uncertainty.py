@@ -22,9 +22,9 @@ from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.distill.uncertainty import predictive_uncertainty
 from compress.report import build_report
+from compress.report.curves import _method_charts
 from compress.report.document import Report
 from compress.report.heat import MOST_OPAQUE, RAMP, _colour
-from compress.report.page import _method_charts
 from compress.run.samples import uncertainty_pictures
 from deploy.core.errors import UserError
 from tests.helpers.report_pages import HOSTILE, Page, full_report, write_run

@@ -87,7 +87,7 @@ def test_a_second_run_repeats_nothing(run_dir: Path) -> None:
 
 def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe.recipe(run_dir.parents[1])
-    data = open_data(recipe, fabric())
+    data = open_data(pipeline.data_plan(recipe), fabric())
     teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.val.categories)
     loader = eval_loader(data.val, batch_size=3, workers=0)
     fast = evaluate(teacher, loader, data.val, torch.device("cpu"))
@@ -98,15 +98,15 @@ def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, mon
 
 def test_the_canvas_holds_every_image(run_dir: Path) -> None:
     recipe = tiny_recipe.recipe(run_dir.parents[1])
-    val = open_data(recipe, fabric()).val
-    assert canvas(val, recipe) == (64, 64)
+    val = open_data(pipeline.data_plan(recipe), fabric()).val
+    assert canvas(val, recipe.data) == (64, 64)
     val.sizes = [(480, 640), (640, 480)]
-    assert canvas(val, recipe) == (64, 64)
+    assert canvas(val, recipe.data) == (64, 64)
     wide = recipe.model_copy(update={"data": recipe.data.model_copy(update={"short": 48, "long": 64})})
-    assert canvas(val, wide) == (64, 64)
+    assert canvas(val, wide.data) == (64, 64)
     val.sizes = [(480, 640)]
-    assert canvas(val, wide) == (64, 64)  # 48 rounds up to 64
-    assert canvas(val, wide.model_copy(update={"data": wide.data.model_copy(update={"short": 32})})) == (32, 64)
+    assert canvas(val, wide.data) == (64, 64)  # 48 rounds up to 64
+    assert canvas(val, wide.data.model_copy(update={"short": 32})) == (32, 64)
 
 
 def test_a_teacher_of_other_classes_is_refused(run_dir: Path) -> None:

@@ -17,6 +17,7 @@ from compress.config.recipe import Recipe
 from compress.data.concat import Joined
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import load_detector
+from compress.manifest import STUDENT_ON_PSEUDO_LABELS, RunFolder
 from compress.pseudo import parts
 from compress.pseudo.images import images_in
 from compress.pseudo.label import Settings as Labelling
@@ -24,7 +25,8 @@ from compress.pseudo.label import pseudo_label
 from compress.run import pipeline
 from compress.run import pseudo_labels as stage
 from compress.run.data import Datasets, open_data, splits
-from compress.run.pseudo_labels import FIRST_STAGE, PseudoLabelled, fine_tuning, folder_of, labelling_stages
+from compress.run.pseudo_labels import PseudoLabelled, fine_tuning
+from compress.run.trainings import TrainingPlan
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -74,7 +76,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[PseudoLabelled]:
 def test_two_stages(tmp_path: Path, seen: list[PseudoLabelled], capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = pipeline.distill(recipe(tmp_path))
     said = capsys.readouterr().out
-    document = read(folder_of(run_dir) / "training-images.json")
+    document = read(RunFolder(run_dir).pseudo_labels / "training-images.json")
     assert [row["name"] for row in document["categories"]] == list(NAMES)
     assert document["info"]["coverage"] == [1, 2, 3]
     assert document["images"] == read(run_dir / "unlabelled.json")["images"] and len(document["images"]) == 18
@@ -89,7 +91,7 @@ def test_two_stages(tmp_path: Path, seen: list[PseudoLabelled], capsys: pytest.C
     assert set(people.image_ids) == {row["id"] for row in read(run_dir / "labelled.json")["images"]}
     assert set(teachers.image_ids) <= {row["id"] for row in document["images"]}
     assert people.transform is teachers.transform
-    first, second = stages(run_dir)[FIRST_STAGE]["result"], stages(run_dir)["student"]["result"]
+    first, second = stages(run_dir)[STUDENT_ON_PSEUDO_LABELS]["result"], stages(run_dir)["student"]["result"]
     assert (first["steps"], second["steps"]) == (3, 2)
 
     before = read(run_dir / "manifest.json")
@@ -99,7 +101,7 @@ def test_two_stages(tmp_path: Path, seen: list[PseudoLabelled], capsys: pytest.C
 
 def test_fine_tuning_goes_on_from_the_first_stage(tmp_path: Path) -> None:
     run_dir = pipeline.distill(recipe(tmp_path, "train.ema=null", more="fine_tune: {steps: 1, lr: 1.0e-30}"))
-    first, last = (load_detector(run_dir / f"{name}.safetensors")[0] for name in (FIRST_STAGE, "student"))
+    first, last = (load_detector(run_dir / f"{name}.safetensors")[0] for name in (STUDENT_ON_PSEUDO_LABELS, "student"))
     for (name, one), other in zip(first.named_parameters(), last.parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -131,17 +133,17 @@ def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: p
     from tests.helpers.training_runs import fabric
 
     plain = recipe(tmp_path)
-    more_images(tmp_path / "more", plain.run_dir, open_data(plain, fabric()))
+    more_images(tmp_path / "more", plain.run_dir, open_data(pipeline.data_plan(plain), fabric()))
     run_dir = pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))
     assert f"{tmp_path / 'more'}: 3 images of the training or validation set are left out" in capsys.readouterr().out
-    document = read(folder_of(run_dir) / "folder-1.json")
+    document = read(RunFolder(run_dir).pseudo_labels / "folder-1.json")
     assert [row["file_name"] for row in document["images"]] == [
         "0.png", "2.png", "4.png", "deep/1.png", "deep/3.png", "deep/5.png",
     ]  # fmt: skip
     assert len(seen[0].images.parts) == 3
     shutil.rmtree(tmp_path / "more")
     (tmp_path / "more").mkdir()
-    split = open_data(plain, fabric()).val_split
+    split = open_data(pipeline.data_plan(plain), fabric()).val_split
     shutil.copy(split.images / read(split.annotations)["images"][0]["file_name"], tmp_path / "more" / "again.png")
     with pytest.raises(UserError, match="all its images are training or validation images"):
         pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))
@@ -169,7 +171,7 @@ def test_validation_images_in_the_training_list_are_not_labelled(
     assert (
         f"training images: {len(listed & theirs)} images of the validation set are left out" in capsys.readouterr().out
     )
-    labelled = read(folder_of(run_dir) / "training-images.json")
+    labelled = read(RunFolder(run_dir).pseudo_labels / "training-images.json")
     assert {row["file_name"] for row in labelled["images"]} == listed - theirs
 
 
@@ -200,14 +202,17 @@ def test_other_images_of_the_same_names_are_labelled_anew(tmp_path: Path) -> Non
 def test_a_folder_that_is_no_longer_in_the_recipe(tmp_path: Path) -> None:
     """Neither what is left of its labelling nor its row of the manifest counts."""
     made = recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]")
-    parts.parts_folder(folder_of(made.run_dir) / "folder-1.json").mkdir(parents=True)
+    parts.parts_folder(RunFolder(made.run_dir).pseudo_labels / "folder-1.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"the labelling is unfinished"):
         pipeline.distill(made)
     without = recipe(tmp_path, more="fine_tune: null")
     found = stages(pipeline.distill(without))
     found["pseudo labels: folder 1"] = found["pseudo labels: training images"]
-    assert labelling_stages(without, found) == ["pseudo labels: training images"]
-    assert labelling_stages(made, found) == ["pseudo labels: training images", "pseudo labels: folder 1"]
+    plans = [pipeline.labelling_of(each) for each in (without, made)]
+    assert [None if plan is None else plan.stages(found) for plan in plans] == [
+        ["pseudo labels: training images"],
+        ["pseudo labels: training images", "pseudo labels: folder 1"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_a_two_stage_student_learns_without_regions(tmp_path: Path) -> None:
     student = "student={detector: faster_rcnn, backbone: nano, neck_channels: 32, head_depth: 0, roi_samples: 16}"
     made = recipe(tmp_path, student, "pseudo_labels.tau_ignore=0.6", "pseudo_labels.thresholds=best_f1")
     run_dir = pipeline.distill(made)
-    document = read(folder_of(run_dir) / "training-images.json")
+    document = read(RunFolder(run_dir).pseudo_labels / "training-images.json")
     assert document["annotations"] and not any(row["iscrowd"] for row in document["annotations"])
     assert stages(run_dir)["student"]["result"]["steps"] == 2
 
@@ -265,7 +270,7 @@ def test_one_teacher_for_some_of_the_classes(tmp_path: Path, seen: list[PseudoLa
 def test_no_labels_at_all(tmp_path: Path, seen: list[PseudoLabelled]) -> None:
     run_dir = pipeline.distill(recipe(tmp_path, "labels.fraction=0", more="fine_tune: null"))
     (teachers,) = seen[0].images.parts
-    assert teachers.annotations == folder_of(run_dir) / "training-images.json"
+    assert teachers.annotations == RunFolder(run_dir).pseudo_labels / "training-images.json"
     assert len(read(teachers.annotations)["images"]) == 24
     assert stages(run_dir)["student"]["result"]["steps"] == 3
     with pytest.raises(UserError, match="without teachers there is nothing to train on"):
@@ -294,7 +299,7 @@ def test_an_interrupted_labelling_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert done == list(range(9))
     file = "pseudo/training-images.json"
     assert (again / file).read_bytes() == (whole / file).read_bytes()
-    assert not list(folder_of(again).glob("*.parts"))
+    assert not list(RunFolder(again).pseudo_labels.glob("*.parts"))
 
 
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:
@@ -305,7 +310,7 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
 
 def test_thresholds_are_measured_on_the_labelled_images(tmp_path: Path) -> None:
     run_dir = pipeline.distill(recipe(tmp_path, "pseudo_labels.thresholds=best_f1", more="fine_tune: null"))
-    provenance = read(folder_of(run_dir) / "training-images.json")["info"]["pseudo_labels"]
+    provenance = read(RunFolder(run_dir).pseudo_labels / "training-images.json")["info"]["pseudo_labels"]
     assert provenance["thresholds_from"] == sha256_of(run_dir / "labelled.json")
     assert set(provenance["tau"]) == set(NAMES) and set(provenance["tau"].values()) != {0.6}
 
@@ -323,7 +328,7 @@ def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     made = recipe(tmp_path, more="short: 96, long: 160, fine_tune: null")
     run_dir = pipeline.distill(made)
     assert shown == [((3, 96, 96), "short side 96, long side 160")] * 2 and made.data.short != 96
-    document = read(folder_of(run_dir) / "training-images.json")
+    document = read(RunFolder(run_dir).pseudo_labels / "training-images.json")
     assert (document["info"]["pseudo_labels"]["short"], document["info"]["pseudo_labels"]["long"]) == (96, 160)
     settings = made.pseudo_labels
     assert settings is not None and settings.teachers is not None
@@ -355,7 +360,7 @@ def test_the_recipes_teacher_labels(tmp_path: Path) -> None:
     assert set(report["models"]) == {"teacher", "baseline", "student"}
     shown = report["pseudo_labels"]
     assert (shown["labelled_images"], shown["images"], shown["labels"]) == (12, 12, counts["labels"])
-    assert shown["first_stage_map"] == stages(run_dir)[FIRST_STAGE]["result"]["metrics"]["map"]
+    assert shown["first_stage_map"] == stages(run_dir)[STUDENT_ON_PSEUDO_LABELS]["result"]["metrics"]["map"]
     page = (run_dir / "report.html").read_text()
     assert "Pseudo labels" in page and "teacher.safetensors" in page and f"{counts['labels']:,}" in page
 
@@ -413,13 +418,13 @@ def test_mistakes_in_recipes(tmp_path: Path, overrides: list[str], says: str) ->
 
 def test_a_joined_set_is_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained_on: dict[str, Any] = {}
-    original = pipeline.train_arm
+    original = pipeline.train
 
-    def train_arm(fabric: Any, recipe: Recipe, name: str, *arguments: Any, **named: Any) -> Any:
-        trained_on[name] = named["images"]
-        return original(fabric, recipe, name, *arguments, **named)
+    def train(fabric: Any, plan: TrainingPlan, *arguments: Any, **named: Any) -> Any:
+        trained_on[plan.name] = plan.images
+        return original(fabric, plan, *arguments, **named)
 
-    monkeypatch.setattr(pipeline, "train_arm", train_arm)
+    monkeypatch.setattr(pipeline, "train", train)
     pipeline.distill(recipe(tmp_path, "baseline=true"))
     assert trained_on["baseline"] is None and trained_on["student"] is None
-    assert isinstance(trained_on[FIRST_STAGE], Joined) and len(trained_on[FIRST_STAGE]) > 6
+    assert isinstance(trained_on[STUDENT_ON_PSEUDO_LABELS], Joined) and len(trained_on[STUDENT_ON_PSEUDO_LABELS]) > 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from compress.detectors.checkpoints import load_detector
 from compress.detectors.gfl import GFL
 from compress.distill.teacher import load_teacher
 from compress.export.deployable import Deployable
-from compress.run import pipeline, qad
+from compress.manifest import RunFolder
+from compress.run import pipeline
 from compress.run.data import open_data, splits
+from compress.training.qad.export import load_grids
 from compress.training.qad.fake_quant import (
     FakeQuantized,
     fold_batch_norms,
@@ -32,6 +35,7 @@ from compress.training.qad.fake_quant import (
     round_weight,
     weight_scales,
 )
+from compress.training.qad.train import train_quantized
 from deploy.core.card import card_from_file
 from deploy.core.errors import UserError
 from deploy.graph.precision import precisions
@@ -280,7 +284,7 @@ def test_a_run_trains_exports_and_reports(run_dir: Path) -> None:
     assert card.quantization is not None and card.quantization.method == "trained"
     assert card.quantization.target == "cpu" and card.quantization.float_layers == ["head.gfl_cls", "head.gfl_reg"]
     assert "int8" in precisions(onnx.load(str(run_dir / "student.qad.onnx")))["backbone"]
-    start, trained = (qad.load_grids(run_dir / f"student.qad.{name}") for name in ("start.json", "json"))
+    start, trained = (load_grids(run_dir / f"student.qad.{name}") for name in ("start.json", "json"))
     pairs = list(zip(start.activations, trained.activations, strict=True))
     assert all(a.place == b.place and a.zero_point == b.zero_point for a, b in pairs)
     assert sum(a.scale != b.scale for a, b in pairs) > len(pairs) / 2
@@ -364,13 +368,14 @@ def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
 def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
-    data = open_data(recipe, f)
+    data = open_data(pipeline.data_plan(recipe), f)
     teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.train.categories)
-    start = qad.load_grids(run_dir / "student.qad.start.json")
+    start = load_grids(run_dir / "student.qad.start.json")
 
     def train(folder: Path, *, resume: bool = False, max_steps: int | None = None) -> None:
-        qad.train_quantized(
-            f, recipe, data, start, teacher=teacher, identity={}, resume=resume, folder=folder, max_steps=max_steps
+        plan = replace(pipeline.qad_plan(recipe, data), folder=RunFolder(folder))
+        train_quantized(
+            f, plan.training(f, data, start, identity={}), teacher=teacher, resume=resume, max_steps=max_steps
         )
 
     train(tmp_path / "whole")
@@ -383,27 +388,26 @@ def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
         for name in ("whole", "parts")
     ]
     assert_same(*last)
-    grids = [qad.load_grids(tmp_path / name / "student.qad.json") for name in ("whole", "parts")]
-    assert grids[0] == grids[1] == qad.load_grids(run_dir / "student.qad.json")
+    grids = [load_grids(tmp_path / name / "student.qad.json") for name in ("whole", "parts")]
+    assert grids[0] == grids[1] == load_grids(run_dir / "student.qad.json")
 
 
 def test_the_float_control_trains_without_grids(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
-    result = qad.train_quantized(
-        f, recipe, open_data(recipe, f), qad.load_grids(run_dir / "student.qad.start.json"),
-        teacher=None, identity={}, resume=False, folder=tmp_path, name="control", quantized=False,
-    )  # fmt: skip
+    data = open_data(pipeline.data_plan(recipe), f)
+    plan = replace(pipeline.qad_plan(recipe, data), folder=RunFolder(tmp_path))
+    result = train_quantized(f, plan.training(f, data, None, identity={}, name="control"), teacher=None)
     assert result["steps"] == 6 and not (tmp_path / "control.json").exists()
     load_detector(tmp_path / "control.safetensors")
 
 
 def test_damaged_grids_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        qad.load_grids(tmp_path / "student.qad.json")
+        load_grids(tmp_path / "student.qad.json")
     (tmp_path / "student.qad.json").write_text('{"target": "cpu"}')
     with pytest.raises(UserError, match="not the grids of a run"):
-        qad.load_grids(tmp_path / "student.qad.json")
+        load_grids(tmp_path / "student.qad.json")
 
 
 def test_trained_grids_for_tensorrt_parse_and_build(quantizers: dict[str, Quantizer], tmp_path: Path) -> None:

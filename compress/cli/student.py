@@ -1,0 +1,147 @@
+"""A trained student on disk: its checkpoint, the recipe.yaml beside it, and what the command line says on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.cli.exits import gate_failed
+from compress.cli.options import ThresholdFlags, images_in, need_folder
+from deploy.core.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.config.data import Split
+    from compress.config.deploy import Deploy
+    from compress.config.recipe import Recipe
+    from compress.run.artifacts import Artifact, ArtifactPlan, Checks
+
+
+@dataclass(frozen=True)
+class Student:
+    """recipe: of its run, if it lies there. settings: the recipe's, or the defaults, with the options on top.
+    images: --images."""
+
+    path: Path
+    recipe: Recipe | None
+    settings: Deploy
+    images: Path | None
+
+    @property
+    def recipe_file(self) -> Path:
+        """Where its recipe lies, if there is one."""
+        return self.path.parent / "recipe.yaml"
+
+    def need_images_and_size(self) -> None:
+        """Raise UserError where nothing says which images to check an export on, or how large its input is."""
+        if self.recipe is None and self.images is None:
+            raise UserError(f"--images: there is no {self.recipe_file} to take images from; give a folder")
+        if self.recipe is None and self.settings.input_size is None:
+            raise UserError(
+                f"--input-size: there is no {self.recipe_file} to take it from; give it, for example 800x1344"
+            )
+
+    def checks(self) -> tuple[Checks, Split | None]:
+        """What exports are checked on; and the labelled images that they come from, if they are the recipe's. These may
+        lie on another machine, so they are not looked for where the options say everything."""
+        from compress.run.artifacts import Checks
+
+        size, files = self.settings.input_size, [] if self.images is None else images_in(self.images)
+        recipe, split = self.recipe, None
+        if recipe is not None and (not files or size is None):
+            split, of_recipe, canvas_size = _validation_images(recipe)
+            files, size = files or of_recipe, size or canvas_size
+        assert size is not None and files, "need_images_and_size was called"
+        limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
+        return Checks(files, size, limits), split
+
+
+def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
+    """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint."""
+    if images is not None:
+        need_folder(images, "--images")
+    given = {"input_size": _height_width(input_size), **vars(thresholds)}
+    beside = path.parent / "recipe.yaml"
+    recipe = None
+    if beside.is_file():
+        from compress.config.recipe import load_recipe
+
+        recipe = load_recipe(beside)
+    settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
+    return Student(path, recipe, settings, images)
+
+
+def make_files(plan: ArtifactPlan) -> list[Artifact]:
+    """Make the files of a plan and say what they are. Ends the command where one cannot be made."""
+    from compress.console import open_console
+    from compress.run.artifacts import make
+    from deploy.graph.export import ExportMismatchError
+    from deploy.quantize.picture import sensitivity_table, trials_table
+
+    made = []
+    try:
+        for artifact in make(plan):
+            out, found = artifact.path, artifact.search
+            if artifact.gate == "fail" and out.is_file():  # of an earlier export, which may have had another budget
+                out.unlink()
+                print(f"{out}: removed; it was made by an earlier export")
+            if found is not None:
+                if found.sensitivities or not artifact.made:
+                    open_console().print(sensitivity_table(found))
+                open_console().print(trials_table(found))
+            if artifact.gate == "fail":
+                gate_failed(artifact.summary)
+            if not artifact.made:
+                raise UserError(artifact.summary)
+            if found is not None:
+                print(f"the search: {out.with_suffix('.guided.json')}, {out.with_suffix('.guided.svg')}")
+            print(f"{out}: {artifact.summary}")
+            made.append(artifact)
+    except ExportMismatchError as error:
+        gate_failed(f"{plan.checkpoint}: {' '.join(str(error).split())}")
+    return made
+
+
+def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, int]]:
+    """The recipe's validation set: where it is, its image files, and the canvas (height, width) that holds them."""
+    from compress.data.coco import CocoDetection
+    from compress.data.transforms import eval_transform
+    from compress.run.data import canvas, splits
+
+    _, split = splits(recipe.data, recipe.runs)
+    transform = eval_transform(recipe.data.eval_short, recipe.data.long)
+    images = CocoDetection(split.annotations, split.images, transform)
+    files = [images.path(index) for index in range(len(images))]
+    return split, files, canvas(images, recipe.data)
+
+
+def _height_width(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, times, width = text.lower().partition("x")
+    if not (times and height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--input-size: '{text}' is not HEIGHTxWIDTH, for example 800x1344")
+    if max(len(height), len(width)) > 9:  # no number to compare with
+        raise UserError("--input-size: at most 8192 pixels high and wide")
+    if int(height) % 32 or int(width) % 32 or not int(height) or not int(width):
+        raise UserError(f"--input-size: '{text}': height and width must be multiples of 32")
+    return int(height), int(width)
+
+
+def _deploy_settings(recipe: Recipe | None, given: dict[str, Any]) -> Deploy:
+    """The deploy section of the recipe, or the defaults; with what was given on top."""
+    from pydantic import ValidationError
+
+    from compress.config.deploy import Deploy
+
+    base = Deploy() if recipe is None else recipe.deploy
+    try:
+        return Deploy.model_validate({**base.model_dump(), **given})
+    except ValidationError as error:
+        raise UserError("; ".join(map(_deploy_problem, error.errors()))) from None
+
+
+def _deploy_problem(problem: Any) -> str:
+    key = problem.get("ctx", {}).get("key") or problem["loc"][0]
+    option, message = f"--{str(key).replace('_', '-')}", problem["msg"].removeprefix("Input ")
+    return f"{option}: {message}" if problem["type"] == "rule" else f"{option}: {problem['input']} {message}"

@@ -1,0 +1,113 @@
+"""A checkpoint as an ONNX file: rebuild the detector, wrap it, export it, compare it with torch."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compress.config.deploy import Deploy
+from compress.detectors.base import Capability
+from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
+from compress.export.deployable import Deployable, TorchRunner, half_precision
+from compress.versions import versions
+from deploy.core.card import PAD_COLOR, PROCESSING, ModelCard
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+from deploy.core.image import fit_canvas, load_image
+from deploy.core.precisions import PRECISIONS
+from deploy.graph.export import ExportReport, export_onnx
+
+SAMPLES = 16  # images that an export is checked on
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    settings: Deploy,
+    *,
+    input_size: tuple[int, int],
+    images: Sequence[Path],
+    limits: tuple[int, int] | None = None,
+    precision: str = "fp32",
+) -> ExportReport:
+    """Export a native checkpoint to `out`.
+
+    Args:
+        settings: thresholds and limits; its `input_size` is not looked at.
+        input_size: (height, width) of the canvas in pixels, multiples of 32.
+        limits: (short, long) in pixels that an image is not enlarged beyond, as in training; None: the canvas alone.
+        images: files that the result is compared with torch on; the first 16 are used.
+        precision: a float one of `PRECISIONS`. A network in float16 is compared with the float32 module.
+
+    Raises:
+        UserError: the checkpoint or an image cannot be used. `ExportMismatchError`: the graph is wrong.
+    """
+    kind = PRECISIONS[precision]
+    runner = torch_runner(str(checkpoint), settings, input_size, limits=limits)
+    return export_onnx(
+        half_precision(runner.module) if kind.half else runner.module,
+        runner.card,
+        out,
+        samples=sample_canvases(images, runner.card),
+        reference=runner.module if kind.half else None,
+        max_batch=settings.max_batch,
+        score_tolerance=kind.score_tolerance,
+        box_tolerance_px=kind.box_tolerance_on(input_size),
+    )
+
+
+def torch_runner(
+    checkpoint: str,
+    settings: Deploy,
+    input_size: tuple[int, int],
+    *,
+    limits: tuple[int, int] | None = None,
+    categories: Mapping[int, str] | None = None,
+    device: str = "cpu",
+) -> TorchRunner:
+    """A checkpoint (a file or `zoo:<name>`) in PyTorch, with the post-processing of an exported file.
+
+    limits: see `export_checkpoint`. categories: id → name in label order, for a checkpoint that does not say which
+    classes it knows.
+    """
+    detector, record = load_teacher_checkpoint(checkpoint)
+    if Capability.DENSE not in detector.capabilities:
+        raise UserError(
+            f"{checkpoint}: {detector.family} cannot be exported: its second stage works on as many proposals as it "
+            "finds, which a fixed graph cannot; it trains and teaches. Ship a gfl, fcos or retinanet student"
+        )
+    if record.class_names is not None and record.category_ids is not None:
+        categories = dict(zip(record.category_ids, record.class_names, strict=True))
+    if categories is None:
+        raise UserError(f"{checkpoint}: does not say which classes it was trained on; a shipped file must")
+    card = ModelCard(
+        name=Path(checkpoint).stem,
+        class_names=list(categories.values()),
+        category_ids=list(categories),
+        input_size=input_size,
+        short=limits[0] if limits else None,
+        long=limits[1] if limits else None,
+        pad_color=PAD_COLOR,
+        score_threshold=settings.score_threshold,
+        nms_threshold=settings.nms_threshold,
+        max_detections=settings.max_detections,
+        candidates=settings.candidates,
+        precision={"model": "fp32", PROCESSING: "fp32"},
+        checkpoint_sha256=sha256_of(checkpoint_file(checkpoint)),
+        recipe_sha256=record.recipe_sha256 or "",
+        val_map=record.val_map,
+        versions=versions(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    return TorchRunner(Deployable.from_card(detector, card), card, device)
+
+
+def sample_canvases(images: Sequence[Path], card: ModelCard) -> np.ndarray:
+    """The first images as uint8 [N, 3, H, W] canvases of `card`."""
+    if not images:
+        raise UserError("no images to check the export on; give a folder with --images")
+    canvases = [fit_canvas(load_image(path), card)[0] for path in images[:SAMPLES]]
+    return np.stack(canvases)

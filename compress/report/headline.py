@@ -1,0 +1,114 @@
+"""What the page says first: one to three sentences and five tiles, made only of measured figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compress.report.document import Artifact, Figures, Models
+from compress.report.text import figure, milliseconds, ratio, signed
+
+
+def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
+    """What was compressed and by how much, in one to three sentences made only of measured figures."""
+    teacher, baseline, student = models.teacher, models.baseline, models.student
+    if student is None:
+        return "This run has no student figures: there is nothing to compare yet."
+    sentences = []
+    sizes = []
+    if teacher:
+        for what, big, small in (
+            ("parameters", teacher.params_m, student.params_m),
+            ("operations", teacher.gflops, student.gflops),
+        ):
+            if big and small:
+                sizes.append(f"{big / small:.1f}× fewer {what}" if big >= small else f"{small / big:.1f}× more {what}")
+    kept = None
+    if teacher and teacher.map and student.map is not None:
+        kept = f"reaches {student.map:.1f} mAP against the teacher's {teacher.map:.1f}"
+    if sizes and kept:
+        sentences.append(f"The student has {' and '.join(sizes)}, and {kept}.")
+    elif sizes:
+        sentences.append(f"The student has {' and '.join(sizes)}; its mAP was not compared with the teacher's.")
+    elif kept:
+        sentences.append(f"The student {kept}.")
+    elif student.map is not None:
+        sentences.append(f"The student reaches {student.map:.1f} mAP.")
+    else:
+        sentences.append("The student's mAP was not measured.")
+    if baseline and baseline.map is not None and student.map is not None:
+        gain = student.map - baseline.map
+        if round(gain, 1) == 0:
+            sentences.append("It ends level with the same student trained from the labels alone.")
+        else:
+            word = "above" if gain > 0 else "below"
+            sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained from the labels alone.")
+    best = fastest(artifacts)
+    if best and best.map is not None:
+        sentences.append(
+            f"Exported as {best.file}, it answers in {milliseconds(best.p50)} (median) at {best.map:.1f} mAP."
+        )
+    return " ".join(sentences)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure in large type. tone: CSS class of the note: good, bad or nothing."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+    tone: str = ""
+
+
+def tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
+    """mAP, parameters, compute, latency and gate of the student."""
+    teacher, baseline = models.teacher or Figures(), models.baseline or Figures()
+    student = models.student or Figures()
+    row = [Tile("Student mAP", figure(student.map, 1), "", "not measured")]
+    if student.map is not None:
+        if baseline.map is not None:
+            gain = student.map - baseline.map
+            tone = "good" if gain > 0 else "bad"
+            row[0] = Tile("Student mAP", figure(student.map, 1), "", f"{signed(gain, 1)} over the baseline", tone)
+        else:
+            row[0] = Tile("Student mAP", figure(student.map, 1), "", "no baseline to compare with")
+    for label, unit, big, small in (
+        ("Parameters", "M", teacher.params_m, student.params_m),
+        ("Compute", "GFLOPs", teacher.gflops, student.gflops),
+    ):
+        note = "not measured" if small is None else "no teacher to compare with"
+        if big and small:
+            note = f"{figure(big, 1)} {unit} in the teacher: {ratio(big, small)}"
+        row.append(Tile(label, figure(small, 2 if (small or 0) < 10 else 1), unit if small is not None else "", note))
+    best = fastest(artifacts)
+    if best:
+        row.append(Tile("Latency, median", figure(best.p50, 2), "ms", best.file))
+    else:
+        measured = any(a.p50 is not None for a in artifacts)
+        row.append(Tile("Latency, median", "–", "", "no artifact passed its gate" if measured else "not measured"))
+    passed = sum(a.gate == "pass" for a in artifacts)
+    failed = sum(a.gate == "fail" for a in artifacts)
+    idle = len(artifacts) - passed - failed
+    if not artifacts:
+        row.append(Tile("Accuracy gate", "–", "", "no artifact was exported"))
+    else:
+        words = [f"{failed} failed"] * bool(failed) + [f"{idle} not run"] * bool(idle)
+        tone = "bad" if failed else "" if idle else "good"
+        row.append(
+            Tile(
+                "Accuracy gate",
+                f"{passed} of {len(artifacts)}",
+                "passed",
+                ", ".join(words) or "all passed",
+                tone,
+            )
+        )
+    return row
+
+
+def fastest(artifacts: Sequence[Artifact]) -> Artifact | None:
+    """The lowest median among the artifacts that passed their gate."""
+    timed = [(a.p50, index) for index, a in enumerate(artifacts) if a.gate == "pass" and a.p50 is not None]
+    return artifacts[min(timed)[1]] if timed else None

@@ -1,0 +1,141 @@
+"""The rows of the page's tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compress.report.document import ARMS, Artifact, Engine, Layers, Models, Report
+from compress.report.text import figure, ratio, signed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """tone: CSS class: good, bad or nothing."""
+
+    text: str
+    tone: str = ""
+
+
+def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
+    """(metric, cells by column): the three arms, then the student against baseline and teacher."""
+    rows = []
+    for label, key, digits in (
+        ("mAP", "map", 1),
+        ("AP50", "map50", 1),
+        ("AP75", "map75", 1),
+        ("Params, M", "params_m", 2),
+        ("GFLOPs", "gflops", 2),
+    ):
+        values = {arm: getattr(getattr(models, arm), key) if getattr(models, arm) else None for arm in ARMS}
+        cells = {arm: Cell(figure(values[arm], digits)) for arm in ARMS}
+        for other in ("baseline", "teacher"):
+            mine, theirs = values["student"], values[other]
+            if mine is None or theirs is None:
+                cells["vs_" + other] = Cell("–")
+            elif key.startswith("map"):
+                cells["vs_" + other] = _delta(mine - theirs, judge=other == "baseline")
+            elif theirs > 0 and mine > 0:
+                cells["vs_" + other] = Cell("same" if mine == theirs else ratio(theirs, mine))
+            else:
+                cells["vs_" + other] = Cell("–")
+        rows.append((label, cells))
+    return rows
+
+
+def pseudo_labels(report: Report) -> list[str]:
+    """What teachers labelled, in sentences; empty where they did not."""
+    found, student = report.pseudo_labels, report.models.student
+    if found is None:
+        return []
+    teachers = ", ".join(found.teachers) or "teachers"
+    images = f"{found.labelled_images:,} images with labels, and on {found.images:,} that {teachers} labelled"
+    words = [
+        f"The student was trained on {images}: {found.labels:,} boxes, and {found.regions:,} regions that are neither "
+        "object nor background."
+    ]
+    if found.skipped:
+        words.append(f"{found.skipped:,} images could not be read and were left out.")
+    if found.first_stage_map is not None and student is not None and student.map is not None:
+        words.append(
+            f"Fine-tuning on the images with labels took it from {found.first_stage_map:.1f} to {student.map:.1f} mAP."
+        )
+    return words
+
+
+def artifact_row(a: Artifact) -> dict[str, Any]:
+    """The cells of an exported file."""
+    latency = {
+        name: figure(getattr(a.latency_ms, name) if a.latency_ms else None, 2) for name in ("p50", "p90", "p95", "p99")
+    }
+    word, _, why = a.gate.partition(":")
+    return {
+        "file": a.file,
+        "backend": a.backend or (a.engine.machine.library if a.engine else "–"),
+        "precision": a.precision or "–",
+        "size": figure(a.size_mb, 1),
+        "map": figure(a.map, 1),
+        "drop": figure(a.map_drop, 2),
+        "agreement": "–" if a.agreement is None else f"{100 * a.agreement:.1f} %",
+        "throughput": figure(a.throughput_ips, 0 if (a.throughput_ips or 0) >= 100 else 1),
+        "gate": word,
+        "why": why.strip(),
+        "gate_class": {"pass": "pass", "fail": "fail"}.get(word, "notrun"),
+        "timed": a.p50 is not None,
+        **latency,
+    }
+
+
+def engine_row(file: str, engine: Engine) -> dict[str, str]:
+    """What the card of an engine says; it holds whether the engine could run here or not."""
+    built, (smallest, best, largest) = engine.machine, engine.options.batches
+    batches = f"{smallest}" if smallest == largest else f"{smallest} to {largest}, best at {best}"
+    layers = engine.layers_missing or "not known"
+    if engine.layers is not None:
+        layers = f"{engine.layers.count}: {_formats(engine.layers)}"
+    return {
+        "file": file,
+        "library": f"{built.library} {built.version}".strip(),
+        "gpu": built.gpu or "none",
+        "batches": batches,
+        "network": _formats(engine.network),
+        "layers": layers,
+        "seconds": figure(engine.build_seconds, 0),
+    }
+
+
+def _formats(layers: Layers) -> str:
+    """Share of each number format, largest first."""
+    shares = sorted(layers.share.items(), key=lambda item: -item[1])
+    return ", ".join(f"{share:.0%} {name}" for name, share in shares) or "–"
+
+
+def class_rows(models: Models) -> list[dict[str, Any]]:
+    """A row a class, best student AP first (the teacher's or baseline's where there is no student)."""
+    per_class: dict[str, dict[str, float | None]] = {
+        arm: figures.per_class for arm in ARMS if (figures := getattr(models, arm)) and figures.per_class
+    }
+    names = list(dict.fromkeys(name for figures in per_class.values() for name in figures))
+    order = per_class.get("student") or next(iter(per_class.values()), {})
+
+    def rank(name: str) -> float:
+        value = order.get(name)
+        return 1.0 if value is None else -value
+
+    rows = []
+    for name in sorted(names, key=rank):
+        bars = [(arm, figures.get(name), figure(figures.get(name), 1)) for arm, figures in per_class.items()]
+        mine, base = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
+        rows.append(
+            {
+                "name": name,
+                "bars": bars,
+                "delta": Cell("–") if mine is None or base is None else _delta(mine - base, judge=True),
+            }
+        )
+    return rows
+
+
+def _delta(value: float, *, judge: bool) -> Cell:
+    text = signed(value, 1)
+    return Cell(text, ("good" if text[0] == "+" else "bad" if text[0] == "−" else "") if judge else "")

@@ -1,0 +1,147 @@
+"""Quantized files of an exported one: what they are calibrated on, and what the search for float layers decides on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from compress.config.data import Split
+from compress.config.deploy import Int8
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of, write_json, write_text
+from deploy.core.precisions import Target
+from deploy.core.progress import Progress
+from deploy.quantize.calibrate import CalibrationImages, check_apart, choose_images, list_images
+from deploy.quantize.file import Quantizer, QuantizeReport
+from deploy.quantize.guided import GuidedResult, search
+from deploy.quantize.picture import trade_off_svg
+from deploy.validate.coco import load_annotations
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search for the layers that stay in float.
+
+    labels: COCO file and images that it is scored on.
+    max_map_drop: the budget in mAP points.
+    count: it is scored on so many of the images, written to `part`, none of them for calibration; None: on all.
+    """
+
+    labels: Split
+    max_map_drop: float
+    count: int | None = None
+    part: Path | None = None
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """What quantized files are made with, besides the float one. Images are looked for when they are asked for.
+
+    train, val: images to calibrate on where the settings name none, and images to keep apart from; None: there are
+        none.
+    search: None: all layers but the last in int8.
+    """
+
+    settings: Int8
+    train: Split | None = None
+    val: Split | None = None
+    search: Search | None = None
+
+    @cached_property
+    def images(self) -> CalibrationImages:
+        """Raises UserError when there are none, and when one of them is among the validation images."""
+        source = self.settings.calibration
+        if source is not None:
+            files = list_images(source)
+        else:
+            assert self.train is not None, "without training images the settings name others"
+            files = split_files(self.train.annotations, self.train.images)
+        chosen = choose_images(files, self.settings.images)
+        if self.val is not None:
+            check_apart(chosen, split_files(self.val.annotations, self.val.images))
+        return chosen
+
+    @cached_property
+    def search_split(self) -> Split | None:
+        """What the search is scored on, checked; None: there is no search. Raises UserError."""
+        if self.search is None:
+            return None
+        labels = self.search.labels
+        if self.search.count is not None:
+            assert self.search.part is not None, "a part has a file"
+            labels = write_search_split(labels, self.images, self.search.count, self.search.part)
+        if not load_annotations(labels.annotations)["annotations"]:
+            raise UserError(f"{labels.annotations}: no boxes to decide on")
+        check_apart(
+            self.images, split_files(labels.annotations, labels.images), "the images that the search decides on"
+        )
+        return labels
+
+    def check(self) -> None:
+        """Look for all images now, before long work. Raises UserError."""
+        assert self.images
+        assert self.search is None or self.search_split
+
+
+class BudgetError(RuntimeError):
+    """No choice of float layers holds the loss of mAP within the budget: no file was written. `result`: the search."""
+
+    def __init__(self, message: str, result: GuidedResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def quantize_file(
+    source: Path, out: Path, how: Quantizing, target: Target, *, max_batch: int, progress: Progress | None = None
+) -> tuple[QuantizeReport, GuidedResult | None]:
+    """Quantize the exported float file `source` in the format of `target` to `out`.
+
+    A search leaves its measurements, `<out>.guided.json`, and a picture, `<out>.guided.svg`, beside `out`.
+
+    Raises UserError for images that cannot be used, BudgetError when the search fails.
+    """
+    settings = how.settings
+    quantizer = Quantizer(source, how.images, target, method=settings.method, reduce_range=settings.reduce_range)
+    split = how.search_split
+    if split is None or how.search is None:
+        return quantizer.save(out, max_batch=max_batch), None
+    beside, budget = out.with_suffix(".guided.json"), how.search.max_map_drop
+    result = search(quantizer, split.annotations, split.images, beside, max_map_drop=budget, progress=progress)
+    write_text(beside.with_suffix(".svg"), trade_off_svg(result))
+    chosen = result.chosen
+    if chosen is None:
+        best = min((trial.map_drop for trial in result.trials), default=float("nan"))
+        raise BudgetError(
+            f"{out.name}: no choice of layers loses at most {budget:g} mAP points (the best of "
+            f"{len(result.trials)} lost {best:.2f}); not written",
+            result,
+        )
+    report = quantizer.save(out, chosen.float_layers, guided_map_drop=round(chosen.map_drop, 4), max_batch=max_batch)
+    return report, result
+
+
+def split_files(annotations: Path, folder: Path) -> list[Path]:
+    """The image files of a COCO JSON."""
+    return [folder / row["file_name"] for row in load_annotations(annotations)["images"]]
+
+
+def write_search_split(split: Split, calibration: CalibrationImages, count: int, out: Path) -> Split:
+    """Write to `out` the part of a labelled set that a search decides on: `count` images spread evenly over those with
+    boxes that are not for calibration. Raises UserError when none is left."""
+    content = load_annotations(split.annotations)
+    taken = set(calibration.hashes)
+    labelled = {row["image_id"] for row in content["annotations"]}
+    rows = [row for row in content["images"] if row["id"] in labelled]
+    spread = [rows[index * len(rows) // (2 * count)] for index in range(2 * count)] if len(rows) > 2 * count else rows
+    free = [row for row in spread if sha256_of(split.images / row["file_name"]) not in taken]
+    chosen = free[:: max(1, len(free) // count)][:count]
+    if not chosen:
+        raise UserError(
+            f"{split.annotations}: every labelled image is for calibration, and none is left to decide on: calibrate "
+            "on fewer, or give another labelled set"
+        )
+    ids = {row["id"] for row in chosen}
+    annotations = [row for row in content["annotations"] if row["image_id"] in ids]
+    write_json(out, {"images": chosen, "annotations": annotations, "categories": content["categories"]})
+    return Split(annotations=out, images=split.images)

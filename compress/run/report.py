@@ -1,0 +1,126 @@
+"""report.json of a run: its models, its files, pictures; and the page made of it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.config.data import Split
+from compress.config.pseudo import FineTune
+from compress.console import open_console, progress
+from compress.data.coco import CocoDetection
+from compress.detectors.base import Capability, Detector
+from compress.detectors.build import model_size
+from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
+from compress.manifest import BASELINE, STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, TEACHER_CHECK, RunFolder
+from compress.report import build_report, summary_table
+from compress.run.samples import detection_pictures, uncertainty_pictures
+from deploy.core.environment import environment
+from deploy.core.files import write_json
+from deploy.validate.coco import load_annotations
+
+
+@dataclass(frozen=True)
+class ReportPlan:
+    """What a run says about itself.
+
+    input_size: (height, width) that the models' operations are counted at.
+    teacher: the checkpoint that is drawn beside the student; None: there is none, or it is of another library.
+    has_teacher: the student learned from one, drawn or not.
+    pseudo_labels: what teachers labelled, for report.json; None: nothing.
+    commands: that make this run and use its files.
+    device: where torch runs.
+    """
+
+    name: str
+    folder: RunFolder
+    val: CocoDetection
+    input_size: tuple[int, int]
+    teacher: str | None
+    has_teacher: bool
+    pseudo_labels: Mapping[str, Any] | None
+    commands: Sequence[str]
+    device: str = "cpu"
+
+
+def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
+    """Write report.json and report.html, and show their table. artifacts: a row for each file."""
+    detectors = _detectors(plan)
+    pictures = detection_pictures(plan.val, detectors)
+    uncertainty = []
+    if TEACHER in detectors and Capability.DENSE in detectors[TEACHER].capabilities:
+        with progress("uncertainty") as step:
+            uncertainty = uncertainty_pictures(plan.val, detectors[TEACHER].to(plan.device), progress=step)
+    report = {
+        "name": plan.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "classes": list(plan.val.categories),
+        "models": _models(plan, detectors),
+        "artifacts": list(artifacts),
+        "pseudo_labels": plan.pseudo_labels,
+        "environment": environment(),
+        "commands": list(plan.commands),
+        "pictures": pictures,
+        "uncertainty": uncertainty,
+    }
+    write_json(plan.folder.report, report)
+    build_report(plan.folder.path)
+    open_console().print(summary_table(report))
+
+
+def labelled_by_teachers(
+    folder: RunFolder, stages: Sequence[str], labelled: Split | None, fine_tune: FineTune | None
+) -> dict[str, Any]:
+    """What the teachers labelled, for report.json. stages: rows of the manifest that say it. labelled: the images with
+    labels of people, if there are any."""
+    found = folder.stages()
+    rows = [found[name]["result"] for name in stages]
+    first = found.get(STUDENT_ON_PSEUDO_LABELS) if fine_tune is not None else None
+    return {
+        **{key: sum(row[key] for row in rows) for key in ("images", "labels", "regions", "skipped")},
+        "labelled_images": 0 if labelled is None else len(load_annotations(labelled.annotations)["images"]),
+        "teachers": rows[0]["teachers"] if rows else [],
+        "first_stage_map": None if first is None else first["result"]["metrics"]["map"],
+    }
+
+
+def commands(folder: RunFolder, split: Split) -> list[str]:
+    """Commands that make the run, and use its files."""
+    exported = folder.onnx()
+    return [
+        f"compress run {folder.recipe}",
+        f"compress export {folder.weights()}",
+        f"compress validate {exported} --data {split.annotations} --images {split.images}",
+        f"compress benchmark {exported} --images {split.images} --batch 1,8",
+        f"compress report {folder.path}",
+    ]
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _detectors(plan: ReportPlan) -> dict[str, Detector]:
+    stages = plan.folder.stages()
+    found = {} if plan.teacher is None else {TEACHER: load_teacher_checkpoint(plan.teacher)[0]}
+    for name in (BASELINE, STUDENT):
+        if plan.folder.weights(name).is_file() and name in stages:
+            found[name] = load_detector(plan.folder.weights(name))[0]
+    return found
+
+
+def _models(plan: ReportPlan, detectors: Mapping[str, Detector]) -> dict[str, Any]:
+    """Figures of the teacher, the baseline and the student."""
+    stages = plan.folder.stages()
+    models = {}
+    if plan.has_teacher and TEACHER not in detectors and TEACHER_CHECK in stages:
+        models[TEACHER] = dict(stages[TEACHER_CHECK]["result"]["metrics"])
+    for name, detector in detectors.items():
+        result = stages[TEACHER_CHECK if name == TEACHER else name]["result"]
+        models[name] = {**result["metrics"], **model_size(detector, plan.input_size)}
+        if "seconds" in result:
+            models[name]["train_seconds"] = result["seconds"]
+    if STUDENT_ON_PSEUDO_LABELS in stages and STUDENT in models:
+        models[STUDENT]["train_seconds"] += stages[STUDENT_ON_PSEUDO_LABELS]["result"]["seconds"]
+    return models
