@@ -1,7 +1,7 @@
 """The face of the package: what `import compress` offers.
 
     run = compress.distill("first.yaml", methods={"mine": MyLoss()})     # a path, a dict or a Recipe
-    run.student.detect("street.jpg")                                     # Detections: boxes, scores, labels, class_names
+    run.student.detect("street.jpg")                                     # boxes, scores, labels, class_names
     file = run.student.export("student.onnx")
     file.validate("val.json", "images").metrics.map
     compress.open("student.onnx").detect("street.jpg")                   # without torch
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +23,22 @@ from compress.config.recipe import Recipe, load_recipe
 from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
+from deploy.core.files import ONNX_SUFFIX
 from deploy.core.image import image_files
 from deploy.model import Model, open_model
-from deploy.runtimes.open import RUNNERS, OwnRunner
+from deploy.runtimes.open import OwnRunner
 
 if TYPE_CHECKING:
     from compress.detectors.base import Detector
     from compress.distill.method import Method
+    from compress.run.artifacts import Checks
     from compress.run.parts import Parts
     from compress.teachers.base import BoxTeacher
+    from deploy.core.precisions import Target
 
 __all__ = ["Checkpoint", "Detections", "Run", "distill", "export", "load_recipe", "open", "run", "train"]
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 """A recipe's file, its content as a dict, or the recipe itself."""
 
@@ -52,7 +57,7 @@ def run(
     """
     from compress.run import pipeline
 
-    loaded = _recipe(recipe)
+    loaded = _recipe(recipe, partial=bool(methods) or teacher is not None)
     return Run(pipeline.run(loaded, resume=resume, parts=_parts(methods, teacher, student)))
 
 
@@ -78,14 +83,12 @@ def distill(
     """
     from compress.run import pipeline
 
-    loaded = _recipe(recipe)
+    loaded = _recipe(recipe, partial=bool(methods) or teacher is not None)
     pipeline.check_distills(loaded, _name_of(recipe), own_methods=bool(methods))
     return Run(pipeline.distill(loaded, resume=resume, parts=_parts(methods, teacher, student)))
 
 
-def train(
-    recipe: RecipeSource, *, student: Callable[[int], Detector] | None = None, resume: bool = False
-) -> Run:
+def train(recipe: RecipeSource, *, student: Callable[[int], Detector] | None = None, resume: bool = False) -> Run:
     """Train a recipe's student alone, from the labels. Arguments as of `distill`."""
     from compress.run import pipeline
 
@@ -136,14 +139,13 @@ def open(
 
     Exported files need no torch. Raises UserError for everything that keeps the file from running.
     """
-    suffix = Path(path).suffix
-    if runner is not None or suffix in RUNNERS or not (str(path).startswith("zoo:") or suffix in _CHECKPOINTS):
-        return open_model(path, providers, runner=runner, **options)
-    return Checkpoint(path, input_size=input_size, device=device)
+    if runner is None and (Path(path).suffix in CHECKPOINT_SUFFIXES or str(path).startswith("zoo:")):
+        return Checkpoint(path, input_size=input_size, device=device)
+    return open_model(path, providers, runner=runner, **options)
 
 
 class Checkpoint(Model):
-    """A detector in PyTorch, with the post-processing of an exported file: it detects, validates and exports."""
+    """A detector in PyTorch with the post-processing of an exported file: it detects, validates, measures, exports."""
 
     def __init__(
         self,
@@ -154,26 +156,35 @@ class Checkpoint(Model):
         categories: Mapping[int, str] | None = None,
         device: str = "cpu",
     ) -> None:
-        """recipe: None: the recipe.yaml beside the checkpoint, if there is one. categories: id → name in label order,
-        for a checkpoint that does not say which classes it knows.
+        """Load a checkpoint.
 
-        Raises UserError for a detector without a fixed graph, and where nothing says how large the input is.
+        Args:
+            path: a file, or `zoo:NAME`.
+            recipe: None: the recipe.yaml beside the file, if there is one.
+            input_size, device: see `open`.
+            categories: id → name in label order, for a checkpoint that does not say which classes it knows.
+
+        Raises UserError for a detector that has no fixed graph, and where nothing says how large the input is.
         """
         from compress.config.deploy import Deploy
         from compress.export.onnx import torch_runner
 
         self.path = Path(path)
-        self._recipe = _recipe_beside(self.path) if recipe is None else recipe
-        settings = Deploy() if self._recipe is None else self._recipe.deploy
-        size = input_size or settings.input_size
+        self._recipe_file = RunFolder(self.path.parent).recipe
+        if recipe is None and self._recipe_file.is_file():
+            recipe = load_recipe(self._recipe_file)
+        self._recipe = recipe
+        self._settings = Deploy() if recipe is None else recipe.deploy
+        size = input_size or self._settings.input_size
         limits = None
-        if self._recipe is not None:
-            limits = (self._recipe.data.eval_short, self._recipe.data.long)
+        if recipe is not None:
+            limits = (recipe.data.eval_short, recipe.data.long)
             size = size or self._checks.input_size
         if size is None:
-            beside = RunFolder(self.path.parent).recipe
-            raise UserError(f"input_size: there is no {beside} to take it from; give it, for example (800, 1344)")
-        runner = torch_runner(str(path), settings, size, limits=limits, categories=categories, device=device)
+            raise UserError(
+                f"input_size: there is no {self._recipe_file} to take it from; give it, for example (800, 1344)"
+            )
+        runner = torch_runner(str(path), self._settings, size, limits=limits, categories=categories, device=device)
         super().__init__(runner, name=str(path))
 
     def export(
@@ -184,31 +195,131 @@ class Checkpoint(Model):
         images: str | Path | Sequence[str | Path] | None = None,
     ) -> Model:
         """Write an ONNX file and open it; see `compress.export`."""
-        from compress.config.deploy import Deploy
         from compress.run.artifacts import ArtifactPlan, Checks, make, onnx_files
         from compress.run.pipeline import quantizing
         from deploy.core.precisions import PRECISIONS, file_for
 
         if precision not in PRECISIONS:
             raise UserError(f"precision: '{precision}' is none of {', '.join(PRECISIONS)}")
-        recipe, kind = self._recipe, PRECISIONS[precision]
-        if recipe is None and (images is None or kind.quantized):
-            what = "to compare on" if images is None else "to calibrate on"
-            beside = RunFolder(self.path.parent).recipe
-            raise UserError(f"images: there is no {beside} to take images {what} from; use compress export")
-        files = self._checks.images if images is None else _files(images)
-        limits = None if self.card.short is None or self.card.long is None else (self.card.short, self.card.long)
-        settings = Deploy() if recipe is None else recipe.deploy
-        out = file_for(self.path.with_suffix(".onnx"), precision) if out is None else Path(out)
-        (file,) = onnx_files(out, ["fp32"], None)
+        quantized = PRECISIONS[precision].quantized
+        if self._recipe is None and (quantized or images is None):
+            what = "calibration images" if quantized else "images"
+            raise UserError(f"{precision}: there is no {self._recipe_file} to take {what} from")
+        target, on_grids = self._target(precision)
+        path = file_for(self.path.with_suffix(ONNX_SUFFIX), precision) if out is None else Path(out)
+        if path.suffix != ONNX_SUFFIX:
+            raise UserError(f"out: {path} does not end in {ONNX_SUFFIX}")
+        short, long = self.card.short, self.card.long
         plan = ArtifactPlan(
-            self.path,
-            [_as(file, out, precision, settings)],
-            settings,
-            Checks(files, self.card.input_size, limits),
-            quantizing(recipe) if recipe is not None and kind.quantized else None,
+            checkpoint=self.path,
+            files=[replace(file, path=path) for file in onnx_files(path, [precision], target)],
+            settings=self._settings,
+            checks=Checks(
+                self._checks.images if images is None else _files(images),
+                self.card.input_size,
+                None if short is None or long is None else (short, long),
+            ),
+            quantizing=quantizing(self._recipe) if quantized and self._recipe is not None else None,
+            on_grids=on_grids,
         )
         for artifact in make(plan):
             if not artifact.made:
                 raise UserError(artifact.summary)
-        return open_model(out)
+        return open_model(path)
+
+    @cached_property
+    def _checks(self) -> Checks:
+        """The recipe's validation images and the canvas that holds them."""
+        from compress.run.pipeline import validation_images
+
+        assert self._recipe is not None, "looked for where there is a recipe"
+        return validation_images(self._recipe)[2]
+
+    def _target(self, precision: str) -> tuple[Target, bool]:
+        """The format of a quantized file; and whether its scales are those that were trained, beside the checkpoint."""
+        from compress.training.qad.export import grids_file, load_grids
+
+        file = grids_file(self.path)
+        if precision != "int8" or not file.is_file():
+            return self._settings.int8.target, False
+        return load_grids(file).target, True
+
+
+class Run:
+    """What a run left in its folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files = RunFolder(self.folder)
+
+    def __repr__(self) -> str:
+        return f"<run in {self.folder}>"
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """report.json: `models` with their mAP, `artifacts` with mAP, latency and gate, `environment` and more.
+
+        Raises UserError where there is none: `compress.run` writes it, `distill` and `train` do not.
+        """
+        try:
+            report: dict[str, Any] = json.loads(self._files.report.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self._files.report}: not found; compress.run writes it") from None
+        return report
+
+    @cached_property
+    def student(self) -> Checkpoint:
+        """The student in PyTorch. Raises UserError for one without a fixed graph, which only trains and teaches."""
+        return self._trained(STUDENT, "the student is not trained yet")
+
+    @cached_property
+    def baseline(self) -> Checkpoint:
+        """The student that was trained without its teacher. Raises UserError where there is none."""
+        return self._trained(BASELINE, "trained without a baseline; the recipe's `baseline: true` asks for one")
+
+    @cached_property
+    def teacher(self) -> Checkpoint:
+        """The teacher, if it is a checkpoint of this project. Raises UserError for others, and where there is none."""
+        recipe = self._recipe
+        if recipe.teacher is None or recipe.teacher.checkpoint is None:
+            return self._trained(TEACHER, "the teacher is no checkpoint of this project, or there is none")
+        names = self.student.card
+        categories = dict(zip(names.category_ids, names.class_names, strict=True))
+        return Checkpoint(recipe.teacher.checkpoint, recipe=recipe, categories=categories)
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        return load_recipe(self._files.recipe)
+
+    def _trained(self, name: str, otherwise: str) -> Checkpoint:
+        path = self._files.weights(name)
+        if not path.is_file():
+            raise UserError(f"{path}: not found: {otherwise}")
+        return Checkpoint(path, recipe=self._recipe)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _recipe(source: RecipeSource, *, partial: bool = False) -> Recipe:
+    """partial: methods or a teacher come as objects, so the recipe need not name any."""
+    return source if isinstance(source, Recipe) else load_recipe(source, partial=partial)
+
+
+def _name_of(source: RecipeSource) -> object:
+    return source if isinstance(source, str | Path) else "recipe"
+
+
+def _parts(
+    methods: Mapping[str, Method] | None,
+    teacher: Detector | BoxTeacher | None,
+    student: Callable[[int], Detector] | None,
+) -> Parts:
+    from compress.run.parts import Parts
+
+    return Parts(dict(methods or {}), teacher, student)
+
+
+def _files(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The image files of a folder, or those that are named."""
+    return image_files(Path(images)) if isinstance(images, str | Path) else [Path(image) for image in images]
