@@ -110,6 +110,7 @@ def show(findings: list[Finding]) -> bool:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
+    """Whether Python is of a version that we run on."""
     text = ".".join(map(str, version)) + f" ({platform.python_implementation()})"
     if (3, 11) <= version[:2] <= (3, 13):
         return Finding("python", text)
@@ -117,10 +118,12 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_machine() -> Finding:
+    """Name the machine; nothing can be wrong with it."""
     return Finding("machine", f"{platform.system()} {platform.machine()}, {usable_cores()} cores")
 
 
 def check_disk(free_bytes: int) -> Finding:
+    """Whether there is room for checkpoints and caches."""
     free_gb = free_bytes / 1e9
     if free_gb >= DISK_WANTED_GB:
         return Finding("disk", f"{free_gb:.0f} GB free here")
@@ -129,6 +132,7 @@ def check_disk(free_bytes: int) -> Finding:
 
 
 def check_kernels(hidden: str | None, installed: Mapping[str, str]) -> Finding:
+    """Whether `import kernels` finds ours. hidden: what `foreign_kernels` says."""
     if hidden:
         return Finding("kernels", "hidden by another package", "broken", hidden)
     if "kernels" in installed:
@@ -142,6 +146,7 @@ def check_kernels(hidden: str | None, installed: Mapping[str, str]) -> Finding:
 
 
 def check_base(installed: Mapping[str, str]) -> Finding:
+    """Packages that every command needs."""
     missing = [name for name in BASE if name not in installed]
     if missing:
         remedy = "pip install --force-reinstall compress-detectors"
@@ -150,6 +155,7 @@ def check_base(installed: Mapping[str, str]) -> Finding:
 
 
 def check_serve(installed: Mapping[str, str]) -> Finding:
+    """Packages of the server: all, or none."""
     missing = [name for name in SERVE if name not in installed]
     if len(missing) == len(SERVE):
         return Finding("serve", "not installed", "absent", f"for compress serve: {INSTALL_SERVE}")
@@ -159,6 +165,7 @@ def check_serve(installed: Mapping[str, str]) -> Finding:
 
 
 def check_train(installed: Mapping[str, str]) -> list[Finding]:
+    """Packages of training: all, or none."""
     missing = [name for name in TRAIN if name not in installed]
     if len(missing) == len(TRAIN):
         remedy = f"to train, distill and export: {INSTALL_TRAIN}"
@@ -194,6 +201,7 @@ def check_driver(driver: str | None, torch_sees_cuda: bool | None) -> Finding:
 
 
 def check_onnxruntime(installed: Mapping[str, str], driver: str | None) -> Finding:
+    """Whether one ONNX Runtime is installed, and fits the driver."""
     found = {name: installed[name] for name in ("onnxruntime", "onnxruntime-gpu") if name in installed}
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
@@ -240,6 +248,7 @@ def check_providers(installed: Mapping[str, str]) -> list[Finding]:
 
 
 def check_tensorrt(installed: Mapping[str, str]) -> Finding:
+    """Whether TensorRT, if it is there, is of a version that we build with."""
     version = installed.get("tensorrt")
     if version is None:
         remedy = "only engines need it: pip install 'compress-detectors[trt]'"
@@ -252,6 +261,7 @@ def check_tensorrt(installed: Mapping[str, str]) -> Finding:
 
 
 def check_optional(name: str, installed: Mapping[str, str], remedy: str) -> Finding:
+    """A package that can be absent."""
     if name in installed:
         return Finding(name, installed[name])
     return Finding(name, "not installed", "absent", remedy)

@@ -140,6 +140,15 @@ class ImageDetections:
     scores: Tensor
     labels: Tensor
 
+    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """COCO result rows, boxes as x, y, width, height."""
+        boxes = self.boxes.clone()
+        boxes[:, 2:] -= boxes[:, :2]
+        return [
+            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            for box, label, score in zip(boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
+        ]
+
 
 class Detector(nn.Module):
     """A detector: the base class of the families of this project and of a user's own.

@@ -37,9 +37,9 @@ class ImageList:
         return len(self.ids)
 
     def sha256(self) -> str:
-        """Of ids, names, sizes and lengths of the files (bytes; null if absent), in order.
+        """Hash of ids, names, sizes and lengths of the files (bytes; null if absent), in order.
 
-        Neither of the pixels, which would have to be read, nor of times, which copies of the same images do not share.
+        Pixels would have to be read, and copies of the same images do not share times: neither is in it.
         """
         digest = hashlib.sha256()
         for entry in zip(self.ids, self.names, self.sizes, strict=True):

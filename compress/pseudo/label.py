@@ -300,7 +300,7 @@ def _load(
 
 
 def _categories(file: Path) -> Union:
-    """Those of a COCO file; its images and annotations do not matter."""
+    """Categories of a COCO file; its images and annotations do not matter."""
     union = sorted((row["id"], row["name"]) for row in read_annotations(file)["categories"])
     if not union:
         raise UserError(f"{file}: categories: the list is empty, so there is no class to look for")

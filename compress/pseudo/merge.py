@@ -42,7 +42,7 @@ class Boxes:
         return len(self.scores)
 
     def where(self, chosen: np.ndarray) -> Boxes:
-        """Those that a bool mask or an index array chooses."""
+        """The boxes that a bool mask or an index array chooses."""
         return Boxes(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
 
 

@@ -98,7 +98,7 @@ def begin(out: Path, shard: Shard, header: dict[str, Any]) -> int:
 
 
 def append(file: IO[str], chunk: dict[str, Any]) -> None:
-    """One chunk: `number`, `images` and `annotations` (COCO rows, the latter without id), `skipped` names."""
+    """Write one chunk: `number`, `images` and `annotations` (COCO rows, the latter without id), `skipped` names."""
     file.write(_line(chunk))
     file.flush()
 

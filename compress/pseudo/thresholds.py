@@ -26,7 +26,7 @@ class F1Thresholds:
         self._hits: list[np.ndarray] = []
 
     def add(self, found: Boxes, truth: Boxes, crowd: np.ndarray) -> None:
-        """One image. found: best score first, as `merge` gives it. crowd: bool, one for each box of `truth`."""
+        """Take in one image. found: best score first, as `merge` gives it. crowd: bool, one for each box of `truth`."""
         hits = np.zeros(len(found), np.bool_)
         counted = np.ones(len(found), np.bool_)
         for label in np.unique(found.labels):

@@ -61,10 +61,10 @@ def line_chart(
 
     `level` is a labelled horizontal line of the teacher; `marks` draws each point; `logarithmic` is for values above 0.
     """
-    thinned = [Series(s.kind, _thin(s.points, most_points), s.label) for s in series if s.points]
+    thinned = [Series(s.kind, thin(s.points, most_points), s.label) for s in series if s.points]
     xs = [x for s in thinned for x, _ in s.points]
     ys = [y for s in thinned for _, y in s.points] + ([level[1]] if level else [])
-    x_ticks = _ticks(0, max(xs))
+    x_ticks = round_ticks(0, max(xs))
     x_end = max(max(xs), 1e-9)
     to_x = _scale(0, x_end, _LEFT, WIDTH - _RIGHT)
     if logarithmic:
@@ -72,7 +72,7 @@ def line_chart(
         to_y = _log_scale(min(ys), max(ys), HEIGHT - _BOTTOM, _TOP)
         y_label += ", logarithmic"
     else:
-        y_ticks = _ticks(min(0, *ys), max(*ys, 1e-9), 5)
+        y_ticks = round_ticks(min(0, *ys), max(*ys, 1e-9), 5)
         to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     parts = [_axes([t for t in x_ticks if t <= x_end], y_ticks, to_x, to_y, x_label, y_label)]
     if level:
@@ -111,15 +111,15 @@ def scatter_chart(
     """
     xs, ys = [s.x for s in spots], [s.y for s in spots] + [y for *_, y in levels]
     margin = max((max(ys) - min(ys)) * 0.15, 1.0)
-    y_ticks = _ticks(max(min(ys) - margin, 0), max(ys) + margin, 5)
+    y_ticks = round_ticks(max(min(ys) - margin, 0), max(ys) + margin, 5)
     to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     if min(xs) > 0 and max(xs) / min(xs) > 15:
         low, high = min(xs) * 0.7, max(xs) * 1.4
-        x_ticks = [t for t in _log_ticks(low, high) if low <= t <= high]
+        x_ticks = [t for t in log_ticks(low, high) if low <= t <= high]
         to_x = _log_scale(low, high, _LEFT, WIDTH - _RIGHT)
         x_label += ", logarithmic"
     else:
-        x_ticks = _ticks(0, max(*xs, 1e-9) * 1.15)
+        x_ticks = round_ticks(0, max(*xs, 1e-9) * 1.15)
         to_x = _scale(0, x_ticks[-1], _LEFT, WIDTH - _RIGHT)
     parts = [_axes(x_ticks, y_ticks, to_x, to_y, x_label, y_label)]
     taken: list[tuple[float, float, float]] = []  # (left, right, baseline) of labels already placed
@@ -163,13 +163,13 @@ def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
     """Horizontal rows from 0: bar to the first value, whisker with ticks up to the last."""
     row = 46
     height = _TOP + row * len(ranges) + _BOTTOM
-    ticks = _ticks(0, max(max(r.values) for r in ranges))
+    ticks = round_ticks(0, max(max(r.values) for r in ranges))
     to_x = _scale(0, ticks[-1], 14, WIDTH - _RIGHT)
     parts = [
         Markup(
             '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
             '<text class="tick" x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
-        ).format(to_x(t), _TOP, height - _BOTTOM, height - _BOTTOM + 16, _tick_text(t))
+        ).format(to_x(t), _TOP, height - _BOTTOM, height - _BOTTOM + 16, tick_text(t))
         for t in ticks
     ]
     parts.append(
@@ -215,12 +215,12 @@ def _axes(
             Markup(
                 '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
                 '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
-            ).format(_LEFT, WIDTH - _RIGHT, to_y(t), to_y(t), _LEFT - 7, to_y(t) + 4, _tick_text(t))
+            ).format(_LEFT, WIDTH - _RIGHT, to_y(t), to_y(t), _LEFT - 7, to_y(t) + 4, tick_text(t))
         )
     for t in x_ticks:
         parts.append(
             Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                to_x(t), HEIGHT - _BOTTOM + 18, _tick_text(t)
+                to_x(t), HEIGHT - _BOTTOM + 18, tick_text(t)
             )
         )
     parts.append(
@@ -262,7 +262,8 @@ def _free_baseline(
     return place
 
 
-def _thin(points: Sequence[Point], most: int) -> list[Point]:
+def thin(points: Sequence[Point], most: int) -> list[Point]:
+    """Means of equal runs of points, `most` of them; a shorter series as it is."""
     if len(points) <= most:
         return list(points)
     edges = [round(i * len(points) / most) for i in range(most + 1)]
@@ -280,7 +281,7 @@ def _log_scale(low: float, high: float, start: float, end: float) -> Callable[[f
     return lambda value: linear(math.log(value))
 
 
-def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round values from at or below `low` to at or above `high`, about `wanted` of them."""
     span = max(high - low, 1e-9)
     power = 10.0 ** math.floor(math.log10(span / wanted))
@@ -289,7 +290,8 @@ def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten around `low` to `high`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [m * 10.0**p for p in powers for m in (1, 2, 5)]
 
@@ -298,11 +300,12 @@ def _few_log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from `low` to `high`, seven at most; also 2 and 5 times them where there are less than three."""
     powers = [10.0**p for p in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
     if len(powers) < 3:
-        return [t for t in _log_ticks(low, high) if low <= t <= high]
+        return [t for t in log_ticks(low, high) if low <= t <= high]
     return powers[:: math.ceil(len(powers) / 7)]
 
 
-def _tick_text(value: float) -> str:
+def tick_text(value: float) -> str:
+    """`20k`, `0.5`."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says about itself: report.json, the metrics.csv of each arm, recipe.yaml.
+"""What a run folder says about itself: report.json, the metrics.csv of each training, recipe.yaml.
 
 Public: `read_document(run_dir)`, `parse_report(value)`, and the models they return. Every figure may be
 absent (None): the page and the table then say so in words. A figure that is present must have the right
@@ -222,7 +222,7 @@ class Report(_Part):
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.csv of one arm by columns: `columns[name]` is a list of (step, value), empty cells left out."""
+    """metrics.csv of one training by columns: `columns[name]` is a list of (step, value), empty cells left out."""
 
     columns: dict[str, list[tuple[float, float]]]
 
@@ -231,7 +231,7 @@ class Metrics:
 class Document:
     run_dir: Path
     report: Report
-    metrics: dict[str, Metrics]  # only the arms that have a metrics.csv
+    metrics: dict[str, Metrics]  # of the models that have a metrics.csv
     recipe: str | None
 
 
@@ -275,7 +275,8 @@ def parse_report(value: Any, source: str = "report.json") -> Report:
 
 
 def _read_metrics(path: Path) -> Metrics | None:
-    """None when the arm has no metrics.csv. A step written twice (after a resume) keeps its last value."""
+    """Read the curves of a training; None where there are none. Of a step that was written twice, after a resume, the
+    last value counts."""
     if not path.is_file():
         return None
     columns: dict[str, dict[float, float]] = {}

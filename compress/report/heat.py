@@ -15,7 +15,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from compress.report.charts import _tick_text, _ticks
+from compress.report.charts import round_ticks, tick_text
 from compress.report.document import Document, Report, Uncertainty
 from compress.report.pictures import Panel, PhotoError, Photos, class_kinds, confident, draw_boxes, photo_svg
 
@@ -45,12 +45,12 @@ class UncertaintySection:
 
 
 def draw_uncertainty(document: Document, photos: Photos) -> UncertaintySection | None:
-    """None when report.json holds no maps."""
+    """Draw the maps of report.json; None when it holds none."""
     entries = document.report.uncertainty
     if not entries:
         return None
     most = max(value for entry in entries for row in entry.values for value in row)
-    ticks = _ticks(0, max(most, FLAT), 4)
+    ticks = round_ticks(0, max(most, FLAT), 4)
     return UncertaintySection(
         [_draw(entry, document.report, photos, ticks[-1]) for entry in entries], _how(entries), _legend(ticks)
     )
@@ -150,7 +150,7 @@ def _legend(ticks: Sequence[float]) -> Markup:
         Markup(
             '<line x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
             '<text x="{0:.1f}" y="{3}" text-anchor="middle">{4}</text>'
-        ).format(left + width * t / ticks[-1], height, height + 4, height + 17, _tick_text(t))
+        ).format(left + width * t / ticks[-1], height, height + 4, height + 17, tick_text(t))
         for t in ticks
     )
     return Markup(
@@ -159,6 +159,6 @@ def _legend(ticks: Sequence[float]) -> Markup:
         '<rect class="under" x="{}" width="{}" height="{}"/>'
         '<rect x="{}" width="{}" height="{}" fill="url(#heat)"/>{}</svg>'
     ).format(
-        width + 2 * left, height + 22, _tick_text(ticks[-1]), stops,
+        width + 2 * left, height + 22, tick_text(ticks[-1]), stops,
         left, width, height, left, width, height, numbers,
     )  # fmt: skip

@@ -240,7 +240,8 @@ def _quantized(plan: ArtifactPlan, file: OnnxFile, floats: _FloatFiles) -> Artif
         source = floats[PRECISIONS[file.precision].source]
         if plan.on_grids:
             report = quantize_trained(plan.checkpoint, source, file.path, plan.settings, how.images)
-            return {"missed": None, "summary": f"{file.path.name}, {_in_words(report, ' on trained grids')}"}
+            scales = f" on the trained scales of {grids_file(plan.checkpoint)}"
+            return {"missed": None, "summary": f"{file.path.name}, {_in_words(report, scales)}"}
         with progress("quantize") as step:
             report, search = quantize_file(
                 source, file.path, how, target, max_batch=plan.settings.max_batch, progress=step

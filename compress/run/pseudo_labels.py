@@ -84,7 +84,7 @@ class LabellingPlan:
         return any(parts.parts_folder(self.file(name)).is_dir() for name in self.lists)
 
     def stages(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Those of the manifest's recorded stages that say what was labelled, in the order of the lists."""
+        """The recorded stages of the manifest that say what was labelled, in the order of the lists."""
         return [stage for name in self.lists if (stage := f"{STAGE}: {name}") in recorded]
 
 

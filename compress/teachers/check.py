@@ -15,7 +15,6 @@ from compress.data.coco import CocoDetection
 from compress.detectors.base import MEAN, STD
 from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
-from compress.training.evaluate import coco_rows
 from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.errors import UserError
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
@@ -153,7 +152,7 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
             found.boxes, found.scores, found.labels = (
                 values[found.labels >= 0] for values in (found.boxes, found.scores, found.labels)
             )
-            rows += coco_rows(found, sample.image_id, val.category_ids)
+            rows += found.to_coco(sample.image_id, val.category_ids)
     if several:
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, rows)

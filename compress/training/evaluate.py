@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from compress.data.batch import Batch
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Detector, ImageDetections
+from compress.detectors.base import Detector
 from deploy.validate.coco import CocoMetrics, evaluate_coco
 
 
@@ -30,22 +30,10 @@ def evaluate(
         prediction = detector(batch.images.to(device))
         detections = detector.decode(prediction, batch.sizes)
         for target, found in zip(batch.targets, detections, strict=True):
-            rows.extend(coco_rows(found, target.image_id, dataset.category_ids))
+            rows.extend(found.to_coco(target.image_id, dataset.category_ids))
     detector.train(was_training)
     if dist.is_available() and dist.is_initialized():
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, rows)
         rows = [row for share in shares for row in share]
     return evaluate_coco(dataset.annotations, rows)
-
-
-def coco_rows(detections: ImageDetections, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
-    """COCO result rows of one image."""
-    boxes = detections.boxes.clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for box, label, score in zip(
-            boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True
-        )
-    ]

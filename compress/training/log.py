@@ -54,12 +54,14 @@ class TrainingLog:
         self._started = self._printed = time.perf_counter()
 
     def start(self) -> None:
+        """Begin the progress display."""
         if self._enabled:
             self._progress.start()
             if not self._live and self._from_step:
                 self._console.print(f"{self._name}: resumed at step {self._from_step} of {self._total}")
 
     def tick(self, step: int) -> None:
+        """Move the progress display to a step of which nothing is recorded."""
         if self._enabled:
             self._progress.update(self._task, completed=step)
 
@@ -99,6 +101,7 @@ class TrainingLog:
             self._write()
 
     def evaluated(self, step: int, epoch: int, metrics: CocoMetrics) -> None:
+        """Record the metrics of an evaluation, and write metrics.csv."""
         if not self._enabled:
             return
         seconds = self._rows[-1]["seconds"] if self._rows else 0.0
@@ -119,6 +122,7 @@ class TrainingLog:
         self._write()
 
     def stop(self) -> None:
+        """End the progress display and write everything."""
         if self._enabled:
             self._progress.stop()
             self._write()

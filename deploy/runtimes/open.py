@@ -80,7 +80,7 @@ RUNNERS: dict[str, RunnerKind] = {
         "TensorRT",
         _open_engine,
         options={
-            "cuda_graph": Option("is about engines, and none is given; make one with compress export --trt"),
+            "cuda_graph": Option("is about engines, and none is given; make one with compress build"),
         },
     ),
 }

@@ -57,7 +57,7 @@ class EngineOptions(_Model):
         return self
 
     def arguments(self) -> list[str]:
-        """The options of `compress export --trt` that differ from the defaults, and the batches."""
+        """The options of `compress build` that differ from the defaults, and the batches."""
         words = ["--batch", ",".join(map(str, dict.fromkeys(self.batches)))]
         if self.workspace_gb is not None:
             words += ["--workspace-gb", f"{self.workspace_gb:g}"]
@@ -172,7 +172,7 @@ def read_engine_card(engine: Path) -> EngineCard:
     path = card_path(engine)
     if not path.is_file():
         raise UserError(
-            f"{engine}: no card {path.name} beside it: copy both files, or build it: `compress export MODEL.onnx --trt`"
+            f"{engine}: no card {path.name} beside it: copy both files, or build it: `compress build MODEL.onnx`"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -294,9 +294,7 @@ def rebuild(card: EngineCard) -> str:
     """Remedy for an engine that does not fit: the command that builds it again."""
     default = card.onnx.removesuffix(ONNX_SUFFIX) + ENGINE_SUFFIX
     out = [] if card.engine == default else ["--out", card.engine]
-    return (
-        f"rebuild it with `{shlex.join(['compress', 'export', card.onnx, '--trt', *out, *card.options.arguments()])}`"
-    )
+    return f"rebuild it with `{shlex.join(['compress', 'build', card.onnx, *out, *card.options.arguments()])}`"
 
 
 def this_machine(library: str, version: str, device: int = 0) -> Machine:

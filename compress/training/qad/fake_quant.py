@@ -122,7 +122,7 @@ class FakeQuantized(GFL):
         self._plan = _plan(_trace(detector), grids)
 
     def scales(self) -> Tensor:
-        """Of all activations, float32 [n], in the order of the grids."""
+        """Scales of all activations, float32 [n], in the order of the grids."""
         return self.start * (RATE * self.theta).exp()
 
     def grids(self) -> Grids:

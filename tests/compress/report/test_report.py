@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from compress.report import build_report, summary_table
-from compress.report.charts import _log_ticks, _thin, _ticks
+from compress.report.charts import log_ticks, round_ticks, thin
 from compress.report.document import Artifact, Box, Figures, Models, Report
 from compress.report.headline import headline
 from compress.report.pictures import count_matches
@@ -214,14 +214,14 @@ def test_count_matches_takes_each_object_once() -> None:
 
 def test_ticks_cover_the_range_and_thinning_keeps_the_mean() -> None:
     for low, high in [(0, 1), (0, 0), (47.3, 58.1), (0, 4801), (0, 1e-4), (-3, 7)]:
-        ticks = _ticks(low, high)
+        ticks = round_ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
         assert ticks == sorted(set(ticks))
-    assert {0.5, 1, 2, 5, 10, 20, 50} <= set(_log_ticks(0.5, 60))
+    assert {0.5, 1, 2, 5, 10, 20, 50} <= set(log_ticks(0.5, 60))
     points = [(float(i), float(i % 7)) for i in range(1000)]
-    thin = _thin(points, 100)
-    assert len(thin) == 100
-    assert sum(y for _, y in thin) / 100 == pytest.approx(sum(y for _, y in points) / 1000)
+    fewer = thin(points, 100)
+    assert len(fewer) == 100
+    assert sum(y for _, y in fewer) / 100 == pytest.approx(sum(y for _, y in points) / 1000)
 
 
 def test_summary_table_has_every_row() -> None:

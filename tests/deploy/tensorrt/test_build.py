@@ -526,10 +526,15 @@ def run(*words: object) -> int:
     return int(stop.value.code or 0)
 
 
-def test_export_builds_from_an_onnx_file(tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["build MODEL", "export MODEL --trt"])
+def test_an_engine_of_an_onnx_file(
+    tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """`export --trt` is the short way: the same options, the same engine."""
+    name, *more = command.split()
     engine = tmp_path / "t.engine"
     words = ["--batch", "1,2,4", "--workspace-gb", "0.5", "--builder-optimization-level", "1"]
-    assert run("export", tiny_onnx, "--trt", "--out", engine, *words, "--timing-cache", tmp_path / "timing") == 0
+    assert run(name, tiny_onnx, *more[1:], "--out", engine, *words, "--timing-cache", tmp_path / "timing") == 0
     output = capsys.readouterr().out
     assert f"{engine}: " in output and "100% fp32" in output and output.endswith(f"next: compress benchmark {engine}\n")
     card = read_engine_card(engine)

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from compress import cli
+from compress.cli import build
 from deploy.core.card import ModelCard, Quantization
 from deploy.core.errors import UserError
 from deploy.tensorrt.card import (
@@ -110,7 +111,7 @@ def test_a_renamed_engine_is_refused_with_the_command(tmp_path: Path, name: str)
     path = write(tmp_path)
     path.rename(tmp_path / name)
     card_path(path).rename(card_path(tmp_path / name))
-    with pytest.raises(UserError, match=r"are 100% fp32: rebuild it with `compress export tiny.onnx --trt") as error:
+    with pytest.raises(UserError, match=r"are 100% fp32: rebuild it with `compress build tiny.onnx") as error:
         open_engine(tmp_path / name, T4)
     assert "\n" not in str(error.value)
 
@@ -151,7 +152,7 @@ def test_card_and_machine_are_compared(
         return
     with pytest.raises(UserError, match="built for another machine") as error:
         open_engine(path, machine)
-    assert differs in str(error.value) and "rebuild it with `compress export" in str(error.value)
+    assert differs in str(error.value) and "rebuild it with `compress build" in str(error.value)
 
 
 def test_several_differences_are_all_named() -> None:
@@ -174,9 +175,9 @@ def test_the_rebuild_command_gives_the_same_options(options: dict[str, Any], mon
     """The words of the command line, understood by the command line, are the options of the card."""
     wanted = EngineOptions(**options)
     words = shlex.split(rebuild(engine_card(engine="my engine.engine", options=wanted)).split("`")[1])
-    assert words[:4] == ["compress", "export", "tiny.onnx", "--trt"] and words[4:6] == ["--out", "my engine.engine"]
+    assert words[:3] == ["compress", "build", "tiny.onnx"] and words[3:5] == ["--out", "my engine.engine"]
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "_deliver", lambda onnx, out, options, *rest: seen.append((out, options)) or ("doctor",))
+    monkeypatch.setattr(build, "deliver", lambda onnx, out, plan, *rest: seen.append((out, plan.options)))
     monkeypatch.setattr(Path, "is_file", lambda self: True)
     with pytest.raises(SystemExit) as stop:
         cli.main(words[1:])
