@@ -17,13 +17,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import Detections as Detections
     from compress.api import distill as distill
     from compress.api import export as export
-    from compress.api import load_recipe as load_recipe
     from compress.api import open as open
     from compress.api import run as run
     from compress.api import train as train
+    from compress.config.recipe import load_recipe as load_recipe
+    from deploy.core.detections import Detections as Detections
 
 __version__ = "0.1.0"
 
@@ -33,8 +33,8 @@ __all__ = ["Detections", "distill", "export", "load_recipe", "open", "run", "tra
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS_AND_FOLDERS:
         return import_module(f"compress.{name}")
-    if name in __all__:
-        return getattr(import_module("compress.api"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'compress' has no attribute '{name}'")
 
 
@@ -42,6 +42,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_HOMES = {
+    "Detections": "deploy.core.detections",
+    "load_recipe": "compress.config.recipe",
+    "open": "compress.api",
+    "train": "compress.api",
+}
 _FUNCTIONS_AND_FOLDERS = ("distill", "export", "run")
 """Names of the face that are also folders of this package."""
 
