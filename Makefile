@@ -15,7 +15,7 @@ MMDET_BASE ?= $(shell for python in python3.11 python3.12; do \
 	$$python -c 'import ensurepip' >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-mmdet lint format bench clean
+.PHONY: help quickstart test test-exhaustive test-mmdet lint format bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -25,6 +25,9 @@ quickstart: .venv/.train  ## teacher, baseline, distilled student, ONNX file and
 
 test: .venv/.dev  ## all tests (TEST=tests/test_docs.py for one file)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
+
+test-exhaustive: .venv/.dev  ## what `make test` leaves out: every GPU target, every pair of detector families, ...
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m exhaustive $(TEST)
 
 test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet itself (see docs/mmdet.md)
 	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'

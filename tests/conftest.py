@@ -1,9 +1,14 @@
-"""Triton's interpreter for machines without a GPU. Here, and not in tests/kernels, because the choice is made when
-triton is imported first, and torchvision imports it."""
+"""What holds for all tests: Triton's interpreter on machines without a GPU, examples without a time limit, and
+`--cpu-report`.
+
+The interpreter is chosen here, and not in tests/kernels, because the choice is made when triton is imported first, and
+torchvision imports it.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,12 @@ pytest.register_assert_rewrite("tests.helpers")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if find_spec("hypothesis"):  # not in the environment of tests/parity_mmdet
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

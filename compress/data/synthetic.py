@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from compress.data.shapes import (
+    CLASS_SHAPES,
+    CLASS_TEXTURES,
+    FOREIGN_SHAPES,
+    FOREIGN_TEXTURES,
+    SHAPES,
+    Array,
+    texture_of,
+    unit_area,
+)
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json
 
@@ -212,8 +221,6 @@ def _write_split(folder: Path, specification: dict[str, Any], split: str, number
 
 # --- drawing: canvas is float32 [3, size, size] in 0..255, channels first because numpy is faster so --------
 
-Array = NDArray[Any]  # of float32
-
 
 def _background(size: int, rng: np.random.Generator) -> Array:
     """Four corner colours blended, soft clouds, and sometimes a faint texture."""
@@ -320,18 +327,18 @@ def _object(
     # A mild tilt around upright for most objects, any angle for the rest.
     angle = rng.normal(0, 0.35) if rng.random() < 0.6 else rng.uniform(0, 2 * math.pi)
     window = _window(size, x, y, 1.5 * max(radius_u, radius_v) + 1)
-    full_area = _unit_area(shape) * radius_u * radius_v
+    full_area = unit_area(shape) * radius_u * radius_v
     if window is None:
         return None, 0.0, full_area
     rows, columns, across, down = window
     c, s = math.cos(angle), math.sin(angle)
     u = np.float32(c / radius_u) * across + np.float32(s / radius_u) * down
     v = np.float32(c / radius_v) * down - np.float32(s / radius_v) * across
-    alpha = np.clip(0.5 - _SHAPES[shape](u, v) * np.float32(min(radius_u, radius_v)), 0, 1)
+    alpha = np.clip(0.5 - SHAPES[shape](u, v) * np.float32(min(radius_u, radius_v)), 0, 1)
 
     patch = canvas[:, rows, columns]
     light, dark = _two_colors(canvas[:, min(int(y), size - 1), min(int(x), size - 1)], rng)
-    mix = _texture(texture, u, v, radius, rng)
+    mix = texture_of(texture, u, v, radius, rng)
     shade = 1 + np.float32(rng.uniform(-0.14, 0.14)) * u + np.float32(rng.uniform(-0.14, 0.14)) * v
     _blend(patch, (dark + (light - dark) * mix) * shade, alpha)
 
@@ -375,126 +382,16 @@ def _two_colors(below: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     return first.reshape(3, 1, 1), second.reshape(3, 1, 1)
 
 
-# --- shapes: signed distance in units of the radius, negative inside; v points down ----------------------
-
-
-def _disc(u: Array, v: Array) -> Array:
-    return np.sqrt(u * u + v * v) - np.float32(0.92)
-
-
-def _square(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.82)
-
-
-def _triangle(u: Array, v: Array) -> Array:
-    return np.maximum(np.float32(0.866) * np.abs(u) - np.float32(0.5) * v, v) - np.float32(0.55)
-
-
-def _star(u: Array, v: Array) -> Array:
-    """Five points: three reflections fold the plane into half a point, which has one straight edge."""
-    u, v = np.abs(u), -v
-    for x, y in ((0.80902, -0.58779), (-0.80902, -0.58779)):
-        shift = 2 * np.maximum(np.float32(x) * u + np.float32(y) * v, 0)
-        u, v = u - np.float32(x) * shift, v - np.float32(y) * shift
-    u = np.abs(u)
-    # The edge from the tip (0, 1.08) to the notch at 36 degrees and radius 0.5.
-    notch_u, notch_v, tip = 0.5 * math.sin(math.pi / 5), 0.5 * math.cos(math.pi / 5), 1.08
-    length = math.hypot(notch_u, tip - notch_v)
-    normal_u, normal_v = (tip - notch_v) / length, notch_u / length
-    return np.float32(normal_u) * u + np.float32(normal_v) * (v - np.float32(tip))
-
-
-def _cross(u: Array, v: Array) -> Array:
-    u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.minimum(u, v) - np.float32(0.36), np.maximum(u, v) - np.float32(0.98))
-
-
-def _heart(u: Array, v: Array) -> Array:
-    """A square on its corner with a disc on each upper edge."""
-    u = np.abs(u)
-    body = np.maximum(np.abs(u + v - 0.1) - 0.72, np.abs(u - v + 0.1) - 0.72) * np.float32(0.7071)
-    lobe = np.sqrt((u - np.float32(0.36)) ** 2 + (v + np.float32(0.26)) ** 2) - np.float32(0.509)
-    return np.minimum(body, lobe)
-
-
-def _bar(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u) - np.float32(1.0), np.abs(v) - np.float32(0.34))
-
-
-def _ring(u: Array, v: Array) -> Array:
-    return np.abs(np.sqrt(u * u + v * v) - np.float32(0.68)) - np.float32(0.27)
-
-
-def _crescent(u: Array, v: Array) -> Array:
-    bite = np.float32(0.75) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v)
-    return np.maximum(np.sqrt(u * u + v * v) - np.float32(0.95), bite)
-
-
-_SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "star": _star,
-    "disc": _disc,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "heart": _heart,
-    "bar": _bar,
-    "ring": _ring,
-    "crescent": _crescent,
-}
-_CLASS_SHAPES = ("star", "disc", "square", "triangle", "cross", "heart")
-_FOREIGN_SHAPES = ("bar", "ring", "crescent")
-
-
-@cache
-def _unit_area(shape: str) -> float:
-    """Area of the shape at radius 1."""
-    axis = np.linspace(-1.5, 1.5, 301, dtype=np.float32)
-    return float((_SHAPES[shape](axis[None, :], axis[:, None]) < 0).mean()) * 9.0
-
-
-# --- textures: how much of the second colour, 0..1 -----------------------
-
-_CLASS_TEXTURES = ("striped", "checked", "dotted", "shaded")
-_FOREIGN_TEXTURES = ("plain", "speckled")
-
-
-def _texture(name: str, u: Array, v: Array, radius: float, rng: np.random.Generator) -> Array:
-    """`u`, `v` are the object's own coordinates, `radius` its size in pixels."""
-    angle = rng.uniform(0, math.pi)
-    c, s = np.float32(math.cos(angle)), np.float32(math.sin(angle))
-    p, q = c * u + s * v, c * v - s * u
-    if name == "plain":
-        return np.full_like(u, np.float32(rng.uniform(0, 1)))
-    if name == "shaded":
-        return np.clip(np.float32(0.5) + np.float32(rng.uniform(0.5, 0.7)) * p, 0, 1)
-    if name == "speckled":
-        cells = rng.random((17, 17), dtype=np.float32)
-        scale = np.float32(rng.uniform(2.5, 4.5))
-        return cells[(q * scale).astype(np.int32) % 17, (p * scale).astype(np.int32) % 17]
-    # Small objects get fewer repeats: below about five pixels a period is no more than grey.
-    period_px = max(5.0, radius * rng.uniform(*_PERIODS[name]))
-    frequency = np.float32(2 * math.pi * radius / period_px)
-    wave_p = np.sin(p * frequency + np.float32(rng.uniform(0, 2 * math.pi)))
-    if name == "striped":
-        wave = wave_p
-    else:
-        wave_q = np.sin(q * frequency + np.float32(rng.uniform(0, 2 * math.pi)))
-        wave = wave_p * wave_q * np.float32(1.6) if name == "checked" else wave_p + wave_q - np.float32(0.55)
-    # An edge about one pixel wide, whatever the period.
-    return np.clip(np.float32(0.5) + wave * np.float32(max(0.9, period_px / (2 * math.pi))), 0, 1)
-
-
-_PERIODS = {"striped": (0.45, 0.75), "checked": (0.75, 1.1), "dotted": (0.55, 0.85)}
-"""Range of the texture's period in radii."""
+# --- classes: pairs of a shape and a texture ---------------------------------------------------------------
 
 
 def _class_order() -> list[tuple[str, str]]:
     """Shape and texture of every class. Each new shape or texture first appears with the other new one, then
     with all the older ones, so that any first few classes share shapes and textures among them."""
     order: list[tuple[str, str]] = []
-    for rank in range(len(_CLASS_SHAPES)):
+    for rank in range(len(CLASS_SHAPES)):
         pairs = [(rank, rank)] + [pair for other in range(rank) for pair in ((rank, other), (other, rank))]
-        order += [(_CLASS_SHAPES[s], _CLASS_TEXTURES[t]) for s, t in pairs if t < len(_CLASS_TEXTURES)]
+        order += [(CLASS_SHAPES[s], CLASS_TEXTURES[t]) for s, t in pairs if t < len(CLASS_TEXTURES)]
     return order
 
 
@@ -511,5 +408,5 @@ def _distractor(classes: int, rng: np.random.Generator) -> tuple[str, str]:
     if unused and choice < 0.34:
         return unused[rng.integers(len(unused))]
     if choice < 0.67:
-        return shapes[rng.integers(len(shapes))], _FOREIGN_TEXTURES[rng.integers(len(_FOREIGN_TEXTURES))]
-    return _FOREIGN_SHAPES[rng.integers(len(_FOREIGN_SHAPES))], textures[rng.integers(len(textures))]
+        return shapes[rng.integers(len(shapes))], FOREIGN_TEXTURES[rng.integers(len(FOREIGN_TEXTURES))]
+    return FOREIGN_SHAPES[rng.integers(len(FOREIGN_SHAPES))], textures[rng.integers(len(textures))]

@@ -1,7 +1,7 @@
 """What a Triton kernel compiles to, without a GPU: registers, local memory, and the widths of its global accesses.
 
     builds = [Build("kernels.triton.iou_loss", "_kernel", {"x": "*fp32", "n": "i32", "BLOCK": 128}, aligned=("x",))]
-    for result in inspect(builds):  # every build for every target of `TARGETS`
+    for result in inspect(builds, targets):  # every build for every target
         assert result.local == 0 and set(result.loads) == {128}
 
 The kernels are compiled in a process of its own, because the test process may run Triton's interpreter. ptxas and
@@ -22,7 +22,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TARGETS = (75, 80, 89, 90, 100, 120)  # compute capabilities
+SHORT, LONG = (75, 90), (80, 89, 100, 120)
+"""Those of `make test`, the oldest and the one with most users, and the rest."""
+
+by_targets = pytest.mark.parametrize(
+    "targets", [SHORT, pytest.param(LONG, marks=pytest.mark.exhaustive)], ids=["two targets", "the others"]
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,7 +76,7 @@ class Inspected:
         )
 
 
-def inspect(builds: list[Build], targets: tuple[int, ...] = TARGETS) -> list[Inspected]:
+def inspect(builds: list[Build], targets: tuple[int, ...]) -> list[Inspected]:
     """Compile and disassemble every build for every target.
 
     Raises:

@@ -37,7 +37,7 @@ def content(classes_of: list[list[int]]) -> dict[str, Any]:
 scenes = st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=25)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(scenes, st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 def test_the_choice(classes_of: list[list[int]], fraction: float, other: float, seed: int) -> None:
     document = content(classes_of)

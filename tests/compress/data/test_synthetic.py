@@ -12,6 +12,7 @@ from PIL import Image
 
 from compress.data import synthetic
 from compress.data.check import check
+from compress.data.shapes import SHAPES
 from compress.data.synthetic import class_names, draw, generate
 from deploy.core.errors import UserError
 
@@ -115,7 +116,7 @@ def test_box_encloses_the_object_tightly() -> None:
         rng = np.random.default_rng([5, index])
         canvas = np.full((3, 100, 100), 128, np.float32)
         owner = np.full((100, 100), -1, np.int16)
-        shape = list(synthetic._SHAPES)[index % len(synthetic._SHAPES)]
+        shape = list(SHAPES)[index % len(SHAPES)]
         xyxy, area, full = synthetic._object(canvas, owner, 0, shape, "striped", (50.0, 47.5, 22.0), rng)
         assert xyxy is not None
         rows, columns = np.nonzero(owner == 0)

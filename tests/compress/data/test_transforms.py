@@ -51,7 +51,7 @@ def test_fit_size_keeps_within_and_touches_a_limit(height: int, width: int, shor
     assert min(new) == short or max(new) == long
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(scenes(), st.integers(32, 160))
 def test_resize_scales_boxes(scene: tuple[Tensor, Tensor, Tensor], short: int) -> None:
     image, boxes, ignore = scene
@@ -66,7 +66,7 @@ def test_resize_scales_boxes(scene: tuple[Tensor, Tensor, Tensor], short: int) -
     assert out.dtype == torch.uint8 and type(moved) is Tensor and moved.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(scenes())
 def test_flip_twice_is_nothing(scene: tuple[Tensor, Tensor, Tensor]) -> None:
     image, boxes, ignore = scene
@@ -82,7 +82,7 @@ def test_flip_twice_is_nothing(scene: tuple[Tensor, Tensor, Tensor]) -> None:
     torch.testing.assert_close(once[1][:, 0], width - straight[1][:, 2], rtol=0, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scenes(), st.integers(0, 2**31), st.booleans())
 def test_boxes_stay_inside_whatever_happens(scene: tuple[Tensor, Tensor, Tensor], seed: int, photometric: bool) -> None:
     image, boxes, ignore = scene
@@ -96,7 +96,7 @@ def test_boxes_stay_inside_whatever_happens(scene: tuple[Tensor, Tensor, Tensor]
     assert min(height, width) <= 80 and max(height, width) <= 120
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31))
 def test_zoom_and_flip_move_boxes_with_pixels(seed: int) -> None:
     """Oracle: a white rectangle on black; the box must be where the white pixels are."""

@@ -60,8 +60,17 @@ def terms(methods: str | dict[str, Any], student: Detector, teacher: Detector) -
     return {key: value for method in built.values() for key, value in method.method(*pair, data).items()}
 
 
-@pytest.mark.parametrize("student", ["gfl", "fcos", "retinanet", "faster_rcnn"])
-@pytest.mark.parametrize("teacher", ["gfl", "fcos", "retinanet", "faster_rcnn"])
+FAMILIES = ("gfl", "fcos", "retinanet", "faster_rcnn")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [  # each family once as student and once as teacher of another one; the other pairs in `make test-exhaustive`
+        pytest.param(a, b, marks=[] if FAMILIES[i - 1] == b else pytest.mark.exhaustive)
+        for i, a in enumerate(FAMILIES)
+        for b in FAMILIES
+    ],
+)
 def test_features_teach_across_families(student: str, teacher: str) -> None:
     learner = model(student)
     methods = {name: {} for name in ("fgd", "pkd", "cwd", "mgd")} | {"uet": {"of": ("fgd", "pkd")}}

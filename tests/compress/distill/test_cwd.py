@@ -53,7 +53,7 @@ def test_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: channel_kl(x, TEACHER, 2.0, certainty), student)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shift=st.lists(st.floats(-100, 100), min_size=3, max_size=3),
     certainty=st.lists(st.floats(0, 10), min_size=8, max_size=8),

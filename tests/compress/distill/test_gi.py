@@ -89,7 +89,7 @@ def test_the_box_is_of_the_model_with_the_higher_score() -> None:
     assert min(leads.values()) > 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), groups=st.integers(1, 3), n=st.integers(1, 60), topk=st.integers(1, 12))
 def test_looking_at_few_candidates_first_changes_nothing(seed: int, groups: int, n: int, topk: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -46,7 +46,7 @@ def test_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: pearson_distance(x, TEACHER, certainty), student)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     scale=st.lists(st.floats(0.1, 50), min_size=3, max_size=3),
     shift=st.lists(st.floats(-50, 50), min_size=3, max_size=3),

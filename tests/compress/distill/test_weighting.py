@@ -113,15 +113,15 @@ def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
 
 
 def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
-    extra = (COMPOSED, "train.steps=24", "methods.fgd.stop_epoch=3", "methods.bckd.decay=linear")
+    extra = (COMPOSED, "train.steps=10", "methods.fgd.stop_epoch=1", "methods.bckd.decay=linear")  # 6 steps an epoch
     whole = tiny_recipe.recipe(tmp_path / "a", *extra)
     pipeline.distill(whole)
 
     teacher = whole.run_dir / "teacher.safetensors"
     checkpoint = ("teacher.model=null", "teacher.train=null", f"teacher.checkpoint={teacher}")
     for recipe, stops in (
-        (tiny_recipe.recipe(tmp_path / "c", *extra, *checkpoint), (24,)),
-        (tiny_recipe.recipe(tmp_path / "d", *extra, *checkpoint), (5, 24)),
+        (tiny_recipe.recipe(tmp_path / "c", *extra, *checkpoint), (10,)),
+        (tiny_recipe.recipe(tmp_path / "d", *extra, *checkpoint), (5, 10)),
     ):
         for stop in stops:
             torch.manual_seed(stop)

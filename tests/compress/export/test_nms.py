@@ -68,7 +68,7 @@ def reference(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -
     return keep
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(crowds())
 def test_equals_torchvision(crowd: tuple[Tensor, Tensor, Tensor, float]) -> None:
     boxes, scores, labels, threshold = crowd
@@ -132,7 +132,7 @@ def test_a_chain_that_is_too_long_leaves_duplicates_at_its_end_and_loses_nothing
     assert wrong == list(range(iterations + 1, tiles, 2))  # every suppressed box beyond the bound stays
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(crowds())
 def test_two_iterations_keep_a_superset(crowd: tuple[Tensor, Tensor, Tensor, float]) -> None:
     boxes, scores, labels, threshold = crowd
@@ -264,7 +264,7 @@ def ort_nms() -> Callable[..., list[np.ndarray]]:
     return ort_session(_Nms(0.5), boxes, torch.rand(2, BOXES), torch.zeros(2, BOXES, dtype=torch.int64))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(crowd=crowds(), batch=st.integers(1, BATCH))
 def test_the_exported_graph_equals_torchvision(
     ort_nms: Callable[..., list[np.ndarray]], crowd: tuple[Tensor, Tensor, Tensor, float], batch: int

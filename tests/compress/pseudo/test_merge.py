@@ -113,13 +113,13 @@ def assert_same(a: Boxes, b: Boxes) -> None:
     np.testing.assert_array_equal(a.labels, b.labels)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(detections(), min_size=1, max_size=3), st.sampled_from(["nms", "wbf"]))
 def test_order_of_teachers_does_not_matter(teachers: list[Boxes], how: Merging) -> None:
     assert_same(merged(*teachers, how=how), merged(*reversed(teachers), how=how))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(detections(most=16))
 def test_one_teacher_is_its_own_nms(found: Boxes) -> None:
     boxes, scores, labels = (torch.from_numpy(x) for x in (found.boxes, found.scores, found.labels))
@@ -131,14 +131,14 @@ def test_one_teacher_is_its_own_nms(found: Boxes) -> None:
     assert len(ignored) == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(detections(), min_size=2, max_size=3), st.floats(0.1, 0.9))
 def test_suppression_before_or_after_the_threshold_is_the_same(teachers: list[Boxes], tau: float) -> None:
     before = merged(*(found.where(found.scores >= tau) for found in teachers))
     assert_same(split(merged(*teachers), np.full(3, tau), np.zeros(3))[0], before)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=4))
 def test_fusion_of_identical_boxes_is_that_box(scores: list[int]) -> None:
     box = [3.3, 4.7, 11.1, 9.9]
@@ -147,7 +147,7 @@ def test_fusion_of_identical_boxes_is_that_box(scores: list[int]) -> None:
     np.testing.assert_allclose(found.scores, [sum(scores) / 1000 / len(scores)], rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(detections(), min_size=1, max_size=3))
 def test_fusion_stays_inside_what_was_found(teachers: list[Boxes]) -> None:
     found = merged(*teachers, how="wbf")

@@ -46,7 +46,7 @@ def test_crowd_regions_count_neither_way() -> None:
     np.testing.assert_allclose(share_inside(found.boxes, truth.boxes[1:])[:, 0], [0.6, 1, 0, 0.4])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -153,7 +153,7 @@ def expected(box: tuple[float, float, float, float], how: OnnxOutput, placed: Pl
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     boxes=boxes_strategy,
     box_format=st.sampled_from(["xyxy", "yxyx", "xywh", "cxcywh"]),
@@ -201,7 +201,7 @@ def test_scores_a_class(
             np.testing.assert_allclose(found[place], expected(box, how, placed), atol=1e-3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     boxes=boxes_strategy,
     box_format=st.sampled_from(["xyxy", "yxyx", "xywh", "cxcywh"]),

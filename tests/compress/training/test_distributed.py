@@ -24,22 +24,38 @@ from compress.run import pipeline
 from tests.helpers import tiny_recipe
 from tests.helpers.random_teacher import teacher
 
+PYTHON = [sys.executable, "-m", "compress"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
 
-def train(folder: Path, launcher: list[str], devices: int) -> Path:
-    """`compress distill` of the tiny recipe on `devices` processes; returns the run folder."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    torch.save(build_backbone("nano", weights="none").state_dict(), folder / "nano.pth")
+
+def compress(launcher: list[str], *arguments: str) -> str:
+    """Run a command on two processes; what it printed."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *arguments, "--devices", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def overrides(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def start_from(weights: Path) -> list[str]:
+    """Settings with which one process and two compute the same."""
     settings = ["train.steps=10", "train.ema=null"]
     for model in ("student", "teacher.model"):
-        settings += [f"{model}.weights={folder / 'nano.pth'}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
-    arguments = ["distill", str(tiny_recipe.recipe_file(folder)), "--devices", str(devices)]
-    for setting in settings:
-        arguments += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "tiny"
+        settings += [f"{model}.weights={weights}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
+    return settings
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process, in this one; beside it the weights that it started from."""
+    folder = tmp_path_factory.mktemp("one")
+    torch.manual_seed(0)
+    torch.save(build_backbone("nano", weights="none").state_dict(), folder / "nano.pth")
+    return pipeline.distill(tiny_recipe.recipe(folder, *start_from(folder / "nano.pth")))
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -48,12 +64,13 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items() if k.startswith(("loss", "bckd"))} for row in rows]
 
 
-@pytest.mark.parametrize("launch", ["subprocess", "torchrun"])
-def test_two_processes_equal_one(tmp_path: Path, launch: str) -> None:
-    python = [sys.executable, "-m", "compress"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
-    one = train(tmp_path / "one", python, 1)
-    two = train(tmp_path / "two", python if launch == "subprocess" else torchrun, 2)
+@pytest.mark.parametrize(
+    "launcher", [PYTHON, pytest.param(TORCHRUN, marks=pytest.mark.exhaustive)], ids=["compress", "torchrun"]
+)
+def test_two_processes_equal_one(one: Path, tmp_path: Path, launcher: list[str]) -> None:
+    settings = start_from(one.parents[1] / "nano.pth")
+    compress(launcher, "distill", str(tiny_recipe.recipe_file(tmp_path)), *overrides(settings))
+    two = tmp_path / "runs" / "tiny"
     assert len(losses(one)) == 2  # steps 1 and 10
     for a, b in zip(losses(one), losses(two), strict=True):
         assert a.keys() == b.keys()
@@ -77,14 +94,8 @@ def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
         "tau_ignore: 0.5, thresholds: best_f1, batch_size: 2, fine_tune: null}",
     ]  # fmt: skip
     one = pipeline.distill(tiny_recipe.recipe(tmp_path, *settings, "name=one")) / "pseudo"
-    arguments = ["distill", str(tiny_recipe.recipe_file(tmp_path)), "--devices", "2", "--set", "name=two"]
-    for setting in settings:
-        arguments += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "compress", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
+    shown = compress(PYTHON, "distill", str(tiny_recipe.recipe_file(tmp_path)), *overrides([*settings, "name=two"]))
+    assert "2 process(es)" in shown
     two = tmp_path / "runs" / "two" / "pseudo"
     assert sorted(file.name for file in two.iterdir()) == ["folder-1.json", "training-images.json"]
     for file in two.iterdir():
@@ -93,34 +104,19 @@ def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
-    arguments = ["distill", str(tiny_recipe.recipe_file(tmp_path)), "--devices", "2", "--dry-run"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "compress", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "everything fits together" in done.stdout and not (tmp_path / "runs").exists()
+    shown = compress(PYTHON, "distill", str(tiny_recipe.recipe_file(tmp_path)), "--dry-run")
+    assert "everything fits together" in shown and not (tmp_path / "runs").exists()
 
 
 def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
-    """Adapters and context blocks, masks that differ between the processes, one method that ends early."""
+    """Adapters and context blocks, masks that differ between the processes, one method that ends early; started by
+    torchrun."""
     methods = (
         "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, "
         "uet: {of: [fgd, bckd]}}"
     )
-    arguments = [
-        "distill",
-        str(tiny_recipe.recipe_file(tmp_path)),
-        "--devices",
-        "2",
-        "--set",
-        methods,
-        "--set",
-        "train.steps=14",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "compress", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    settings = overrides([methods, "train.steps=14"])
+    compress(TORCHRUN, "distill", str(tiny_recipe.recipe_file(tmp_path)), *settings)
     with open(tmp_path / "runs" / "tiny" / "student" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
     assert [row["mgd"] != "" for row in rows] == [True, False, False]  # steps 1, 10 and 14; an epoch has 6

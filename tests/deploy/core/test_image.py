@@ -57,7 +57,7 @@ def test_unreadable_images_are_one_line_errors(tmp_path: Path) -> None:
         load_image(tmp_path / "cut.jpg")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 200),
     width=st.integers(1, 200),

@@ -102,7 +102,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes, mes
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0.0, 0.9999))
 def test_a_file_cut_off_anywhere_is_refused(whole: bytes, place: Path, share: float) -> None:
     place.write_bytes(whole[: max(1, int(len(whole) * share))])
@@ -122,7 +122,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cut") / "cut.onnx"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_a_model_or_one_line(place: Path, content: bytes) -> None:
     place.write_bytes(content)

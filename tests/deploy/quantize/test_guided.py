@@ -70,7 +70,7 @@ def search_made_up(
 costs = st.lists(st.integers(0, 64).map(lambda n: n / 64), min_size=2, max_size=9)  # sums are exact
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(costs=costs, budget=st.integers(0, 128).map(lambda n: n / 64))
 def test_with_a_true_ranking_the_fewest_layers_are_kept(costs: list[float], budget: float) -> None:
     result, _ = search_made_up(costs, [0.0] * len(costs), budget)
@@ -85,7 +85,7 @@ def test_with_a_true_ranking_the_fewest_layers_are_kept(costs: list[float], budg
         assert len(result.chosen.float_layers) == fewest + 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(costs=costs, data=st.data())
 def test_with_a_bad_ranking_the_budget_holds_and_no_kept_layer_is_needless(costs: list[float], data: Any) -> None:
     noise = data.draw(st.lists(st.floats(0, 2), min_size=len(costs), max_size=len(costs)))

@@ -189,7 +189,7 @@ def test_webp_sizes_of_any_kind() -> None:
             assert read_header(encode(image, "WEBP", **more), "image")[1:] == (width, height)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     st.sampled_from(sorted(GOOD)),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=12),

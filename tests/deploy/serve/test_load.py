@@ -264,7 +264,7 @@ def test_hostile_requests_get_an_answer_that_is_not_500(red_server: Server) -> N
     seen: Counter[int] = Counter()
     decoded = 0
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(
         st.one_of(
             st.tuples(mostly("/v1/detect", OTHER_PATHS), mostly("application/octet-stream", OTHER_TYPES), files),

@@ -60,7 +60,7 @@ def test_the_server_keeps_what_its_document_promises(red_server: Server) -> None
 def _try(operation: Any, mode: Any, tried: Counter[str]) -> None:
     excluded = [positive_data_acceptance] if operation.path.endswith("/infer") else []
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(operation.as_strategy(generation_mode=mode))
     def keeps_its_promise(case: Any) -> None:
         response = case.call_and_validate(excluded_checks=excluded)

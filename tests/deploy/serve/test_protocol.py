@@ -28,7 +28,7 @@ def parse(content: Any, tail: bytes = b"", most: int = 4) -> InferRequest:
 
 
 @given(st.integers(1, 4), st.booleans(), st.booleans(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_json_flat_json_nested_and_binary_are_one(n: int, nested: bool, binary: bool, data: st.DataObject) -> None:
     images = np.frombuffer(data.draw(st.binary(min_size=12 * n, max_size=12 * n)), np.uint8).reshape(n, 3, 2, 2)
     if binary:
@@ -133,7 +133,7 @@ def test_binary_sizes(size: Any) -> None:
     st.lists(x, max_size=4)
     | st.dictionaries(st.sampled_from(["inputs", "outputs", "name", "shape", "data", "parameters", "datatype"]), x)
 )))  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_json_is_refused_in_one_line(content: Any) -> None:
     for body in (content, {"inputs": content}, {"inputs": [tensor()], "outputs": content}, {"inputs": [content]}):
         try:

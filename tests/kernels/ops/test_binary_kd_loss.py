@@ -25,7 +25,7 @@ def test_numbers_of_the_authors_code(device: torch.device) -> None:
     close(student.grad.cpu(), expected["grad_avg3"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 37), st.sampled_from([1, 2, 7, 8, 16, 131])),
     layouts=st.tuples(*[st.sampled_from(["rows", "channels", "sliced"])] * 2),
@@ -116,9 +116,9 @@ def _build(dtype: str, m_inner: bool) -> kernel_sass.Build:
     )
 
 
-@pytest.mark.slow
-def test_machine_code() -> None:
-    for result in kernel_sass.inspect([_build("fp32", True), _build("bf16", True), _build("bf16", False)]):
+@kernel_sass.by_targets
+def test_machine_code(targets: tuple[int, ...]) -> None:
+    for result in kernel_sass.inspect([_build("fp32", True), _build("bf16", True), _build("bf16", False)], targets):
         assert result.local == result.local_instructions == result.atomics == 0, result
         # The logits and their gradient in 16 bytes; a smaller access is the weight, the disagreement or a partial sum.
         assert result.loads[128] >= 4 and sum(result.loads.values()) - result.loads[128] <= 1, result

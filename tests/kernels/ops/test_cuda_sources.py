@@ -20,7 +20,7 @@ from kernels.csrc import build as cuda
 from kernels.ops import iou_loss as iou
 from kernels.ops.mc_dropout import mc_dropout
 from tests.helpers.kernel_boxes import KINDS, boxes
-from tests.helpers.kernel_sass import TARGETS
+from tests.helpers.kernel_sass import by_targets
 
 CSRC = cuda.SOURCES
 
@@ -130,22 +130,22 @@ def test_dropout_draws_what_triton_draws(
     torch.testing.assert_close(variance, expected_variance.cpu())
 
 
-@pytest.mark.slow
+@by_targets
 @pytest.mark.parametrize("source", ["iou_loss.cu", "mc_dropout.cu"])
-def test_nvcc_needs_no_local_memory(source: str, tmp_path: Path) -> None:
+def test_nvcc_needs_no_local_memory(source: str, targets: tuple[int, ...], tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    missing = [target for target in TARGETS if f"sm_{target}" not in known]
+    missing = [target for target in targets if f"sm_{target}" not in known]
     assert not missing, f"nvcc knows only {known}: install one that has {missing}"
-    architectures = [word for target in TARGETS for word in ("-gencode", f"arch=compute_{target},code=sm_{target}")]
+    architectures = [word for target in targets for word in ("-gencode", f"arch=compute_{target},code=sm_{target}")]
     command = [nvcc, "-std=c++17", "-O3", "-fatbin", *architectures, "-Xptxas", "-v", "-o", str(tmp_path / "out")]
     report = subprocess.run([*command, str(CSRC / source)], capture_output=True, text=True, check=True).stderr
     functions = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", report)
     memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert {int(target) for _, target in functions} == set(TARGETS)
-    assert len(memory) == len(functions) >= 12 * len(TARGETS)
+    assert {int(target) for _, target in functions} == set(targets)
+    assert len(memory) == len(functions) >= 12 * len(targets)
     assert [row for row in zip(functions, memory, strict=True) if row[1] != ("0", "0", "0")] == []
 
 

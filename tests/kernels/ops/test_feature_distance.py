@@ -45,7 +45,7 @@ cases = given(
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
@@ -70,7 +70,7 @@ def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, l
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
@@ -95,7 +95,7 @@ def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, 
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_both_at_once(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The same as one after the other, and the sum of their gradients (float64 oracles: above)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.kernel_sass import TARGETS, Build, inspect
+from tests.helpers.kernel_sass import Build, by_targets, inspect
 
 SCALARS = {
     **dict.fromkeys(("seed_low", "seed_high", "offset_low", "offset_high", "c_units", "s_units"), "i32"),
@@ -70,8 +70,8 @@ def test_all_kernels_of_one_target() -> None:
     check(builds, (90,))
 
 
-@pytest.mark.slow
-def test_every_target() -> None:
+@by_targets
+def test_every_target(targets: tuple[int, ...]) -> None:
     builds = [build(*name, "*fp32", EQUAL) for name in TENSORS]
     builds += [build(*name, "*bf16", EQUAL, channels_last=True) for name in TENSORS if name[0] != "attention_stats"]
-    check(builds, TARGETS)
+    check(builds, targets)

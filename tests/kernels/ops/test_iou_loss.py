@@ -49,7 +49,7 @@ def test_numbers_of_mmdet(device: torch.device) -> None:
     close(4 * loss.cpu() / 3, tiny["loss4_avg3"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.sampled_from([1, 2, 31, 129, 513]),
     made=st.sampled_from(["boxes", "integers", "disorder"]),
@@ -187,10 +187,10 @@ def _build(dtype: str, kind: int, both: bool) -> kernel_sass.Build:
     )
 
 
-@pytest.mark.slow
-def test_machine_code() -> None:
+@kernel_sass.by_targets
+def test_machine_code(targets: tuple[int, ...]) -> None:
     builds = [_build("fp32", 1, False), _build("fp32", 3, True), _build("bf16", 1, False)]
-    for result in kernel_sass.inspect(builds):
+    for result in kernel_sass.inspect(builds, targets):
         assert result.local == result.local_instructions == result.atomics == 0, result
         # Rows of boxes: 16 bytes at once. Only their weights and the partial sum are accessed singly.
         assert result.loads[128] >= 4 and result.stores[128] >= 2, result

@@ -30,7 +30,7 @@ def test_quality_focal_loss_oracle() -> None:
     close(z.grad, o["grad"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 17)),
     beta=st.sampled_from([2.0, 1.0, 1.5]),
@@ -53,7 +53,7 @@ def test_quality_focal_loss_equals_its_reference(shape: tuple[int, int, int], be
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=2e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 17)),
     beta=st.sampled_from([1.0, 2.0]),

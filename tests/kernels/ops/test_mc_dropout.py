@@ -38,7 +38,6 @@ rates_lists = st.one_of(
 # The tables ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(rates_lists)
 def test_alias_tables_have_the_probabilities(rates: tuple[float, ...]) -> None:
     tables = table(rates, CPU)
@@ -168,7 +167,7 @@ def test_channel_mode_drops_planes(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("torch", CHUNK), ("torch", 16), ("triton", CHUNK)])
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     shape=st.one_of(
         st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 7), st.integers(1, 9)),

@@ -27,7 +27,7 @@ def test_numbers_of_mmdet(device: torch.device) -> None:
     close(z.grad.cpu(), o["grad"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 19), st.sampled_from([1, 3, 8, 16, 131])),
     layout=st.sampled_from(["rows", "channels", "sliced"]),
@@ -143,10 +143,10 @@ POSITIVE = kernel_sass.Build(
 )
 
 
-@pytest.mark.slow
-def test_machine_code() -> None:
+@kernel_sass.by_targets
+def test_machine_code(targets: tuple[int, ...]) -> None:
     dense = [_dense("fp32", True), _dense("bf16", False)]
-    for result in kernel_sass.inspect([*dense, POSITIVE]):
+    for result in kernel_sass.inspect([*dense, POSITIVE], targets):
         assert result.local == result.local_instructions == result.atomics == 0, result
         if result.build is POSITIVE:
             continue  # gathers single entries
