@@ -274,21 +274,6 @@ def test_config_and_deploy_import_no_torch() -> None:
     assert breaches(plain, lambda name: name.startswith("deploy.graph.export")) == []
 
 
-def test_only_the_pipeline_and_the_dry_run_hold_a_recipe() -> None:
-    """Everything else takes its section, or a plan; the command line and the face read recipes and hand them on."""
-    holders = {"compress/api.py", "compress/run/pipeline.py", "compress/run/dry_run.py"}
-    naming = {
-        file
-        for path in FILES["compress"]
-        if (file := path.relative_to(ROOT).as_posix()) and not file.startswith(("compress/config/", "compress/cli/"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if "Recipe" in (getattr(node, "id", ""), getattr(node, "attr", ""))
-        or (isinstance(node, ast.ImportFrom) and any(alias.name in ("Recipe", "recipe") for alias in node.names))
-        or (isinstance(node, ast.Import) and any(alias.name == "compress.config.recipe" for alias in node.names))
-    }
-    assert naming == holders
-
-
 def loaded(code: str) -> set[str]:
     """Top-level packages in memory after running `code` in a fresh interpreter."""
     script = f"{code}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
