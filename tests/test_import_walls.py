@@ -229,7 +229,6 @@ def test_only_run_and_cli_name_a_recipe() -> None:
     assert not found, listed(found)
 
 
-@WAITING
 def test_only_pipeline_and_dry_run_hold_a_recipe() -> None:
     """Everything else in `run/` takes its sections."""
     found = [
