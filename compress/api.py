@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.config.recipe import Recipe, load_recipe
+from compress.config.recipe import Recipe, check_distills, load_recipe
 from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
@@ -84,7 +84,7 @@ def distill(
     from compress.run import pipeline
 
     loaded = _recipe(recipe, partial=bool(methods) or teacher is not None)
-    pipeline.check_distills(loaded, _name_of(recipe), own_methods=bool(methods))
+    check_distills(loaded, _name_of(recipe), own_methods=bool(methods))
     return Run(pipeline.distill(loaded, resume=resume, parts=_parts(methods, teacher, student)))
 
 

@@ -51,7 +51,7 @@ def distill(
 ) -> None:
     """Train a recipe's student with its teacher."""
     loaded = _recipe(recipe, settings, devices)
-    from compress.run.pipeline import check_distills
+    from compress.config.recipe import check_distills
 
     check_distills(loaded, recipe)
     _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)

@@ -399,14 +399,6 @@ def quantizing(recipe: Recipe) -> Quantizing:
     return Quantizing(int8, train_split, split, search)
 
 
-def check_distills(recipe: Recipe, where: object, *, own_methods: bool = False) -> None:
-    """Raise UserError, naming `where` the recipe is from, when a student would learn nothing from a teacher."""
-    if not recipe.methods.enabled() and recipe.pseudo_labels is None and not own_methods:
-        raise UserError(
-            f"{where}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
-        )
-
-
 def _ship(recipe: Recipe) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
     from compress.run.artifacts import make, plans_of_a_run
