@@ -11,7 +11,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 LOST, REFUSED = -1, -2
@@ -58,7 +58,8 @@ async def open_loop(
     gun = _Gun(target, bodies)
     arrivals = random.Random(seed)
     start = time.monotonic()
-    due, tasks = start, []
+    due = start
+    tasks: list[asyncio.Task[Shot]] = []
     while True:
         due += arrivals.expovariate(rate)
         if due > start + seconds:
@@ -197,12 +198,3 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, int | None,
     body = await reader.readexactly(int(fields.get("content-length", "0")))
     retry = fields.get("retry-after")
     return int(head[0].split(" ")[1]), body, None if retry is None else int(retry), fields.get("connection") != "close"
-
-
-def run(work: Callable[[], Awaitable[list[Shot]]]) -> list[Shot]:
-    """Outside of an event loop."""
-
-    async def whole() -> list[Shot]:
-        return await work()
-
-    return asyncio.run(whole())

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, a look at who else uses the CPU, and the record of a run.
+"""Interleaved timing, and a look at who else uses the CPU.
 
 Rules of every ratio: all cases are timed in turn (A B C A B C ...), so that drift of the machine falls on all of
 them alike; a repeat lasts at least `MIN_REPEAT_S`; a repeat during which other processes used more than
@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks.lib.results import ROOT, Row
 
 MIN_REPEAT_S = 0.2
 MAX_FOREIGN = 0.10
@@ -37,16 +36,37 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
 }
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-
-Case = Callable[[], dict[str, float] | None]
-"""One call of a case; it may return the seconds of named parts of itself."""
+Call = Callable[[], dict[str, float] | None]
+"""One call of what is timed; it may return the seconds of named parts of itself."""
 
 
-def interleave(cases: dict[str, Case], *, repeats: int, min_repeat_s: float = MIN_REPEAT_S) -> dict[str, Any]:
-    """Time the cases in turn. Returns per case: `ms` (a summary of milliseconds a call), `parts_ms`,
-    `first_call_s` (with whatever is compiled in it), `inner`, `clean`, `disturbed` and `foreign_cpu`."""
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: median and quartiles over the repeats that were used, and medians of named parts.
+
+    first_call_s: with whatever is compiled in it. disturbed: repeats among the used ones during which other processes
+    were busy. foreign_cpu: the median share of the CPUs that others used.
+    """
+
+    ms: float
+    q1: float
+    q3: float
+    parts_ms: dict[str, float]
+    first_call_s: float
+    repeats: int
+    disturbed: int
+    foreign_cpu: float
+
+    def row(self, variant: str, metric: str = "time") -> Row:
+        notes = f"busy: others used {self.foreign_cpu:.0%} of the CPUs" if self.disturbed else ""
+        return Row(variant, metric, self.ms, "ms", self.q1, self.q3, "quartiles", self.repeats, notes=notes)
+
+    def part_rows(self, variant: str) -> list[Row]:
+        return [Row(variant, f"time of {part}", ms, "ms", n=self.repeats) for part, ms in self.parts_ms.items()]
+
+
+def interleave(cases: dict[str, Call], *, repeats: int, min_repeat_s: float = MIN_REPEAT_S) -> dict[str, Timing]:
+    """Time the cases in turn."""
     first: dict[str, float] = {}
     inner: dict[str, int] = {}
     for name, run in cases.items():
@@ -62,23 +82,32 @@ def interleave(cases: dict[str, Case], *, repeats: int, min_repeat_s: float = MI
             break
         for name in waiting:
             with ForeignCpu() as other:
-                row = _repeat(cases[name], inner[name])
+                seconds = _repeat(cases[name], inner[name])
             foreign[name].append(other.share)
-            (clean if other.share <= MAX_FOREIGN else disturbed)[name].append(row)
-    rows = {}
+            (clean if other.share <= MAX_FOREIGN else disturbed)[name].append(seconds)
+    timings = {}
     for name in cases:
         used = clean[name] + disturbed[name][: max(0, repeats - len(clean[name]))]
-        parts = [part for part in used[0] if part != "total"]
-        rows[name] = {
-            "ms": _summary([1e3 * row["total"] for row in used]),
-            "parts_ms": {part: statistics.median(1e3 * row[part] for row in used) for part in parts},
-            "first_call_s": first[name],
-            "inner": inner[name],
-            "clean": len(clean[name]),
-            "disturbed": len(used) - len(clean[name]),
-            "foreign_cpu": statistics.median(foreign[name]),
-        }
-    return rows
+        q1, median, q3 = quartiles([1e3 * seconds["total"] for seconds in used])
+        timings[name] = Timing(
+            median,
+            q1,
+            q3,
+            {part: statistics.median(1e3 * seconds[part] for seconds in used) for part in used[0] if part != "total"},
+            first[name],
+            len(used),
+            len(used) - len(clean[name]),
+            statistics.median(foreign[name]),
+        )
+    return timings
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of one value three times that."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
 
 
 class ForeignCpu:
@@ -95,51 +124,6 @@ class ForeignCpu:
         self.share = max(0.0, foreign) / (wall * (os.cpu_count() or 1))
 
 
-def record(**more: Any) -> dict[str, Any]:
-    """Date, command, machine, load and versions of this process, and `more`."""
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": "python " + " ".join(_relative(word) for word in sys.argv),
-        "machine": {
-            "cpu": _cpu_model(),
-            "cpus": os.cpu_count(),
-            "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-        "versions": versions(),
-        **more,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that matter, as installed for this interpreter."""
-    names = ("torch", "torchvision", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "pycocotools")
-    found = {"python": platform.python_version()}
-    for name in (*names, "mmdet", "mmcv", "mmengine", "opencv-python"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def bar(name: str, wanted: float, seen: float) -> dict[str, Any]:
-    """One requirement of the form `seen >= wanted`."""
-    return {"name": name, "wanted": wanted, "seen": round(seen, 3), "met": seen >= wanted}
-
-
-def cost_bar(name: str, most: float, share: float, noise: float = 0.05) -> dict[str, Any]:
-    """The requirement that something costs at most the share `most`, as a `bar` of negative numbers.
-
-    Nothing costs less than nothing: a share below -`noise` says that the cases did not meet the same machine. It is
-    not met, and `invalid` says why.
-    """
-    found = bar(name, -most, -share)
-    if share >= -noise:
-        return found
-    why = f"a cost of {share:.1%} is impossible and more than noise ({noise:.0%}): measure again on a quiet machine"
-    return {**found, "met": False, "invalid": why}
-
-
 def environment_of_child(allocator: str, threads: int) -> dict[str, str]:
     """Environment variables of a measured process."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
@@ -152,13 +136,14 @@ def environment_of_child(allocator: str, threads: int) -> dict[str, str]:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _seconds(run: Case) -> float:
+def _seconds(run: Call) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _repeat(run: Case, inner: int) -> dict[str, float]:
+def _repeat(run: Call, inner: int) -> dict[str, float]:
+    """Seconds a call, total and by part, of `inner` calls."""
     row = {"total": 0.0}
     start = time.perf_counter()
     for _ in range(inner):
@@ -166,17 +151,6 @@ def _repeat(run: Case, inner: int) -> dict[str, float]:
             row[part] = row.get(part, 0.0) + seconds / inner
     row["total"] = (time.perf_counter() - start) / inner
     return row
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {
-        "median": statistics.median(values),
-        "q1": quartiles[0],
-        "q3": quartiles[2],
-        "min": min(values),
-        "max": max(values),
-    }
 
 
 def _busy_seconds() -> float:
@@ -210,20 +184,3 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
         if name.isdigit():
             with contextlib.suppress(OSError):
                 yield int(name), Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _relative(word: str) -> str:
-    """A word of the command line for a file that others read: no absolute paths of this machine."""
-    if not Path(word).is_absolute():
-        return word
-    path = word
-    absolute = Path(path).resolve()
-    return str(absolute.relative_to(ROOT)) if absolute.is_relative_to(ROOT) else absolute.name

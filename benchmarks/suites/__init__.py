@@ -1,21 +1,80 @@
-"""One module a question; `benchmarks.__main__` runs them."""
+"""The suites: a module a question.
+
+A suite has `add_options(parser)` for options of its own and `run(options)`, which yields `benchmarks.lib.results.Case`s
+as they are measured; its docstring is its help. It is entered here, with what it measures.
+"""
 
 from __future__ import annotations
 
-SUITES: dict[str, tuple[str, str, str]] = {
-    name: (f"benchmarks.suites.{module}", question, takes)
-    for name, module, question, takes in (
-        ("vs_mmdet", "vs_mmdet", "assignment, losses and backward against mmdet's GFL head", "5 min"),
-        ("data_path", "data_path", "the training loader against mmdet's pipeline", "5 min"),
-        ("latency", "latency", "an ONNX file against PyTorch eager, end to end", "3 min"),
-        ("serve", "serve", "`compress serve` under load against the raw runtime", "25 min; --quick: 2 min"),
-        ("quantized", "quantized", "what FP16 and INT8 cost in mAP and bring in speed", "10 min a part"),
-        ("kernels", "kernels.operators", "fused operators against eager and compiled PyTorch", "15 min on a CPU"),
-        ("method_cost", "method_cost", "what each method adds to a training step", "5 min"),
-        ("distill_gain", "distill_gain", "what distillation gains over plain training, over seeds", "1 to 2 h"),
-        ("pseudo_gain", "pseudo_gain", "what pseudo labels are worth, over seeds", "40 min"),
-        ("qad", "qad", "mAP that quantization-aware distillation gives back, over seeds", "20 min"),
-        ("pseudo_memory", "pseudo_memory", "memory of pseudo-labelling many images", "5 min"),
-    )
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Suite:
+    """question, takes: for the list. measures: files and patterns, relative to the repository, whose change makes the
+    figures old (`benchmarks.lib.age`)."""
+
+    question: str
+    takes: str
+    measures: tuple[str, ...]
+
+
+_TRAINING = ("compress/data/*.py", "compress/detectors/**/*.py", "compress/distill/*.py", "compress/training/*.py")
+_RUNNING = ("deploy/core/image.py", "deploy/graph/*.py", "deploy/runtimes/*.py", "compress/export/*.py")
+
+SUITES = {
+    "startup": Suite(
+        "how long `compress --help` and `import compress` take",
+        "1 min",
+        ("compress/__init__.py", "compress/__main__.py", "compress/cli/*.py"),
+    ),
+    "vs_mmdet": Suite(
+        "assignment, losses and backward against mmdet's GFL head",
+        "10 min",
+        ("compress/detectors/assign.py", "compress/detectors/base.py", "compress/detectors/gfl.py", "kernels/**/*.py"),
+    ),
+    "data_path": Suite(
+        "the training loader against mmdet's pipeline",
+        "10 min",
+        ("compress/data/coco.py", "compress/data/loader.py", "compress/data/transforms.py", "deploy/core/image.py"),
+    ),
+    "latency": Suite("an ONNX file against PyTorch eager, end to end", "3 min", (*_RUNNING, "deploy/latency/*.py")),
+    "quantized": Suite(
+        "what FP16 and INT8 cost in mAP and bring in speed",
+        "15 min a part",
+        (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
+    ),
+    "serve": Suite(
+        "`compress serve` under load against the raw runtime",
+        "25 min (--quick: 2)",
+        ("deploy/core/image.py", "deploy/runtimes/*.py", "deploy/serve/*.py"),
+    ),
+    "kernels": Suite(
+        "fused operators against eager and compiled PyTorch", "30 min on a CPU", ("kernels/**/*.py", "kernels/csrc/*")
+    ),
+    "method_cost": Suite(
+        "what each method adds to a training step",
+        "10 min",
+        ("compress/detectors/gfl.py", "compress/distill/*.py", "kernels/**/*.py"),
+    ),
+    "distill_gain": Suite(
+        "what distillation gains over plain training, over seeds", "2 h on two cores (preset cpu)", _TRAINING
+    ),
+    "pseudo_gain": Suite(
+        "what pseudo labels are worth, over seeds", "40 min (preset cpu)", (*_TRAINING, "compress/pseudo/*.py")
+    ),
+    "pseudo_memory": Suite(
+        "memory of pseudo-labelling many images", "5 min", ("compress/pseudo/*.py", "compress/data/*.py")
+    ),
+    "qad": Suite(
+        "mAP that quantization-aware distillation gives back, over seeds",
+        "20 min",
+        (*_TRAINING, "compress/training/qad/*.py", "deploy/quantize/*.py"),
+    ),
+    "recipe": Suite(
+        "what one `compress run` makes: mAP, size and latency of every model and file",
+        "as long as the recipe",
+        (*_TRAINING, *_RUNNING),
+    ),
 }
-"""Name -> (module, question, how long it takes)."""
+"""By the name on the command line, which is that of the module."""

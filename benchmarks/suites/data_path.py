@@ -14,109 +14,91 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.lib import measure
-from benchmarks.suites.vs_mmdet import HOW_TO_BUILD
-from deploy.core.files import write_json
+from benchmarks.lib import options
+from benchmarks.lib.measure import Call, environment_of_child, interleave
+from benchmarks.lib.mmdet import check_python
+from benchmarks.lib.photographs import CLASSES, write_photographs
+from benchmarks.lib.provenance import versions
+from benchmarks.lib.results import ROOT, Case, Row
 
-FILE_SIZE, SHORT, LONG = (640, 480), 800, 1333
-BATCH, WORKERS, CLASSES, BOXES, QUALITY = 2, 2, 80, 7, 90
-CASES = ("loader", "loader + normalise")
+SHORT, LONG = 800, 1333
+BATCH, WORKERS = 2, 2
+PARTS = ("loader", "loader + normalise")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--mmdet-python",
-        type=Path,
-        default=os.environ.get("MMDET_PYTHON"),
-        help="interpreter of an environment with mmdet 3.3 (default: $MMDET_PYTHON)",
-    )
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "data_path.json")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.mmdet(parser)
+    options.repeats(parser, 9)
+    options.allocators(parser)
     parser.add_argument("--images", type=int, default=256, help="files to make and to read")
     parser.add_argument("--batches", type=int, default=128, help="batches a round")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--allocators", nargs="+", choices=measure.ALLOCATORS, default=list(measure.ALLOCATORS))
-    parser.add_argument("--strict", action="store_true", help="exit 1 when our loader is slower")
-    parser.add_argument("--child", choices=("ours", "mmdet"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        _serve(args.child, args.folder)
-        return
-    if args.mmdet_python is None:
-        print(HOW_TO_BUILD)
-    elif not args.mmdet_python.exists():
-        parser.error(f"--mmdet-python: {args.mmdet_python} does not exist")
+
+
+def run(args: argparse.Namespace) -> Iterator[Case]:
+    check_python(args.mmdet_python)
     with tempfile.TemporaryDirectory(prefix="bench-jpeg-") as name:
-        folder = Path(name)
-        kib = write_photographs(folder, args.images)
-        runs = {allocator: _measure(args, folder, allocator) for allocator in args.allocators}
-    bars = [bar for run in runs.values() for bar in run["bars"]]
-    files = {"count": args.images, "mean_kib": round(kib, 1), "size": FILE_SIZE, "jpeg_quality": QUALITY}
-    compared = args.mmdet_python is not None
-    report = measure.record(compared=compared, files=files, workers=WORKERS, batch=BATCH, runs=runs, bars=bars)
-    write_json(args.out, report)
-    _print(report)
-    print(f"written: {args.out}")
-    if args.strict and not all(bar["met"] for bar in bars):
-        sys.exit(1)
+        write_photographs(Path(name), args.images)
+        for allocator in args.allocators:
+            yield Case(f"allocator {allocator}", measure(args, Path(name), allocator))
 
 
-def _measure(args: argparse.Namespace, folder: Path, allocator: str) -> dict[str, Any]:
-    """Both sides in turn; the coordinator itself only waits."""
-    sides = {"ours": sys.executable}
+def measure(args: argparse.Namespace, folder: Path, allocator: str) -> list[Row]:
+    """Both sides in turn; this process itself only waits."""
+    pythons = {"ours": sys.executable}
     if args.mmdet_python:
-        sides["mmdet"] = str(args.mmdet_python)
-    processes = {name: _Side(name, python, folder, allocator) for name, python in sides.items()}
+        pythons["mmdet"] = str(args.mmdet_python)
+    sides = {name: _Side(name, python, folder, allocator) for name, python in pythons.items()}
     try:
-        cases: dict[str, measure.Case] = {
-            f"{name} {case}": lambda process=process, case=case: process.run(case, args.batches)
-            for case in CASES
-            for name, process in processes.items()
+        cases: dict[str, Call] = {
+            f"{name}, {part}": lambda side=side, part=part: side.run(part, args.batches)
+            for part in PARTS
+            for name, side in sides.items()
         }
-        rows = measure.interleave(cases, repeats=args.repeats, min_repeat_s=0)
-        for row in rows.values():
-            row["images_per_second"] = 1e3 * args.batches * BATCH / row["ms"]["median"]
-        facts = {name: process.facts for name, process in processes.items()}
+        timings = interleave(cases, repeats=args.repeats, min_repeat_s=0)
     finally:
-        for process in processes.values():
-            process.close()
-    bars = []
+        for side in sides.values():
+            side.close()
+    rows = []
+    for name, timing in timings.items():
+        side_versions = sides[name.partition(",")[0]].versions
+        notes = "" if side_versions == versions() else side_versions
+        rows.append(replace(timing.row(name, "time a round"), notes=notes))
+        rows.append(Row(name, "throughput", 1e3 * args.batches * BATCH / timing.ms, "images/s", n=timing.repeats))
     if "mmdet" in sides:
-        ratio = rows["mmdet loader"]["ms"]["median"] / rows["ours loader"]["ms"]["median"]
-        bars.append({**measure.bar("loader not slower than mmdet's", 1.0, ratio), "allocator": allocator})
-    return {"rows": rows, "sides": facts, "bars": bars}
+        ratio = timings["mmdet, loader"].ms / timings["ours, loader"].ms
+        rows.append(Row("ours, loader", "times as fast", ratio, "×", n=args.repeats, bar=">= 1"))
+    return rows
 
 
 class _Side:
     """A process that draws batches when it is told to: a line in, a line of JSON out."""
 
     def __init__(self, name: str, python: str, folder: Path, allocator: str) -> None:
-        command = [python, "-m", "benchmarks", "data_path", "--child", name, "--folder", str(folder)]
+        code = "from benchmarks.suites.data_path import draw_batches; import sys; draw_batches(*sys.argv[1:])"
         self.process = subprocess.Popen(
-            command,
+            [python, "-c", code, name, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=measure.ROOT,
-            env=measure.environment_of_child(allocator, threads=2),
+            cwd=ROOT,
+            env=environment_of_child(allocator, threads=2),
         )
         self.name = name
-        self.facts = self._answer()
+        self.versions = str(self._answer())
 
-    def run(self, case: str, batches: int) -> None:
+    def run(self, part: str, batches: int) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"case": case, "batches": batches}) + "\n")
+        self.process.stdin.write(json.dumps({"part": part, "batches": batches}) + "\n")
         self.process.stdin.flush()
         self._answer()
 
@@ -125,7 +107,7 @@ class _Side:
         self.process.stdin.close()
         self.process.wait()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -136,17 +118,18 @@ class _Side:
 # --- the two sides --------------------------------------------------------------------------------------
 
 
-def _serve(side: str, folder: Path) -> None:
+def draw_batches(side: str, folder: str) -> None:
+    """In the process of a side: draw as many batches as each line of standard input asks for."""
     answers = sys.stdout
     with redirect_stdout(io.StringIO()):  # pycocotools prints
-        batches, normalise = _ours(folder) if side == "ours" else _theirs(folder)
-        print(json.dumps(measure.versions()), file=answers, flush=True)
+        batches, normalise = _ours(Path(folder)) if side == "ours" else _theirs(Path(folder))
+        print(json.dumps(versions()), file=answers, flush=True)
         for line in sys.stdin:
             request = json.loads(line)
             start = perf_counter()
             for _ in range(request["batches"]):
                 batch = next(batches)
-                if request["case"] == "loader + normalise":
+                if request["part"] == "loader + normalise":
                     normalise(batch)
             print(json.dumps({"seconds": perf_counter() - start}), file=answers, flush=True)
 
@@ -207,59 +190,3 @@ def _theirs(folder: Path) -> tuple[Iterator[Any], Callable[[Any], object]]:
         mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True, pad_size_divisor=32
     )
     return iter(loader), lambda batch: preprocessor(batch, True)
-
-
-# --- files ----------------------------------------------------------------------------------------------
-
-
-def write_photographs(folder: Path, count: int) -> float:
-    """Shaded, noisy images about as large as photographs, and their boxes. Returns the mean size in KiB."""
-    import numpy as np
-    from PIL import Image
-
-    width, height = FILE_SIZE
-    images, annotations, total = [], [], 0
-    for i in range(count):
-        random = np.random.default_rng(i)
-        coarse = random.uniform(0, 255, (12, 16, 3)).astype(np.uint8)
-        shading = np.asarray(Image.fromarray(coarse).resize(FILE_SIZE, Image.Resampling.BICUBIC), np.float32)
-        noise = random.normal(0, 7, (height, width, 1)) + random.normal(0, 2, (height, width, 3))
-        path = folder / f"{i:06d}.jpg"
-        Image.fromarray((shading + noise).clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
-        total += path.stat().st_size
-        images.append({"id": i, "width": width, "height": height, "file_name": path.name})
-        for _ in range(BOXES):
-            w, h = random.uniform(20, 0.6 * width), random.uniform(20, 0.6 * height)
-            box = [random.uniform(0, width - w), random.uniform(0, height - h), w, h]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": i,
-                    "category_id": 1 + len(annotations) % CLASSES,
-                    "bbox": [round(float(x), 2) for x in box],
-                    "area": float(w * h),
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": k + 1, "name": f"class {k}"} for k in range(CLASSES)]
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations.json").write_text(json.dumps(document))
-    return total / count / 1024
-
-
-def _print(report: dict[str, Any]) -> None:
-    for allocator, run in report["runs"].items():
-        print(f"allocator {allocator}")
-        for name, row in run["rows"].items():
-            ms, busy = row["ms"], f"others used {row['foreign_cpu']:.0%} of the CPUs"
-            spread = f"{ms['q1']:.0f} to {ms['q3']:.0f} ms a round"
-            print(f"  {name:26} {row['images_per_second']:6.0f} images/s   {spread}   {busy}")
-    for bar in report["bars"]:
-        verdict = "met" if bar["met"] else "MISSED"
-        print(f"{verdict}: {bar['name']} ({bar['allocator']}): {bar['seen']:.2f}× of {bar['wanted']:.1f}×")
-    if not report["compared"]:
-        print("not compared: mmdet was not given (--mmdet-python)")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,35 +6,32 @@ Random weights and images. Every case is one thread's CPU time in ms, the smalle
 that neighbours on the machine disturb little. `student`: forward, detection loss and backward; `teacher`: the forward
 pass that all methods need once a step. A method's figure is a step with it minus a step without, both with the
 teacher's pass: its forward and backward pass through its own layers, not the student's backbone, which is walked once
-whatever the methods are. Writes benchmarks/results/method_cost.json.
+whatever the methods are.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.lib.measure import RESULTS, record
+from benchmarks.lib import options
+from benchmarks.lib.results import Case, Row
 from compress.config.methods import Methods
 from compress.config.model import Model
-from compress.console import open_console
 from compress.data.batch import Batch, Target
+from compress.detectors.base import freeze
 from compress.detectors.build import build_detector
-from compress.distill.build import build_methods
+from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Outputs
-from compress.distill.teacher import freeze
-from deploy.core.files import write_json
 
 BOXES = 6  # an image
-HOSTS = ("bckd", "fgd", "pkd", "cwd", "mgd", "gi", "tid", "ld", "crosskd", "dkd")
+HOSTS = tuple(METHODS)
 
 
 @dataclass(frozen=True)
@@ -66,38 +63,36 @@ SETTINGS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=SETTINGS, help="one column")
-    parser.add_argument("--out", type=Path, default=RESULTS / "method_cost.json")
-    arguments = parser.parse_args()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.repeats(parser, 7)
+    parser.add_argument("--only", choices=SETTINGS, help="one of the two settings")
+
+
+def run(args: argparse.Namespace) -> Iterator[Case]:
     torch.set_num_threads(1)
-    wanted = [arguments.only] if arguments.only else list(SETTINGS)
-    columns = {name: measure(SETTINGS[name], arguments.repeats) for name in wanted}
-    write_json(arguments.out, record(settings=columns))
-    shown = Table("", *columns)
-    for case in next(iter(columns.values()))["ms"]:
-        shown.add_row(case, *(f"{column['ms'][case]:.1f} ms" for column in columns.values()))
-    console = open_console()
-    for name in next(iter(columns.values()))["uet_share_of_a_step"]:
-        shown.add_row(f"{name}, share of a step", *(f"{c['uet_share_of_a_step'][name]:.1%}" for c in columns.values()))
-    console.print(shown)
-    console.print(f"written: {arguments.out}")
-    return 0
+    for name in [args.only] if args.only else list(SETTINGS):
+        setting = SETTINGS[name]
+        best = least_ms(steps(setting), args.repeats)
+        case = f"{setting.student.backbone} of {setting.teacher.backbone}, {setting.images} images of {setting.size}"
+        yield Case(case, rows(best, args.repeats))
 
 
-def measure(setting: Setting, repeats: int) -> dict[str, Any]:
-    """Description and `ms` of one column: the methods in the order of `HOSTS`, then UET around one of each kind."""
-    student = build_detector(setting.student, setting.classes, 0).train()
-    teacher = freeze(build_detector(setting.teacher, setting.classes, 1))
-    batch = random_batch(setting)
+def wanted_methods() -> dict[str, Methods]:
+    """The methods in the order of `HOSTS`, then UET around one of each kind."""
     wanted = {name: Methods.model_validate({name: {}}) for name in HOSTS}
     wanted |= {f"uet+{of}": Methods.model_validate({of: {}, "uet": {"of": of}}) for of in ("fgd", "bckd")}
     for samples in (10, 15):
         uet = {"of": "fgd", "samples": samples}
         wanted[f"uet+fgd, N={samples}"] = Methods.model_validate({"fgd": {}, "uet": uet})
-    methods = {name: build_methods(m, student, teacher) for name, m in wanted.items()}
+    return wanted
+
+
+def steps(setting: Setting) -> dict[str, Callable[[], object]]:
+    """What is timed: the whole student, the teacher's pass, the student's head alone, and with each method."""
+    student = build_detector(setting.student, setting.classes, 0).train()
+    teacher = freeze(build_detector(setting.teacher, setting.classes, 1))
+    batch = random_batch(setting)
+    methods = {name: build_methods(m, student, teacher) for name, m in wanted_methods().items()}
 
     def pass_of_teacher() -> Outputs:
         with torch.no_grad():
@@ -111,8 +106,8 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
         losses: dict[str, Tensor] = dict(student.loss(prediction, targets))
         if name is not None:
             ours = Outputs(maps, prediction, student, targets)
-            for balanced in methods[name].values():
-                losses |= balanced.method(ours, taught, batch)
+            for weighted in methods[name].values():
+                losses |= weighted.method(ours, taught, batch)
         torch.stack(list(losses.values())).sum().backward()
 
     def whole_student() -> None:
@@ -123,31 +118,33 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         features = student.features(batch.images)
     taught = pass_of_teacher()
-    cases = {"student": whole_student, "teacher": pass_of_teacher, "head": lambda: step(None)}
-    cases |= {name: lambda name=name: step(name) for name in methods}
+    cases: dict[str, Callable[[], object]] = {"student": whole_student, "teacher": pass_of_teacher}
+    return cases | {"head": partial(step, None)} | {name: partial(step, name) for name in methods}
+
+
+def least_ms(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The least CPU time of each case in ms, in turn; the first call, which allocates, does not count."""
     best = dict.fromkeys(cases, float("inf"))
     for repeat in range(repeats + 1):
-        for name, run in cases.items():
+        for name, call in cases.items():
             start = time.thread_time()
-            run()
-            if repeat:  # the first call allocates
+            call()
+            if repeat:
                 best[name] = min(best[name], 1000 * (time.thread_time() - start))
-    ms = {name: round(best[name], 2) for name in ("student", "teacher")}
-    ms |= {name: round(best[name] - best["head"], 2) for name in methods}
-    return {
-        "student": setting.student.backbone,
-        "teacher": setting.teacher.backbone,
-        "channels": setting.student.neck_channels,
-        "images": setting.images,
-        "size": setting.size,
-        "classes": setting.classes,
-        "ms": ms,
-        "uet_share_of_a_step": {  # of the whole step of its host: student, teacher and host
-            name: round((best[name] - best[host]) / (ms["student"] + ms["teacher"] + ms[host]), 4)
-            for name in methods
-            if name.startswith("uet+") and (host := name.removeprefix("uet+").partition(",")[0])
-        },
-    }
+    return best
+
+
+def rows(best: dict[str, float], repeats: int) -> list[Row]:
+    """What each method adds, and UET's share of the whole step of its host: student, teacher and host."""
+    added = {name: ms - best["head"] for name, ms in best.items() if name not in ("student", "teacher", "head")}
+    made = [Row(name, "time", best[name], "ms", n=repeats) for name in ("student", "teacher")]
+    made += [Row(name, "added time", ms, "ms", n=repeats) for name, ms in added.items()]
+    for name, ms in added.items():
+        if name.startswith("uet+"):
+            host = added[name.removeprefix("uet+").partition(",")[0]]
+            share = (ms - host) / (best["student"] + best["teacher"] + host)
+            made.append(Row(name, "share of a step", share, n=repeats))
+    return made
 
 
 def random_batch(setting: Setting) -> Batch:
@@ -171,7 +168,3 @@ def random_batch(setting: Setting) -> Batch:
             )
         )
     return Batch(images, targets)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

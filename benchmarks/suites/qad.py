@@ -13,27 +13,27 @@ not be what longer training gains. All files are judged by ONNX Runtime on the v
 
 --layers all: every layer in int8, output layers too (naive all-int8); outputs-float: the default of an export.
 Resumable: trainings continue from their checkpoints, finished files are kept below the recipe's `runs`.
-Writes benchmarks/results/qad-<recipe>-<layers>-<target>.json.
+The case is called <recipe>-<layers>-<target>.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
-from rich.table import Table
 
-from benchmarks.lib import measure
-from benchmarks.suites.distill_gain import Arm, arm_recipe
+from benchmarks.lib import options
+from benchmarks.lib.results import ROOT, Case, Row
+from benchmarks.lib.trainings import Arm, arm_recipe
 from compress.config.deploy import Qad
 from compress.config.recipe import Recipe
-from compress.console import open_console
-from compress.distill.teacher import load_teacher
+from compress.detectors.base import freeze
+from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.export.onnx import export_checkpoint
 from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
 from compress.run.data import open_data
@@ -41,58 +41,55 @@ from compress.run.pipeline import data_plan, distill, qad_plan
 from compress.training.qad.export import load_grids, quantize_trained
 from compress.training.qad.train import train_quantized
 from compress.versions import versions
-from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json
 from deploy.quantize.file import Quantizer
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import validate
 
-DEFAULT = measure.ROOT / "recipes" / "quickstart.yaml"
+DEFAULT = ROOT / "recipes" / "quickstart.yaml"
 NOISE = 0.1
 """mAP points. A smaller loss is chance, and a share of it says nothing."""
 FLOAT, CONTROL, PTQ, QAD = "float", "float, trained on", "int8 PTQ", "int8 QAD"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, default=DEFAULT)
-    parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
+    options.seeds(parser)
     parser.add_argument("--layers", choices=("all", "outputs-float"), default="all")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `compress run`")
-    parser.add_argument("--out", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    if not arguments.seeds or len(set(arguments.seeds)) < len(arguments.seeds):
-        parser.error("--seeds: give different ones")
-    console = open_console()
-    by_seed: dict[int, dict[str, Any]] = {}
-    for seed in arguments.seeds:
+    options.settings(parser)
+
+
+def run(args: argparse.Namespace) -> Iterator[Case]:
+    found: dict[int, dict[str, Any]] = {}
+    for seed in sorted(args.seeds):
         # The arm and the name of `distill_gain`: whichever runs first leaves the student for the other.
-        recipe = arm_recipe(arguments.recipe, Arm("distilled", ()), seed, tuple(arguments.set))
-        by_seed[seed] = one_seed(with_qad(recipe), arguments.layers)
-        figures = ", ".join(f"{name} {row['map']:.2f}" for name, row in by_seed[seed].items())
-        console.print(f"seed {seed}: {figures}")
-    means = {
-        name: statistics.mean(rows[name]["map"] for rows in by_seed.values()) for name in (FLOAT, CONTROL, PTQ, QAD)
-    }
-    lost = means[FLOAT] - means[PTQ]
-    recovered = (means[QAD] - means[PTQ]) / lost if lost > NOISE else None
-    console.print(table(means, by_seed))
-    if recovered is None:
-        console.print(f"PTQ loses {lost:.2f} mAP points, not more than {NOISE}: there is nothing to recover")
+        recipe = with_qad(arm_recipe(args.recipe, Arm("distilled", ()), seed, tuple(args.set)))
+        found[seed] = one_seed(recipe, args.layers)
+        figures = ", ".join(f"{name} {row['map']:.2f}" for name, row in found[seed].items())
+        print(f"seed {seed}: {figures}", flush=True)
+    yield Case(f"{args.recipe.stem}-{args.layers}-{recipe.deploy.int8.target}", rows_of(found, recipe))
+
+
+def rows_of(found: dict[int, dict[str, Any]], recipe: Recipe) -> list[Row]:
+    """mAP of every file by seed; what calibration loses, and the share of it that QAD gives back."""
+    settings = recipe.deploy.int8.model_dump_json()
+    rows: list[Row] = []
+    for name in (FLOAT, CONTROL, PTQ, QAD):
+        for seed, figures in found.items():
+            rows.append(Row(name, "mAP", figures[name]["map"], seed=seed, notes=settings if name == QAD else ""))
+            rows.append(Row(name, "mAP50", figures[name]["map50"], seed=seed))
+            if "seconds" in figures[name]:
+                rows.append(Row(name, "training time", figures[name]["seconds"], "s", seed=seed))
+    mean = {name: statistics.mean(figures[name]["map"] for figures in found.values()) for name in (FLOAT, PTQ, QAD)}
+    lost = mean[FLOAT] - mean[PTQ]
+    rows.append(Row(PTQ, "mAP lost", round(lost, 3), n=len(found)))
+    if lost > NOISE:
+        share = (mean[QAD] - mean[PTQ]) / lost
+        rows.append(Row(QAD, "share of the loss that is recovered", share, n=len(found), bar=">= 0.5"))
     else:
-        console.print(f"PTQ loses {lost:.2f} mAP points; QAD recovers {recovered:.0%} of them")
-    target = recipe.deploy.int8.target
-    out = arguments.out or measure.RESULTS / f"qad-{arguments.recipe.stem}-{arguments.layers}-{target}.json"
-    bars = [] if recovered is None else [measure.bar("share of the loss that QAD recovers", 0.5, recovered)]
-    settings = with_qad(recipe).deploy.int8.model_dump(mode="json")
-    result = measure.record(
-        layers=arguments.layers, int8=settings, means={k: round(v, 3) for k, v in means.items()}, lost=round(lost, 3),
-        recovered=None if recovered is None else round(recovered, 3), seeds=by_seed, bars=bars,
-    )  # fmt: skip
-    write_json(out, result)
-    console.print(f"written: {out}")
-    return 0 if all(bar["met"] for bar in bars) else 1
+        print(f"PTQ loses {lost:.2f} mAP points, not more than {NOISE}: there is nothing to recover")
+    return rows
 
 
 def with_qad(recipe: Recipe) -> Recipe:
@@ -147,7 +144,7 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     teacher = None
     if recipe.teacher is not None and recipe.methods.enabled():
         checkpoint = recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
-        teacher = load_teacher(checkpoint, data.train.categories)[0].to(fabric.device)
+        teacher = freeze(load_teacher_checkpoint(checkpoint)[0]).to(fabric.device)
     inputs |= {"start": sha256_of(start_file), "train": recipe.train.model_dump(mode="json")}
     seconds = {}
     for name, label in ((STUDENT_ON_INT8_GRIDS, QAD), ("control", CONTROL)):
@@ -176,18 +173,3 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     weights = [sha256_of(folder / f"{name}.safetensors") for name in (STUDENT_ON_INT8_GRIDS, "control")]
     figures: dict[str, Any] = manifest.stage("judge", {**inputs, "weights": weights}, [*trained_files.values()], judge)
     return figures
-
-
-def table(means: dict[str, float], by_seed: dict[int, dict[str, Any]]) -> Table:
-    result = Table("file", "mAP, mean", "by seed", "against float")
-    for name, mean in means.items():
-        seeds = " ".join(f"{rows[name]['map']:.2f}" for rows in by_seed.values())
-        result.add_row(name, f"{mean:.2f}", seeds, "" if name == FLOAT else f"{mean - means[FLOAT]:+.2f}")
-    return result
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")

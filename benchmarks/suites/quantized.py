@@ -8,15 +8,14 @@
 variants: everything in int8, output layers included (*all*); output layers in float (*naive*, the default); and the
 guided search with a budget of 0.5 points (*guided*), which decides on training images that are not for calibration.
 `speed`: students with random weights, all cases of a size in turn (see `measure`); int8 with its output
-layers in float, which is the default, and with them in int8, which the guided search takes where it may. The two
-update their part of one results file.
+layers in float, which is the default, and with them in int8, which the guided search takes where it may.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ import onnx
 import onnxruntime
 import torch
 
-from benchmarks.lib import measure
-from benchmarks.suites.data_path import write_photographs
+from benchmarks.lib import options
+from benchmarks.lib.measure import Call, Timing, interleave
+from benchmarks.lib.photographs import CLASSES, write_photographs
+from benchmarks.lib.results import Case, Row, cost_bar
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.detectors.backbones import build_backbone
@@ -35,7 +36,7 @@ from compress.export.deployable import Deployable, TorchRunner
 from compress.export.onnx import export_checkpoint
 from compress.run.quantize import split_files, write_search_split
 from deploy.core.card import ModelCard, network_precision
-from deploy.core.files import write_json
+from deploy.core.errors import UserError
 from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
 from deploy.core.precisions import file_for
 from deploy.graph.export import export_onnx
@@ -44,128 +45,142 @@ from deploy.quantize.file import BOXES, SCORES, Quantizer
 from deploy.quantize.guided import search
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner, session_options
-from deploy.validate.accuracy import validate
+from deploy.validate.accuracy import ArtifactResult, validate
 
-CLASSES, CALIBRATION, BUDGET = 80, 128, 0.5
+CALIBRATION, BUDGET = 128, 0.5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "quantized.json")
-    parts = parser.add_subparsers(dest="part", required=True)
-    speed = parts.add_parser("speed")
-    speed.add_argument("--threads", type=int, default=2)
-    speed.add_argument("--repeats", type=int, default=9)
-    speed.add_argument("--exports", type=Path, help="folder to keep the exported files in, or to take them from")
-    accuracy = parts.add_parser("accuracy")
-    accuracy.add_argument("--name", required=True)
-    accuracy.add_argument("--checkpoint", required=True)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("part", choices=("speed", "accuracy"))
+    options.threads(parser, 2)
+    options.repeats(parser, 9)
+    parser.add_argument("--exports", type=Path, help="folder to keep the exported files in, or to take them from")
+    accuracy = parser.add_argument_group("accuracy, which needs all but --limits")
+    accuracy.add_argument("--name", help="of the data")
+    accuracy.add_argument("--checkpoint", type=Path)
     for option in ("--train", "--val", "--images"):
-        accuracy.add_argument(option, type=Path, required=True)
-    accuracy.add_argument("--size", type=int, nargs=2, required=True, help="height width")
+        accuracy.add_argument(option, type=Path)
+    accuracy.add_argument("--size", type=int, nargs=2, help="height width")
     accuracy.add_argument("--limits", type=int, nargs=2, help="short long")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> Iterator[Case]:
     with tempfile.TemporaryDirectory(prefix="bench-quantized-") as folder:
         if args.part == "speed":
-            found = {f"speed, {args.threads} thread(s)": _speed(args, args.exports or Path(folder))}
-        else:
-            found = {f"accuracy {args.name}": _accuracy(args, Path(folder))}
-    done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-    write_json(args.out, {**done, **found})
-    print(json.dumps(found, indent=2))
-    for part in found.values():
-        for bar in part["bars"]:
-            if "invalid" in bar:
-                print(f"invalid: {bar['name']}: {bar['invalid']}")
+            yield Case(
+                f"speed, {args.threads} thread{'s' * (args.threads > 1)}", _speed(args, args.exports or Path(folder))
+            )
+            return
+        missing = [
+            f"--{name}"
+            for name in ("name", "checkpoint", "train", "val", "images", "size")
+            if getattr(args, name) is None
+        ]
+        if missing:
+            raise UserError(f"accuracy needs {' '.join(missing)}")
+        yield Case(f"accuracy, {args.name}", _accuracy(args, Path(folder)))
 
 
 # ---------------------------------------------------------------------------------------------- accuracy
 
 
-def _accuracy(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    settings, size = Deploy(), tuple(args.size)
+def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
+    size = (args.size[0], args.size[1])
     limits = tuple(args.limits) if args.limits else None
-    out = folder / "student.onnx"
+    files = {"fp32": folder / "student.onnx", "fp16": folder / "student.fp16.onnx"}
     val = split_files(args.val, args.images)
-    for precision in ("fp32", "fp16"):
+    for precision, path in files.items():
         export_checkpoint(
-            Path(args.checkpoint), file_for(out, precision), settings, input_size=size,
-            images=val, limits=limits, precision=precision,
-        )  # fmt: skip
+            args.checkpoint, path, Deploy(), input_size=size, images=val, limits=limits, precision=precision
+        )
     calibration = choose_images(split_files(args.train, args.images), CALIBRATION)
     check_apart(calibration, val)
     labels = Split(annotations=args.train, images=args.images)
     split = write_search_split(labels, calibration, 300, folder / "decide.json")
-    files = {"fp32": out, "fp16": file_for(out, "fp16")}
-    searches = {}
+    notes: dict[str, str] = {}
     for target in ("cpu", "tensorrt"):
-        quantizer = Quantizer(out, calibration, target)  # type: ignore[arg-type]
+        quantizer = Quantizer(files["fp32"], calibration, target)
         for name, kept in (("all", ()), ("naive", None)):
             files[f"int8 {target} {name}"] = quantizer.save(folder / f"{target}.{name}.onnx", kept).path
         found = search(quantizer, split.annotations, split.images, folder / f"{target}.json", max_map_drop=BUDGET)
-        searches[target] = found.to_dict() | {"sensitivities": len(found.sensitivities)}
         if found.chosen is not None:
-            chosen = quantizer.save(folder / f"{target}.guided.onnx", found.chosen.float_layers)
-            files[f"int8 {target} guided"] = chosen.path
+            name = f"int8 {target} guided"
+            files[name] = quantizer.save(folder / f"{target}.guided.onnx", found.chosen.float_layers).path
+            notes[name] = f"layers in float: {', '.join(found.chosen.float_layers) or 'none'}"
     runners: dict[str, Runner] = {name: OnnxRunner(path) for name, path in files.items()}
-    rows = {}
-    for row in validate(runners, args.val, args.images, reference="fp32", max_map_drop=BUDGET):
-        rows[row.name] = {
-            "precision": network_precision(row.precision),
-            "map": round(row.metrics.map, 3),
-            "map_drop": round(row.map_drop or 0.0, 3),
-            "agreement": round(row.agreement.share, 4) if row.agreement else None,
-            "d_ece": round(row.d_ece, 4),
-            "size_mb": round(files[row.name].stat().st_size / 1e6, 3),
-        }
-    bars = [measure.bar("fp16 loses at most 0.1 points", -0.1, -abs(rows["fp16"]["map_drop"]))]
-    bars += [measure.bar(f"{name} loses at most 0.5 points", -0.5, -rows[name]["map_drop"])
-             for name in rows if name.endswith("guided")]  # fmt: skip
-    return measure.record(images=len(val), rows=rows, guided=searches, bars=bars)
+    rows: list[Row] = []
+    for judged in validate(runners, args.val, args.images, reference="fp32", max_map_drop=BUDGET):
+        name, size_mb = judged.name, files[judged.name].stat().st_size / 1e6
+        rows += _accuracy_rows(judged, size_mb, len(val), notes.get(name, ""))
+    return rows
+
+
+def _accuracy_rows(judged: ArtifactResult, size_mb: float, images: int, notes: str) -> list[Row]:
+    """mAP and drop in points, agreement as a share, calibration error, size of one file."""
+    name = judged.name
+    bar = "-0.1 to 0.1" if name == "fp16" else f"<= {BUDGET}" if name.endswith("guided") else ""
+    notes = "; ".join(filter(None, (notes, f"network in {network_precision(judged.precision)}")))
+    made = [
+        Row(name, "mAP", round(judged.metrics.map, 3), n=images, notes=notes),
+        Row(name, "mAP drop", round(judged.map_drop or 0.0, 3), n=images, bar=bar),
+        Row(name, "calibration error", round(judged.d_ece, 4), n=images),
+        Row(name, "size", round(size_mb, 3), "MB"),
+    ]
+    if judged.agreement:
+        made.append(Row(name, "agreement", round(judged.agreement.share, 4), n=images))
+    return made
 
 
 # ------------------------------------------------------------------------------------------------- speed
 
 
-def _speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _speed(args: argparse.Namespace, folder: Path) -> list[Row]:
     torch.set_num_threads(args.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "photographs").mkdir(exist_ok=True)
+    (folder / "photographs").mkdir(exist_ok=True, parents=True)
     write_photographs(folder / "photographs", 8)
     photographs = [read_image_bytes(path) for path in sorted((folder / "photographs").glob("*.jpg"))]
-    rows: dict[str, Any] = {}
-    bars = []
+    rows: list[Row] = []
     for backbone, size in (("resnet18", 320), ("resnet50", 320), ("resnet18", 512)):
         files, eager = _student(backbone, size, folder, photographs)
-        card = eager.card
-        canvas = fit_canvas(decode_image(photographs[0]), card)[0][None]
-        cases: dict[str, measure.Case] = {}
-        models = {"fp32": files["fp32"].read_bytes(), "fp32 without suppression": _until_dense(files["fp32"])}
-        models |= {name: path.read_bytes() for name, path in files.items() if name != "fp32"}
-        sessions = {name: _session(model, args.threads) for name, model in models.items()}
-        for name, session in sessions.items():
-            cases[f"model, {name}"] = lambda session=session, canvas=canvas: _ignore(
-                session.run(None, {"images": canvas})
-            )
-        runners: dict[str, Runner] = {name: OnnxRunner(path, threads=args.threads) for name, path in files.items()}
-        for name, runner in {**runners, "torch eager": eager}.items():
-            cases[f"end to end, {name}"] = lambda runner=runner: _end_to_end(runner, photographs[0])
-        found = measure.interleave(cases, repeats=args.repeats)
-        rows[f"{backbone} {size}"] = found
-        ms = {name: row["ms"]["median"] for name, row in found.items()}
+        timings = interleave(_calls(files, eager, photographs[0], args.threads), repeats=args.repeats)
         label = f"{backbone} at {size}"
-        if size == 320:
-            for name in ("int8 cpu", "int8 cpu, outputs too"):
-                ratio = ms["model, fp32"] / ms[f"model, {name}"]
-                bars.append(measure.bar(f"{label}: {name} over fp32, both with suppression", 2.5, ratio))
-        else:
-            dense = ms["model, fp32 without suppression"]
-            share = (ms["model, fp32"] - dense) / (ms["end to end, fp32"] - ms["model, fp32"] + dense)
-            bars.append(measure.cost_bar(f"{label}: suppression adds at most 10 % end to end", 0.1, share))
-        for name, wanted in (("fp32", 1.4), ("int8 cpu", 4.0), ("int8 cpu, outputs too", 4.0)):
-            ratio = ms["end to end, torch eager"] / ms[f"end to end, {name}"]
-            bars.append(measure.bar(f"{label}: end to end, {name} over torch eager", wanted, ratio))
-    return measure.record(threads=args.threads, rows=rows, bars=bars)
+        rows += [timing.row(f"{label}: {name}") for name, timing in timings.items()]
+        rows += _speed_ratios(label, timings, with_suppression=size != 512)
+    return rows
+
+
+def _calls(files: dict[str, Path], eager: TorchRunner, photograph: bytes, threads: int) -> dict[str, Call]:
+    """The network alone, with and without suppression, and from a file's bytes to boxes."""
+    canvas = fit_canvas(decode_image(photograph), eager.card)[0][None]
+    models = {"fp32": files["fp32"].read_bytes(), "fp32 without suppression": _until_dense(files["fp32"])}
+    models |= {name: path.read_bytes() for name, path in files.items() if name != "fp32"}
+    cases: dict[str, Call] = {}
+    for name, model in models.items():
+        session = _session(model, threads)
+        cases[f"model, {name}"] = lambda session=session: _ignore(session.run(None, {"images": canvas}))
+    runners: dict[str, Runner] = {name: OnnxRunner(path, threads=threads) for name, path in files.items()}
+    for name, runner in {**runners, "torch eager": eager}.items():
+        cases[f"end to end, {name}"] = lambda runner=runner: _end_to_end(runner, photograph)
+    return cases
+
+
+def _speed_ratios(label: str, timings: dict[str, Timing], *, with_suppression: bool) -> list[Row]:
+    """How many times as fast; or, of the largest size, what suppression costs of a whole call."""
+    ms = {name: timing.ms for name, timing in timings.items()}
+    made = []
+    if with_suppression:
+        for name in ("int8 cpu", "int8 cpu, outputs too"):
+            ratio = ms["model, fp32"] / ms[f"model, {name}"]
+            made.append(Row(f"{label}: model, {name} over fp32", "times as fast", ratio, "×", bar=">= 2.5"))
+    else:
+        dense = ms["model, fp32 without suppression"]
+        share = (ms["model, fp32"] - dense) / (ms["end to end, fp32"] - ms["model, fp32"] + dense)
+        made.append(Row(f"{label}: suppression", "share of end to end", share, bar=cost_bar(0.1)))
+    for name, wanted in (("fp32", 1.4), ("int8 cpu", 4), ("int8 cpu, outputs too", 4)):
+        ratio = ms["end to end, torch eager"] / ms[f"end to end, {name}"]
+        variant = f"{label}: end to end, {name} over torch eager"
+        made.append(Row(variant, "times as fast", ratio, "×", bar=f">= {wanted}"))
+    return made
 
 
 def _student(backbone: str, size: int, folder: Path, photographs: list[bytes]) -> tuple[dict[str, Path], TorchRunner]:
@@ -226,7 +241,3 @@ def _end_to_end(runner: Runner, data: bytes) -> None:
 
 def _ignore(_: Any) -> None:
     return None
-
-
-if __name__ == "__main__":
-    main()

@@ -14,8 +14,8 @@ memory      resident memory over 20,000 good, broken and hostile files
 sigterm     kill -TERM in the middle of the load, several times: accepted requests that were lost
 slow        200 clients that send one byte a second: latency of the others
 
-Every part is a row of its own in the results file, with its model: `equality`, `memory` and `sigterm` count requests
-and can take a small one, the others measure speed. `--label NAME` keeps a second row of a part, of another model.
+Every part is a case of its own: `equality`, `memory` and `sigterm` count requests and can take a small model, the
+others measure speed. `--label NAME` keeps a part of another model beside the first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import asyncio
 import contextlib
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -37,17 +36,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.lib import measure
+from benchmarks.lib import child, options
 from benchmarks.lib.load import LOST, Shot, Target, closed_loop, get, open_loop, percentiles
-from deploy.core.files import write_json
+from benchmarks.lib.measure import ForeignCpu
+from benchmarks.lib.results import ROOT, Case, Row
 from deploy.core.image import decode_image, fit_canvas, to_original
 from deploy.runtimes.onnx import OnnxRunner
 
@@ -56,48 +54,38 @@ DEADLINE_MS = 2000
 OVERLOAD = 3.5  # times the capacity, so that it is more than three times when that was measured a little low
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--onnx", type=Path, help="exported file; default: GFL-R18 with random weights, exported now")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of ONNX Runtime, on both sides")
+    options.threads(parser, None)
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a few seconds a part: shows that it works")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--label", help="the rows are called `PART, LABEL`")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 when a bar is missed")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "serve.json")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> Iterator[Case]:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
-        onnx = args.onnx or _export(Path(name) / "student.onnx")
+        onnx = args.onnx or Path(name) / "student.onnx"
+        if args.onnx is None:  # in a process of its own: torch and its threads must not be here while times are taken
+            child.call("benchmarks.lib.random_student:export_random_student", str(onnx), 320, 320)
         bench = Bench(onnx, args.threads, args.max_batch, args.quick, _photographs())
-        shared = {
-            "model": args.onnx.name if args.onnx else "GFL-R18, random weights, 320 x 320",
-            "threads": args.threads, "max_batch": args.max_batch, "deadline_ms": DEADLINE_MS, "quick": args.quick,
-        }  # fmt: skip
-        results = {}
+        notes = args.onnx.name if args.onnx else "GFL-R18, random weights, 320 x 320"
+        notes += f", {args.threads} threads, batches of at most {args.max_batch}{', quick' if args.quick else ''}"
         for part in args.only:
-            with measure.ForeignCpu() as other:
-                result = PARTS[part](bench)
-            row = part if args.label is None else f"{part}, {args.label}"
-            results[row] = measure.record(**shared, **result, foreign_cpu=round(other.share, 3))
-            print(f"{row}: {json.dumps({k: v for k, v in result.items() if k != 'rows'})}", flush=True)
-            done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-            write_json(args.out, {**done, row: results[row]})  # a part that fails loses no other
-    bars = [bar for result in results.values() for bar in result["bars"]]
-    table = Table("bar", "wanted", "seen", "met")
-    for bar in bars:
-        table.add_row(bar["name"], f"{bar['wanted']:g}", f"{bar['seen']:g}", "yes" if bar["met"] else "NO")
-    Console().print(table)
-    print(f"written: {args.out}")
-    if args.strict and not all(bar["met"] for bar in bars):
-        sys.exit(1)
+            with ForeignCpu() as other:
+                rows = PARTS[part](bench)
+            notes_of_part = notes if other.share < 0.1 else f"{notes}, busy: others used {other.share:.0%} of the CPUs"
+            yield Case(part, [replace(row, notes=notes_of_part) for row in rows])
 
 
+@dataclass(frozen=True)
 class Bench:
     """What the parts share: the file, how to serve it, and encoded pictures."""
 
-    def __init__(self, onnx: Path, threads: int, max_batch: int, quick: bool, bodies: list[bytes]) -> None:
-        self.onnx, self.threads, self.max_batch, self.quick, self.bodies = onnx, threads, max_batch, quick, bodies
+    onnx: Path
+    threads: int
+    max_batch: int
+    quick: bool
+    bodies: list[bytes]
 
     @contextmanager
     def server(self, *more: str, log: Path | None = None) -> Iterator[tuple[Target, subprocess.Popen[str]]]:
@@ -107,7 +95,7 @@ class Bench:
         command += ["warning" if log is None else "info"]
         command += ["--deadline-ms", str(DEADLINE_MS), *more]
         with contextlib.nullcontext() if log is None else log.open("w") as errors:
-            process = subprocess.Popen(command, cwd=measure.ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -128,7 +116,8 @@ class Bench:
 # ---------------------------------------------------------------------------------------------- the parts
 
 
-def equality(bench: Bench) -> dict[str, Any]:
+def equality(bench: Bench) -> list[Row]:
+    """Every answer against that of validation, from one client and from many."""
     runner = OnnxRunner(bench.onnx, threads=bench.threads)
     bodies = bench.bodies if not bench.quick else bench.bodies[:12]
     wanted = [_alone(runner, body) for body in bodies]
@@ -158,21 +147,18 @@ def equality(bench: Bench) -> dict[str, Any]:
             asyncio.run(closed_loop(target, bodies, clients=clients, count=share, on_shot=compare))
         accepted = _accepted(asyncio.run(get(target, "/metrics"))[1].decode())
     checked = sum(batches.values()) + sum(wrong.values()) - wrong["other detections"]
-    return {
-        "requests": checked,
-        "wrong": dict(wrong),
-        "sent_again": retries,
-        "detections": sum(len(row[1]) for row in wanted),
-        "batches": {str(key): batches[key] for key in sorted(batches)},
-        "bars": [
-            measure.bar("requests answered with the bits of validation", count, checked - sum(wrong.values())),
-            measure.bar("requests accepted by the server but not answered (negative)", 0, -abs(accepted - checked)),
-            measure.bar("largest batch they shared", 2, max(batches, default=0)),
-        ],
-    }
+    print(f"wrong: {dict(wrong)}; requests by batch: {dict(sorted(batches.items()))}")
+    right = checked - sum(wrong.values())
+    return [
+        Row("server", "requests answered with the bits of validation", right, n=checked, bar=f">= {count}"),
+        Row("server", "requests accepted but not answered", abs(accepted - checked), bar="<= 0"),
+        Row("server", "largest batch that requests shared", max(batches, default=0), bar=">= 2"),
+        Row("server", "requests sent again", retries),
+        Row("server", "detections", sum(len(row[1]) for row in wanted), n=len(bodies)),
+    ]
 
 
-def saturation(bench: Bench) -> dict[str, Any]:
+def saturation(bench: Bench) -> list[Row]:
     """In rounds, in turn: the runner alone at batch 1 and at the largest, the server with and without batching.
 
     The ratios are of one round each: median, least and greatest."""
@@ -194,64 +180,62 @@ def saturation(bench: Bench) -> dict[str, Any]:
         for _ in range(rounds):
             for name, case in cases.items():
                 rates.setdefault(name, []).append(case())
-    median = {name: float(np.median(values)) for name, values in rates.items()}
-    best = max((name for name in median if name.startswith("runner")), key=median.__getitem__)
-    wanted = {"server / the better raw runner": (best, 0.9), "batching / no batching": ("server without batching", 1.0)}
-    ratios = {name: np.divide(rates["server"], rates[other]) for name, (other, _) in wanted.items()}
-    return {
-        "images_per_s": {name: round(value, 2) for name, value in median.items()},
-        "rounds": {name: [round(value, 2) for value in values] for name, values in rates.items()},
-        "ratio_least_greatest": {name: [round(each.min(), 3), round(each.max(), 3)] for name, each in ratios.items()},
-        "bars": [measure.bar(name, wanted[name][1], float(np.median(each))) for name, each in ratios.items()],
-    }
+    rows = [_spread_row(name, "throughput", values, "images/s") for name, values in rates.items()]
+    best = max((row for row in rows if row.variant.startswith("runner")), key=lambda row: row.value).variant
+    for name, other, bar in (
+        ("server over the better raw runner", best, ">= 0.9"),
+        ("batching over no batching", "server without batching", ">= 1"),
+    ):
+        ratios = np.divide(rates["server"], rates[other]).tolist()
+        rows.append(replace(_spread_row(name, "ratio", ratios, "×"), bar=bar))
+    return rows
 
 
-def curve(bench: Bench) -> dict[str, Any]:
+def curve(bench: Bench) -> list[Row]:
+    """Open loop at shares of the capacity."""
     seconds = 5.0 if bench.quick else 40.0
     rows = []
     capacity = _capacity(bench)
     with bench.server() as (target, _):
         for share in (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2):
             shots = asyncio.run(open_loop(target, bench.bodies, rate=share * capacity, seconds=seconds))
-            rows.append({"offered_share": share, **_row(shots, seconds)})
-    table = Table("offered, 1/s", "answered, 1/s", "429", "p50", "p90", "p99", "p99.9 ms")
-    for row in rows:
-        cells = (row[key] for key in ("offered_per_s", "answered_per_s", "refused", "p50", "p90", "p99", "p99.9"))
-        table.add_row(*(f"{cell:.4g}" for cell in cells))
-    Console().print(table)
-    return {"capacity_per_s": round(capacity, 2), "rows": rows, "bars": []}
+            rows += _load_rows(f"{share:g} × capacity", shots, seconds)
+    return [*rows, Row("server", "capacity", capacity, "images/s")]
 
 
-def overload(bench: Bench) -> dict[str, Any]:
+def overload(bench: Bench) -> list[Row]:
+    """More than three times the capacity for a minute, then ten requests one after the other."""
     seconds = 6.0 if bench.quick else 60.0
     capacity = _capacity(bench)
     with bench.server() as (target, _):
         shots = asyncio.run(open_loop(target, bench.bodies, rate=OVERLOAD * capacity, seconds=seconds))
         ended = time.monotonic()
         after = asyncio.run(closed_loop(target, bench.bodies, clients=1, count=10))
-        first = next((shot for shot in after if shot.status == 200), None)
+    answered_after = [shot for shot in after if shot.status == 200]
     statuses = Counter(shot.status for shot in shots)
-    answered = _row(shots, seconds)
-    others = len(shots) - statuses[200] - statuses[429]
-    recovered = float("inf") if first is None else first.done - ended
-    return {
-        "capacity_per_s": round(capacity, 2),
-        **answered,
-        "statuses": {str(key): value for key, value in statuses.items()},
-        "first_answer_after_s": round(recovered, 3),
-        "refused_p99_ms": round(percentiles([s.latency_s for s in shots if s.status == 429])["p99"], 2),
-        "bars": [
-            measure.bar("offered / answered", 3.0, answered["offered_per_s"] / answered["answered_per_s"]),
-            measure.bar("2 x deadline / p99 of the answered", 1.0, 2 * DEADLINE_MS / answered["p99"]),
-            measure.bar("answers that are neither 200 nor 429 (negative)", 0, -others),
-            measure.bar("429s carry Retry-After", 1, all(s.retry_after_s for s in shots if s.status == 429)),
-            measure.bar("answered / capacity", 0.8, answered["answered_per_s"] / capacity),
-            measure.bar("deadline / first answer afterwards", 1.0, DEADLINE_MS / 1e3 / max(recovered, 1e-3)),
-        ],
-    }
+    recovered_s = (answered_after or after[-1:])[0].done - ended
+    refused = [shot for shot in shots if shot.status == 429]
+    others, in_vain = len(shots) - statuses[200] - len(refused), sum(not shot.retry_after_s for shot in refused)
+    rows = _load_rows("server", shots, seconds)
+    found = {row.metric: row.value for row in rows}
+    bars = {"p99": f"<= {2 * DEADLINE_MS}"}
+    made = [
+        *(replace(row, bar=bars.get(row.metric, "")) for row in rows),
+        Row("server", "capacity", capacity, "images/s"),
+        Row("server", "offered over answered", found["offered"] / found["answered"], "×", bar=">= 3"),
+        Row("server", "answers that are neither 200 nor 429", others, n=len(shots), bar="<= 0"),
+        Row("server", "429s without Retry-After", in_vain, n=len(refused), bar="<= 0"),
+        Row("server", "answered over capacity", found["answered"] / capacity, "×", bar=">= 0.8"),
+        Row("server", "requests answered afterwards", len(answered_after), n=len(after), bar=">= 1"),
+        Row("server", "first answer afterwards", recovered_s, "s", bar=f"<= {DEADLINE_MS / 1e3:g}"),
+    ]
+    if refused:
+        p99 = percentiles([shot.latency_s for shot in refused])["p99"]
+        made.append(Row("server", "p99 of the refused", p99, "ms", n=len(refused)))
+    return made
 
 
-def memory(bench: Bench) -> dict[str, Any]:
+def memory(bench: Bench) -> list[Row]:
     """Resident megabytes of the server, every twentieth of the way."""
     count = 800 if bench.quick else 20_000
     small = [_encode(_photograph(size, 99 + k), "JPEG") for k, size in enumerate([(120, 160), (200, 100), (64, 64)])]
@@ -266,18 +250,18 @@ def memory(bench: Bench) -> dict[str, Any]:
                 statuses[shot.status] += 1
             rows.append(_resident_mb(process.pid))
     grown = rows[-1] - rows[4]  # the first fifth fills pools and arenas
-    return {
-        "requests": sum(statuses.values()),
-        "statuses": {str(key): value for key, value in statuses.items()},
-        "resident_mb": [round(row, 1) for row in rows],
-        "bars": [
-            measure.bar("growth after the first fifth, % (negative)", -3.0, -100 * grown / rows[4]),
-            measure.bar("answers of 500 and above, lost ones included (negative)", 0, -_bad(statuses)),
-        ],
-    }
+    print(f"statuses: {dict(statuses)}; resident MB on the way: {[round(row, 1) for row in rows]}")
+    requests = sum(statuses.values())
+    return [
+        Row("server", "memory after the first fifth", rows[4], "MB"),
+        Row("server", "memory at the end", rows[-1], "MB", n=requests),
+        Row("server", "growth after the first fifth", 100 * grown / rows[4], "%", bar="<= 3"),
+        Row("server", "answers of 500 and above, lost ones included", _bad(statuses), n=requests, bar="<= 0"),
+    ]
 
 
-def sigterm(bench: Bench) -> dict[str, Any]:
+def sigterm(bench: Bench) -> list[Row]:
+    """A server that is told to end under load, in rounds."""
     rounds = 2 if bench.quick else 5
     statuses: Counter[int] = Counter()
     codes: list[int] = []
@@ -296,44 +280,34 @@ def sigterm(bench: Bench) -> dict[str, Any]:
             accepted += sum(line.get("path") == "/v1/detect" for line in lines)
             inside += sum(line["requests"] for line in lines if line["message"] == "draining")
     answered = sum(count for status, count in statuses.items() if status > 0)
-    return {
-        "rounds": rounds,
-        "sent_again": retries,
-        "inside_at_sigterm": inside,
-        "exit_codes": codes,
-        "statuses": {str(key): value for key, value in statuses.items()},
-        "bars": [
-            measure.bar("requests without an answer, or with half of one (negative)", 0, -statuses[LOST]),
-            measure.bar("requests in the server's log that nobody was answered (negative)", 0, answered - accepted),
-            measure.bar("requests inside at SIGTERM", 1, inside),
-            measure.bar("rounds that ended with exit code 0", rounds, codes.count(0)),
-        ],
-    }
+    print(f"statuses: {dict(statuses)}; exit codes: {codes}; requests sent again: {retries}")
+    return [
+        Row("server", "requests without an answer, or with half of one", statuses[LOST], n=accepted, bar="<= 0"),
+        Row("server", "requests in the server's log but not answered", accepted - answered, n=accepted, bar="<= 0"),
+        Row("server", "requests inside at SIGTERM", inside, bar=">= 1"),
+        Row("server", "rounds that ended with exit code 0", codes.count(0), n=rounds, bar=f">= {rounds}"),
+    ]
 
 
-def slow(bench: Bench) -> dict[str, Any]:
+def slow(bench: Bench) -> list[Row]:
     """Four clients in a closed loop, alone and beside 200 slow ones; head, body and chunked, a byte a second."""
     seconds = 4.0 if bench.quick else 20.0
     with bench.server() as (target, _):
         alone = asyncio.run(closed_loop(target, bench.bodies, clients=4, seconds=seconds))
         with _slow_clients(target, 200):
             beside = asyncio.run(closed_loop(target, bench.bodies, clients=4, seconds=seconds))
-        metrics = asyncio.run(get(target, "/metrics"))[1].decode()
-    depth = re.search(r"^compress_queue_depth\S+ (\S+)", metrics, re.MULTILINE)
     p99 = [percentiles([shot.latency_s for shot in shots])["p99"] for shots in (alone, beside)]
     rates = [sum(shot.status == 200 for shot in shots) / seconds for shots in (alone, beside)]
-    return {
-        "images_per_s": [round(rate, 2) for rate in rates],
-        "p99_ms": [round(value, 1) for value in p99],
-        "queue_depth_after": None if depth is None else float(depth[1]),
-        "bars": [
-            measure.bar("throughput beside 200 slow clients / alone", 0.9, rates[1] / rates[0]),
-            measure.bar("p99 alone / beside", 0.7, p99[0] / p99[1]),
-        ],
-    }
+    rows = [Row(name, "throughput", rate, "images/s") for name, rate in zip(("alone", "beside"), rates, strict=True)]
+    rows += [Row(name, "p99", value, "ms") for name, value in zip(("alone", "beside"), p99, strict=True)]
+    return [
+        *rows,
+        Row("beside over alone", "throughput", rates[1] / rates[0], "×", bar=">= 0.9"),
+        Row("alone over beside", "p99", p99[0] / p99[1], "×", bar=">= 0.7"),
+    ]
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "equality": equality,
     "saturation": saturation,
     "curve": curve,
@@ -345,22 +319,6 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 # ------------------------------------------------------------------------------------------------- details
-
-
-def _export(path: Path) -> Path:
-    """In a process of its own: torch and its threads must not be here while times are taken."""
-    script = """
-import sys
-from pathlib import Path
-from benchmarks.suites.latency import _canvases, _card, _images, _random_detector, CLASSES
-from compress.export.deployable import Deployable
-from deploy.graph.export import export_onnx
-path, card = Path(sys.argv[1]), _card(CLASSES, (320, 320))
-samples = _canvases(_images(None, path.parent)[:2], card)
-export_onnx(Deployable.from_card(_random_detector(), card), card, path, samples=samples, max_batch=2)
-"""
-    subprocess.run([sys.executable, "-c", script, str(path)], cwd=measure.ROOT, check=True, stdout=subprocess.DEVNULL)
-    return path
 
 
 def _photographs() -> list[bytes]:
@@ -423,15 +381,21 @@ def _capacity(bench: Bench) -> float:
         return _served_rate(bench, target, 4.0 if bench.quick else 15.0)
 
 
-def _row(shots: list[Shot], seconds: float) -> dict[str, float]:
-    """Latencies of the answered, from the moment at which they were due."""
+def _load_rows(variant: str, shots: list[Shot], seconds: float) -> list[Row]:
+    """Rates, and latencies of the answered from the moment at which they were due."""
     answered = [shot.latency_s for shot in shots if shot.status == 200]
-    return {
-        "offered_per_s": round(len(shots) / seconds, 2),
-        "answered_per_s": round(len(answered) / seconds, 2),
-        "refused": sum(shot.status == 429 for shot in shots),
-        **{key: round(value, 2) for key, value in percentiles(answered).items()},
-    }
+    return [
+        Row(variant, "offered", len(shots) / seconds, "1/s", n=len(shots)),
+        Row(variant, "answered", len(answered) / seconds, "1/s", n=len(answered)),
+        Row(variant, "refused", sum(shot.status == 429 for shot in shots), n=len(shots)),
+        *(Row(variant, name, ms, "ms", n=len(answered)) for name, ms in percentiles(answered).items() if answered),
+    ]
+
+
+def _spread_row(variant: str, metric: str, values: list[float], unit: str) -> Row:
+    """The median of rounds, with the least and the greatest."""
+    median = float(np.median(values))
+    return Row(variant, metric, median, unit, min(values), max(values), "range", len(values))
 
 
 def _accepted(metrics: str) -> int:
@@ -477,7 +441,3 @@ def _slow_clients(target: Target, count: int) -> Iterator[None]:
         thread.join()
         for connection in connections:
             connection.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,26 +11,19 @@ boxes an image. Losses must agree to 1e-4; then come the times.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.lib import measure
-from deploy.core.files import write_json
-
-HOW_TO_BUILD = """\
-no --mmdet-python: only our side is measured. An environment with mmdet 3.3 (any torch that we support will do):
-    python3.11 -m venv mmdet-env
-    mmdet-env/bin/pip install torch  # its build for the CPU is enough
-    mmdet-env/bin/pip install 'setuptools<81' wheel openmim && mmdet-env/bin/pip install mmengine 'mmdet==3.3.0'
-    MMCV_WITH_OPS=0 mmdet-env/bin/pip install --no-build-isolation 'mmcv==2.1.0'
-then: python -m benchmarks vs_mmdet --mmdet-python mmdet-env/bin/python"""
+from benchmarks.lib import child, options
+from benchmarks.lib.measure import Call, Timing, environment_of_child, interleave
+from benchmarks.lib.mmdet import check_python
+from benchmarks.lib.provenance import versions
+from benchmarks.lib.results import Case, Row
 
 IMAGE, BATCH, CLASSES = (800, 1333), 2, 80
 LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # of 800 x 1344, padded to a multiple of 32
@@ -38,83 +31,67 @@ STRIDES = (8, 16, 32, 64, 128)
 SIDES = 4 * 17
 BOXES = (20, 100)  # an image
 TOLERANCE = 1e-4  # relative, of every loss
-BARS = {"assignment": 4.0, "eager": 1.5, "compiled": 3.0}
+BARS = {"ours assignment": ">= 4", "ours": ">= 1.5", "ours compiled": ">= 3"}  # times as fast as mmdet
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--mmdet-python",
-        type=Path,
-        default=os.environ.get("MMDET_PYTHON"),
-        help="interpreter of an environment with mmdet 3.3 (default: $MMDET_PYTHON)",
-    )
-    parser.add_argument("--out", type=Path, default=measure.RESULTS / "vs_mmdet.json")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=11)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.mmdet(parser)
+    options.threads(parser, 2)
+    options.repeats(parser, 11)
+    options.allocators(parser)
     parser.add_argument("--boxes", type=int, nargs="+", default=BOXES, help="boxes an image")
-    parser.add_argument("--allocators", nargs="+", choices=measure.ALLOCATORS, default=list(measure.ALLOCATORS))
-    parser.add_argument("--strict", action="store_true", help="exit 1 when a bar is missed")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        write_json(args.child, _child(args))
-        return
-    if args.mmdet_python is None:
-        print(HOW_TO_BUILD)
-    elif not args.mmdet_python.exists():
-        parser.error(f"--mmdet-python: {args.mmdet_python} does not exist")
-    runs = {allocator: _run_child(args, allocator) for allocator in args.allocators}
-    bars = [entry for run in runs.values() for entry in run["bars"]]
-    report = measure.record(compared=args.mmdet_python is not None, threads=args.threads, runs=runs, bars=bars)
-    write_json(args.out, report)
-    _print(report)
-    print(f"written: {args.out}")
-    if args.strict and not all(entry["met"] for entry in bars):
-        sys.exit(1)
 
 
-def _run_child(args: argparse.Namespace, allocator: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "child.json"
-        command = [str(args.mmdet_python or sys.executable), "-m", "benchmarks", "vs_mmdet", "--child", str(out)]
-        command += ["--threads", str(args.threads), "--repeats", str(args.repeats)]
-        command += ["--boxes", *map(str, args.boxes)]
-        command += ["--mmdet-python", str(args.mmdet_python)] if args.mmdet_python else []
-        environment = measure.environment_of_child(allocator, args.threads)
-        environment["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty, so that the first call includes compiling
-        subprocess.run(command, env=environment, cwd=measure.ROOT, check=True)
-        return json.loads(out.read_text())
+def run(args: argparse.Namespace) -> Iterator[Case]:
+    check_python(args.mmdet_python)
+    for allocator in args.allocators:
+        for boxes in args.boxes:
+            environment = environment_of_child(allocator, args.threads)
+            with tempfile.TemporaryDirectory() as folder:
+                environment["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty, so that the first call includes compiling
+                found = child.call(
+                    "benchmarks.suites.vs_mmdet:measure",
+                    boxes,
+                    args.threads,
+                    args.repeats,
+                    args.mmdet_python is not None,
+                    python=args.mmdet_python,
+                    environment=environment,
+                )
+            timings = {name: Timing(**timing) for name, timing in found["timings"].items()}
+            yield Case(f"{boxes} boxes, allocator {allocator}", rows(timings, boxes), found["versions"])
+
+
+def rows(timings: dict[str, Timing], boxes: int) -> list[Row]:
+    """Times, their parts and first calls; and how many times as fast as mmdet's each of ours is."""
+    made = []
+    for name, timing in timings.items():
+        made += [timing.row(name), *timing.part_rows(name), Row(name, "first call", timing.first_call_s, "s")]
+        peer = timings.get("mmdet assignment" if "assignment" in name else "mmdet")
+        if peer is not None and name.startswith("ours"):
+            bar = BARS.get(name, "") if boxes >= 100 or "assignment" not in name else ""
+            made.append(Row(name, "times as fast", peer.ms / timing.ms, "×", n=timing.repeats, bar=bar))
+    return made
 
 
 # --- the measured process: it has torch, and mmdet where one was given ------------------------------------
 
 
-def _child(args: argparse.Namespace) -> dict[str, Any]:
+def measure(boxes: int, threads: int, repeats: int, compared: bool) -> dict[str, Any]:
+    """`timings` by case and `versions`, after the losses and gradients of all were equal."""
     import torch
 
-    torch.set_num_threads(args.threads)
-    groups, bars = {}, []
-    for boxes in args.boxes:
-        inputs = _inputs(boxes)
-        cases, values = _our_cases(inputs)
-        if args.mmdet_python:
-            theirs, values["mmdet"] = _their_cases(inputs)
-            cases = {**theirs, **cases}
-            _compare(values, boxes)
-        rows = measure.interleave(cases, repeats=args.repeats)
-        for name, value in values.items():
-            rows[name]["first_call_s"] = value["first_call_s"]
-        groups[f"{boxes} boxes"] = {"rows": rows, "losses": {name: v["losses"] for name, v in values.items()}}
-        if args.mmdet_python:
-            bars += _bars(rows, boxes)
-    return {
-        "allocator": os.environ.get("BENCH_ALLOCATOR"),
-        "versions": measure.versions(),
-        "load_average_after": list(os.getloadavg()),
-        "groups": groups,
-        "bars": [{**entry, "allocator": os.environ.get("BENCH_ALLOCATOR")} for entry in bars],
-    }
+    torch.set_num_threads(threads)
+    inputs = _inputs(boxes)
+    cases, values = _our_cases(inputs)
+    if compared:
+        theirs, values["mmdet"] = _their_cases(inputs)
+        cases = {**theirs, **cases}
+        _compare(values, boxes)
+    timings = {name: asdict(timing) for name, timing in interleave(cases, repeats=repeats).items()}
+    for name, value in values.items():
+        timings[name]["first_call_s"] = value["first_call_s"]
+    return {"timings": timings, "versions": versions()}
 
 
 def _inputs(boxes: int) -> dict[str, Any]:
@@ -144,7 +121,7 @@ def _leaves(inputs: dict[str, Any], memory_format: Any) -> tuple[list[Any], list
     return logits, distribution
 
 
-def _our_cases(inputs: dict[str, Any]) -> tuple[dict[str, measure.Case], dict[str, Any]]:
+def _our_cases(inputs: dict[str, Any]) -> tuple[dict[str, Call], dict[str, Any]]:
     """`ours …` with contiguous maps (what mmdet's get), `… channels last` with what our head really gives."""
     import torch
     from torch import nn
@@ -160,7 +137,7 @@ def _our_cases(inputs: dict[str, Any]) -> tuple[dict[str, measure.Case], dict[st
         Target(boxes, labels, torch.zeros(len(labels), dtype=torch.bool), None, i, IMAGE, IMAGE)
         for i, (boxes, labels) in enumerate(inputs["truth"])
     ]
-    cases: dict[str, measure.Case] = {}
+    cases: dict[str, Call] = {}
     values = {}
     for compiled in (False, True):
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -200,7 +177,7 @@ def _our_cases(inputs: dict[str, Any]) -> tuple[dict[str, measure.Case], dict[st
     return cases, values
 
 
-def _their_cases(inputs: dict[str, Any]) -> tuple[dict[str, measure.Case], dict[str, Any]]:
+def _their_cases(inputs: dict[str, Any]) -> tuple[dict[str, Call], dict[str, Any]]:
     import torch
 
     head, metas, instances = _mmdet_head(inputs)
@@ -273,49 +250,5 @@ def _compare(values: dict[str, Any], boxes: int) -> None:
                 raise AssertionError(f"{boxes} boxes, {name}: gradients differ by {difference:.2e}")
 
 
-def _bars(rows: dict[str, Any], boxes: int) -> list[dict[str, Any]]:
-    def ratio(theirs: str, ours: str) -> float:
-        return rows[theirs]["ms"]["median"] / rows[ours]["ms"]["median"]
-
-    bars = [
-        measure.bar(f"step eager, {boxes} boxes", BARS["eager"], ratio("mmdet", "ours")),
-        measure.bar(f"step compiled, {boxes} boxes", BARS["compiled"], ratio("mmdet", "ours compiled")),
-    ]
-    if boxes >= 100:
-        seen = ratio("mmdet assignment", "ours assignment")
-        bars.insert(0, measure.bar(f"assignment, {boxes} boxes", BARS["assignment"], seen))
-    return bars
-
-
 def _discard(_: object) -> None:
     return None
-
-
-def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    for allocator, run in report["runs"].items():
-        for group, content in run["groups"].items():
-            table = Table(title=f"{group} an image, allocator {allocator}, {report['threads']} threads")
-            table.add_column("case")
-            for heading in ("ms", "quartiles", "faster than mmdet", "first call s", "others' CPU"):
-                table.add_column(heading, justify="right")
-            for name, row in content["rows"].items():
-                peer = content["rows"].get("mmdet assignment" if "assignment" in name else "mmdet")
-                faster = f"{peer['ms']['median'] / row['ms']['median']:.2f}×" if peer else "not compared"
-                ms = row["ms"]
-                quartiles = f"{ms['q1']:.1f} to {ms['q3']:.1f}"
-                busy = f"{row['foreign_cpu']:.0%}" + (" (busy)" if row["disturbed"] else "")
-                table.add_row(name, f"{ms['median']:.1f}", quartiles, faster, f"{row['first_call_s']:.1f}", busy)
-            console.print(table)
-    for entry in report["bars"]:
-        verdict = "met" if entry["met"] else "MISSED"
-        print(f"{verdict}: {entry['name']} ({entry['allocator']}): {entry['seen']:.2f}× of {entry['wanted']}×")
-    if not report["compared"]:
-        print("not compared: mmdet was not given (--mmdet-python)")
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ def checkpoint_name(name: str) -> str:
 def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} stands there twice"})
+            raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} is listed twice"})
     return names
 
 

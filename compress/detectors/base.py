@@ -142,7 +142,7 @@ class ImageDetections:
     labels: Tensor
 
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of COCO results; `category_ids` in label order."""
+        """Rows of COCO results, boxes as x, y, width and height; `category_ids` in label order."""
         boxes = self.boxes.clone()
         boxes[:, 2:] -= boxes[:, :2]
         return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), category_ids)
@@ -332,3 +332,8 @@ def pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
         if target.scores is not None:
             row[: len(target.scores)] = target.scores.to(mask.device)
     return scores
+
+
+def freeze(detector: Detector) -> Detector:
+    """Turn `detector` into a teacher: in eval mode, without gradients."""
+    return detector.requires_grad_(False).eval()

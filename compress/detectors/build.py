@@ -59,6 +59,13 @@ FAMILIES = {
     "faster_rcnn": FamilyRecord(FAMILY_FACTS["faster_rcnn"], _faster_rcnn),
 }
 
+
+def exportable_families() -> str:
+    """The families of which files can be made, for messages: `gfl, fcos or retinanet`."""
+    names = [name for name, record in FAMILIES.items() if record.load().exportable is None]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 NEEDED = ("num_classes", "strides", "feature_channels", "mean", "std")
 """Attributes that the constructor of a detector sets."""
 

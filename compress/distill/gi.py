@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from compress.config.methods import Gi
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Adapter, Method, Outputs, boxes_in_strides
+from compress.distill.method import Adapter, BuildContext, Method, Outputs, boxes_in_strides
 
 CANDIDATES = 512  # locations that NMS looks at first; it looks further only where these leave less than `topk`
 
@@ -53,13 +54,13 @@ class GI(Method):
         student_channels: int,
         teacher_channels: int,
         *,
-        levels: int = 5,
+        levels: int,
+        adapter: Literal["auto", "always"],
+        loss_weight: float,
+        topk: int,
+        nms_threshold: float,
+        pool_batch: bool,
         weight: float = 1.0,
-        adapter: Literal["auto", "always"] = "auto",
-        loss_weight: float = 2.0,
-        topk: int = 10,
-        nms_threshold: float = 0.3,
-        pool_batch: bool = False,
     ) -> None:
         super().__init__()
         self.levels = levels
@@ -102,6 +103,11 @@ class GI(Method):
                 scores = scores.where(valid, -1.0)
             kept.append(best_apart(scores, boxes, self.topk, self.nms_threshold))
         return kept
+
+
+def build(settings: Gi, context: BuildContext) -> GI:
+    """The method of a recipe."""
+    return GI(*context.channels, **settings.constants(), weight=context.weight)
 
 
 def general_instances(

@@ -54,6 +54,26 @@ class Method(nn.Module, ABC):
         return {}
 
 
+@dataclass(frozen=True)
+class BuildContext:
+    """What a method is built with besides its settings.
+
+    student, teacher: the models. weight: factor on all terms. seed: of what the method draws at random.
+    compiled: run dense passes through torch.compile, where the method can.
+    """
+
+    student: Detector
+    teacher: Detector
+    weight: float
+    seed: int
+    compiled: bool
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """C_s and C_t."""
+        return self.student.feature_channels, self.teacher.feature_channels
+
+
 class Adapter(nn.Module):
     """Student features → the teacher's width: one 1×1 convolution a level, or nothing where the widths agree.
 

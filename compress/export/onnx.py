@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.config.deploy import Deploy
-from compress.detectors.base import Capability
+from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
 from compress.versions import versions
@@ -74,10 +74,10 @@ def torch_runner(
     classes it knows.
     """
     detector, record = load_teacher_checkpoint(checkpoint)
-    if Capability.DENSE not in detector.capabilities:
+    if detector.exportable is not None:
         raise UserError(
-            f"{checkpoint}: {detector.family} cannot be exported: its second stage works on as many proposals as it "
-            "finds, which a fixed graph cannot; it trains and teaches. Ship a gfl, fcos or retinanet student"
+            f"{checkpoint}: {detector.family} cannot be exported: {detector.exportable}; it trains and teaches. Ship a "
+            f"{exportable_families()} student"
         )
     if record.class_names is not None and record.category_ids is not None:
         categories = dict(zip(record.category_ids, record.class_names, strict=True))

@@ -23,11 +23,10 @@ from compress.config.train import Train
 from compress.console import open_console
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
-from compress.detectors.base import Detector
+from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
-from compress.distill.teacher import freeze
 from compress.manifest import (
     BASELINE,
     STUDENT,
@@ -39,7 +38,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
-from compress.run.parts import Parts
+from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
     PseudoLabelled,
@@ -76,11 +75,12 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run, parts=parts)
     if not dry_run and is_first_process():
-        reason = detector_class(recipe.student.detector, "student.detector").exportable
-        if reason is not None:
+        kind = _student_class(recipe, Parts() if parts is None else parts)
+        if kind.exportable is not None:
+            name = recipe.student.detector if parts is None or parts.student is None else kind.__name__
             open_console().print(
-                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
-                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
+                f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
+                f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
             )
             return run_dir
         _ship(recipe)
@@ -111,7 +111,7 @@ def distill(
 
     parts = Parts() if parts is None else parts
     fabric = _launch(recipe)
-    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    problem = recipe.student_problem(_student_class(recipe, parts))
     if problem is not None:
         raise UserError(": ".join(problem))
     for path in recipe.deploy.runners or ():
@@ -340,7 +340,11 @@ class _Run:
             **self.identity,
             "model": plan.model.model_dump(mode="json", exclude_none=True),
             "train": plan.settings.model_dump(mode="json", exclude=NOT_THE_RESULT),
-            **(self.parts.student_identity() if plan.build is not None else {}),
+            **(
+                self.parts.student_identity()
+                if plan.build is not None
+                else named_identity("named_model", plan.model.own_parts())
+            ),
             **plan.identity,
         }
 
@@ -372,6 +376,7 @@ class _Run:
             "methods": distillation.methods.model_dump(mode="json"),
             "inherit": distillation.inherit,
             "teacher": state_sha256(teacher),
+            **named_identity("named_methods", {f"methods.{path}": path for path in distillation.methods.own}),
             **self.parts.method_identity(),
         }
 
@@ -439,18 +444,9 @@ def _ship(recipe: Recipe) -> None:
 
 
 def _launch(recipe: Recipe) -> Fabric:
-    train = recipe.train
-    taught = recipe.teacher.train if recipe.teacher is not None else None
-    if taught is not None:
-        for key in ("devices", "accelerator", "precision"):
-            if getattr(taught, key) != getattr(train, key):
-                raise UserError(
-                    f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
-                    "trains all its arms alike; give both the same value"
-                )
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
-    return launch(train, unused_parameters=ends)
+    return launch(recipe.train, unused_parameters=ends)
 
 
 def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool) -> None:
@@ -469,6 +465,13 @@ def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool
         write_text(folder.recipe, dump_recipe(recipe))
 
     on_first_process(fabric, create)
+
+
+def _student_class(recipe: Recipe, parts: Parts) -> type[Detector]:
+    """What the student is, to ask it what it can."""
+    if parts.student is not None:
+        return type(parts.student(2))
+    return detector_class(recipe.student.detector, "student.detector")
 
 
 def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:

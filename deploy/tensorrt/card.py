@@ -12,7 +12,7 @@ import platform
 import re
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,8 +20,8 @@ from deploy.core import cuda_driver
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of, write_text
+from deploy.core.precisions import PRECISIONS, PrecisionName
 
-Precision = Literal["fp32", "fp16", "int8", "mixed"]
 MAJORITY = 0.5
 """An engine is called fp16 or int8 when at least this share of its convolutions and matrix products with weights is."""
 
@@ -130,7 +130,7 @@ class EngineCard(_Model):
     onnx_sha256: str
     structure_sha256: str
     """Hash of the graph without its floating-point weights (`OnnxFacts.structure_sha256`); a refit needs the same."""
-    precision: Precision | None
+    precision: PrecisionName | None
     """What the file claims, from its name or from the model card; None: no claim."""
     machine: Machine
     options: EngineOptions
@@ -208,10 +208,10 @@ def open_engine(path: Path, here: Machine) -> tuple[bytes, EngineCard]:
     return path.read_bytes(), card
 
 
-def claimed_precision(name: str, model: ModelCard | None = None) -> Precision | None:
+def claimed_precision(name: str, model: ModelCard | None = None) -> PrecisionName | None:
     """Precision that a file claims: from its name (`student.int8.engine`), else from its model card."""
-    if found := re.findall(r"(?:^|[._-])(fp32|fp16|int8|mixed)(?=$|[._-])", name.lower()):
-        return found[-1]
+    if found := re.findall(rf"(?:^|[._-])({'|'.join(PRECISIONS)})(?=$|[._-])", name.lower()):
+        return cast(PrecisionName, found[-1])
     if model is None or not model.precision:
         return None
     if model.quantization is not None:
@@ -219,7 +219,7 @@ def claimed_precision(name: str, model: ModelCard | None = None) -> Precision | 
     return "fp16" if any("fp16" in formats for formats in model.precision.values()) else "fp32"
 
 
-def contradiction(claim: Precision | None, network: Layers, layers: Layers | None) -> str | None:
+def contradiction(claim: PrecisionName | None, network: Layers, layers: Layers | None) -> str | None:
     """Why something called `claim` is not that; None when it is, or when nothing is claimed.
 
     fp16 and int8 need the majority of convolutions and matrix products in the network, and, when the inspector could
@@ -243,7 +243,7 @@ def contradiction(claim: Precision | None, network: Layers, layers: Layers | Non
     return None
 
 
-def remedy(claim: Precision | None, model: ModelCard) -> str:
+def remedy(claim: PrecisionName | None, model: ModelCard) -> str:
     """Remedy for an ONNX file that is not the `claim` it makes (`contradiction`)."""
     quantization = model.quantization
     if claim == "int8" and quantization is not None and quantization.guided_map_drop is not None:

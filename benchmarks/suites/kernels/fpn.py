@@ -1,5 +1,4 @@
-"""The operators of `kernels/` on a CPU, eager and compiled, against what they replace: the CPU part of
-`kernels`, which starts it once for every allocator and number of threads.
+"""The operators on a CPU, eager and compiled, against what they replace.
 
 On the maps of an 800 x 1333 image, batch 2 (256 channels, 80 classes, 5 levels, 22,400 locations an image):
 
@@ -14,22 +13,22 @@ On the maps of an 800 x 1333 image, batch 2 (256 channels, 80 classes, 5 levels,
 The operators on maps are there twice, for contiguous maps and for maps with channels last, which the detectors make and
 the trainer therefore gives them; the peer's maps lie the same way.
 
-All cases of an operator take turns (`measure`), values are compared before anything is timed.
+All cases of an operator take turns (`benchmarks.lib.measure`), values are compared before anything is timed.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.lib import measure
+from benchmarks.lib import child
+from benchmarks.lib.measure import MIN_REPEAT_S, Call, Timing, environment_of_child, interleave
+from benchmarks.lib.results import Case, Row
 from kernels.ops.attention_stats import attention_stats
 from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.feature_distance import feature_distance_and_means
@@ -43,11 +42,13 @@ PAIRS = 4096
 ELEMENT_VARIANCE = 0.03  # at least that of a mean and of a variance over COPIES dropouts of N(0, 1); 0.011 and 0.027
 TEMPERATURE = 0.5
 LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}  # by the end of the operator's name
-BARS = {  # operator: [(implementation, times as fast as the peer)]
-    **{f"mc_dropout{layout}": [("eager", 8.0), ("compiled", 40.0)] for layout in LAYOUTS},
-    **{f"fgd{layout}": [("eager", 2.0), ("compiled", 6.0)] for layout in LAYOUTS},
-    "iou_loss": [("eager", 1.0)],
-    "binary_kd_loss": [("eager", 1.0)],
+BARS = {  # (operator, implementation): times as fast as the peer
+    **{(f"mc_dropout{layout}", "eager"): ">= 8" for layout in LAYOUTS},
+    **{(f"mc_dropout{layout}", "compiled"): ">= 40" for layout in LAYOUTS},
+    **{(f"fgd{layout}", "eager"): ">= 2" for layout in LAYOUTS},
+    **{(f"fgd{layout}", "compiled"): ">= 6" for layout in LAYOUTS},
+    ("iou_loss", "eager"): ">= 1",
+    ("binary_kd_loss", "eager"): ">= 1",
 }
 
 Result = tuple[Tensor, ...]
@@ -64,20 +65,42 @@ class Operator:
     tolerance: float = 1e-4
 
 
-def main() -> None:
-    """Arguments: number of threads, repeats, and `small` for tiny maps and no compiler. Prints JSON."""
-    threads, repeats, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def cases(repeats: int) -> Iterator[Case]:
+    """A process for every number of threads and allocator."""
+    for threads in (2, 1):
+        for allocator in ("reuse", "default"):
+            environment = environment_of_child(allocator, threads)
+            found = child.call("benchmarks.suites.kernels.fpn:measure", threads, repeats, environment=environment)
+            timings = {name: {key: Timing(**row) for key, row in rows.items()} for name, rows in found.items()}
+            yield Case(f"cpu, {threads} thread{'s' * (threads > 1)}, allocator {allocator}", rows(timings))
+
+
+def measure(threads: int, repeats: int, small: bool = False) -> dict[str, dict[str, Any]]:
+    """Timings by operator and implementation, the peer first. small: tiny maps, no compiler, no least time."""
     torch.set_num_threads(threads)
-    rows = {}
-    for name, operator in operators(LEVELS if size == "full" else SMALL, compiled=size == "full").items():
+    found: dict[str, dict[str, Any]] = {}
+    for name, operator in operators(SMALL if small else LEVELS, compiled=not small).items():
         _compare(name, operator)
-        cases = {key: _forget(run) for key, run in operator.runs.items()}
-        timed = measure.interleave(cases, repeats=repeats, min_repeat_s=measure.MIN_REPEAT_S if size == "full" else 0.0)
-        peer = timed[operator.peer]["ms"]["median"]
-        for row in timed.values():
-            row["times_as_fast"] = peer / row["ms"]["median"]
-        rows[name] = timed
-    print(json.dumps(rows))
+        calls = {
+            key: _forget(operator.runs[key]) for key in sorted(operator.runs, key=lambda key: key != operator.peer)
+        }
+        timed = interleave(calls, repeats=repeats, min_repeat_s=0.0 if small else MIN_REPEAT_S)
+        found[name] = {key: asdict(timing) for key, timing in timed.items()}
+    return found
+
+
+def rows(found: dict[str, dict[str, Timing]]) -> list[Row]:
+    """Times of every implementation, and how many times as fast as the peer it is."""
+    made = []
+    for operator, timings in found.items():
+        peer, *_ = timings.values()
+        for name, timing in timings.items():
+            variant = f"{operator}: {name}"
+            made.append(timing.row(variant))
+            if timing is not peer:
+                bar = BARS.get((operator, name), "")
+                made.append(Row(variant, "times as fast", peer.ms / timing.ms, "×", n=timing.repeats, bar=bar))
+    return made
 
 
 def operators(levels: tuple[tuple[int, int], ...], *, compiled: bool) -> dict[str, Operator]:
@@ -90,7 +113,7 @@ def operators(levels: tuple[tuple[int, int], ...], *, compiled: bool) -> dict[st
     }
 
 
-def _forget(run: Callable[[], Result]) -> measure.Case:
+def _forget(run: Callable[[], Result]) -> Call:
     def case() -> None:
         run()
 
@@ -260,35 +283,3 @@ def _binary_kd_loss(levels: tuple[tuple[int, int], ...], g: torch.Generator, com
     if compiled:
         runs["compiled"] = differentiated(ours(True))
     return Operator("published", runs)
-
-
-# --- the report, by benchmarks.kernels ------------------------------------------------------------------------------
-
-
-def bars(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is required, of every run {allocator, threads, operators}."""
-    return [
-        measure.bar(
-            f"{operator} {name}, {run['threads']} thread(s), allocator {run['allocator']}",
-            wanted,
-            run["operators"][operator][name]["times_as_fast"],
-        )
-        for run in runs
-        for operator, limits in BARS.items()
-        for name, wanted in limits
-        if name in run["operators"][operator]
-    ]
-
-
-def table(run: dict[str, Any]) -> str:
-    lines = [f"{run['threads']} thread(s), allocator {run['allocator']}"]
-    for operator, rows in run["operators"].items():
-        for name, row in rows.items():
-            disturbed = f"  ({row['disturbed']} repeats disturbed)" if row["disturbed"] else ""
-            fast = f"{row['ms']['median']:10.2f} ms  {row['times_as_fast']:7.2f}x{disturbed}"
-            lines.append(f"  {operator:25s} {name:12s} {fast}")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

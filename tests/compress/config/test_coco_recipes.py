@@ -9,10 +9,9 @@ from lightning.fabric import Fabric
 
 from compress.config.model import Model
 from compress.config.recipe import Recipe, load_recipe
+from compress.detectors.base import freeze
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.gfl import GFL
-from compress.distill.fgd import PUBLISHED as FGD
-from compress.distill.teacher import freeze
 from compress.run import dry_run
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "coco"
@@ -66,10 +65,10 @@ def test_the_published_setting(row: str) -> None:
 
 def test_the_published_constants() -> None:
     for row in ("r50_fgd", "r50_uet_fgd"):
-        fgd, gfl = recipe_of(row).methods.fgd, FGD["gfl"]
+        fgd = recipe_of(row).methods.fgd
         assert fgd is not None
-        assert (fgd.temperature, fgd.alpha, fgd.beta) == (gfl.temperature, gfl.alpha, gfl.beta) == (0.5, 1e-3, 5e-4)
-        assert (fgd.gamma, fgd.relation, fgd.box_norm) == (gfl.gamma, gfl.relation, "img") == (5e-4, 5e-6, "img")
+        assert (fgd.temperature, fgd.alpha, fgd.beta) == (0.5, 1e-3, 5e-4)
+        assert (fgd.gamma, fgd.relation, fgd.box_norm) == (5e-4, 5e-6, "img")
     uet = recipe_of("r50_uet_fgd").methods.uet
     assert uet is not None and uet.hosts == ("fgd",) and uet.combine == "sum"
     assert uet.rates == pytest.approx((0.15, 0.20, 0.25, 0.30, 0.35))

@@ -15,6 +15,7 @@ from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.iou_loss import Kind, giou_loss, paired_iou
 from tests.helpers import gfl_case, kernel_compare, kernel_sass
 from tests.helpers.kernel_compare import close
+from tests.helpers.methods import build
 from tests.oracles import ORACLES, sine
 
 KINDS: tuple[Kind, ...] = ("iou", "giou", "diou", "ciou")
@@ -25,7 +26,7 @@ def test_numbers_of_the_authors_code(device: torch.device) -> None:
     expected = ORACLES["B_bckd_case"]
     student, teacher = gfl_case.outputs()
     assert student.targets is not None
-    scale = BCKD().loc_weight / (student.targets.avg_factor + torch.finfo(torch.float32).eps)
+    scale = build(BCKD).loc_weight / (student.targets.avg_factor + torch.finfo(torch.float32).eps)
     losses, norms = [], []
     for level, valid in enumerate(student.targets.assignment.valid.split([256, 64], 1)):
         z_s, z_t, d_t = (
