@@ -172,7 +172,7 @@ class Checkpoint(Model):
         self.path = Path(path)
         self._recipe_file = RunFolder(self.path.parent).recipe
         if recipe is None and self._recipe_file.is_file():
-            recipe = load_recipe(self._recipe_file)
+            recipe = load_recipe(self._recipe_file, partial=True)
         self._recipe = recipe
         self._settings = Deploy() if recipe is None else recipe.deploy
         size = input_size or self._settings.input_size
@@ -289,7 +289,7 @@ class Run:
 
     @cached_property
     def _recipe(self) -> Recipe:
-        return load_recipe(self._files.recipe)
+        return load_recipe(self._files.recipe, partial=True)  # its methods may have been objects
 
     def _trained(self, name: str, otherwise: str) -> Checkpoint:
         path = self._files.weights(name)

@@ -68,7 +68,7 @@ def read_student(path: Path, images: Path | None, input_size: str | None, thresh
     if beside.is_file():
         from compress.config.recipe import load_recipe
 
-        recipe = load_recipe(beside)
+        recipe = load_recipe(beside, partial=True)  # the run may have had parts that were objects
     settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
     return Student(path, recipe, settings, images)
 
