@@ -59,7 +59,7 @@ name: {name}
 runs: {runs}
 seed: {seed}
 data:
-  synthetic: {{train: 16, val: 2, size: 64, classes: 3, seed: 0}}
+  synthetic: {{train: 16, val: 2, size: 64, classes: 3, seed: 5}}
   short: [56, 64]
   long: 64
   photometric: true
@@ -80,7 +80,8 @@ train:
   accelerator: cpu
   select: last
 """
-# Small, so that a case takes less than a second; 16 images are 4 steps, so that the curves go into a second epoch.
+# Small, so that a case takes less than a second; 16 images are 4 steps, so that the curves go into a second epoch. No seed
+# is 0: one that is lost on the way would not show, where 0 is the default.
 SHAPES = {
     "gfl": "neck_channels: 32, head_depth: 1",
     "fcos": "neck_channels: 32, head_depth: 1",
@@ -95,7 +96,7 @@ Curve = dict[str, list[float]]
 def curves(family: str, folder: Path) -> dict[str, Curve | None]:
     """The curves of a family by method, None where the code refuses the method. Runs are left in `folder`."""
     with one_thread():
-        teacher = train(folder, "teacher", family, seed=1) / "student.safetensors"
+        teacher = train(folder, "teacher", family, seed=4) / "student.safetensors"
         make_confident(teacher)
         found: dict[str, Curve | None] = {}
         for name, methods in METHODS.items():
@@ -117,7 +118,7 @@ def train(
     methods: str = "{}",
     teacher: Path | None = None,
     *,
-    seed: int = 0,
+    seed: int = 3,
 ) -> Path:
     """Run a recipe. Returns the run folder, where student/metrics.csv has a row for every step.
 
