@@ -12,7 +12,6 @@ import typer
 from compress.cli.exits import gate_failed, is_first_process, next_command
 from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
-from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
     from compress.config.recipe import Recipe
@@ -53,10 +52,9 @@ def distill(
 ) -> None:
     """Train a recipe's student with its teacher."""
     loaded = _recipe(recipe, settings, devices)
-    if not loaded.methods.enabled() and loaded.pseudo_labels is None:
-        raise UserError(
-            f"{recipe}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
-        )
+    from compress.config.recipe import check_distills
+
+    check_distills(loaded, recipe)
     _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)
 
 

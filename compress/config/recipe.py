@@ -248,6 +248,14 @@ def _text_of(path: Path, what: str) -> str:
         raise UserError(f"{path}: cannot read the {what}: {reason}") from None
 
 
+def check_distills(recipe: Recipe, where: object, *, own_methods: bool = False) -> None:
+    """Raise UserError, naming `where` the recipe is from, when a student would learn nothing from a teacher."""
+    if not recipe.methods.enabled() and recipe.pseudo_labels is None and not own_methods:
+        raise UserError(
+            f"{where}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
+        )
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=110)

@@ -59,7 +59,10 @@ from deploy.core.import_path import import_object
 from deploy.validate.coco import read_annotations
 
 if TYPE_CHECKING:
+    from compress.config.data import Split
+    from compress.run.artifacts import Checks
     from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -378,25 +381,41 @@ class _Run:
         }
 
 
+def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
+    """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
+    from compress.run.artifacts import Checks
+
+    _, split = splits(recipe.data, recipe.runs)
+    limits = (recipe.data.eval_short, recipe.data.long)
+    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
+    images = [val.path(index) for index in range(len(val))]
+    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), limits)
+
+
+def quantizing(recipe: Recipe) -> Quantizing:
+    """What a recipe's int8 files are calibrated on, and searched with if it says so."""
+    from compress.run.quantize import Quantizing, Search
+
+    train_split, split = splits(recipe.data, recipe.runs)
+    int8, search = recipe.deploy.int8, None
+    if int8.guided:
+        labels, part = labelled_split(data_plan(recipe)), RunFolder(recipe.run_dir).search_split
+        search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
+    return Quantizing(int8, train_split, split, search)
+
+
 def _ship(recipe: Recipe) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
-    from compress.run.artifacts import Checks, make, plans_of_a_run
+    from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
-    from compress.run.quantize import Quantizing, Search
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
-    manifest, limits = Manifest(folder.path, versions()), (recipe.data.eval_short, recipe.data.long)
-    train_split, split = splits(recipe.data, recipe.runs)
+    manifest = Manifest(folder.path, versions())
+    split, val, checks = validation_images(recipe)
     labelled = labelled_split(data_plan(recipe))
-    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
-    images = [val.path(index) for index in range(len(val))]
-    checks = Checks(images, deploy.input_size or canvas(val, recipe.data), limits)
-    search = None
-    if deploy.int8.guided:
-        search = Search(labelled, deploy.max_map_drop, deploy.int8.deciding_images, folder.search_split)
     made = []
-    for plan in plans_of_a_run(folder, deploy, checks, Quantizing(deploy.int8, train_split, split, search), manifest):
+    for plan in plans_of_a_run(folder, deploy, checks, quantizing(recipe), manifest):
         for artifact in make(plan):
             made.append(artifact)
             open_console().print(f"export: {artifact}")
