@@ -22,6 +22,7 @@ from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.select import select
 from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
+from deploy.core.detections import coco_rows
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -144,10 +145,7 @@ class ImageDetections:
         """Rows of COCO results, boxes as x, y, width and height; `category_ids` in label order."""
         boxes = self.boxes.clone()
         boxes[:, 2:] -= boxes[:, :2]
-        return [
-            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-            for box, label, score in zip(boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
-        ]
+        return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), category_ids)
 
 
 class Detector(nn.Module):
@@ -334,3 +332,8 @@ def pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
         if target.scores is not None:
             row[: len(target.scores)] = target.scores.to(mask.device)
     return scores
+
+
+def freeze(detector: Detector) -> Detector:
+    """Turn `detector` into a teacher: in eval mode, without gradients."""
+    return detector.requires_grad_(False).eval()

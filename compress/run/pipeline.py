@@ -23,11 +23,10 @@ from compress.config.train import Train
 from compress.console import open_console
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
-from compress.detectors.base import Detector
+from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
-from compress.distill.teacher import freeze
 from compress.manifest import (
     BASELINE,
     STUDENT,
@@ -39,7 +38,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
-from compress.run.parts import Parts
+from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
     PseudoLabelled,
@@ -60,7 +59,10 @@ from deploy.core.import_path import import_object
 from deploy.validate.coco import read_annotations
 
 if TYPE_CHECKING:
+    from compress.config.data import Split
+    from compress.run.artifacts import Checks
     from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -78,7 +80,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
             name = recipe.student.detector if parts is None or parts.student is None else kind.__name__
             open_console().print(
                 f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
-                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
+                f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
             )
             return run_dir
         _ship(recipe)
@@ -338,7 +340,11 @@ class _Run:
             **self.identity,
             "model": plan.model.model_dump(mode="json", exclude_none=True),
             "train": plan.settings.model_dump(mode="json", exclude=NOT_THE_RESULT),
-            **(self.parts.student_identity() if plan.build is not None else {}),
+            **(
+                self.parts.student_identity()
+                if plan.build is not None
+                else named_identity("named_model", plan.model.own_parts())
+            ),
             **plan.identity,
         }
 
@@ -370,29 +376,46 @@ class _Run:
             "methods": distillation.methods.model_dump(mode="json"),
             "inherit": distillation.inherit,
             "teacher": state_sha256(teacher),
+            **named_identity("named_methods", {f"methods.{path}": path for path in distillation.methods.own}),
             **self.parts.method_identity(),
         }
 
 
+def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
+    """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
+    from compress.run.artifacts import Checks
+
+    _, split = splits(recipe.data, recipe.runs)
+    limits = (recipe.data.eval_short, recipe.data.long)
+    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
+    images = [val.path(index) for index in range(len(val))]
+    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), limits)
+
+
+def quantizing(recipe: Recipe) -> Quantizing:
+    """What a recipe's int8 files are calibrated on, and searched with if it says so."""
+    from compress.run.quantize import Quantizing, Search
+
+    train_split, split = splits(recipe.data, recipe.runs)
+    int8, search = recipe.deploy.int8, None
+    if int8.guided:
+        labels, part = labelled_split(data_plan(recipe)), RunFolder(recipe.run_dir).search_split
+        search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
+    return Quantizing(int8, train_split, split, search)
+
+
 def _ship(recipe: Recipe) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
-    from compress.run.artifacts import Checks, make, plans_of_a_run
+    from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
-    from compress.run.quantize import Quantizing, Search
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
-    manifest, limits = Manifest(folder.path, versions()), (recipe.data.eval_short, recipe.data.long)
-    train_split, split = splits(recipe.data, recipe.runs)
+    manifest = Manifest(folder.path, versions())
+    split, val, checks = validation_images(recipe)
     labelled = labelled_split(data_plan(recipe))
-    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
-    images = [val.path(index) for index in range(len(val))]
-    checks = Checks(images, deploy.input_size or canvas(val, recipe.data), limits)
-    search = None
-    if deploy.int8.guided:
-        search = Search(labelled, deploy.max_map_drop, deploy.int8.deciding_images, folder.search_split)
     made = []
-    for plan in plans_of_a_run(folder, deploy, checks, Quantizing(deploy.int8, train_split, split, search), manifest):
+    for plan in plans_of_a_run(folder, deploy, checks, quantizing(recipe), manifest):
         for artifact in make(plan):
             made.append(artifact)
             open_console().print(f"export: {artifact}", markup=False)  # brackets are no styles
@@ -421,18 +444,9 @@ def _ship(recipe: Recipe) -> None:
 
 
 def _launch(recipe: Recipe) -> Fabric:
-    train = recipe.train
-    taught = recipe.teacher.train if recipe.teacher is not None else None
-    if taught is not None:
-        for key in ("devices", "accelerator", "precision"):
-            if getattr(taught, key) != getattr(train, key):
-                raise UserError(
-                    f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
-                    "trains all its arms alike; give both the same value"
-                )
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
-    return launch(train, unused_parameters=ends)
+    return launch(recipe.train, unused_parameters=ends)
 
 
 def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool) -> None:

@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from compress.config.data import Data, Split
-from compress.config.families import FAMILY_FACTS, families_with
+from compress.config.families import families_with
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.config.pseudo import FineTune, Labels, PseudoLabels
@@ -29,6 +29,7 @@ from compress.config.train import Schedule, Train
 from compress.data.coco import CocoDetection
 from compress.data.concat import Joined
 from compress.data.transforms import eval_transform
+from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
 from compress.pseudo import parts
 from compress.pseudo.images import FileContents, ImageList, images_in, without
@@ -108,7 +109,6 @@ def labelling_plan(
         sources = (teacher if teacher.train is None else trained,)
         min_map = max(min_map, teacher.min_map)
     rest = [REST] if labels is not None and labels.fraction < 1 else []
-    facts = FAMILY_FACTS.get(student.detector)
     return LabellingPlan(
         settings=settings,
         sources=sources,
@@ -125,7 +125,7 @@ def labelling_plan(
         lists=(*rest, *(_folder(number) for number in range(1, len(settings.unlabeled) + 1))),
         folder=run.pseudo_labels,
         student=student.detector,
-        needs_all_classes=facts is not None and not facts.ignores_regions,
+        needs_all_classes=not detector_class(student.detector, "student.detector").ignores_regions,
         cache=data.cache,
         drop_empty=data.drop_empty,
         workers=data.workers,

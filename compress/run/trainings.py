@@ -5,7 +5,6 @@ Everything here works the same in one process and in several; process 0 writes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ class Distillation:
 
     methods: Methods = field(default_factory=Methods)
     inherit: bool = False
-    own: Mapping[str, Method] = field(default_factory=dict)
+    own: Mapping[str, Method | Balanced] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -58,8 +57,7 @@ class Distillation:
         self, student: Detector, teacher: Detector, *, seed: int = 0, compiled: bool = False
     ) -> dict[str, Balanced]:
         """The methods, with fresh adapters. Raises UserError where teacher, student and methods do not fit."""
-        built = build_methods(self.methods, student, teacher, seed=seed, compiled=compiled)
-        return built | {name: Balanced(copy.deepcopy(method)) for name, method in self.own.items()}
+        return build_methods(self.methods, student, teacher, seed=seed, compiled=compiled, own=self.own)
 
     def pass_on(self, student: Detector, teacher: Detector) -> None:
         """Let the student inherit, where it should. Raises UserError where nothing fits."""

@@ -75,7 +75,7 @@ class EngineOptions(_Model):
 
 
 class Machine(_Model):
-    """Where an engine was built, or is to run. None: there is none, or nobody can tell."""
+    """Where an engine was built, or is to run. None: there is none, or it cannot be read."""
 
     library: str
     """`TensorRT` or `TensorRT-RTX`."""
@@ -129,7 +129,7 @@ class EngineCard(_Model):
     """File name of the model it was built from."""
     onnx_sha256: str
     structure_sha256: str
-    """Of the graph without its floating-point weights (`OnnxFacts.structure_sha256`); a refit needs the same."""
+    """Hash of the graph without its floating-point weights (`OnnxFacts.structure_sha256`); a refit needs the same."""
     precision: PrecisionName | None
     """What the file claims, from its name or from the model card; None: no claim."""
     machine: Machine
@@ -209,7 +209,7 @@ def open_engine(path: Path, here: Machine) -> tuple[bytes, EngineCard]:
 
 
 def claimed_precision(name: str, model: ModelCard | None = None) -> PrecisionName | None:
-    """What a file says it is: from its name (`student.int8.engine`), else from its model card."""
+    """Precision that a file claims: from its name (`student.int8.engine`), else from its model card."""
     if found := re.findall(rf"(?:^|[._-])({'|'.join(PRECISIONS)})(?=$|[._-])", name.lower()):
         return cast(PrecisionName, found[-1])
     if model is None or not model.precision:
@@ -244,7 +244,7 @@ def contradiction(claim: PrecisionName | None, network: Layers, layers: Layers |
 
 
 def remedy(claim: PrecisionName | None, model: ModelCard) -> str:
-    """What to do about an ONNX file that is not the `claim` it makes (`contradiction`)."""
+    """Remedy for an ONNX file that is not the `claim` it makes (`contradiction`)."""
     quantization = model.quantization
     if claim == "int8" and quantization is not None and quantization.guided_map_drop is not None:
         kept = len(quantization.float_layers)
@@ -256,7 +256,7 @@ def remedy(claim: PrecisionName | None, model: ModelCard) -> str:
 
 
 def machine_differences(card: EngineCard, here: Machine) -> list[str]:
-    """What keeps the engine of `card` from running on `here`, one phrase each; empty: it should run.
+    """Reasons that keep the engine of `card` from running on `here`, one phrase each; empty: it should run.
 
     A newer driver is no obstacle. A version-compatible engine runs with the same and later versions of its major
     version, a hardware-compatible one on the GPUs it names. A card without a GPU is of an engine that is compiled for
@@ -291,7 +291,7 @@ def machine_differences(card: EngineCard, here: Machine) -> list[str]:
 
 
 def rebuild(card: EngineCard) -> str:
-    """What to do when an engine does not fit: the command that builds it again."""
+    """Remedy for an engine that does not fit: the command that builds it again."""
     default = card.onnx.removesuffix(ONNX_SUFFIX) + ENGINE_SUFFIX
     out = [] if card.engine == default else ["--out", card.engine]
     return f"rebuild it with `{shlex.join(['compress', 'build', card.onnx, *out, *card.options.arguments()])}`"

@@ -27,6 +27,7 @@ from compress.run.trainings import train
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
 from tests.helpers import tiny_recipe
+from tests.helpers.methods import build
 
 K = 3
 SMALL = {"retinanet": {"anchor_scale": 2.0}, "faster_rcnn": {"anchor_scale": 4.0, "head_depth": 0, "roi_samples": 16}}
@@ -100,7 +101,7 @@ def test_bckd_is_its_formula_on_any_head(family: str) -> None:
     """By rows of (image, place) instead of maps; in RetinaNet anchors between its thresholds do not count."""
     data = batch()
     student, teacher = outputs(model(family), data), outputs(model(family, 1), data, teacher=True)
-    found = BCKD()(student, teacher, data)
+    found = build(BCKD)(student, teacher, data)
     targets = student.targets
     assert targets is not None
     s, t = student.prediction, teacher.prediction

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.config.messages import models_in
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.data.batch import Batch
+from compress.detectors.base import freeze
 from compress.detectors.build import build_detector, inherit
-from compress.distill.build import build_methods
+from compress.detectors.checkpoints import load_teacher_checkpoint
+from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Method, Outputs
-from compress.distill.teacher import load_teacher
 from compress.distill.uet import UET
 from compress.distill.weighting import Balanced, Position, gradient_norm
 from compress.run import pipeline
@@ -135,7 +137,7 @@ def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
 def train_taught(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
     data = open_data(pipeline.data_plan(recipe), fabric())
-    teacher, _ = load_teacher(recipe.teacher.checkpoint, data.train.categories)
+    teacher = freeze(load_teacher_checkpoint(recipe.teacher.checkpoint)[0])
     plan = replace(pipeline.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
     train(fabric(), plan, data, resume=True, max_steps=stop)
 
@@ -183,6 +185,19 @@ def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -
         ("{fgd: {}, uet: {of: fgd, certainty: true, p_start: 0, p_step: 0}}", "needs samples that differ"),
         ("{fgd: {}, uet: {of: bckd}}", "bckd is not among the methods; add `bckd: {}`"),
         ("{fgd: {}, uet: {of: [fgd, fgd]}}", "names a method twice"),
+        (
+            "{fgd: {}, uet: {of: fdg}}",
+            "methods.uet.of: 'fdg' is not one of fgd, bckd, pkd, cwd, mgd, gi, tid, ld, crosskd, "
+            "dkd; did you mean fgd?",
+        ),
+        ("{fgd: {}, uet: {of: a:B}}", "methods.uet.of: a:B is not among the methods; add `a:B: {}`"),
+        ("{tid: {thr_neg: 0.6}}", "methods.tid.thr_neg: 0.6 is more than thr_pos, 0.5"),
+        ("{tid: {top_share: 0}}", "methods.tid.top_share: must be more than 0, got 0"),
+        ("{cwd: {on: logits, adapter: always}}", "methods.cwd.adapter: logits are compared as they are"),
+        ("{ld: {vlr_overlap: giou}}", "methods.ld.vlr_overlap: 'giou' is not one of iof, diou"),
+        ("{ld: {normalise: batch}}", "methods.ld.normalise: 'batch' is not one of official, positives"),
+        ("{a:fgd: {}}", "methods.a:fgd: another method is called fgd, too; give the class another name"),
+        ("{a:B: {}, c:B: {}}", "methods.c:B: another method is called B, too; give the class another name"),
         ("{fgd: {}, uet: {of: fgd, samples: 30}}", "rates stay below 1"),
     ],
 )
@@ -204,6 +219,18 @@ def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
     again = build_methods(settings, *detectors)
     for a, b in zip(built.values(), again.values(), strict=True):
         assert_same(a.state_dict(), b.state_dict())
+
+
+def test_the_table_of_methods_is_that_of_recipes() -> None:
+    fields = {name: next(models_in(field.annotation)) for name, field in Methods.model_fields.items() if name != "uet"}
+    assert {name: record.settings for name, record in METHODS.items()} == fields
+    detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
+    for name, record in METHODS.items():
+        for settings in [{}, {"on": "logits"}] if name == "cwd" else [{}]:
+            term = record.settings.model_validate(settings)
+            needs = record.needs(term) if callable(record.needs) else record.needs
+            (built,) = build_methods(Methods.model_validate({name: settings}), *detectors).values()
+            assert built.method.needs == needs
 
 
 def test_compile_reaches_every_method_that_can() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from deploy.core.precisions import PRECISIONS, PrecisionName, Target, file_for, 
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.tensorrt import card as engines
 from tests.helpers import tiny_recipe
+from tests.helpers.report_pages import Page
 
 OUT = Path("runs/first/student.onnx")
 
@@ -108,14 +108,14 @@ def test_a_run_without_tensorrt_says_why_there_is_no_engine(folder: Path, monkey
     row = rows["student.engine"]
     assert row["gate"].startswith("not run: tensorrt is not installed: pip install")
     assert "map" not in row and "latency_ms" not in row
-    assert row["gate"] in html.unescape(run.page.read_text())
+    assert row["gate"] in Page(run.page.read_text()).text
 
 
 def test_a_run_builds_engines_and_reports_their_cards(folder: Path) -> None:
     pytest.importorskip("tensorrt", reason="tensorrt is not installed: python tests/trt_rig/install.py")
     settings = ("deploy.precisions=[fp32,fp16,int8]", "deploy.engines={batch: [1, 2, 4]}")
     run, rows = ship(folder, *settings)
-    page = run.page.read_text()
+    page = Page(run.page.read_text()).text
     assert {"student.int8.onnx", "student.int8.tensorrt.onnx"} < set(rows)
     assert card_from_file(run.path / "student.int8.tensorrt.onnx").quantization.target == "tensorrt"  # type: ignore[union-attr]
     for precision in ("fp32", "fp16", "int8"):

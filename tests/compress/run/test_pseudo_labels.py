@@ -382,8 +382,8 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["pseudo_labels.teachers=null"], "pseudo_labels: nobody labels"),
-        (["labels=null"], "pseudo_labels: every image has labels"),
+        (["pseudo_labels.teachers=null"], "pseudo_labels: no teacher is given; add pseudo_labels.teachers"),
+        (["labels=null"], "pseudo_labels: all images have labels"),
         (["pseudo_labels.tau_ignore=0.7"], r"tau_ignore: 0.7 is more than tau, 0.6"),
         (["pseudo_labels.short=64"], r"pseudo_labels\.long: missing; short and long go together"),
         (["pseudo_labels.short=64", "pseudo_labels.long=32"], r"pseudo_labels\.short: 64 is more than long, 32"),
@@ -403,9 +403,9 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
             ["student.detector=faster_rcnn"],
             r"tau_ignore: a faster_rcnn student .* set tau_ignore to 0\.6, equal to tau",
         ),
-        (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a stands there twice; list it once"),
+        (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a is listed twice; name it once"),
         (["pseudo_labels.unlabeled=[a/b, a, ab]"], r"unlabeled: a/b lies in a, which is searched"),
-        (["teacher={checkpoint: no.pth}"], r"--set teacher: nobody learns from it: pseudo_labels\.teachers label"),
+        (["teacher={checkpoint: no.pth}"], r"--set teacher: is not used: pseudo_labels\.teachers label"),
         (["labels.fraction=0"], r"pseudo_labels\.fine_tune: needs labelled training images"),
         (["labels.fraction=0", "pseudo_labels=null"], r"labels\.fraction: 0 leaves nothing"),
         (["labels.fraction=0", "pseudo_labels.fine_tune=null", "baseline=true"], "baseline: needs labelled"),
