@@ -178,13 +178,13 @@ class Checkpoint(Model):
         size = input_size or self._settings.input_size
         limits = None
         if recipe is not None:
-            limits = (recipe.data.eval_short, recipe.data.long)
+            resize_short_long = (recipe.data.eval_short, recipe.data.long)
             size = size or self._checks.input_size
         if size is None:
             raise UserError(
                 f"input_size: there is no {self._recipe_file} to take it from; give it, for example (800, 1344)"
             )
-        runner = torch_runner(str(path), self._settings, size, limits=limits, categories=categories, device=device)
+        runner = torch_runner(str(path), self._settings, size, resize_short_long=resize_short_long, categories=categories, device=device)
         super().__init__(runner, name=str(path))
 
     def export(

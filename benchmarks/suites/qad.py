@@ -128,7 +128,12 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
 
     def export(checkpoint: Path, out: Path) -> None:
         export_checkpoint(
-            checkpoint, out, plan.deploy, input_size=plan.input_size, images=images.files, limits=plan.limits
+            checkpoint,
+            out,
+            plan.deploy,
+            input_size=plan.input_size,
+            images=images.files,
+            resize_short_long=plan.resize_short_long,
         )
 
     def calibrate() -> None:

@@ -54,8 +54,8 @@ class Student:
             split, _, checks = validation_images(recipe)
             files, size = files or list(checks.images), size or checks.input_size
         assert size is not None and files, "need_images_and_size was called"
-        limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
-        return Checks(files, size, limits), split
+        resize_short_long = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
+        return Checks(files, size, resize_short_long), split
 
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:

@@ -130,8 +130,8 @@ class Recipe(Settings):
         if pseudo.tau_ignore < pseudo.tau and not abilities.ignores_regions:
             return (
                 "pseudo_labels.tau_ignore",
-                f"a {family} student cannot learn from unsure regions; set tau_ignore to {pseudo.tau:g}, equal to tau, "
-                "and there are none",
+                f"a {family} student cannot learn from uncertain regions; set tau_ignore to {pseudo.tau:g}, equal to "
+                "tau, and there are none",
             )
         return None
 

@@ -12,10 +12,10 @@ import torch
 from compress.config import methods as config
 from compress.detectors.base import Capability, Detector
 from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid
-from compress.distill.level_matching import Aligned, match_levels
+from compress.distill.level_matching import LevelMatched, match_levels
 from compress.distill.method import BuildContext, Method
 from compress.distill.uet import UET
-from compress.distill.weighting import Balanced
+from compress.distill.weighting import WeightedMethod
 from deploy.core.errors import UserError
 from deploy.core.import_path import call_own, import_object
 
@@ -71,16 +71,16 @@ def build_methods(
     *,
     seed: int = 0,
     compiled: bool = False,
-    own: Mapping[str, Method | Balanced] | None = None,
-) -> dict[str, Balanced]:
+    own: Mapping[str, Method | WeightedMethod] | None = None,
+) -> dict[str, WeightedMethod]:
     """The methods of a recipe by name, with fresh adapters; the same seed gives the same weights.
 
     Methods on features alone see the levels that both pyramids have in common.
 
     Args:
         own: methods of the user's as objects, by name, to add to those of the recipe: with weight 1, or with the weight
-            and schedule that a `Balanced` around them has. They are copied, so that every training begins with them as
-            they were given.
+            and schedule that a `WeightedMethod` around them has. They are copied, so that every training begins with
+            them as they were given.
 
     Raises UserError when a method asks for what the teacher or the student cannot give, or for what they do not share.
     """
@@ -103,7 +103,7 @@ def build_methods(
         method = _on_common_levels(method, student, teacher)
         if uet is not None:
             method = UET(method, **uet.constants(), seed=seed, compiled=compiled)
-        built[config.name_of(key)] = Balanced(
+        built[config.name_of(key)] = WeightedMethod(
             method,
             weight=weight if key in wanted.own else 1.0,  # a built-in one has its weight in its terms
             auto_ratio=(term.ratio or 1.0) if term.weight == "auto" else None,
@@ -124,7 +124,7 @@ def build_methods(
 
 def _on_common_levels(method: Method, student: Detector, teacher: Detector) -> Method:
     if method.needs == {Capability.FEATURES} and student.strides != teacher.strides:
-        return Aligned(method, match_levels(student.strides, teacher.strides))
+        return LevelMatched(method, match_levels(student.strides, teacher.strides))
     return method
 
 
@@ -144,15 +144,15 @@ def _record(key: str, term: config.Term) -> MethodRecord:
     return MethodRecord(config.OwnMethod, build, method.needs)
 
 
-def _copy_of_own(name: str, given: Method | Balanced, student: Detector, teacher: Detector) -> Balanced:
+def _copy_of_own(name: str, given: Method | WeightedMethod, student: Detector, teacher: Detector) -> WeightedMethod:
     """A user's object, checked, with its weight and schedule."""
-    method = given.method if isinstance(given, Balanced) else given
+    method = given.method if isinstance(given, WeightedMethod) else given
     if not isinstance(method, Method):
         raise UserError(f"methods.{name}: needs a compress.distill.method.Method, got {_kind(method)}")
     _check(name, method.needs, student, teacher)
-    balanced = copy.deepcopy(given if isinstance(given, Balanced) else Balanced(given))
-    balanced.method = _on_common_levels(balanced.method, student, teacher)
-    return balanced
+    weighted = copy.deepcopy(given if isinstance(given, WeightedMethod) else WeightedMethod(given))
+    weighted.method = _on_common_levels(weighted.method, student, teacher)
+    return weighted
 
 
 def _kind(thing: Any) -> str:
@@ -170,19 +170,19 @@ def _check(name: str, needs: Needs, student: Detector, teacher: Detector, record
             raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
     if Capability.DENSE not in needs:
         return
-    if student.strides != teacher.strides or student.cells != teacher.cells:
+    if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
             f"methods.{name} compares predictions place by place: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "
             "or a method on features (fgd, pkd, cwd, mgd)"
         )
-    if record is not None and record.one_prediction is not None and student.cells is not None:
+    if record is not None and record.one_prediction is not None and student.anchor_sizes is not None:
         raise UserError(f"methods.{name} {record.one_prediction}, {student.family} has {_places(student)}")
 
 
 def _places(model: Detector) -> str:
     strides = ", ".join(str(stride) for stride in model.strides)
-    if model.cells is None:
+    if model.anchor_sizes is None:
         return f"one at a location of strides {strides}"
-    width, height = model.cells[0][0]
-    return f"{len(model.cells[0])} anchors from {width:g} x {height:g} px on at a location of strides {strides}"
+    width, height = model.anchor_sizes[0][0]
+    return f"{len(model.anchor_sizes[0])} anchors from {width:g} x {height:g} px on at a location of strides {strides}"

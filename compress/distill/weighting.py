@@ -28,7 +28,7 @@ MEMORY = 0.9  # of the running mean of the logarithm
 
 
 @dataclass  # not frozen: Fabric's mixed precision walks through the arguments of forward
-class Position:
+class TrainingPosition:
     """Where training is: finished optimizer steps and epochs, and the length of the whole run in both."""
 
     step: int
@@ -41,7 +41,7 @@ class Position:
         return self.step % MEASURE_EVERY == 0
 
 
-class Balanced(nn.Module):
+class WeightedMethod(nn.Module):
     """A method with its weight and schedule.
 
     Args:
@@ -71,7 +71,7 @@ class Balanced(nn.Module):
         self.register_buffer("norm", torch.zeros(()))  # last measured gradient norm, as scaled
         self.register_buffer("scale", torch.tensor(weight if auto_ratio is None else 0.0))  # 0: not measured yet
 
-    def factor(self, position: Position) -> float:
+    def factor(self, position: TrainingPosition) -> float:
         """Factor of the schedule, in 0..1; 0 means that the method need not run."""
         end = position.total if self.stop_epoch is None else self.stop_epoch * position.steps_per_epoch
         if position.step >= end:

@@ -132,7 +132,7 @@ def _torch(plan: EvaluationPlan, checkpoint: str) -> Runner:
         checkpoint,
         plan.settings,
         plan.checks.input_size,
-        limits=plan.checks.limits,
+        resize_short_long=plan.checks.resize_short_long,
         categories=plan.categories,
         device=plan.device,
     )

@@ -13,7 +13,7 @@ from torch import nn
 from compress.detectors.base import Detector
 from compress.detectors.weights import state_sha256
 from compress.distill.method import Method
-from compress.distill.weighting import Balanced
+from compress.distill.weighting import WeightedMethod
 from compress.teachers.base import BoxTeacher
 from deploy.core.import_path import import_object
 
@@ -22,13 +22,13 @@ from deploy.core.import_path import import_object
 class Parts:
     """Objects in the place of, or beside, what a recipe names.
 
-    methods: name → a method that the student learns from, too; a `Balanced` has its weight and schedule. A training
-        works on a copy of it.
+    methods: name → a method that the student learns from, too; a `WeightedMethod` has its weight and schedule. A
+        training works on a copy of it.
     teacher: in the place of the recipe's.
     student: gives the detector to train, for a number of classes, in the place of `student` in the recipe.
     """
 
-    methods: Mapping[str, Method | Balanced] = field(default_factory=dict)
+    methods: Mapping[str, Method | WeightedMethod] = field(default_factory=dict)
     teacher: Detector | BoxTeacher | None = None
     student: Callable[[int], Detector] | None = None
 
@@ -59,7 +59,7 @@ def describe(part: Any) -> dict[str, Any]:
         "class": f"{kind.__module__}:{kind.__qualname__}",
         "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
     }
-    if isinstance(part, Balanced):
+    if isinstance(part, WeightedMethod):
         described["method"] = describe(part.method)
     if isinstance(part, nn.Module):
         described["weights"] = state_sha256(part)

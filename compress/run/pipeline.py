@@ -200,7 +200,7 @@ def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadP
         deploy=deploy,
         quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
         input_size=deploy.input_size or canvas(data.val, recipe.data),
-        limits=(recipe.data.eval_short, recipe.data.long),
+        resize_short_long=(recipe.data.eval_short, recipe.data.long),
         distillation=distillation_plan(recipe, parts),
         seed=recipe.seed,
         workers=recipe.data.workers,
@@ -386,10 +386,10 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
     from compress.run.artifacts import Checks
 
     _, split = splits(recipe.data, recipe.runs)
-    limits = (recipe.data.eval_short, recipe.data.long)
-    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
+    resize_short_long = (recipe.data.eval_short, recipe.data.long)
+    val = CocoDetection(split.annotations, split.images, eval_transform(*resize_short_long))
     images = [val.path(index) for index in range(len(val))]
-    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), limits)
+    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), resize_short_long)
 
 
 def quantizing(recipe: Recipe) -> Quantizing:

@@ -27,7 +27,7 @@ from compress.config.pseudo import FineTune, Labels, PseudoLabels
 from compress.config.teacher import Source, Teacher
 from compress.config.train import Schedule, Train
 from compress.data.coco import CocoDetection
-from compress.data.concat import Joined
+from compress.data.concat import ConcatDataset
 from compress.data.transforms import eval_transform
 from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
@@ -136,7 +136,7 @@ def labelling_plan(
 class PseudoLabelled:
     """images: to train on, labelled ones first. identity: of what the teachers' labels are (JSON-able)."""
 
-    images: Joined
+    images: ConcatDataset
     identity: dict[str, Any]
 
 
@@ -166,7 +166,8 @@ def label_images(
         results.append(manifest.stage(f"{STAGE}: {name}", inputs, [out], label, write=fabric.is_global_zero))
     totals = {key: sum(result[key] for result in results) for key in ("images", "labels", "regions", "skipped")}
     console.print(
-        f"pseudo labels: {totals['labels']} labels and {totals['regions']} unsure regions in {totals['images']} images"
+        f"pseudo labels: {totals['labels']} labels and {totals['regions']} uncertain regions in "
+        f"{totals['images']} images"
         + (f", {totals['skipped']} unreadable images left out" if totals["skipped"] else "")
         + f", by {', '.join(teacher.file for teacher in teachers)}"
     )
@@ -180,10 +181,12 @@ def label_images(
         if result["labels"]:
             with_labels.append(_dataset(plan, plan.file(name), images.folder, data))
     hashes = [sha256_of(plan.file(name)) for name, _ in lists]
-    return PseudoLabelled(Joined(with_labels), {"pseudo_labels": hashes, "weighting": plan.settings.weighting})
+    return PseudoLabelled(ConcatDataset(with_labels), {"pseudo_labels": hashes, "weighting": plan.settings.weighting})
 
 
-def rehearse(plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console) -> Joined:
+def rehearse(
+    plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console
+) -> ConcatDataset:
     """For a dry run: label the images of `data.train` in `folder`, and join that with `data.train`. `data` may be made
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
@@ -202,8 +205,8 @@ def rehearse(plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], fo
     rows = read_annotations(out)["annotations"]
     console.print(f"pseudo labels: {', '.join(t.file for t in teachers)} say {len(rows)} boxes of made-up images")
     if not rows:
-        return Joined([data.train])
-    return Joined([data.train, CocoDetection(out, split.images, data.train.transform, drop_unsure=True)])
+        return ConcatDataset([data.train])
+    return ConcatDataset([data.train, CocoDetection(out, split.images, data.train.transform, drop_uncertain=True)])
 
 
 def check_labelled(labelled: int, train: Train, *, baseline: bool, fine_tune: FineTune | None) -> None:
@@ -397,7 +400,7 @@ def _dataset(plan: LabellingPlan, file: Path, images: Path, data: Datasets) -> C
         data.train.transform,
         cache=plan.cache,
         drop_empty=plan.drop_empty,
-        drop_unsure=True,
+        drop_uncertain=True,
         scores=plan.settings.weighting == "score",
     )
 

@@ -82,11 +82,11 @@ class Centers(Detector):
         """logits [B, K, h, w]; sides [B, 4, h, w], logarithms of the distances to left, top, right and bottom in
         strides."""
         (x,) = features
-        return DensePrediction([self.heat(x)], [], self.strides, sides=[self.size(x)])
+        return DensePrediction([self.heat(x)], [], self.strides, box_deltas=[self.size(x)])
 
     def decode_boxes(self, prediction: DensePrediction) -> Tensor:
         """[B, h * w, 4] xyxy pixels."""
-        distances = prediction.sides[0].clamp(-6, 6).exp().flatten(2).transpose(1, 2)  # [B, h * w, 4]
+        distances = prediction.box_deltas[0].clamp(-6, 6).exp().flatten(2).transpose(1, 2)  # [B, h * w, 4]
         h, w = prediction.level_sizes[0]
         y, x = torch.meshgrid(
             torch.arange(h, device=distances.device) + 0.5,

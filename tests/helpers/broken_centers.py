@@ -81,7 +81,7 @@ class MissingGradient(Centers):
 
     def predict(self, features: list[Tensor]) -> DensePrediction:
         prediction = super().predict(features)
-        prediction.sides = [x.detach() for x in prediction.sides]
+        prediction.box_deltas = [x.detach() for x in prediction.box_deltas]
         return prediction
 
 
@@ -166,7 +166,9 @@ class FrozenBatch(Centers):
         (x,) = features
         parts = [super(FrozenBatch, self).predict([image[None]]) for image in x.unbind(0)]
         logits = torch.cat([part.logits[0] for part in parts])
-        return DensePrediction([logits], [], self.strides, sides=[torch.cat([part.sides[0] for part in parts])])
+        return DensePrediction(
+            [logits], [], self.strides, box_deltas=[torch.cat([part.box_deltas[0] for part in parts])]
+        )
 
 
 FAULTS = {

@@ -23,10 +23,10 @@ from compress.detectors.base import freeze
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import load_detector
 from compress.distill.build import build_methods
-from compress.distill.level_matching import Aligned
+from compress.distill.level_matching import LevelMatched
 from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
-from compress.distill.weighting import Balanced
+from compress.distill.weighting import WeightedMethod
 from compress.run import pipeline
 from compress.run.data import open_data
 from compress.run.trainings import train as train_plan
@@ -43,19 +43,19 @@ def model(family: str = "gfl", seed: int = 0) -> Any:
     return build_detector(shape, 3, seed)
 
 
-def built(methods: dict[str, Any], **arguments: Any) -> dict[str, Balanced]:
+def built(methods: dict[str, Any], **arguments: Any) -> dict[str, WeightedMethod]:
     return build_methods(Methods.model_validate(methods), model(), model(seed=1), **arguments)
 
 
 def test_a_recipe_builds_it_with_its_options_weight_and_schedule() -> None:
     settings = {"options": {"levels": 3}, "weight": 0.5, "stop_epoch": 2, "decay": "linear"}
-    balanced = built({"bckd": {}, PATH: settings})["Imitation"]
-    assert isinstance(balanced.method, Imitation) and (balanced.method.levels, balanced.method.power) == (3, 2.0)
-    assert (balanced.scale, balanced.stop_epoch, balanced.decay) == (0.5, 2, True)
+    weighted = built({"bckd": {}, PATH: settings})["Imitation"]
+    assert isinstance(weighted.method, Imitation) and (weighted.method.levels, weighted.method.power) == (3, 2.0)
+    assert (weighted.scale, weighted.stop_epoch, weighted.decay) == (0.5, 2, True)
     automatic = built({PATH: {"weight": "auto", "ratio": 2}})["Imitation"]
     assert (automatic.auto_ratio, automatic.scale) == (2, 0)
     again = built({"bckd": {}, PATH: settings})["Imitation"]
-    assert_same(balanced.state_dict(), again.state_dict())  # the same seed
+    assert_same(weighted.state_dict(), again.state_dict())  # the same seed
     assert isinstance(built({PATH: {}, "uet": {"of": PATH}})["Imitation"].method, UET)
 
 
@@ -65,13 +65,13 @@ def test_other_methods_keep_their_random_numbers() -> None:
 
 def test_pyramids_of_other_strides_are_matched() -> None:
     settings = Methods.model_validate({PATH: {}})
-    balanced = build_methods(settings, model("faster_rcnn"), model(seed=1))["Imitation"]
-    assert isinstance(balanced.method, Aligned) and isinstance(balanced.method.host, Imitation)
+    weighted = build_methods(settings, model("faster_rcnn"), model(seed=1))["Imitation"]
+    assert isinstance(weighted.method, LevelMatched) and isinstance(weighted.method.host, Imitation)
 
 
 def test_objects_are_copied_and_weighted() -> None:
     mine = Imitation(model(), model())
-    half = Balanced(mine, weight=0.5, stop_epoch=3)
+    half = WeightedMethod(mine, weight=0.5, stop_epoch=3)
     methods = built({"bckd": {}}, own={"mine": mine, "half": half})
     assert list(methods) == ["bckd", "mine", "half"]
     assert methods["mine"].scale == 1 and (methods["half"].scale, methods["half"].stop_epoch) == (0.5, 3)

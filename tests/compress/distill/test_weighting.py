@@ -22,7 +22,7 @@ from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
-from compress.distill.weighting import Balanced, Position, gradient_norm
+from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
 from compress.run import pipeline
 from compress.run.data import open_data
 from compress.run.trainings import train
@@ -37,34 +37,34 @@ class Nothing(Method):
 
 
 def test_schedules() -> None:
-    at = [Position(step, 100, 10) for step in (0, 30, 49, 50, 99)]
-    assert [Balanced(Nothing()).factor(p) for p in at] == [1, 1, 1, 1, 1]
-    assert [Balanced(Nothing(), stop_epoch=5).factor(p) for p in at] == [1, 1, 1, 0, 0]
-    falling = Balanced(Nothing(), decay=True)
+    at = [TrainingPosition(step, 100, 10) for step in (0, 30, 49, 50, 99)]
+    assert [WeightedMethod(Nothing()).factor(p) for p in at] == [1, 1, 1, 1, 1]
+    assert [WeightedMethod(Nothing(), stop_epoch=5).factor(p) for p in at] == [1, 1, 1, 0, 0]
+    falling = WeightedMethod(Nothing(), decay=True)
     assert [falling.factor(p) for p in at] == pytest.approx([1, 0.7, 0.51, 0.5, 0.01])
-    both = Balanced(Nothing(), stop_epoch=5, decay=True)
+    both = WeightedMethod(Nothing(), stop_epoch=5, decay=True)
     assert [both.factor(p) for p in at] == pytest.approx([1, 0.4, 0.02, 0, 0])
 
 
 def test_automatic_weight_meets_the_ratio() -> None:
-    balanced = Balanced(Nothing(), auto_ratio=0.5)
-    assert balanced.scale == 0, "nothing may be learned before it is measured"
+    weighted = WeightedMethod(Nothing(), auto_ratio=0.5)
+    assert weighted.scale == 0, "nothing may be learned before it is measured"
     for _ in range(3):
-        balanced.measure(torch.tensor(8.0), torch.tensor(4.0))
-    assert balanced.scale.item() == pytest.approx(0.25)
-    assert balanced.norm.item() == pytest.approx(2.0)  # 0.5 * 4
-    balanced.measure(torch.tensor(80.0), torch.tensor(4.0))  # one batch of ten times the norm
-    assert balanced.scale.item() == pytest.approx(0.25 * 10**-0.1)
+        weighted.measure(torch.tensor(8.0), torch.tensor(4.0))
+    assert weighted.scale.item() == pytest.approx(0.25)
+    assert weighted.norm.item() == pytest.approx(2.0)  # 0.5 * 4
+    weighted.measure(torch.tensor(80.0), torch.tensor(4.0))  # one batch of ten times the norm
+    assert weighted.scale.item() == pytest.approx(0.25 * 10**-0.1)
     for norm in (0.0, float("nan"), float("inf")):  # a batch in which the method has nothing to say, or overflows
-        before = balanced.scale.clone()
-        balanced.measure(torch.tensor(norm), torch.tensor(4.0))
-        assert balanced.scale == before
+        before = weighted.scale.clone()
+        weighted.measure(torch.tensor(norm), torch.tensor(4.0))
+        assert weighted.scale == before
 
 
 def test_a_fixed_weight_is_only_observed() -> None:
-    balanced = Balanced(Nothing())
-    balanced.measure(torch.tensor(8.0), torch.tensor(4.0))
-    assert balanced.scale == 1 and balanced.norm == 8
+    weighted = WeightedMethod(Nothing())
+    weighted.measure(torch.tensor(8.0), torch.tensor(4.0))
+    assert weighted.scale == 1 and weighted.norm == 8
 
 
 def test_gradient_norm() -> None:
@@ -238,9 +238,9 @@ def test_compile_reaches_every_method_that_can() -> None:
     detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
     settings = Methods.model_validate({name: {} for name in names} | {"uet": {"of": names}})
     for compiled in (False, True):
-        for balanced in build_methods(settings, *detectors, compiled=compiled).values():
-            assert isinstance(balanced.method, UET)
-            assert balanced.method.compiled == balanced.method.host.compiled == compiled
+        for weighted in build_methods(settings, *detectors, compiled=compiled).values():
+            assert isinstance(weighted.method, UET)
+            assert weighted.method.compiled == weighted.method.host.compiled == compiled
 
 
 def tiny_model() -> Model:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from compress.config.pseudo import FineTune
 from compress.config.recipe import Recipe
-from compress.data.concat import Joined
+from compress.data.concat import ConcatDataset
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import load_detector
 from compress.manifest import STUDENT_ON_PSEUDO_LABELS, RunFolder
@@ -84,7 +84,7 @@ def test_two_stages(tmp_path: Path, seen: list[PseudoLabelled], capsys: pytest.C
     counts = stages(run_dir)["pseudo labels: training images"]["result"]
     regions = sum(row["iscrowd"] for row in document["annotations"])
     assert (counts["labels"], counts["regions"]) == (len(document["annotations"]) - regions, regions)
-    assert f"{counts['labels']} labels and {regions} unsure regions in 18 images" in said
+    assert f"{counts['labels']} labels and {regions} uncertain regions in 18 images" in said
 
     (pseudo,) = seen
     people, teachers = pseudo.images.parts
@@ -259,10 +259,10 @@ def test_one_teacher_for_some_of_the_classes(tmp_path: Path, seen: list[PseudoLa
     )
     pipeline.distill(recipe(tmp_path, f"pseudo_labels={one}"))
     people, teachers = seen[0].images.parts
-    assert people[0][1].uncovered is None and people[0][1].scores is None
+    assert people[0][1].unlabeled_classes is None and people[0][1].scores is None
     for index in range(len(teachers)):
         target = teachers[index][1]
-        assert target.uncovered is not None and target.uncovered.tolist() == [2]
+        assert target.unlabeled_classes is not None and target.unlabeled_classes.tolist() == [2]
         assert target.scores is not None and (~target.ignore).any()  # partly covered: an image without labels is none
         assert target.scores[~target.ignore].min() >= 0.59
 
@@ -427,4 +427,7 @@ def test_a_joined_set_is_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pipeline, "train", train)
     pipeline.distill(recipe(tmp_path, "baseline=true"))
     assert trained_on["baseline"] is None and trained_on["student"] is None
-    assert isinstance(trained_on[STUDENT_ON_PSEUDO_LABELS], Joined) and len(trained_on[STUDENT_ON_PSEUDO_LABELS]) > 6
+    assert (
+        isinstance(trained_on[STUDENT_ON_PSEUDO_LABELS], ConcatDataset)
+        and len(trained_on[STUDENT_ON_PSEUDO_LABELS]) > 6
+    )
