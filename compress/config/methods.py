@@ -18,7 +18,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Term(Settings):
-    """What every method has: how much it counts, and when."""
+    """Settings that every method has: how much it counts, and when."""
 
     weight: Weight | Literal["auto"] = 1.0
     """Multiplies all terms of the method; 0 is bit-identical to plain training. auto: as much as makes its gradient
@@ -271,7 +271,7 @@ class OwnMethod(Term):
 
 
 def name_of(key: str) -> str:
-    """What a method is called in logs and checkpoints: its key, of an import path the name behind the colon."""
+    """Name of a method in logs and checkpoints: its key; for an import path, the name behind the colon."""
     return key.rpartition(":")[2].replace(".", "_")
 
 

@@ -1,4 +1,4 @@
-"""How a recipe trains with few labels: `labels` says how many there are, `pseudo_labels` what teachers add to them."""
+"""Settings of training with few labels: `labels` says how many there are, `pseudo_labels` what teachers add to them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Recipe(Settings):
 
     @property
     def run_dir(self) -> Path:
-        """Where this run keeps its files: `<runs>/<name>`."""
+        """Folder of this run's files: `<runs>/<name>`."""
         return self.runs / self.name
 
     @model_validator(mode="after")
@@ -116,7 +116,7 @@ class Recipe(Settings):
                 raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
 
     def student_problem(self, abilities: Abilities) -> tuple[str, str] | None:
-        """What the recipe asks of its student that a detector of these abilities cannot do: key and problem."""
+        """Key and problem of what the recipe asks of its student and a detector of these abilities cannot do."""
         family, pseudo = self.student.detector, self.pseudo_labels
         if self.deploy.int8.qad is not None and not abilities.quantizable:
             return "deploy.int8.qad", f"is for {families_with('quantizable')} students, not {family}; leave it out"

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.config.families import FAMILY_FACTS, FamilyFacts
 from compress.config.model import Model
-from compress.detectors.backbones import build_backbone, build_own_backbone, call_own
+from compress.detectors.backbones import build_backbone, build_own_backbone
 from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
 from deploy.core.errors import UserError
-from deploy.core.import_path import import_object, is_import_path
+from deploy.core.import_path import call_own, import_object, is_import_path
 
 
 @dataclass(frozen=True)

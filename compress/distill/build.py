@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from compress.distill.method import BuildContext, Method
 from compress.distill.uet import UET
 from compress.distill.weighting import Balanced
 from deploy.core.errors import UserError
-from deploy.core.import_path import import_object
+from deploy.core.import_path import call_own, import_object
 
 Needs = frozenset[Capability]
 
@@ -138,12 +137,8 @@ def _record(key: str, term: config.Term) -> MethodRecord:
         raise UserError(f"methods.{key}: needs a subclass of compress.distill.method.Method, got {_kind(method)}")
 
     def build(settings: config.OwnMethod, context: BuildContext) -> Method:
-        arguments, options = (context.student, context.teacher), settings.options or {}
-        try:
-            inspect.signature(method).bind(*arguments, **options)
-        except TypeError as error:
-            raise UserError(f"methods.{key}.options: {method.__name__}(student, teacher, ...): {error}") from None
-        made: Method = method(*arguments, **options)
+        options = settings.options or {}
+        made: Method = call_own(method, method.__name__, f"methods.{key}", context.student, context.teacher, **options)
         return made
 
     return MethodRecord(config.OwnMethod, build, method.needs)

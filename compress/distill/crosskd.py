@@ -242,7 +242,7 @@ def _check_heads(student: GFL, teacher: GFL) -> None:
     ):
         if ours != theirs:
             raise UserError(
-                f"crosskd: the student's head has {ours} {what}, the teacher's has {theirs}, and the student's "
+                f"methods.crosskd: the student's head has {ours} {what}, the teacher's has {theirs}, and the student's "
                 f"features must go through the teacher's head; {advice}"
             )
 
@@ -250,11 +250,11 @@ def _check_heads(student: GFL, teacher: GFL) -> None:
 def _split(option: str, who: str, model: GFL, split: int | None) -> int:
     depth = len(model.head.cls_convs)
     if depth == 0:
-        raise UserError(f"crosskd: the {who}'s head has no convolutions to cross at; set its head_depth to 1 or more")
+        raise UserError(f"methods.crosskd: the {who}'s head has no convolutions; set its head_depth to 1 or more")
     if split is None:
         return max(1, depth - 1)
     if not 1 <= split <= depth:
-        raise UserError(f"crosskd: {option} {split} is not a layer of the {who}'s head of depth {depth}")
+        raise UserError(f"methods.crosskd: {option} {split} is not a layer of the {who}'s head of depth {depth}")
     return split
 
 

@@ -122,7 +122,7 @@ def build(settings: Fgd, context: BuildContext) -> FGD:
 
 
 class ContextBlock(nn.Module):
-    """What a map's global context adds to each of its locations: [B, C, h, w] → [B, C]; zero before training."""
+    """Global context of a map, which is added to each of its locations: [B, C, h, w] → [B, C]; zero before training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def attention(x: Tensor, temperature: float, *, compiled: bool = False) -> tuple
 
 
 def attention_of(over_channels: Tensor, over_positions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same from the means of |x|, [B, h, w] and [B, C]."""
+    """Both attentions, as `attention` gives them, from the means of |x|, [B, h, w] and [B, C]."""
     (B, h, w), C = over_channels.shape, over_positions.shape[1]
     spatial = (over_channels.flatten(1) / temperature).softmax(1).view(B, h, w) * (h * w)
     channel = (over_positions / temperature).softmax(1) * C
@@ -193,7 +193,7 @@ def focal_terms(
 
 
 def relation_rest(student: Tensor, teacher: Tensor, shift: Tensor, certainty: Tensor | None) -> Tensor:
-    """What the contexts' difference `shift` [B, C] adds to sum (S - T)^2 / B: the scalar
+    """Part of `rela` that the contexts' difference `shift` [B, C] adds to sum (S - T)^2 / B: the scalar
 
         (sum (S - T + shift)^2 - sum (S - T)^2) / B = sum shift * (2 * sum_hw (S - T) + hw * shift) / B
 

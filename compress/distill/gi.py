@@ -121,8 +121,8 @@ def general_instances(
 
 
 def best_of_location(scores: Tensor, boxes: Tensor, valid: Tensor, anchors: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the anchors of every location the valid one with the best score: [B, M], [B, M, 4] and bool [B, M] with
-    M = h·w·N → the same with h·w."""
+    """Pick the valid anchor with the best score at every location: [B, M], [B, M, 4] and bool [B, M] with M = h·w·N →
+    the same with h·w."""
     shape = (scores.shape[0], -1, anchors)
     scores, best = scores.where(valid, -1.0).view(shape).max(2)
     boxes = boxes.view(*shape, 4).gather(2, best[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
@@ -130,7 +130,7 @@ def best_of_location(scores: Tensor, boxes: Tensor, valid: Tensor, anchors: int)
 
 
 def best_apart(scores: Tensor, boxes: Tensor, topk: int, iou_threshold: float) -> Tensor:
-    """What greedy NMS leaves of each group, at most its `topk` best: indices [n] into the flattened [G * N].
+    """Boxes that greedy NMS leaves of each group, at most its `topk` best: indices [n] into the flattened [G * N].
 
     scores: [G, N]; a negative one is never kept. boxes: [G, N, 4] xyxy. Descending score over all groups. The
     decisions are those of NMS over all N boxes: what it keeps of the best n does not depend on the others.

@@ -16,7 +16,7 @@ from compress.detectors.base import Capability, DensePrediction, Detector, Targe
 
 @dataclass
 class Outputs:
-    """What a model made of a batch.
+    """Features and predictions of a model for a batch.
 
     features: pyramid maps, a level each [B, C, h, w].
     prediction: of the dense head; without one (Faster R-CNN), nothing that a method can use.
@@ -56,7 +56,7 @@ class Method(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method is built with besides its settings.
+    """Models and circumstances that a method is built with, besides its settings.
 
     student, teacher: the models. weight: factor on all terms. seed: of what the method draws at random.
     compiled: run dense passes through torch.compile, where the method can.

@@ -28,7 +28,7 @@ RATE = 0.15
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Of B images.
+    """Uncertainty of a teacher on B images.
 
     maps: float32 [B, h, w]; value (x, y) belongs to pixel (x * stride, y * stride) of the network image.
     stride: pixels.
@@ -44,7 +44,7 @@ class Uncertainty:
 def predictive_uncertainty(
     teacher: Detector, images: Tensor, *, samples: int = SAMPLES, rate: float = RATE, seed: int = 0
 ) -> Uncertainty:
-    """The backbone runs once, the head `samples` times.
+    """Measure how much predictions scatter under dropout: the backbone runs once, the head `samples` times.
 
     Args:
         teacher: in eval mode; nothing of it is changed.

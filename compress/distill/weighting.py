@@ -72,7 +72,7 @@ class Balanced(nn.Module):
         self.register_buffer("scale", torch.tensor(weight if auto_ratio is None else 0.0))  # 0: not measured yet
 
     def factor(self, position: Position) -> float:
-        """Of the schedule, in 0..1; 0 means that the method need not run."""
+        """Factor of the schedule, in 0..1; 0 means that the method need not run."""
         end = position.total if self.stop_epoch is None else self.stop_epoch * position.steps_per_epoch
         if position.step >= end:
             return 0.0

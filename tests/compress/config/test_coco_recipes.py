@@ -13,6 +13,7 @@ from compress.detectors.base import freeze
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.gfl import GFL
 from compress.run import dry_run
+from compress.run.parts import Parts
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "coco"
 PATHS = {path.stem.removeprefix("gfl_r101_gfl_"): path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -109,7 +110,7 @@ def test_dry_run(row: str, teacher: GFL, monkeypatch: pytest.MonkeyPatch, capsys
     optimizer step."""
     monkeypatch.setattr(dry_run, "_teacher", lambda *_: teacher)
     sizes = ["data.short=64", "data.long=96", "train.accumulate=1"]
-    dry_run.dry_run(load_recipe(PATHS[row], sizes), Fabric(accelerator="cpu", devices=1), distillation=True)
+    dry_run.dry_run(load_recipe(PATHS[row], sizes), Parts(), Fabric(accelerator="cpu", devices=1), distillation=True)
     shown = capsys.readouterr()
     assert "1 step on made-up images; everything fits together" in shown.out
     for term in {name.partition("_")[0] for name in ROWS[row][0]}:

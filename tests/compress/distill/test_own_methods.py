@@ -135,7 +135,8 @@ class Instance(Method):
         (
             {PATH: {"options": {"level": 3}}},
             {},
-            f"methods.{PATH}.options: Imitation(student, teacher, ...): got an unexpected keyword argument 'level'",
+            f"methods.{PATH}: Imitation cannot be built: TypeError: Imitation.__init__() got an unexpected keyword "
+            "argument 'level'",
         ),
         (
             {"tests.helpers.own_methods:Nothing": {}},
@@ -170,9 +171,12 @@ def test_what_it_needs_is_checked() -> None:
         build_methods(Methods(), model("fcos"), model(), own={"mine": needs})
 
 
-def test_a_mistake_inside_it_keeps_its_traceback() -> None:
-    with pytest.raises(TypeError, match="of the user's own making"):
+def test_a_mistake_inside_it_is_the_cause() -> None:
+    with pytest.raises(
+        UserError, match=r"own_methods:Broken: Broken cannot be built: TypeError: of .* making$"
+    ) as caught:
         built({"tests.helpers.own_methods:Broken": {}})
+    assert isinstance(caught.value.__cause__, TypeError)
 
 
 MINE = """\

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,9 +195,8 @@ def _build(dtype: str, m_inner: bool, boxes: bool = False) -> kernel_sass.Build:
 def test_machine_code(targets: tuple[int, ...]) -> None:
     """float32 logits in 16 bytes. Of bfloat16 a thread takes four elements, 8 bytes: with eight locations a thread
     ptxas wants 255 registers and spills (sm_90), and with channels inside only four of a location lie aligned."""
-    builds = [_build("fp32", True)]
-    if 90 in targets:
-        builds += [_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)]
+    halves = [_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)]
+    builds = [_build("fp32", True), *(dataclasses.replace(build, only=(90,)) for build in halves)]
     for result in kernel_sass.inspect(builds, targets):
         assert result.local == result.local_instructions == result.atomics == 0, result
         width = 64 if result.build.arguments["logits"] == "*bf16" else 128
