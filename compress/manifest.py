@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.core.errors import UserError
-from deploy.core.files import sha256_of, write_json
+from deploy.core.files import ENGINE_SUFFIX, sha256_of, write_json
 
 TEACHER = "teacher"
 BASELINE = "baseline"
@@ -103,7 +103,7 @@ class RunFolder:
 
     def engine(self, precision: str = "fp32") -> Path:
         """The TensorRT engine of an exported file: `student.engine`, `student.fp16.engine`."""
-        return self.onnx(precision).with_suffix(".engine")
+        return self.onnx(precision).with_suffix(ENGINE_SUFFIX)
 
     def unfinished(self) -> list[str]:
         """Trainings that began and left no checkpoint yet."""
