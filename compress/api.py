@@ -176,7 +176,7 @@ class Checkpoint(Model):
         self._recipe = recipe
         self._settings = Deploy() if recipe is None else recipe.deploy
         size = input_size or self._settings.input_size
-        limits = None
+        resize_short_long = None
         if recipe is not None:
             resize_short_long = (recipe.data.eval_short, recipe.data.long)
             size = size or self._checks.input_size
@@ -184,7 +184,9 @@ class Checkpoint(Model):
             raise UserError(
                 f"input_size: there is no {self._recipe_file} to take it from; give it, for example (800, 1344)"
             )
-        runner = torch_runner(str(path), self._settings, size, resize_short_long=resize_short_long, categories=categories, device=device)
+        runner = torch_runner(
+            str(path), self._settings, size, resize_short_long=resize_short_long, categories=categories, device=device
+        )
         super().__init__(runner, name=str(path))
 
     def export(
