@@ -114,7 +114,7 @@ def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path 
 
 
 def _precisions(text: str | None) -> list[str]:
-    names = [name.strip() for name in (text or "fp32").split(",")]
+    names = [name.strip() for name in ("fp32" if text is None else text).split(",")]
     for name in names:
         if name not in PRECISIONS:
             raise UserError(f"--precision: '{name[:20]}' is none of {', '.join(PRECISIONS)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.exits import gate_failed
 from compress.cli.options import ThresholdFlags, images_in, need_folder
 from deploy.core.errors import UserError
+from deploy.core.files import CHECKPOINT_SUFFIXES, ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -60,6 +61,8 @@ class Student:
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
     """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint."""
+    if path.suffix not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
+        raise UserError(f"{path}: is no checkpoint; give a student.safetensors")
     if images is not None:
         need_folder(images, "--images")
     given = {"input_size": _height_width(input_size), **vars(thresholds)}

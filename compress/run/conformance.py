@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from pydantic import ValidationError
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from compress.config.deploy import Deploy
+from compress.config.messages import problems
 from compress.config.model import Model
 from compress.config.train import Optimizer, Schedule, Train
+from compress.config.yaml_document import Document
 from compress.data.batch import Batch, Target
 from compress.data.coco import CocoDetection
 from compress.data.loader import train_loader
@@ -40,6 +43,8 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.export.onnx import export_checkpoint, torch_runner
 from compress.manifest import TrainingFolder
 from compress.training.loop import Training, fit
+from deploy.core.errors import UserError
+from deploy.core.import_path import is_import_path
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import CocoMetrics
 
@@ -73,9 +78,13 @@ def check_model(
     `Check`.
     """
     given = {"options": options, "backbone": backbone, "backbone_options": backbone_options}
-    model = Model.model_validate(
-        {"detector": detector, **{key: value for key, value in given.items() if value is not None}}
-    )
+    if not is_import_path(detector):
+        raise UserError(f"'{detector}' is no import path; write package.module:Name")
+    content = {"detector": detector, **{key: value for key, value in given.items() if value is not None}}
+    try:
+        model = Model.model_validate(content)
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error, content, Document(None), Model))) from None
     with tempfile.TemporaryDirectory() as folder:
         subject = _Subject(model, build_detector(model, CLASSES, SEED), Path(folder))
         failed: set[str] = set()

@@ -470,7 +470,10 @@ def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool
 def _student_class(recipe: Recipe, parts: Parts) -> type[Detector]:
     """What the student is, to ask it what it can."""
     if parts.student is not None:
-        return type(parts.student(2))
+        made = parts.student(2)
+        if not isinstance(made, Detector):
+            raise UserError(f"student: {parts.student!r} gives a value of type {type(made).__name__}, no Detector")
+        return type(made)
     return detector_class(recipe.student.detector, "student.detector")
 
 

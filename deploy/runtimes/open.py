@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
-from deploy.core.import_path import import_object
+from deploy.core.import_path import call_own, import_object
 from deploy.runtimes.base import Runner
 from deploy.runtimes.providers import Provider
 
@@ -213,7 +213,9 @@ def _open_own(path: Path, runner: OwnRunner) -> Runner:
     name = runner if isinstance(runner, str) else getattr(runner, "__name__", repr(runner))
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    made: Runner = make(path)
+    if not callable(make):
+        raise UserError(f"runner: {name}: is no class or function that opens a file")
+    made: Runner = call_own(make, name, "runner", path)
     for attribute, kind in (("backend", str), ("card", ModelCard), ("on_cpu", bool)):
         if not isinstance(getattr(made, attribute, None), kind):
             raise UserError(f"runner: {name}: its attribute '{attribute}' must be a {kind.__name__}")

@@ -129,6 +129,8 @@ def test_validate_and_benchmark_are_those_of_the_package(model: deploy.Model, re
     result = model.validate(file, folder, reference=model)
     assert result.metrics == wanted.metrics and 0 < result.metrics.map < 100
     assert (result.map_drop, result.gate, result.agreement.share) == (0.0, "pass", 1.0)
+    with pytest.raises(UserError, match=r"reference: needs a model, as open\(\) gives it, got PosixPath"):
+        model.validate(file, folder, reference=red_onnx)  # type: ignore[arg-type]
     report = model.benchmark(folder, seconds=0.05, rounds=2, warm_up_seconds=0.0, scopes=("end_to_end",))
     assert [cell.runner for cell in report.cells] == [str(red_onnx)]
 

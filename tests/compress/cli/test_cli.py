@@ -214,6 +214,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("export text.onnx --trt --strip --refit individual", "--refit: an engine without weights gets all of them"),
         ("export text.onnx --trt --strip --triton-repo void", "--strip: Triton cannot serve an engine without weights"),
         ("export text.safetensors --max-map-drop 0", "--max-map-drop: is about int8 files; add --precision fp32,int8"),
+        ("export good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
+        ("quantize good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
+        ("export text.safetensors --images images --precision ''", "--precision: '' is none of fp32, fp16, int8"),
         ("export text.safetensors --target cpu", "--target: is about int8 files; add --precision fp32,int8"),
         # known before the export: text.safetensors is never opened
         *(
