@@ -146,7 +146,7 @@ def test_recipes_load(block: str, tmp_path: Path) -> None:
         "data": {"synthetic": {"train": 8, "val": 8}, "short": 160},
         "student": {"backbone": "nano"},
         "teacher": {"checkpoint": "teacher.safetensors"},
-        "train": {"epochs": 1},
+        "train": {"epochs": 12},
     }
     shown = yaml.safe_load(block)
     rest = {} if "name" in shown else {key: value for key, value in whole.items() if key not in shown}

@@ -32,9 +32,9 @@ ROOMS = {
         ("config", "data"),
         ("detectors",),
         ("distill",),
-        ("teachers",),
+        ("teachers", "export"),
         ("training",),
-        ("export", "pseudo", "report"),
+        ("pseudo", "report"),
         ("run",),
         ("api", "doctor"),
         ("cli",),
@@ -363,6 +363,7 @@ def test_no_test_imports_a_test() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in files("tests")
+        if path.parent.name != "samples"  # programs of older versions
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if pattern.match(line)
     ]

@@ -25,13 +25,13 @@ from benchmarks.lib.results import Case, Row
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.data.batch import Batch, Target
+from compress.detectors.base import freeze
 from compress.detectors.build import build_detector
-from compress.distill.build import build_methods
+from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Outputs
-from compress.distill.teacher import freeze
 
 BOXES = 6  # an image
-HOSTS = ("bckd", "fgd", "pkd", "cwd", "mgd", "gi", "tid", "ld", "crosskd", "dkd")
+HOSTS = tuple(METHODS)
 
 
 @dataclass(frozen=True)

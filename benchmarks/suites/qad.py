@@ -32,7 +32,8 @@ from benchmarks.lib.results import ROOT, Case, Row
 from benchmarks.lib.trainings import Arm, arm_recipe
 from compress.config.deploy import Qad
 from compress.config.recipe import Recipe
-from compress.distill.teacher import load_teacher
+from compress.detectors.base import freeze
+from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.export.onnx import export_checkpoint
 from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
 from compress.run.data import open_data
@@ -127,7 +128,12 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
 
     def export(checkpoint: Path, out: Path) -> None:
         export_checkpoint(
-            checkpoint, out, plan.deploy, input_size=plan.input_size, images=images.files, limits=plan.limits
+            checkpoint,
+            out,
+            plan.deploy,
+            input_size=plan.input_size,
+            images=images.files,
+            resize_short_long=plan.resize_short_long,
         )
 
     def calibrate() -> None:
@@ -143,7 +149,7 @@ def one_seed(recipe: Recipe, layers: str) -> dict[str, Any]:
     teacher = None
     if recipe.teacher is not None and recipe.methods.enabled():
         checkpoint = recipe.teacher.checkpoint or str(run_dir / "teacher.safetensors")
-        teacher = load_teacher(checkpoint, data.train.categories)[0].to(fabric.device)
+        teacher = freeze(load_teacher_checkpoint(checkpoint)[0]).to(fabric.device)
     inputs |= {"start": sha256_of(start_file), "train": recipe.train.model_dump(mode="json")}
     seconds = {}
     for name, label in ((STUDENT_ON_INT8_GRIDS, QAD), ("control", CONTROL)):

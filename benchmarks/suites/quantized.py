@@ -87,12 +87,18 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
 
 def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
     size = (args.size[0], args.size[1])
-    limits = tuple(args.limits) if args.limits else None
+    resize_short_long = tuple(args.limits) if args.limits else None
     files = {"fp32": folder / "student.onnx", "fp16": folder / "student.fp16.onnx"}
     val = split_files(args.val, args.images)
     for precision, path in files.items():
         export_checkpoint(
-            args.checkpoint, path, Deploy(), input_size=size, images=val, limits=limits, precision=precision
+            args.checkpoint,
+            path,
+            Deploy(),
+            input_size=size,
+            images=val,
+            resize_short_long=resize_short_long,
+            precision=precision,
         )
     calibration = choose_images(split_files(args.train, args.images), CALIBRATION)
     check_apart(calibration, val)

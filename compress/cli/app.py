@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from compress import __version__
-from compress.cli import benchmark, build, data, doctor, export, quantize, serve, train, validate
+from compress.cli import benchmark, build, check_model, data, doctor, export, quantize, serve, train, validate
 from compress.cli.exits import to_stderr
 from deploy.core.errors import LocalUserError, UserError
 
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _group in (train, data, export, quantize, build, validate, benchmark, serve, doctor):
+for _group in (train, data, check_model, export, quantize, build, validate, benchmark, serve, doctor):
     app.add_typer(_group.commands)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deploy.quantize.grids import Grids
 
 commands = typer.Typer()
+QUANTIZED = [name for name, kind in PRECISIONS.items() if kind.quantized]
 
 
 @commands.command()
@@ -33,7 +34,7 @@ def quantize(
         Path | None, typer.Option("--out", metavar="FILE", help="Default: SOURCE's name with .int8.onnx.")
     ] = None,
     precision: Annotated[
-        Literal["int8", "mixed"], typer.Option("--precision", help="mixed: the rest in fp16, for TensorRT.")
+        str, typer.Option("--precision", metavar="P", help=f"One of {', '.join(QUANTIZED)}.")
     ] = "int8",
     images: Annotated[
         Path | None,
@@ -44,13 +45,15 @@ def quantize(
     ] = None,
     flags: QuantizeFlags = QuantizeFlags(),
 ) -> None:
-    """Write the int8 or mixed file of a student.
+    """Write the int8 or mixed file of a student: int8 layers, the rest in float32 or float16.
 
     The scales come from calibration images; of a student that was trained on the grids of its int8 file, from that
     training. With --max-map-drop the fewest layers stay in float that hold the loss within it. Settings that are not
     given come from the recipe.yaml beside SOURCE, or are the defaults.
     """
     need_file(source)
+    if precision not in QUANTIZED:
+        raise UserError(f"--precision: '{precision[:20]}' is none of {', '.join(QUANTIZED)}")
     student = read_student(source, images, input_size, ThresholdFlags())
     check_flags([precision], flags, images)
     exported = source.suffix == ONNX_SUFFIX

@@ -49,11 +49,13 @@ class Student:
         size, files = self.settings.input_size, [] if self.images is None else images_in(self.images)
         recipe, split = self.recipe, None
         if recipe is not None and (not files or size is None):
-            split, of_recipe, canvas_size = _validation_images(recipe)
-            files, size = files or of_recipe, size or canvas_size
+            from compress.run.pipeline import validation_images
+
+            split, _, checks = validation_images(recipe)
+            files, size = files or list(checks.images), size or checks.input_size
         assert size is not None and files, "need_images_and_size was called"
-        limits = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
-        return Checks(files, size, limits), split
+        resize_short_long = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
+        return Checks(files, size, resize_short_long), split
 
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
@@ -66,7 +68,7 @@ def read_student(path: Path, images: Path | None, input_size: str | None, thresh
     if beside.is_file():
         from compress.config.recipe import load_recipe
 
-        recipe = load_recipe(beside)
+        recipe = load_recipe(beside, partial=True)  # the run may have had parts that were objects
     settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
     return Student(path, recipe, settings, images)
 
@@ -100,19 +102,6 @@ def make_files(plan: ArtifactPlan) -> list[Artifact]:
     except ExportMismatchError as error:
         gate_failed(f"{plan.checkpoint}: {' '.join(str(error).split())}")
     return made
-
-
-def _validation_images(recipe: Recipe) -> tuple[Split, list[Path], tuple[int, int]]:
-    """The recipe's validation set: where it is, its image files, and the canvas (height, width) that holds them."""
-    from compress.data.coco import CocoDetection
-    from compress.data.transforms import eval_transform
-    from compress.run.data import canvas, splits
-
-    _, split = splits(recipe.data, recipe.runs)
-    transform = eval_transform(recipe.data.eval_short, recipe.data.long)
-    images = CocoDetection(split.annotations, split.images, transform)
-    files = [images.path(index) for index in range(len(images))]
-    return split, files, canvas(images, recipe.data)
 
 
 def _height_width(text: str | None) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ import typer
 
 from compress.cli.exits import gate_failed, is_first_process, next_command
 from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set
-from deploy.core.errors import UserError
+from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
 
 if TYPE_CHECKING:
     from compress.config.recipe import Recipe
@@ -52,10 +52,9 @@ def distill(
 ) -> None:
     """Train a recipe's student with its teacher."""
     loaded = _recipe(recipe, settings, devices)
-    if not loaded.methods.enabled() and loaded.pseudo_labels is None:
-        raise UserError(
-            f"{recipe}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
-        )
+    from compress.config.recipe import check_distills
+
+    check_distills(loaded, recipe)
     _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)
 
 
@@ -97,12 +96,13 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
         return
     if not _is_exported(recipe):  # as the pipeline has said: no report, no gate
         return
-    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    folder = RunFolder(run_dir)
+    report = json.loads(folder.report.read_text(encoding="utf-8"))
     failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
-    print(f"report: {run_dir / 'report.html'}")
+    print(f"report: {folder.page}")
     if failed:
         gate_failed(f"{', '.join(failed)} lost more than {recipe.deploy.max_map_drop:g} mAP")
-    next_command("benchmark", run_dir / "student.onnx", "--batch", "1,8")
+    next_command("benchmark", folder.onnx(), "--batch", "1,8")
 
 
 def _is_exported(recipe: Recipe) -> bool:
@@ -114,16 +114,16 @@ def _is_exported(recipe: Recipe) -> bool:
 def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillation: bool) -> None:
     from compress.run import pipeline
 
-    run_dir = pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation)
+    folder = RunFolder(pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation))
     if dry_run:
         next_command("distill" if distillation else "train", path)
     elif not _is_exported(recipe):
         if is_first_process():
-            print(f"weights: {run_dir / 'student.safetensors'}; a {recipe.student.detector} cannot be exported")
+            print(f"weights: {folder.weights()}; a {recipe.student.detector} cannot be exported")
     elif distillation and recipe.deploy.int8.qad is not None:
-        next_command("export", run_dir / "student.qad.safetensors", "--precision", "int8")
+        next_command("export", folder.weights(STUDENT_ON_INT8_GRIDS), "--precision", "int8")
     else:
-        next_command("export", run_dir / "student.safetensors")
+        next_command("export", folder.weights())
 
 
 @commands.command()
@@ -132,7 +132,8 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder
     from compress.report import build_report
 
     print(f"report: {build_report(run_dir)}")
-    if (run_dir / "student.onnx").is_file():
-        next_command("benchmark", run_dir / "student.onnx")
-    elif (run_dir / "student.safetensors").is_file():
-        next_command("export", run_dir / "student.safetensors")
+    folder = RunFolder(run_dir)
+    if folder.onnx().is_file():
+        next_command("benchmark", folder.onnx())
+    elif folder.weights().is_file():
+        next_command("export", folder.weights())

@@ -1,4 +1,4 @@
-"""What all settings of a recipe are made of: the strict base class, the common ranges, rules between fields."""
+"""Ground of all settings of a recipe: the strict base class, the common ranges, rules between fields."""
 
 from __future__ import annotations
 

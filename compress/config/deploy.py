@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 
 from compress.config.base import Fraction, ImportPath, Positive, Settings, Weight, added_later, broken_rule
 from deploy.core.card import CANDIDATES, MAX_CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
+from deploy.core.precisions import PrecisionName, Target
 from deploy.runtimes.providers import Provider
 from deploy.tensorrt.card import EngineOptions
-
-Precision = Literal["fp32", "fp16", "int8", "mixed"]
 
 
 class Benchmark(Settings):
@@ -37,7 +36,7 @@ class Qad(Settings):
 class Int8(Settings):
     """How int8 files are made."""
 
-    target: Literal["cpu", "tensorrt"] = "cpu"
+    target: Target = "cpu"
     """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly."""
     calibration: Path | None = None
     """Folder of images, or COCO JSON beside its images, that the ranges come from; null: the training images."""
@@ -62,7 +61,7 @@ _ENGINE = EngineOptions()
 class Engines(Settings):
     """TensorRT engines, built where TensorRT is installed."""
 
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] | None = None
+    precisions: Annotated[tuple[PrecisionName, ...], Field(min_length=1)] | None = None
     """Files that engines are built from; null: all of deploy.precisions."""
     batch: tuple[Positive, Positive, Positive] = _ENGINE.batches
     """Smallest batch, the one that the engine is tuned for, largest batch."""
@@ -93,7 +92,7 @@ class Engines(Settings):
 class Deploy(Settings):
     """The exported files and the gate that they must pass."""
 
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32",)
+    precisions: Annotated[tuple[PrecisionName, ...], Field(min_length=1)] = ("fp32",)
     """Files to write: student.onnx, student.fp16.onnx, student.int8.onnx, student.mixed.onnx (int8 layers, the rest
     fp16, for TensorRT)."""
     int8: Int8 = Int8()

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, in one plain line for each problem."""
+"""Wording of what pydantic finds wrong with a recipe: one plain line for each problem."""
 
 from __future__ import annotations
 

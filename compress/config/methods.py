@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from compress.config.base import Fraction, ImportPath, Options, Positive, Settings, Weight, added_later, broken_rule
+from compress.config.messages import did_you_mean
+from deploy.core.import_path import is_import_path
 
 Above = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Term(Settings):
-    """What every method has: how much it counts, and when."""
+    """Settings that every method has: how much it counts, and when."""
 
     weight: Weight | Literal["auto"] = 1.0
     """Multiplies all terms of the method; 0 is bit-identical to plain training. auto: as much as makes its gradient
@@ -66,7 +68,7 @@ class Fgd(Adapted):
     """
 
     temperature: Above = 0.5
-    """Of the attention softmax."""
+    """Temperature of the attention softmax."""
     alpha: Weight = 1e-3
     """Weight of the object term."""
     beta: Weight = 5e-4
@@ -93,9 +95,19 @@ class Cwd(Adapted):
     on: Literal["features", "logits"] = "features"
     """Pyramid maps, or the class logits."""
     temperature: Above = 1.0
-    """Of the softmax."""
+    """Temperature of the softmax."""
     loss_weight: Weight | None = None
     """The authors' constant; null: 10 on features, 5 on logits."""
+
+    @model_validator(mode="after")
+    def _logits_have_no_adapter(self) -> Cwd:
+        if self.on == "logits" and self.adapter == "always":
+            raise broken_rule("adapter", "logits are compared as they are, without an adapter; leave it out")
+        return self
+
+    def constants(self) -> dict[str, Any]:
+        published = 10.0 if self.on == "features" else 5.0
+        return super().constants() | {"loss_weight": published if self.loss_weight is None else self.loss_weight}
 
 
 class Mgd(Adapted):
@@ -139,6 +151,12 @@ class Tid(Adapted):
     lambdas: tuple[Weight, Weight, Weight] = (4.0, 2.0, 0.5)
     """Weights of the regions of high, middle and low value."""
 
+    @model_validator(mode="after")
+    def _bad_boxes_are_worse_than_good_ones(self) -> Tid:
+        if self.thr_neg > self.thr_pos:
+            raise broken_rule("thr_neg", f"{self.thr_neg:g} is more than thr_pos, {self.thr_pos:g}")
+        return self
+
 
 class Ld(Term):
     """Localization Distillation (arXiv 2102.12252): the distributions of the box sides, also in the valuable region
@@ -151,9 +169,9 @@ class Ld(Term):
     classification: Weight = 10.0
     """Weight of the class term at positives."""
     temperature: Above = 10.0
-    """Of the box distributions."""
+    """Temperature of the box distributions."""
     classification_temperature: Above = 2.0
-    """Of the classes."""
+    """Temperature of the classes."""
     vlr_overlap: Literal["iof", "diou"] = "iof"
     """Overlap that bounds the region: the authors' code divides by the anchor's area, the paper by the union."""
     vlr_floor: Fraction = 0.25
@@ -194,18 +212,15 @@ class Dkd(Term):
     beta: Weight = 8.0
     """Weight of the other classes."""
     temperature: Above = 1.0
-    """Of both models' logits."""
-
-
-HOSTS = Literal["bckd", "fgd", "pkd", "cwd", "mgd", "gi", "tid", "ld", "crosskd", "dkd"]
+    """Temperature of both models' logits."""
 
 
 class Uet(Settings):
     """Teaching with Uncertainty (arXiv 2406.06999): other methods learn from Monte Carlo dropout samples of the
     teacher's features."""
 
-    of: HOSTS | Annotated[tuple[HOSTS, ...], Field(min_length=1)]
-    """The method, or the methods, to wrap."""
+    of: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    """The method, or the methods, to wrap, as they are called here."""
     samples: Annotated[int, Field(ge=1, le=64)] = 5
     """Dropout samples, N."""
     p_start: Rate = 0.15
@@ -229,6 +244,10 @@ class Uet(Settings):
         """Dropout rate of every sample."""
         return tuple(self.p_start + k * self.p_step for k in range(self.samples))
 
+    def constants(self) -> dict[str, Any]:
+        """The arguments of the wrapper, besides the method that it wraps."""
+        return {"rates": self.rates, "combine": self.combine, "mode": self.mode, "certainty": self.certainty}
+
     @model_validator(mode="after")
     def _rules(self) -> Uet:
         if self.rates[-1] >= 1:
@@ -249,6 +268,11 @@ class OwnMethod(Term):
 
     options: Options | None = added_later()
     """Arguments of its class, besides student and teacher."""
+
+
+def name_of(key: str) -> str:
+    """Name of a method in logs and checkpoints: its key; for an import path, the name behind the colon."""
+    return key.rpartition(":")[2].replace(".", "_")
 
 
 class Methods(Settings):
@@ -295,5 +319,16 @@ class Methods(Settings):
     def _rules(self) -> Methods:
         for host in self.uet.hosts if self.uet is not None else ():
             if host not in self.enabled():
-                raise broken_rule("uet.of", f"{host} is not among the methods; add `{host}: {{}}`")
+                raise broken_rule("uet.of", self._no_host(host))
+        names: dict[str, str] = {}
+        for path in self.own:
+            name = name_of(path)
+            if name in type(self).model_fields or names.setdefault(name, path) != path:
+                raise broken_rule((path,), f"another method is called {name}, too; give the class another name")
         return self
+
+    def _no_host(self, host: str) -> str:
+        known = [*self.enabled(), *(name for name in type(self).model_fields if name != "uet")]
+        if host in known or is_import_path(host):
+            return f"{host} is not among the methods; add `{host}: {{}}`"
+        return f"{host!r} is not one of {', '.join(dict.fromkeys(known))}{did_you_mean(host, known) or ''}"

@@ -90,6 +90,11 @@ class Model(Settings):
         """The same architecture with random weights, nothing frozen."""
         return self.model_copy(update={"weights": "none", "frozen_stages": -1, "norm_eval": False})
 
+    def own_parts(self) -> dict[str, str]:
+        """Import paths of the user's own parts, by key."""
+        given = {"detector": self.detector, "backbone": self.backbone or ""}
+        return {key: path for key, path in given.items() if is_import_path(path)}
+
     @property
     def is_own(self) -> bool:
         """Whether the detector is a class of the user's."""

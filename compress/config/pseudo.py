@@ -1,4 +1,4 @@
-"""How a recipe trains with few labels: `labels` says how many there are, `pseudo_labels` what teachers add to them."""
+"""Settings of training with few labels: `labels` says how many there are, `pseudo_labels` what teachers add to them."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ class PseudoLabels(Settings):
         places = [Path(os.path.abspath(folder)) for folder in self.unlabeled]
         for (first, a), (second, b) in itertools.permutations(zip(self.unlabeled, places, strict=True), 2):
             if b.is_relative_to(a):
-                where = "stands there twice" if a == b else f"lies in {first}, which is searched with all below it"
-                raise broken_rule("unlabeled", f"{second} {where}; list it once")
+                where = "is listed twice" if a == b else f"lies in {first}, which is searched with all below it"
+                raise broken_rule("unlabeled", f"{second} {where}; name it once")
         if self.tau_ignore > self.tau:
             raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
         if (self.short is None) != (self.long is None):

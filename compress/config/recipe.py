@@ -1,6 +1,6 @@
 """A recipe: one YAML file that holds every setting of a run, checked completely before anything starts.
 
-    recipe = load_recipe(Path("recipes/quickstart.yaml"), ["train.epochs=3"])
+    recipe = load_recipe("recipes/quickstart.yaml", ["train.epochs=3"])
 
 Public: `load_recipe`, `load_teacher_file`, `dump_recipe`, `recipe_sha256`, and the models from `Recipe` down. The
 models are strict (no unknown keys, no silent conversion) and frozen. Relative paths are relative to the working
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from compress.config.base import Seed, Settings, broken_rule
 from compress.config.data import Data
@@ -31,7 +31,7 @@ from compress.config.pseudo import Labels, PseudoLabels
 from compress.config.teacher import BOXES_ALONE, Source, Teacher
 from compress.config.train import Train
 from compress.config.yaml_document import Document, Dumper
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, one_line
 
 
 class Recipe(Settings):
@@ -64,39 +64,59 @@ class Recipe(Settings):
 
     @property
     def run_dir(self) -> Path:
-        """Where this run keeps its files: `<runs>/<name>`."""
+        """Folder of this run's files: `<runs>/<name>`."""
         return self.runs / self.name
 
     @model_validator(mode="after")
-    def _rules(self) -> Recipe:
-        methods = self.methods.enabled()
-        if methods and self.teacher is None:
-            raise broken_rule(("methods", next(iter(methods))), "needs a teacher; add the section teacher")
-        if methods and self.teacher is not None and set(self.teacher.given) & set(BOXES_ALONE):
-            raise broken_rule(
-                ("methods", next(iter(methods))),
-                f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
-                "pseudo_labels, or another teacher",
-            )
-        if self.baseline and not methods and self.pseudo_labels is None:
-            raise broken_rule("baseline", "needs something to compare with; add a method under methods")
-        self._label_rules()
+    def _rules(self, info: ValidationInfo) -> Recipe:
+        whole = not (info.context or {}).get("partial", False)
+        self._method_rules(whole=whole)
+        self._label_rules(whole=whole)
         if not self.student.is_own:  # one's own is imported, and asked, when the run begins
             broken = self.student_problem(FAMILY_FACTS[self.student.detector])
             if broken is not None:
                 raise broken_rule(*broken)
+        self._training_rules()
+        return self
+
+    def _method_rules(self, *, whole: bool) -> None:
+        methods = self.methods.enabled()
+        first = ("methods", next(iter(methods), ""))
+        if methods and self.teacher is None and whole:
+            raise broken_rule(first, "needs a teacher; add the section teacher")
+        if methods and self.teacher is not None and set(self.teacher.given) & set(BOXES_ALONE):
+            raise broken_rule(
+                first,
+                f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
+                "pseudo_labels, or another teacher",
+            )
+        if self.baseline and not methods and self.pseudo_labels is None and whole:
+            raise broken_rule("baseline", "needs something to compare with; add a method under methods")
+        for name, term in methods.items():
+            if term.stop_epoch is not None and term.stop_epoch > (self.train.epochs or term.stop_epoch):
+                raise broken_rule(
+                    ("methods", name, "stop_epoch"), f"{term.stop_epoch} is more than train.epochs, {self.train.epochs}"
+                )
+
+    def _training_rules(self) -> None:
         trained = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model
+            for key in ("devices", "accelerator", "precision"):
+                value, wanted = getattr(self.teacher.train, key), getattr(self.train, key)
+                if value != wanted:
+                    raise broken_rule(
+                        f"teacher.train.{key}",
+                        f"{value!r} is not train.{key}, {wanted!r}; one run trains both alike",
+                    )
         for key, model in trained.items():
             if model.weights == "none" and model.frozen_stages >= 0:
                 raise broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to -1")
             if model.weights == "none" and model.norm_eval:
                 raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
-        return self
 
     def student_problem(self, abilities: Abilities) -> tuple[str, str] | None:
-        """What the recipe asks of its student that a detector of these abilities cannot do: key and problem."""
+        """Key and problem of what the recipe asks of its student and a detector of these abilities cannot do."""
         family, pseudo = self.student.detector, self.pseudo_labels
         if self.deploy.int8.qad is not None and not abilities.quantizable:
             return "deploy.int8.qad", f"is for {families_with('quantizable')} students, not {family}; leave it out"
@@ -110,56 +130,70 @@ class Recipe(Settings):
         if pseudo.tau_ignore < pseudo.tau and not abilities.ignores_regions:
             return (
                 "pseudo_labels.tau_ignore",
-                f"a {family} student cannot learn from unsure regions; set tau_ignore to {pseudo.tau:g}, equal to tau, "
-                "and there are none",
+                f"a {family} student cannot learn from uncertain regions; set tau_ignore to {pseudo.tau:g}, equal to "
+                "tau, and there are none",
             )
         return None
 
-    def _label_rules(self) -> None:
-        pseudo = self.pseudo_labels
-        if pseudo is not None:
-            if pseudo.teachers is None and self.teacher is None:
-                raise broken_rule("pseudo_labels", "nobody labels; give pseudo_labels.teachers, or the section teacher")
-            if not pseudo.unlabeled and (self.labels is None or self.labels.fraction == 1):
-                raise broken_rule(
-                    "pseudo_labels", "every image has labels; give folders in unlabeled, or labels.fraction below 1"
-                )
-            if pseudo.teachers and self.teacher is not None and not self.methods.enabled() and not self.teacher.inherit:
-                raise broken_rule(
-                    "teacher",
-                    "nobody learns from it: pseudo_labels.teachers label, and there are no methods; remove it",
-                )
-            parts = self.train.devices * self.train.accumulate
-            if pseudo.fine_tune is not None and (pseudo.fine_tune.batch_size or 0) % parts:
-                raise broken_rule(
-                    "pseudo_labels.fine_tune.batch_size",
-                    f"{pseudo.fine_tune.batch_size} is not a multiple of train.devices x train.accumulate = {parts}",
-                )
-        if self.labels is not None and self.labels.fraction == 0:
-            needs_labels = {
-                "pseudo_labels.fine_tune": pseudo is not None and pseudo.fine_tune is not None,
-                "pseudo_labels.thresholds": pseudo is not None and pseudo.thresholds == "best_f1",
-                "teacher.train": self.teacher is not None and self.teacher.train is not None,
-                "baseline": self.baseline,
-                "deploy.int8.qad": self.deploy.int8.qad is not None,
-                "deploy.int8.guided": self.deploy.int8.guided,
-            }
-            if pseudo is None:
-                raise broken_rule("labels.fraction", "0 leaves nothing to train on; add pseudo_labels")
-            if any(needs_labels.values()):
-                key = next(key for key, wanted in needs_labels.items() if wanted)
+    def _label_rules(self, *, whole: bool) -> None:
+        if self.pseudo_labels is not None:
+            self._pseudo_label_rules(self.pseudo_labels, whole=whole)
+        if self.labels is None or self.labels.fraction > 0:
+            return
+        pseudo, teacher = self.pseudo_labels, self.teacher
+        if pseudo is None:
+            raise broken_rule("labels.fraction", "is 0 and there is no section pseudo_labels: nothing to train on")
+        needs_labels = {
+            "pseudo_labels.fine_tune": pseudo.fine_tune is not None,
+            "pseudo_labels.thresholds": pseudo.thresholds == "best_f1",
+            "teacher.train": teacher is not None and teacher.train is not None,
+            "baseline": self.baseline,
+            "deploy.int8.qad": self.deploy.int8.qad is not None,
+            "deploy.int8.guided": self.deploy.int8.guided,
+        }
+        for key, asked_for in needs_labels.items():
+            if asked_for:
                 raise broken_rule(key, "needs labelled training images, and labels.fraction is 0")
+
+    def _pseudo_label_rules(self, pseudo: PseudoLabels, *, whole: bool) -> None:
+        if pseudo.teachers is None and self.teacher is None and whole:
+            raise broken_rule(
+                "pseudo_labels", "no teacher is given; add pseudo_labels.teachers, or the section teacher"
+            )
+        if not pseudo.unlabeled and (self.labels is None or self.labels.fraction == 1):
+            raise broken_rule(
+                "pseudo_labels", "all images have labels; name folders under unlabeled, or set labels.fraction below 1"
+            )
+        used = self.methods.enabled() or (self.teacher is not None and self.teacher.inherit)
+        if pseudo.teachers and self.teacher is not None and not used and whole:
+            raise broken_rule(
+                "teacher", "is not used: pseudo_labels.teachers label the images, and there are no methods; remove it"
+            )
+        parts = self.train.devices * self.train.accumulate
+        if pseudo.fine_tune is not None and (pseudo.fine_tune.batch_size or 0) % parts:
+            raise broken_rule(
+                "pseudo_labels.fine_tune.batch_size",
+                f"{pseudo.fine_tune.batch_size} is not a multiple of train.devices x train.accumulate = {parts}",
+            )
 
 
 # ------------------------------------------------------------------------------------------ load and dump
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `overrides` are texts like `train.epochs=3`, values in YAML.
+def load_recipe(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str] = (), *, partial: bool = False
+) -> Recipe:
+    """Read and check a recipe.
 
-    Raises UserError with one line for each problem: `file:line: key: problem`, or `--set key: problem`.
+    Args:
+        source: a YAML file, or the same as a dictionary; there, paths may be `Path`s and lists tuples.
+        overrides: texts like `train.epochs=3`, values in YAML.
+        partial: methods or a teacher come as objects beside the recipe, which need not name any then.
+
+    Raises UserError with one line for each problem: `file:line: key: problem`, of a dictionary `key: problem`, or
+    `--set key: problem`.
     """
-    return _load(path, Recipe, overrides)
+    return _load(source, Recipe, overrides, partial=partial)
 
 
 def load_teacher_file(path: Path) -> Source:
@@ -180,30 +214,46 @@ class TeacherFile(Settings):
 Root = TypeVar("Root", bound=Settings)
 
 
-def _load(path: Path, root: type[Root], overrides: Sequence[str] = ()) -> Root:
-    path = Path(path)
+def _load(
+    source: Path | str | Mapping[str, Any], root: type[Root], overrides: Sequence[str] = (), *, partial: bool = False
+) -> Root:
     what = "recipe" if root is Recipe else "teacher"
+    name = None if isinstance(source, Mapping) else str(source)
+    document = Document(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = document.take(source) if isinstance(source, Mapping) else document.read(_text_of(Path(source), what))
+        for override in overrides:
+            document.override(data, override)
+        if document.problems:
+            raise UserError("\n".join(document.problems))
+        # Through JSON, because strict mode then means what YAML means: lists fill tuples, text fills
+        # paths, whole numbers fill floats; and nothing else is converted.
+        return root.model_validate_json(json.dumps(data), context={"partial": partial})
+    except UserError:
+        raise
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error, data, document, root))) from None
+    except (RecursionError, ValueError) as error:  # thousands of sections in each other, or of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise UserError(f"{name or what}: not a {what}: {reason}") from None
+
+
+def _text_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: cannot read the {what}: {reason}") from None
-    document = Document(str(path))
-    data = document.read(text)
-    for override in overrides:
-        document.override(data, override)
-    if document.problems:
-        raise UserError("\n".join(document.problems))
-    try:
-        # Through JSON, because strict mode then means what YAML means: lists fill tuples, text fills
-        # paths, whole numbers fill floats; and nothing else is converted.
-        return root.model_validate_json(json.dumps(data))
-    except RecursionError:  # a --set of thousands of keys in each other
-        raise UserError(f"{path}: not a recipe: nested too deeply") from None
-    except ValidationError as error:
-        raise UserError("\n".join(problems(error, data, document, root))) from None
+
+
+def check_distills(recipe: Recipe, where: object, *, own_methods: bool = False) -> None:
+    """Raise UserError, naming `where` the recipe is from, when a student would learn nothing from a teacher."""
+    if not recipe.methods.enabled() and recipe.pseudo_labels is None and not own_methods:
+        raise UserError(
+            f"{where}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"
+        )
 
 
 def dump_recipe(recipe: Recipe) -> str:

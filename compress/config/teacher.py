@@ -1,4 +1,4 @@
-"""How a recipe names a teacher: exactly one of several sources, each with what it takes to use it."""
+"""Settings of a teacher: exactly one of several sources, each with what it takes to use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress.config.train import Train
 
 
 def checkpoint_name(name: str) -> str:
-    """`name` if it can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
+    """Return `name` if it can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
     if not (name.startswith("zoo:") and len(name) > 4) and Path(name).suffix not in (".safetensors", ".pth"):
         raise PydanticCustomError(
             "rule",
@@ -27,7 +27,7 @@ def checkpoint_name(name: str) -> str:
 def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} stands there twice"})
+            raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} is listed twice"})
     return names
 
 

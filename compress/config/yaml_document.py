@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -36,15 +38,14 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 Key = tuple[str | int, ...]
-MAX_DIGITS = 100  # of a whole number; Python itself refuses to read thousands
 
 
 class Document:
-    """Plain data from YAML, remembering where each key was written."""
+    """Plain data of a YAML file, or of a Python program (`name` None), remembering where each key was written."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | None) -> None:
         self.name = name
-        self.places: dict[Key, str] = {(): f"{name}:1"}
+        self.places: dict[Key, str] = {(): "" if name is None else f"{name}:1"}
         self.problems: list[str] = []
 
     def read(self, text: str) -> dict[str, Any]:
@@ -58,16 +59,26 @@ class Document:
             ) from None
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets "\\UFFFFFFFF" become a ValueError
             raise UserError(f"{self.name}: not valid YAML: {one_line(error)}") from None
-        except RecursionError:
-            raise UserError(f"{self.name}: not a recipe: nested too deeply") from None
         if node is None:
             raise UserError(f"{self.name}: the recipe is empty")
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{self.name}:{node.start_mark.line + 1}: a recipe is a list of `key: value`")
-        try:
-            return self._value(node, (), None, ())
-        except RecursionError:
-            raise UserError(f"{self.name}: not a recipe: nested too deeply") from None
+        return self._value(node, (), None, ())
+
+    def take(self, value: Any, key: Key = ()) -> Any:
+        """Plain data of what a Python program gives: paths become text, and tuples lists."""
+        if isinstance(value, Mapping):
+            if odd := [name for name in value if not isinstance(name, str)]:
+                self.problems.append(self.report(key, f"a key must be a word, got {odd[0]!r}"))
+            return {name: self.take(child, (*key, name)) for name, child in value.items() if isinstance(name, str)}
+        if isinstance(value, (list, tuple)):
+            return [self.take(child, (*key, index)) for index, child in enumerate(value)]
+        if isinstance(value, PurePath):
+            return str(value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        self.problems.append(self.report(key, f"needs text, a number, a list or a section, got {value!r}"))
+        return None
 
     def override(self, data: dict[str, Any], text: str) -> None:
         dotted, equals, written = text.partition("=")
@@ -78,8 +89,8 @@ class Document:
             return
         try:
             node = yaml.compose(written, Loader=_Loader)
-        except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-            self.problems.append(f"{place}: '{written[:60]}' is not valid YAML")
+        except (yaml.YAMLError, ValueError, OverflowError):
+            self.problems.append(f"{place}: '{written}' is not valid YAML")
             return
         if node is None:
             self.problems.append(f"{place}: no value; write null to unset it")
@@ -108,9 +119,7 @@ class Document:
 
     def report(self, key: Key, problem: str) -> str:
         place, dotted = self.where(key), ".".join(map(str, key))
-        if not key or place == f"--set {dotted}":
-            return f"{place}: {problem}"
-        return f"{place}: {dotted}: {problem}"
+        return ": ".join([*filter(None, (place, "" if place == f"--set {dotted}" else dotted)), problem])
 
     def _value(self, node: yaml.Node, key: Key, place: str | None, around: tuple[yaml.Node, ...]) -> Any:
         """Data of a node. `place` stands in for line numbers below a --set."""
@@ -148,9 +157,6 @@ class Document:
             case "bool":
                 return node.value.lower() == "true"
             case "int":
-                if len(node.value) > MAX_DIGITS:
-                    self.problems.append(self.report(key, f"a number of more than {MAX_DIGITS} digits"))
-                    return None
                 return int(node.value)
             case "float":
                 return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))

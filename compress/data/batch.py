@@ -15,7 +15,7 @@ STRIDE = 32
 """Batches are padded to a multiple of this, so that every pyramid level up to P5 divides them exactly."""
 
 
-_TENSORS = ("boxes", "labels", "ignore", "scores", "unsure", "uncovered")  # of a target; some may be None
+_TENSORS = ("boxes", "labels", "ignore", "scores", "uncertain", "unlabeled_classes")  # of a target; some may be None
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Target:
     """(height, width) of the valid area in the padded batch."""
     original_size: tuple[int, int]
     """(height, width) of the image file."""
-    unsure: Tensor | None = None
+    uncertain: Tensor | None = None
     """bool [n]; True = a region of pseudo labels where something may be, also set in `ignore`: what lies in it is not
     trained as background. None: there is none."""
-    uncovered: Tensor | None = None
+    unlabeled_classes: Tensor | None = None
     """int64 [k], labels that no teacher looked for in this image: neither there nor absent. None: none."""
 
     @property

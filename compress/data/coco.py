@@ -44,7 +44,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Annotations that cannot be learned are left out and counted in `dropped`: width or height below one
     pixel, area of zero, outside the image, unknown category or image, a category that `info.coverage` does not
-    have. Crowd regions are kept as `ignore`, those of pseudo labels (`iscrowd` and `ignore`) also as `unsure`.
+    have. Crowd regions are kept as `ignore`, those of pseudo labels (`iscrowd` and `ignore`) also as `uncertain`.
 
     Args:
         annotations: a COCO detection file.
@@ -52,8 +52,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transform: see `compress.data.transforms`.
         cache: decode all images now and keep them in memory. Forked workers share that memory.
         drop_empty: leave out images with no box to learn, and images with a side below 32 px.
-        drop_unsure: leave out images with no box to learn where something may be: images with an unsure region, and all
-            of a file whose `info.coverage` does not have all categories.
+        drop_uncertain: leave out images with no box to learn where something may be: images with an uncertain region,
+            and all of a file whose `info.coverage` does not have all categories.
         scores: give the targets the annotations' `score`; one without has 1.
 
     Raises:
@@ -80,7 +80,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         *,
         cache: bool = False,
         drop_empty: bool = False,
-        drop_unsure: bool = False,
+        drop_uncertain: bool = False,
         scores: bool = False,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
@@ -96,8 +96,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if repeated:
             raise UserError(f"{annotations}: images: id {repeated[0]} stands there more than once; ids must differ")
         labels = {value: i for i, value in enumerate(self.category_ids)}
-        self._uncovered = _uncovered(document, labels, self.annotations)
-        kept, self.dropped = _usable(document, labels, self._uncovered, self.annotations)
+        self._unlabeled_classes = _unlabeled_classes(document, labels, self.annotations)
+        kept, self.dropped = _usable(document, labels, self._unlabeled_classes, self.annotations)
         self._with_scores = scores
         if drop_empty:
             entries = [
@@ -106,13 +106,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 if min(entry["width"], entry["height"]) >= 32
                 and any(not row.crowd for row in kept.get(entry["id"], ()))
             ]
-        if drop_unsure:
+        if drop_uncertain:
             rows = {entry["id"]: kept.get(entry["id"], []) for entry in entries}
             entries = [
                 entry
                 for entry in entries
                 if any(not row.crowd for row in rows[entry["id"]])
-                or (self._uncovered is None and not any(row.unsure for row in rows[entry["id"]]))
+                or (self._unlabeled_classes is None and not any(row.uncertain for row in rows[entry["id"]]))
             ]
         if not entries:
             raise UserError(f"{annotations}: no usable image in it")
@@ -147,12 +147,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         )
         labels = self._labels[first:last].clone()
         scores = None if self._scores is None else self._scores[first:last].clone()
-        unsure = None if self._unsure is None else self._unsure[first:last].clone()
+        uncertain = None if self._uncertain is None else self._uncertain[first:last].clone()
         keep = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])) if len(boxes) else None
         if keep is not None and not bool(keep.all()):
             boxes, labels, ignore = boxes[keep], labels[keep], ignore[keep]
             scores = None if scores is None else scores[keep]
-            unsure = None if unsure is None else unsure[keep]
+            uncertain = None if uncertain is None else uncertain[keep]
         size = (image.shape[1], image.shape[2])
         target = Target(
             boxes,
@@ -162,8 +162,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             self.image_ids[index],
             size,
             self.sizes[index],
-            unsure=unsure,
-            uncovered=self._uncovered,
+            uncertain=uncertain,
+            unlabeled_classes=self._unlabeled_classes,
         )
         return image, target
 
@@ -197,8 +197,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._crowd = torch.tensor([row.crowd for row in flat], dtype=torch.bool)
         scores = torch.tensor([row.score for row in flat], dtype=torch.float32)
         self._scores = scores if self._with_scores else None
-        unsure = torch.tensor([row.unsure for row in flat], dtype=torch.bool)
-        self._unsure = unsure if bool(unsure.any()) else None
+        uncertain = torch.tensor([row.uncertain for row in flat], dtype=torch.bool)
+        self._uncertain = uncertain if bool(uncertain.any()) else None
 
     def _decode(self, index: int) -> Tensor:
         path = self.folder / self._names[index]
@@ -261,16 +261,16 @@ def decode(path: Path) -> Tensor:
 
 
 class _Row(NamedTuple):
-    """An annotation: box xyxy in pixels; unsure: a crowd region that is to be ignored (of pseudo labels)."""
+    """An annotation: box xyxy in pixels; uncertain: a crowd region that is to be ignored (of pseudo labels)."""
 
     box: list[float]
     label: int
     crowd: bool
-    unsure: bool
+    uncertain: bool
     score: float
 
 
-def _uncovered(document: dict[str, Any], labels: dict[int, int], path: Path) -> Tensor | None:
+def _unlabeled_classes(document: dict[str, Any], labels: dict[int, int], path: Path) -> Tensor | None:
     """Labels that `info.coverage`, a list of category ids, does not have; None without it or when it has all."""
     info = document.get("info")
     coverage = info.get("coverage") if isinstance(info, dict) else None
@@ -283,13 +283,13 @@ def _uncovered(document: dict[str, Any], labels: dict[int, int], path: Path) -> 
 
 
 def _usable(
-    document: dict[str, Any], labels: dict[int, int], uncovered: Tensor | None, where: Path
+    document: dict[str, Any], labels: dict[int, int], unlabeled_classes: Tensor | None, where: Path
 ) -> tuple[dict[int, list[_Row]], Counter[str]]:
     """Per image id the annotations to learn from; and how many fell out, and why."""
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in document["images"]}
     kept: dict[int, list[_Row]] = {}
     dropped: Counter[str] = Counter()
-    nobody_looked_for = set() if uncovered is None else set(uncovered.tolist())
+    nobody_looked_for = set() if unlabeled_classes is None else set(unlabeled_classes.tolist())
     for index, annotation in enumerate(document["annotations"]):
         x, y, w, h = annotation["bbox"]
         size = sizes.get(annotation["image_id"])
@@ -306,10 +306,10 @@ def _usable(
             dropped["outside the image"] += 1
         else:
             crowd = bool(annotation.get("iscrowd", 0))
-            unsure = crowd and bool(annotation.get("ignore", 0))
+            uncertain = crowd and bool(annotation.get("ignore", 0))
             score = annotation.get("score", 1.0)
             if type(score) not in (int, float) or not 0 <= score <= 1:
                 raise UserError(f"{where}: annotations[{index}]: score must be a number from 0 to 1, found {score!r}")
-            row = _Row([x, y, x + w, y + h], label, crowd, unsure, score)
+            row = _Row([x, y, x + w, y + h], label, crowd, uncertain, score)
             kept.setdefault(annotation["image_id"], []).append(row)
     return kept, dropped

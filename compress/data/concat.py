@@ -25,10 +25,10 @@ class TrainingImages(Protocol):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]: ...
 
 
-class Joined(Dataset[tuple[Tensor, Target]]):
+class ConcatDataset(Dataset[tuple[Tensor, Target]]):
     """The images of all `parts`, one part after the other; keys are those of `CocoDetection`.
 
-    Each target keeps what its own part says: which classes were looked for, scores, unsure regions.
+    Each target keeps what its own part says: which classes were looked for, scores, uncertain regions.
     """
 
     def __init__(self, parts: Sequence[CocoDetection]) -> None:

@@ -72,26 +72,28 @@ def unknown_classes(
 ) -> Tensor | None:
     """Find what labels say nothing about: bool [B, K, A], True where a class has no loss at a location; None: nowhere.
 
-    A class that no teacher looked for, anywhere in its image. The class of an unsure region of pseudo labels, where it
-    would be no background were the region a label; but a location that is positive for some label is known.
+    A class that no teacher looked for, anywhere in its image. The class of an uncertain region of pseudo labels, where
+    it would be no background were the region a label; but a location that is positive for some label is known.
 
     Args:
         positive: bool [B, A], locations that belong to a label.
         match: boxes [n, 4] and the images that they are in, int64 [n], → int64 [n, A] with -1 where a location would be
             background if that box were the only label.
     """
-    if all(target.uncovered is None and target.unsure is None for target in targets):
+    if all(target.unlabeled_classes is None and target.uncertain is None for target in targets):
         return None
     device = positive.device
     unknown = torch.zeros(len(targets), num_classes, positive.shape[1], dtype=torch.bool, device=device)
     for row, target in zip(unknown, targets, strict=True):
-        if target.uncovered is not None:
-            row[target.uncovered.to(device)] = True
-    unsure = [(image, target, target.unsure) for image, target in enumerate(targets) if target.unsure is not None]
-    if unsure:
-        boxes = torch.cat([target.boxes[regions] for _, target, regions in unsure]).to(device)
-        labels = torch.cat([target.labels[regions] for _, target, regions in unsure]).to(device)
-        images = torch.cat([torch.full_like(target.labels[regions], image) for image, target, regions in unsure])
+        if target.unlabeled_classes is not None:
+            row[target.unlabeled_classes.to(device)] = True
+    uncertain = [
+        (image, target, target.uncertain) for image, target in enumerate(targets) if target.uncertain is not None
+    ]
+    if uncertain:
+        boxes = torch.cat([target.boxes[regions] for _, target, regions in uncertain]).to(device)
+        labels = torch.cat([target.labels[regions] for _, target, regions in uncertain]).to(device)
+        images = torch.cat([torch.full_like(target.labels[regions], image) for image, target, regions in uncertain])
         images = images.to(device)
         near = (match(boxes, images) != -1) & ~positive[images]
         where, place = near.nonzero(as_tuple=True)

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compress.config.families import BACKBONES as BACKBONES
 from compress.detectors.weights import load_exactly, read_tensors
 from deploy.core.errors import UserError, first_line
-from deploy.core.import_path import import_object
+from deploy.core.import_path import call_own, import_object
 
 
 def build_backbone(
@@ -76,16 +76,6 @@ def build_own_backbone(path: str, options: Mapping[str, Any], key: str) -> nn.Mo
     if not (isinstance(channels, (tuple, list)) and len(channels) == 3 and all(type(c) is int for c in channels)):
         raise UserError(f"{key}: {path} needs the attribute out_channels, the three widths of C3, C4 and C5")
     return backbone
-
-
-def call_own(build: Callable[..., Any], path: str, key: str, *args: Any, **options: Any) -> Any:
-    """Call a user's own class or function; whatever it raises becomes a UserError in one line."""
-    try:
-        return build(*args, **options)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's constructor raises
-        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {first_line(error)}") from error
 
 
 class Backbone(nn.Module, ABC):

@@ -22,6 +22,7 @@ from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.select import select
 from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
+from deploy.core.detections import coco_rows
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -52,7 +53,7 @@ class DensePrediction:
     distribution: float [B, 4 * bins, h, w], before the softmax; channel = side * bins + bin, sides in the
         order left, top, right, bottom; bins count in units of the level's stride. Empty for heads without.
     strides: pixels between neighbouring locations; location (x, y) lies at (x * stride, y * stride).
-    sides: float [B, N * 4, h, w], boxes of heads without distributions, as their box coder takes them.
+    box_deltas: float [B, N * 4, h, w], boxes of heads without distributions, as their box coder takes them.
     centerness: float [B, 1, h, w], before the sigmoid (FCOS). Empty for heads without.
     anchors: N.
     """
@@ -60,7 +61,7 @@ class DensePrediction:
     logits: list[Tensor]
     distribution: list[Tensor]
     strides: tuple[int, ...]
-    sides: list[Tensor] = field(default_factory=list)
+    box_deltas: list[Tensor] = field(default_factory=list)
     centerness: list[Tensor] = field(default_factory=list)
     anchors: int = 1
 
@@ -72,7 +73,7 @@ class DensePrediction:
         return self._map(Tensor.detach)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DensePrediction:
-        names = ("logits", "distribution", "sides", "centerness")
+        names = ("logits", "distribution", "box_deltas", "centerness")
         mapped: dict[str, Any] = {name: [function(x) for x in getattr(self, name)] for name in names}
         return replace(self, **mapped)
 
@@ -141,13 +142,10 @@ class ImageDetections:
     labels: Tensor
 
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of COCO results; `category_ids` in label order."""
+        """Rows of COCO results, boxes as x, y, width and height; `category_ids` in label order."""
         boxes = self.boxes.clone()
         boxes[:, 2:] -= boxes[:, :2]
-        return [
-            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-            for box, label, score in zip(boxes.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True)
-        ]
+        return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), category_ids)
 
 
 class Detector(nn.Module):
@@ -163,8 +161,9 @@ class Detector(nn.Module):
 
     num_classes: K.
     strides: of the maps that `features` gives, in pixels; feature_channels: their width C.
-    cells: where a dense head predicts at a location: None for points (one prediction each), else the widths and heights
-        of its N anchors in pixels, a level. Two heads are comparable place by place if strides and cells agree.
+    anchor_sizes: where a dense head predicts at a location: None for points (one prediction each), else the widths
+        and heights of its N anchors in pixels, a level. Two heads are comparable place by place if strides and anchor
+        sizes agree.
     mean, std: of RGB pixels 0..255, [1, 3, 1, 1]; what the detector normalises its images with.
     compiled: run what the detector can of its loss through torch.compile; the trainer sets it.
     model: what it was built from; None for one that was not built from settings.
@@ -177,7 +176,7 @@ class Detector(nn.Module):
     quantizable: it can be trained on the grids of its int8 file (deploy.int8.qad).
     has_nms: boxes of one class suppress each other; False: the head gives one box an object.
     weights_labels: its loss weighs pseudo labels by their scores.
-    ignores_regions: its loss leaves out unsure regions and classes that no teacher looked for.
+    ignores_regions: its loss leaves out uncertain regions and classes that no teacher looked for.
     crossable: its head is a `compress.detectors.gfl.GFLHead`, whose layers CrossKD runs on another model's maps.
     """
 
@@ -193,7 +192,7 @@ class Detector(nn.Module):
     num_classes: int
     strides: tuple[int, ...]
     feature_channels: int
-    cells: tuple[tuple[tuple[float, float], ...], ...] | None = None
+    anchor_sizes: tuple[tuple[tuple[float, float], ...], ...] | None = None
     mean: Tensor
     std: Tensor
     compiled: bool = False
@@ -334,3 +333,8 @@ def pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
         if target.scores is not None:
             row[: len(target.scores)] = target.scores.to(mask.device)
     return scores
+
+
+def freeze(detector: Detector) -> Detector:
+    """Turn `detector` into a teacher: in eval mode, without gradients."""
+    return detector.requires_grad_(False).eval()

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.config.families import FAMILY_FACTS, FamilyFacts
 from compress.config.model import Model
-from compress.detectors.backbones import build_backbone, build_own_backbone, call_own
+from compress.detectors.backbones import build_backbone, build_own_backbone
 from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
 from deploy.core.errors import UserError
-from deploy.core.import_path import import_object, is_import_path
+from deploy.core.import_path import call_own, import_object, is_import_path
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ FAMILIES = {
     "retinanet": FamilyRecord(FAMILY_FACTS["retinanet"], _retinanet),
     "faster_rcnn": FamilyRecord(FAMILY_FACTS["faster_rcnn"], _faster_rcnn),
 }
+
+
+def exportable_families() -> str:
+    """The families of which files can be made, for messages: `gfl, fcos or retinanet`."""
+    names = [name for name, record in FAMILIES.items() if record.load().exportable is None]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
 
 NEEDED = ("num_classes", "strides", "feature_channels", "mean", "std")
 """Attributes that the constructor of a detector sets."""

@@ -1,4 +1,4 @@
-"""Distillation: what a method is, the methods, and where the teacher comes from."""
+"""Distillation: what a method is, and the methods."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.config.methods import Bckd
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Method, Outputs, at_places, boxes_in_strides
+from compress.distill.method import BuildContext, Method, Outputs, at_places, boxes_in_strides
 from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.distribution_iou_loss import distribution_iou_kd_loss
 from kernels.ops.iou_loss import giou_loss
@@ -43,9 +44,9 @@ class BCKD(Method):
     def __init__(
         self,
         *,
-        cls_weight: float = 1.0,
-        loc_weight: float = 4.0,
-        beta: float = 1.0,
+        cls_weight: float,
+        loc_weight: float,
+        beta: float,
         weight: float = 1.0,
         compiled: bool = False,
     ) -> None:
@@ -96,3 +97,8 @@ class BCKD(Method):
             "bckd_cls": self.cls_weight * torch.stack(classification) * scale,
             "bckd_loc": self.loc_weight * torch.stack(localization) * scale,
         }
+
+
+def build(settings: Bckd, context: BuildContext) -> BCKD:
+    """The method of a recipe."""
+    return BCKD(**settings.constants(), weight=context.weight, compiled=context.compiled)

@@ -2,132 +2,187 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from compress.config import methods as settings
+from compress.config import methods as config
 from compress.detectors.base import Capability, Detector
-from compress.distill.bckd import BCKD
-from compress.distill.crosskd import CrossKD
-from compress.distill.cwd import CWD
-from compress.distill.dkd import DKD
-from compress.distill.fgd import FGD
-from compress.distill.gi import GI
-from compress.distill.ld import LD
-from compress.distill.level_matching import Aligned, match_levels
-from compress.distill.method import Method
-from compress.distill.mgd import MGD
-from compress.distill.pkd import PKD
-from compress.distill.tid import TID
+from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid
+from compress.distill.level_matching import LevelMatched, match_levels
+from compress.distill.method import BuildContext, Method
 from compress.distill.uet import UET
-from compress.distill.weighting import Balanced
+from compress.distill.weighting import WeightedMethod
 from deploy.core.errors import UserError
+from deploy.core.import_path import call_own, import_object
+
+Needs = frozenset[Capability]
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """A method of this package.
+
+    settings: its section of a recipe; in `config.Methods` a field of the same name as its row here.
+    build: makes it from its settings.
+    needs: what it asks of both models; a function where its settings decide.
+    one_prediction: why it is refused where a head has several predictions at a location; None: it is not.
+    ability: a class variable of detectors that must be true of both models, and why; None: there is none.
+    """
+
+    settings: type[config.Term]
+    build: Callable[[Any, BuildContext], Method]
+    needs: Needs | Callable[[Any], Needs]
+    one_prediction: str | None = None
+    ability: tuple[str, str] | None = None
+
+
+METHODS = {
+    "bckd": MethodRecord(config.Bckd, bckd.build, bckd.BCKD.needs),
+    "fgd": MethodRecord(config.Fgd, fgd.build, fgd.FGD.needs),
+    "pkd": MethodRecord(config.Pkd, pkd.build, pkd.PKD.needs),
+    "cwd": MethodRecord(config.Cwd, cwd.build, lambda settings: cwd.NEEDS[settings.on]),
+    "mgd": MethodRecord(config.Mgd, mgd.build, mgd.MGD.needs),
+    "gi": MethodRecord(config.Gi, gi.build, gi.GI.needs),
+    "tid": MethodRecord(
+        config.Tid, tid.build, tid.TID.needs, one_prediction="weighs locations by their one prediction"
+    ),
+    "ld": MethodRecord(config.Ld, ld.build, ld.LD.needs),
+    "crosskd": MethodRecord(
+        config.Crosskd,
+        crosskd.build,
+        crosskd.CrossKD.needs,
+        ability=(
+            "crossable",
+            "sends the student's features through the teacher's head, which it can do with gfl alone",
+        ),
+    ),
+    "dkd": MethodRecord(config.Dkd, dkd.build, dkd.DKD.needs),
+}
 
 
 def build_methods(
-    wanted: settings.Methods, student: Detector, teacher: Detector, *, seed: int = 0, compiled: bool = False
-) -> dict[str, Balanced]:
+    wanted: config.Methods,
+    student: Detector,
+    teacher: Detector,
+    *,
+    seed: int = 0,
+    compiled: bool = False,
+    own: Mapping[str, Method | WeightedMethod] | None = None,
+) -> dict[str, WeightedMethod]:
     """The methods of a recipe by name, with fresh adapters; the same seed gives the same weights.
 
-    Methods on features see the levels that both pyramids have in common (`levels`).
+    Methods on features alone see the levels that both pyramids have in common.
+
+    Args:
+        own: methods of the user's as objects, by name, to add to those of the recipe: with weight 1, or with the weight
+            and schedule that a `WeightedMethod` around them has. They are copied, so that every training begins with
+            them as they were given.
 
     Raises UserError when a method asks for what the teacher or the student cannot give, or for what they do not share.
     """
     built = {}
-    for index, (name, term) in enumerate(wanted.enabled().items()):
-        uet = wanted.uet if wanted.uet is not None and name in wanted.uet.hosts else None
-        needs = _needs(term)
-        _check(name, needs if uet is None else needs | {Capability.FEATURES}, student, teacher)
+    for index, (key, term) in enumerate(wanted.enabled().items()):
+        record = _record(key, term)
+        uet = wanted.uet if wanted.uet is not None and key in wanted.uet.hosts else None
+        needs = record.needs(term) if callable(record.needs) else record.needs
+        _check(key, needs if uet is None else needs | {Capability.FEATURES}, student, teacher, record)
+        if isinstance(term, config.Adapted):
+            common = match_levels(student.strides, teacher.strides)
+            term = term.model_copy(update={"levels": min(term.levels, len(common))})
+        weight = 1.0 if term.weight == "auto" else term.weight
+        context = BuildContext(student, teacher, weight, seed, compiled)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1000 * (index + 1))
-            method = _build(term, student, teacher, seed=seed, compiled=compiled)
-        if needs == {Capability.FEATURES} and student.strides != teacher.strides:
-            method = Aligned(method, match_levels(student.strides, teacher.strides))
+            method = record.build(term, context)
+        if method.needs - needs:  # of a user's own, whose options decide
+            _check(key, method.needs, student, teacher, record)
+        method = _on_common_levels(method, student, teacher)
         if uet is not None:
-            method = UET(
-                method,
-                rates=uet.rates,
-                combine=uet.combine,
-                mode=uet.mode,
-                certainty=uet.certainty,
-                seed=seed,
-                compiled=compiled,
-            )
-        built[name] = Balanced(
+            method = UET(method, **uet.constants(), seed=seed, compiled=compiled)
+        built[config.name_of(key)] = WeightedMethod(
             method,
+            weight=weight if key in wanted.own else 1.0,  # a built-in one has its weight in its terms
             auto_ratio=(term.ratio or 1.0) if term.weight == "auto" else None,
             stop_epoch=term.stop_epoch,
             decay=term.decay == "linear",
         )
+    for name, given in (own or {}).items():
+        if name in built:
+            raise UserError(f"methods.{name}: the recipe has a method of this name, too; give yours another")
+        if not name.isidentifier():  # it becomes a key of checkpoints and a column of metrics.csv
+            raise UserError(f"methods.{name}: is not a plain name (letters, digits, _)")
+        built[name] = _copy_of_own(name, given, student, teacher)
     return built
 
 
-def _build(term: settings.Term, student: Detector, teacher: Detector, *, seed: int, compiled: bool) -> Method:
-    constants = term.constants() | {"weight": 1.0 if term.weight == "auto" else term.weight}
-    if isinstance(term, settings.Adapted):
-        common = match_levels(student.strides, teacher.strides)
-        constants["levels"] = min(term.levels, len(common))
-        widths = (student.feature_channels, teacher.feature_channels)
-    match term:
-        case settings.Bckd():
-            return BCKD(**constants, compiled=compiled)
-        case settings.Fgd():
-            return FGD(*widths, **constants, compiled=compiled)
-        case settings.Pkd():
-            return PKD(*widths, **constants)
-        case settings.Cwd():
-            return CWD(*widths, **constants)
-        case settings.Mgd():
-            return MGD(*widths, **constants, seed=seed)
-        case settings.Gi():
-            return GI(*widths, **constants)
-        case settings.Tid():
-            return TID(*widths, **constants, compiled=compiled)
-        case settings.Ld():
-            return LD(**constants)
-        case settings.Crosskd():
-            return CrossKD(student, teacher, **constants, compiled=compiled)
-        case settings.Dkd():
-            return DKD(**constants)
-    raise AssertionError(f"no module for {type(term).__name__}")
+# --- details --------------------------------------------------------------------------------------------
 
 
-def _needs(term: settings.Term) -> frozenset[Capability]:
-    match term:
-        case settings.Cwd(on="logits"):
-            return BCKD.needs
-        case settings.Fgd() | settings.Pkd() | settings.Cwd() | settings.Mgd():
-            return frozenset({Capability.FEATURES})
-        case settings.Gi() | settings.Tid():
-            return GI.needs
-        case settings.Ld() | settings.Crosskd():
-            return LD.needs
-        case _:
-            return BCKD.needs
+def _on_common_levels(method: Method, student: Detector, teacher: Detector) -> Method:
+    if method.needs == {Capability.FEATURES} and student.strides != teacher.strides:
+        return LevelMatched(method, match_levels(student.strides, teacher.strides))
+    return method
 
 
-def _check(name: str, needs: frozenset[Capability], student: Detector, teacher: Detector) -> None:
+def _record(key: str, term: config.Term) -> MethodRecord:
+    """The row of a method; of a user's own, one that builds its class."""
+    if not isinstance(term, config.OwnMethod):
+        return METHODS[key]
+    method = import_object(key, f"methods.{key}")
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(f"methods.{key}: needs a subclass of compress.distill.method.Method, got {_kind(method)}")
+
+    def build(settings: config.OwnMethod, context: BuildContext) -> Method:
+        options = settings.options or {}
+        made: Method = call_own(method, method.__name__, f"methods.{key}", context.student, context.teacher, **options)
+        return made
+
+    return MethodRecord(config.OwnMethod, build, method.needs)
+
+
+def _copy_of_own(name: str, given: Method | WeightedMethod, student: Detector, teacher: Detector) -> WeightedMethod:
+    """A user's object, checked, with its weight and schedule."""
+    method = given.method if isinstance(given, WeightedMethod) else given
+    if not isinstance(method, Method):
+        raise UserError(f"methods.{name}: needs a compress.distill.method.Method, got {_kind(method)}")
+    _check(name, method.needs, student, teacher)
+    weighted = copy.deepcopy(given if isinstance(given, WeightedMethod) else WeightedMethod(given))
+    weighted.method = _on_common_levels(weighted.method, student, teacher)
+    return weighted
+
+
+def _kind(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a value of type {type(thing).__name__}"
+
+
+def _check(name: str, needs: Needs, student: Detector, teacher: Detector, record: MethodRecord | None = None) -> None:
+    """Raises UserError where the models cannot serve the method `name`; `record`: its row, if it is one of ours."""
     for model, whom in ((teacher, "teacher"), (student, "student")):
         missing = needs - model.capabilities
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
             raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {model.family} cannot give")
+        if record is not None and record.ability is not None and not getattr(model, record.ability[0]):
+            raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
     if Capability.DENSE not in needs:
         return
-    if student.strides != teacher.strides or student.cells != teacher.cells:
+    if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
             f"methods.{name} compares predictions place by place: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "
             "or a method on features (fgd, pkd, cwd, mgd)"
         )
-    if name == "tid" and student.cells is not None:
-        raise UserError(
-            f"methods.tid weighs locations by their one prediction, {student.family} has {_places(student)}"
-        )
+    if record is not None and record.one_prediction is not None and student.anchor_sizes is not None:
+        raise UserError(f"methods.{name} {record.one_prediction}, {student.family} has {_places(student)}")
 
 
 def _places(model: Detector) -> str:
     strides = ", ".join(str(stride) for stride in model.strides)
-    if model.cells is None:
+    if model.anchor_sizes is None:
         return f"one at a location of strides {strides}"
-    width, height = model.cells[0][0]
-    return f"{len(model.cells[0])} anchors from {width:g} x {height:g} px on at a location of strides {strides}"
+    width, height = model.anchor_sizes[0][0]
+    return f"{len(model.anchor_sizes[0])} anchors from {width:g} x {height:g} px on at a location of strides {strides}"

@@ -34,10 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.config.methods import Crosskd
 from compress.data.batch import Batch
-from compress.detectors.base import Capability, DensePrediction, Detector, decode_level
+from compress.detectors.base import Capability, DensePrediction, decode_level
 from compress.detectors.gfl import GFL, ConvGN
-from compress.distill.method import Method, Outputs
+from compress.distill.method import BuildContext, Method, Outputs
 from deploy.core.errors import UserError
 from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.iou_loss import giou_loss
@@ -69,19 +70,18 @@ class CrossKD(Method):
 
     def __init__(
         self,
-        student: Detector,
-        teacher: Detector,
+        student: GFL,
+        teacher: GFL,
         *,
+        cls_weight: float,
+        reg_weight: float,
+        giou_weight: float,
         weight: float = 1.0,
-        cls_weight: float = 1.0,
-        reg_weight: float = 4.0,
-        giou_weight: float = 0.0,
         split: int | None = None,
         teacher_split: int | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        student, teacher = _gfl(student), _gfl(teacher)
         _check_heads(student, teacher)
         split = _split("split", "student", student, split)
         self.teacher_split = _split("teacher_split", "teacher", teacher, teacher_split)
@@ -127,9 +127,15 @@ class CrossKD(Method):
         return {name: self.weights[name] * value for name, value in losses.items()}
 
 
+def build(settings: Crosskd, context: BuildContext) -> CrossKD:
+    """The method of a recipe."""
+    models = cast(GFL, context.student), cast(GFL, context.teacher)
+    return CrossKD(*models, **settings.constants(), weight=context.weight, compiled=context.compiled)
+
+
 def cross_head(cls_maps: list[Tensor], reg_maps: list[Tensor], teacher: Outputs, split: int) -> DensePrediction:
     """Predictions of the teacher's head, from layer `split` on, for the student's maps [B, C, h, w] of each tower."""
-    head = _gfl(teacher.detector).head
+    head = cast(GFL, teacher.detector).head
     logits, distribution = [], []
     for level, scale in enumerate(head.scales):
         features = teacher.features[level].float()
@@ -223,15 +229,6 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _gfl(model: Detector) -> GFL:
-    if not model.crossable:
-        raise UserError(
-            f"crosskd: the student's features go through the teacher's head, which is built for gfl alone, not for "
-            f"{model.family}; use bckd, or a method on features"
-        )
-    return cast(GFL, model)
-
-
 def _check_heads(student: GFL, teacher: GFL) -> None:
     for what, ours, theirs, advice in (
         (
@@ -245,7 +242,7 @@ def _check_heads(student: GFL, teacher: GFL) -> None:
     ):
         if ours != theirs:
             raise UserError(
-                f"crosskd: the student's head has {ours} {what}, the teacher's has {theirs}, and the student's "
+                f"methods.crosskd: the student's head has {ours} {what}, the teacher's has {theirs}, and the student's "
                 f"features must go through the teacher's head; {advice}"
             )
 
@@ -253,11 +250,11 @@ def _check_heads(student: GFL, teacher: GFL) -> None:
 def _split(option: str, who: str, model: GFL, split: int | None) -> int:
     depth = len(model.head.cls_convs)
     if depth == 0:
-        raise UserError(f"crosskd: the {who}'s head has no convolutions to cross at; set its head_depth to 1 or more")
+        raise UserError(f"methods.crosskd: the {who}'s head has no convolutions; set its head_depth to 1 or more")
     if split is None:
         return max(1, depth - 1)
     if not 1 <= split <= depth:
-        raise UserError(f"crosskd: {option} {split} is not a layer of the {who}'s head of depth {depth}")
+        raise UserError(f"methods.crosskd: {option} {split} is not a layer of the {who}'s head of depth {depth}")
     return split
 
 

@@ -9,9 +9,10 @@ Every channel of a map is a distribution over the locations. For each level, s a
 s and t are the pyramid maps (the student's adapted to the teacher's width), or the class logits [B, K, h, w] as they
 are. Detached: the teacher. Padding takes part like any location.
 
-Published settings: `PUBLISHED`, temperature 1; the variant on the class logits is of GFL. Equation and constants are
-confirmed against an established implementation (mmrazor). Ours: certainty weighs p * (log p - log q) - p + q, which
-is the same sum, but zero or more at each location, so that no weighting can make a difference pay.
+Published settings: loss_weight 10 on features and 5 on logits, temperature 1; the variant on the class logits is of
+GFL. Equation and constants are confirmed against an established implementation (mmrazor). Ours: certainty weighs
+p * (log p - log q) - p + q, which is the same sum, but zero or more at each location, so that no weighting can make a
+difference pay.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.config.methods import Cwd
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Adapter, Method, Outputs, weigh
-from deploy.core.errors import UserError
+from compress.distill.method import Adapter, BuildContext, Method, Outputs, weigh
 
-PUBLISHED = {"features": 10.0, "logits": 5.0}
-"""loss_weight by what is compared."""
+NEEDS = {"features": frozenset({Capability.FEATURES}), "logits": frozenset({Capability.DENSE})}
+"""What the method asks of the models, by what is compared."""
 
 
 class CWD(Method):
@@ -40,10 +41,7 @@ class CWD(Method):
         adapter: 1×1 convolutions on the student's maps; auto: only where the widths differ. Logits have none.
         on: what is compared.
         temperature: of the softmax.
-        loss_weight: the published constant; None: that of the variant.
-
-    Raises:
-        UserError: an adapter is asked for on logits.
+        loss_weight: the published constant.
     """
 
     def __init__(
@@ -51,23 +49,21 @@ class CWD(Method):
         student_channels: int,
         teacher_channels: int,
         *,
-        levels: int = 5,
+        levels: int,
+        adapter: Literal["auto", "always"],
+        on: Literal["features", "logits"],
+        temperature: float,
+        loss_weight: float,
         weight: float = 1.0,
-        adapter: Literal["auto", "always"] = "auto",
-        on: Literal["features", "logits"] = "features",
-        temperature: float = 1.0,
-        loss_weight: float | None = None,
     ) -> None:
         super().__init__()
-        if on == "logits" and adapter == "always":
-            raise UserError("cwd: logits are compared as they are, without an adapter; leave out `adapter: always`")
         self.levels = levels
-        self.weight = weight * (PUBLISHED[on] if loss_weight is None else loss_weight)
+        self.weight = weight * loss_weight
         self.temperature = temperature
         self.adapter: Adapter | None = None
         if on == "features":
             self.adapter = Adapter(student_channels, teacher_channels, levels, always=adapter == "always")
-        self.needs = frozenset({Capability.DENSE if on == "logits" else Capability.FEATURES})
+        self.needs = NEEDS[on]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if self.adapter is None:
@@ -81,6 +77,11 @@ class CWD(Method):
             certainty = None if teacher.certainty is None else teacher.certainty[level]
             total = total + channel_kl(s, t.detach().float(), self.temperature, certainty)
         return {"cwd": self.weight * total}
+
+
+def build(settings: Cwd, context: BuildContext) -> CWD:
+    """The method of a recipe."""
+    return CWD(*context.channels, **settings.constants(), weight=context.weight)
 
 
 def channel_kl(student: Tensor, teacher: Tensor, temperature: float, certainty: Tensor | None = None) -> Tensor:

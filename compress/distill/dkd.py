@@ -1,8 +1,8 @@
 """DKD: decoupled knowledge distillation (Zhao et al., CVPR 2022), for heads of sigmoids: project definition.
 
-DKD splits the KL divergence of a softmax into the target class and the others, each with its weight (`decoupled_kl`,
-the paper's form, confirmed against an implementation). A head of sigmoids has no competing classes to split; our
-reading takes BCKD's row at each positive location i and weighs its columns, c_i being the label of i:
+DKD splits the KL divergence of a softmax into the target class and the others, each with its weight. A head of
+sigmoids has no competing classes to split; our reading takes BCKD's row at each positive location i and weighs its
+columns, c_i being the label of i:
 
     row[i, c] = T^2 * BCE(z_s[i, c] / T, t) * |t - s|,   t = sigmoid(z_t[i, c] / T), s = sigmoid(z_s[i, c] / T)
     dkd_target = alpha * sum_{i positive} row[i, c_i] / A
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.config.methods import Dkd
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Method, Outputs, at_places
+from compress.distill.method import BuildContext, Method, Outputs, at_places
 
 
 class DKD(Method):
@@ -36,7 +37,7 @@ class DKD(Method):
 
     needs = frozenset({Capability.DENSE})
 
-    def __init__(self, *, weight: float = 1.0, alpha: float = 1.0, beta: float = 8.0, temperature: float = 1.0) -> None:
+    def __init__(self, *, alpha: float, beta: float, temperature: float, weight: float = 1.0) -> None:
         super().__init__()
         self.alpha = weight * alpha
         self.beta = weight * beta
@@ -68,35 +69,15 @@ class DKD(Method):
         }
 
 
-def decoupled_rows(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def build(settings: Dkd, context: BuildContext) -> DKD:
+    """The method of a recipe."""
+    return DKD(**settings.constants(), weight=context.weight)
+
+
+def decoupled_rows(student: Tensor, teacher: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """BCKD's rows, split: logits [P, K] and label int64 [P] → target column [P] and sum of the others [P]."""
     z = student / temperature
     t = (teacher / temperature).sigmoid()
     rows = F.binary_cross_entropy_with_logits(z, t, reduction="none") * (t - z.sigmoid()).abs() * temperature**2
     is_target = F.one_hot(label, student.shape[1]).bool()
     return rows.where(is_target, 0).sum(1), rows.where(~is_target, 0).sum(1)
-
-
-def decoupled_kl(student: Tensor, teacher: Tensor, label: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """DKD of a softmax head: logits [P, K] and label int64 [P] → TCKD [P] and NCKD [P], each times T^2.
-
-    TCKD is the KL divergence (teacher from student) of the pairs (p_label, 1 - p_label), NCKD that of the softmax over
-    the K - 1 other classes. With one class both are 0.
-    """
-    if student.shape[1] == 1:  # there is nothing to tell apart
-        zero = student.sum(1) * 0
-        return zero, zero
-    columns = torch.arange(student.shape[1] - 1, device=student.device).expand(student.shape[0], -1)
-    columns = columns + (columns >= label[:, None])  # all but the label's
-    binary_s, others_s = _decoupled(student / temperature, label, columns)
-    binary_t, others_t = _decoupled(teacher / temperature, label, columns)
-    tckd = F.kl_div(binary_s, binary_t, reduction="none", log_target=True).sum(1)
-    nckd = F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(1)
-    return tckd * temperature**2, nckd * temperature**2
-
-
-def _decoupled(logits: Tensor, label: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probabilities of (label, not label) [P, 2] and of the others among themselves [P, K - 1]."""
-    others = logits.gather(1, columns)
-    pair = torch.cat((logits.gather(1, label[:, None]), others.logsumexp(1, keepdim=True)), 1)
-    return pair.log_softmax(1), others.log_softmax(1)

@@ -20,49 +20,27 @@ and to maps of 800 × 1333 pixels. Detached: the teacher's map, and with it both
 student's attention has a gradient in `mask` only. R_s and R_t are trained, the teacher's too; their last layer starts
 at zero.
 
-Published settings: `PUBLISHED`, with a student that inherits the teacher's neck and head, and gradients clipped at a
-norm of 35. Equation and constants are confirmed against the authors' code. Ours: certainty weighs locations in all
-terms, and an image's mean certainty weighs its channel attention; the softmax of `ctx` has no bias, which it would
-not feel.
+Published settings: the defaults of a recipe for GFL and RetinaNet, others in docs/methods/fgd.md; with a student that
+inherits the teacher's neck and head, and gradients clipped at a norm of 35. Equation and constants are confirmed
+against the authors' code. Ours: certainty weighs locations in all terms, and an image's mean certainty weighs its
+channel attention; the softmax of `ctx` has no bias, which it would not feel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from compress.config.methods import Fgd
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, pad_targets
-from compress.distill.method import Adapter, Method, Outputs
+from compress.distill.method import Adapter, BuildContext, Method, Outputs
 from kernels.ops.attention_stats import attention_stats
 from kernels.ops.attention_stats import reference as mean_magnitudes
 from kernels.ops.feature_distance import feature_distance, feature_distance_and_means
 from kernels.ops.feature_distance import reference as weighted_squares
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Settings of the authors for one detector, by the names of FGD's arguments."""
-
-    temperature: float
-    alpha: float
-    beta: float
-    gamma: float
-    relation: float
-    levels: int = 5
-
-
-PUBLISHED = {
-    "gfl": Constants(0.5, 1e-3, 5e-4, 5e-4, 5e-6),
-    "retinanet": Constants(0.5, 1e-3, 5e-4, 5e-4, 5e-6),
-    "solo": Constants(0.5, 1e-3, 5e-4, 5e-4, 5e-6, levels=4),
-    "reppoints": Constants(0.5, 1.6e-3, 8e-4, 8e-4, 8e-6),
-    "fcos": Constants(0.8, 1.6e-3, 8e-4, 8e-4, 8e-6),
-    "faster_rcnn": Constants(0.5, 5e-5, 2.5e-5, 5e-5, 5e-7, levels=4),
-}
 
 
 class FGD(Method):
@@ -88,15 +66,15 @@ class FGD(Method):
         student_channels: int,
         teacher_channels: int,
         *,
-        levels: int = 5,
+        levels: int,
+        adapter: Literal["auto", "always"],
+        temperature: float,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        relation: float,
+        box_norm: Literal["img", "batch"],
         weight: float = 1.0,
-        adapter: Literal["auto", "always"] = "auto",
-        temperature: float = PUBLISHED["gfl"].temperature,
-        alpha: float = PUBLISHED["gfl"].alpha,
-        beta: float = PUBLISHED["gfl"].beta,
-        gamma: float = PUBLISHED["gfl"].gamma,
-        relation: float = PUBLISHED["gfl"].relation,
-        box_norm: Literal["img", "batch"] = "img",
         compiled: bool = False,
     ) -> None:
         super().__init__()
@@ -138,8 +116,13 @@ class FGD(Method):
         return {name: weight * row for (name, weight), row in zip(self.weights.items(), table, strict=True)}
 
 
+def build(settings: Fgd, context: BuildContext) -> FGD:
+    """The method of a recipe."""
+    return FGD(*context.channels, **settings.constants(), weight=context.weight, compiled=context.compiled)
+
+
 class ContextBlock(nn.Module):
-    """What a map's global context adds to each of its locations: [B, C, h, w] → [B, C]; zero before training."""
+    """Global context of a map, which is added to each of its locations: [B, C, h, w] → [B, C]; zero before training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -168,7 +151,7 @@ def attention(x: Tensor, temperature: float, *, compiled: bool = False) -> tuple
 
 
 def attention_of(over_channels: Tensor, over_positions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same from the means of |x|, [B, h, w] and [B, C]."""
+    """Both attentions, as `attention` gives them, from the means of |x|, [B, h, w] and [B, C]."""
     (B, h, w), C = over_channels.shape, over_positions.shape[1]
     spatial = (over_channels.flatten(1) / temperature).softmax(1).view(B, h, w) * (h * w)
     channel = (over_positions / temperature).softmax(1) * C
@@ -210,7 +193,7 @@ def focal_terms(
 
 
 def relation_rest(student: Tensor, teacher: Tensor, shift: Tensor, certainty: Tensor | None) -> Tensor:
-    """What the contexts' difference `shift` [B, C] adds to sum (S - T)^2 / B: the scalar
+    """Part of `rela` that the contexts' difference `shift` [B, C] adds to sum (S - T)^2 / B: the scalar
 
         (sum (S - T + shift)^2 - sum (S - T)^2) / B = sum shift * (2 * sum_hw (S - T) + hw * shift) / B
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from compress.config.methods import Gi
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.distill.method import Adapter, Method, Outputs, boxes_in_strides
+from compress.distill.method import Adapter, BuildContext, Method, Outputs, boxes_in_strides
 
 CANDIDATES = 512  # locations that NMS looks at first; it looks further only where these leave less than `topk`
 
@@ -53,13 +54,13 @@ class GI(Method):
         student_channels: int,
         teacher_channels: int,
         *,
-        levels: int = 5,
+        levels: int,
+        adapter: Literal["auto", "always"],
+        loss_weight: float,
+        topk: int,
+        nms_threshold: float,
+        pool_batch: bool,
         weight: float = 1.0,
-        adapter: Literal["auto", "always"] = "auto",
-        loss_weight: float = 2.0,
-        topk: int = 10,
-        nms_threshold: float = 0.3,
-        pool_batch: bool = False,
     ) -> None:
         super().__init__()
         self.levels = levels
@@ -104,6 +105,11 @@ class GI(Method):
         return kept
 
 
+def build(settings: Gi, context: BuildContext) -> GI:
+    """The method of a recipe."""
+    return GI(*context.channels, **settings.constants(), weight=context.weight)
+
+
 def general_instances(
     student_logits: Tensor, teacher_logits: Tensor, student_boxes: Tensor, teacher_boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -115,8 +121,8 @@ def general_instances(
 
 
 def best_of_location(scores: Tensor, boxes: Tensor, valid: Tensor, anchors: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the anchors of every location the valid one with the best score: [B, M], [B, M, 4] and bool [B, M] with
-    M = h·w·N → the same with h·w."""
+    """Pick the valid anchor with the best score at every location: [B, M], [B, M, 4] and bool [B, M] with M = h·w·N →
+    the same with h·w."""
     shape = (scores.shape[0], -1, anchors)
     scores, best = scores.where(valid, -1.0).view(shape).max(2)
     boxes = boxes.view(*shape, 4).gather(2, best[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
@@ -124,7 +130,7 @@ def best_of_location(scores: Tensor, boxes: Tensor, valid: Tensor, anchors: int)
 
 
 def best_apart(scores: Tensor, boxes: Tensor, topk: int, iou_threshold: float) -> Tensor:
-    """What greedy NMS leaves of each group, at most its `topk` best: indices [n] into the flattened [G * N].
+    """Boxes that greedy NMS leaves of each group, at most its `topk` best: indices [n] into the flattened [G * N].
 
     scores: [G, N]; a negative one is never kept. boxes: [G, N, 4] xyxy. Descending score over all groups. The
     decisions are those of NMS over all N boxes: what it keeps of the best n does not depend on the others.

@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.config.methods import Ld
 from compress.data.batch import Batch
 from compress.detectors.assign import anchors
 from compress.detectors.base import Capability, DensePrediction, Targets
-from compress.distill.method import Method, Outputs, weigh
-from deploy.core.errors import UserError
+from compress.distill.method import BuildContext, Method, Outputs, weigh
 
 Overlap = Literal["iof", "diou"]
 
@@ -48,9 +48,6 @@ class LD(Method):
         classification_temperature: T of the classes.
         vlr_overlap, vlr_floor: see `vlr_region`.
         normalise: "official", or "positives" (ours), see above.
-
-    Raises:
-        UserError: `vlr_overlap` or `normalise` is none of those.
     """
 
     needs = frozenset({Capability.DENSE, Capability.DISTRIBUTIONS})
@@ -58,21 +55,17 @@ class LD(Method):
     def __init__(
         self,
         *,
+        main: float,
+        vlr: float,
+        classification: float,
+        temperature: float,
+        classification_temperature: float,
+        vlr_overlap: Overlap,
+        vlr_floor: float,
+        normalise: Literal["official", "positives"],
         weight: float = 1.0,
-        main: float = 0.25,
-        vlr: float = 0.25,
-        classification: float = 10.0,
-        temperature: float = 10.0,
-        classification_temperature: float = 2.0,
-        vlr_overlap: Overlap = "iof",
-        vlr_floor: float = 0.25,
-        normalise: Literal["official", "positives"] = "official",
     ) -> None:
         super().__init__()
-        if vlr_overlap not in ("iof", "diou"):
-            raise UserError(f"ld: vlr_overlap {vlr_overlap!r} is neither 'iof' nor 'diou'")
-        if normalise not in ("official", "positives"):
-            raise UserError(f"ld: normalise {normalise!r} is neither 'official' nor 'positives'")
         self.weight = weight
         self.main = main
         self.vlr = vlr
@@ -129,6 +122,11 @@ class LD(Method):
         return region * assignment.valid
 
 
+def build(settings: Ld, context: BuildContext) -> LD:
+    """The method of a recipe."""
+    return LD(**settings.constants(), weight=context.weight)
+
+
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float, *, dim: int = -1) -> Tensor:
     """T^2 * mean over `dim` of p_t * (log p_t - log p_s): logits of equal shape → that shape without `dim`."""
     log_s = F.log_softmax(student / temperature, dim)
@@ -144,9 +142,7 @@ def side_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def vlr_region(
-    anchors: Tensor, boxes: Tensor, thresholds: Tensor, *, overlap: Overlap = "iof", floor: float = 0.25
-) -> Tensor:
+def vlr_region(anchors: Tensor, boxes: Tensor, thresholds: Tensor, *, overlap: Overlap, floor: float) -> Tensor:
     """Weight of every anchor in the valuable localization region, [B, A]; 0 outside of it.
 
     An anchor is in the region of box g where floor * t_g <= D < t_g, t_g the box's ATSS threshold; positives are not

@@ -61,7 +61,7 @@ def describe(student: Sequence[int], teacher: Sequence[int]) -> str | None:
     return "; ".join(parts)
 
 
-class Aligned(Method):
+class LevelMatched(Method):
     """`host` on the levels that two pyramids have in common.
 
     Args:

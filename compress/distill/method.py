@@ -16,7 +16,7 @@ from compress.detectors.base import Capability, DensePrediction, Detector, Targe
 
 @dataclass
 class Outputs:
-    """What a model made of a batch.
+    """Features and predictions of a model for a batch.
 
     features: pyramid maps, a level each [B, C, h, w].
     prediction: of the dense head; without one (Faster R-CNN), nothing that a method can use.
@@ -52,6 +52,26 @@ class Method(nn.Module, ABC):
     def observations(self) -> dict[str, Tensor]:
         """Scalars for the logs that are no loss terms; of the last forward pass that made them."""
         return {}
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Models and circumstances that a method is built with, besides its settings.
+
+    student, teacher: the models. weight: factor on all terms. seed: of what the method draws at random.
+    compiled: run dense passes through torch.compile, where the method can.
+    """
+
+    student: Detector
+    teacher: Detector
+    weight: float
+    seed: int
+    compiled: bool
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """C_s and C_t."""
+        return self.student.feature_channels, self.teacher.feature_channels
 
 
 class Adapter(nn.Module):

@@ -32,10 +32,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.config.methods import Tid
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, Targets
-from compress.distill.method import Adapter, Method, Outputs
-from deploy.core.errors import UserError
+from compress.distill.method import Adapter, BuildContext, Method, Outputs
 from kernels.ops.feature_distance import feature_distance
 from kernels.ops.iou_loss import paired_iou
 
@@ -49,12 +49,12 @@ class Rules:
     iou_scores: r for good, middling and bad boxes; class_scores: c for (top and right, top and wrong, not top).
     """
 
-    thr_pos: float = 0.5
-    thr_neg: float = 0.4
-    top_share: float = 0.025
-    iou_scores: tuple[float, float, float] = (2.0, 1.5, 0.4)
-    class_scores: tuple[float, float, float] = (2.0, 1.5, 0.4)
-    key_score: float = 3.0
+    thr_pos: float
+    thr_neg: float
+    top_share: float
+    iou_scores: tuple[float, float, float]
+    class_scores: tuple[float, float, float]
+    key_score: float
 
 
 class TID(Method):
@@ -68,9 +68,6 @@ class TID(Method):
         thr_pos, thr_neg, top_share, iou_scores, class_scores, key_score: see `Rules`.
         lambdas: weights of the regions high, middle, low.
         compiled: run the passes over the maps through torch.compile.
-
-    Raises:
-        UserError: thr_neg > thr_pos, or top_share outside (0, 1].
     """
 
     needs = frozenset({Capability.FEATURES, Capability.DENSE})
@@ -80,23 +77,19 @@ class TID(Method):
         student_channels: int,
         teacher_channels: int,
         *,
-        levels: int = 5,
+        levels: int,
+        adapter: Literal["auto", "always"],
+        thr_pos: float,
+        thr_neg: float,
+        top_share: float,
+        iou_scores: tuple[float, float, float],
+        class_scores: tuple[float, float, float],
+        key_score: float,
+        lambdas: tuple[float, float, float],
         weight: float = 1.0,
-        adapter: Literal["auto", "always"] = "auto",
-        thr_pos: float = 0.5,
-        thr_neg: float = 0.4,
-        top_share: float = 0.025,
-        iou_scores: tuple[float, float, float] = (2.0, 1.5, 0.4),
-        class_scores: tuple[float, float, float] = (2.0, 1.5, 0.4),
-        key_score: float = 3.0,
-        lambdas: tuple[float, float, float] = (4.0, 2.0, 0.5),
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        if thr_neg > thr_pos:
-            raise UserError(f"tid: thr_neg {thr_neg:g} exceeds thr_pos {thr_pos:g}; a bad box is worse than a good one")
-        if not 0 < top_share <= 1:
-            raise UserError(f"tid: top_share {top_share:g} is not in (0, 1]; it is a share of the locations")
         self.levels = levels
         self.adapter = Adapter(student_channels, teacher_channels, levels, always=adapter == "always")
         self.rules = Rules(thr_pos, thr_neg, top_share, iou_scores, class_scores, key_score)
@@ -139,6 +132,11 @@ class TID(Method):
         label = targets.labels.gather(1, index)  # [B, A]
         quality = logits.gather(1, label[:, None])[:, 0].sigmoid()
         return integrated_score(iou, quality, logits.argmax(1) == label, assignment.valid, self.rules)
+
+
+def build(settings: Tid, context: BuildContext) -> TID:
+    """The method of a recipe."""
+    return TID(*context.channels, **settings.constants(), weight=context.weight, compiled=context.compiled)
 
 
 def weighted_difference(student: Tensor, teacher: Tensor, weight: Tensor, *, compiled: bool = False) -> Tensor:

@@ -51,9 +51,9 @@ class UET(Method):
         host: Method,
         *,
         rates: tuple[float, ...],
-        combine: Literal["sum", "mean"] = "mean",
-        mode: Literal["elementwise", "channel"] = "elementwise",
-        certainty: bool = False,
+        combine: Literal["sum", "mean"],
+        mode: Literal["elementwise", "channel"],
+        certainty: bool,
         seed: int = 0,
         compiled: bool = False,
     ) -> None:

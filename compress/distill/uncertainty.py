@@ -1,11 +1,11 @@
-"""Where a teacher is unsure: Monte Carlo dropout on its pyramid maps (Gal & Ghahramani 2016, on features as UET does).
+"""Where a teacher is uncertain: Monte Carlo dropout on its pyramid maps (Gal and Ghahramani 2016, on features as UET).
 
     s_n = sigmoid(head(Dropout_n(F)))            n = 1..N, F the pyramid maps, scores of every location and class
     u   = std_n s_n[k*],   k* = argmax_k mean_n s_n[k]       a level; population standard deviation, 0 to 0.5
     map = max over levels of u, each level interpolated to the locations of the finest one
 
 The maximum, because an object lives on one or two levels: a mean over five would show it at a fraction of its value.
-The class is fixed before the deviation is taken: scores that swap between two classes count as unsure.
+The class is fixed before the deviation is taken: scores that swap between two classes count as uncertain.
 
 The teachers were not trained with dropout, so this is how far the scores move when a part of the features is missing.
 It is no probability of an error.
@@ -28,7 +28,7 @@ RATE = 0.15
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Of B images.
+    """Uncertainty of a teacher on B images.
 
     maps: float32 [B, h, w]; value (x, y) belongs to pixel (x * stride, y * stride) of the network image.
     stride: pixels.
@@ -44,7 +44,7 @@ class Uncertainty:
 def predictive_uncertainty(
     teacher: Detector, images: Tensor, *, samples: int = SAMPLES, rate: float = RATE, seed: int = 0
 ) -> Uncertainty:
-    """The backbone runs once, the head `samples` times.
+    """Measure how much predictions scatter under dropout: the backbone runs once, the head `samples` times.
 
     Args:
         teacher: in eval mode; nothing of it is changed.

@@ -28,7 +28,7 @@ MEMORY = 0.9  # of the running mean of the logarithm
 
 
 @dataclass  # not frozen: Fabric's mixed precision walks through the arguments of forward
-class Position:
+class TrainingPosition:
     """Where training is: finished optimizer steps and epochs, and the length of the whole run in both."""
 
     step: int
@@ -41,11 +41,12 @@ class Position:
         return self.step % MEASURE_EVERY == 0
 
 
-class Balanced(nn.Module):
+class WeightedMethod(nn.Module):
     """A method with its weight and schedule.
 
     Args:
-        method: gives terms that already carry a fixed weight.
+        method: gives the terms.
+        weight: multiplies them; without meaning with `auto_ratio`.
         auto_ratio: for `weight: auto`, the wanted gradient norm relative to the detection loss; None: a fixed weight.
         stop_epoch: epochs after which the method ends; None: never.
         decay: let the weight fall linearly to zero, at `stop_epoch` or at the end of training.
@@ -55,6 +56,7 @@ class Balanced(nn.Module):
         self,
         method: Method,
         *,
+        weight: float = 1.0,
         auto_ratio: float | None = None,
         stop_epoch: int | None = None,
         decay: bool = False,
@@ -67,10 +69,10 @@ class Balanced(nn.Module):
         self.norm: Tensor
         self.scale: Tensor
         self.register_buffer("norm", torch.zeros(()))  # last measured gradient norm, as scaled
-        self.register_buffer("scale", torch.zeros(()) if auto_ratio is not None else torch.ones(()))  # 0: not measured
+        self.register_buffer("scale", torch.tensor(weight if auto_ratio is None else 0.0))  # 0: not measured yet
 
-    def factor(self, position: Position) -> float:
-        """Of the schedule, in 0..1; 0 means that the method need not run."""
+    def factor(self, position: TrainingPosition) -> float:
+        """Factor of the schedule, in 0..1; 0 means that the method need not run."""
         end = position.total if self.stop_epoch is None else self.stop_epoch * position.steps_per_epoch
         if position.step >= end:
             return 0.0

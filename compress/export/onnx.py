@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.config.deploy import Deploy
-from compress.detectors.base import Capability
+from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
 from compress.versions import versions
@@ -30,7 +30,7 @@ def export_checkpoint(
     *,
     input_size: tuple[int, int],
     images: Sequence[Path],
-    limits: tuple[int, int] | None = None,
+    resize_short_long: tuple[int, int] | None = None,
     precision: str = "fp32",
 ) -> ExportReport:
     """Export a native checkpoint to `out`.
@@ -38,7 +38,8 @@ def export_checkpoint(
     Args:
         settings: thresholds and limits; its `input_size` is not looked at.
         input_size: (height, width) of the canvas in pixels, multiples of 32.
-        limits: (short, long) in pixels that an image is not enlarged beyond, as in training; None: the canvas alone.
+        resize_short_long: (short, long) in pixels that an image is not enlarged beyond, as in training; None: the
+            canvas alone.
         images: files that the result is compared with torch on; the first 16 are used.
         precision: a float one of `PRECISIONS`. A network in float16 is compared with the float32 module.
 
@@ -46,7 +47,7 @@ def export_checkpoint(
         UserError: the checkpoint or an image cannot be used. `ExportMismatchError`: the graph is wrong.
     """
     kind = PRECISIONS[precision]
-    runner = torch_runner(str(checkpoint), settings, input_size, limits=limits)
+    runner = torch_runner(str(checkpoint), settings, input_size, resize_short_long=resize_short_long)
     return export_onnx(
         half_precision(runner.module) if kind.half else runner.module,
         runner.card,
@@ -64,20 +65,20 @@ def torch_runner(
     settings: Deploy,
     input_size: tuple[int, int],
     *,
-    limits: tuple[int, int] | None = None,
+    resize_short_long: tuple[int, int] | None = None,
     categories: Mapping[int, str] | None = None,
     device: str = "cpu",
 ) -> TorchRunner:
     """A checkpoint (a file or `zoo:<name>`) in PyTorch, with the post-processing of an exported file.
 
-    limits: see `export_checkpoint`. categories: id → name in label order, for a checkpoint that does not say which
-    classes it knows.
+    resize_short_long: see `export_checkpoint`. categories: id → name in label order, for a checkpoint that does not say
+    which classes it knows.
     """
     detector, record = load_teacher_checkpoint(checkpoint)
-    if Capability.DENSE not in detector.capabilities:
+    if detector.exportable is not None:
         raise UserError(
-            f"{checkpoint}: {detector.family} cannot be exported: its second stage works on as many proposals as it "
-            "finds, which a fixed graph cannot; it trains and teaches. Ship a gfl, fcos or retinanet student"
+            f"{checkpoint}: {detector.family} cannot be exported: {detector.exportable}; it trains and teaches. Ship a "
+            f"{exportable_families()} student"
         )
     if record.class_names is not None and record.category_ids is not None:
         categories = dict(zip(record.category_ids, record.class_names, strict=True))
@@ -88,8 +89,8 @@ def torch_runner(
         class_names=list(categories.values()),
         category_ids=list(categories),
         input_size=input_size,
-        short=limits[0] if limits else None,
-        long=limits[1] if limits else None,
+        short=resize_short_long[0] if resize_short_long else None,
+        long=resize_short_long[1] if resize_short_long else None,
         pad_color=PAD_COLOR,
         score_threshold=settings.score_threshold,
         nms_threshold=settings.nms_threshold,

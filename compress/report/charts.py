@@ -125,11 +125,11 @@ def scatter_chart(
     taken: list[tuple[float, float, float]] = []  # (left, right, baseline) of labels already placed
     for s in spots:
         taken.append((to_x(s.x) - 7, to_x(s.x) + 7, to_y(s.y) + 4))
-    for arm, label, value in sorted(levels, key=lambda item: item[2]):
+    for role, label, value in sorted(levels, key=lambda item: item[2]):
         y = to_y(value)
         parts.append(
             Markup('<line class="line {}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                arm, _LEFT, WIDTH - _RIGHT, y, y
+                role, _LEFT, WIDTH - _RIGHT, y, y
             )
         )
         start = _LEFT + 6

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from compress.report.charts import Series, line_chart
-from compress.report.document import ARMS, Document, Metrics
+from compress.report.document import ROLES, Document, Metrics
 
 DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 _KNOWN_COLUMNS = {
@@ -36,7 +36,7 @@ class Curve:
 def curves(document: Document) -> list[Curve]:
     """mAP and detection loss first, then the parts of the loss, then what the methods add."""
     metrics = document.metrics
-    arms: list[str] = [a for a in ("baseline", "student") if a in metrics] or [a for a in ARMS if a in metrics]
+    roles: list[str] = [a for a in ("baseline", "student") if a in metrics] or [a for a in ROLES if a in metrics]
     drawn: list[Curve] = []
 
     def add(
@@ -44,7 +44,7 @@ def curves(document: Document) -> list[Curve]:
     ) -> None:
         colours = (f"s{index % _LINE_COLOURS}" for index in range(len(columns)))
         series = [
-            Series(name if name in ARMS else colour, points, name)
+            Series(name if name in ROLES else colour, points, name)
             for (name, points), colour in zip(columns.items(), colours, strict=True)
             if points
         ]
@@ -53,7 +53,10 @@ def curves(document: Document) -> list[Curve]:
             chart = line_chart(series, title=f"{title} by step: {last}", y_label=y_label, **options)
             drawn.append(
                 Curve(
-                    title, note, chart, [(s.kind, s.label.capitalize() if s.label in ARMS else s.label) for s in series]
+                    title,
+                    note,
+                    chart,
+                    [(s.kind, s.label.capitalize() if s.label in ROLES else s.label) for s in series],
                 )
             )
 
@@ -62,23 +65,23 @@ def curves(document: Document) -> list[Curve]:
     add(
         "Validation mAP",
         "Dotted: the teacher's final mAP." if level else "Of the checkpoints while training.",
-        {a: metrics[a].columns.get("map", []) for a in arms},
+        {a: metrics[a].columns.get("map", []) for a in roles},
         "mAP, percent",
         level=level,
         marks=True,
     )
-    sums = {a: _detection_loss(metrics[a]) for a in arms}
+    sums = {a: _detection_loss(metrics[a]) for a in roles}
     if any(sums.values()):
-        add("Detection loss", "Distillation terms left out, so that the arms compare.", sums, "loss")
+        add("Detection loss", "Distillation terms left out, so that the roles compare.", sums, "loss")
     else:
         add(
             "Training loss",
             "Everything that is minimised, distillation included.",
-            {a: metrics[a].columns.get("loss", []) for a in arms},
+            {a: metrics[a].columns.get("loss", []) for a in roles},
             "loss",
         )
     for column in DETECTION_LOSSES:
-        add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in arms}, "loss")
+        add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in roles}, "loss")
     student = metrics.get("student")
     if student is not None:  # whatever is not of the detector or of the loop is a method's
         single = [c for c in student.columns if c not in _KNOWN_COLUMNS]

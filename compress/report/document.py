@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.errors import UserError, one_line
 
-ARMS = (TEACHER, BASELINE, STUDENT)
+ROLES = (TEACHER, BASELINE, STUDENT)
 """The models that are compared."""
 
 
@@ -188,7 +188,7 @@ class Uncertainty(_Part):
 
 class PseudoLabels(_Part):
     """What teachers labelled for the student. labelled_images: with people's labels. images: that the teachers
-    labelled, with `labels` boxes and `regions` too unsure for one. skipped: images that could not be read.
+    labelled, with `labels` boxes and `regions` too uncertain for one. skipped: images that could not be read.
     first_stage_map: of the student before it was fine-tuned, percent; None where it was not."""
 
     labelled_images: int
@@ -251,12 +251,12 @@ def read_document(run_dir: Path) -> Document:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
         raise UserError(f"{path}: not a report ({one_line(error)})") from None
-    metrics = {arm: _read_metrics(folder.training(arm).metrics) for arm in ARMS}
+    metrics = {role: _read_metrics(folder.training(role).metrics) for role in ROLES}
     recipe = folder.recipe
     return Document(
         run_dir=run_dir,
         report=parse_report(value, source=str(path)),
-        metrics={arm: m for arm, m in metrics.items() if m is not None},
+        metrics={role: m for role, m in metrics.items() if m is not None},
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
     )
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from compress.manifest import RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
-from compress.report.document import ARMS, Artifact, Document, Models, read_document
+from compress.report.document import ROLES, Artifact, Document, Models, read_document
 from compress.report.headline import headline, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
@@ -48,7 +48,7 @@ def build_report(run_dir: Path) -> Path:
         headline=headline(report.models, report.artifacts),
         tiles=tiles(report.models, report.artifacts),
         missing=_missing(document),
-        arms=[arm for arm in ARMS if getattr(report.models, arm)],
+        roles=[role for role in ROLES if getattr(report.models, role)],
         model_rows=model_rows(report.models),
         pseudo=pseudo_labels(report),
         artifacts=[artifact_row(a) for a in report.artifacts],
@@ -99,9 +99,9 @@ def _trade_chart(models: Models, artifacts: Sequence[Artifact]) -> Markup | None
     if not spots:
         return None
     levels = [
-        (arm, f"{arm} {figures.map:.1f}", figures.map)
-        for arm in ("teacher", "baseline")
-        if (figures := getattr(models, arm)) and figures.map is not None
+        (role, f"{role} {figures.map:.1f}", figures.map)
+        for role in ("teacher", "baseline")
+        if (figures := getattr(models, role)) and figures.map is not None
     ]
     words = "; ".join(f"{s.label}: {s.x:.2f} ms, {s.y:.1f} mAP" for s in spots)
     return scatter_chart(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compress.report.document import ARMS, Artifact, Engine, Layers, Models, Report
+from compress.report.document import ROLES, Artifact, Engine, Layers, Models, Report
 from compress.report.text import figure, ratio, signed
 
 
@@ -18,7 +18,7 @@ class Cell:
 
 
 def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
-    """(metric, cells by column): the three arms, then the student against baseline and teacher."""
+    """(metric, cells by column): the three roles, then the student against baseline and teacher."""
     rows = []
     for label, key, digits in (
         ("mAP", "map", 1),
@@ -27,8 +27,8 @@ def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
         ("Params, M", "params_m", 2),
         ("GFLOPs", "gflops", 2),
     ):
-        values = {arm: getattr(getattr(models, arm), key) if getattr(models, arm) else None for arm in ARMS}
-        cells = {arm: Cell(figure(values[arm], digits)) for arm in ARMS}
+        values = {role: getattr(getattr(models, role), key) if getattr(models, role) else None for role in ROLES}
+        cells = {role: Cell(figure(values[role], digits)) for role in ROLES}
         for other in ("baseline", "teacher"):
             mine, theirs = values["student"], values[other]
             if mine is None or theirs is None:
@@ -113,7 +113,7 @@ def _formats(layers: Layers) -> str:
 def class_rows(models: Models) -> list[dict[str, Any]]:
     """A row a class, best student AP first (the teacher's or baseline's where there is no student)."""
     per_class: dict[str, dict[str, float | None]] = {
-        arm: figures.per_class for arm in ARMS if (figures := getattr(models, arm)) and figures.per_class
+        role: figures.per_class for role in ROLES if (figures := getattr(models, role)) and figures.per_class
     }
     names = list(dict.fromkeys(name for figures in per_class.values() for name in figures))
     order = per_class.get("student") or next(iter(per_class.values()), {})
@@ -124,7 +124,7 @@ def class_rows(models: Models) -> list[dict[str, Any]]:
 
     rows = []
     for name in sorted(names, key=rank):
-        bars = [(arm, figures.get(name), figure(figures.get(name), 1)) for arm, figures in per_class.items()]
+        bars = [(role, figures.get(name), figure(figures.get(name), 1)) for role, figures in per_class.items()]
         mine, base = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
         rows.append(
             {

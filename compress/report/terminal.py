@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from compress.report.document import ARMS, parse_report
+from compress.report.document import ROLES, parse_report
 from compress.report.text import figure
 
 
@@ -29,13 +29,13 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     for name in ("mAP", "drop", "params M", "GFLOPs", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("gate")
-    for arm in ARMS:
-        figures = getattr(document.models, arm)
+    for role in ROLES:
+        figures = getattr(document.models, role)
         if figures is None:
-            table.add_row(Text(arm), *["–"] * 6, Text("not in this run", style="dim"))
+            table.add_row(Text(role), *["–"] * 6, Text("not in this run", style="dim"))
         else:
             table.add_row(
-                Text(arm, style="bold" if arm == "student" else ""),
+                Text(role, style="bold" if role == "student" else ""),
                 figure(figures.map, 1),
                 "–",
                 figure(figures.params_m, 2),

@@ -55,12 +55,12 @@ class Checks:
 
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
-    limits: (short, long) in pixels that an image is not enlarged beyond; None: the canvas alone.
+    resize_short_long: (short, long) in pixels that an image is not enlarged beyond; None: the canvas alone.
     """
 
     images: Sequence[Path]
     input_size: tuple[int, int]
-    limits: tuple[int, int] | None = None
+    resize_short_long: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _export(plan: ArtifactPlan, path: Path, precision: str) -> dict[str, Any]:
         plan.settings,
         input_size=plan.checks.input_size,
         images=plan.checks.images,
-        limits=plan.checks.limits,
+        resize_short_long=plan.checks.resize_short_long,
         precision=precision,
     )
     return {key: value for key, value in asdict(report).items() if key != "path"}
@@ -317,7 +317,7 @@ def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]
     """The settings behind a float file, as the manifest of a run has them."""
     assert checks is not None, "a run checks its files"
     described = settings.model_dump(mode="json", exclude=NOT_THE_FILE)
-    return described | {"input_size": list(checks.input_size), "limits": list(checks.limits or ())}
+    return described | {"input_size": list(checks.input_size), "limits": list(checks.resize_short_long or ())}
 
 
 def _quantized_inputs(plan: ArtifactPlan, file: OnnxFile, how: Quantizing) -> dict[str, Any]:

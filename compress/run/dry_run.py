@@ -24,10 +24,9 @@ from compress.config.recipe import Recipe
 from compress.config.teacher import Source, Teacher
 from compress.console import open_console
 from compress.data.synthetic import class_names
-from compress.detectors.base import Detector
+from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
-from compress.distill.teacher import freeze
 from compress.manifest import STUDENT, RunFolder
 from compress.run.data import DataPlan, open_data
 from compress.run.parts import Parts

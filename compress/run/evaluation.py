@@ -13,7 +13,6 @@ from typing import Any
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.console import open_console, progress
-from compress.detectors.base import Capability
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.onnx import torch_runner
 from compress.manifest import TEACHER_CHECK, Manifest, RunFolder
@@ -133,7 +132,7 @@ def _torch(plan: EvaluationPlan, checkpoint: str) -> Runner:
         checkpoint,
         plan.settings,
         plan.checks.input_size,
-        limits=plan.checks.limits,
+        resize_short_long=plan.checks.resize_short_long,
         categories=plan.categories,
         device=plan.device,
     )
@@ -151,17 +150,16 @@ def _validate(plan: EvaluationPlan, runners: dict[str, Runner]) -> list[dict[str
         )
     for result in results:
         if result.diagnosis is not None:
-            open_console().print(f"{result.name}: {result.diagnosis}")
+            open_console().print(f"{result.name}: {result.diagnosis}", markup=False)
     return [result.to_dict() for result in results]
 
 
 def _teacher(plan: EvaluationPlan) -> dict[str, Runner]:
     if plan.teacher is None:
         return {}
-    if Capability.DENSE not in load_teacher_checkpoint(plan.teacher)[0].capabilities:
-        open_console().print(
-            "benchmark: without the teacher: a detector in two stages has no form that could be exported"
-        )
+    reason = load_teacher_checkpoint(plan.teacher)[0].exportable
+    if reason is not None:
+        open_console().print(f"benchmark: without the teacher, which cannot be exported: {reason}")
         return {}
     return {TEACHER: _torch(plan, plan.teacher)}
 

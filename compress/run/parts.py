@@ -13,19 +13,22 @@ from torch import nn
 from compress.detectors.base import Detector
 from compress.detectors.weights import state_sha256
 from compress.distill.method import Method
+from compress.distill.weighting import WeightedMethod
 from compress.teachers.base import BoxTeacher
+from deploy.core.import_path import import_object
 
 
 @dataclass(frozen=True)
 class Parts:
     """Objects in the place of, or beside, what a recipe names.
 
-    methods: name → a method that the student learns from, too. A training works on a copy of it.
+    methods: name → a method that the student learns from, too; a `WeightedMethod` has its weight and schedule. A
+        training works on a copy of it.
     teacher: in the place of the recipe's.
     student: gives the detector to train, for a number of classes, in the place of `student` in the recipe.
     """
 
-    methods: Mapping[str, Method] = field(default_factory=dict)
+    methods: Mapping[str, Method | WeightedMethod] = field(default_factory=dict)
     teacher: Detector | BoxTeacher | None = None
     student: Callable[[int], Detector] | None = None
 
@@ -36,6 +39,12 @@ class Parts:
     def student_identity(self) -> dict[str, Any]:
         """What a training of this student depends on, as JSON; empty without one."""
         return {} if self.student is None else {"own_student": describe(self.student)}
+
+
+def named_identity(kind: str, paths: Mapping[str, str]) -> dict[str, Any]:
+    """What a training depends on that works with the parts at these import paths (recipe key → path), as JSON under
+    the key `kind`; empty without them."""
+    return {kind: {key: describe(import_object(path, key)) for key, path in paths.items()}} if paths else {}
 
 
 def describe(part: Any) -> dict[str, Any]:
@@ -50,6 +59,8 @@ def describe(part: Any) -> dict[str, Any]:
         "class": f"{kind.__module__}:{kind.__qualname__}",
         "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
     }
+    if isinstance(part, WeightedMethod):
+        described["method"] = describe(part.method)
     if isinstance(part, nn.Module):
         described["weights"] = state_sha256(part)
         plain = (bool, int, float, str)

@@ -23,11 +23,10 @@ from compress.config.train import Train
 from compress.console import open_console
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
-from compress.detectors.base import Detector
+from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
-from compress.distill.teacher import freeze
 from compress.manifest import (
     BASELINE,
     STUDENT,
@@ -39,7 +38,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
-from compress.run.parts import Parts
+from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
     PseudoLabelled,
@@ -60,7 +59,10 @@ from deploy.core.import_path import import_object
 from deploy.validate.coco import read_annotations
 
 if TYPE_CHECKING:
+    from compress.config.data import Split
+    from compress.run.artifacts import Checks
     from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -73,11 +75,12 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
     """
     run_dir = distill(recipe, resume=resume, dry_run=dry_run, parts=parts)
     if not dry_run and is_first_process():
-        reason = detector_class(recipe.student.detector, "student.detector").exportable
-        if reason is not None:
+        kind = _student_class(recipe, Parts() if parts is None else parts)
+        if kind.exportable is not None:
+            name = recipe.student.detector if parts is None or parts.student is None else kind.__name__
             open_console().print(
-                f"not exported, validated or benchmarked: a {recipe.student.detector} cannot be exported: {reason}; "
-                f"its weights are {run_dir / 'student.safetensors'}, its figures stand above"
+                f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
+                f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
             )
             return run_dir
         _ship(recipe)
@@ -108,7 +111,7 @@ def distill(
 
     parts = Parts() if parts is None else parts
     fabric = _launch(recipe)
-    problem = recipe.student_problem(detector_class(recipe.student.detector, "student.detector"))
+    problem = recipe.student_problem(_student_class(recipe, parts))
     if problem is not None:
         raise UserError(": ".join(problem))
     for path in recipe.deploy.runners or ():
@@ -197,7 +200,7 @@ def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadP
         deploy=deploy,
         quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
         input_size=deploy.input_size or canvas(data.val, recipe.data),
-        limits=(recipe.data.eval_short, recipe.data.long),
+        resize_short_long=(recipe.data.eval_short, recipe.data.long),
         distillation=distillation_plan(recipe, parts),
         seed=recipe.seed,
         workers=recipe.data.workers,
@@ -337,7 +340,11 @@ class _Run:
             **self.identity,
             "model": plan.model.model_dump(mode="json", exclude_none=True),
             "train": plan.settings.model_dump(mode="json", exclude=NOT_THE_RESULT),
-            **(self.parts.student_identity() if plan.build is not None else {}),
+            **(
+                self.parts.student_identity()
+                if plan.build is not None
+                else named_identity("named_model", plan.model.own_parts())
+            ),
             **plan.identity,
         }
 
@@ -369,32 +376,49 @@ class _Run:
             "methods": distillation.methods.model_dump(mode="json"),
             "inherit": distillation.inherit,
             "teacher": state_sha256(teacher),
+            **named_identity("named_methods", {f"methods.{path}": path for path in distillation.methods.own}),
             **self.parts.method_identity(),
         }
 
 
+def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
+    """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
+    from compress.run.artifacts import Checks
+
+    _, split = splits(recipe.data, recipe.runs)
+    resize_short_long = (recipe.data.eval_short, recipe.data.long)
+    val = CocoDetection(split.annotations, split.images, eval_transform(*resize_short_long))
+    images = [val.path(index) for index in range(len(val))]
+    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), resize_short_long)
+
+
+def quantizing(recipe: Recipe) -> Quantizing:
+    """What a recipe's int8 files are calibrated on, and searched with if it says so."""
+    from compress.run.quantize import Quantizing, Search
+
+    train_split, split = splits(recipe.data, recipe.runs)
+    int8, search = recipe.deploy.int8, None
+    if int8.guided:
+        labels, part = labelled_split(data_plan(recipe)), RunFolder(recipe.run_dir).search_split
+        search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
+    return Quantizing(int8, train_split, split, search)
+
+
 def _ship(recipe: Recipe) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
-    from compress.run.artifacts import Checks, make, plans_of_a_run
+    from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
-    from compress.run.quantize import Quantizing, Search
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
-    manifest, limits = Manifest(folder.path, versions()), (recipe.data.eval_short, recipe.data.long)
-    train_split, split = splits(recipe.data, recipe.runs)
+    manifest = Manifest(folder.path, versions())
+    split, val, checks = validation_images(recipe)
     labelled = labelled_split(data_plan(recipe))
-    val = CocoDetection(split.annotations, split.images, eval_transform(*limits))
-    images = [val.path(index) for index in range(len(val))]
-    checks = Checks(images, deploy.input_size or canvas(val, recipe.data), limits)
-    search = None
-    if deploy.int8.guided:
-        search = Search(labelled, deploy.max_map_drop, deploy.int8.deciding_images, folder.search_split)
     made = []
-    for plan in plans_of_a_run(folder, deploy, checks, Quantizing(deploy.int8, train_split, split, search), manifest):
+    for plan in plans_of_a_run(folder, deploy, checks, quantizing(recipe), manifest):
         for artifact in make(plan):
             made.append(artifact)
-            open_console().print(f"export: {artifact}")
+            open_console().print(f"export: {artifact}", markup=False)  # brackets are no styles
     learns = bool(recipe.methods.enabled())
     teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
@@ -420,18 +444,9 @@ def _ship(recipe: Recipe) -> None:
 
 
 def _launch(recipe: Recipe) -> Fabric:
-    train = recipe.train
-    taught = recipe.teacher.train if recipe.teacher is not None else None
-    if taught is not None:
-        for key in ("devices", "accelerator", "precision"):
-            if getattr(taught, key) != getattr(train, key):
-                raise UserError(
-                    f"teacher.train.{key} is {getattr(taught, key)!r}, train.{key} is {getattr(train, key)!r}: one run "
-                    "trains all its arms alike; give both the same value"
-                )
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
-    return launch(train, unused_parameters=ends)
+    return launch(recipe.train, unused_parameters=ends)
 
 
 def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool) -> None:
@@ -450,6 +465,13 @@ def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool
         write_text(folder.recipe, dump_recipe(recipe))
 
     on_first_process(fabric, create)
+
+
+def _student_class(recipe: Recipe, parts: Parts) -> type[Detector]:
+    """What the student is, to ask it what it can."""
+    if parts.student is not None:
+        return type(parts.student(2))
+    return detector_class(recipe.student.detector, "student.detector")
 
 
 def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:

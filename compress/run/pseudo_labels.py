@@ -20,15 +20,16 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from compress.config.data import Data, Split
-from compress.config.families import FAMILY_FACTS, families_with
+from compress.config.families import families_with
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.config.pseudo import FineTune, Labels, PseudoLabels
 from compress.config.teacher import Source, Teacher
 from compress.config.train import Schedule, Train
 from compress.data.coco import CocoDetection
-from compress.data.concat import Joined
+from compress.data.concat import ConcatDataset
 from compress.data.transforms import eval_transform
+from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
 from compress.pseudo import parts
 from compress.pseudo.images import FileContents, ImageList, images_in, without
@@ -108,7 +109,6 @@ def labelling_plan(
         sources = (teacher if teacher.train is None else trained,)
         min_map = max(min_map, teacher.min_map)
     rest = [REST] if labels is not None and labels.fraction < 1 else []
-    facts = FAMILY_FACTS.get(student.detector)
     return LabellingPlan(
         settings=settings,
         sources=sources,
@@ -125,7 +125,7 @@ def labelling_plan(
         lists=(*rest, *(_folder(number) for number in range(1, len(settings.unlabeled) + 1))),
         folder=run.pseudo_labels,
         student=student.detector,
-        needs_all_classes=facts is not None and not facts.ignores_regions,
+        needs_all_classes=not detector_class(student.detector, "student.detector").ignores_regions,
         cache=data.cache,
         drop_empty=data.drop_empty,
         workers=data.workers,
@@ -136,7 +136,7 @@ def labelling_plan(
 class PseudoLabelled:
     """images: to train on, labelled ones first. identity: of what the teachers' labels are (JSON-able)."""
 
-    images: Joined
+    images: ConcatDataset
     identity: dict[str, Any]
 
 
@@ -166,7 +166,8 @@ def label_images(
         results.append(manifest.stage(f"{STAGE}: {name}", inputs, [out], label, write=fabric.is_global_zero))
     totals = {key: sum(result[key] for result in results) for key in ("images", "labels", "regions", "skipped")}
     console.print(
-        f"pseudo labels: {totals['labels']} labels and {totals['regions']} unsure regions in {totals['images']} images"
+        f"pseudo labels: {totals['labels']} labels and {totals['regions']} uncertain regions in "
+        f"{totals['images']} images"
         + (f", {totals['skipped']} unreadable images left out" if totals["skipped"] else "")
         + f", by {', '.join(teacher.file for teacher in teachers)}"
     )
@@ -180,10 +181,12 @@ def label_images(
         if result["labels"]:
             with_labels.append(_dataset(plan, plan.file(name), images.folder, data))
     hashes = [sha256_of(plan.file(name)) for name, _ in lists]
-    return PseudoLabelled(Joined(with_labels), {"pseudo_labels": hashes, "weighting": plan.settings.weighting})
+    return PseudoLabelled(ConcatDataset(with_labels), {"pseudo_labels": hashes, "weighting": plan.settings.weighting})
 
 
-def rehearse(plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console) -> Joined:
+def rehearse(
+    plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console
+) -> ConcatDataset:
     """For a dry run: label the images of `data.train` in `folder`, and join that with `data.train`. `data` may be made
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
@@ -202,8 +205,8 @@ def rehearse(plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], fo
     rows = read_annotations(out)["annotations"]
     console.print(f"pseudo labels: {', '.join(t.file for t in teachers)} say {len(rows)} boxes of made-up images")
     if not rows:
-        return Joined([data.train])
-    return Joined([data.train, CocoDetection(out, split.images, data.train.transform, drop_unsure=True)])
+        return ConcatDataset([data.train])
+    return ConcatDataset([data.train, CocoDetection(out, split.images, data.train.transform, drop_uncertain=True)])
 
 
 def check_labelled(labelled: int, train: Train, *, baseline: bool, fine_tune: FineTune | None) -> None:
@@ -397,7 +400,7 @@ def _dataset(plan: LabellingPlan, file: Path, images: Path, data: Datasets) -> C
         data.train.transform,
         cache=plan.cache,
         drop_empty=plan.drop_empty,
-        drop_unsure=True,
+        drop_uncertain=True,
         scores=plan.settings.weighting == "score",
     )
 

@@ -29,8 +29,8 @@ class QadPlan:
 
     student: checkpoint of the float student. adapters: `last.ckpt` of its training by the methods.
     train: settings of that training. qad: how the one on grids differs.
-    quantizing: what calibrates. input_size, limits: canvas (height, width), and (short, long) that images are not
-        enlarged beyond, pixels.
+    quantizing: what calibrates. input_size, resize_short_long: canvas (height, width), and (short, long) that images
+        are not enlarged beyond, pixels.
     folder: where the results go.
     """
 
@@ -42,7 +42,7 @@ class QadPlan:
     deploy: Deploy
     quantizing: Quantizing
     input_size: tuple[int, int]
-    limits: tuple[int, int]
+    resize_short_long: tuple[int, int]
     distillation: Distillation
     seed: int
     workers: int
@@ -98,7 +98,9 @@ def distill_quantized(
 
     def calibrate() -> None:
         images = plan.quantizing.images
-        grids = calibrated_grids(plan.student, plan.deploy, images, input_size=plan.input_size, limits=plan.limits)
+        grids = calibrated_grids(
+            plan.student, plan.deploy, images, input_size=plan.input_size, resize_short_long=plan.resize_short_long
+        )
         write_json(start_file, grids.model_dump(mode="json"))
 
     on_first_process(fabric, lambda: manifest.stage("qad calibration", inputs, [start_file], calibrate))

@@ -1,4 +1,4 @@
-"""Validation pictures for report.json: what each detector finds on them, and where the teacher is unsure."""
+"""Validation pictures for report.json: what each detector finds on them, and where the teacher is uncertain."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ Everything here works the same in one process and in several; process 0 writes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
 from compress.distill.method import Method
-from compress.distill.weighting import Balanced
+from compress.distill.weighting import WeightedMethod
 from compress.manifest import RunFolder, fingerprint
 from compress.run.data import Datasets
 from compress.training.evaluate import evaluate
@@ -47,7 +46,7 @@ class Distillation:
 
     methods: Methods = field(default_factory=Methods)
     inherit: bool = False
-    own: Mapping[str, Method] = field(default_factory=dict)
+    own: Mapping[str, Method | WeightedMethod] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -56,10 +55,9 @@ class Distillation:
 
     def build(
         self, student: Detector, teacher: Detector, *, seed: int = 0, compiled: bool = False
-    ) -> dict[str, Balanced]:
+    ) -> dict[str, WeightedMethod]:
         """The methods, with fresh adapters. Raises UserError where teacher, student and methods do not fit."""
-        built = build_methods(self.methods, student, teacher, seed=seed, compiled=compiled)
-        return built | {name: Balanced(copy.deepcopy(method)) for name, method in self.own.items()}
+        return build_methods(self.methods, student, teacher, seed=seed, compiled=compiled, own=self.own)
 
     def pass_on(self, student: Detector, teacher: Detector) -> None:
         """Let the student inherit, where it should. Raises UserError where nothing fits."""
@@ -69,7 +67,7 @@ class Distillation:
                 f"student's (width {student.feature_channels}); give both the same neck_channels"
             )
 
-    def check(self, student: Detector, teacher: Detector) -> dict[str, Balanced]:
+    def check(self, student: Detector, teacher: Detector) -> dict[str, WeightedMethod]:
         """Do what the student's training will begin with. The weights of `student` do not matter, and change.
 
         Raises UserError where teacher, student and methods do not fit each other.

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from compress.config.teacher import Custom
-from compress.detectors.backbones import call_own
 from compress.detectors.base import Detector
 from compress.detectors.weights import state_sha256
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from deploy.core.errors import UserError
-from deploy.core.import_path import import_object
+from deploy.core.import_path import call_own, import_object
 
 KEY = "teacher.custom.factory"
 NEEDED = ("sha256", "settings", "class_names", "capabilities", "detector", "view", "preprocessing", "covers", "detect")

@@ -187,7 +187,7 @@ class MmdetDetector(Detector):
             list(logits),
             [],
             self.strides,
-            sides=list(sides),
+            box_deltas=list(sides),
             centerness=list(centerness[0]) if centerness else [],
             anchors=self._dense.anchors,
         )
@@ -201,7 +201,7 @@ class MmdetDetector(Detector):
             raise self._lacks(Capability.DENSE)
         head = self.model.bbox_head
         device = prediction.logits[0].device
-        raw = prediction.distribution or prediction.sides
+        raw = prediction.distribution or prediction.box_deltas
         levels = zip(raw, head.prior_generator.grid_priors(prediction.level_sizes, device=device), strict=True)
         boxes = []
         for (x, priors), stride in zip(levels, prediction.strides, strict=True):
@@ -232,7 +232,7 @@ class MmdetDetector(Detector):
             return self._detect(prediction.images, sizes, score_threshold)
         prediction = prediction.float()
         height, width = (side * prediction.strides[0] for side in prediction.level_sizes[0])
-        outputs = [prediction.logits, prediction.distribution or prediction.sides]
+        outputs = [prediction.logits, prediction.distribution or prediction.box_deltas]
         if prediction.centerness:
             outputs.append(prediction.centerness)
         metas = [_meta(size, (height, width)) for size in sizes]

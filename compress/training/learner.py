@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress.data.batch import Batch
 from compress.detectors.base import Detector, Reduce
 from compress.distill.method import Outputs
-from compress.distill.weighting import Balanced, Position, gradient_norm
+from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
 
 
 class Learner(nn.Module):
@@ -20,7 +20,7 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, student: Detector, methods: Mapping[str, Balanced], teacher: Detector | None, reduce: Reduce | None
+        self, student: Detector, methods: Mapping[str, WeightedMethod], teacher: Detector | None, reduce: Reduce | None
     ) -> None:
         super().__init__()
         self.student = student
@@ -30,12 +30,12 @@ class Learner(nn.Module):
         self.detection_norm: Tensor
         self.register_buffer("detection_norm", torch.zeros(()), persistent=False)
 
-    def forward(self, batch: Batch, position: Position) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, position: TrainingPosition) -> dict[str, Tensor]:
         """Weighted scalar losses of a batch; their sum is what is minimised."""
         (teacher,) = self._teacher
         features = self.student.features(batch.images)
         prediction = self.student.predict(features)
-        factors = {name: method.factor(position) for name, method in self._balanced()}
+        factors = {name: method.factor(position) for name, method in self._weighted()}
         teacher_outputs = None
         if teacher is not None and any(factors.values()):
             with torch.no_grad():
@@ -48,37 +48,37 @@ class Learner(nn.Module):
             if teacher_outputs is not None:
                 student = Outputs(features, prediction, self.student, targets)
                 terms = {
-                    name: m.method(student, teacher_outputs, batch) for name, m in self._balanced() if factors[name]
+                    name: m.method(student, teacher_outputs, batch) for name, m in self._weighted() if factors[name]
                 }
                 if position.measures and features[0].requires_grad:
                     self._measure(losses, terms, features)
-                for name, balanced in self._balanced():
-                    factor = factors[name] * balanced.scale
+                for name, weighted in self._weighted():
+                    factor = factors[name] * weighted.scale
                     losses.update({key: value * factor for key, value in terms.get(name, {}).items()})
         return losses
 
     def observations(self) -> dict[str, Tensor]:
         """Scalars for the log besides the losses: gradient norms, automatic weights, what the methods report."""
         values: dict[str, Tensor] = {}
-        for name, balanced in self._balanced():
-            values[f"grad_{name}"] = balanced.norm
-            if balanced.auto_ratio is not None:
-                values[f"scale_{name}"] = balanced.scale
-            values |= {f"{key}_{name}": value for key, value in balanced.method.observations().items()}
+        for name, weighted in self._weighted():
+            values[f"grad_{name}"] = weighted.norm
+            if weighted.auto_ratio is not None:
+                values[f"scale_{name}"] = weighted.scale
+            values |= {f"{key}_{name}": value for key, value in weighted.method.observations().items()}
         if len(self.methods):
             values["grad_detection"] = self.detection_norm
         return values
 
-    def _balanced(self) -> list[tuple[str, Balanced]]:
+    def _weighted(self) -> list[tuple[str, WeightedMethod]]:
         return list(self.methods.items())  # type: ignore[arg-type]
 
     def _measure(self, losses: dict[str, Tensor], terms: dict[str, dict[str, Tensor]], features: list[Tensor]) -> None:
         """Gradient norms of the detection loss and of each method at the student's pyramid."""
         self.detection_norm.copy_(gradient_norm(total_loss(losses), features, self._reduce))
-        for name, balanced in self._balanced():
+        for name, weighted in self._weighted():
             if name in terms:
                 norm = gradient_norm(total_loss(terms[name]), features, self._reduce)
-                balanced.measure(norm, self.detection_norm)
+                weighted.measure(norm, self.detection_norm)
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:

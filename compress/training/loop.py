@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from compress.config.train import Train
 from compress.data.batch import Batch
 from compress.detectors.base import Detector, Reduce
-from compress.distill.weighting import Balanced, Position
+from compress.distill.weighting import TrainingPosition, WeightedMethod
 from compress.manifest import TrainingFolder
 from compress.training.checkpoint import Checkpoints, State
 from compress.training.distributed import mean_over_processes, share_buffers, sum_over_processes
@@ -59,7 +59,7 @@ class Training:
     evaluate: Callable[[Detector], CocoMetrics]
     identity: str
     teacher: Detector | None = None
-    methods: Mapping[str, Balanced] = field(default_factory=dict)
+    methods: Mapping[str, WeightedMethod] = field(default_factory=dict)
 
     @property
     def epoch_steps(self) -> int:
@@ -132,7 +132,7 @@ def fit(
         for part in range(settings.accumulate):
             batches.append(next(images).to(fabric.device, non_blocking=True))
             with fabric.no_backward_sync(fabric_learner, enabled=part < settings.accumulate - 1):
-                losses = fabric_learner(batches[-1], Position(state.step, total, epoch_steps))
+                losses = fabric_learner(batches[-1], TrainingPosition(state.step, total, epoch_steps))
                 loss = total_loss(losses) / settings.accumulate
                 if not _is_finite(loss.detach(), reduce):
                     _stop("loss", losses, batches, learner, fabric, training, state.step)
@@ -189,10 +189,10 @@ def _check_length(training: Training) -> None:
             f"{training.name}: schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the run's "
             f"{total} steps; set it to {total // 10}"
         )
-    for name, balanced in training.methods.items():
-        if balanced.stop_epoch is not None and balanced.stop_epoch * epoch_steps > total:
+    for name, weighted in training.methods.items():
+        if weighted.stop_epoch is not None and weighted.stop_epoch * epoch_steps > total:
             raise UserError(
-                f"{training.name}: methods.{name}.stop_epoch {balanced.stop_epoch} lies behind the end of the "
+                f"{training.name}: methods.{name}.stop_epoch {weighted.stop_epoch} lies behind the end of the "
                 f"training ({total / epoch_steps:.1f} epochs); lower it or leave it out"
             )
 

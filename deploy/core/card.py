@@ -49,7 +49,7 @@ class Quantization(BaseModel):
     method: str
     """How the activations' ranges were found: `minmax`, `percentile`, `entropy`; `trained`: learned after that."""
     images_sha256: str
-    """Of the sorted SHA-256 of the calibration images."""
+    """Hash of the sorted SHA-256 of the calibration images."""
     image_hashes: list[str] = Field(min_length=1)
     """The first 16 digits of the SHA-256 of each calibration image file: validation refuses these images."""
     guided_map_drop: float | None = None
@@ -57,7 +57,7 @@ class Quantization(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What a deployable file says about itself. `input_size` is (height, width) in pixels."""
+    """Facts of a deployable file, which it carries itself. `input_size` is (height, width) in pixels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

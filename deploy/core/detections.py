@@ -31,7 +31,7 @@ class Detection:
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one picture, highest score first. Iterates over `Detection`s; `d[d.scores > 0.5]` chooses.
+    """Detections of one picture, highest score first. Iterates over `Detection`s; `d[d.scores > 0.5]` chooses.
 
     Raises ValueError for arrays whose shapes do not fit each other.
     """
@@ -77,7 +77,7 @@ class Detections:
         return self._with(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
 
     def __eq__(self, other: object) -> bool:
-        """Whether boxes, scores, labels and classes are equal, to the bit; the file does not count."""
+        """Equality of boxes, scores, labels and classes, to the bit; the file does not count."""
         if not isinstance(other, Detections):
             return NotImplemented
         arrays = ("boxes", "scores", "labels")
@@ -99,11 +99,9 @@ class Detections:
         ids = self.category_ids if category_ids is None else category_ids
         if ids is None:
             raise UserError("to_coco: the model does not know the category ids of its classes: give category_ids")
-        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
-        return [
-            {"image_id": image_id, "category_id": ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-            for (x1, y1, x2, y2), score, label in rows
-        ]
+        boxes = self.boxes.astype(np.float64)  # where the difference of two float32 is exact
+        boxes[:, 2:] -= boxes[:, :2]
+        return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), ids)
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`, with the class names in its `data`. Raises UserError without that package."""
@@ -131,3 +129,17 @@ class Detections:
 
     def _with(self, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Detections:
         return Detections(boxes, scores, labels, self.class_names, self.category_ids, self.path)
+
+
+def coco_rows(
+    image_id: int,
+    boxes: list[list[float]],
+    scores: list[float],
+    labels: list[int],
+    category_ids: Sequence[int],
+) -> list[dict[str, Any]]:
+    """COCO result rows of one image. boxes: x, y, width, height in pixels. category_ids: in label order."""
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for box, label, score in zip(boxes, labels, scores, strict=True)
+    ]

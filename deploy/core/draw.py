@@ -8,7 +8,7 @@ from typing import Protocol
 from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("#ffd23f", "#4fd1ff", "#ff7ac6", "#7ee36b", "#ff9d4d", "#c3a6ff", "#3fe0c0", "#ff7d7d", "#b7d7ff", "#e8e27a")
-"""By label; the web page of the server has the same."""
+"""Colors by label; the web page of the server has the same."""
 
 
 class Labeled(Protocol):

@@ -48,7 +48,7 @@ def usable_cores() -> int:
 
 
 def gpus() -> list[dict[str, Any]] | None:
-    """One entry a GPU, an empty list when the driver sees none, None when nobody can tell (no pynvml or no
+    """One entry a GPU, an empty list when the driver sees none, None when it cannot be told (no pynvml or no
     driver)."""
     try:
         import pynvml

@@ -16,7 +16,7 @@ class LocalUserError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, for a message of one line: its first line without the full stop, or the
+    """Message of a library's exception, for a message of one line: its first line without the full stop, or the
     name of its type when it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

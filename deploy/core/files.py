@@ -28,7 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = _make_temporary(path, path.parent)
-    except OSError as error:  # whoever reads it knows `path`, not the temporary name
+    except OSError as error:  # the user knows `path`, not the temporary name
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)

@@ -1,4 +1,4 @@
-"""From an image file to the network input canvas, and boxes back to the pixels of the file, without torch."""
+"""Image files onto the network's input canvas, and boxes back to the pixels of the file, without torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_picture(picture: Picture) -> np.ndarray:
 
 
 def check_pixels(pixels: np.ndarray) -> np.ndarray:
-    """The same array. Raises UserError unless it is uint8 [height, width, 3] and not empty."""
+    """Return the array. Raises UserError unless it is uint8 [height, width, 3] and not empty."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise UserError(f"pixels must be uint8 [height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
     return pixels

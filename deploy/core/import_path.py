@@ -6,9 +6,10 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 
 PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 """What an import path looks like: a module, a colon, a name in it."""
@@ -46,3 +47,14 @@ def import_object(path: str, key: str) -> Any:
             raise UserError(f"{key}: {module_name} has no {attributes}")
         found = getattr(found, name)
     return found
+
+
+def call_own(build: Callable[..., Any], path: str, key: str, *args: Any, **options: Any) -> Any:
+    """Call the user's class or function at the import path `path`, which `key` named. Raises UserError in one line for
+    whatever it raises, with that as its cause."""
+    try:
+        return build(*args, **options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's constructor raises
+        raise UserError(f"{key}: {path} cannot be built: {type(error).__name__}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What an ONNX file says about itself, read from its bytes alone: no `onnx` package, no session, no weights in memory.
+"""Facts of an ONNX file, read from its bytes alone: no `onnx` package, no session, no weights in memory.
 
 `scan_onnx(path)` walks the protobuf wire format and finds, in milliseconds, what would otherwise end in an obscure
 message or in none: TensorRT's parser calls a text file, an empty file and opset 99 a success.
@@ -31,15 +31,15 @@ class OnnxFacts:
 
     ir_version: int
     opset: int
-    """Of the standard domain; 0 when the model does not import it."""
+    """Version of the standard domain; 0 when the model does not import it."""
     metadata: dict[str, str]
     operators: list[Operator]
     external: list[str] = field(default_factory=list)
     weights: dict[str, str] = field(default_factory=dict)
     """Floating-point initializers: name → first 16 digits of the SHA-256 of the tensor as it is stored."""
     structure_sha256: str = ""
-    """Of everything else that computes: nodes with their attributes and connections, integer constants, shapes of the
-    floating-point ones. Two trainings of one architecture have the same."""
+    """Hash of everything else that computes: nodes with their attributes and connections, integer constants, shapes of
+    the floating-point ones. Two trainings of one architecture have the same."""
 
 
 def scan_onnx(path: Path) -> OnnxFacts:
@@ -144,7 +144,7 @@ class _Scan:
                 self.tensor(value)
 
     def shape(self, span: tuple[int, int]) -> bytes:
-        """What a tensor adds to the structure: all of it, or of a floating-point one type, name and dimensions."""
+        """Share of a tensor in the structure: all of it, or of a floating-point one type, name and dimensions."""
         fields = list(self.fields(*span))
         if not any(number == 2 and value in _FLOATS for number, value in fields):
             return self.data[slice(*span)]

@@ -13,7 +13,10 @@ from typing import Literal
 
 from deploy.core.files import ONNX_SUFFIX
 
+PrecisionName = Literal["fp32", "fp16", "int8", "mixed"]
+"""The keys of `PRECISIONS`, where a type is asked for."""
 Target = Literal["cpu", "tensorrt"]
+"""Whose format a quantized file is in."""
 TENSORRT: Target = "tensorrt"
 """The format of quantized files that engines are built from."""
 
@@ -50,7 +53,7 @@ class Precision:
         return self.box_tolerance * max(canvas) if self.box_tolerance_px is None else self.box_tolerance_px
 
 
-PRECISIONS = {
+PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("as it was trained", source="fp32", suffix=""),
     "fp16": Precision(
         "the network in float16",

@@ -39,7 +39,7 @@ _INNER = ("dense_scores", "dense_boxes")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What the check of an export measured. Differences are the largest over all locations of all sample
+    """Figures of the check of an export. Differences are the largest over all locations of all sample
     images."""
 
     path: Path

@@ -1,4 +1,4 @@
-"""What number formats an ONNX graph really computes in. The card's `precision` comes from here, never from a wish."""
+"""Number formats that an ONNX graph really computes in. The card's `precision` comes from here, never from a wish."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def set_card(model: onnx.ModelProto, card: ModelCard) -> None:
 
 
 def _processing(graph: onnx.GraphProto, structure: Structure) -> list[onnx.NodeProto]:
-    """What comes before the first layer and after the last, without the casts between (and the factors of the output
+    """Nodes before the first layer and after the last, without the casts between (and the factors of the output
     layers, which are parameters of the network)."""
     weighted = {node for layer in structure.layers for node in layer.nodes}
     parameters = {item.name for item in graph.initializer if "." in item.name}

@@ -1,4 +1,4 @@
-"""What of a detector's graph can be quantized: its layers, and where the network ends and deciding begins.
+"""Parts of a detector's graph that can be quantized: its layers, and where the network ends and deciding begins.
 
 A *layer* is a trained weight with all nodes that use it: a head that is shared by five pyramid levels is one layer
 with five nodes. The *output layers* are those that no other layer follows (class scores and box distances): they stay
@@ -113,7 +113,7 @@ def _followed(graph: onnx.GraphProto, weighted: set[str]) -> set[str]:
 
 
 def _common_prefix(weights: Iterable[str]) -> str:
-    """What all parameter names begin with, up to a dot: the wrappers around the detector."""
+    """Common beginning of all parameter names, up to a dot: the wrappers around the detector."""
     paths = [weight.split(".")[:-2] for weight in weights]  # a layer keeps at least its own name
     prefix: list[str] = []
     for steps in zip(*paths, strict=False):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,38 +65,21 @@ def benchmark(
     scenario = scenario or ("single-stream" if max(map(len, streams.values())) == 1 else "multi-stream")
     planned, notes = _plan(streams, scopes)
     rng = np.random.default_rng(seed)
-    before, cells = environment(), []
+    before, cells = environment(), list[Cell]()
     done, total = 0, len(batch_sizes) * rounds * sum(map(len, planned.values()))
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
     with Telemetry() as telemetry, quiet_collector():
+        how = _How(scenario, seconds, rounds, warm_up_seconds, seed, clock, telemetry)
         for batch_size in batch_sizes:
             for scope in dict.fromkeys(scope for chosen in planned.values() for scope in chosen):
-                names = [name for name in streams if scope in planned[name]]
-                tasks = {name: make_tasks(streams[name], scope, encoded, batch_size, clock) for name in names}
-                warm_ups = {name: warm_up(tasks[name], batch_size, warm_up_seconds, clock) for name in names}
-                slices: dict[str, list[Slice]] = {name: [] for name in names}
-                telemetry.read()
-                for _ in range(rounds):
-                    for name in rng.permutation(names).tolist():
-                        slices[name].append(run_slice(tasks[name], batch_size, seconds / rounds, clock))
-                        telemetry.read()
-                        done += 1
-                        if progress is not None:
-                            progress(done, total)
-                for name in names:
-                    cells.append(
-                        make_cell(
-                            slices[name],
-                            runner=name,
-                            backend=streams[name][0].backend,
-                            scenario=scenario,
-                            scope=scope,
-                            clock=clock_of(streams[name][0], scope, encoded),
-                            batch_size=batch_size,
-                            streams=len(streams[name]),
-                            warm_up=warm_ups[name],
-                            seed=seed,
-                        )
-                    )
+                measured = {name: parts for name, parts in streams.items() if scope in planned[name]}
+                cells += _in_turn(measured, scope, batch_size, encoded, how, rng, advance)
     comparisons = compare_cells(cells, tolerance=tolerance, seed=seed)
     settings = {
         **shared_settings(streams, encoded),
@@ -206,7 +189,7 @@ def make_cell(slices: Sequence[Slice], *, seed: int, **facts: Any) -> Cell:
 
 
 def shared_settings(streams: Streams, encoded: Encoded) -> dict[str, Any]:
-    """What was measured, as every scenario records it."""
+    """Description of what was measured, as every scenario records it."""
     first = {name: runners[0] for name, runners in streams.items()}
     return {
         "images": len(encoded),
@@ -219,7 +202,7 @@ def shared_settings(streams: Streams, encoded: Encoded) -> dict[str, Any]:
 
 
 def warnings(cells: Sequence[Cell], facts: dict[str, Any]) -> list[str]:
-    """What a reader should know before believing the figures."""
+    """Reasons to doubt the figures, for their reader."""
     found = []
     for cell in cells:
         if not cell.warm_up.stable:
@@ -246,7 +229,7 @@ def after(before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def quiet_collector() -> Iterator[None]:
-    """What lives now is not looked at again, so that collecting before every slice stays cheap."""
+    """Freeze the objects that live now, so that collecting before every slice stays cheap."""
     gc.collect()
     gc.freeze()
     try:
@@ -266,6 +249,56 @@ def _check(batch_sizes: Sequence[int], scopes: Sequence[str], seconds: float, ro
         raise UserError(f"unknown scope '{unknown[0] if unknown else ''}': choose from {', '.join(SCOPES)}")
     if not seconds > 0 or rounds < 2:
         raise UserError(f"seconds must be positive and rounds at least 2, got {seconds:g} and {rounds}")
+
+
+@dataclass(frozen=True)
+class _How:
+    """Settings that the measurements of one report have in common."""
+
+    scenario: Scenario
+    seconds: float
+    rounds: int
+    warm_up_seconds: float
+    seed: int
+    clock: Clock
+    telemetry: Telemetry
+
+
+def _in_turn(
+    streams: Streams,
+    scope: Scope,
+    batch_size: int,
+    encoded: Encoded,
+    how: _How,
+    rng: np.random.Generator,
+    advance: Callable[[], None],
+) -> list[Cell]:
+    """A cell for each artifact, after a slice of each a round, in a new random order each time. advance() is called
+    after every slice."""
+    tasks = {name: make_tasks(parts, scope, encoded, batch_size, how.clock) for name, parts in streams.items()}
+    warm_ups = {name: warm_up(tasks[name], batch_size, how.warm_up_seconds, how.clock) for name in tasks}
+    how.telemetry.read()
+    slices: dict[str, list[Slice]] = {name: [] for name in tasks}
+    for _ in range(how.rounds):
+        for name in rng.permutation(list(tasks)).tolist():
+            slices[name].append(run_slice(tasks[name], batch_size, how.seconds / how.rounds, how.clock))
+            how.telemetry.read()
+            advance()
+    return [
+        make_cell(
+            slices[name],
+            runner=name,
+            backend=parts[0].backend,
+            scenario=how.scenario,
+            scope=scope,
+            clock=clock_of(parts[0], scope, encoded),
+            batch_size=batch_size,
+            streams=len(parts),
+            warm_up=warm_ups[name],
+            seed=how.seed,
+        )
+        for name, parts in streams.items()
+    ]
 
 
 def _plan(streams: Streams, scopes: Sequence[Scope]) -> tuple[dict[str, list[Scope]], list[str]]:

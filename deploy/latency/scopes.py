@@ -1,4 +1,4 @@
-"""What one measured call does, for each scope.
+"""The work of one measured call, for each scope.
 
 - `preprocess`: encoded image bytes → uint8 canvas (decode, resize, pad), on one thread;
 - `compute`: the network with its suppression, input and output on the device;
@@ -62,7 +62,7 @@ def scopes_of(runner: Runner, name: str, wanted: Sequence[Scope]) -> tuple[list[
 
 
 def clock_of(runner: Runner, scope: Scope, encoded: Encoded) -> str:
-    """What takes the times of that scope: the host's clock, or CUDA events where the backend has them."""
+    """Clock of that scope: the host's clock, or CUDA events where the backend has them."""
     if scope != "compute" or not isinstance(runner, StagedRunner):
         return HOST
     runner.upload(_canvases(encoded[:1], runner.card).images)

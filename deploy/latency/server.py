@@ -52,7 +52,7 @@ PERCENT = 99.0
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """What happened to each request, in order of arrival. Shorter than planned when `gave_up`."""
+    """Fate of each request, in order of arrival. Shorter than planned when `gave_up`."""
 
     latency_ms: np.ndarray
     arrival_s: np.ndarray
@@ -201,16 +201,10 @@ def benchmark_server(
                 advance()
     settings = {
         **shared_settings(streams, encoded),
-        "scenario": "server",
-        "batch_sizes": [batch_size],
-        "scopes": [scope],
-        "rates_ips": list(rates_ips),
-        "bound_ms": bound_ms,
-        "seconds": seconds,
-        "least_requests": least_requests,
-        "warm_up_seconds": warm_up_seconds,
-        "seed": seed,
-    }
+        "scenario": "server", "batch_sizes": [batch_size], "scopes": [scope], "rates_ips": list(rates_ips),
+        "bound_ms": bound_ms, "seconds": seconds, "least_requests": least_requests,
+        "warm_up_seconds": warm_up_seconds, "seed": seed,
+    }  # fmt: skip
     found = warnings(cells, before) + _overloads(cells) + troubles(telemetry.readings)
     notes = ["the artifacts were measured one after the other, not in turn: a queue needs one stretch of time"]
     return BenchmarkReport(

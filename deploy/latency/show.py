@@ -41,7 +41,7 @@ def comparison_table(comparisons: Sequence[Comparison], *, tolerance: float) -> 
 
 
 def bounded_lines(bounded: Sequence[BoundedThroughput]) -> list[str]:
-    """What the search for the highest rate found, a line an artifact."""
+    """Result of the search for the highest rate, a line an artifact."""
     return [
         f"{found.runner}: p99 stays within {found.bound_ms:g} ms up to {found.rate_ips:.4g} requests/s "
         f"({len(found.probes)} trials)"

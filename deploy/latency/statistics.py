@@ -147,8 +147,8 @@ def _search(
 def compare_in_turn(
     base: Blocks, other: Blocks, percents: Sequence[float], *, tolerance: float, seed: int, figures: int = 1
 ) -> list[tuple[Estimate, float, float]]:
-    """Of each percentile: other over base, the two-sided p-value of no difference, and the one-sided p-value of
-    other being slower by at most `tolerance` (a share). Round i of both was measured together, in random order.
+    """Compare each percentile: other over base, two-sided p-value of no difference, and one-sided p-value of other
+    being slower by at most `tolerance` (a share). Round i of both was measured together, in random order.
     figures: how many will be judged together; more need smaller p-values, so more swaps."""
     size = join_size(np.log([np.median(b) / np.median(a) for a, b in zip(base, other, strict=True)]))
     times = draw_blocks(-(-len(base) // size), seed)
@@ -177,7 +177,7 @@ def compare_in_turn(
 def compare_apart(
     base: Blocks, other: Blocks, percents: Sequence[float], *, tolerance: float, seed: int, figures: int = 1
 ) -> list[tuple[Estimate, float, float]]:
-    """As `compare_in_turn`, for calls that were measured at different times. Any number of `figures` will do."""
+    """Compare as `compare_in_turn`, but calls that were measured at different times. `figures` may be any number."""
     sides = []
     for offset, blocks in enumerate((base, other)):
         units = joined(blocks)

@@ -66,7 +66,7 @@ class Telemetry:
 
 
 def troubles(readings: Sequence[Reading]) -> list[str]:
-    """What the readings say against the figures."""
+    """Reasons in the readings to doubt the figures."""
     found = []
     foreign = [reading.foreign_cpu for reading in readings if reading.foreign_cpu is not None]
     if foreign and sum(foreign) / len(foreign) > 0.1:

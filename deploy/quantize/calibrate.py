@@ -41,7 +41,7 @@ class CalibrationImages:
 
     @property
     def sha256(self) -> str:
-        """Of the set, whatever its order."""
+        """Hash of the set, whatever its order."""
         return hashlib.sha256("".join(sorted(self.hashes)).encode()).hexdigest()
 
 

@@ -63,7 +63,7 @@ class Divergence:
     detail: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types: infinity becomes None."""
+        """Fields as JSON types: infinity becomes None."""
         return {key: None if value == float("inf") else value for key, value in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the comparison found; `divergence` is None when all differences are what the formats explain."""
+    """Result of the comparison; `divergence` is None when all differences are what the formats explain."""
 
     format: Format
     compared: int
@@ -85,7 +85,7 @@ class Diagnosis:
     """The value with the largest noise-to-signal ratio, and the ratio."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Fields as JSON types."""
         found = None if self.divergence is None else self.divergence.to_dict()
         worst = {"tensor": self.worst[0], "ratio": self.worst[1] if np.isfinite(self.worst[1]) else None}
         return {**asdict(self), "divergence": found, "worst": worst}
@@ -146,7 +146,7 @@ class _Graph:
 
     @classmethod
     def load(cls, path: Path) -> _Graph:
-        """Of a file, without what decides. Raises UserError."""
+        """The graph of a file without the part that decides. Raises UserError."""
         try:
             model = shape_inference.infer_shapes(onnx.load(str(path)))
         except Exception as error:  # protobuf's errors have no common class
@@ -157,7 +157,7 @@ class _Graph:
         return whole
 
     def deciding_part(self) -> _Graph | None:
-        """From dense scores and boxes, which become inputs, to the outputs; None for a graph without these values."""
+        """The part from dense scores and boxes, now inputs, to the outputs; None for a graph without these values."""
         if not {SCORES, BOXES} <= set(self.maker):
             return None
         model = onnx.ModelProto()

@@ -27,7 +27,7 @@ TRAINED = "trained"  # method of a file whose activation grids were learned
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What came out. The errors are against the float file on the calibration images, see `output_error`."""
+    """A quantized file. The errors are against the float file on the calibration images, see `output_error`."""
 
     path: Path
     size_bytes: int

@@ -36,7 +36,7 @@ class Grid(BaseModel):
 
     @property
     def place(self) -> tuple[Call | None, tuple[Call, ...]]:
-        """What identifies the tensor in any export of the detector."""
+        """Identity of the tensor in any export of the detector."""
         return self.made_by, self.taken_by
 
 

@@ -39,7 +39,7 @@ PROXY_IMAGES = 8
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a layer does to the output when it alone is quantized: errors as in `output_error`."""
+    """Effect of a layer on the output when it alone is quantized: errors as in `output_error`."""
 
     layer: str
     score_error: float
@@ -47,7 +47,7 @@ class Sensitivity:
 
     @property
     def error(self) -> float:
-        """What the ranking is by: the larger of the two would hide one of them, so their sum."""
+        """The key of the ranking: the larger of the two would hide one of them, so their sum."""
         return self.score_error + self.box_error
 
 
@@ -73,7 +73,7 @@ class GuidedResult:
     chosen: Trial | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Fields as JSON types."""
         return {
             "budget": self.budget,
             "float_map": self.float_map,
@@ -213,7 +213,7 @@ class _Measurements:
 
 
 def _versions() -> list[str]:
-    """Of the programs that quantize and run a trial: this one and ONNX Runtime."""
+    """Versions of the programs that quantize and run a trial: this one and ONNX Runtime."""
     from onnxruntime import __version__ as runtime
 
     try:

@@ -27,7 +27,7 @@ def sensitivity_table(result: GuidedResult) -> Table:
 
 def trials_table(result: GuidedResult) -> Table:
     """A row a measured choice, in the order of measuring."""
-    table = Table(title=f"mAP on the deciding split; float: {result.float_map:.2f}")
+    table = Table(title=f"mAP on the search split; float: {result.float_map:.2f}")
     for heading in ("layers in float", "mAP", "drop", "budget"):
         table.add_column(heading, justify="right")
     for trial in result.trials:

@@ -120,7 +120,7 @@ def check_format(model: onnx.ModelProto, target: Target) -> None:
 
 
 def integer_dot_product() -> bool:
-    """Whether this machine multiplies uint8 by int8 without saturation (VNNI on x86; ARM always)."""
+    """Tell whether this machine multiplies uint8 by int8 without saturation (VNNI on x86; ARM always)."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""What every runtime takes and gives: NumPy images in, padded detections out."""
+"""Contract of every runtime: NumPy images in, padded detections out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Runner(Protocol):
 
     @property
     def backend(self) -> str:
-        """What really runs it, for people: `onnxruntime cpu`, `torch`, …"""
+        """Name of what really runs it, for people: `onnxruntime cpu`, `torch`, …"""
 
     @property
     def card(self) -> ModelCard: ...

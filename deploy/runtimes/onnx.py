@@ -131,7 +131,7 @@ class OnnxRunner:
 
 
 def machine_key(device: int = 0) -> str:
-    """What an engine depends on beside its file, as a folder's name: ONNX Runtime, TensorRT and the GPU.
+    """Name of a folder for what an engine depends on beside its file: ONNX Runtime, TensorRT and the GPU.
 
     TensorRT's version is that of its Python package; `unknown` without one, where ONNX Runtime may still find the
     library.

@@ -138,7 +138,7 @@ def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **o
 
 
 def runner_name(file: Path, provider: str, providers: Sequence[str]) -> str:
-    """What the runner of a file is called: its path as it was given, with the provider where there are several."""
+    """Name of the runner of a file: its path as it was given, with the provider where there are several."""
     several = len(providers) > 1 and runner_kind(file).has_providers
     return f"{file} ({provider})" if several else str(file)
 

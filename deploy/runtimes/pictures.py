@@ -55,7 +55,7 @@ def picture_detections(found: DetectionBatch, canvases: Canvases, card: ModelCar
 
 
 def finite_values(found: DetectionBatch) -> np.ndarray:
-    """Whether score and box are finite, bool [B, D], in the places beyond `count` too."""
+    """Tell where score and box are finite: bool [B, D], in the places beyond `count` too."""
     finite: np.ndarray = np.isfinite(found.boxes).all(-1) & np.isfinite(found.scores)
     return finite
 

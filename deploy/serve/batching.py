@@ -9,7 +9,7 @@ request is never delayed. Leaving the `with` block gives back the places and tak
 a client that went away costs nothing more.
 
 The wait of a newcomer is estimated as (images in front) x (seconds an image, measured at the completion of batches
-while the model, or every decoder, is busy). Whoever would wait longer than its deadline is refused at the door.
+while the model, or every decoder, is busy). A request that would wait longer than its deadline is refused on arrival.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Row:
     labels: np.ndarray
     queue_s: float
     inference_s: float
-    """Of the whole call that this image rode in."""
+    """Time of the whole call that this image was part of."""
     batch: int
 
 
@@ -117,7 +117,7 @@ class Batcher:
         return Ticket(self, images, time.monotonic() + deadline_s)
 
     def retire(self) -> None:
-        """The thread ends when the last ticket is given back. Whoever retires a batcher admits no more."""
+        """End the thread when the last ticket is given back. Nothing may be admitted after this."""
         with self._changed:
             self._retired = True
             self._changed.notify()
@@ -200,7 +200,7 @@ class Batcher:
         return len(self._queue)
 
     def _post(self, items: Sequence[_Item], outcomes: Sequence[Row | Exception], call: Call | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no request waits any more
             self._loop.call_soon_threadsafe(self._deliver, items, outcomes, call)
 
     def _deliver(self, items: Sequence[_Item], outcomes: Sequence[Row | Exception], call: Call | None) -> None:
@@ -229,7 +229,7 @@ class Ticket:
         return self._deadline - time.monotonic()
 
     def late(self) -> OverloadedError:
-        """What a request is answered whose pictures were not decoded by the deadline."""
+        """The refusal of a request whose pictures were not decoded by the deadline."""
         return OverloadedError("the deadline passed before it was decoded", 1.0)
 
     async def detect(self, canvases: Sequence[np.ndarray]) -> list[Row]:

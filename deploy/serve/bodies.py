@@ -1,4 +1,4 @@
-"""Request bodies of strangers: bounded in bytes, in time, and all together in memory.
+"""Request bodies of any client: bounded in bytes, in time, and all together in memory.
 
 Nothing here holds a place in a model's queue: that is taken when the body has arrived.
 """
@@ -19,7 +19,7 @@ from deploy.serve.settings import OverloadedError, RefusalError
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; nobody is there to be answered."""
+    """The client closed the connection and will not read an answer."""
 
 
 class Bodies:
@@ -121,7 +121,7 @@ class _InMemory(MultiPartParser):
 
 
 def media_type(request: Request) -> str:
-    """Of the body, without its parameters, in lower case."""
+    """Media type of the body in lower case, without its parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

@@ -101,7 +101,7 @@ class Client:
         return found
 
     def ready(self) -> bool:
-        """Whether all models take requests; False also when nobody answers."""
+        """Tell whether all models take requests; False also where no server answers."""
         try:
             return self._once("GET", "/readyz", None, {})[0] == 200
         except (OSError, http.client.HTTPException):
@@ -199,7 +199,7 @@ def _encoded(picture: Picture) -> bytes:
 
 
 def _named_so(names: Sequence[str], row: Mapping[str, Any]) -> bool:
-    """Whether the class of an answer is what the card calls it."""
+    """Tell whether the class of an answer is what the card calls it."""
     return row["label"] < len(names) and bool(names[row["label"]] == row["class_name"])
 
 

@@ -1,4 +1,4 @@
-"""Encoded picture from a stranger → network canvas, through the same functions as `compress validate`.
+"""Encoded picture from any client → network canvas, through the same functions as `compress validate`.
 
 The header is read before anything is decoded: format by content (never by name or Content-Type), number of parts and
 of JPEG scans, pixel count. Only then `deploy.core.image.decode_oriented` decodes: the first frame of an animation,

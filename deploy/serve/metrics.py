@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. A registry of its own for each server, so that several can live in a process."""
+"""Metrics for Prometheus at /metrics. Each server has a registry of its own, so that several can live in a process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prometheus_client import (
 )
 
 STAGES = ("receive", "decode", "queue", "inference", "draw", "total")
-"""Of a request: its body arrives; decoding, waiting for a decoder included; waiting for the runtime; the call of the
-runtime that it rode in; drawing, with `annotate`; from its head to its answer."""
+"""Stages of a request: its body arrives; decoding, waiting for a decoder included; waiting for the runtime; the call of
+the runtime that it rode in; drawing, with `annotate`; from its head to its answer."""
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -80,5 +80,5 @@ class Metrics:
         self._held.set_function(held)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

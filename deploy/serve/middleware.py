@@ -37,7 +37,7 @@ _SECURITY = [
 ]
 
 
-class Gate:
+class Middleware:
     """Wraps the application. While `draining`, answers ask the client to close its connection.
 
     shed: path, query → a refusal that needs no more of the request, or None.
@@ -125,7 +125,7 @@ def log_as_json(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
-    logging.captureWarnings(True)  # Pillow warns of what strangers send
+    logging.captureWarnings(True)  # Pillow warns of damaged pictures
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings are our answers with 400
     log.setLevel(level.upper())
 
@@ -136,12 +136,12 @@ def log_as_json(level: str) -> None:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, send: Send, gate: Gate) -> None:
+    def __init__(self, scope: Scope, send: Send, middleware: Middleware) -> None:
         self.start = time.monotonic()
         self.status = 0
         self.error: Exception | None = None
         self.route: str | None = None
-        self._scope, self._send, self._gate = scope, send, gate
+        self._scope, self._send, self._middleware = scope, send, middleware
         given = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"x-request-id"), "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=self.request_id, start=self.start)
@@ -153,10 +153,10 @@ class _Exchange:
             present = {key for key, _ in headers}
             headers = [*headers, *(pair for pair in _SECURITY if pair[0] not in present)]
             headers.append((b"x-request-id", self.request_id.encode()))
-            if self._gate.draining:
+            if self._middleware.draining:
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
-        async with asyncio.timeout(self._gate._send_timeout_s):
+        async with asyncio.timeout(self._middleware._send_timeout_s):
             await self._send(message)
 
     async def refuse(self, refusal: RefusalError) -> None:
@@ -187,5 +187,5 @@ class _Exchange:
         )
 
     def _route(self) -> str:
-        """The pattern of the path, so that strangers cannot make new time series."""
+        """The pattern of the path, so that clients cannot make new time series."""
         return self.route or getattr(self._scope.get("route"), "path", None) or "none"

@@ -79,7 +79,7 @@ class Models:
         return self._served[name]
 
     def batcher(self, name: str) -> Batcher | None:
-        """That of a ready model, else None."""
+        """The batcher of a ready model, else None."""
         served = self._served.get(name)
         return None if served is None else served.batcher
 
@@ -137,7 +137,7 @@ class Models:
         self._served[name] = Served(name, runner, batcher, warm_up_s)
         self._metrics.watch_model(name, runner.backend, runner.card.name, lambda: self._served[name].batcher.depth)
         log.info("model ready", extra={"model": name, "backend": runner.backend, "warm_up_s": round(warm_up_s, 3)})
-        if old is not None:  # whoever holds a ticket of it is answered by it
+        if old is not None:  # requests that hold a ticket of it are answered by it
             old.batcher.retire()
 
     def _observe(self, name: str, call: Call) -> None:

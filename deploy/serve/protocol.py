@@ -44,7 +44,7 @@ class InferRequest:
 
 
 def extensions(*, reload: bool) -> list[str]:
-    """Of the protocol, that this server has. `model_repository` only where clients may load models."""
+    """Extensions of the protocol that this server has. `model_repository` only where clients may load models."""
     return ["binary_tensor_data", *(["model_repository"] if reload else [])]
 
 

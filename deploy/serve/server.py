@@ -28,10 +28,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.core.errors import UserError
 from deploy.runtimes.base import Runner
-from deploy.serve.app import Service, create_app
+from deploy.serve.app import create_app
 from deploy.serve.metrics import Metrics
-from deploy.serve.middleware import Gate, log_as_json
+from deploy.serve.middleware import Middleware, log_as_json
 from deploy.serve.models import Models
+from deploy.serve.service import Service
 from deploy.serve.settings import RefusalError, Settings
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -68,7 +69,7 @@ def serve(
 
 async def _serve(service: Service, listening: socket.socket, say: Callable[[str], None]) -> None:
     settings = service.settings
-    gate = Gate(
+    middleware = Middleware(
         create_app(service),
         token=settings.token,
         send_timeout_s=settings.send_timeout_s,
@@ -77,7 +78,7 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
     )
     server = _Server(
         uvicorn.Config(
-            gate,
+            middleware,
             http=guarded_connection(settings),
             ws="none",
             lifespan="off",
@@ -106,7 +107,7 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
             if os.getpid() == 1:  # which is none on the first process of a container
                 loop.add_signal_handler(again, os._exit, 128 + again)
         log.info("draining", extra={"requests": len(server.server_state.tasks)})
-        service.draining = gate.draining = True
+        service.draining = middleware.draining = True
         loop.call_later(pause_s, setattr, server, "should_exit", True)
 
     async def reload_all() -> None:
@@ -166,7 +167,7 @@ class _Server(uvicorn.Server):
 
     async def _accept_backlog(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        loop.remove_reader(listening)  # from here on nobody else accepts
+        loop.remove_reader(listening)  # from here on only this loop accepts
         listening.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -323,8 +324,8 @@ class GuardedConnection(H11Protocol):
     def _make_room(self) -> None:
         """Cut the longest waiting connection of the larger group: idle ones, or those whose bodies still arrive.
 
-        Whoever fills the server with one kind thus makes room himself: a thousand half-sent bodies reset nobody's
-        kept connection, a thousand idle connections nobody's upload. It is the newest itself when all others have a
+        A client that fills the server with one kind thus loses its own: a thousand half-sent bodies reset no kept
+        connection, a thousand idle connections no upload. It is the newest itself when all others have a
         whole request in work."""
         alive = [c for c in self.connections if isinstance(c, GuardedConnection) and not c.transport.is_closing()]
         arriving = [c for c in alive if c._body_arrives()]

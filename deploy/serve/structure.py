@@ -30,7 +30,8 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # those wit
 
 
 def _check_jpeg(data: bytes) -> None:
-    """What applications put into segments and behind the picture (previews, a phone's short films) is not looked at."""
+    """Count parts and scans. What applications put into segments and behind the picture (previews, short films) is
+    not looked at."""
     place, parts, scans = 2, 0, 0
     while parts <= MAX_PARTS and scans <= MAX_JPEG_SCANS:
         until = len(data) if scans else min(len(data), place + MAX_PARTS + 2)

@@ -40,7 +40,7 @@ class TritonModel:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a file brings to its configuration. best: the batch that it is fastest at, None if none is known."""
+    """Facts of a file for its configuration. best: the batch that it is fastest at, None if none is known."""
 
     card: ModelCard
     max_batch: int

@@ -12,7 +12,7 @@ import platform
 import re
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,8 +20,8 @@ from deploy.core import cuda_driver
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of, write_text
+from deploy.core.precisions import PRECISIONS, PrecisionName
 
-Precision = Literal["fp32", "fp16", "int8", "mixed"]
 MAJORITY = 0.5
 """An engine is called fp16 or int8 when at least this share of its convolutions and matrix products with weights is."""
 
@@ -75,7 +75,7 @@ class EngineOptions(_Model):
 
 
 class Machine(_Model):
-    """Where an engine was built, or is to run. None: there is none, or nobody can tell."""
+    """Where an engine was built, or is to run. None: there is none, or it cannot be read."""
 
     library: str
     """`TensorRT` or `TensorRT-RTX`."""
@@ -129,8 +129,8 @@ class EngineCard(_Model):
     """File name of the model it was built from."""
     onnx_sha256: str
     structure_sha256: str
-    """Of the graph without its floating-point weights (`OnnxFacts.structure_sha256`); a refit needs the same."""
-    precision: Precision | None
+    """Hash of the graph without its floating-point weights (`OnnxFacts.structure_sha256`); a refit needs the same."""
+    precision: PrecisionName | None
     """What the file claims, from its name or from the model card; None: no claim."""
     machine: Machine
     options: EngineOptions
@@ -208,10 +208,10 @@ def open_engine(path: Path, here: Machine) -> tuple[bytes, EngineCard]:
     return path.read_bytes(), card
 
 
-def claimed_precision(name: str, model: ModelCard | None = None) -> Precision | None:
-    """What a file says it is: from its name (`student.int8.engine`), else from its model card."""
-    if found := re.findall(r"(?:^|[._-])(fp32|fp16|int8|mixed)(?=$|[._-])", name.lower()):
-        return found[-1]
+def claimed_precision(name: str, model: ModelCard | None = None) -> PrecisionName | None:
+    """Precision that a file claims: from its name (`student.int8.engine`), else from its model card."""
+    if found := re.findall(rf"(?:^|[._-])({'|'.join(PRECISIONS)})(?=$|[._-])", name.lower()):
+        return cast(PrecisionName, found[-1])
     if model is None or not model.precision:
         return None
     if model.quantization is not None:
@@ -219,7 +219,7 @@ def claimed_precision(name: str, model: ModelCard | None = None) -> Precision | 
     return "fp16" if any("fp16" in formats for formats in model.precision.values()) else "fp32"
 
 
-def contradiction(claim: Precision | None, network: Layers, layers: Layers | None) -> str | None:
+def contradiction(claim: PrecisionName | None, network: Layers, layers: Layers | None) -> str | None:
     """Why something called `claim` is not that; None when it is, or when nothing is claimed.
 
     fp16 and int8 need the majority of convolutions and matrix products in the network, and, when the inspector could
@@ -243,8 +243,8 @@ def contradiction(claim: Precision | None, network: Layers, layers: Layers | Non
     return None
 
 
-def remedy(claim: Precision | None, model: ModelCard) -> str:
-    """What to do about an ONNX file that is not the `claim` it makes (`contradiction`)."""
+def remedy(claim: PrecisionName | None, model: ModelCard) -> str:
+    """Remedy for an ONNX file that is not the `claim` it makes (`contradiction`)."""
     quantization = model.quantization
     if claim == "int8" and quantization is not None and quantization.guided_map_drop is not None:
         kept = len(quantization.float_layers)
@@ -256,7 +256,7 @@ def remedy(claim: Precision | None, model: ModelCard) -> str:
 
 
 def machine_differences(card: EngineCard, here: Machine) -> list[str]:
-    """What keeps the engine of `card` from running on `here`, one phrase each; empty: it should run.
+    """Reasons that keep the engine of `card` from running on `here`, one phrase each; empty: it should run.
 
     A newer driver is no obstacle. A version-compatible engine runs with the same and later versions of its major
     version, a hardware-compatible one on the GPUs it names. A card without a GPU is of an engine that is compiled for
@@ -291,7 +291,7 @@ def machine_differences(card: EngineCard, here: Machine) -> list[str]:
 
 
 def rebuild(card: EngineCard) -> str:
-    """What to do when an engine does not fit: the command that builds it again."""
+    """Remedy for an engine that does not fit: the command that builds it again."""
     default = card.onnx.removesuffix(ONNX_SUFFIX) + ENGINE_SUFFIX
     out = [] if card.engine == default else ["--out", card.engine]
     return f"rebuild it with `{shlex.join(['compress', 'build', card.onnx, *out, *card.options.arguments()])}`"

@@ -45,7 +45,7 @@ class ParsedNetwork:
 
 
 class Log:
-    """What TensorRT said, instead of printing it. One a process: TensorRT keeps the first logger it is given."""
+    """Messages of TensorRT, kept instead of printed. One a process: TensorRT keeps the first logger it is given."""
 
     def __init__(self, trt: Any) -> None:
         self.messages: list[tuple[str, str]] = []

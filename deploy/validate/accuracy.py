@@ -78,7 +78,7 @@ class ArtifactResult:
     passes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types: NaN becomes None."""
+        """Fields as JSON types: NaN becomes None."""
         agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
         return {**_without_nan(asdict(self)), "metrics": self.metrics.to_dict(), "agreement": agreement}
 
@@ -180,7 +180,7 @@ def write_results(path: Path, results: list[ArtifactResult]) -> None:
 
 @dataclass
 class Outcome:
-    """What one runner gave for all images, by their ids."""
+    """Answers of one runner for all images, by their ids."""
 
     detections: dict[int, Detections] = field(default_factory=dict)
     """The finite ones, in pixels of the original images."""

@@ -49,7 +49,7 @@ class CocoMetrics:
         return cls(**figures, per_class={name: _or_nan(value) for name, value in values["per_class"].items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types: NaN becomes None."""
+        """Fields as JSON types: NaN becomes None."""
         values = asdict(self)
         per_class = values.pop("per_class")
         return {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch.library import CustomOpDef  # type: ignore[attr-defined]  # public, but not in its __all__
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -150,7 +150,7 @@ def hugging_face(tmp_path: Path) -> dict[str, str]:
 
 def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_ours_is_found() -> None:

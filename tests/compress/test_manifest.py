@@ -72,12 +72,12 @@ def test_a_folder_in_its_place_is_one_line(tmp_path: Path) -> None:
 def test_names_of_a_run_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     names = [
-        folder.weights(), folder.weights("teacher"), folder.onnx(), folder.onnx("int8"), folder.engine("fp16"),
+        folder.weights(), folder.weights("teacher"), folder.onnx(), folder.onnx("int8"),
         folder.grids(), folder.onnx_on_trained_grids, folder.training("baseline").last,
         folder.training("student").metrics,
     ]  # fmt: skip
     assert [path.relative_to(tmp_path).as_posix() for path in names] == [
-        "student.safetensors", "teacher.safetensors", "student.onnx", "student.int8.onnx", "student.fp16.engine",
+        "student.safetensors", "teacher.safetensors", "student.onnx", "student.int8.onnx",
         "student.qad.json", "student.qad.onnx", "baseline/checkpoints/last.ckpt", "student/metrics.csv",
     ]  # fmt: skip
 

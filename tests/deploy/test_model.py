@@ -148,5 +148,5 @@ def test_no_torch_is_loaded(red_onnx: Path, folder: Path) -> None:
         f"found = deploy.open({str(red_onnx)!r}).detect({str(folder / 'b.png')!r})\n"
         "print(len(found), *({'torch', 'compress', 'kernels'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr

@@ -12,8 +12,11 @@ equal text means equal bits. A method that the code refuses for a family is one 
     python -m tests.golden.write            write the files anew: after a change that is meant to alter results
     python -m tests.golden.write --exact    compare bit for bit: on the machine that wrote them
 
-Another processor adds up in another order, which the recipe keeps small: a small learning rate, few steps, and a
-teacher that is not trained. AVX2 instead of AVX-512, without oneDNN, moves no term by more than the tolerances.
+Another processor adds up in another order. The recipe keeps what comes of that small: a low learning rate, a teacher
+that has hardly trained, a chosen seed. AVX2 instead of AVX-512, with oneDNN or without, moves no term by more than 0.75
+of the tolerance. After writing anew, run the test with this in the environment as well:
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 """
 
 from __future__ import annotations
@@ -52,14 +55,17 @@ RTOL = 1e-6
 ATOL = 1e-7
 """A rounding of float32 at 1. Terms near zero are sums and differences of probabilities, their logarithms and overlaps,
 which are of that size: their own last digits are roundings of these."""
-CONFIDENCE = 10.0
+CONFIDENCE = 4.0
+SEED = 7
+"""Not 0: a seed that is lost on the way would not show where 0 is the default. And one where no decision is so close
+(which proposals survive, which sample is drawn) that another processor's roundings take the other side."""
 
 RECIPE = """
 name: {name}
 runs: {runs}
 seed: {seed}
 data:
-  synthetic: {{train: 16, val: 2, size: 64, classes: 3, seed: 0}}
+  synthetic: {{train: 16, val: 2, size: 64, classes: 3, seed: 5}}
   short: [56, 64]
   long: 64
   photometric: true
@@ -95,7 +101,7 @@ Curve = dict[str, list[float]]
 def curves(family: str, folder: Path) -> dict[str, Curve | None]:
     """The curves of a family by method, None where the code refuses the method. Runs are left in `folder`."""
     with one_thread():
-        teacher = train(folder, "teacher", family, seed=1) / "student.safetensors"
+        teacher = train(folder, "teacher", family, seed=SEED + 1) / "student.safetensors"
         make_confident(teacher)
         found: dict[str, Curve | None] = {}
         for name, methods in METHODS.items():
@@ -117,7 +123,7 @@ def train(
     methods: str = "{}",
     teacher: Path | None = None,
     *,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> Path:
     """Run a recipe. Returns the run folder, where student/metrics.csv has a row for every step.
 

@@ -45,7 +45,7 @@ class Page:
         self._last += 1
         self._socket.send(json.dumps({"id": self._last, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self._socket.recv(timeout=30))
+            message = json.loads(self._socket.recv(timeout=600))
             if message.get("id") == self._last:
                 if "error" in message:
                     raise AssertionError(f"{method}: {message['error']['message']}")
@@ -69,7 +69,7 @@ class Page:
             raise AssertionError(f"{script}: {answer['exceptionDetails'].get('exception', {}).get('description')}")
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 60.0) -> Any:
+    def wait(self, script: str, seconds: float = 600.0) -> Any:
         """Until the expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
@@ -134,10 +134,10 @@ def browser() -> Iterator[Page]:
 
 
 def _tab(file: Path, process: subprocess.Popen[bytes]) -> str:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while time.monotonic() < end and process.poll() is None:
         if file.is_file() and (lines := file.read_text().split()):
-            with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json/list", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json/list", timeout=600) as answer:
                 tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
             if tabs:
                 return str(tabs[0]["webSocketDebuggerUrl"])

@@ -50,6 +50,8 @@ class Build:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    only: tuple[int, ...] = ()
+    """Compute capabilities that it is compiled for; empty: all that are asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def main() -> None:
     work = json.load(sys.stdin)
     rows = []
     for index, build in enumerate(work["builds"]):
-        for target in work["targets"]:
+        for target in [target for target in work["targets"] if target in (build["only"] or work["targets"])]:
             rows.append({"index": index, "target": target, **_measure(_cubin(build, target))})
     print(json.dumps(rows))
 

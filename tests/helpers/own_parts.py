@@ -51,7 +51,7 @@ class Points(Detector):
         self.num_classes, self.feature_channels = num_classes, width
         self.backbone = Stem(width) if backbone is None else backbone
         self.logits = nn.Conv2d(width, num_classes, 1)
-        self.sides = nn.Conv2d(width, 4, 1)
+        self.box_deltas = nn.Conv2d(width, 4, 1)
         self.set_normalisation()
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -60,11 +60,13 @@ class Points(Detector):
 
     def predict(self, features: list[Tensor]) -> DensePrediction:
         logits = [self.logits(x) for x in features]
-        return DensePrediction(logits, [], self.strides, sides=[F.softplus(self.sides(x)) for x in features])
+        return DensePrediction(logits, [], self.strides, box_deltas=[F.softplus(self.box_deltas(x)) for x in features])
 
     def decode_boxes(self, prediction: DensePrediction) -> Tensor:
         points = location_points(prediction.level_sizes, prediction.strides, prediction.logits[0].device)
-        sides = [x.flatten(2).transpose(1, 2) * s for x, s in zip(prediction.sides, prediction.strides, strict=True)]
+        sides = [
+            x.flatten(2).transpose(1, 2) * s for x, s in zip(prediction.box_deltas, prediction.strides, strict=True)
+        ]
         left_top, right_bottom = torch.cat(sides, 1).chunk(2, -1)
         return torch.cat((points - left_top, points + right_bottom), -1)
 

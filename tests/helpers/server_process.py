@@ -31,14 +31,14 @@ class Server:
         host, port = self.url.removeprefix("http://").split(":")
         return host, int(port)
 
-    def connect(self, timeout: float = 60.0) -> socket.socket:
+    def connect(self, timeout: float = 600.0) -> socket.socket:
         return socket.create_connection(self.address, timeout=timeout)
 
     def log(self) -> list[dict[str, Any]]:
         """Every line so far; all of them must be JSON."""
         return [json.loads(line) for line in self.log_file.read_text().splitlines()]
 
-    def stop(self, sig: int = signal.SIGTERM, seconds: float = 30.0) -> int:
+    def stop(self, sig: int = signal.SIGTERM, seconds: float = 600.0) -> int:
         """The exit code."""
         if self.process.poll() is None:
             self.process.send_signal(sig)
@@ -95,7 +95,7 @@ serve({path.stem: path}, partial(open_runner, threads=1), settings, port=0, say=
 
 def _url(process: subprocess.Popen[str], log_file: Path, ready: bool) -> str:
     assert process.stdout is not None
-    watchdog = threading.Timer(180, process.kill)
+    watchdog = threading.Timer(600, process.kill)
     watchdog.start()
     try:
         for line in process.stdout:

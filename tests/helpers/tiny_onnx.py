@@ -33,6 +33,7 @@ class TinyDetector(nn.Module):
 
     num_classes = 3
     strides = (8, 16)
+    has_nms = True
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

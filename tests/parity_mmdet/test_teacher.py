@@ -131,7 +131,7 @@ def test_dense_outputs(case: Case) -> None:
         return
     prediction = case.ours.predict(case.ours.features(case.images))
     logits, boxes, *centerness = case.theirs(case.normalised(), mode="tensor")
-    raw = prediction.distribution if case.name in ("gfl", "ld") else prediction.sides
+    raw = prediction.distribution if case.name in ("gfl", "ld") else prediction.box_deltas
     for level in range(5):
         same(case.name, "logits", prediction.logits[level], logits[level], tolerance=1e-5)
         scale = boxes[level].abs().max().clamp(min=1)  # FCOS: pixels, up to thousands

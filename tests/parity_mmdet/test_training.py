@@ -96,7 +96,7 @@ def test_a_recipe_with_pseudo_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
     )  # fmt: skip
     run_dir = pipeline.run(made)
     said = capsys.readouterr().out
-    assert "unsure regions in 18 images" in said
+    assert "uncertain regions in 18 images" in said
     stages = json.loads((run_dir / "manifest.json").read_text())["stages"]
     assert stages["pseudo labels: training images"]["result"]["labels"] > 0
     assert (run_dir / "student.onnx").is_file() and (run_dir / "report.html").is_file()

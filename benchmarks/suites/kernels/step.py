@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.lib.results import Row
 from benchmarks.suites.kernels.operators import CLASSES
 from benchmarks.suites.kernels.timing import Choice, time_in_turn
+from compress.config.methods import Bckd, Fgd
 from compress.data.batch import Batch, Target
 from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
@@ -45,7 +46,7 @@ def training_step(choice: Choice) -> Callable[[], tuple[Tensor, ...]]:
     device = choice.device
     teacher, student = (GFL(CLASSES, build_backbone(name, weights="none")).to(device) for name in names)
     teacher.eval().requires_grad_(False)
-    methods = torch.nn.ModuleList((BCKD(), FGD(256, 256))).to(device)
+    methods = torch.nn.ModuleList((BCKD(**Bckd().constants()), FGD(256, 256, **Fgd().constants()))).to(device)
     for model in (teacher, student):
         model.to(memory_format=torch.channels_last)
     learned = [p for p in (*student.parameters(), *methods.parameters()) if p.requires_grad]

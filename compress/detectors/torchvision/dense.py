@@ -10,7 +10,7 @@ Built for training here, heads are those of torchvision's newer models: GroupNor
 GIoU, as in retinanet_resnet50_fpn_v2. torchvision normalises FCOS's losses by the positives of a process; here by those
 of all processes, so that the loss does not depend on their number. RetinaNet's are normalised image by image.
 
-Pseudo labels: unsure regions and uncovered classes have no class loss, as in GFL. Labels cannot be weighted.
+Pseudo labels: uncertain regions and unlabeled classes have no class loss, as in GFL. Labels cannot be weighted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
     TorchvisionDetector,
-    cell_sizes,
+    anchor_sizes,
     grid_anchors,
     group_norm,
     in_original_pixels,
@@ -153,7 +153,10 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         logits = torch.cat([prediction.class_logits(level) for level in range(len(prediction.logits))], 2)
         if targets.unknown is not None:  # a probability of 0 where it should be 0: no loss, no gradient
             logits = logits.masked_fill(targets.unknown, NO_PROBABILITY)
-        outputs = {"cls_logits": logits.transpose(1, 2), "bbox_regression": _rows(prediction.sides, prediction.anchors)}
+        outputs = {
+            "cls_logits": logits.transpose(1, 2),
+            "bbox_regression": _rows(prediction.box_deltas, prediction.anchors),
+        }
         if prediction.centerness:
             outputs["bbox_ctrness"] = _rows(prediction.centerness, 1)
         anchors = torch.cat(self.anchors(prediction))
@@ -166,7 +169,7 @@ class TorchvisionDense(TorchvisionDetector, ABC):
 
     def decode_boxes(self, prediction: DensePrediction) -> Tensor:
         """Boxes [B, A, 4] xyxy in pixels of the network image, not clipped."""
-        return self.boxes(_rows(prediction.sides, prediction.anchors), torch.cat(self.anchors(prediction)))
+        return self.boxes(_rows(prediction.box_deltas, prediction.anchors), torch.cat(self.anchors(prediction)))
 
     @torch.no_grad()
     def decode(
@@ -183,7 +186,7 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         levels = range(len(prediction.logits))
         outputs = {
             "cls_logits": [prediction.class_logits(level).transpose(1, 2) for level in levels],
-            "bbox_regression": [_rows([x], prediction.anchors) for x in prediction.sides],
+            "bbox_regression": [_rows([x], prediction.anchors) for x in prediction.box_deltas],
             "bbox_ctrness": [_rows([x], 1) for x in prediction.centerness],
         }
         settings = SimpleNamespace(
@@ -309,7 +312,7 @@ class RetinaNet(TorchvisionDense):
     ) -> None:
         super().__init__(num_classes, backbone, neck, head, around_zero, normalisation)
         self.matcher = Matcher(*thresholds, allow_low_quality_matches=True)
-        self.cells = cell_sizes(around_zero)
+        self.anchor_sizes = anchor_sizes(around_zero)
 
     @classmethod
     def build(
@@ -335,8 +338,8 @@ class RetinaNet(TorchvisionDense):
 
     def predict(self, features: list[Tensor]) -> DensePrediction:
         logits, sides = self.head(features)
-        assert self.cells is not None
-        return DensePrediction(logits, [], self.strides, sides, anchors=len(self.cells[0]))
+        assert self.anchor_sizes is not None
+        return DensePrediction(logits, [], self.strides, sides, anchors=len(self.anchor_sizes[0]))
 
     def match(self, anchors: list[Tensor], truth: list[dict[str, Tensor]], counts: list[int]) -> list[Tensor]:
         settings = SimpleNamespace(head=_Matches, proposal_matcher=self.matcher)

@@ -98,8 +98,8 @@ def grid_anchors(cells: Sequence[Tensor], level_sizes: Sequence[tuple[int, int]]
     return levels
 
 
-def cell_sizes(cells: Sequence[Tensor]) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """`Detector.cells` of anchors around (0, 0)."""
+def anchor_sizes(cells: Sequence[Tensor]) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """`Detector.anchor_sizes` of anchors around (0, 0)."""
     return tuple(tuple((float(x2 - x1), float(y2 - y1)) for x1, y1, x2, y2 in cell.tolist()) for cell in cells)
 
 

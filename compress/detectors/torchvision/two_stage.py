@@ -159,13 +159,13 @@ class FasterRCNN(TorchvisionDetector):
     ) -> TwoStageTargets:
         """Ground truth alone: what it is assigned to, the losses draw.
 
-        Raises UserError for pseudo labels with weights, unsure regions or uncovered classes.
+        Raises UserError for pseudo labels with weights, uncertain regions or unlabeled classes.
         """
         device = prediction.maps[0].device
         for what, found in (
             ("weights", any(t.scores is not None for t in targets)),
-            ("regions to ignore", any(t.unsure is not None and bool(t.unsure.any()) for t in targets)),
-            ("classes that no teacher looked for", any(t.uncovered is not None for t in targets)),
+            ("regions to ignore", any(t.uncertain is not None and bool(t.uncertain.any()) for t in targets)),
+            ("classes that no teacher looked for", any(t.unlabeled_classes is not None for t in targets)),
         ):
             if found:
                 raise UserError(

@@ -34,7 +34,7 @@ def calibrated_grids(
     images: CalibrationImages,
     *,
     input_size: tuple[int, int],
-    limits: tuple[int, int],
+    resize_short_long: tuple[int, int],
     keep_float: Sequence[str] | None = None,
 ) -> Grids:
     """The grids of the checkpoint's int8 file after calibration; `keep_float`: see `Quantizer.graph`.
@@ -43,7 +43,9 @@ def calibrated_grids(
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "float.onnx"
-        export_checkpoint(checkpoint, file, settings, input_size=input_size, images=images.files, limits=limits)
+        export_checkpoint(
+            checkpoint, file, settings, input_size=input_size, images=images.files, resize_short_long=resize_short_long
+        )
         return _quantizer(file, images, settings.int8).grids(keep_float)
 
 

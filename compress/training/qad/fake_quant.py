@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from compress.config.families import families_with
 from compress.detectors.base import DensePrediction
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.gfl import GFL
@@ -43,9 +44,11 @@ def load_quantizable(checkpoint: Path) -> tuple[GFL, ModelRecord]:
     """Load a detector that can be rounded. Raises UserError for another one."""
     detector, record = load_detector(checkpoint)
     if not detector.quantizable:
-        raise UserError(f"{checkpoint}: quantization-aware distillation is for gfl students, this is {detector.family}")
-    assert isinstance(detector, GFL), "what is quantizable has the parts of GFL, which FakeQuantized replaces"
-    return detector, record
+        raise UserError(
+            f"{checkpoint}: quantization-aware distillation is for {families_with('quantizable')} students, this is "
+            f"{detector.family}"
+        )
+    return cast(GFL, detector), record  # a quantizable detector has the parts of GFL, which FakeQuantized replaces
 
 
 def fold_batch_norms(detector: GFL) -> None:

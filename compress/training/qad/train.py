@@ -17,7 +17,7 @@ from compress.data.concat import TrainingImages
 from compress.data.loader import train_loader
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import save_detector
-from compress.distill.weighting import Balanced
+from compress.distill.weighting import WeightedMethod
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder, fingerprint
 from compress.training.loop import Training, fit
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms, load_quantizable
@@ -48,7 +48,7 @@ class QadTraining:
     folder: RunFolder
     images: TrainingImages
     evaluate: Callable[[Detector], CocoMetrics]
-    build_methods: Callable[[Detector, Detector], Mapping[str, Balanced]]
+    build_methods: Callable[[Detector, Detector], Mapping[str, WeightedMethod]]
     adapters: Path | None = None
     name: str = STUDENT_ON_INT8_GRIDS
     seed: int = 0
@@ -82,7 +82,7 @@ def train_quantized(
     detector.to(memory_format=torch.channels_last)
     fold_batch_norms(detector)
     network = detector if plan.start is None else FakeQuantized(detector, plan.start)
-    methods: Mapping[str, Balanced] = {}
+    methods: Mapping[str, WeightedMethod] = {}
     if teacher is not None:
         methods = plan.build_methods(network, teacher)
         if plan.adapters is not None:

@@ -76,6 +76,7 @@ def test_a_mixed_file_comes_from_the_fp16_one(student: Path) -> None:
         ("student.onnx --precision mixed", "is fp32, and mixed files are made from fp16 ones"),
         ("student.fp16.onnx", "is fp16, and int8 files are made from fp32 ones"),
         ("student.onnx --precision mixed --target cpu", "--target: mixed files are for TensorRT only"),
+        ("student.onnx --precision fp16", "--precision: 'fp16' is none of int8, mixed"),
         ("student.onnx --input-size 64x64", "--input-size: "),
         ("student.onnx --images .", "--images: is only looked at with --data"),
         ("student.onnx --out x.engine", "--out: x.engine does not end in .onnx"),

@@ -9,11 +9,11 @@ from lightning.fabric import Fabric
 
 from compress.config.model import Model
 from compress.config.recipe import Recipe, load_recipe
+from compress.detectors.base import freeze
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.gfl import GFL
-from compress.distill.fgd import PUBLISHED as FGD
-from compress.distill.teacher import freeze
 from compress.run import dry_run
+from compress.run.parts import Parts
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "coco"
 PATHS = {path.stem.removeprefix("gfl_r101_gfl_"): path for path in sorted(FOLDER.glob("*.yaml"))}
@@ -66,10 +66,10 @@ def test_the_published_setting(row: str) -> None:
 
 def test_the_published_constants() -> None:
     for row in ("r50_fgd", "r50_uet_fgd"):
-        fgd, gfl = recipe_of(row).methods.fgd, FGD["gfl"]
+        fgd = recipe_of(row).methods.fgd
         assert fgd is not None
-        assert (fgd.temperature, fgd.alpha, fgd.beta) == (gfl.temperature, gfl.alpha, gfl.beta) == (0.5, 1e-3, 5e-4)
-        assert (fgd.gamma, fgd.relation, fgd.box_norm) == (gfl.gamma, gfl.relation, "img") == (5e-4, 5e-6, "img")
+        assert (fgd.temperature, fgd.alpha, fgd.beta) == (0.5, 1e-3, 5e-4)
+        assert (fgd.gamma, fgd.relation, fgd.box_norm) == (5e-4, 5e-6, "img")
     uet = recipe_of("r50_uet_fgd").methods.uet
     assert uet is not None and uet.hosts == ("fgd",) and uet.combine == "sum"
     assert uet.rates == pytest.approx((0.15, 0.20, 0.25, 0.30, 0.35))
@@ -110,7 +110,7 @@ def test_dry_run(row: str, teacher: GFL, monkeypatch: pytest.MonkeyPatch, capsys
     optimizer step."""
     monkeypatch.setattr(dry_run, "_teacher", lambda *_: teacher)
     sizes = ["data.short=64", "data.long=96", "train.accumulate=1"]
-    dry_run.dry_run(load_recipe(PATHS[row], sizes), Fabric(accelerator="cpu", devices=1), distillation=True)
+    dry_run.dry_run(load_recipe(PATHS[row], sizes), Parts(), Fabric(accelerator="cpu", devices=1), distillation=True)
     shown = capsys.readouterr()
     assert "1 step on made-up images; everything fits together" in shown.out
     for term in {name.partition("_")[0] for name in ROWS[row][0]}:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from compress.data.coco import CocoDetection
-from compress.data.concat import Joined
+from compress.data.concat import ConcatDataset
 from compress.data.label_split import choose, split_labels
 from compress.data.loader import train_loader
 from compress.data.transforms import eval_transform, train_transform
@@ -91,7 +91,7 @@ def pair(tmp_path: Path) -> list[CocoDetection]:
 
 
 def test_joined_sets_give_what_each_gives(pair: list[CocoDetection]) -> None:
-    joined = Joined(pair)
+    joined = ConcatDataset(pair)
     assert len(joined) == 5 and joined.num_boxes == 4 and len(joined.aspect_ratios) == 5
     for index, (part, place) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
         for key, own in ((index, place), ((index, 7), (place, 7))):
@@ -100,7 +100,7 @@ def test_joined_sets_give_what_each_gives(pair: list[CocoDetection]) -> None:
             torch.manual_seed(3)
             expected, same = pair[part][own]
             assert torch.equal(image, expected) and torch.equal(target.boxes, same.boxes)
-            assert (target.uncovered is None) == (part == 0)
+            assert (target.unlabeled_classes is None) == (part == 0)
     for outside in (5, -1):
         with pytest.raises(IndexError):
             joined[outside]
@@ -114,4 +114,4 @@ def test_sets_of_other_classes_are_not_joined(pair: list[CocoDetection], tmp_pat
     (tmp_path / "other.json").write_text(json.dumps(document))
     other = CocoDetection(tmp_path / "other.json", tmp_path / "a", eval_transform(32, 32))
     with pytest.raises(ValueError, match="same categories"):
-        Joined([pair[0], other])
+        ConcatDataset([pair[0], other])

@@ -21,10 +21,7 @@ from compress.detectors import checkpoints
 from compress.detectors.checkpoints import (
     COCO_CATEGORIES,
     HEADER_KEY,
-    ZOO,
     ModelRecord,
-    Published,
-    fetch,
     load_detector,
     load_mmdet_gfl,
     load_teacher_checkpoint,
@@ -33,9 +30,9 @@ from compress.detectors.checkpoints import (
 )
 from compress.detectors.gfl import GFL
 from deploy.core.errors import UserError
+from tests.helpers.official_checkpoints import DEPTHS, SMALL, blank, official_shapes, write_official
 
 ARCHITECTURE = json.loads((Path(__file__).parents[2] / "oracles" / "arch_oracle.json").read_text())
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 LIST_SHA256 = {
     18: "346468b84f43788d4bf090e35a79cc6df93599a3c10f2c66940ed7fc186d5a21",
     34: "0fac710678897a9cb2d362e88f85a4662008d915afe43f82cea8aac93f0e740a",
@@ -43,64 +40,6 @@ LIST_SHA256 = {
     101: "6209cafb3dee5b7dbd671794399012d6fa535261e78315631fae576c3e9d13f7",
 }
 PARAMETERS = {18: 19_420_889, 34: 29_529_049, 50: 32_440_537, 101: 51_432_665}
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def official_shapes(depth: int, *, classes: int = 80, width: int = 256, towers: int = 4) -> Shapes:
-    """Name → shape of every entry of mmdet's GFL with ResNet-`depth`, in the order of its state dict."""
-    shapes: Shapes = {}
-
-    def norm(name: str, channels: int) -> None:
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{part}"] = (channels,)
-        shapes[f"{name}.num_batches_tracked"] = ()
-
-    shapes["backbone.conv1.weight"] = (64, 3, 7, 7)
-    norm("backbone.bn1", 64)
-    expansion = 1 if depth < 50 else 4
-    inputs = 64
-    for stage, blocks in enumerate(DEPTHS[depth], start=1):
-        inner = 64 * 2 ** (stage - 1)
-        for block in range(blocks):
-            name = f"backbone.layer{stage}.{block}"
-            if expansion == 1:
-                convs = [(inner, inputs, 3), (inner, inner, 3)]
-            else:
-                convs = [(inner, inputs, 1), (inner, inner, 3), (inner * 4, inner, 1)]
-            for number, (out, into, kernel) in enumerate(convs, start=1):
-                shapes[f"{name}.conv{number}.weight"] = (out, into, kernel, kernel)
-                norm(f"{name}.bn{number}", out)
-            if block == 0 and inputs != inner * expansion:
-                shapes[f"{name}.downsample.0.weight"] = (inner * expansion, inputs, 1, 1)
-                norm(f"{name}.downsample.1", inner * expansion)
-            inputs = inner * expansion
-    for level in range(3):
-        shapes[f"neck.lateral_convs.{level}.conv.weight"] = (width, expansion * 128 * 2**level, 1, 1)
-        shapes[f"neck.lateral_convs.{level}.conv.bias"] = (width,)
-    for level in range(5):
-        shapes[f"neck.fpn_convs.{level}.conv.weight"] = (width, width, 3, 3)
-        shapes[f"neck.fpn_convs.{level}.conv.bias"] = (width,)
-    for tower in ("cls_convs", "reg_convs"):
-        for number in range(towers):
-            shapes[f"bbox_head.{tower}.{number}.conv.weight"] = (width, width, 3, 3)
-            shapes[f"bbox_head.{tower}.{number}.gn.weight"] = (width,)
-            shapes[f"bbox_head.{tower}.{number}.gn.bias"] = (width,)
-    for branch, outputs in (("gfl_cls", classes), ("gfl_reg", 68)):
-        shapes[f"bbox_head.{branch}.weight"] = (outputs, width, 3, 3)
-        shapes[f"bbox_head.{branch}.bias"] = (outputs,)
-    for level in range(5):
-        shapes[f"bbox_head.scales.{level}.scale"] = ()
-    shapes["bbox_head.integral.project"] = (17,)
-    return shapes
-
-
-def blank(shapes: Shapes) -> dict[str, Tensor]:
-    """Zeros that take no room in memory or on disk."""
-    return {
-        name: torch.zeros((), dtype=torch.int64) if "num_batches" in name else torch.zeros(()).expand(shape)
-        for name, shape in shapes.items()
-    }
 
 
 def hashed(count: int, h: int) -> np.ndarray:
@@ -194,11 +133,6 @@ def test_coco_categories() -> None:
 # mmdet files
 
 
-def write_official(path: Path, state: dict[str, Tensor], **settings: bool) -> Path:
-    torch.save({"meta": {"CLASSES": ("a", "b"), "epoch": 12}, "state_dict": state}, path, **settings)
-    return path
-
-
 @pytest.mark.parametrize(("depth", "zipped"), [(18, False), (18, True), (34, True), (50, True), (101, True)])
 def test_settings_come_from_keys_and_shapes(depth: int, zipped: bool, tmp_path: Path) -> None:
     """Both of torch's file formats: the official files date from before the present one."""
@@ -251,9 +185,6 @@ def test_a_neck_of_another_width_is_refused(tmp_path: Path) -> None:
     path = write_official(tmp_path / "gfl.pth", blank(official_shapes(18, classes=2, width=64, towers=1)))
     with pytest.raises(UserError, match="its neck has 64 channels"):
         load_mmdet_gfl(path)
-
-
-SMALL = official_shapes(18, classes=3, width=256, towers=1)
 
 
 @pytest.mark.parametrize(
@@ -482,74 +413,3 @@ def test_truncated_checkpoints(suffix: str, part: float, tmp_path: Path) -> None
     with pytest.raises(UserError, match="not a readable") as error:
         load_teacher_checkpoint(str(path))
     assert "\n" not in str(error.value)
-
-
-# The zoo
-
-
-def test_zoo_addresses() -> None:
-    assert [(name, entry.sha256_prefix) for name, entry in ZOO.items()] == [
-        ("gfl_r50_fpn_1x_coco", "25944287"),
-        ("gfl_r50_fpn_mstrain_2x_coco", "37bb1edc"),
-        ("gfl_r101_fpn_mstrain_2x_coco", "dd12f847"),
-    ]
-    for name, entry in ZOO.items():
-        folder = f"https://download.openmmlab.com/mmdetection/v2.0/gfl/{name}/"
-        assert entry.url == folder + entry.filename and entry.filename.startswith(f"{name}_2020")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-def publish(folder: Path, monkeypatch: pytest.MonkeyPatch, *, prefix: str | None = None) -> Published:
-    """An official-looking checkpoint behind a file:// address, under the name `tiny` in the zoo."""
-    folder.mkdir()
-    path = write_official(folder / "tiny.pth", blank(SMALL))
-    prefix = prefix or hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    path = path.rename(folder / f"tiny_2020-{prefix}.pth")
-    entry = Published(path.as_uri(), 33.3)
-    monkeypatch.setitem(ZOO, "tiny", entry)
-    return entry
-
-
-def test_zoo_downloads_once_and_says_where_from(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = publish(tmp_path / "server", monkeypatch)
-    _, record = load_teacher_checkpoint("zoo:tiny")
-    assert (record.source, record.val_map) == (entry.url, 33.3)
-    cached = home / ".cache" / "compress" / entry.filename
-    assert list(cached.parent.iterdir()) == [cached]
-    (tmp_path / "server" / entry.filename).unlink()
-    assert fetch("tiny") == cached
-
-
-def test_zoo_refuses_a_download_with_another_hash(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = publish(tmp_path / "server", monkeypatch, prefix="00c0ffee")
-    with pytest.raises(UserError, match="instead of 00c0ffee") as error:
-        fetch("tiny")
-    assert entry.url in str(error.value)
-    assert not list((home / ".cache" / "compress").iterdir())
-
-
-def test_zoo_refuses_a_damaged_cached_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = publish(tmp_path / "server", monkeypatch)
-    cached = fetch("tiny")
-    cached.write_bytes(cached.read_bytes()[:-1])
-    with pytest.raises(UserError, match="delete the file"):
-        load_teacher_checkpoint("zoo:tiny")
-    cached.unlink()
-    assert fetch("tiny").name == entry.filename
-
-
-def test_zoo_offline_says_what_to_put_where(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Published("http://127.0.0.1:9/tiny_2020-00c0ffee.pth", 1.0)  # port 9: nobody listens
-    monkeypatch.setitem(ZOO, "tiny", entry)
-    monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(UserError) as error:
-        load_teacher_checkpoint("zoo:tiny")
-    message = str(error.value)
-    assert entry.url in message and f"put that file at {home}/.cache/compress/{entry.filename}" in message
-    assert "\n" not in message
-    assert not list((home / ".cache" / "compress").iterdir())

@@ -27,6 +27,7 @@ from compress.run.trainings import train
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
 from tests.helpers import tiny_recipe
+from tests.helpers.methods import build
 
 K = 3
 SMALL = {"retinanet": {"anchor_scale": 2.0}, "faster_rcnn": {"anchor_scale": 4.0, "head_depth": 0, "roi_samples": 16}}
@@ -100,7 +101,7 @@ def test_bckd_is_its_formula_on_any_head(family: str) -> None:
     """By rows of (image, place) instead of maps; in RetinaNet anchors between its thresholds do not count."""
     data = batch()
     student, teacher = outputs(model(family), data), outputs(model(family, 1), data, teacher=True)
-    found = BCKD()(student, teacher, data)
+    found = build(BCKD)(student, teacher, data)
     targets = student.targets
     assert targets is not None
     s, t = student.prediction, teacher.prediction
@@ -150,7 +151,7 @@ def test_levels_are_matched_by_stride() -> None:
 
 def test_maps_of_other_strides_are_resized_to_the_teachers_grid() -> None:
     """A student whose maps are linear ramps: on the teacher's grid they are the same ramps."""
-    from compress.distill.level_matching import Aligned
+    from compress.distill.level_matching import LevelMatched
     from compress.distill.method import Method
 
     seen: list[Outputs] = []
@@ -165,7 +166,7 @@ def test_maps_of_other_strides_are_resized_to_the_teachers_grid() -> None:
     grids = [torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 7, 14), torch.zeros(1, 2, 8, 8)]
     weights = [torch.full((1, *x.shape[2:]), float(i)) for i, x in enumerate(grids)]
     teacher = Outputs(grids, DensePrediction([], [], (32, 9, 16)), model("gfl"), certainty=weights)
-    Aligned(Look(), [(0, 1), (1, 2)])(student, teacher, batch())
+    LevelMatched(Look(), [(0, 1), (1, 2)])(student, teacher, batch())
     assert [x.shape for x in seen[0].features] == [x.shape for x in seen[1].features]
     assert seen[0].features[1] is student.features[1]
     assert seen[0].features[0][0, 0, 0].diff().min() > 0

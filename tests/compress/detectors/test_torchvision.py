@@ -185,7 +185,7 @@ def test_places_of_retinanet_and_its_logits_are_in_one_order() -> None:
     y, x = divmod(3, prediction.level_sizes[0][1])
     prediction.logits[0][0, 7 * K + 1, y, x] = 20.0
     assert int(prediction.class_logits(0)[0].argmax() % prediction.counts[0]) == place
-    prediction.sides[0][0, 7 * 4 : 8 * 4, y, x] = 0.0
+    prediction.box_deltas[0][0, 7 * 4 : 8 * 4, y, x] = 0.0
     anchor = torch.cat(ours.anchors(prediction))[place]
     assert torch.allclose(ours.decode_boxes(prediction)[0, place], anchor, atol=1e-5)
 
@@ -212,15 +212,17 @@ def test_what_nobody_looked_for_has_no_loss(family: str) -> None:
     data, _ = batch()
     whole = losses_of(ours, data)["loss_cls"]
     prediction = ours(data.images)
-    data.targets[1].uncovered = torch.tensor([0, 2])
+    data.targets[1].unlabeled_classes = torch.tensor([0, 2])
     loss = ours.loss(prediction, ours.assign(prediction, data.targets))["loss_cls"]
     assert 0 < float(loss) < float(whole)
     gradient = torch.autograd.grad(loss, prediction.logits[0])[0].unflatten(1, (prediction.anchors, K))
     assert (gradient[1, :, [0, 2]] == 0).all() and (gradient[1, :, 1] != 0).any() and (gradient[0] != 0).any()
-    data.targets[1].uncovered = None
+    data.targets[1].unlabeled_classes = None
     target = data.targets[0]
-    target.ignore = target.unsure = torch.tensor([False, True])
-    alone = replace(target, boxes=target.boxes[1:], labels=target.labels[1:], ignore=torch.tensor([False]), unsure=None)
+    target.ignore = target.uncertain = torch.tensor([False, True])
+    alone = replace(
+        target, boxes=target.boxes[1:], labels=target.labels[1:], ignore=torch.tensor([False]), uncertain=None
+    )
     background = ours.assign(prediction, [alone, data.targets[1]]).assignment.gt_index[0] == -1
     targets = ours.assign(prediction, data.targets)
     region = torch.zeros(len(data.targets), K, len(background), dtype=torch.bool)
@@ -238,9 +240,9 @@ def test_what_nobody_looked_for_has_no_loss(family: str) -> None:
 def test_faster_rcnn_refuses_pseudo_labels_that_it_cannot_honour() -> None:
     ours = detector("faster_rcnn").train()
     data, _ = batch()
-    data.targets[0].unsure = torch.tensor([False, False])
+    data.targets[0].uncertain = torch.tensor([False, False])
     losses_of(ours, data)
-    data.targets[0].unsure = torch.tensor([False, True])
+    data.targets[0].uncertain = torch.tensor([False, True])
     with pytest.raises(UserError, match="regions to ignore"):
         losses_of(ours, data)
 

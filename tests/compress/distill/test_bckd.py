@@ -9,6 +9,7 @@ from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.iou_loss import giou_loss
 from tests.helpers import gfl_case
 from tests.helpers.gfl_case import close
+from tests.helpers.methods import build
 from tests.oracles import ORACLES
 
 
@@ -31,7 +32,7 @@ def test_localization_rows() -> None:
 def test_case_g_losses_weights_and_gradients() -> None:
     expected = ORACLES["B_bckd_case"]
     student, teacher = gfl_case.outputs()
-    losses = BCKD().by_level(student, teacher)
+    losses = build(BCKD).by_level(student, teacher)
     close(losses["bckd_cls"], expected["loss_kd"])
     close(losses["bckd_loc"], expected["loss_score_kd"])
 
@@ -50,14 +51,14 @@ def test_a_level_without_positives_contributes_nothing() -> None:
     student, teacher = gfl_case.outputs()
     assert student.targets is not None
     student.targets.level_positives[1] = 0
-    losses = BCKD().by_level(student, teacher)
+    losses = build(BCKD).by_level(student, teacher)
     assert losses["bckd_cls"][1] == 0 and losses["bckd_loc"][1] == 0
     assert losses["bckd_cls"][0] > 0 and losses["bckd_loc"][0] > 0
 
 
 def test_weights_scale_the_terms() -> None:
     student, teacher = gfl_case.outputs()
-    plain = BCKD().by_level(student, teacher)
-    scaled = BCKD(weight=0.5, cls_weight=3.0, loc_weight=2.0).by_level(student, teacher)
+    plain = build(BCKD).by_level(student, teacher)
+    scaled = build(BCKD, weight=0.5, cls_weight=3.0, loc_weight=2.0).by_level(student, teacher)
     torch.testing.assert_close(scaled["bckd_cls"], plain["bckd_cls"] * 1.5)
     torch.testing.assert_close(scaled["bckd_loc"], plain["bckd_loc"] * 0.25)

@@ -15,17 +15,17 @@ from torchvision.ops import generalized_box_iou
 
 from compress.data.batch import Target
 from compress.detectors.backbones import build_backbone
-from compress.detectors.base import GROUP_WIDTH, decode_level
+from compress.detectors.base import GROUP_WIDTH, decode_level, freeze
 from compress.detectors.gfl import GFL
 from compress.distill.bckd import BCKD
 from compress.distill.crosskd import CrossKD, align_scale, imitation, side_divergence
 from compress.distill.method import Outputs
-from compress.distill.teacher import freeze
 from deploy.core.errors import UserError
 from kernels.ops.binary_kd_loss import reference
 from tests.helpers import gfl_case
 from tests.helpers.gfl_case import close
 from tests.helpers.method_checks import assert_same, batch, bfloat16, certain, leaves, total
+from tests.helpers.methods import build
 from tests.oracles import ORACLES, sine
 
 CHANNELS, CLASSES = 16, 3
@@ -46,7 +46,7 @@ def test_imitation_on_case_g() -> None:
     close(losses["crosskd_reg"] * 3, expected["loss_reg_kd"])
     close(losses["crosskd_giou"] * 2, expected["loss_bbox_kd"])
     close(losses["crosskd_reg"] * 4, [0.346199, 0.122852])
-    torch.testing.assert_close(losses["crosskd_cls"], BCKD().by_level(student, teacher)["bckd_cls"])
+    torch.testing.assert_close(losses["crosskd_cls"], build(BCKD).by_level(student, teacher)["bckd_cls"])
     confidence = torch.cat([x.amax(1).flatten(1).sigmoid() for x in teacher.prediction.logits], 1)
     torch.testing.assert_close((confidence * valid).sum().item(), expected["weight_sum"], rtol=0, atol=1e-3)
 
@@ -82,7 +82,7 @@ def test_side_divergence_is_a_sum_over_bins() -> None:
 def test_the_crossing_equals_float64_written_by_hand(student_depth: int, teacher_depth: int) -> None:
     split = 2 if (student_depth, teacher_depth) == (3, 3) else None
     learner, teacher_model = models(student_depth, teacher_depth)
-    method = CrossKD(learner, teacher_model, giou_weight=2.0, split=split, teacher_split=split)
+    method = build(CrossKD, learner, teacher_model, giou_weight=2.0, split=split, teacher_split=split)
     student, teacher = run(learner, teacher_model)
     losses = method(student, teacher, batch())
     assert set(losses) == set(ALL_TERMS)
@@ -121,7 +121,7 @@ def test_the_crossing_equals_float64_written_by_hand(student_depth: int, teacher
 def test_gradients_reach_the_students_tower_and_not_the_teacher() -> None:
     learner, teacher_model = models(3, 3)
     teacher_model.requires_grad_(True)  # a teacher that nobody froze
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     student, teacher = run(learner, teacher_model)
     trainable = [x.requires_grad_() for x in (*teacher.features, *leaves(teacher.prediction))]
     total(method(student, teacher, batch())).backward()
@@ -137,7 +137,7 @@ def test_gradients_reach_the_students_tower_and_not_the_teacher() -> None:
 
 def test_a_second_pass_does_not_mix_with_the_first() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     student, teacher = run(learner, teacher_model, seed=1)
     first = method(student, teacher, batch())
     run(learner, teacher_model, seed=2)  # never asked for
@@ -149,7 +149,7 @@ def test_a_second_pass_does_not_mix_with_the_first() -> None:
 
 def test_each_pass_counts_once_and_leaves_nothing_behind() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     student, teacher = run(learner, teacher_model)
     assert [len(tap._maps) for tap in method._taps] == [5, 5]
     method(student, teacher, batch())
@@ -160,7 +160,7 @@ def test_each_pass_counts_once_and_leaves_nothing_behind() -> None:
 
 def test_evaluation_is_not_recorded() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     with torch.no_grad():
         run(learner, teacher_model)
     assert not any(tap._maps for tap in method._taps)
@@ -171,7 +171,7 @@ def test_evaluation_is_not_recorded() -> None:
 
 def test_copies_of_the_student_do_not_feed_the_method() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     student, teacher = run(learner, teacher_model, seed=1)
     average, sent = copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))
     for clone in (average, sent):
@@ -186,7 +186,7 @@ def test_copies_of_the_student_do_not_feed_the_method() -> None:
 
 def test_hooks_go_with_the_method() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     hooks = [tower[0].gn._forward_hooks for tower in (learner.head.cls_convs, learner.head.reg_convs)]
     assert [len(x) for x in hooks] == [1, 1]
     del method
@@ -196,7 +196,7 @@ def test_hooks_go_with_the_method() -> None:
 
 def test_certainty_weights_and_half_precision() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model, giou_weight=1.0)
+    method = build(CrossKD, learner, teacher_model, giou_weight=1.0)
 
     def losses(method: CrossKD, certainty: float | None = None, *, half: bool = False) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
@@ -213,18 +213,18 @@ def test_certainty_weights_and_half_precision() -> None:
     assert all(value.dtype == torch.float32 for value in half.values())
     assert_same(half, plain, rtol=0.1)
 
-    scaled = losses(CrossKD(learner, teacher_model, weight=0.5, cls_weight=4.0, reg_weight=4.0))
+    scaled = losses(build(CrossKD, learner, teacher_model, weight=0.5, cls_weight=4.0, reg_weight=4.0))
     assert_same(
         scaled, {"crosskd_cls": plain["crosskd_cls"] * 2, "crosskd_reg": plain["crosskd_reg"] / 2}, rtol=1e-6
     )  # fmt: skip
     learner.zero_grad()
-    total(losses(CrossKD(learner, teacher_model, weight=0.0))).backward()
+    total(losses(build(CrossKD, learner, teacher_model, weight=0.0))).backward()
     assert all(not p.grad.any() for p in learner.head.parameters() if p.grad is not None)
 
 
 def test_images_without_ground_truth() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     for images in ({0, 1}, {1}):
         student, teacher = run(learner, teacher_model, without=images)
         losses = method(student, teacher, batch())
@@ -235,7 +235,7 @@ def test_images_without_ground_truth() -> None:
 
 def test_a_single_image_whose_last_levels_are_one_location() -> None:
     learner, teacher_model = models(2, 2)
-    method = CrossKD(learner, teacher_model)
+    method = build(CrossKD, learner, teacher_model)
     student, teacher = run(learner, teacher_model, images=1)
     losses = method(student, teacher, batch())
     total(losses).backward()
@@ -248,13 +248,13 @@ def test_heads_that_do_not_fit_are_named() -> None:
     more = GFL(7, build_backbone("nano", weights="none", frozen_stages=-1), neck_channels=16, head_depth=2)
     learner, teacher_model = models(2, 2)
     with pytest.raises(UserError, match="head has 16 channels, the teacher's has 32"):
-        CrossKD(learner, wide)
+        build(CrossKD, learner, wide)
     with pytest.raises(UserError, match="3 classes, the teacher's has 7"):
-        CrossKD(learner, more)
+        build(CrossKD, learner, more)
     with pytest.raises(UserError, match="student's head has no convolutions"):
-        CrossKD(models(0, 2)[0], teacher_model)
+        build(CrossKD, models(0, 2)[0], teacher_model)
     with pytest.raises(UserError, match="teacher_split 3 is not a layer of the teacher's head of depth 2"):
-        CrossKD(learner, teacher_model, teacher_split=3)
+        build(CrossKD, learner, teacher_model, teacher_split=3)
     assert not learner.head.cls_convs[0].gn._forward_hooks
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compress.detectors.base import Capability
 from compress.distill.cwd import CWD, channel_kl
-from deploy.core.errors import UserError
 from tests.helpers import gfl_case, pyramid_maps
+from tests.helpers.methods import build
 from tests.oracles import ORACLES, sine
 
 STUDENT, TEACHER = sine((2, 3, 2, 2), 1.0, 0.7, 0.1), sine((2, 3, 2, 2), 1.4, 0.6, 0.9, 0.3)
@@ -25,7 +25,7 @@ def loss(method: CWD, s: list[Tensor], t: list[Tensor], certainty: list[Tensor] 
 
 @pytest.mark.parametrize(("temperature", "key"), [(1.0, "tau1"), (2.0, "tau2")])
 def test_numbers_of_the_reference(temperature: float, key: str) -> None:
-    method = CWD(3, 3, levels=1, loss_weight=1.0, temperature=temperature)
+    method = build(CWD, 3, 3, levels=1, loss_weight=1.0, temperature=temperature)
     value = loss(method, [STUDENT.float()], [TEACHER.float()])
     assert value.dtype == torch.float32 and value.shape == ()
     assert value.item() == pytest.approx(ORACLES["E_cwd"][key], abs=1e-6)
@@ -75,14 +75,14 @@ def test_offset_of_a_channel_does_not_matter_and_no_weighting_makes_a_difference
 
 def test_certainty_of_ones_and_zeros() -> None:
     s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
-    method = CWD(4, 4, levels=2)
+    method = build(CWD, 4, 4, levels=2)
     torch.testing.assert_close(loss(method, s, t, pyramid_maps.certainties(1.0)), loss(method, s, t))
     assert loss(method, s, t, pyramid_maps.certainties(0.0)) == 0
 
 
 def test_on_logits() -> None:
     student, teacher = gfl_case.outputs()
-    method = CWD(8, 16, levels=2, on="logits")
+    method = build(CWD, 8, 16, levels=2, on="logits")
     assert not list(method.parameters())
     value = method(student, teacher, pyramid_maps.EMPTY)["cwd"]
     pairs = zip(student.prediction.logits, teacher.prediction.logits, strict=True)
@@ -90,19 +90,17 @@ def test_on_logits() -> None:
     assert value.item() == pytest.approx(5 * expected.item(), rel=1e-5)
     grads = torch.autograd.grad(value, student.prediction.logits)
     assert all(g.any() for g in grads)
-    assert method.needs == {Capability.DENSE} and CWD(8, 8).needs == {Capability.FEATURES}
-    with pytest.raises(UserError, match="adapter"):
-        CWD(8, 8, on="logits", adapter="always")
+    assert method.needs == {Capability.DENSE} and build(CWD, 8, 8).needs == {Capability.FEATURES}
 
 
 def test_adapters_precision_and_weights() -> None:
     s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
-    method = CWD(3, 4, levels=2)
+    method = build(CWD, 3, 4, levels=2)
     loss(method, s, t).backward()
     assert all(x.grad is None for x in t)
     weights = [p for name, p in method.named_parameters() if name.endswith("weight")]
     assert len(weights) == 2 and all(x.grad is not None and x.grad.any() for x in [*s, *weights])
-    assert CWD(4, 4).adapter.convs is None and CWD(4, 4, adapter="always").adapter.convs is not None
+    assert build(CWD, 4, 4).adapter.convs is None and build(CWD, 4, 4, adapter="always").adapter.convs is not None
 
     low_s, low_t = [x.detach().bfloat16() for x in s], [x.detach().bfloat16() for x in t]
     low = loss(method, low_s, low_t)
@@ -110,8 +108,8 @@ def test_adapters_precision_and_weights() -> None:
     torch.testing.assert_close(low, loss(method, [x.float() for x in low_s], [x.float() for x in low_t]))
 
     other = pyramid_maps.maps(4, 2)
-    plain = loss(CWD(4, 4, levels=2, loss_weight=1.0), t, other)
-    torch.testing.assert_close(loss(CWD(4, 4, levels=2, weight=0.5), t, other), 5 * plain)
-    nothing = loss(CWD(4, 4, levels=2, weight=0.0), t, other)
+    plain = loss(build(CWD, 4, 4, levels=2, loss_weight=1.0), t, other)
+    torch.testing.assert_close(loss(build(CWD, 4, 4, levels=2, weight=0.5), t, other), 5 * plain)
+    nothing = loss(build(CWD, 4, 4, levels=2, weight=0.0), t, other)
     grads = torch.autograd.grad(nothing, t)
     assert nothing == 0 and not any(g.any() for g in grads)

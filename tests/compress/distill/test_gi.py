@@ -13,6 +13,7 @@ from compress.distill import gi
 from compress.distill.gi import GI, best_apart, general_instances, imitation
 from compress.distill.method import Outputs, boxes_in_strides
 from tests.helpers import gfl_case, pyramid_maps
+from tests.helpers.methods import build
 from tests.oracles import ORACLES
 
 CASE = ORACLES["E_gi"]
@@ -46,7 +47,7 @@ def scores_and_boxes(student: Outputs, teacher: Outputs, level: int) -> tuple[Te
 
 def test_selection_of_the_authors() -> None:
     student, teacher = case()
-    chosen = GI(CHANNELS, CHANNELS, levels=2, pool_batch=True).select(student, teacher)
+    chosen = build(GI, CHANNELS, CHANNELS, levels=2, pool_batch=True).select(student, teacher)
     assert [x.tolist() for x in chosen] == CASE["idx"]
     scores, _ = scores_and_boxes(student, teacher, 0)
     torch.testing.assert_close(
@@ -57,7 +58,7 @@ def test_selection_of_the_authors() -> None:
 def test_selection_of_each_image() -> None:
     student, teacher = case()
     assert student.targets is not None
-    chosen = GI(CHANNELS, CHANNELS, levels=2, topk=3).select(student, teacher)
+    chosen = build(GI, CHANNELS, CHANNELS, levels=2, topk=3).select(student, teacher)
     first = 0
     for level, (h, w) in enumerate(gfl_case.SIZES):
         M = h * w
@@ -109,7 +110,7 @@ def test_looking_at_few_candidates_first_changes_nothing(seed: int, groups: int,
 
 def test_the_mean_is_over_chosen_locations() -> None:
     student, teacher = case()
-    method = GI(CHANNELS, CHANNELS, levels=2)
+    method = build(GI, CHANNELS, CHANNELS, levels=2)
     value = loss(method, student, teacher)
     expected = 0.0
     for s, t, index in zip(student.features, teacher.features, method.select(student, teacher), strict=True):
@@ -138,13 +139,13 @@ def test_a_batch_of_padding_contributes_nothing() -> None:
     student, teacher = case()
     assert student.targets is not None
     student.targets.assignment.valid.zero_()
-    value = loss(GI(CHANNELS, CHANNELS, levels=2), student, teacher)
+    value = loss(build(GI, CHANNELS, CHANNELS, levels=2), student, teacher)
     value.backward()
     assert value == 0 and all(x.grad is not None and not x.grad.any() for x in student.features)
 
 
 def test_certainty() -> None:
-    method = GI(CHANNELS, CHANNELS, levels=2)
+    method = build(GI, CHANNELS, CHANNELS, levels=2)
 
     def weighted(values: list[Tensor] | None) -> float:
         return loss(method, *case(certainty=values)).item()
@@ -163,11 +164,11 @@ def test_certainty() -> None:
 
 def test_adapters_precision_and_weights() -> None:
     student, teacher = case(student_channels=3)
-    method = GI(3, CHANNELS, levels=2)
+    method = build(GI, 3, CHANNELS, levels=2)
     loss(method, student, teacher).backward()
     assert all(x.grad is not None and x.grad.any() for x in [*student.features, *method.parameters()])
-    adapter = GI(4, 4, adapter="always").adapter
-    assert adapter.convs is not None and GI(4, 4).adapter.convs is None
+    adapter = build(GI, 4, 4, adapter="always").adapter
+    assert adapter.convs is not None and build(GI, 4, 4).adapter.convs is None
 
     low = case(student_channels=3)
     full = case(student_channels=3)
@@ -179,8 +180,8 @@ def test_adapters_precision_and_weights() -> None:
     torch.testing.assert_close(value, loss(method, *full))
 
     student, teacher = case()
-    plain = loss(GI(CHANNELS, CHANNELS, levels=2, loss_weight=1.0), student, teacher)
-    torch.testing.assert_close(loss(GI(CHANNELS, CHANNELS, levels=2, weight=0.25), student, teacher), plain / 2)
-    nothing = loss(GI(CHANNELS, CHANNELS, levels=2, weight=0.0), student, teacher)
+    plain = loss(build(GI, CHANNELS, CHANNELS, levels=2, loss_weight=1.0), student, teacher)
+    torch.testing.assert_close(loss(build(GI, CHANNELS, CHANNELS, levels=2, weight=0.25), student, teacher), plain / 2)
+    nothing = loss(build(GI, CHANNELS, CHANNELS, levels=2, weight=0.0), student, teacher)
     grads = torch.autograd.grad(nothing, student.features)
     assert nothing == 0 and not any(g.any() for g in grads)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.distill.mgd import MGD, PUBLISHED, generation_distance
+from compress.config.methods import Mgd
+from compress.distill.mgd import MGD, generation_distance
 from tests.helpers import pyramid_maps
+from tests.helpers.methods import build
 from tests.oracles import ORACLES, sine
 
 CASE = ORACLES["E_mgd"]
@@ -24,7 +26,7 @@ def loss(method: MGD, s: list[Tensor], t: list[Tensor], certainty: list[Tensor] 
 
 
 def of_the_authors(monkeypatch: pytest.MonkeyPatch, **settings: float) -> MGD:
-    method = MGD(3, 3, levels=1, **settings)  # type: ignore[arg-type]
+    method = build(MGD, 3, 3, levels=1, **settings)  # type: ignore[arg-type]
     values = [
         sine((3, 3, 3, 3), 0.3, 0.5, 0.1),
         sine((3,), 0.1, 0.5, 0.3),
@@ -44,7 +46,7 @@ def test_number_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert value.item() == pytest.approx(CASE["sum_sq_over_N"], rel=2e-6)
     published = loss(of_the_authors(monkeypatch), [STUDENT.float()], [TEACHER.float()])
     assert published.item() == pytest.approx(CASE["alpha2e5"], abs=1e-9)
-    assert (PUBLISHED["one_stage"].alpha, PUBLISHED["one_stage"].masked) == (2e-5, 0.65)
+    assert (Mgd().alpha, Mgd().masked) == (2e-5, 0.65)
 
 
 def test_slow_form_with_certainty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +81,7 @@ def test_masks_differ_by_pass_level_seed_and_process(monkeypatch: pytest.MonkeyP
     maps = [torch.zeros(2, 4, 16, 16)] * 2
 
     def drawn(seed: int = 0, passes: int = 0) -> list[Tensor]:
-        method = MGD(4, 4, levels=2, seed=seed)
+        method = build(MGD, 4, 4, levels=2, seed=seed)
         for _ in range(passes):
             method.masks(maps)
         return method.masks(maps)
@@ -98,28 +100,28 @@ def test_masks_differ_by_pass_level_seed_and_process(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("masked", [0.0, 0.45, 0.65])
 def test_share_of_masked_locations(masked: float) -> None:
-    (mask,) = MGD(4, 4, levels=1, masked=masked).masks([torch.zeros(2, 4, 200, 200)])
+    (mask,) = build(MGD, 4, 4, levels=1, masked=masked).masks([torch.zeros(2, 4, 200, 200)])
     kept = 1 - masked
     assert mask.mean().item() == pytest.approx(kept, abs=4 * (kept * masked / mask.numel()) ** 0.5)
 
 
 def test_a_resumed_run_sees_the_same_masks() -> None:
     s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
-    method = MGD(4, 4, levels=2)
+    method = build(MGD, 4, 4, levels=2)
     for _ in range(3):
         loss(method, s, t)
     file = io.BytesIO()
     torch.save(method.state_dict(), file)
     expected = [loss(method, s, t), loss(method, s, t)]
     assert expected[0] != expected[1]
-    resumed = MGD(4, 4, levels=2)
+    resumed = build(MGD, 4, 4, levels=2)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert [loss(resumed, s, t), loss(resumed, s, t)] == expected
 
 
 def test_the_global_generator_is_left_alone() -> None:
-    method = MGD(4, 4, levels=2)
+    method = build(MGD, 4, 4, levels=2)
     before = torch.get_rng_state()
     loss(method, pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1))
     assert torch.equal(before, torch.get_rng_state())
@@ -127,15 +129,15 @@ def test_the_global_generator_is_left_alone() -> None:
 
 def test_masked_locations_are_not_read() -> None:
     s, t = pyramid_maps.maps(4, 0, grad=True), pyramid_maps.maps(4, 1)
-    loss(MGD(4, 4, levels=2), s, t).backward()
-    for x, mask in zip(s, MGD(4, 4, levels=2).masks(s), strict=True):
+    loss(build(MGD, 4, 4, levels=2), s, t).backward()
+    for x, mask in zip(s, build(MGD, 4, 4, levels=2).masks(s), strict=True):
         assert x.grad is not None
         torch.testing.assert_close((x.grad != 0).any(1, keepdim=True), mask > 0)
 
 
 def test_certainty_of_ones_and_zeros() -> None:
     s, t = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
-    method = MGD(4, 4, levels=2)
+    method = build(MGD, 4, 4, levels=2)
 
     def first_pass(certainty: list[Tensor] | None) -> Tensor:
         method.passes = 0
@@ -147,11 +149,11 @@ def test_certainty_of_ones_and_zeros() -> None:
 
 def test_adapters_precision_and_weights() -> None:
     s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
-    method = MGD(3, 4, levels=2)
+    method = build(MGD, 3, 4, levels=2)
     loss(method, s, t).backward()
     assert all(x.grad is None for x in t)
     assert all(x.grad is not None and x.grad.any() for x in [*s, *method.parameters()])
-    assert MGD(4, 4).adapter.convs is None and MGD(4, 4, adapter="always").adapter.convs is not None
+    assert build(MGD, 4, 4).adapter.convs is None and build(MGD, 4, 4, adapter="always").adapter.convs is not None
 
     low_s, low_t = [x.detach().bfloat16() for x in s], [x.detach().bfloat16() for x in t]
     method.passes = 0
@@ -160,10 +162,10 @@ def test_adapters_precision_and_weights() -> None:
     method.passes = 0
     torch.testing.assert_close(low, loss(method, [x.float() for x in low_s], [x.float() for x in low_t]))
 
-    same = MGD(4, 4, levels=2)
+    same = build(MGD, 4, 4, levels=2)
     values = []
     for weight in (1.0, 0.5, 0.0):
-        scaled = MGD(4, 4, levels=2, weight=weight)
+        scaled = build(MGD, 4, 4, levels=2, weight=weight)
         scaled.load_state_dict(same.state_dict())
         values.append(loss(scaled, t, pyramid_maps.maps(4, 2)))
     torch.testing.assert_close(values[1], values[0] / 2)

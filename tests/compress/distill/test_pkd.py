@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.distill.pkd import PKD, PUBLISHED, pearson_distance, standardise
+from compress.distill.pkd import PKD, pearson_distance, standardise
 from tests.helpers import pyramid_maps
+from tests.helpers.methods import build
 from tests.oracles import ORACLES, sine
 
 CASE = ORACLES["E_pkd"]
@@ -26,7 +25,7 @@ def loss(method: PKD, s: list[Tensor], t: list[Tensor], certainty: list[Tensor] 
 
 
 def test_number_of_the_reference() -> None:
-    value = loss(PKD(3, 3, levels=1, loss_weight=1.0), [STUDENT.float()], [TEACHER.float()])
+    value = loss(build(PKD, 3, 3, levels=1, loss_weight=1.0), [STUDENT.float()], [TEACHER.float()])
     assert value.dtype == torch.float32 and value.shape == ()
     assert value.item() == pytest.approx(CASE["loss"], abs=1e-6)
 
@@ -69,7 +68,7 @@ def test_certainty_weighs_locations() -> None:
     assert pearson_distance(STUDENT, TEACHER, certainty).item() == pytest.approx(expected, rel=1e-12)
 
     maps = pyramid_maps.maps(4, 0), pyramid_maps.maps(4, 1)
-    method = PKD(4, 4, levels=2)
+    method = build(PKD, 4, 4, levels=2)
     torch.testing.assert_close(loss(method, *maps, pyramid_maps.certainties(1.0)), loss(method, *maps))
     assert loss(method, *maps, pyramid_maps.certainties(0.0)) == 0
 
@@ -85,8 +84,8 @@ def test_another_size_is_resized() -> None:
 def test_a_single_location_contributes_nothing() -> None:
     s = [torch.randn(1, 4, 5, 7), torch.randn(1, 4, 1, 1, requires_grad=True)]
     t = [torch.randn(1, 4, 5, 7), torch.randn(1, 4, 1, 1)]
-    value = loss(PKD(4, 4, levels=2), s, t)
-    torch.testing.assert_close(value, loss(PKD(4, 4, levels=1), s, t))
+    value = loss(build(PKD, 4, 4, levels=2), s, t)
+    torch.testing.assert_close(value, loss(build(PKD, 4, 4, levels=1), s, t))
     value.backward()
     assert s[1].grad is not None and not s[1].grad.any()
 
@@ -107,22 +106,22 @@ def test_standardise() -> None:
 
 def test_adapters_precision_and_weights() -> None:
     s, t = pyramid_maps.maps(3, 0, grad=True), pyramid_maps.maps(4, 1, grad=True)
-    method = PKD(3, 4, levels=2)
+    method = build(PKD, 3, 4, levels=2)
     loss(method, s, t).backward()
     assert all(x.grad is None for x in t)
     weights = [p for name, p in method.named_parameters() if name.endswith("weight")]
     assert len(weights) == 2 and all(x.grad is not None and x.grad.any() for x in [*s, *weights])
-    assert PKD(4, 4).adapter.convs is None and PKD(4, 4, adapter="always").adapter.convs is not None
+    assert build(PKD, 4, 4).adapter.convs is None and build(PKD, 4, 4, adapter="always").adapter.convs is not None
 
     low_s, low_t = [x.detach().bfloat16() for x in s], [x.detach().bfloat16() for x in t]
     low = loss(method, low_s, low_t)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, loss(method, [x.float() for x in low_s], [x.float() for x in low_t]))
 
-    plain = loss(PKD(4, 4, levels=2, loss_weight=1.0), t, pyramid_maps.maps(4, 2))
-    retina = PKD(4, 4, **(asdict(PUBLISHED["retinanet"]) | {"levels": 2}), weight=0.5)
+    plain = loss(build(PKD, 4, 4, levels=2, loss_weight=1.0), t, pyramid_maps.maps(4, 2))
+    retina = build(PKD, 4, 4, levels=2, loss_weight=10.0, weight=0.5)
     torch.testing.assert_close(loss(retina, t, pyramid_maps.maps(4, 2)), 5 * plain)
-    torch.testing.assert_close(loss(PKD(4, 4, levels=2), t, pyramid_maps.maps(4, 2)), 6 * plain)
-    nothing = loss(PKD(4, 4, levels=2, weight=0.0), t, pyramid_maps.maps(4, 2))
+    torch.testing.assert_close(loss(build(PKD, 4, 4, levels=2), t, pyramid_maps.maps(4, 2)), 6 * plain)
+    nothing = loss(build(PKD, 4, 4, levels=2, weight=0.0), t, pyramid_maps.maps(4, 2))
     grads = torch.autograd.grad(nothing, t)
     assert nothing == 0 and not any(g.any() for g in grads)

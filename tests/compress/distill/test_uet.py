@@ -15,6 +15,7 @@ from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
 from kernels.ops.mc_dropout import reference
 from tests.helpers import gfl_case
+from tests.helpers.methods import build, build_uet
 from tests.oracles import ORACLES, sine
 
 RATES = (0.15, 0.2, 0.25, 0.3, 0.35)
@@ -68,7 +69,7 @@ def test_target_of_given_masks(combine: str) -> None:
 @pytest.mark.parametrize(("combine", "mean"), [("sum", 2.0), ("mean", 1.0)])
 def test_target_has_the_mean_and_variance_of_the_formula(combine: str, mean: float) -> None:
     """E[U] = F and Var[U] = F^2 * mean(p / (1 - p)) / N."""
-    uet = UET(Recorder(), rates=RATES, combine=combine)  # type: ignore[arg-type]
+    uet = build_uet(Recorder(), rates=RATES, combine=combine)  # type: ignore[arg-type]
     target = seen(uet, outputs(1.0)[1]).features[0]
     spread = sum(p / (1 - p) for p in RATES) / len(RATES) ** 2 * (1 if combine == "sum" else 0.25)
     assert target.mean().item() == pytest.approx(mean, abs=5 * (spread / target.numel()) ** 0.5)
@@ -77,13 +78,13 @@ def test_target_has_the_mean_and_variance_of_the_formula(combine: str, mean: flo
 
 def test_without_dropout_the_target_is_the_teacher() -> None:
     _, teacher = outputs()
-    for a, b in zip(seen(UET(Recorder(), rates=(0.0,)), teacher).features, teacher.features, strict=True):
+    for a, b in zip(seen(build_uet(Recorder(), rates=(0.0,)), teacher).features, teacher.features, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_draws_depend_on_seed_pass_and_level_alone() -> None:
     _, teacher = outputs(1.0)
-    a, b, other = (UET(Recorder(), rates=RATES, seed=s) for s in (3, 3, 4))
+    a, b, other = (build_uet(Recorder(), rates=RATES, seed=s) for s in (3, 3, 4))
     torch.manual_seed(1)
     first = [x.clone() for x in seen(a, teacher).features]
     torch.manual_seed(2)  # the process's own random state has no part in it
@@ -96,14 +97,14 @@ def test_draws_depend_on_seed_pass_and_level_alone() -> None:
 
 def test_a_restored_state_goes_on_with_the_same_draws() -> None:
     _, teacher = outputs()
-    a, b = UET(Recorder(), rates=RATES), UET(Recorder(), rates=RATES)
+    a, b = build_uet(Recorder(), rates=RATES), build_uet(Recorder(), rates=RATES)
     seen(a, teacher)
     b.load_state_dict(a.state_dict())
     assert torch.equal(seen(a, teacher).features[0], seen(b, teacher).features[0])
 
 
 def test_channel_mode_drops_whole_maps() -> None:
-    target = seen(UET(Recorder(), rates=(0.5,) * 2, mode="channel"), outputs(1.0)[1]).features[0]
+    target = seen(build_uet(Recorder(), rates=(0.5,) * 2, mode="channel"), outputs(1.0)[1]).features[0]
     assert (target == target[:, :, :1, :1]).all()
     assert set(target.unique().tolist()) == {0.5, 1.0, 1.5}  # (F + U) / 2, U in {0, 1, 2}
 
@@ -111,16 +112,16 @@ def test_channel_mode_drops_whole_maps() -> None:
 def test_certainty_falls_with_the_variance_and_has_mean_one() -> None:
     _, teacher = outputs(1.0)
     teacher.features[0][:, :, :8] = 5.0  # dropout scatters strong activations more
-    result = seen(UET(Recorder(), rates=RATES, certainty=True), teacher)
+    result = seen(build_uet(Recorder(), rates=RATES, certainty=True), teacher)
     assert result.certainty is not None
     strong, weak = result.certainty[0][:, :8], result.certainty[0][:, 8:]
     assert strong.max() < weak.min()
     assert result.certainty[0].mean().item() == pytest.approx(1, abs=1e-5)
-    assert seen(UET(Recorder(), rates=RATES), teacher).certainty is None
+    assert seen(build_uet(Recorder(), rates=RATES), teacher).certainty is None
 
 
 def test_variance_is_reported_per_level() -> None:
-    uet = UET(Recorder(), rates=(0.5,) * 4)
+    uet = build_uet(Recorder(), rates=(0.5,) * 4)
     assert uet.observations() == {}
     seen(uet, outputs(2.0)[1])
     observed = uet.observations()
@@ -136,10 +137,10 @@ def test_a_host_on_logits_gets_the_head_of_the_sampled_maps() -> None:
         maps = detector.features(images)
         teacher = Outputs(maps, detector.predict(maps), detector)
         student = Outputs(maps, teacher.prediction, detector, detector.assign(teacher.prediction, gfl_case.targets()))
-    uet = UET(BCKD(), rates=RATES, combine="sum")
+    uet = build_uet(build(BCKD), rates=RATES, combine="sum")
     sampled = uet.sample(teacher)
     assert sampled.features is teacher.features
-    repeat = UET(Recorder(), rates=RATES, combine="mean").sample(teacher)  # logits are averaged, never added
+    repeat = build_uet(Recorder(), rates=RATES, combine="mean").sample(teacher)  # logits are averaged, never added
     expected = teacher.detector.predict(repeat.features)
     assert all(torch.equal(a, b) for a, b in zip(sampled.prediction.logits, expected.logits, strict=True))
     assert uet.needs == {Capability.DENSE, Capability.FEATURES}
@@ -150,7 +151,7 @@ def test_the_teacher_is_left_as_it_was() -> None:
     _, teacher = outputs()
     before = [x.clone() for x in teacher.features]
     state = {key: value.clone() for key, value in teacher.detector.state_dict().items()}
-    UET(Recorder(), rates=RATES).sample(teacher)
+    build_uet(Recorder(), rates=RATES).sample(teacher)
     assert not teacher.detector.training
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.features, strict=True))
     assert all(torch.equal(value, teacher.detector.state_dict()[key]) for key, value in state.items())
@@ -159,9 +160,9 @@ def test_the_teacher_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("observed", [True, False])
 def test_compiled_draws_are_asked_for_and_the_same(observed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("kernels.ops.mc_dropout.compiled_once", lambda function: asked.append(function) or function)
+    monkeypatch.setattr("kernels.common.torch_pass.compiled_once", lambda f: asked.append(f) or f)
     _, teacher = outputs()
-    plain, compiled = UET(Recorder(), rates=RATES), UET(Recorder(), rates=RATES, compiled=True)
+    plain, compiled = build_uet(Recorder(), rates=RATES), build_uet(Recorder(), rates=RATES, compiled=True)
     plain.passes = compiled.passes = 0 if observed else 1
     wanted = seen(plain, teacher).features
     assert not asked

@@ -11,16 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.config.messages import models_in
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.data.batch import Batch
+from compress.detectors.base import freeze
 from compress.detectors.build import build_detector, inherit
-from compress.distill.build import build_methods
+from compress.detectors.checkpoints import load_teacher_checkpoint
+from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Method, Outputs
-from compress.distill.teacher import load_teacher
 from compress.distill.uet import UET
-from compress.distill.weighting import Balanced, Position, gradient_norm
+from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
 from compress.run import pipeline
 from compress.run.data import open_data
 from compress.run.trainings import train
@@ -35,34 +37,34 @@ class Nothing(Method):
 
 
 def test_schedules() -> None:
-    at = [Position(step, 100, 10) for step in (0, 30, 49, 50, 99)]
-    assert [Balanced(Nothing()).factor(p) for p in at] == [1, 1, 1, 1, 1]
-    assert [Balanced(Nothing(), stop_epoch=5).factor(p) for p in at] == [1, 1, 1, 0, 0]
-    falling = Balanced(Nothing(), decay=True)
+    at = [TrainingPosition(step, 100, 10) for step in (0, 30, 49, 50, 99)]
+    assert [WeightedMethod(Nothing()).factor(p) for p in at] == [1, 1, 1, 1, 1]
+    assert [WeightedMethod(Nothing(), stop_epoch=5).factor(p) for p in at] == [1, 1, 1, 0, 0]
+    falling = WeightedMethod(Nothing(), decay=True)
     assert [falling.factor(p) for p in at] == pytest.approx([1, 0.7, 0.51, 0.5, 0.01])
-    both = Balanced(Nothing(), stop_epoch=5, decay=True)
+    both = WeightedMethod(Nothing(), stop_epoch=5, decay=True)
     assert [both.factor(p) for p in at] == pytest.approx([1, 0.4, 0.02, 0, 0])
 
 
 def test_automatic_weight_meets_the_ratio() -> None:
-    balanced = Balanced(Nothing(), auto_ratio=0.5)
-    assert balanced.scale == 0, "nothing may be learned before it is measured"
+    weighted = WeightedMethod(Nothing(), auto_ratio=0.5)
+    assert weighted.scale == 0, "nothing may be learned before it is measured"
     for _ in range(3):
-        balanced.measure(torch.tensor(8.0), torch.tensor(4.0))
-    assert balanced.scale.item() == pytest.approx(0.25)
-    assert balanced.norm.item() == pytest.approx(2.0)  # 0.5 * 4
-    balanced.measure(torch.tensor(80.0), torch.tensor(4.0))  # one batch of ten times the norm
-    assert balanced.scale.item() == pytest.approx(0.25 * 10**-0.1)
+        weighted.measure(torch.tensor(8.0), torch.tensor(4.0))
+    assert weighted.scale.item() == pytest.approx(0.25)
+    assert weighted.norm.item() == pytest.approx(2.0)  # 0.5 * 4
+    weighted.measure(torch.tensor(80.0), torch.tensor(4.0))  # one batch of ten times the norm
+    assert weighted.scale.item() == pytest.approx(0.25 * 10**-0.1)
     for norm in (0.0, float("nan"), float("inf")):  # a batch in which the method has nothing to say, or overflows
-        before = balanced.scale.clone()
-        balanced.measure(torch.tensor(norm), torch.tensor(4.0))
-        assert balanced.scale == before
+        before = weighted.scale.clone()
+        weighted.measure(torch.tensor(norm), torch.tensor(4.0))
+        assert weighted.scale == before
 
 
 def test_a_fixed_weight_is_only_observed() -> None:
-    balanced = Balanced(Nothing())
-    balanced.measure(torch.tensor(8.0), torch.tensor(4.0))
-    assert balanced.scale == 1 and balanced.norm == 8
+    weighted = WeightedMethod(Nothing())
+    weighted.measure(torch.tensor(8.0), torch.tensor(4.0))
+    assert weighted.scale == 1 and weighted.norm == 8
 
 
 def test_gradient_norm() -> None:
@@ -135,7 +137,7 @@ def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
 def train_taught(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
     data = open_data(pipeline.data_plan(recipe), fabric())
-    teacher, _ = load_teacher(recipe.teacher.checkpoint, data.train.categories)
+    teacher = freeze(load_teacher_checkpoint(recipe.teacher.checkpoint)[0])
     plan = replace(pipeline.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
     train(fabric(), plan, data, resume=True, max_steps=stop)
 
@@ -183,6 +185,19 @@ def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -
         ("{fgd: {}, uet: {of: fgd, certainty: true, p_start: 0, p_step: 0}}", "needs samples that differ"),
         ("{fgd: {}, uet: {of: bckd}}", "bckd is not among the methods; add `bckd: {}`"),
         ("{fgd: {}, uet: {of: [fgd, fgd]}}", "names a method twice"),
+        (
+            "{fgd: {}, uet: {of: fdg}}",
+            "methods.uet.of: 'fdg' is not one of fgd, bckd, pkd, cwd, mgd, gi, tid, ld, crosskd, "
+            "dkd; did you mean fgd?",
+        ),
+        ("{fgd: {}, uet: {of: a:B}}", "methods.uet.of: a:B is not among the methods; add `a:B: {}`"),
+        ("{tid: {thr_neg: 0.6}}", "methods.tid.thr_neg: 0.6 is more than thr_pos, 0.5"),
+        ("{tid: {top_share: 0}}", "methods.tid.top_share: must be more than 0, got 0"),
+        ("{cwd: {on: logits, adapter: always}}", "methods.cwd.adapter: logits are compared as they are"),
+        ("{ld: {vlr_overlap: giou}}", "methods.ld.vlr_overlap: 'giou' is not one of iof, diou"),
+        ("{ld: {normalise: batch}}", "methods.ld.normalise: 'batch' is not one of official, positives"),
+        ("{a:fgd: {}}", "methods.a:fgd: another method is called fgd, too; give the class another name"),
+        ("{a:B: {}, c:B: {}}", "methods.c:B: another method is called B, too; give the class another name"),
         ("{fgd: {}, uet: {of: fgd, samples: 30}}", "rates stay below 1"),
     ],
 )
@@ -206,14 +221,26 @@ def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
         assert_same(a.state_dict(), b.state_dict())
 
 
+def test_the_table_of_methods_is_that_of_recipes() -> None:
+    fields = {name: next(models_in(field.annotation)) for name, field in Methods.model_fields.items() if name != "uet"}
+    assert {name: record.settings for name, record in METHODS.items()} == fields
+    detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
+    for name, record in METHODS.items():
+        for settings in [{}, {"on": "logits"}] if name == "cwd" else [{}]:
+            term = record.settings.model_validate(settings)
+            needs = record.needs(term) if callable(record.needs) else record.needs
+            (built,) = build_methods(Methods.model_validate({name: settings}), *detectors).values()
+            assert built.method.needs == needs
+
+
 def test_compile_reaches_every_method_that_can() -> None:
     names = ("fgd", "tid", "bckd", "crosskd")
     detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
     settings = Methods.model_validate({name: {} for name in names} | {"uet": {"of": names}})
     for compiled in (False, True):
-        for balanced in build_methods(settings, *detectors, compiled=compiled).values():
-            assert isinstance(balanced.method, UET)
-            assert balanced.method.compiled == balanced.method.host.compiled == compiled
+        for weighted in build_methods(settings, *detectors, compiled=compiled).values():
+            assert isinstance(weighted.method, UET)
+            assert weighted.method.compiled == weighted.method.host.compiled == compiled
 
 
 def tiny_model() -> Model:

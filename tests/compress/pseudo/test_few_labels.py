@@ -48,7 +48,7 @@ def test_another_part_is_another_training(tmp_path: Path) -> None:
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"labels\.fraction: 0 leaves nothing to train on"):
+    with pytest.raises(UserError, match=r"labels\.fraction: is 0 and there is no section pseudo_labels: nothing"):
         tiny_recipe.recipe(tmp_path, "labels={fraction: 0}")
     with pytest.raises(UserError, match=r"labels\.fraction: missing"):
         tiny_recipe.recipe(tmp_path, "labels={}")

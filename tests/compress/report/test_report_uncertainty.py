@@ -62,7 +62,7 @@ def test_the_section_shows_picture_detections_and_heat(tmp_path: Path) -> None:
     html = build_report(run_with(tmp_path, ENTRY)).read_text("utf-8")
     page = Page(html)
     for text in (
-        "Where the teacher is unsure",
+        "Where the teacher is uncertain",
         "10 samples at dropout rate 0.15",
         "1 detection",  # the other is too weak to be drawn
         "largest 0.200, mean 0.008",

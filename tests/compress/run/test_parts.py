@@ -39,7 +39,7 @@ class Gap(Method):
 
 def alone(folder: Path) -> Recipe:
     """A recipe that names neither a teacher nor a method."""
-    return tiny_recipe.recipe(folder, "teacher=null", "methods={}", "train.steps=2")
+    return tiny_recipe.recipe(folder, "teacher=null", "methods={}", "train.steps=2", "train.schedule.warmup_steps=1")
 
 
 def teacher_for(recipe: Recipe) -> Detector:

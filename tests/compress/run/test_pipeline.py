@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from compress.data.loader import eval_loader
-from compress.distill.teacher import load_teacher
+from compress.detectors.base import freeze
+from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.run import pipeline
 from compress.run.data import canvas, open_data
 from compress.training.evaluate import evaluate
 from deploy.core.card import card_from_file
-from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import evaluate_coco
@@ -88,7 +88,7 @@ def test_a_second_run_repeats_nothing(run_dir: Path) -> None:
 def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe.recipe(run_dir.parents[1])
     data = open_data(pipeline.data_plan(recipe), fabric())
-    teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.val.categories)
+    teacher = freeze(load_teacher_checkpoint(str(run_dir / "teacher.safetensors"))[0])
     loader = eval_loader(data.val, batch_size=3, workers=0)
     fast = evaluate(teacher, loader, data.val, torch.device("cpu"))
     monkeypatch.setattr("compress.training.evaluate.evaluate_coco", lambda *a: evaluate_coco(*a, backend="pycocotools"))
@@ -107,15 +107,6 @@ def test_the_canvas_holds_every_image(run_dir: Path) -> None:
     val.sizes = [(480, 640)]
     assert canvas(val, wide.data) == (64, 64)  # 48 rounds up to 64
     assert canvas(val, wide.data.model_copy(update={"short": 32})) == (32, 64)
-
-
-def test_a_teacher_of_other_classes_is_refused(run_dir: Path) -> None:
-    checkpoint = str(run_dir / "teacher.safetensors")
-    with pytest.raises(UserError, match="knows 3 classes, the data has 2"):
-        load_teacher(checkpoint, ["a", "b"])
-    names = list(card_from_file(run_dir / "student.onnx").class_names)
-    with pytest.raises(UserError, match="calls label 0"):
-        load_teacher(checkpoint, names[::-1])
 
 
 def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

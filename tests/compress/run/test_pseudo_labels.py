@@ -14,7 +14,7 @@ from PIL import Image
 
 from compress.config.pseudo import FineTune
 from compress.config.recipe import Recipe
-from compress.data.concat import Joined
+from compress.data.concat import ConcatDataset
 from compress.data.synthetic import class_names
 from compress.detectors.checkpoints import load_detector
 from compress.manifest import STUDENT_ON_PSEUDO_LABELS, RunFolder
@@ -84,7 +84,7 @@ def test_two_stages(tmp_path: Path, seen: list[PseudoLabelled], capsys: pytest.C
     counts = stages(run_dir)["pseudo labels: training images"]["result"]
     regions = sum(row["iscrowd"] for row in document["annotations"])
     assert (counts["labels"], counts["regions"]) == (len(document["annotations"]) - regions, regions)
-    assert f"{counts['labels']} labels and {regions} unsure regions in 18 images" in said
+    assert f"{counts['labels']} labels and {regions} uncertain regions in 18 images" in said
 
     (pseudo,) = seen
     people, teachers = pseudo.images.parts
@@ -259,10 +259,10 @@ def test_one_teacher_for_some_of_the_classes(tmp_path: Path, seen: list[PseudoLa
     )
     pipeline.distill(recipe(tmp_path, f"pseudo_labels={one}"))
     people, teachers = seen[0].images.parts
-    assert people[0][1].uncovered is None and people[0][1].scores is None
+    assert people[0][1].unlabeled_classes is None and people[0][1].scores is None
     for index in range(len(teachers)):
         target = teachers[index][1]
-        assert target.uncovered is not None and target.uncovered.tolist() == [2]
+        assert target.unlabeled_classes is not None and target.unlabeled_classes.tolist() == [2]
         assert target.scores is not None and (~target.ignore).any()  # partly covered: an image without labels is none
         assert target.scores[~target.ignore].min() >= 0.59
 
@@ -382,8 +382,8 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["pseudo_labels.teachers=null"], "pseudo_labels: nobody labels"),
-        (["labels=null"], "pseudo_labels: every image has labels"),
+        (["pseudo_labels.teachers=null"], "pseudo_labels: no teacher is given; add pseudo_labels.teachers"),
+        (["labels=null"], "pseudo_labels: all images have labels"),
         (["pseudo_labels.tau_ignore=0.7"], r"tau_ignore: 0.7 is more than tau, 0.6"),
         (["pseudo_labels.short=64"], r"pseudo_labels\.long: missing; short and long go together"),
         (["pseudo_labels.short=64", "pseudo_labels.long=32"], r"pseudo_labels\.short: 64 is more than long, 32"),
@@ -403,9 +403,9 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
             ["student.detector=faster_rcnn"],
             r"tau_ignore: a faster_rcnn student .* set tau_ignore to 0\.6, equal to tau",
         ),
-        (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a stands there twice; list it once"),
+        (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a is listed twice; name it once"),
         (["pseudo_labels.unlabeled=[a/b, a, ab]"], r"unlabeled: a/b lies in a, which is searched"),
-        (["teacher={checkpoint: no.pth}"], r"--set teacher: nobody learns from it: pseudo_labels\.teachers label"),
+        (["teacher={checkpoint: no.pth}"], r"--set teacher: is not used: pseudo_labels\.teachers label"),
         (["labels.fraction=0"], r"pseudo_labels\.fine_tune: needs labelled training images"),
         (["labels.fraction=0", "pseudo_labels=null"], r"labels\.fraction: 0 leaves nothing"),
         (["labels.fraction=0", "pseudo_labels.fine_tune=null", "baseline=true"], "baseline: needs labelled"),
@@ -427,4 +427,7 @@ def test_a_joined_set_is_what_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pipeline, "train", train)
     pipeline.distill(recipe(tmp_path, "baseline=true"))
     assert trained_on["baseline"] is None and trained_on["student"] is None
-    assert isinstance(trained_on[STUDENT_ON_PSEUDO_LABELS], Joined) and len(trained_on[STUDENT_ON_PSEUDO_LABELS]) > 6
+    assert (
+        isinstance(trained_on[STUDENT_ON_PSEUDO_LABELS], ConcatDataset)
+        and len(trained_on[STUDENT_ON_PSEUDO_LABELS]) > 6
+    )

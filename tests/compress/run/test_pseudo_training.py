@@ -1,4 +1,4 @@
-"""What training makes of pseudo labels: scores, unsure regions and classes that nobody looked for."""
+"""What training makes of pseudo labels: scores, uncertain regions and classes that nobody looked for."""
 
 from __future__ import annotations
 
@@ -54,17 +54,19 @@ def dataset(folder: Path, content: dict[str, Any], *, lose: int | None = None, s
 
 def test_they_are_read(tmp_path: Path) -> None:
     _, target = dataset(tmp_path, document())[0]
-    assert target.scores is not None and target.unsure is not None and target.uncovered is not None
+    assert target.scores is not None and target.uncertain is not None and target.unlabeled_classes is not None
     np.testing.assert_allclose(target.scores, [0.9, 0.3, 1, 1])
     assert target.ignore.tolist() == [False, True, False, True]
-    assert target.unsure.tolist() == [False, True, False, False]
-    assert target.uncovered.tolist() == [0]  # category 2, the lowest id
+    assert target.uncertain.tolist() == [False, True, False, False]
+    assert target.unlabeled_classes.tolist() == [0]  # category 2, the lowest id
     _, fewer = dataset(tmp_path, document(), lose=0)[0]
-    assert fewer.scores is not None and fewer.unsure is not None
+    assert fewer.scores is not None and fewer.uncertain is not None
     np.testing.assert_allclose(fewer.scores, [0.3, 1, 1])
-    assert fewer.unsure.tolist() == [True, False, False]
+    assert fewer.uncertain.tolist() == [True, False, False]
     for copy in (pickle.loads(pickle.dumps(target)), target.to("cpu")):
-        assert torch.equal(copy.unsure, target.unsure) and torch.equal(copy.uncovered, target.uncovered)
+        assert torch.equal(copy.uncertain, target.uncertain) and torch.equal(
+            copy.unlabeled_classes, target.unlabeled_classes
+        )
 
 
 def test_scores_only_on_demand(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_ordinary_files_have_none_of_it(tmp_path: Path) -> None:
     for row in content["annotations"]:
         row.pop("ignore", None)
     _, target = dataset(tmp_path, content, scores=False)[0]
-    assert (target.scores, target.unsure, target.uncovered) == (None, None, None)
+    assert (target.scores, target.uncertain, target.unlabeled_classes) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def prediction(images: int, classes: int = K) -> DensePrediction:
 
 
 def target(boxes: list[list[float]], labels: list[int], scores: list[float] | None = None, **more: Any) -> Target:
-    ignore = more.get("unsure", torch.zeros(len(boxes), dtype=torch.bool))
+    ignore = more.get("uncertain", torch.zeros(len(boxes), dtype=torch.bool))
     sure = None if scores is None else torch.tensor(scores)
     return Target(torch.tensor(boxes), torch.tensor(labels), ignore, sure, 0, (SIDE, SIDE), (SIDE, SIDE), **more)
 
@@ -132,7 +134,7 @@ BOXES = [[8.0, 8.0, 70.0, 60.0], [40.0, 50.0, 120.0, 125.0]]
 def test_a_class_nobody_looked_for_is_as_if_the_detector_had_none() -> None:
     full = prediction(1)
     model = detector(K)
-    losses = model.loss(full, model.assign(full, [target(BOXES, [0, 1], uncovered=torch.tensor([2]))]))
+    losses = model.loss(full, model.assign(full, [target(BOXES, [0, 1], unlabeled_classes=torch.tensor([2]))]))
     pair = DensePrediction([x.detach()[:, :2] for x in full.logits], full.distribution, STRIDES)
     smaller = detector(2)
     expected = smaller.loss(pair, smaller.assign(pair, [target(BOXES, [0, 1])]))
@@ -143,7 +145,7 @@ def test_a_class_nobody_looked_for_is_as_if_the_detector_had_none() -> None:
 def test_each_image_has_its_own_coverage() -> None:
     both = prediction(2)
     model = detector(K)
-    targets = [target(BOXES, [0, 1], uncovered=torch.tensor([2])), target(BOXES, [0, 2])]
+    targets = [target(BOXES, [0, 1], unlabeled_classes=torch.tensor([2])), target(BOXES, [0, 2])]
     sum(model.loss(both, model.assign(both, targets)).values()).backward()  # type: ignore[union-attr]
     for logits in both.logits:
         assert logits.grad is not None
@@ -161,7 +163,7 @@ def test_an_unsure_region_is_not_background(region: list[float]) -> None:
     has what is positive for a label."""
     both = prediction(2)
     model = detector(K)
-    labels = target([*BOXES, region], [0, 1, 1], unsure=torch.tensor([False, False, True]))
+    labels = target([*BOXES, region], [0, 1, 1], uncertain=torch.tensor([False, False, True]))
     found = model.assign(both, [labels, target(BOXES, [0, 1])])
     plain = model.assign(both, [target(BOXES, [0, 1])] * 2)
     assert torch.equal(found.assignment.gt_index, plain.assignment.gt_index) and plain.unknown is None
@@ -178,7 +180,7 @@ def test_regions_do_not_compete() -> None:
     """Two regions of two classes at one place: neither class is background there."""
     one, model = prediction(1), detector(K)
     region = [70.0, 14.0, 110.0, 50.0]
-    both = target([region, region], [0, 2], unsure=torch.tensor([True, True]))
+    both = target([region, region], [0, 2], uncertain=torch.tensor([True, True]))
     unknown = model.assign(one, [both]).unknown
     assert unknown is not None
     alone = model.assign(one, [target([region], [1])]).assignment.gt_index[0] == 0

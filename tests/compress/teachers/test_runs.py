@@ -298,7 +298,7 @@ def test_a_checkpoint_without_names_has_the_datas_classes(tmp_path: Path, capsys
             {"onnx": {"file": "a", "class_names": ["a"], "output": {"boxes": "y", "transposed": True}}},
             "output.transposed: belongs to combined",
         ),
-        ({"onnx": {"file": "a", "class_names": ["a", "a"]}}, "'a' stands there twice"),
+        ({"onnx": {"file": "a", "class_names": ["a", "a"]}}, "'a' is listed twice"),
         ({"results": "a.json", "checkpoint": "b.pth"}, "excludes teacher.checkpoint; keep one of the two"),
         ({"torchvision": {"model": "ssd300_vgg16", "weights": "coco", "short": 9}}, "sees images of one size only"),
         ({"torchvision": {"model": "ssd", "weights": "coco"}}, "'ssd' is not one of retinanet_resnet50_fpn"),

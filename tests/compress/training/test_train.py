@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from compress.config.train import Schedule
 from compress.detectors.build import build_detector
-from compress.distill.weighting import Position
+from compress.distill.weighting import TrainingPosition
 from compress.manifest import fingerprint
 from compress.run import pipeline, trainings
 from compress.run.data import open_data
@@ -110,7 +110,7 @@ def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
     def gradient(half: bool) -> torch.Tensor:
         learner = Learner(build_detector(recipe.student, 3, 0), {}, None, None)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            losses = learner(batch, Position(0, 1, 1))
+            losses = learner(batch, TrainingPosition(0, 1, 1))
         assert all(value.dtype == torch.float32 for value in losses.values())
         sum(losses.values()).backward()
         return torch.cat([p.grad.flatten().float() for p in learner.parameters() if p.grad is not None])
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_batch(tmp_path: Path) ->
     assert all(torch.isfinite(p).all() for p in learner.parameters()), "saved after the damage"
     (batch,) = saved["batches"]
     assert batch.images.shape == (4, 3, 64, 64) and len(batch.targets) == 4
-    loss = sum(learner(batch, Position(0, 1, 1)).values())
+    loss = sum(learner(batch, TrainingPosition(0, 1, 1)).values())
     loss.backward()
     gradients = [p.grad for p in learner.parameters() if p.grad is not None]
     assert not (torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)), "does not show the event"

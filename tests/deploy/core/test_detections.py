@@ -66,7 +66,7 @@ def test_coco_rows() -> None:
 
 
 def test_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arguments have the names and the shapes of supervision 0.29."""
+    """The arguments have the names and the shapes of supervision 0.31."""
     library = ModuleType("supervision")
     library.Detections = lambda **fields: SimpleNamespace(**fields)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supervision", library)

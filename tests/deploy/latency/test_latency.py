@@ -152,7 +152,7 @@ def test_several_streams_work_at_the_same_time(images: list[Path]) -> None:
             with lock:
                 inside += 1
                 most = max(most, inside)
-            time.sleep(0.004)
+            time.sleep(0.02)
             with lock:
                 inside -= 1
             return super().__call__(images)

@@ -29,7 +29,7 @@ def slow_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def red_server(red_onnx: Path) -> Iterator[Server]:
     """A server of the red model with everything at its default, but patient: the tests share their machine."""
-    with server(red_onnx, "--threads", "1", "--deadline-ms", "30000") as running:
+    with server(red_onnx, "--threads", "1", "--deadline-ms", "600000") as running:
         yield running
 
 

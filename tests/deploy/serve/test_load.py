@@ -26,6 +26,7 @@ from tests.helpers.encoded_pictures import encode, hostile, kinds
 from tests.helpers.red_rectangle_model import picture, write_red_model
 from tests.helpers.server_process import Server, server
 
+PATIENT = ("--threads", "1", "--deadline-ms", "600000")
 SMALL = encode(picture((48, 64), (10, 10, 30, 30)))
 
 
@@ -61,21 +62,25 @@ def test_nothing_is_lost_and_nothing_swapped(red_server: Server) -> None:
 
 def test_overload_is_answered_at_once_and_ends_with_the_load(tmp_path: Path) -> None:
     """Three times what the server can do: everybody is answered, with detections within twice the deadline or 429."""
-    deadline_s = 1.2
     write_red_model(tmp_path / "slow.onnx", work=60)
-    arguments = ("--threads", "1", "--deadline-ms", f"{1e3 * deadline_s:g}", "--max-batch", "4")
+    arguments = ("--threads", "1", "--deadline-ms", "600000", "--max-batch", "4")
     with server(tmp_path / "slow.onnx", *arguments) as running:
         warm = asyncio.run(closed_loop(target(running), [SMALL], clients=16, seconds=2.0))
         passed = max(shot.done for shot in warm) - min(shot.due for shot in warm)
         capacity = sum(shot.status == 200 for shot in warm) / passed
         assert capacity > 0
-        shots = asyncio.run(open_loop(target(running), [SMALL], rate=3 * capacity, seconds=4.0))
+        deadline_s = max(1.2, 24 / capacity)  # on a slow machine, as long as some batches take there
+        seconds = 3.3 * deadline_s
+        impatient = target(running, f"/v1/detect?deadline_ms={1e3 * deadline_s:g}")
+        shots = asyncio.run(open_loop(impatient, [SMALL], rate=3 * capacity, seconds=seconds))
         statuses = Counter(shot.status for shot in shots)
-        assert set(statuses) <= {200, 429} and statuses[429] > len(shots) / 4 and statuses[200] > 0.3 * capacity * 4
+        assert (
+            set(statuses) <= {200, 429} and statuses[429] > len(shots) / 4 and statuses[200] > 0.3 * capacity * seconds
+        )
         answered = percentiles([shot.latency_s for shot in shots if shot.status == 200])
         assert answered["p99"] < 2e3 * deadline_s, answered
         assert all(shot.retry_after_s is not None and shot.retry_after_s >= 1 for shot in shots if shot.status == 429)
-        after = asyncio.run(closed_loop(target(running), [SMALL], clients=1, count=10))
+        after = asyncio.run(closed_loop(impatient, [SMALL], clients=1, count=10))
         assert [shot.status for shot in after] == [200] * 10
         assert max(shot.latency_s for shot in after) < deadline_s
 
@@ -113,7 +118,7 @@ def test_a_begun_answer_is_lost_but_a_closed_connection_is_tried_again(
 def test_sigterm_loses_no_accepted_request(tmp_path: Path) -> None:
     """Small batches of slow work: however late a busy machine lets the clients ask again, somebody is inside."""
     write_red_model(tmp_path / "slow.onnx", work=60)
-    with server(tmp_path / "slow.onnx", "--threads", "1", "--drain-seconds", "0.5", "--max-batch", "2") as running:
+    with server(tmp_path / "slow.onnx", *PATIENT, "--drain-seconds", "0.5", "--max-batch", "2") as running:
         process, answers = running.process, 0
 
         def ended(shot: Shot) -> bool:
@@ -123,8 +128,8 @@ def test_sigterm_loses_no_accepted_request(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGTERM)
             return shot.status == REFUSED
 
-        shots = asyncio.run(closed_loop(target(running), [SMALL], clients=12, seconds=60.0, until=ended))
-        assert process.wait(30) == 0
+        shots = asyncio.run(closed_loop(target(running), [SMALL], clients=12, seconds=600.0, until=ended))
+        assert process.wait(600) == 0
         statuses = Counter(shot.status for shot in shots)
         assert statuses[200] >= 24 and statuses[REFUSED] > 0, "it should have ended in the middle"
         assert set(statuses) == {200, REFUSED}, statuses
@@ -139,35 +144,35 @@ def test_sigterm_waits_for_the_first_request_of_those_who_are_connected(red_onnx
     with server(red_onnx, limits={"drain_s": 0.0, "first_request_s": 20.0}) as running:
         connections = [running.connect() for _ in range(20)]
         running.process.send_signal(signal.SIGTERM)
-        _until(lambda: any(row["message"] == "draining" for row in running.log()), 10)
-        _until(lambda: _refuses(running), 15)
+        _until(lambda: any(row["message"] == "draining" for row in running.log()), 600)
+        _until(lambda: _refuses(running), 600)
         head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(SMALL)}\r\n\r\n".encode()
         for connection in connections:
             connection.sendall(head + SMALL)
         for connection in connections:
             with connection:
                 assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-        assert running.process.wait(20) == 0
+        assert running.process.wait(600) == 0
 
 
 def test_while_draining_it_is_not_ready_but_serves(red_onnx: Path) -> None:
     with (
         server(red_onnx, "--threads", "1", "--drain-seconds", "5") as running,
-        httpx.Client(base_url=running.url) as http,
+        httpx.Client(base_url=running.url, timeout=600) as http,
     ):
         assert http.get("/readyz").status_code == 200
         running.process.send_signal(signal.SIGTERM)
-        _until(lambda: http.get("/readyz").status_code == 503, 4)
+        _until(lambda: http.get("/readyz").status_code == 503, 600)
         assert http.get("/v2/health/ready").status_code == 503
         answer = http.post("/v1/detect", content=SMALL)
         assert answer.status_code == 200 and answer.headers["connection"] == "close"
-        assert running.process.wait(20) == 0
+        assert running.process.wait(600) == 0
 
 
 def test_it_is_not_ready_before_it_is_warm(slow_onnx: Path) -> None:
     with (
         server(slow_onnx, "--threads", "1", "--max-batch", "48", ready=False) as running,
-        httpx.Client(base_url=running.url) as http,
+        httpx.Client(base_url=running.url, timeout=600) as http,
     ):
         assert http.get("/healthz").status_code == 200
         cold = http.get("/readyz")
@@ -175,12 +180,12 @@ def test_it_is_not_ready_before_it_is_warm(slow_onnx: Path) -> None:
         refused = http.post("/v1/detect", content=SMALL)
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert http.get("/v2/models/slow/ready").status_code == 503
-        _until(lambda: http.get("/readyz").status_code == 200, 60)
+        _until(lambda: http.get("/readyz").status_code == 200, 600)
         assert http.post("/v1/detect", content=SMALL).status_code == 200
 
 
 def test_loading_again_drops_nobody(slow_onnx: Path) -> None:
-    with server(slow_onnx, "--threads", "1", "--max-batch", "4") as running:
+    with server(slow_onnx, *PATIENT, "--max-batch", "4") as running:
         for delay in (0.5, 1.5):
             threading.Timer(delay, running.process.send_signal, [signal.SIGHUP]).start()
         shots = asyncio.run(closed_loop(target(running), [SMALL], clients=8, seconds=3.0))
@@ -190,8 +195,8 @@ def test_loading_again_drops_nobody(slow_onnx: Path) -> None:
         for _ in range(3):
             running.process.send_signal(signal.SIGHUP)
             time.sleep(0.3)
-        _until(lambda: sum(row["message"] == "model ready" for row in running.log()) >= 4, 30)
-        _until(lambda: psutil.Process(running.process.pid).num_threads() <= threads + 1, 10)
+        _until(lambda: sum(row["message"] == "model ready" for row in running.log()) >= 4, 600)
+        _until(lambda: psutil.Process(running.process.pid).num_threads() <= threads + 1, 600)
 
 
 # ------------------------------------------------------------------------------------- clients that do nothing
@@ -199,7 +204,7 @@ def test_loading_again_drops_nobody(slow_onnx: Path) -> None:
 
 @pytest.fixture
 def attacked(red_onnx: Path) -> Iterator[Server]:
-    with server(red_onnx, "--threads", "1", environment={"COMPRESS_SERVE_TOKEN": ""}) as running:
+    with server(red_onnx, *PATIENT, environment={"COMPRESS_SERVE_TOKEN": ""}) as running:
         yield running
 
 
@@ -216,6 +221,7 @@ def test_slow_clients_do_not_starve_others(attacked: Server) -> None:
         head + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n",
     )
     slow: list[socket.socket] = []
+    undisturbed = asyncio.run(closed_loop(target(attacked), [SMALL], clients=4, count=200))
     try:
         for k in range(210):
             slow.append(attacked.connect())
@@ -224,8 +230,11 @@ def test_slow_clients_do_not_starve_others(attacked: Server) -> None:
             connection.sendall(b"\r")
         shots = asyncio.run(closed_loop(target(attacked), [SMALL], clients=4, count=200))
         assert Counter(shot.status for shot in shots) == {200: 200}
-        assert percentiles([shot.latency_s for shot in shots])["p99"] < 1000
-        depth = re.search(r"^compress_queue_depth\S+ (\S+)", httpx.get(f"{attacked.url}/metrics").text, re.M)
+        before, during = (percentiles([shot.latency_s for shot in some])["p99"] for some in (undisturbed, shots))
+        assert during < max(1000, 10 * before)
+        depth = re.search(
+            r"^compress_queue_depth\S+ (\S+)", httpx.get(f"{attacked.url}/metrics", timeout=600).text, re.M
+        )
         assert depth is not None and float(depth[1]) == 0, "a slow client holds a slot"
     finally:
         for connection in slow:
@@ -233,7 +242,7 @@ def test_slow_clients_do_not_starve_others(attacked: Server) -> None:
 
 
 def test_clients_that_leave_are_not_worked_for(slow_onnx: Path) -> None:
-    with server(slow_onnx, "--threads", "1", "--max-batch", "1", "--max-queue", "64") as running:
+    with server(slow_onnx, *PATIENT, "--max-batch", "1", "--max-queue", "64") as running:
         request = target(running).request(SMALL)
         for _ in range(40):
             with running.connect() as connection:
@@ -242,11 +251,11 @@ def test_clients_that_leave_are_not_worked_for(slow_onnx: Path) -> None:
         assert [shot.status for shot in shots] == [200] * 3
 
         def gone() -> bool:
-            text = httpx.get(f"{running.url}/metrics").text
+            text = httpx.get(f"{running.url}/metrics", timeout=600).text
             counted = re.search(r"^compress_clients_gone_total (\S+)", text, re.MULTILINE)
             return counted is not None and float(counted[1]) >= 20 and 'queue_depth{model="slow"} 0.0' in text
 
-        _until(gone, 20)
+        _until(gone, 600)
 
 
 # ------------------------------------------------------------------------------------------- hostile requests
@@ -257,14 +266,14 @@ def test_hostile_requests_get_an_answer_that_is_not_500(red_server: Server) -> N
     process = psutil.Process(red_server.process.pid)
     pictures = st.sampled_from([*hostile().values(), *kinds().values()])
     cut = pictures.flatmap(lambda body: st.integers(0, len(body)).map(lambda end: body[:end]))
-    files = st.one_of(pictures, pictures, cut, st.binary(max_size=300))
+    files = st.one_of(pictures, pictures, pictures, cut, st.binary(max_size=300))
     usual = b'name="image"; filename="a.jpg"'
     names = st.one_of(st.just(usual), st.just(usual), st.sampled_from(PART_NAMES))
     parts = st.tuples(names, st.lists(files, min_size=1, max_size=3))
     seen: Counter[int] = Counter()
     decoded = 0
 
-    @settings(max_examples=300, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=320, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(
         st.one_of(
             st.tuples(mostly("/v1/detect", OTHER_PATHS), mostly("application/octet-stream", OTHER_TYPES), files),
@@ -375,7 +384,9 @@ def test_memory_does_not_grow(red_server: Server) -> None:
     shots: list[Shot] = asyncio.run(closed_loop(target(red_server), bodies, clients=8, count=12 * len(bodies)))
     assert {shot.status for shot in shots} <= {200, 413, 415, 422} and LOST not in {shot.status for shot in shots}
     assert process.memory_info().rss - before < 30e6
-    held = re.search(r"^compress_held_bytes (\S+)", httpx.get(f"{red_server.url}/metrics").text, re.MULTILINE)
+    held = re.search(
+        r"^compress_held_bytes (\S+)", httpx.get(f"{red_server.url}/metrics", timeout=600).text, re.MULTILINE
+    )
     assert held is not None and float(held[1]) == 0
 
 

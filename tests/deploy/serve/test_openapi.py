@@ -75,14 +75,14 @@ def test_the_example_of_a_tensor_is_taken(red_server: Server) -> None:
     body = {
         "inputs": [{"name": "images", "shape": [1, 3, 96, 128], "datatype": "UINT8", "data": image.ravel().tolist()}]
     }
-    answer = httpx.post(f"{red_server.url}/v2/models/red/infer", json=body)
+    answer = httpx.post(f"{red_server.url}/v2/models/red/infer", json=body, timeout=600)
     assert answer.status_code == 200
     boxes = next(row for row in answer.json()["outputs"] if row["name"] == "boxes")
     assert np.array(boxes["data"]).reshape(boxes["shape"])[0, 0].tolist() == [10, 20, 50, 60]
 
 
 def test_every_route_is_in_the_document(red_server: Server) -> None:
-    document = httpx.get(f"{red_server.url}/openapi.json").json()
+    document = httpx.get(f"{red_server.url}/openapi.json", timeout=600).json()
     assert set(document["paths"]) == {
         "/v1/detect",
         "/v1/models",

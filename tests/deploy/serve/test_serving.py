@@ -38,7 +38,7 @@ PNG = encode(picture((480, 640), (100, 100, 300, 200)))
 
 @pytest.fixture
 def http(red_server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=red_server.url, timeout=30) as client:
+    with httpx.Client(base_url=red_server.url, timeout=600) as client:
         yield client
 
 
@@ -181,7 +181,7 @@ def test_bits_equal_those_of_validation(tiny_onnx: Path, tmp_path: Path) -> None
         assert np.array_equal(np.array([row["score"] for row in rows], np.float32), wanted[k].scores)
         assert [row["label"] for row in rows] == wanted[k].labels.tolist()
 
-    with server(tiny_onnx, "--threads", "1") as running, httpx.Client(base_url=running.url, timeout=30) as http:
+    with server(tiny_onnx, "--threads", "1") as running, httpx.Client(base_url=running.url, timeout=600) as http:
         for k, path in enumerate(files):
             equal(http.post("/v1/detect", content=path.read_bytes()).json()["images"][0], k)
         together = http.post("/v1/detect", files=[("image", (path.name, path.read_bytes())) for path in files]).json()
@@ -246,7 +246,7 @@ def test_request_ids_and_logs(red_server: Server, http: httpx.Client) -> None:
     made = forged.headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", made) and forged.json()["request_id"] == made
     rows: dict[Any, Any] = {}
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while made not in rows:  # written after the answer
         assert time.monotonic() < end
         rows = {row.get("request_id"): row for row in red_server.log()}
@@ -255,10 +255,10 @@ def test_request_ids_and_logs(red_server: Server, http: httpx.Client) -> None:
 
 
 def test_a_deadline_that_cannot_be_kept(slow_onnx: Path) -> None:
-    patient = ("--deadline-ms", "30000")  # of all others
+    patient = ("--deadline-ms", "600000")  # of all others
     with (
         server(slow_onnx, "--threads", "1", *patient) as running,
-        httpx.Client(base_url=running.url, timeout=60) as http,
+        httpx.Client(base_url=running.url, timeout=600) as http,
     ):
         files = [("image", (str(k), PNG)) for k in range(20)]
         first = subprocess.Popen(
@@ -267,11 +267,11 @@ def test_a_deadline_that_cannot_be_kept(slow_onnx: Path) -> None:
         assert first.stdin is not None
         first.stdin.write(PNG)
         first.stdin.close()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 600
         while (response := http.post("/v1/detect", content=PNG, params={"deadline_ms": 1})).status_code != 429:
             assert time.monotonic() < end and first.poll() is None, "the server was never busy"
         assert int(response.headers["retry-after"]) >= 1 and "overloaded" in response.json()["error"]
-        assert first.wait(60) == 0
+        assert first.wait(600) == 0
         assert http.post("/v1/detect", files=files).status_code == 200
         assert 'compress_rejected_total{model="slow",reason=' in http.get("/metrics").text
 
@@ -279,8 +279,9 @@ def test_a_deadline_that_cannot_be_kept(slow_onnx: Path) -> None:
 _SEND_20 = """
 import sys, httpx
 picture = sys.stdin.buffer.read()
+files = [("image", (str(k), picture)) for k in range(20)]
 for _ in range(3):
-    answer = httpx.post(sys.argv[1] + "/v1/detect", files=[("image", (str(k), picture)) for k in range(20)], timeout=60)
+    answer = httpx.post(sys.argv[1] + "/v1/detect", files=files, timeout=600)
     assert answer.status_code == 200, answer.text
 """
 
@@ -310,7 +311,7 @@ def test_several_models_and_loading_again(red_onnx: Path, tmp_path: Path) -> Non
     shutil.copy(red_onnx, path)
     with (
         server(red_onnx, f"other={path}", "--threads", "1", "--allow-reload") as running,
-        httpx.Client(base_url=running.url, timeout=60) as http,
+        httpx.Client(base_url=running.url, timeout=600) as http,
     ):
         assert "model_repository" in http.get("/v2").json()["extensions"]
         assert [row["name"] for row in http.get("/v1/models").json()] == ["red", "other"]
@@ -333,7 +334,7 @@ def test_several_models_and_loading_again(red_onnx: Path, tmp_path: Path) -> Non
 
         write_red_model(path, card=CARD.model_copy(update={"class_names": ["rosso", "large"]}))
         running.process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 600
         while found(http.post("/v1/detect", content=PNG, params={"model": "other"}))[0]["class_name"] != "rosso":
             assert time.monotonic() < end
         assert running.stop() == 0
@@ -351,7 +352,7 @@ def test_a_token(red_onnx: Path, tmp_path: Path) -> None:
     secret.write_text("s3cret\n")
     with (
         server(red_onnx, "--threads", "1", "--token-file", secret) as running,
-        httpx.Client(base_url=running.url) as http,
+        httpx.Client(base_url=running.url, timeout=600) as http,
     ):
         for path in ("/v1/models", "/metrics", "/v2/models/red", "/openapi.json", "/nothing"):
             refused = http.get(path)
@@ -456,7 +457,7 @@ sys.stdout = Out()
 main(["serve", {str(red_onnx)!r}, "--port", "0", "--threads", "1"])
 """
     answer = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert answer.returncode == 0 and "ready: http" in answer.stdout, answer.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.iou_loss import Kind, giou_loss, paired_iou
 from tests.helpers import gfl_case, kernel_compare, kernel_sass
 from tests.helpers.kernel_compare import close
+from tests.helpers.methods import build
 from tests.oracles import ORACLES, sine
 
 KINDS: tuple[Kind, ...] = ("iou", "giou", "diou", "ciou")
@@ -25,7 +28,7 @@ def test_numbers_of_the_authors_code(device: torch.device) -> None:
     expected = ORACLES["B_bckd_case"]
     student, teacher = gfl_case.outputs()
     assert student.targets is not None
-    scale = BCKD().loc_weight / (student.targets.avg_factor + torch.finfo(torch.float32).eps)
+    scale = build(BCKD).loc_weight / (student.targets.avg_factor + torch.finfo(torch.float32).eps)
     losses, norms = [], []
     for level, valid in enumerate(student.targets.assignment.valid.split([256, 64], 1)):
         z_s, z_t, d_t = (
@@ -192,9 +195,8 @@ def _build(dtype: str, m_inner: bool, boxes: bool = False) -> kernel_sass.Build:
 def test_machine_code(targets: tuple[int, ...]) -> None:
     """float32 logits in 16 bytes. Of bfloat16 a thread takes four elements, 8 bytes: with eight locations a thread
     ptxas wants 255 registers and spills (sm_90), and with channels inside only four of a location lie aligned."""
-    builds = [_build("fp32", True)]
-    if 90 in targets:
-        builds += [_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)]
+    halves = [_build("fp32", False), _build("bf16", False), _build("fp32", False, boxes=True)]
+    builds = [_build("fp32", True), *(dataclasses.replace(build, only=(90,)) for build in halves)]
     for result in kernel_sass.inspect(builds, targets):
         assert result.local == result.local_instructions == result.atomics == 0, result
         width = 64 if result.build.arguments["logits"] == "*bf16" else 128

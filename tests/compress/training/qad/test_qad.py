@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compress import cli
 from compress.config.recipe import Recipe
 from compress.detectors.backbones import build_backbone
-from compress.detectors.checkpoints import load_detector
+from compress.detectors.base import freeze
+from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
-from compress.distill.teacher import load_teacher
 from compress.export.deployable import Deployable
 from compress.manifest import RunFolder
 from compress.run import pipeline
@@ -369,7 +369,7 @@ def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
     data = open_data(pipeline.data_plan(recipe), f)
-    teacher, _ = load_teacher(str(run_dir / "teacher.safetensors"), data.train.categories)
+    teacher = freeze(load_teacher_checkpoint(str(run_dir / "teacher.safetensors"))[0])
     start = load_grids(run_dir / "student.qad.start.json")
 
     def train(folder: Path, *, resume: bool = False, max_steps: int | None = None) -> None:
