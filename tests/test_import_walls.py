@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "deploy", "compress")
 
 ROOMS = {
-    "kernels": [("common",), ("triton", "csrc"), ("ops",)],
+    "kernels": [("csrc",), ("common",), ("triton",), ("ops",)],
     "deploy": [
         ("core",),
         ("graph",),
