@@ -309,7 +309,7 @@ EVERYTHING = ("compress", "deploy", "kernels", "benchmarks", "examples", "docs",
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
     "kernels/triton/feature_distance.py::_backward_kernel": "one kernel: what it calls is inlined, not separate",
-    "kernels/triton/iou_loss.py::iou_and_gradients": "one derivation, from boxes to gradients; its names are the formula's",
+    "kernels/triton/iou_loss.py::iou_and_gradients": "one derivation, with the formula's names",
 }
 """Exceptions, each with its reason."""
 
