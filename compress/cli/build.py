@@ -57,7 +57,7 @@ def refit(
 
 
 def engine_plan(flags: EngineFlags, triton_repo: Path | None) -> EnginePlan:
-    """Raises UserError for options that cannot be."""
+    """Plan an engine. Raises UserError for options that cannot be."""
     if flags.strip and flags.refit == "individual":
         raise UserError("--refit: an engine without weights gets all of them back; leave out individual or --strip")
     if flags.strip and triton_repo is not None:

@@ -1,4 +1,4 @@
-"""How a command ends: what it says last, and its exit code."""
+"""The end of a command: its last line and its exit code."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def quantize(
 
 
 def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | None) -> None:
-    """Options that would do nothing are mistakes."""
+    """Refuse options that would do nothing."""
     quantized = [name for name in precisions if PRECISIONS[name].quantized]
     if not quantized:
         given = values_of(flags)
@@ -109,7 +109,7 @@ def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | 
 
 
 def trained_grids(checkpoint: Path, precisions: Sequence[str], flags: QuantizeFlags) -> Grids | None:
-    """What quantization-aware distillation left beside the checkpoint, for its int8 file; None: there is nothing."""
+    """Read what quantization-aware distillation left beside the checkpoint for its int8 file; None: nothing."""
     file = checkpoint.with_suffix(".json")
     if not any(PRECISIONS[name].quantized for name in precisions) or not file.is_file():
         return None
@@ -149,8 +149,8 @@ def with_flags(student: Student, flags: QuantizeFlags, grids: Grids | None, *, t
 
 
 def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
-    """What int8 files are made with, looked through before the long work: calibration images, apart from the validation
-    images, and what a search decides on."""
+    """Gather what int8 files are made with, and look through it before the long work: calibration images, apart from
+    the validation images, and what a search decides on."""
     from compress.config.data import Split
     from compress.run.quantize import Quantizing, Search
 

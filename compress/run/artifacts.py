@@ -51,7 +51,7 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class Checks:
-    """What an exported file is compared with torch on.
+    """Images and canvas that an exported file is compared with torch on.
 
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
@@ -65,7 +65,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class ArtifactPlan:
-    """What to make of a checkpoint.
+    """Files to make of a checkpoint.
 
     settings: thresholds and limits.
     quantizing: for the quantized files among `files`.
@@ -138,7 +138,7 @@ def onnx_files(
 def plans_of_a_run(
     folder: RunFolder, settings: Deploy, checks: Checks, quantizing: Quantizing, manifest: Manifest
 ) -> list[ArtifactPlan]:
-    """What a run makes: the student's files; and, where it was trained on the grids of an int8 file, that one."""
+    """Plan the files of a run: the student's; and, where it was trained on the grids of an int8 file, that one."""
     engines = None
     built: tuple[str, ...] = ()
     if settings.engines is not None:
@@ -304,12 +304,12 @@ def _stage(
     outputs: Sequence[Path],
     work: Callable[[], Any],
 ) -> Any:
-    """What `work` returns; of a run, what it returned when it was last done with these inputs."""
+    """Do `work` and return its result; in a run, return what it gave when it was last done with these inputs."""
     return work() if plan.manifest is None else plan.manifest.stage(name, inputs(), outputs, work)
 
 
 def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
-    """Everything that shapes a float file of a run."""
+    """List everything that shapes a float file of a run."""
     return {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
 
 

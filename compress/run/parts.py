@@ -33,11 +33,11 @@ class Parts:
     student: Callable[[int], Detector] | None = None
 
     def method_identity(self) -> dict[str, Any]:
-        """What a training depends on that learns by these methods, as JSON; empty without them."""
+        """Describe what a training by these methods depends on, as JSON; empty without them."""
         return {"own_methods": {name: describe(part) for name, part in self.methods.items()}} if self.methods else {}
 
     def student_identity(self) -> dict[str, Any]:
-        """What a training of this student depends on, as JSON; empty without one."""
+        """Describe what a training of this student depends on, as JSON; empty without one."""
         return {} if self.student is None else {"own_student": describe(self.student)}
 
 
@@ -48,7 +48,7 @@ def named_identity(kind: str, paths: Mapping[str, str]) -> dict[str, Any]:
 
 
 def describe(part: Any) -> dict[str, Any]:
-    """What an object is: its class, the text of that class, its weights and its plain settings. A finished training is
+    """Describe an object: its class, the text of that class, its weights and its plain settings. A finished training is
     done again when one of them changes; what a class takes from other modules is not seen."""
     kind = part if inspect.isclass(part) or inspect.isroutine(part) else type(part)
     try:

@@ -36,7 +36,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """What quantized files are made with, besides the float one. Images are looked for when they are asked for.
+    """Settings and images that quantized files are made with. Images are looked for when they are asked for.
 
     train, val: images to calibrate on where the settings name none, and images to keep apart from; None: there are
         none.
@@ -50,7 +50,7 @@ class Quantizing:
 
     @cached_property
     def images(self) -> CalibrationImages:
-        """Raises UserError when there are none, and when one of them is among the validation images."""
+        """Calibration images. Raises UserError when there are none, and when one is among the validation images."""
         source = self.settings.calibration
         if source is not None:
             files = list_images(source)
@@ -64,7 +64,7 @@ class Quantizing:
 
     @cached_property
     def search_split(self) -> Split | None:
-        """What the search is scored on, checked; None: there is no search. Raises UserError."""
+        """Labelled images that the search is scored on, checked; None: there is no search. Raises UserError."""
         if self.search is None:
             return None
         labels = self.search.labels
