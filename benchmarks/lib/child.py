@@ -32,7 +32,7 @@ def call(function: str, *arguments: Any, python: Path | None = None, environment
         ]
         code = subprocess.run(command, env=environment, cwd=ROOT).returncode
         if code:
-            raise UserError(f"the process of {function} ended with code {code}; its error stands above")
+            raise UserError(f"the process of {function} ended with code {code}; its error is printed above")
         return json.loads(out.read_text(encoding="utf-8"))
 
 

@@ -83,7 +83,7 @@ class Engines(Settings):
     @model_validator(mode="after")
     def _rules(self) -> Engines:
         if not self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise broken_rule("batch", f"{list(self.batch)} does not rise; write [smallest, best, largest]")
+            raise broken_rule("batch", f"{list(self.batch)} does not increase; write [smallest, best, largest]")
         if self.precisions is not None and len(set(self.precisions)) < len(self.precisions):
             raise broken_rule("precisions", "names a precision twice")
         return self

@@ -33,7 +33,7 @@ class Term(Settings):
     @model_validator(mode="after")
     def _ratio_is_automatic(self) -> Term:
         if self.ratio is not None and self.weight != "auto":
-            raise broken_rule("ratio", "has a meaning only with weight: auto")
+            raise broken_rule("ratio", "only applies with weight: auto")
         return self
 
     def constants(self) -> dict[str, Any]:
@@ -324,7 +324,7 @@ class Methods(Settings):
         for path in self.own:
             name = name_of(path)
             if name in type(self).model_fields or names.setdefault(name, path) != path:
-                raise broken_rule((path,), f"another method is called {name}, too; give the class another name")
+                raise broken_rule((path,), f"another method is already called {name}; give the class another name")
         return self
 
     def _no_host(self, host: str) -> str:

@@ -80,7 +80,7 @@ def detector_class(name: str, key: str = "detector") -> type[Detector]:
         return family
     found = import_object(name, key)
     if not (isinstance(found, type) and issubclass(found, Detector)):
-        raise UserError(f"{key}: {name} is no subclass of compress.detectors.base.Detector")
+        raise UserError(f"{key}: {name} is not a subclass of compress.detectors.base.Detector")
     return found
 
 

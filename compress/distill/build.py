@@ -112,7 +112,7 @@ def build_methods(
         )
     for name, given in (own or {}).items():
         if name in built:
-            raise UserError(f"methods.{name}: the recipe has a method of this name, too; give yours another")
+            raise UserError(f"methods.{name}: the recipe already has a method of this name; give yours another")
         if not name.isidentifier():  # it becomes a key of checkpoints and a column of metrics.csv
             raise UserError(f"methods.{name}: is not a plain name (letters, digits, _)")
         built[name] = _copy_of_own(name, given, student, teacher)
@@ -172,7 +172,7 @@ def _check(name: str, needs: Needs, student: Detector, teacher: Detector, record
         return
     if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
-            f"methods.{name} compares predictions place by place: the student ({student.family}) has "
+            f"methods.{name} compares predictions location by location: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "
             "or a method on features (fgd, pkd, cwd, mgd)"
         )

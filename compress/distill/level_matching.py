@@ -36,7 +36,7 @@ def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[i
             pairs.append((i, j))
     if len(pairs) < FEWEST:
         raise UserError(
-            f"methods on features need {FEWEST} levels of about the same stride: the student's are "
+            f"methods: those on features need {FEWEST} levels of about the same stride: the student's are "
             f"{_listed(student)}, the teacher's {_listed(teacher)}"
         )
     return sorted(pairs)

@@ -144,7 +144,7 @@ def pseudo_label(
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
     if out.exists():
         if parts.header_of(out) != info:
-            raise UserError(f"{out}: is there already, made with other settings; delete it, or name another file")
+            raise UserError(f"{out}: already exists, made with other settings; delete it, or name another file")
         return None
     document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
     with _of_this_shard():
@@ -232,7 +232,7 @@ def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
         raise UserError(f"{out}: pseudo labels are COCO JSON; name a file that ends in .json")
     need_place(out)
     if out.exists() and not resume:
-        raise UserError(f"{out}: is there already; delete it, or name another file")
+        raise UserError(f"{out}: already exists; delete it, or name another file")
     with _of_this_shard():
         parts.need_fresh(out, shard, resume=resume)
 
@@ -354,7 +354,7 @@ def _truth(annotations: Path, names: list[str]) -> dict[int, tuple[Boxes, np.nda
     document = load_annotations(annotations)
     labels = {row["id"]: names.index(row["name"]) for row in document["categories"] if row["name"] in names}
     if not labels:
-        raise UserError(f"{annotations}: categories: none is called like a class that the teachers know")
+        raise UserError(f"{annotations}: categories: none has the name of a class that the teachers know")
     rows: dict[int, list[tuple[list[float], int, bool]]] = {}
     for row in document["annotations"]:
         if row["category_id"] in labels:

@@ -178,7 +178,7 @@ class Uncertainty(_Part):
             if not values or len(values) != len(rows[0].split()):
                 raise ValueError(f"row {index} has {len(values)} values, row 0 has {len(rows[0].split())}")
             if not all(0 <= value < math.inf for value in values):
-                raise ValueError(f"row {index} holds a value that is no standard deviation")
+                raise ValueError(f"row {index} holds a value that is not a standard deviation")
         return rows
 
     @property

@@ -109,9 +109,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         )
     for split, images in ((train_split, train), (val_split, val)):
         if images.num_boxes == 0 and (has_labels or images is val):
-            raise UserError(
-                f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
-            )
+            raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
     return Datasets(train, val, train_split, val_split, _identity(data, train_split, val_split), unlabelled, has_labels)
 
 

@@ -50,7 +50,7 @@ from compress.run.pseudo_labels import (
 )
 from compress.run.teacher import checkpoint_to_show, key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, evaluate_on, train
-from compress.teachers.check import check_teacher, seen_images
+from compress.teachers.check import check_teacher, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
@@ -266,9 +266,9 @@ class _Run:
             self.manifest,
             stage=TEACHER_CHECK,
             identity=self.data.identity,
-            seen=seen_images(self.recipe.data.eval_short, self.recipe.data.long),
-            least=0.0 if settings is None else settings.min_map,
-            say=self.console.print,
+            shown=resized_images(self.recipe.data.eval_short, self.recipe.data.long),
+            min_map=0.0 if settings is None else settings.min_map,
+            report=self.console.print,
             write=self.fabric.is_global_zero,
         )
         return detector
@@ -293,8 +293,8 @@ class _Run:
         self.console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
         if found < settings.min_map:
             raise UserError(
-                f"the teacher reaches {found:.2f} mAP on {self.data.val_split.annotations}, teacher.min_map asks for "
-                f"{settings.min_map:g}: train it longer, or check that its classes and images are these"
+                f"teacher.min_map is {settings.min_map:g} and the teacher reaches {found:.2f} mAP on "
+                f"{self.data.val_split.annotations}: train it longer, or check that its classes and images are these"
             )
         return teacher
 

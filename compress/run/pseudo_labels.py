@@ -38,7 +38,7 @@ from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
 from compress.run.data import Datasets
 from compress.teachers.base import BoxTeacher
-from compress.teachers.check import check_teacher, seen_images
+from compress.teachers.check import check_teacher, resized_images
 from compress.teachers.load import open_teacher
 from compress.training.distributed import on_every_process, on_first_process
 from deploy.core.errors import UserError
@@ -318,9 +318,9 @@ def _check_teachers(
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
             identity={**data.identity, "limits": [how.short, how.long]},
-            seen=seen_images(how.short, how.long),
-            least=plan.min_map,
-            say=console.print,
+            shown=resized_images(how.short, how.long),
+            min_map=plan.min_map,
+            report=console.print,
             write=write,
         )
 

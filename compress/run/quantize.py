@@ -72,7 +72,7 @@ class Quantizing:
             assert self.search.part is not None, "a part has a file"
             labels = write_search_split(labels, self.images, self.search.count, self.search.part)
         if not load_annotations(labels.annotations)["annotations"]:
-            raise UserError(f"{labels.annotations}: no boxes to decide on")
+            raise UserError(f"{labels.annotations}: no boxes to measure mAP on")
         check_apart(
             self.images, split_files(labels.annotations, labels.images), "the images that the search decides on"
         )
@@ -138,8 +138,8 @@ def write_search_split(split: Split, calibration: CalibrationImages, count: int,
     chosen = free[:: max(1, len(free) // count)][:count]
     if not chosen:
         raise UserError(
-            f"{split.annotations}: every labelled image is for calibration, and none is left to decide on: calibrate "
-            "on fewer, or give another labelled set"
+            f"{split.annotations}: every labelled image is used for calibration and none is left to measure mAP on; "
+            "calibrate on fewer, or give another labelled set"
         )
     ids = {row["id"] for row in chosen}
     annotations = [row for row in content["annotations"] if row["image_id"] in ids]

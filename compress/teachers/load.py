@@ -122,5 +122,5 @@ def source_of(text: str) -> Source:
         return Source(checkpoint=text)
     except ValidationError:
         raise UserError(
-            f"{text}: can be no teacher; use .safetensors, .pth, zoo:NAME, .onnx, COCO results (.json), or .yaml"
+            f"{text}: is not a teacher; use .safetensors, .pth, zoo:NAME, .onnx, COCO results (.json), or .yaml"
         ) from None

@@ -96,4 +96,4 @@ def test_mistakes_are_one_line(
 
 def test_only_onnx_files_are_built(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"build {student}") == 2
-    assert f"{student}: is no .onnx file" in capsys.readouterr().err
+    assert f"{student}: is not an .onnx file" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_what_makes_no_sense_is_one_line(methods: Any, student: str, teacher: st
 
 
 def test_anchors_of_other_sizes_are_other_places() -> None:
-    with pytest.raises(UserError, match="place by place"):
+    with pytest.raises(UserError, match="location by location"):
         terms({"bckd": {}}, model("retinanet"), model("retinanet", anchor_scale=4.0))
 
 

@@ -225,7 +225,7 @@ def test_a_run_is_continued_with_the_same_settings_only(
     make(world, out, resume=True)
     finished = out.read_bytes()
     assert make(world, out, resume=True) is None and out.read_bytes() == finished
-    with pytest.raises(UserError, match="is there already; delete it"):
+    with pytest.raises(UserError, match="already exists; delete it"):
         make(world, out)
     with pytest.raises(UserError, match="made with other settings"):
         make(world, out, resume=True, table={"kitten": "dog"})

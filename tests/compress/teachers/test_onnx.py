@@ -104,7 +104,7 @@ def test_a_second_input_gets_the_size(tmp_path: Path) -> None:
     assert found.boxes.tolist() == [[10, 20, 30, 50]]
     with pytest.raises(UserError, match=r"spot.onnx: needs input 'wh' as well"):
         foreign(path, output, name="pixels", size=(64, 96))
-    with pytest.raises(UserError, match=r"has 2 inputs \(pixels, wh\); say which takes the image: input.name"):
+    with pytest.raises(UserError, match=r"has 2 inputs \(pixels, wh\); name that of the image in input.name"):
         foreign(path, output, size=(64, 96))
 
 
@@ -309,7 +309,7 @@ def test_mistakes_are_one_line(tmp_path: Path, ours: Path) -> None:
     refused("no such file", tmp_path / "none.onnx", output)
     refused("has no output 'box'; it has boxes, scores, labels", path, output | {"boxes": "box"}, size=(64, 64))
     refused("has no input 'x'; it has pixels", path, output, name="x", size=(64, 64))
-    refused(r"of \[1, 3, 'H', 'W'\] says no height and width; give input.size", path, output)
+    refused(r"of \[1, 3, 'H', 'W'\] does not fix height and width; give input.size", path, output)
     refused("gives label 2, class_names has 2", path, output, ("a", "b"), run=True, size=(64, 64))
     combined = {"combined": "boxes", "columns": "box_classes"}
     refused("does not fit box_classes", path, combined, run=True, size=(64, 64))
@@ -329,7 +329,7 @@ def test_mistakes_are_one_line(tmp_path: Path, ours: Path) -> None:
 def test_paths_of_the_command_line(tmp_path: Path, ours: Path) -> None:
     assert source_of("a.onnx").given == ("onnx",) and source_of("a.json").given == ("results",)
     assert source_of("zoo:quickstart").given == source_of("a.pth").given == ("checkpoint",)
-    with pytest.raises(UserError, match=r"a.txt: can be no teacher; use .safetensors, .pth"):
+    with pytest.raises(UserError, match=r"a.txt: is not a teacher; use .safetensors, .pth"):
         source_of("a.txt")
     (tmp_path / "teacher.yaml").write_text(f"teacher:\n  onnx: {{file: {ours}}}\n")
     assert source_of(str(tmp_path / "teacher.yaml")) == source_of(str(ours))
