@@ -1,4 +1,4 @@
-"""Whether a figure is older than the code that it measures.
+"""Age of figures: whether one is older than the code that it measures.
 
 A suite names the files that it measures. Their fingerprint is stored with every row and compared with that of the
 files as they are: a figure ages with the code, and neither with comments, docstrings, formatting and imports nor with

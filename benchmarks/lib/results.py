@@ -58,7 +58,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a suite yields: the rows of one case. versions: where it was measured by another interpreter."""
+    """Rows of one case, as a suite yields them. versions: where it was measured by another interpreter."""
 
     name: str
     rows: list[Row]

@@ -121,7 +121,7 @@ def synthetic(
 
 @dataclass(frozen=True)
 class LabelFlags:
-    """What becomes a label."""
+    """Options that decide what becomes a label."""
 
     tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4
     tau_ignore: Annotated[
@@ -152,7 +152,7 @@ class LabelFlags:
 
 @dataclass(frozen=True)
 class WorkFlags:
-    """How the images are gone through."""
+    """Options of the work: image size, batch, shards, resuming."""
 
     short: Annotated[int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")] = 800
     long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333

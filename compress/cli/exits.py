@@ -1,4 +1,4 @@
-"""How a command ends: what it says last, and its exit code."""
+"""End of a command: what it says last, and its exit code."""
 
 from __future__ import annotations
 

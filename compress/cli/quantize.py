@@ -109,7 +109,7 @@ def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | 
 
 
 def trained_grids(checkpoint: Path, precisions: Sequence[str], flags: QuantizeFlags) -> Grids | None:
-    """What quantization-aware distillation left beside the checkpoint, for its int8 file; None: there is nothing."""
+    """Read the grids that quantization-aware distillation left beside the checkpoint; None where there are none."""
     file = checkpoint.with_suffix(".json")
     if not any(PRECISIONS[name].quantized for name in precisions) or not file.is_file():
         return None
@@ -149,8 +149,8 @@ def with_flags(student: Student, flags: QuantizeFlags, grids: Grids | None, *, t
 
 
 def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
-    """What int8 files are made with, looked through before the long work: calibration images, apart from the validation
-    images, and what a search decides on."""
+    """Collect what int8 files are made with, checked before the long work: calibration images, apart from the
+    validation images, and what a search is scored on."""
     from compress.config.data import Split
     from compress.run.quantize import Quantizing, Search
 

@@ -29,7 +29,7 @@ class Student:
 
     @property
     def recipe_file(self) -> Path:
-        """Where its recipe lies, if there is one."""
+        """Path of its recipe, if there is one."""
         return self.path.parent / "recipe.yaml"
 
     def need_images_and_size(self) -> None:
@@ -42,8 +42,8 @@ class Student:
             )
 
     def checks(self) -> tuple[Checks, Split | None]:
-        """What exports are checked on; and the labelled images that they come from, if they are the recipe's. These may
-        lie on another machine, so they are not looked for where the options say everything."""
+        """Return what exports are checked on, and the labelled images that they come from, if they are the recipe's.
+        These may lie on another machine, so they are not looked for where the options say everything."""
         from compress.run.artifacts import Checks
 
         size, files = self.settings.input_size, [] if self.images is None else images_in(self.images)

@@ -1,4 +1,4 @@
-"""From the recipe's `methods` to the modules that the trainer adds to its loss."""
+"""Build the modules that the trainer adds to its loss from a recipe's `methods`."""
 
 from __future__ import annotations
 

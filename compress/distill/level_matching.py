@@ -1,4 +1,4 @@
-"""Which levels of two pyramids belong together: feature methods between detectors of different strides.
+"""Matching of the levels of two pyramids: feature methods between detectors of different strides.
 
 Levels belong together if their strides differ by less than half an octave, each with the nearest. Methods see only
 these; the student's map is resized to the teacher's grid (bilinear) where the grids differ. A single level in common is

@@ -1,4 +1,4 @@
-"""Which scores of a teacher to believe: per class the threshold with the best F1 on labelled images.
+"""Score thresholds of a teacher: per class the threshold with the best F1 on labelled images.
 
 A fixed threshold depends on how a teacher is calibrated; this one is measured. Detections are matched as COCO does at
 an IoU of 0.5: best score first, each takes the free object that it overlaps most. Those inside a crowd region count

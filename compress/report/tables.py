@@ -44,7 +44,7 @@ def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
 
 
 def pseudo_labels(report: Report) -> list[str]:
-    """What teachers labelled, in sentences; empty where they did not."""
+    """Say in sentences what teachers labelled; empty where they did not."""
     found, student = report.pseudo_labels, report.models.student
     if found is None:
         return []
@@ -87,7 +87,7 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
 
 
 def engine_row(file: str, engine: Engine) -> dict[str, str]:
-    """What the card of an engine says; it holds whether the engine could run here or not."""
+    """Make a row of an engine's card; it holds whether the engine could run here or not."""
     built, (smallest, best, largest) = engine.machine, engine.options.batches
     batches = f"{smallest}" if smallest == largest else f"{smallest} to {largest}, best at {best}"
     layers = engine.layers_missing or "not known"

@@ -22,7 +22,7 @@ from deploy.core.files import sha256_of
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Which images a run has.
+    """Plan of a run's images.
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
     runs: where drawn images are kept, for all runs. folder: of this one.
@@ -53,7 +53,7 @@ class Datasets:
 
 
 def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
-    """Where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
+    """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
     if data.synthetic is None:
         assert data.train is not None and data.val is not None, "the recipe was validated"
         return data.train, data.val

@@ -53,7 +53,7 @@ REST = "training images"
 
 @dataclass(frozen=True)
 class LabellingPlan:
-    """What teachers label in a run, and how.
+    """Plan of what teachers label in a run, and how.
 
     settings: the recipe's section.
     sources: who labels. min_map: what each must reach on the validation images, percent.
@@ -187,7 +187,7 @@ def label_images(
 def rehearse(
     plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console
 ) -> ConcatDataset:
-    """For a dry run: label the images of `data.train` in `folder`, and join that with `data.train`. `data` may be made
+    """Label the images of `data.train` in `folder`, and join that with `data.train`: a dry run. `data` may be made
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
     for source in plan.settings.unlabeled:
@@ -272,7 +272,7 @@ def image_lists(folders: Sequence[Path], data: Datasets, console: Console) -> li
 
 
 def labels_of(plan: LabellingPlan, teachers: Sequence[BoxTeacher], categories: Sequence[str]) -> list[list[int]]:
-    """For each class of each teacher its label in the data, or NO_CLASS.
+    """Return for each class of each teacher its label in the data, or NO_CLASS.
 
     Raises UserError: a teacher does not name its classes, one of them has no place in the data, or no teacher looks for
     a class of the data and the student cannot learn so.

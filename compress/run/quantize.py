@@ -1,4 +1,4 @@
-"""Quantized files of an exported one: what they are calibrated on, and what the search for float layers decides on."""
+"""Quantized files of an exported one: their calibration images, and those that the search for float layers uses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """What quantized files are made with, besides the float one. Images are looked for when they are asked for.
+    """Plan of what quantized files are made with, besides the float one. Images are looked for when they are asked for.
 
     train, val: images to calibrate on where the settings name none, and images to keep apart from; None: there are
         none.
@@ -64,7 +64,7 @@ class Quantizing:
 
     @cached_property
     def search_split(self) -> Split | None:
-        """What the search is scored on, checked; None: there is no search. Raises UserError."""
+        """Return the images that the search is scored on, checked; None: there is no search. Raises UserError."""
         if self.search is None:
             return None
         labels = self.search.labels
@@ -74,7 +74,7 @@ class Quantizing:
         if not load_annotations(labels.annotations)["annotations"]:
             raise UserError(f"{labels.annotations}: no boxes to measure mAP on")
         check_apart(
-            self.images, split_files(labels.annotations, labels.images), "the images that the search decides on"
+            self.images, split_files(labels.annotations, labels.images), "the images that the search is scored on"
         )
         return labels
 
@@ -127,8 +127,8 @@ def split_files(annotations: Path, folder: Path) -> list[Path]:
 
 
 def write_search_split(split: Split, calibration: CalibrationImages, count: int, out: Path) -> Split:
-    """Write to `out` the part of a labelled set that a search decides on: `count` images spread evenly over those with
-    boxes that are not for calibration. Raises UserError when none is left."""
+    """Write to `out` the part of a labelled set that a search is scored on: `count` images spread evenly over those
+    with boxes that are not for calibration. Raises UserError when none is left."""
     content = load_annotations(split.annotations)
     taken = set(calibration.hashes)
     labelled = {row["image_id"] for row in content["annotations"]}

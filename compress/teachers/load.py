@@ -1,4 +1,4 @@
-"""Open a teacher, whatever it is: `open_teacher`, from a recipe's section or from a path on the command line."""
+"""Open a teacher of any kind: `open_teacher`, from a recipe's section or from a path on the command line."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
 
 
 def is_first_process() -> bool:
-    """Is this process 0 of those that `launch` started, or the only one?"""
+    """Whether this is process 0 of those that `launch` started, or the only one."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 

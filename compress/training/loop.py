@@ -39,7 +39,7 @@ LOG_EVERY = 10  # optimizer steps between rows of metrics.csv
 
 @dataclass(frozen=True)
 class Training:
-    """What stays the same over one training.
+    """Inputs of one training that stay the same from step to step.
 
     Attributes:
         name: shown in the progress display and in errors.

@@ -236,7 +236,7 @@ def _check(rates_ips: Sequence[float], bound_ms: float | None, batch_size: int, 
 
 
 def _requests(rate: float, seconds: float, least: int) -> int:
-    """Those that count, and the lead before them."""
+    """Count the requests that are measured, and the lead before them."""
     return math.ceil(max(rate * seconds, least) / (1 - LEAD))
 
 

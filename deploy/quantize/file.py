@@ -92,7 +92,7 @@ class Quantizer:
         return model
 
     def grids(self, keep_float: Collection[str] | None = None) -> Grids:
-        """Where training starts from: the activations' grids of `graph(keep_float)`."""
+        """Return the grids that training starts from: those of the activations of `graph(keep_float)`."""
         keep_float = self.structure.output_names if keep_float is None else keep_float
         return Grids(
             target=self.target,
@@ -155,7 +155,7 @@ def dense_outputs(model: onnx.ModelProto, images: np.ndarray) -> tuple[np.ndarra
 
 
 def output_error(reference: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    """How far dense outputs are apart where it matters: (score error, box error), both 0 for equal outputs.
+    """Measure how far dense outputs are apart where it matters: (score error, box error), both 0 for equal outputs.
 
     Score error: Σ |Δ score| / Σ score. Box error: mean of 1 − IoU over the locations, weighted by the reference's best
     score there. Locations where the reference sees nothing hardly count.

@@ -1,4 +1,4 @@
-"""From files to a listening process, and back to nothing: `serve` is `compress serve`.
+"""Start and end of the serving process: `serve` is `compress serve`.
 
 SIGTERM: /readyz answers 503 and answers close their connections for `drain_s`, so that balancers and clients go
 elsewhere; then nothing new is accepted, everything accepted is answered, and the process ends with 0. SIGINT: the
@@ -216,7 +216,7 @@ class GuardedConnection(H11Protocol):
     cut when nothing of it was taken for `send_timeout_s`.
 
     uvicorn stops reading when a client sends ahead of its answer, and then does not learn that it went away; here it
-    reads on up to `AHEAD_BYTES`. A body in tiny chunks costs an event each, so that few bytes keep everybody waiting:
+    reads on up to `AHEAD_BYTES`. A body in tiny chunks costs an event each, so that few bytes keep all others waiting:
     a connection with more framing than body is cut.
     """
 

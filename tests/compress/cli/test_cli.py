@@ -612,7 +612,7 @@ def test_messages_of_errors_are_printed_line_by_line(
 
 
 def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
-    """As in `compress --help | true`."""
+    """End quietly, as in `compress --help | true`."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "compress", "--help"]
@@ -750,7 +750,7 @@ def test_validate_names_the_wrong_row(run: Run, exported: Path, monkeypatch: pyt
 
 
 def test_benchmark(exported: Path) -> None:
-    """In a process of its own, which also shows that it runs without torch."""
+    """Run in a process of its own, which also shows that it runs without torch."""
 
     def benchmark(options: str) -> str:
         code = (

@@ -37,7 +37,7 @@ def foreign(path: Path, output: dict[str, Any], names: tuple[str, ...] = NAMES, 
 @pytest.mark.parametrize("units", ["pixels", "normalised"])
 @pytest.mark.parametrize("box_format", ["xyxy", "cxcywh"])
 def test_the_rectangle_is_found_where_it_is(tmp_path: Path, resize: str, units: str, box_format: str) -> None:
-    """A network that sees a rectangle, whatever the resize and the form of its boxes; the truth is the drawing."""
+    """A network that sees a rectangle after any resize and in any form of boxes; the truth is the drawing."""
     corners = CORNERS if box_format == "xyxy" else CENTRE
     scaled = PIXELS if units == "pixels" else SHARES
     path = spot(tmp_path / "spot.onnx", rest=corners + scaled + PLAIN, outputs=SEPARATE)
@@ -89,7 +89,7 @@ def test_rows_of_box_score_label_and_scores_a_class(tmp_path: Path) -> None:
 
 
 def test_a_second_input_gets_the_size(tmp_path: Path) -> None:
-    """As in RT-DETR's own export: boxes are multiplied by it in the file."""
+    """Input of the image's size, as in RT-DETR's own export: boxes are multiplied by it in the file."""
     rest = """
   scale = Cast<to=1>(wh)
   twice = Concat<axis=1>(scale, scale)

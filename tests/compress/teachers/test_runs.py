@@ -196,7 +196,7 @@ def test_a_weak_teacher_stops_the_labelling(tmp_path: Path) -> None:
 
 
 def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Results for the training images alone: they can teach, but nobody knows how good they are."""
+    """Results for the training images alone: they can teach, but their mAP is unknown."""
     document = truth(tiny_recipe.recipe(tmp_path))
     names = {row["file_name"] for row in document["images"] if "train" in row["file_name"]}
     assert 0 < len(names) < len(document["images"])
@@ -254,7 +254,8 @@ def test_features_may_come_from_other_classes(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_checkpoint_of_other_classes_teaches_by_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is measured over what it shares with the data, and is not among the files that the report compares."""
+    """The teacher is measured over what it shares with the data, and is not among the files that the report
+    compares."""
     path = random_teacher(tmp_path / "other.safetensors", ("person", NAMES[1]), 1)
     run_dir = pipeline.run(recipe(tmp_path, {"checkpoint": path}, "methods={fgd: {}}", "train.steps=3"))
     said = capsys.readouterr().out
