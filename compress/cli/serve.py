@@ -99,7 +99,7 @@ def serve(
         host=host,
         port=port,
         log_level=log_level,
-        say=partial(print, flush=True),
+        announce=partial(print, flush=True),
     )
 
 

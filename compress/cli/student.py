@@ -63,12 +63,12 @@ def read_student(path: Path, images: Path | None, input_size: str | None, thresh
     if images is not None:
         need_folder(images, "--images")
     given = {"input_size": _height_width(input_size), **vars(thresholds)}
-    beside = path.parent / "recipe.yaml"
+    recipe_file = path.parent / "recipe.yaml"
     recipe = None
-    if beside.is_file():
+    if recipe_file.is_file():
         from compress.config.recipe import load_recipe
 
-        recipe = load_recipe(beside, partial=True)  # the run may have had parts that were objects
+        recipe = load_recipe(recipe_file, partial=True)  # the run may have had parts that were objects
     settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
     return Student(path, recipe, settings, images)
 

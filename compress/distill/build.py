@@ -87,7 +87,7 @@ def build_methods(
     built = {}
     for index, (key, term) in enumerate(wanted.enabled().items()):
         record = _record(key, term)
-        uet = wanted.uet if wanted.uet is not None and key in wanted.uet.hosts else None
+        uet = wanted.uet if wanted.uet is not None and key in wanted.uet.base_methods else None
         needs = record.needs(term) if callable(record.needs) else record.needs
         _check(key, needs if uet is None else needs | {Capability.FEATURES}, student, teacher, record)
         if isinstance(term, config.Adapted):

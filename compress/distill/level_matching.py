@@ -76,11 +76,11 @@ class LevelMatched(Method):
         self.pairs = tuple(pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        theirs = [teacher.features[j] for _, j in self.pairs]
-        ours = [_on_grid_of(t, student.features[i]) for (i, _), t in zip(self.pairs, theirs, strict=True)]
+        teacher_maps = [teacher.features[j] for _, j in self.pairs]
+        student_maps = [_on_grid_of(t, student.features[i]) for (i, _), t in zip(self.pairs, teacher_maps, strict=True)]
         certainty = None if teacher.certainty is None else [teacher.certainty[j] for _, j in self.pairs]
-        ours_and_theirs = replace(student, features=ours), replace(teacher, features=theirs, certainty=certainty)
-        terms: dict[str, Tensor] = self.host(*ours_and_theirs, batch)
+        matched = replace(teacher, features=teacher_maps, certainty=certainty)
+        terms: dict[str, Tensor] = self.host(replace(student, features=student_maps), matched, batch)
         return terms
 
     def observations(self) -> dict[str, Tensor]:

@@ -123,12 +123,12 @@ def merge(teachers: Sequence[Boxes], *, how: Merging, iou_threshold: float, coun
     together, source = together.where(order), source[order]
     merged = []
     for label in np.unique(together.labels):
-        mine = together.labels == label
-        of_class = together.where(mine)
+        of_label = together.labels == label
+        of_class = together.where(of_label)
         if how == "nms":
             merged.append(of_class.where(_suppress(of_class.boxes, iou_threshold)))
         else:
-            merged.append(fuse(of_class, source[mine], int(counts[label]), iou_threshold))
+            merged.append(fuse(of_class, source[of_label], int(counts[label]), iou_threshold))
     if not merged:
         return together
     result = Boxes(

@@ -30,13 +30,13 @@ def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
         values = {role: getattr(getattr(models, role), key) if getattr(models, role) else None for role in ROLES}
         cells = {role: Cell(figure(values[role], digits)) for role in ROLES}
         for other in ("baseline", "teacher"):
-            mine, theirs = values["student"], values[other]
-            if mine is None or theirs is None:
+            value, reference = values["student"], values[other]
+            if value is None or reference is None:
                 cells["vs_" + other] = Cell("–")
             elif key.startswith("map"):
-                cells["vs_" + other] = _delta(mine - theirs, judge=other == "baseline")
-            elif theirs > 0 and mine > 0:
-                cells["vs_" + other] = Cell("same" if mine == theirs else ratio(theirs, mine))
+                cells["vs_" + other] = _delta(value - reference, judge=other == "baseline")
+            elif reference > 0 and value > 0:
+                cells["vs_" + other] = Cell("same" if value == reference else ratio(reference, value))
             else:
                 cells["vs_" + other] = Cell("–")
         rows.append((label, cells))
@@ -125,12 +125,12 @@ def class_rows(models: Models) -> list[dict[str, Any]]:
     rows = []
     for name in sorted(names, key=rank):
         bars = [(role, figures.get(name), figure(figures.get(name), 1)) for role, figures in per_class.items()]
-        mine, base = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
+        student, baseline = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
         rows.append(
             {
                 "name": name,
                 "bars": bars,
-                "delta": Cell("–") if mine is None or base is None else _delta(mine - base, judge=True),
+                "delta": Cell("–") if student is None or baseline is None else _delta(student - baseline, judge=True),
             }
         )
     return rows

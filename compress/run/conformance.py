@@ -308,9 +308,10 @@ def _export(subject: _Subject) -> str | None:
     torch_side = torch_runner(str(subject.saved()), settings, SIZE)
     for batch in (1, 2, LARGEST_BATCH):
         pixels = _images(batch).numpy()
-        ours, theirs = exported(pixels), torch_side(pixels)
-        if ours.count.tolist() != theirs.count.tolist() and abs(ours.count - theirs.count).max() > 1:
-            return f"at batch {batch} the file finds {ours.count.tolist()} boxes, torch {theirs.count.tolist()}"
+        exported_batch, torch_batch = exported(pixels), torch_side(pixels)
+        in_file, in_torch = exported_batch.count, torch_batch.count
+        if abs(in_file - in_torch).max() > 1:
+            return f"at batch {batch} the file finds {in_file.tolist()} boxes, torch {in_torch.tolist()}"
     return None
 
 

@@ -142,7 +142,7 @@ def _identity(data: Data, train_split: Split, val_split: Split) -> dict[str, Any
 
 
 def _first_difference(train: CocoDetection, val: CocoDetection) -> str:
-    ours = dict(zip(train.category_ids, train.categories, strict=True))
-    theirs = dict(zip(val.category_ids, val.categories, strict=True))
-    key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
-    return f"id {key} is {ours.get(key)!r} in the first and {theirs.get(key)!r} in the second"
+    train_names = dict(zip(train.category_ids, train.categories, strict=True))
+    val_names = dict(zip(val.category_ids, val.categories, strict=True))
+    key = next(k for k in sorted(train_names.keys() | val_names.keys()) if train_names.get(k) != val_names.get(k))
+    return f"id {key} is {train_names.get(key)!r} in the first and {val_names.get(key)!r} in the second"

@@ -106,9 +106,9 @@ def quantize_file(
     split = how.search_split
     if split is None or how.search is None:
         return quantizer.save(out, max_batch=max_batch), None
-    beside, budget = out.with_suffix(".guided.json"), how.search.max_map_drop
-    result = search(quantizer, split.annotations, split.images, beside, max_map_drop=budget, progress=progress)
-    write_text(beside.with_suffix(".svg"), trade_off_svg(result))
+    measurements, budget = out.with_suffix(".guided.json"), how.search.max_map_drop
+    result = search(quantizer, split.annotations, split.images, measurements, max_map_drop=budget, progress=progress)
+    write_text(measurements.with_suffix(".svg"), trade_off_svg(result))
     chosen = result.chosen
     if chosen is None:
         best = min((trial.map_drop for trial in result.trials), default=float("nan"))
