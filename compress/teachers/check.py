@@ -64,7 +64,7 @@ def check_teacher(
         coverage = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))], val.folder)
     except UserError as error:
         if min_map > 0:
-            raise UserError(f"teacher.min_map is {min_map:g} and the teacher cannot be measured: {error}") from None
+            raise UserError(f"min_map is {min_map:g} and the teacher cannot be measured: {error}") from None
         report(f"teacher {teacher.file}: not measured: {error}")
         return None
     if coverage is not None:
@@ -80,7 +80,7 @@ def check_teacher(
     report(f"teacher {teacher.file}: mAP {metrics['map']:.2f} on the validation images{note}")
     if metrics["map"] < min_map:
         raise UserError(
-            f"teacher.min_map is {min_map:g} and the teacher {teacher.file} reaches {metrics['map']:.2f} mAP on "
+            f"min_map is {min_map:g} and the teacher {teacher.file} reaches {metrics['map']:.2f} mAP on "
             f"{val.annotations}: take another one, or check that its classes and images are these"
         )
     return metrics

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from deploy.core.boxes import iou
 from deploy.core.card import METADATA_KEY, Quantization, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.precision import precisions, set_card
+from deploy.graph.session import cpu_session
 from deploy.graph.structure import structure_of
 from deploy.quantize.calibrate import CalibrationImages, Method, activation_ranges, canvases
 from deploy.quantize.grids import Grids, grids_of, trained_tensors
@@ -148,7 +148,7 @@ def dense_outputs(model: onnx.ModelProto, images: np.ndarray) -> tuple[np.ndarra
     tapped.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (SCORES, BOXES)
     )
-    session = _session(tapped.SerializeToString())
+    session = cpu_session(tapped.SerializeToString())
     parts = [session.run([SCORES, BOXES], {"images": image[None]}) for image in images]
     scores, boxes = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return scores, boxes
@@ -182,12 +182,6 @@ def _load(path: Path) -> onnx.ModelProto:
 def _metadata(model: onnx.ModelProto) -> str | None:
     found: Mapping[str, str] = {item.key: item.value for item in model.metadata_props}
     return found.get(METADATA_KEY)
-
-
-def _session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _check_batches(path: Path, images: np.ndarray, max_batch: int) -> None:

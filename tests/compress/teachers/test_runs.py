@@ -185,13 +185,13 @@ def test_features_and_logits_of_torchvision(tmp_path: Path, capsys: pytest.Captu
 def test_a_weak_teacher_stops_the_run(tmp_path: Path) -> None:
     teacher = KINDS["torchvision"](tmp_path)
     teacher["torchvision"] |= {"model": "fcos_resnet50_fpn", "short": 64, "long": 64}
-    wanted = r"teacher.min_map is 50 and the teacher torchvision fcos_resnet50_fpn reaches 0\.\d+ mAP on .*val.json:"
+    wanted = r"min_map is 50 and the teacher torchvision fcos_resnet50_fpn reaches 0\.\d+ mAP on .*val.json:"
     with pytest.raises(UserError, match=wanted):
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 50}, "methods={fgd: {}}"))
 
 
 def test_a_weak_teacher_stops_the_labelling(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"teacher.min_map is 99 and the teacher ours.onnx reaches .* mAP on "):
+    with pytest.raises(UserError, match=r"min_map is 99 and the teacher ours.onnx reaches .* mAP on "):
         pipeline.distill(recipe(tmp_path, KINDS["a file of this project"](tmp_path) | {"min_map": 99}, *LABELLED))
 
 
@@ -207,7 +207,7 @@ def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest
     teacher: dict[str, Any] = {"results": str(tmp_path / "train.json")}
     pipeline.distill(recipe(tmp_path, teacher, *LABELLED))
     assert "teacher train.json: not measured: " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"teacher.min_map is 1 and the teacher cannot be measured: .*train.json"):
+    with pytest.raises(UserError, match=r"min_map is 1 and the teacher cannot be measured: .*train.json"):
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 1}, *LABELLED, "name=other"))
 
 
