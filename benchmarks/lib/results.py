@@ -132,7 +132,14 @@ def put(path: Path, rows: list[Row]) -> None:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write a whole results file: numbers with nine digits, lines that end with a line feed."""
+    """Write a whole results file: numbers with nine digits, lines that end with a line feed.
+
+    Raises ValueError for a value that is not finite: what could not be measured is no row.
+    """
+    rows = list(rows)
+    for row in rows:
+        if not math.isfinite(row.value):
+            raise ValueError(f"{row.suite}, {row.case}, {row.variant}: {row.metric} is {row.value}")
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(COLUMNS)

@@ -14,6 +14,7 @@ layers in float, which is the default, and with them in int8, which the guided s
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,17 +123,18 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def _accuracy_rows(judged: ArtifactResult, size_mb: float, images: int, notes: str) -> list[Row]:
-    """mAP and drop in points, agreement as a share, calibration error, size of one file."""
+    """mAP and drop in points, size, and where there are detections calibration error and agreement, of one file."""
     name = judged.name
     bar = "-0.1 to 0.1" if name == "fp16" else f"<= {BUDGET}" if name.endswith("guided") else ""
     notes = "; ".join(filter(None, (notes, f"network in {network_precision(judged.precision)}")))
     made = [
         Row(name, "mAP", round(judged.metrics.map, 3), n=images, notes=notes),
         Row(name, "mAP drop", round(judged.map_drop or 0.0, 3), n=images, bar=bar),
-        Row(name, "calibration error", round(judged.d_ece, 4), n=images),
         Row(name, "size", round(size_mb, 3), "MB"),
     ]
-    if judged.agreement:
+    if math.isfinite(judged.d_ece):
+        made.append(Row(name, "calibration error", round(judged.d_ece, 4), n=images))
+    if judged.agreement and math.isfinite(judged.agreement.share):
         made.append(Row(name, "agreement", round(judged.agreement.share, 4), n=images))
     return made
 

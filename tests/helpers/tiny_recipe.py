@@ -28,7 +28,7 @@ train:
   clip_norm: 10
   optimizer: {{name: sgd, lr: 0.01}}
   schedule: {{name: cosine, warmup_steps: 2, warmup_factor: 0.1}}
-deploy: {{score_threshold: 0.0, candidates: 100, benchmark: {{batch_sizes: [1], seconds: 0.2}}}}
+deploy: {{score_threshold: 0.0, candidates: 100, benchmark: {{batch_sizes: [1], seconds: 0.02}}}}
 """
 
 

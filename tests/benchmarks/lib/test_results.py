@@ -51,6 +51,14 @@ def test_a_case_is_replaced_at_its_place(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_could_not_be_measured_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    put(path, rows("c", 1))
+    with pytest.raises(ValueError, match="latency, d, v0: time is nan"):
+        put(path, rows("d", float("nan")))
+    assert [row.case for row in read(path)] == ["c"]
+
+
 def test_versions_of_another_interpreter() -> None:
     (row,) = stamped(Case("c", [Row("v", "time", 1)], versions="python 3.11"), ORIGIN)
     assert row.versions == "python 3.11" and row.command == ORIGIN["command"]
