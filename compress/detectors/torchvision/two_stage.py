@@ -119,8 +119,8 @@ class FasterRCNN(TorchvisionDetector):
         """
         if not hasattr(backbone, "all_maps"):
             raise UserError(
-                f"backbone: {type(backbone).__name__} has no method all_maps(images) -> [C2, C3, C4, C5], and faster_rcnn "
-                "needs C2; add it, or take another family"
+                f"backbone: {type(backbone).__name__} has no method all_maps(images) -> [C2, C3, C4, C5], and "
+                "faster_rcnn needs C2; add it, or take another family"
             )
         C, wide = neck_channels, WIDENING * neck_channels
         sizes = tuple((int(anchor_scale * stride),) for stride in (*STRIDES, 2 * STRIDES[-1]))
