@@ -223,14 +223,15 @@ def contradiction(claim: PrecisionName | None, network: Layers, layers: Layers |
     """Why something called `claim` is not that; None when it is, or when nothing is claimed.
 
     fp16 and int8 need the majority of convolutions and matrix products in the network, and, when the inspector could
-    look, a layer of that format in the engine. mixed needs two formats. fp32 allows no other.
+    look, a layer of that format in the engine. mixed, and what else is of several formats, needs two of them. fp32
+    allows no other.
     """
     shares = {name: share for name, share in network.share.items() if share > 0}
     is_what = ", ".join(f"{share:.0%} {name}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
     if claim is None or not shares:
         return None
-    if claim == "mixed":
-        return None if len(shares) > 1 else f"called mixed, but its convolutions and matrix products are {is_what}"
+    if PRECISIONS[claim].several_formats:
+        return None if len(shares) > 1 else f"called {claim}, but its convolutions and matrix products are {is_what}"
     if claim == "fp32":
         return (
             None if set(shares) == {"fp32"} else f"called fp32, but its convolutions and matrix products are {is_what}"
