@@ -37,7 +37,7 @@ JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Al
 
 @dataclass(frozen=True)
 class ThresholdFlags:
-    """Detections that an exported file gives back."""
+    """Options of what an exported file returns."""
 
     score_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
     nms_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
@@ -48,7 +48,7 @@ class ThresholdFlags:
 
 @dataclass(frozen=True)
 class QuantizeFlags:
-    """Options of quantized files."""
+    """Options of quantization."""
 
     target: Annotated[
         Literal["cpu", "tensorrt"] | None,
@@ -76,7 +76,7 @@ class QuantizeFlags:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """Options of the engine builder."""
+    """Options of engine builds."""
 
     batch: Annotated[
         str | None,
