@@ -41,8 +41,9 @@ from deploy.core.errors import UserError
 from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
 from deploy.core.precisions import file_for
 from deploy.graph.export import export_onnx
+from deploy.graph.structure import BOXES, SCORES
 from deploy.quantize.calibrate import check_apart, choose_images
-from deploy.quantize.file import BOXES, SCORES, Quantizer
+from deploy.quantize.file import Quantizer
 from deploy.quantize.guided import search
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner, session_options

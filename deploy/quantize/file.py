@@ -15,13 +15,12 @@ from deploy.core.card import METADATA_KEY, Quantization, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.precision import precisions, set_card
-from deploy.graph.structure import structure_of
+from deploy.graph.structure import BOXES, SCORES, structure_of
 from deploy.quantize.calibrate import CalibrationImages, Method, activation_ranges, canvases
 from deploy.quantize.grids import Grids, grids_of, trained_tensors
 from deploy.quantize.qdq import Target, check_format, integer_dot_product, quantize
 from deploy.runtimes.onnx import OnnxRunner
 
-SCORES, BOXES = "dense_scores", "dense_boxes"  # values inside an exported graph: every location, before suppression
 TRAINED = "trained"  # method of a file whose activation grids were learned
 
 

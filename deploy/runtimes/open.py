@@ -45,7 +45,7 @@ class RunnerKind:
     has_providers: bool = False
     """Whether the file runs in several places, which `providers` names."""
     readable: bool = False
-    """Whether the values inside can be read one by one, to find where two files part (`deploy.quantize.diagnose`)."""
+    """Whether the values inside can be read one by one, to find where two files part (`deploy.graph.diagnose`)."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """The arguments of `open_runner` that are for these files alone."""
 

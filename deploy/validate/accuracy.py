@@ -285,7 +285,7 @@ def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) 
     if trusted is None:
         return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
     try:
-        from deploy.quantize.diagnose import first_divergence
+        from deploy.graph.diagnose import first_divergence
     except ModuleNotFoundError as error:
         return f"not run: pip install {error.name}, which reads the values inside ONNX files"
     canvases = fit_pictures([load_image(image) for image in images], runner.card).images

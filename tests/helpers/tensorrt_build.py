@@ -48,8 +48,8 @@ def build(path: Path) -> Built:
     )
 
 
-def one_line(path: Path) -> str:
-    """The command's answer to a file that cannot be built: one line and exit code 2."""
+def refusal(path: Path) -> str:
+    """What `build_engine` says about a file that cannot be built, in one line, with nothing left behind."""
     with pytest.raises(UserError) as error:
         build_engine(path, timing_caches=path.parent / "timing")
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")

@@ -1,4 +1,4 @@
-"""A folder of right and wrong files to run commands in, and a pipeline that only records."""
+"""Command lines are run in this process, in a folder of right and wrong files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from compress import cli
-from tests.helpers.command_lines import RECIPE, Outcome, Run
+from tests.helpers.command_line import RECIPE, Outcome, Run
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What commands print, pass on and answer: exit codes, next steps, interrupts."""
+"""What commands pass on, print and return; interruptions, missing extras, closed pipes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from compress import __version__, cli
 from deploy.core.errors import LocalUserError, UserError
-from tests.helpers.command_lines import Run
+from tests.helpers.command_line import Run
 
 # ------------------------------------------------------------------------------------------- what goes right
 

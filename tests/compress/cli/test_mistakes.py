@@ -1,4 +1,4 @@
-"""Every mistake is one line and exit code 2, and leaves nothing behind."""
+"""Every mistake on the command line is one line and exit code 2, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.command_lines import Run, contents
+from tests.helpers.command_line import Run
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ from tests.helpers.command_lines import Run, contents
         ("train good.yaml --set train.epochs", "--set train.epochs: write it as key=value"),
         ("train good.yaml --set train.epochs=soon", "--set train.epochs: needs a whole number, got 'soon'"),
         ("train deep.yaml", "deep.yaml: not a recipe: nested too deeply"),
-        (f"train good.yaml --set seed={'9' * 5000}", "good.yaml: not a recipe: Exceeds the limit"),
+        (f"train good.yaml --set seed={'9' * 5000}", "good.yaml: not a recipe: Exceeds the limit (4300 digits)"),
         ("train good.yaml --set seed=4294967296", "--set seed: must be at most 4294967295"),
         ("train good.yaml --set train.steps=9", "--set train.steps: excludes epochs"),
         ("train good.yaml --devices 3", "2 is not a multiple of devices x accumulate = 3"),
@@ -217,6 +217,10 @@ def test_a_mistake_is_one_line(run: Run, tmp_path: Path, line: str, says: str) -
     assert code == 2
     assert out == ""
     assert contents(tmp_path) == before  # nothing new, nothing changed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() if file.is_file() else b"" for file in sorted(folder.rglob("*"))}
 
 
 def test_several_problems_of_a_recipe_are_listed(run: Run) -> None:

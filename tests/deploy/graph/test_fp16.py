@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from compress.detectors.base import DensePrediction
 from compress.export.deployable import Deployable, half_precision
 from deploy.core.card import PROCESSING, card_from_file, network_precision
+from deploy.graph.diagnose import first_divergence
 from deploy.graph.export import ExportMismatchError, export_onnx
 from deploy.quantize.calibrate import activation_ranges
-from deploy.quantize.diagnose import first_divergence
 from deploy.quantize.qdq import check_format, quantize
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers.tensorrt_build import build

@@ -15,7 +15,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
+from compress import cli
 from deploy.core import cuda_driver
 from deploy.core.card import Quantization, card_from_file
 from deploy.core.errors import UserError
@@ -35,12 +37,57 @@ from deploy.tensorrt.card import (
     write_engine_card,
 )
 from tests.helpers import tensorrt_rig
-from tests.helpers.tensorrt_build import one_line
+from tests.helpers.tensorrt_build import refusal
 from tests.helpers.tiny_onnx import CARD, SIZE, export_tiny, pictures
 
 tensorrt_rig.need_tensorrt()
 
 from deploy.tensorrt.network import compute_layers, library, load_tensorrt, parse_network  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def other_onnx(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same student after more training: other weights, the same structure."""
+    model = onnx.load(str(tiny_onnx))
+    rng = np.random.default_rng(0)
+    for item in model.graph.initializer:
+        if item.name.startswith("module.detector"):
+            value = numpy_helper.to_array(item)
+            item.CopyFrom(
+                numpy_helper.from_array((value + rng.normal(0, 0.02, value.shape)).astype(np.float32), item.name)
+            )
+    path = tmp_path_factory.mktemp("other") / "other.onnx"
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture
+def build(tiny_onnx: Path, tmp_path: Path) -> Callable[..., EngineCard]:
+    """Build the tiny file, or another, into tmp_path/tiny.engine."""
+
+    def build(onnx_file: Path = tiny_onnx, name: str = "tiny.engine", **options: Any) -> EngineCard:
+        chosen = EngineOptions(**{"batches": (1, 4, 8), **options})
+        return tensorrt_rig.if_possible(
+            lambda: build_engine(onnx_file, tmp_path / name, chosen, timing_caches=tmp_path / "timing"), options
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def built(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine with its card, which tests copy."""
+    folder = tmp_path_factory.mktemp("built")
+    build_engine(tiny_onnx, folder / "tiny.engine", EngineOptions(batches=(1, 4, 8)), timing_caches=folder)
+    return folder / "tiny.engine"
+
+
+@pytest.fixture
+def engine(built: Path, tmp_path: Path) -> Path:
+    """A copy of an engine with its card."""
+    for path in (built, card_path(built)):
+        shutil.copy(path, tmp_path)
+    return tmp_path / "tiny.engine"
 
 
 def here() -> Machine:
@@ -354,8 +401,69 @@ def test_int8_layers_are_seen(model: onnx.ModelProto, build: Callable[..., Engin
 
 def test_int8_for_the_cpu_is_refused_with_the_target(model: onnx.ModelProto, tmp_path: Path) -> None:
     path = quantized(model, tmp_path / "tiny.int8.onnx", unsigned=True)
-    line = one_line(path)
+    line = refusal(path)
     assert "--target tensorrt" in line and "TensorRT cannot read it: node '" in line
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("command", ["build MODEL", "export MODEL --trt"])
+def test_an_engine_of_an_onnx_file(
+    tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """`export --trt` is the short way: the same options, the same engine."""
+    name, *more = command.split()
+    engine = tmp_path / "t.engine"
+    words = ["--batch", "1,2,4", "--workspace-gb", "0.5", "--builder-optimization-level", "1"]
+    assert run(name, tiny_onnx, *more[1:], "--out", engine, *words, "--timing-cache", tmp_path / "timing") == 0
+    output = capsys.readouterr().out
+    assert f"{engine}: " in output and "100% fp32" in output and output.endswith(f"next: compress benchmark {engine}\n")
+    card = read_engine_card(engine)
+    assert card.options == EngineOptions(batches=(1, 2, 4), workspace_gb=0.5, optimization_level=1)
+    assert card.weights_sha256 == {} and scan_onnx(tiny_onnx).weights
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "is an ONNX file already; give --trt or --triton-repo"),
+        ("--trt --batch 8,1", "--batch: '8,1': an engine has a smallest, a best and a largest batch"),
+        ("--trt --batch 1,2,3,4", "--batch: '1,2,3,4'"),
+        ("--trt --workspace-gb 0", "--workspace-gb: "),
+        ("--trt --workspace-gb inf", "--workspace-gb: Input should be a finite number"),
+        ("--trt --workspace-gb nan", "--workspace-gb: "),
+        ("--trt --workspace-gb 1e30", "--workspace-gb: Input should be less than or equal to 10000"),
+        ("--trt --out t.onnx", "t.onnx: an engine's name ends in .engine"),
+    ],
+)
+def test_mistakes_are_refusal(tiny_onnx: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", tiny_onnx, *words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_broken_files_are_one_line_and_exit_code_2(
+    tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:-100])
+    assert run("export", tmp_path / "cut.onnx", "--trt") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "truncated" in error
+
+
+def test_an_engine_is_not_run_by_something_else(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if tensorrt_rig.not_runnable() is None:
+        pytest.skip("engines run here")
+    assert run("benchmark", engine) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("pycuda" in error or "no CUDA GPU" in error or "tensorrt" in error)
 
 
 def test_onnxruntime_and_tensorrt_live_in_one_process(tiny_onnx: Path) -> None:

@@ -296,7 +296,7 @@ def test_reference_has_the_numbers_of_uet() -> None:
 
 def test_cuda_backend_takes_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, backward with a variance, and backward of the mean alone, which is the forward kernel once more."""
-    from kernels.csrc import build as cuda
+    from kernels.ops import cuda
     from kernels.triton import mc_dropout as kernel
 
     called = []

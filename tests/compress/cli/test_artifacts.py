@@ -1,4 +1,4 @@
-"""Commands on real files: validate, benchmark, export."""
+"""Commands on exported files: validate, benchmark, export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.command_lines import RECIPE, Run
+from tests.helpers.command_line import RECIPE, Run
+
+# ------------------------------------------------------------------------------------- commands on real files
 
 
 @pytest.fixture(scope="module")

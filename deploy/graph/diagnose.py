@@ -29,8 +29,7 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper, shape_inference
 
 from deploy.core.errors import UserError, first_line
-from deploy.graph.structure import needed_for
-from deploy.quantize.file import BOXES, SCORES
+from deploy.graph.structure import BOXES, SCORES, needed_for
 
 LIMITS = {"fp32": 1e-3, "fp16": 0.03, "int8": 0.25}
 """Largest noise-to-signal ratio that a format explains at any depth."""

@@ -1,4 +1,4 @@
-"""Broken and foreign files: one line, before anything is built."""
+"""Files that TensorRT cannot take: refused in one line, with the operator, the reason and a hint."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from compress import cli
 from deploy.core.card import METADATA_KEY
-from deploy.core.onnx_scan import scan_onnx
-from deploy.tensorrt.card import (
-    EngineOptions,
-    read_engine_card,
-)
 from tests.helpers import tensorrt_rig
-from tests.helpers.tensorrt_build import one_line
+from tests.helpers.tensorrt_build import refusal
 from tests.helpers.tiny_onnx import CARD
 
 tensorrt_rig.need_tensorrt()
@@ -30,24 +24,24 @@ def saved(model: onnx.ModelProto, folder: Path) -> Path:
 
 
 def test_no_file_no_onnx_and_half_a_file(tiny_onnx: Path, tmp_path: Path) -> None:
-    assert one_line(tmp_path / "none.onnx") == "no such file"
+    assert refusal(tmp_path / "none.onnx") == "no such file"
     (tmp_path / "text.onnx").write_text("hello world")
-    assert one_line(tmp_path / "text.onnx").startswith("not an ONNX model")
+    assert refusal(tmp_path / "text.onnx").startswith("not an ONNX model")
     content = tiny_onnx.read_bytes()
     (tmp_path / "cut.onnx").write_bytes(content[: len(content) // 2])
-    assert one_line(tmp_path / "cut.onnx").startswith("truncated: ")
+    assert refusal(tmp_path / "cut.onnx").startswith("truncated: ")
 
 
 def test_weights_that_are_not_there(model: onnx.ModelProto, tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.bin", size_threshold=64)
     (tmp_path / "m.bin").unlink()
-    assert "weights are in m.bin, which is not beside it" in one_line(tmp_path / "m.onnx")
+    assert "weights are in m.bin, which is not beside it" in refusal(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("opset", [3, 99])
 def test_wrong_opset(model: onnx.ModelProto, tmp_path: Path, opset: int) -> None:
     model.opset_import[0].version = opset
-    assert one_line(saved(model, tmp_path)).startswith(f"opset {opset}: TensorRT reads 9 to 25: export it again")
+    assert refusal(saved(model, tmp_path)).startswith(f"opset {opset}: TensorRT reads 9 to 25: export it again")
 
 
 def test_every_unsupported_operator_is_named_before_anything_is_built(model: onnx.ModelProto, tmp_path: Path) -> None:
@@ -55,7 +49,7 @@ def test_every_unsupported_operator_is_named_before_anything_is_built(model: onn
     for node in convolutions[:2]:
         node.op_type = "Banana"
     convolutions[2].op_type = "Unique"
-    line = one_line(saved(model, tmp_path))
+    line = refusal(saved(model, tmp_path))
     assert f"has no importer for Banana (2 nodes, first '{convolutions[0].name}'), Unique (1 node" in line
     assert line.endswith("write it with ordinary operators, or leave this part out of the graph")
 
@@ -63,28 +57,28 @@ def test_every_unsupported_operator_is_named_before_anything_is_built(model: onn
 def test_operators_of_onnx_runtime_have_their_own_hint(model: onnx.ModelProto, tmp_path: Path) -> None:
     node = next(node for node in model.graph.node if node.op_type == "Conv")
     node.op_type, node.domain = "FusedConv", "com.microsoft"
-    line = one_line(saved(model, tmp_path))
+    line = refusal(saved(model, tmp_path))
     assert "com.microsoft.FusedConv (1 node" in line and "made for ONNX Runtime" in line and "--target tensorrt" in line
 
 
 def test_a_parser_error_names_node_operator_reason_and_hint(model: onnx.ModelProto, tmp_path: Path) -> None:
     node = next(node for node in model.graph.node if node.op_type == "Sub")
     node.input[0] = "nowhere"
-    line = one_line(saved(model, tmp_path))
+    line = refusal(saved(model, tmp_path))
     assert f"node '{node.name}' (Sub): " in line and "not registered" in line
     assert line.endswith("the graph is damaged: export it again")
 
 
 def test_a_foreign_file_has_no_card(model: onnx.ModelProto, tmp_path: Path) -> None:
     del model.metadata_props[:]
-    assert "no model card" in one_line(saved(model, tmp_path))
+    assert "no model card" in refusal(saved(model, tmp_path))
 
 
 def test_only_the_batch_may_be_dynamic_and_it_must_be(model: onnx.ModelProto, tmp_path: Path) -> None:
     shape = model.graph.input[0].type.tensor_type.shape
     shape.dim[0].ClearField("dim_param")
     shape.dim[0].dim_value = 2
-    assert "exported for a batch of 2: give --batch 2" in one_line(saved(model, tmp_path))
+    assert "exported for a batch of 2: give --batch 2" in refusal(saved(model, tmp_path))
 
 
 def suppression_by_operator() -> onnx.ModelProto:
@@ -104,7 +98,7 @@ def test_an_operator_that_is_read_but_not_implemented(tmp_path: Path) -> None:
     path = saved(suppression_by_operator(), tmp_path)
     if library(load_tensorrt())[0] != "TensorRT-RTX":
         pytest.skip("TensorRT itself implements NonMaxSuppression")
-    assert "(NonMaxSuppression): TensorRT-RTX reads this operator but has no implementation" in one_line(path)
+    assert "(NonMaxSuppression): TensorRT-RTX reads this operator but has no implementation" in refusal(path)
 
 
 def test_a_static_and_a_foreign_network_are_refused(tmp_path: Path) -> None:
@@ -117,62 +111,4 @@ def test_a_static_and_a_foreign_network_are_refused(tmp_path: Path) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, {METADATA_KEY: CARD.model_dump_json()})
-    assert "2 inputs; a deployable file has one" in one_line(saved(model, tmp_path))
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    return int(stop.value.code or 0)
-
-
-@pytest.mark.parametrize("command", ["build MODEL", "export MODEL --trt"])
-def test_an_engine_of_an_onnx_file(
-    tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    """`export --trt` is the short way: the same options, the same engine."""
-    name, *more = command.split()
-    engine = tmp_path / "t.engine"
-    words = ["--batch", "1,2,4", "--workspace-gb", "0.5", "--builder-optimization-level", "1"]
-    assert run(name, tiny_onnx, *more[1:], "--out", engine, *words, "--timing-cache", tmp_path / "timing") == 0
-    output = capsys.readouterr().out
-    assert f"{engine}: " in output and "100% fp32" in output and output.endswith(f"next: compress benchmark {engine}\n")
-    card = read_engine_card(engine)
-    assert card.options == EngineOptions(batches=(1, 2, 4), workspace_gb=0.5, optimization_level=1)
-    assert card.weights_sha256 == {} and scan_onnx(tiny_onnx).weights
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "is an ONNX file already; give --trt or --triton-repo"),
-        ("--trt --batch 8,1", "--batch: '8,1': an engine has a smallest, a best and a largest batch"),
-        ("--trt --batch 1,2,3,4", "--batch: '1,2,3,4'"),
-        ("--trt --workspace-gb 0", "--workspace-gb: "),
-        ("--trt --workspace-gb inf", "--workspace-gb: Input should be a finite number"),
-        ("--trt --workspace-gb nan", "--workspace-gb: "),
-        ("--trt --workspace-gb 1e30", "--workspace-gb: Input should be less than or equal to 10000"),
-        ("--trt --out t.onnx", "t.onnx: an engine's name ends in .engine"),
-    ],
-)
-def test_mistakes_are_one_line(tiny_onnx: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("export", tiny_onnx, *words.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-
-
-def test_broken_files_are_one_line_and_exit_code_2(
-    tiny_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "cut.onnx").write_bytes(tiny_onnx.read_bytes()[:-100])
-    assert run("export", tmp_path / "cut.onnx", "--trt") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "truncated" in error
-
-
-def test_an_engine_is_not_run_by_something_else(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if tensorrt_rig.not_runnable() is None:
-        pytest.skip("engines run here")
-    assert run("benchmark", engine) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and ("pycuda" in error or "no CUDA GPU" in error or "tensorrt" in error)
+    assert "2 inputs; a deployable file has one" in refusal(saved(model, tmp_path))
