@@ -38,7 +38,7 @@ def build(
     """Build the TensorRT engine of an exported file, with a card, for this GPU."""
     need_file(onnx)
     if onnx.suffix != ONNX_SUFFIX:
-        raise UserError(f"{onnx}: is no .onnx file; engines are built from exported ones: compress export {onnx}")
+        raise UserError(f"{onnx}: is not an .onnx file; engines are built from exported ones: compress export {onnx}")
     next_command("benchmark", deliver(onnx, out, engine_plan(engine, triton_repo), triton_repo))
 
 

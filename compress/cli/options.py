@@ -37,7 +37,7 @@ JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Al
 
 @dataclass(frozen=True)
 class ThresholdFlags:
-    """Detections that an exported file gives back."""
+    """Options of what an exported file returns."""
 
     score_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
     nms_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
@@ -48,7 +48,7 @@ class ThresholdFlags:
 
 @dataclass(frozen=True)
 class QuantizeFlags:
-    """Options of quantized files."""
+    """Options of quantization."""
 
     target: Annotated[
         Literal["cpu", "tensorrt"] | None,
@@ -76,7 +76,7 @@ class QuantizeFlags:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """Options of the engine builder."""
+    """Options of engine builds."""
 
     batch: Annotated[
         str | None,
@@ -152,7 +152,7 @@ def values_of(flags: Any) -> dict[str, Any]:
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
-    """Refuse options that would do nothing. options: name → value, None or False where it was not given."""
+    """Options that would do nothing are mistakes. options: name → value, None or False where it was not given."""
     for option, value in options.items():
         if value is not None and value is not False:
             raise UserError(f"{option}: {why}")

@@ -29,7 +29,7 @@ class Student:
 
     @property
     def recipe_file(self) -> Path:
-        """Place of its recipe, if there is one."""
+        """Path of its recipe, if there is one."""
         return self.path.parent / "recipe.yaml"
 
     def need_images_and_size(self) -> None:
@@ -42,7 +42,7 @@ class Student:
             )
 
     def checks(self) -> tuple[Checks, Split | None]:
-        """Find what exports are checked on, and the labelled images that they come from, if they are the recipe's.
+        """Return what exports are checked on, and the labelled images that they come from, if they are the recipe's.
         These may lie on another machine, so they are not looked for where the options say everything."""
         from compress.run.artifacts import Checks
 
@@ -59,16 +59,16 @@ class Student:
 
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
-    """Read what belongs to a checkpoint. Raises UserError for bad options and for a bad recipe beside it."""
+    """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint."""
     if images is not None:
         need_folder(images, "--images")
     given = {"input_size": _height_width(input_size), **vars(thresholds)}
-    beside = path.parent / "recipe.yaml"
+    recipe_file = path.parent / "recipe.yaml"
     recipe = None
-    if beside.is_file():
+    if recipe_file.is_file():
         from compress.config.recipe import load_recipe
 
-        recipe = load_recipe(beside, partial=True)  # the run may have had parts that were objects
+        recipe = load_recipe(recipe_file, partial=True)  # the run may have had parts that were objects
     settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
     return Student(path, recipe, settings, images)
 

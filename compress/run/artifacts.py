@@ -51,7 +51,7 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class Checks:
-    """Images and canvas that an exported file is compared with torch on.
+    """Images on which an exported file is compared with torch.
 
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
@@ -65,7 +65,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class ArtifactPlan:
-    """Files to make of a checkpoint.
+    """Plan of the files to make of a checkpoint.
 
     settings: thresholds and limits.
     quantizing: for the quantized files among `files`.
@@ -138,7 +138,7 @@ def onnx_files(
 def plans_of_a_run(
     folder: RunFolder, settings: Deploy, checks: Checks, quantizing: Quantizing, manifest: Manifest
 ) -> list[ArtifactPlan]:
-    """Plan the files of a run: the student's; and, where it was trained on the grids of an int8 file, that one."""
+    """Plan what a run makes: the student's files; and, where it was trained on the grids of an int8 file, that one."""
     engines = None
     built: tuple[str, ...] = ()
     if settings.engines is not None:
@@ -192,7 +192,7 @@ def make(plan: ArtifactPlan) -> Iterator[Artifact]:
 
 
 class _FloatFiles:
-    """The float files that quantized ones are made from; one that nobody asked for is made when it is needed."""
+    """The float files that quantized ones are made from; one that was not asked for is made when it is needed."""
 
     def __init__(self, plan: ArtifactPlan, scratch: Path) -> None:
         self.made = dict(plan.given)
@@ -304,12 +304,12 @@ def _stage(
     outputs: Sequence[Path],
     work: Callable[[], Any],
 ) -> Any:
-    """Do `work` and return its result; in a run, return what it gave when it was last done with these inputs."""
+    """Return what `work` returns; in a run, what it returned when it was last done with these inputs."""
     return work() if plan.manifest is None else plan.manifest.stage(name, inputs(), outputs, work)
 
 
 def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
-    """List everything that shapes a float file of a run."""
+    """Everything that shapes a float file of a run."""
     return {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
 
 

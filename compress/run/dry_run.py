@@ -42,7 +42,7 @@ SHORT_PX, LONG_PX = 256, 448
 
 
 def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool) -> None:
-    """Rehearse a run. Raises UserError for what would also stop the real one."""
+    """Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
     inherit = recipe.teacher is not None and recipe.teacher.inherit
@@ -114,7 +114,7 @@ def _teacher(
     fabric: Fabric,
     console: Console,
 ) -> Detector:
-    """Build or open what the student learns from. student: a new one, which this changes."""
+    """Make the teacher that the student learns from. student: a new one, which this changes."""
     names, settings = list(categories.values()), recipe.teacher
     if parts.teacher is not None:
         teacher = open_given(None, parts.teacher, fabric.device, categories)

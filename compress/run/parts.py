@@ -33,17 +33,17 @@ class Parts:
     student: Callable[[int], Detector] | None = None
 
     def method_identity(self) -> dict[str, Any]:
-        """Describe what a training by these methods depends on, as JSON; empty without them."""
+        """Identify own methods that a training depends on, as JSON; empty without them."""
         return {"own_methods": {name: describe(part) for name, part in self.methods.items()}} if self.methods else {}
 
     def student_identity(self) -> dict[str, Any]:
-        """Describe what a training of this student depends on, as JSON; empty without one."""
+        """Identify an own student that a training depends on, as JSON; empty without one."""
         return {} if self.student is None else {"own_student": describe(self.student)}
 
 
 def named_identity(kind: str, paths: Mapping[str, str]) -> dict[str, Any]:
-    """What a training depends on that works with the parts at these import paths (recipe key → path), as JSON under
-    the key `kind`; empty without them."""
+    """Identify what a training depends on that works with the parts at these import paths (recipe key → path), as JSON
+    under the key `kind`; empty without them."""
     return {kind: {key: describe(import_object(path, key)) for key, path in paths.items()}} if paths else {}
 
 

@@ -61,7 +61,7 @@ class Colours:
         self._tolerance, self._smallest = tolerance, smallest
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
-        """It can look at any image."""
+        """Accept any image."""
         return None
 
     def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Any]:

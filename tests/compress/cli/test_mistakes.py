@@ -137,7 +137,7 @@ from tests.helpers.command_line import Run
             (f"export text.safetensors --images images --input-size 64x64 --precision int8 --max-map-drop 1 {m}", says)
             for m, says in (
                 ("--calibration other --data list.json", "list.json: COCO JSON is an object"),
-                ("--calibration other --data boxless.json", "boxless.json: no boxes to decide on"),
+                ("--calibration other --data boxless.json", "boxless.json: no boxes to measure mAP on"),
                 ("--calibration images --data good.json", "1 of 1 calibration images are among the images that the"),
             )
         ),
