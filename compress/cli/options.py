@@ -152,7 +152,7 @@ def values_of(flags: Any) -> dict[str, Any]:
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
-    """Refuse options that would do nothing. options: name → value, None or False where it was not given."""
+    """Options that would do nothing are mistakes. options: name → value, None or False where it was not given."""
     for option, value in options.items():
         if value is not None and value is not False:
             raise UserError(f"{option}: {why}")

@@ -88,7 +88,7 @@ def quantize(
 
 
 def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | None) -> None:
-    """Refuse options that would do nothing."""
+    """Options that would do nothing are mistakes."""
     quantized = [name for name in precisions if PRECISIONS[name].quantized]
     if not quantized:
         given = values_of(flags)

@@ -59,7 +59,7 @@ class Student:
 
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
-    """Read what belongs to a checkpoint. Raises UserError for bad options and for a bad recipe beside it."""
+    """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint."""
     if images is not None:
         need_folder(images, "--images")
     given = {"input_size": _height_width(input_size), **vars(thresholds)}

@@ -309,7 +309,7 @@ def _stage(
 
 
 def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
-    """List everything that shapes a float file of a run."""
+    """Everything that shapes a float file of a run."""
     return {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
 
 

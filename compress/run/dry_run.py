@@ -42,7 +42,7 @@ SHORT_PX, LONG_PX = 256, 448
 
 
 def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool) -> None:
-    """Rehearse a run. Raises UserError for what would also stop the real one."""
+    """Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
     inherit = recipe.teacher is not None and recipe.teacher.inherit

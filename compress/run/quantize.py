@@ -50,7 +50,7 @@ class Quantizing:
 
     @cached_property
     def images(self) -> CalibrationImages:
-        """Calibration images. Raises UserError when there are none, and when one is among the validation images."""
+        """Raises UserError when there are none, and when one of them is among the validation images."""
         source = self.settings.calibration
         if source is not None:
             files = list_images(source)
