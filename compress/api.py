@@ -252,7 +252,7 @@ class Checkpoint(Model):
 
 
 class Run:
-    """What a run left in its folder."""
+    """Results of a run in its folder."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

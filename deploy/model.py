@@ -39,7 +39,7 @@ class Model:
 
     @property
     def card(self) -> ModelCard:
-        """What the file says about itself: class names, input size, thresholds, precision."""
+        """Card of the file: class names, input size, thresholds, precision."""
         return self.runner.card
 
     @overload

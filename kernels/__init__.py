@@ -1,7 +1,8 @@
 """Losses and dropout of detector distillation as functions of tensors: PyTorch, Triton and CUDA C++ behind one call.
 
 `ops` holds the operators, one a file: formula, public function, the slow `reference` that specifies it, registration.
-`triton` and `csrc` hold what runs on GPUs, `common` what the operators share. Needs torch alone.
+`triton` and `csrc` hold what runs on GPUs (`ops/cuda.py` calls the latter), `common` what the operators share. Needs
+torch alone.
 """
 
 from kernels.common.backend import set_backend, use

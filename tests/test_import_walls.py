@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "deploy", "compress")
 
 ROOMS = {
-    "kernels": [("common",), ("triton", "csrc"), ("ops",)],
+    "kernels": [("csrc",), ("common",), ("triton",), ("ops",)],
     "deploy": [
         ("core",),
         ("graph",),
@@ -41,8 +41,6 @@ ROOMS = {
     ],
 }
 """Folders and loose modules of each package from the ground up: an import leads to the same line or to one above it."""
-
-WAITING = pytest.mark.xfail(reason="holds when the last modules have moved", strict=False)
 
 # The whole of a package may import of the others:
 MAY_IMPORT = {"kernels": set(), "deploy": set(), "compress": {"kernels", "deploy"}}
@@ -175,7 +173,6 @@ def test_every_room_has_its_place(package: str) -> None:
     assert there <= {room for level in ROOMS[package] for room in level}
 
 
-@WAITING
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_go_down(package: str) -> None:
     rank = {room: level for level, rooms in enumerate(ROOMS[package]) for room in rooms}
@@ -188,7 +185,6 @@ def test_imports_go_down(package: str) -> None:
     assert not found, listed(found)
 
 
-@WAITING
 def test_no_circle_of_rooms() -> None:
     graph: dict[str, set[str]] = {}
     for _, module, target in edges(top=False):
@@ -311,7 +307,10 @@ MOST = {"compress": (12, 5), "deploy": (9, 2)}  # folders, loose modules (the pa
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
 EVERYTHING = ("compress", "deploy", "kernels", "benchmarks", "examples", "docs", "tests")
 LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS = {
+    "kernels/triton/feature_distance.py::_backward_kernel": "one kernel: what it calls is inlined, not separate",
+    "kernels/triton/iou_loss.py::iou_and_gradients": "one derivation, with the formula's names",
+}
 """Exceptions, each with its reason."""
 
 
@@ -325,7 +324,6 @@ def test_few_rooms_and_loose_modules(package: str) -> None:
     assert len(loose) <= most_loose, loose
 
 
-@WAITING
 def test_no_long_file() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_bytes().splitlines()) for path in existing()}
     long = {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
@@ -333,9 +331,8 @@ def test_no_long_file() -> None:
     assert set(LONG_FILES) <= set(long), "an exception that is not needed"
 
 
-@WAITING
 def test_no_long_function() -> None:
-    """From `def` to its last line."""
+    """Lengths count from `def` to the last line."""
     long: dict[str, int] = {}
     for path in existing():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -58,7 +58,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a suite yields: the rows of one case. versions: where it was measured by another interpreter."""
+    """Rows of one case, as a suite yields them. versions: where it was measured by another interpreter."""
 
     name: str
     rows: list[Row]
@@ -132,7 +132,14 @@ def put(path: Path, rows: list[Row]) -> None:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write a whole results file: numbers with nine digits, lines that end with a line feed."""
+    """Write a whole results file: numbers with nine digits, lines that end with a line feed.
+
+    Raises ValueError for a value that is not finite: what could not be measured is no row.
+    """
+    rows = list(rows)
+    for row in rows:
+        if not math.isfinite(row.value):
+            raise ValueError(f"{row.suite}, {row.case}, {row.variant}: {row.metric} is {row.value}")
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(COLUMNS)
@@ -171,12 +178,12 @@ def _row(path: Path, line: int, texts: list[str]) -> Row:
         try:
             values[column] = kind(text) if text else None
         except ValueError:
-            raise UserError(f"{where}: {column} is {text!r}, which is no number") from None
+            raise UserError(f"{where}: {column} is {text!r}, which is not a number") from None
     for column in ("suite", "case", "metric", "date", "command", "machine"):
         if not values[column]:
             raise UserError(f"{where}: {column} is empty")
     if values["value"] is None or not math.isfinite(values["value"]):
-        raise UserError(f"{where}: value is no number")
+        raise UserError(f"{where}: value is not a number")
     if (values["low"] is None, values["high"] is None) != (not values["spread"],) * 2:
         raise UserError(f"{where}: low, high and spread go together")
     if values["spread"] not in SPREADS:

@@ -133,11 +133,11 @@ def plus_minus(found: Summary) -> str:
 
 
 def cell(row: Row) -> str:
-    """A value with its unit, bold when it misses its bar."""
+    """A value with its unit, bold when it misses its bar; "busy" where other processes used the machine."""
     text = f"{row.value:.2f}" if row.metric.startswith("mAP") else number(row.value)
     if row.metric.startswith("share of "):
         text = f"{row.value:.1%}" if row.unit != "%" else f"{row.value:.1f}"
-    text = f"{text} {row.unit}".strip()
+    text = f"{text} {row.unit}".strip() + (" (busy)" if "busy: " in row.notes else "")
     return f"**{text}**" if is_met(row) is False else text
 
 

@@ -1,4 +1,4 @@
-"""What FP16 and INT8 cost in accuracy and bring in speed, in ONNX Runtime on the CPU.
+"""Cost in accuracy and gain in speed of FP16 and INT8, in ONNX Runtime on the CPU.
 
     python -m benchmarks quantized speed
     python -m benchmarks quantized accuracy --name bccd --checkpoint student.safetensors --train train.json \
@@ -14,6 +14,7 @@ layers in float, which is the default, and with them in int8, which the guided s
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,9 @@ from deploy.core.errors import UserError
 from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
 from deploy.core.precisions import file_for
 from deploy.graph.export import export_onnx
+from deploy.graph.structure import BOXES, SCORES
 from deploy.quantize.calibrate import check_apart, choose_images
-from deploy.quantize.file import BOXES, SCORES, Quantizer
+from deploy.quantize.file import Quantizer
 from deploy.quantize.guided import search
 from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner, session_options
@@ -122,17 +124,18 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def _accuracy_rows(judged: ArtifactResult, size_mb: float, images: int, notes: str) -> list[Row]:
-    """mAP and drop in points, agreement as a share, calibration error, size of one file."""
+    """mAP and drop in points, size, and where there are detections calibration error and agreement, of one file."""
     name = judged.name
     bar = "-0.1 to 0.1" if name == "fp16" else f"<= {BUDGET}" if name.endswith("guided") else ""
     notes = "; ".join(filter(None, (notes, f"network in {network_precision(judged.precision)}")))
     made = [
         Row(name, "mAP", round(judged.metrics.map, 3), n=images, notes=notes),
         Row(name, "mAP drop", round(judged.map_drop or 0.0, 3), n=images, bar=bar),
-        Row(name, "calibration error", round(judged.d_ece, 4), n=images),
         Row(name, "size", round(size_mb, 3), "MB"),
     ]
-    if judged.agreement:
+    if math.isfinite(judged.d_ece):
+        made.append(Row(name, "calibration error", round(judged.d_ece, 4), n=images))
+    if judged.agreement and math.isfinite(judged.agreement.share):
         made.append(Row(name, "agreement", round(judged.agreement.share, 4), n=images))
     return made
 
@@ -171,7 +174,7 @@ def _calls(files: dict[str, Path], eager: TorchRunner, photograph: bytes, thread
 
 
 def _speed_ratios(label: str, timings: dict[str, Timing], *, with_suppression: bool) -> list[Row]:
-    """How many times as fast; or, of the largest size, what suppression costs of a whole call."""
+    """Compute how many times as fast; or, of the largest size, the share of suppression in a whole call."""
     ms = {name: timing.ms for name, timing in timings.items()}
     made = []
     if with_suppression:

@@ -1,14 +1,16 @@
-"""How long a user waits before anything begins: `compress --help` and `import compress`, without torch.
+"""Time until anything begins: `compress --help` and `import compress`, without torch.
 
     python -m benchmarks startup
 
 Every round is a process of its own, the cases in turn; an empty interpreter is measured beside them, because it is in
-all of them. Bars: 0.4 s for the help, 0.2 s for the import; and neither may load torch.
+all of them. CPU time tells what a busy machine hides. Bars: 0.4 s for the help, 0.2 s for the import; and neither may
+load torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,14 +46,18 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
     for name, timing in timings.items():
         bar = f"<= {1000 * BARS_S[name]:g}" if name in BARS_S else ""
         rows.append(replace(timing.row(name, "wall time"), bar=bar))
+        rows.append(Row(name, "CPU time", timing.parts_ms["cpu"], "ms", n=timing.repeats))
     for name, code in CODES.items():
         loaded = _run(["-c", LOADED + code]).splitlines()[-1]
         rows.append(Row(name, "torch is loaded", int(loaded == "True"), bar="<= 0"))
     yield Case("one process each", rows)
 
 
-def _start(words: list[str]) -> None:
+def _start(words: list[str]) -> dict[str, float]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     _run(words)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def _run(words: list[str]) -> str:

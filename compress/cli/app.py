@@ -3,9 +3,9 @@
 Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted. A user's mistake is one `error: …` line on
 stderr (one a problem for a recipe with several), never a traceback; a traceback is our mistake.
 
-A module of this folder holds a group: every function with `@commands.command` is a command; its signature is what
-`--help` shows. Imports of the packages that do the work stand inside the functions: `--help` answers at once, and
-commands on exported files run where torch is not installed.
+A module of this folder that has `commands` holds a group, and no list names it: every function with
+`@commands.command` is a command; its signature is what `--help` shows. Imports of the packages that do the work stand
+inside the functions: `--help` answers at once, and commands on exported files run where torch is not installed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Annotated, NoReturn
 
 import typer
 
 from compress import __version__
-from compress.cli import benchmark, build, check_model, data, doctor, export, quantize, serve, train, validate
 from compress.cli.exits import to_stderr
 from deploy.core.errors import LocalUserError, UserError
 
@@ -32,8 +34,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _group in (train, data, check_model, export, quantize, build, validate, benchmark, serve, doctor):
-    app.add_typer(_group.commands)
+IN_HELP = ("train", "data", "check_model", "export", "quantize", "build", "validate", "benchmark", "serve", "doctor")
+"""Groups in the order in which `--help` shows them; others follow by name."""
+
+_modules = {found.name for found in iter_modules([str(Path(__file__).parent)])} - {"app"}
+for _name in (*IN_HELP, *sorted(_modules.difference(IN_HELP))):
+    _commands = getattr(import_module(f"compress.cli.{_name}"), "commands", None)
+    if _commands is not None:
+        app.add_typer(_commands)
 
 
 @app.callback(invoke_without_command=True)
@@ -95,7 +103,7 @@ _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c
 
 
 def _missing_package(error: ImportError) -> str | None:
-    """What to tell a user about a package that is not there, or None when the mistake is ours."""
+    """Word the error for a package that is not installed; None when the mistake is ours."""
     from compress import foreign_kernels
     from compress.doctor import TRAIN
 

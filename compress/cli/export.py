@@ -105,7 +105,7 @@ def export(
 
 
 def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path | None) -> None:
-    """What to do with the files: validate them where labelled images are known."""
+    """Print the next command: validate the files where labelled images are known."""
     if split is None:
         next_command("benchmark", *written, "--images", images)
         return

@@ -4,7 +4,7 @@
 to rebuild the model (`ModelRecord`). `load_mmdet_gfl` maps an official `.pth` onto our modules; `fetch` gets
 one of the published ones (`ZOO`). `load_teacher_checkpoint` takes either, or `zoo:NAME`.
 
-Whatever is missing from a file, left over in it or of another shape is an error that names the keys.
+Keys that are missing from a file, left over in it or of another shape are an error that names them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The conformance kit: does a detector of one's own do what `compress` will ask of it?
+"""Conformance kit for a user's own detector: does it do what `compress` will ask of it?
 
     for check in check_model("mypkg.models:MyDetector"):
         print(check.name, check.problem or "ok")
 
 Every check asks what some part of the product relies on: shapes and strides (methods), loss and gradient (the
 trainer), one image without objects, export at batch 1, 2 and the largest against torch, saving, loading, resuming.
-The checks go through the code that real runs go through. Minutes of somebody else's training are cheap to lose;
-whatever can be seen in seconds on generated images is seen here.
+The checks go through the code that real runs go through. What can be seen in seconds on generated images is seen here,
+before hours of training depend on it.
 """
 
 from __future__ import annotations
@@ -317,9 +317,10 @@ def _export(subject: _Subject) -> str | None:
     torch_side = torch_runner(str(subject.saved()), settings, SIZE)
     for batch in (1, 2, LARGEST_BATCH):
         pixels = _images(batch).numpy()
-        ours, theirs = exported(pixels), torch_side(pixels)
-        if ours.count.tolist() != theirs.count.tolist() and abs(ours.count - theirs.count).max() > 1:
-            return f"at batch {batch} the file finds {ours.count.tolist()} boxes, torch {theirs.count.tolist()}"
+        exported_batch, torch_batch = exported(pixels), torch_side(pixels)
+        in_file, in_torch = exported_batch.count, torch_batch.count
+        if abs(in_file - in_torch).max() > 1:
+            return f"at batch {batch} the file finds {in_file.tolist()} boxes, torch {in_torch.tolist()}"
     return None
 
 
@@ -408,7 +409,7 @@ def _trained(subject: _Subject, data: Path, folder: Path, stops: list[int | None
             name="check-model", folder=TrainingFolder(folder), settings=settings, identity="check-model",
             loader=train_loader(images, batch_size=4, seed=SEED, workers=0), evaluate=lambda _: _no_metrics(),
         )  # fmt: skip
-        with redirect_stdout(io.StringIO()):  # its progress is nobody's business here
+        with redirect_stdout(io.StringIO()):  # its progress does not belong in the checks' output
             fit(fabric, detector, training, resume=index > 0, max_steps=stop)
         weights = {key: value.clone() for key, value in detector.state_dict().items()}
     return weights

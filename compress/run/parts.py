@@ -48,11 +48,11 @@ class Parts:
             )
 
     def method_identity(self) -> dict[str, Any]:
-        """What a training depends on that learns by these methods, as JSON; empty without them."""
+        """Identify own methods that a training depends on, as JSON; empty without them."""
         return {"own_methods": {name: describe(part) for name, part in self.methods.items()}} if self.methods else {}
 
     def student_identity(self) -> dict[str, Any]:
-        """What a training of this student depends on, as JSON; empty without one."""
+        """Identify an own student that a training depends on, as JSON; empty without one."""
         if self.student is None:
             return {}
         with torch.random.fork_rng(devices=[]):
@@ -63,13 +63,13 @@ class Parts:
 
 
 def named_identity(kind: str, paths: Mapping[str, str]) -> dict[str, Any]:
-    """What a training depends on that works with the parts at these import paths (recipe key → path), as JSON under
-    the key `kind`; empty without them."""
+    """Identify what a training depends on that works with the parts at these import paths (recipe key → path), as JSON
+    under the key `kind`; empty without them."""
     return {kind: {key: describe(import_object(path, key)) for key, path in paths.items()}} if paths else {}
 
 
 def describe(part: Any) -> dict[str, Any]:
-    """What an object is: its class, the text of that class, its weights and its plain settings. A finished training is
+    """Describe an object: its class, the text of that class, its weights and its plain settings. A finished training is
     done again when one of them changes; what a class takes from other modules is not seen."""
     kind = part if inspect.isclass(part) or inspect.isroutine(part) else type(part)
     try:

@@ -38,7 +38,7 @@ EVAL_BATCH = 8
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student learns from a teacher.
+    """Plan of how a student learns from a teacher.
 
     methods: the recipe's section. own: methods that are there as objects; a training works on copies.
     inherit: start the student's neck and head from the teacher's.

@@ -30,6 +30,7 @@ class Precision:
     suffix: between the student's name and `.onnx`.
     targets: the formats that it can be quantized in, the usual one first; none: it is a float file.
     half: the network computes in float16.
+    several_formats: its convolutions and matrix products are of several formats, and no one of them has to prevail.
     score_tolerance: largest difference from torch that the export check allows.
     box_tolerance_px: the same for boxes, in pixels; None: `box_tolerance` holds.
     box_tolerance: the same as a share of the canvas' longer side.
@@ -40,6 +41,7 @@ class Precision:
     suffix: str
     targets: tuple[Target, ...] = ()
     half: bool = False
+    several_formats: bool = False
     score_tolerance: float = 1e-3
     box_tolerance_px: float | None = 0.25
     box_tolerance: float = 0.0
@@ -66,13 +68,15 @@ PRECISIONS: dict[str, Precision] = {
         box_tolerance=0.005,
     ),
     "int8": Precision("int8 layers, the rest in float32", source="fp32", suffix=".int8", targets=("cpu", TENSORRT)),
-    "mixed": Precision("int8 layers, the rest in float16", source="fp16", suffix=".mixed", targets=(TENSORRT,)),
+    "mixed": Precision(
+        "int8 layers, the rest in float16", source="fp16", suffix=".mixed", targets=(TENSORRT,), several_formats=True
+    ),
 }
 """Name → what it is. A quantized one is checked by its own comparison (`deploy.quantize`), not by these tolerances."""
 
 
 def file_for(out: Path, precision: str, target: Target | None = None) -> Path:
-    """Where a precision goes: `student.onnx`, `student.int8.onnx`.
+    """Return the file of a precision: `student.onnx`, `student.int8.onnx`.
 
     target: named in the file when it is not the format that the run writes under the plain name:
     `student.int8.tensorrt.onnx`.

@@ -15,6 +15,7 @@ import onnx
 
 from deploy.core.errors import UserError
 
+SCORES, BOXES = "dense_scores", "dense_boxes"  # values inside an exported graph: every location, before suppression
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 

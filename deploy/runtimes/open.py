@@ -1,4 +1,4 @@
-"""A runner for a file, whatever it is: the table of runtimes, by the suffix of the files that they run.
+"""Opening of a file by a runner of its kind: the table of runtimes, by the suffix of the files that they run.
 
 A new runtime is a module with a runner (`deploy.runtimes.base.Runner`) and a row here. A user's own needs no row:
 `open_runner(path, runner="pkg.module:MyRunner")`.
@@ -37,7 +37,7 @@ class Option:
 
 @dataclass(frozen=True)
 class RunnerKind:
-    """How the files of a suffix are run."""
+    """Row of the table of runtimes: how the files of a suffix are run."""
 
     name: str
     open: Callable[..., Runner]
@@ -45,7 +45,7 @@ class RunnerKind:
     has_providers: bool = False
     """Whether the file runs in several places, which `providers` names."""
     readable: bool = False
-    """Whether the values inside can be read one by one, to find where two files part (`deploy.quantize.diagnose`)."""
+    """Whether the values inside can be read one by one, to find where two files part (`deploy.graph.diagnose`)."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """The arguments of `open_runner` that are for these files alone."""
 

@@ -31,7 +31,7 @@ class _Model(BaseModel):
 
 
 class EngineOptions(_Model):
-    """How an engine is built."""
+    """Options of an engine build."""
 
     batches: tuple[int, int, int] = (1, 8, 32)
     """Smallest batch, the one it is tuned for, largest batch."""
@@ -75,7 +75,7 @@ class EngineOptions(_Model):
 
 
 class Machine(_Model):
-    """Where an engine was built, or is to run. None: there is none, or it cannot be read."""
+    """Machine where an engine was built, or is to run. None: there is none, or it cannot be read."""
 
     library: str
     """`TensorRT` or `TensorRT-RTX`."""
@@ -89,7 +89,7 @@ class Machine(_Model):
 
 
 class Layers(_Model):
-    """How many layers there are, and the share of each number format among them; shares add up to 1."""
+    """Number of layers, and the share of each number format among them; shares add up to 1."""
 
     count: int
     share: dict[str, float]
@@ -223,14 +223,15 @@ def contradiction(claim: PrecisionName | None, network: Layers, layers: Layers |
     """Why something called `claim` is not that; None when it is, or when nothing is claimed.
 
     fp16 and int8 need the majority of convolutions and matrix products in the network, and, when the inspector could
-    look, a layer of that format in the engine. mixed needs two formats. fp32 allows no other.
+    look, a layer of that format in the engine. mixed, and what else is of several formats, needs two of them. fp32
+    allows no other.
     """
     shares = {name: share for name, share in network.share.items() if share > 0}
     is_what = ", ".join(f"{share:.0%} {name}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
     if claim is None or not shares:
         return None
-    if claim == "mixed":
-        return None if len(shares) > 1 else f"called mixed, but its convolutions and matrix products are {is_what}"
+    if PRECISIONS[claim].several_formats:
+        return None if len(shares) > 1 else f"called {claim}, but its convolutions and matrix products are {is_what}"
     if claim == "fp32":
         return (
             None if set(shares) == {"fp32"} else f"called fp32, but its convolutions and matrix products are {is_what}"
@@ -298,7 +299,7 @@ def rebuild(card: EngineCard) -> str:
 
 
 def this_machine(library: str, version: str, device: int = 0) -> Machine:
-    """This machine with a TensorRT library that is loaded here."""
+    """Describe this machine with a TensorRT library that is loaded here."""
     gpu = cuda_driver.gpu(device)
     if gpu is None:
         return Machine(library=library, version=version)

@@ -38,7 +38,7 @@ DIAGNOSED_IMAGES = 2
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two detectors say the same, whether right or wrong.
+    """Agreement of two detectors, whether they are right or wrong.
 
     A detection with score ≥ 0.3 is *confirmed* when the other side has one of the same class with IoU ≥ 0.9
     and score ≥ 0.25 (the slack keeps a score at the border from counting as a disagreement); one to one,
@@ -285,7 +285,7 @@ def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) 
     if trusted is None:
         return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
     try:
-        from deploy.quantize.diagnose import first_divergence
+        from deploy.graph.diagnose import first_divergence
     except ModuleNotFoundError as error:
         return f"not run: pip install {error.name}, which reads the values inside ONNX files"
     canvases = fit_pictures([load_image(image) for image in images], runner.card).images

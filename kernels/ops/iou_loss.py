@@ -169,7 +169,7 @@ def _iou_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and the gradients to boxes and target ([N, 4] in `kept_dtype`, or empty where not wanted)."""
     if backend == "cuda":
-        from kernels.csrc.build import iou_loss as cuda_iou_loss
+        from kernels.ops.cuda import iou_loss as cuda_iou_loss
 
         return cuda_iou_loss(boxes, target, weight, kind, eps, boxes_grad, target_grad)
     from kernels.triton import iou_loss as kernel

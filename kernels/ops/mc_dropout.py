@@ -98,7 +98,7 @@ def _mc_dropout(
     dropout = Dropout.of(rates, seed, offset, mode, combine)
     if backend != "torch":
         if backend == "cuda":
-            from kernels.csrc.build import mc_dropout as forward
+            from kernels.ops.cuda import mc_dropout as forward
         else:
             from kernels.triton.mc_dropout import forward
         out, drawn = forward(x, dropout, variance)
@@ -131,7 +131,7 @@ def _mc_dropout_backward(
     """d out / d x = a (combined), d var / d x = 2 v x."""
     dropout = Dropout.of(rates, seed, offset, mode, combine)
     if backend == "cuda":
-        from kernels.csrc.build import mc_dropout_backward
+        from kernels.ops.cuda import mc_dropout_backward
 
         return mc_dropout_backward(grad_out, grad_var, x, dropout)
     if backend == "triton":

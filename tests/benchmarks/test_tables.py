@@ -126,6 +126,7 @@ def test_a_listing_names_the_case_where_there_are_several() -> None:
         (Row("v", "share of a step", 0.0327), "3.3%"),
         (Row("v", "time", 0.092, "s"), "0.0920 s"),
         (Row("v", "time", 143.2, "ms"), "143 ms"),
+        (Row("v", "time", 143.2, "ms", bar="<= 9", notes="x; busy: others used 20% of the CPUs"), "**143 ms (busy)**"),
         (Row("v", "p99", 3343.05, "ms"), "3,343 ms"),
         (Row("v", "count", 5000), "5,000"),
     ],

@@ -18,7 +18,7 @@ PHASES = ("setup", "call", "teardown")
 
 
 def cpu_seconds() -> float:
-    """Of this process and of all its children that have ended, user and system together."""
+    """Seconds of this process and of all its children that have ended, user and system together."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(x.ru_utime + x.ru_stime for x in used)
 

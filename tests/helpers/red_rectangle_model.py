@@ -27,14 +27,8 @@ CARD = ModelCard(
 )
 
 
-def write_red_model(path: Path, *, work: int = 0, card: ModelCard = CARD) -> None:
-    """One detection an image that has red pixels (r > 200, g and b < 80), none otherwise.
-
-    The box is that of the red pixels; the score is 0.25 + 0.75 x mean of all values / 255, so that no two pictures
-    have the same; label 1 for boxes wider than 64 px, else 0.
-    """
-    height, width = card.input_size
-    constants = {
+def _constants(height: int, width: int) -> dict[str, np.ndarray]:
+    return {
         "high": np.array(200, np.float32),
         "low": np.array(80, np.float32),
         "xs": np.arange(width, dtype=np.float32).reshape(1, 1, 1, width),
@@ -55,6 +49,16 @@ def write_red_model(path: Path, *, work: int = 0, card: ModelCard = CARD) -> Non
         "flat": np.array([-1], np.int64),
         "izero": np.array(0, np.int64),
     }
+
+
+def write_red_model(path: Path, *, work: int = 0, card: ModelCard = CARD) -> None:
+    """One detection an image that has red pixels (r > 200, g and b < 80), none otherwise.
+
+    The box is that of the red pixels; the score is 0.25 + 0.75 x mean of all values / 255, so that no two pictures
+    have the same; label 1 for boxes wider than 64 px, else 0.
+    """
+    height, width = card.input_size
+    constants = _constants(height, width)
     nodes = []
 
     def node(kind: str, inputs: list[str], output: str, **attributes: object) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from deploy.core.card import card_from_file
+from deploy.core.errors import UserError
+from deploy.tensorrt.build import build_engine
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,12 @@ def build(path: Path) -> Built:
             layer.type == trt.LayerType.CONVOLUTION and layer.get_output(0).dtype == trt.float16 for layer in layers
         ),
     )
+
+
+def refusal(path: Path) -> str:
+    """What `build_engine` says about a file that cannot be built, in one line, with nothing left behind."""
+    with pytest.raises(UserError) as error:
+        build_engine(path, timing_caches=path.parent / "timing")
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
+    assert not list(path.parent.glob("*.engine*"))
+    return str(error.value).removeprefix(f"{path}: ")

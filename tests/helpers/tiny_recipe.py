@@ -28,7 +28,7 @@ train:
   clip_norm: 10
   optimizer: {{name: sgd, lr: 0.01}}
   schedule: {{name: cosine, warmup_steps: 2, warmup_factor: 0.1}}
-deploy: {{score_threshold: 0.0, candidates: 100, benchmark: {{batch_sizes: [1], seconds: 0.2}}}}
+deploy: {{score_threshold: 0.0, candidates: 100, benchmark: {{batch_sizes: [1], seconds: 0.02}}}}
 """
 
 
@@ -41,6 +41,6 @@ def recipe(runs: Path, *overrides: str) -> Recipe:
 
 
 def recipe_file(runs: Path, *overrides: str) -> Path:
-    """The same as a file for the command line."""
+    """Write the recipe as a file for the command line."""
     recipe(runs)
     return runs / "tiny.yaml"

@@ -51,6 +51,14 @@ def test_a_case_is_replaced_at_its_place(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_could_not_be_measured_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    put(path, rows("c", 1))
+    with pytest.raises(ValueError, match="latency, d, v0: time is nan"):
+        put(path, rows("d", float("nan")))
+    assert [row.case for row in read(path)] == ["c"]
+
+
 def test_versions_of_another_interpreter() -> None:
     (row,) = stamped(Case("c", [Row("v", "time", 1)], versions="python 3.11"), ORIGIN)
     assert row.versions == "python 3.11" and row.command == ORIGIN["command"]
@@ -75,9 +83,9 @@ def test_bars(bar: str, value: float, met: bool | None) -> None:
 @pytest.mark.parametrize(
     ("column", "text", "message"),
     [
-        ("value", "fast", "line 2: value is 'fast', which is no number"),
-        ("value", "", "line 2: value is no number"),
-        ("value", "nan", "line 2: value is no number"),
+        ("value", "fast", "line 2: value is 'fast', which is not a number"),
+        ("value", "", "line 2: value is not a number"),
+        ("value", "nan", "line 2: value is not a number"),
         ("n", "1.5", "line 2: n is '1.5'"),
         ("low", "1", "low, high and spread go together"),
         ("bar", "about 4", "bar is 'about 4'"),

@@ -38,7 +38,7 @@ def test_what_builds_on_a_failed_check_is_skipped() -> None:
     ("path", "message"),
     [
         ("examples.own_detector.centers:Nothing", "examples.own_detector.centers has no Nothing"),
-        ("compress.detectors.base:ImageSize", "no subclass of compress.detectors.base.Detector"),
+        ("compress.detectors.base:ImageSize", "is not a subclass of compress.detectors.base.Detector"),
         ("no_module_of_this_name:Model", "no such module"),
         ("mymodels", "'mymodels' is no import path; write package.module:Name"),
         ("gfl", "'gfl' is no import path"),

@@ -316,7 +316,7 @@ def test_thresholds_are_measured_on_the_labelled_images(tmp_path: Path) -> None:
 
 
 def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the check and when they label; the student's images stay as they are."""
+    """Teachers see them so in the check and when they label; the student's images stay as they are."""
     shown: list[tuple[tuple[int, ...], str]] = []
     original = stage.check_teacher
 
@@ -407,7 +407,7 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
         (["pseudo_labels.unlabeled=[a/b, a, ab]"], r"unlabeled: a/b lies in a, which is searched"),
         (["teacher={checkpoint: no.pth}"], r"--set teacher: is not used: pseudo_labels\.teachers label"),
         (["labels.fraction=0"], r"pseudo_labels\.fine_tune: needs labelled training images"),
-        (["labels.fraction=0", "pseudo_labels=null"], r"labels\.fraction: 0 leaves nothing"),
+        (["labels.fraction=0", "pseudo_labels=null"], r"labels\.fraction: is 0 .* nothing to train on"),
         (["labels.fraction=0", "pseudo_labels.fine_tune=null", "baseline=true"], "baseline: needs labelled"),
     ],
 )

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from compress.detectors.base import DensePrediction
 from compress.export.deployable import Deployable, half_precision
 from deploy.core.card import PROCESSING, card_from_file, network_precision
+from deploy.graph.diagnose import first_divergence
 from deploy.graph.export import ExportMismatchError, export_onnx
 from deploy.quantize.calibrate import activation_ranges
-from deploy.quantize.diagnose import first_divergence
 from deploy.quantize.qdq import check_format, quantize
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers.tensorrt_build import build
@@ -24,7 +24,7 @@ from tests.helpers.tiny_onnx import CARD, TinyDetector, deployable, pictures
 
 
 class NormedDetector(TinyDetector):
-    """With a norm over the map, like the head of GFL."""
+    """Network with a norm over the map, like the head of GFL."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from compress import cli
 from deploy.core import cuda_driver
-from deploy.core.card import METADATA_KEY, Quantization, card_from_file
+from deploy.core.card import Quantization, card_from_file
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.onnx_scan import scan_onnx
@@ -37,6 +37,7 @@ from deploy.tensorrt.card import (
     write_engine_card,
 )
 from tests.helpers import tensorrt_rig
+from tests.helpers.tensorrt_build import refusal
 from tests.helpers.tiny_onnx import CARD, SIZE, export_tiny, pictures
 
 tensorrt_rig.need_tensorrt()
@@ -46,7 +47,7 @@ from deploy.tensorrt.network import compute_layers, library, load_tensorrt, pars
 
 @pytest.fixture(scope="session")
 def other_onnx(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same student after more training: other weights, the same structure."""
+    """Student after more training: other weights, the same structure."""
     model = onnx.load(str(tiny_onnx))
     rng = np.random.default_rng(0)
     for item in model.graph.initializer:
@@ -58,11 +59,6 @@ def other_onnx(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("other") / "other.onnx"
     onnx.save(model, str(path))
     return path
-
-
-@pytest.fixture
-def model(tiny_onnx: Path) -> onnx.ModelProto:
-    return onnx.load(str(tiny_onnx))
 
 
 @pytest.fixture
@@ -340,114 +336,6 @@ def test_a_refitted_engine_computes_as_its_new_file(
     np.testing.assert_allclose(found.scores, wanted.scores, atol=2e-3)
 
 
-# ------------------------------------------------------------------------------------- broken and foreign files
-
-
-def one_line(path: Path) -> str:
-    """The command's answer to a file that cannot be built: one line and exit code 2."""
-    with pytest.raises(UserError) as error:
-        build_engine(path, timing_caches=path.parent / "timing")
-    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
-    assert not list(path.parent.glob("*.engine*"))
-    return str(error.value).removeprefix(f"{path}: ")
-
-
-def saved(model: onnx.ModelProto, folder: Path) -> Path:
-    onnx.save(model, str(folder / "m.onnx"))
-    return folder / "m.onnx"
-
-
-def test_no_file_no_onnx_and_half_a_file(tiny_onnx: Path, tmp_path: Path) -> None:
-    assert one_line(tmp_path / "none.onnx") == "no such file"
-    (tmp_path / "text.onnx").write_text("hello world")
-    assert one_line(tmp_path / "text.onnx").startswith("not an ONNX model")
-    content = tiny_onnx.read_bytes()
-    (tmp_path / "cut.onnx").write_bytes(content[: len(content) // 2])
-    assert one_line(tmp_path / "cut.onnx").startswith("truncated: ")
-
-
-def test_weights_that_are_not_there(model: onnx.ModelProto, tmp_path: Path) -> None:
-    onnx.save(model, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.bin", size_threshold=64)
-    (tmp_path / "m.bin").unlink()
-    assert "weights are in m.bin, which is not beside it" in one_line(tmp_path / "m.onnx")
-
-
-@pytest.mark.parametrize("opset", [3, 99])
-def test_wrong_opset(model: onnx.ModelProto, tmp_path: Path, opset: int) -> None:
-    model.opset_import[0].version = opset
-    assert one_line(saved(model, tmp_path)).startswith(f"opset {opset}: TensorRT reads 9 to 25: export it again")
-
-
-def test_every_unsupported_operator_is_named_before_anything_is_built(model: onnx.ModelProto, tmp_path: Path) -> None:
-    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
-    for node in convolutions[:2]:
-        node.op_type = "Banana"
-    convolutions[2].op_type = "Unique"
-    line = one_line(saved(model, tmp_path))
-    assert f"has no importer for Banana (2 nodes, first '{convolutions[0].name}'), Unique (1 node" in line
-    assert line.endswith("write it with ordinary operators, or leave this part out of the graph")
-
-
-def test_operators_of_onnx_runtime_have_their_own_hint(model: onnx.ModelProto, tmp_path: Path) -> None:
-    node = next(node for node in model.graph.node if node.op_type == "Conv")
-    node.op_type, node.domain = "FusedConv", "com.microsoft"
-    line = one_line(saved(model, tmp_path))
-    assert "com.microsoft.FusedConv (1 node" in line and "made for ONNX Runtime" in line and "--target tensorrt" in line
-
-
-def test_a_parser_error_names_node_operator_reason_and_hint(model: onnx.ModelProto, tmp_path: Path) -> None:
-    node = next(node for node in model.graph.node if node.op_type == "Sub")
-    node.input[0] = "nowhere"
-    line = one_line(saved(model, tmp_path))
-    assert f"node '{node.name}' (Sub): " in line and "not registered" in line
-    assert line.endswith("the graph is damaged: export it again")
-
-
-def test_a_foreign_file_has_no_card(model: onnx.ModelProto, tmp_path: Path) -> None:
-    del model.metadata_props[:]
-    assert "no model card" in one_line(saved(model, tmp_path))
-
-
-def test_only_the_batch_may_be_dynamic_and_it_must_be(model: onnx.ModelProto, tmp_path: Path) -> None:
-    shape = model.graph.input[0].type.tensor_type.shape
-    shape.dim[0].ClearField("dim_param")
-    shape.dim[0].dim_value = 2
-    assert "exported for a batch of 2: give --batch 2" in one_line(saved(model, tmp_path))
-
-
-def suppression_by_operator() -> onnx.ModelProto:
-    value, constant = helper.make_tensor_value_info, helper.make_tensor
-    node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "most", "iou", "score"], ["kept"], name="nms")
-    inputs = [value("boxes", TensorProto.FLOAT, ["b", 10, 4]), value("scores", TensorProto.FLOAT, ["b", 3, 10])]
-    constants = [
-        constant("most", TensorProto.INT64, [1], [5]),
-        constant("iou", TensorProto.FLOAT, [1], [0.5]),
-        constant("score", TensorProto.FLOAT, [1], [0.05]),
-    ]
-    graph = helper.make_graph([node], "g", inputs, [value("kept", TensorProto.INT64, [None, 3])], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-
-
-def test_an_operator_that_is_read_but_not_implemented(tmp_path: Path) -> None:
-    path = saved(suppression_by_operator(), tmp_path)
-    if library(load_tensorrt())[0] != "TensorRT-RTX":
-        pytest.skip("TensorRT itself implements NonMaxSuppression")
-    assert "(NonMaxSuppression): TensorRT-RTX reads this operator but has no implementation" in one_line(path)
-
-
-def test_a_static_and_a_foreign_network_are_refused(tmp_path: Path) -> None:
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["a", "b"], ["c"])],
-        "g",
-        [value("a", TensorProto.FLOAT, ["n", 2]), value("b", TensorProto.FLOAT, ["n", 2])],
-        [value("c", TensorProto.FLOAT, ["n", 2])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    helper.set_model_props(model, {METADATA_KEY: CARD.model_dump_json()})
-    assert "2 inputs; a deployable file has one" in one_line(saved(model, tmp_path))
-
-
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
@@ -513,7 +401,7 @@ def test_int8_layers_are_seen(model: onnx.ModelProto, build: Callable[..., Engin
 
 def test_int8_for_the_cpu_is_refused_with_the_target(model: onnx.ModelProto, tmp_path: Path) -> None:
     path = quantized(model, tmp_path / "tiny.int8.onnx", unsigned=True)
-    line = one_line(path)
+    line = refusal(path)
     assert "--target tensorrt" in line and "TensorRT cannot read it: node '" in line
 
 
@@ -555,7 +443,7 @@ def test_an_engine_of_an_onnx_file(
         ("--trt --out t.onnx", "t.onnx: an engine's name ends in .engine"),
     ],
 )
-def test_mistakes_are_one_line(tiny_onnx: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_refusal(tiny_onnx: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("export", tiny_onnx, *words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -17,6 +17,7 @@ from kernels.common import backend
 from kernels.common.dropout import Dropout
 from kernels.common.dropout_table import table
 from kernels.csrc import build as cuda
+from kernels.ops import cuda as cuda_calls
 from kernels.ops import iou_loss as iou
 from kernels.ops.mc_dropout import mc_dropout
 from tests.helpers.kernel_boxes import KINDS, boxes
@@ -110,7 +111,7 @@ def test_dropout_draws_what_triton_draws(
     tables = table(rates, torch.device("cpu"))
     first = tables.groups[0]
     one_rate = len(tables.groups) == 1 and first.rate is not None
-    words = [dropout.seed & cuda.WORD, dropout.seed >> 32, dropout.offset & cuda.WORD, dropout.offset >> 32]
+    words = [dropout.seed & cuda_calls.WORD, dropout.seed >> 32, dropout.offset & cuda_calls.WORD, dropout.offset >> 32]
     factor, variance = torch.empty(shape), torch.empty(shape)
     host.factors(
         (ctypes.c_uint32 * 4)(*words),
@@ -120,7 +121,7 @@ def test_dropout_draws_what_triton_draws(
         ctypes.c_float(first.per_copy),
         ctypes.c_float(first.per_pair),
         ctypes.c_bool(mode == "channel"),
-        cuda.COMBINE[dropout.combine],
+        cuda_calls.COMBINE[dropout.combine],
         *shape,
         _of(factor),
         _of(variance),

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from deploy.core.errors import UserError
+from deploy.graph.diagnose import first_divergence
 from deploy.quantize.calibrate import activation_ranges
-from deploy.quantize.diagnose import first_divergence
 from deploy.quantize.qdq import quantize
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import validate

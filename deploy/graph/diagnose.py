@@ -1,4 +1,4 @@
-"""Where does a graph start to compute something else? Layer by layer, against a graph that is right.
+"""Search for the place where a graph starts to compute something else, layer by layer, against a correct graph.
 
 `first_divergence(reference, other, images)` runs both ONNX files with their intermediate values exposed, matches the
 values, and names the first one, in the order of computation, whose difference is larger than the number formats on its
@@ -29,8 +29,7 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper, shape_inference
 
 from deploy.core.errors import UserError, first_line
-from deploy.graph.structure import needed_for
-from deploy.quantize.file import BOXES, SCORES
+from deploy.graph.structure import BOXES, SCORES, needed_for
 
 LIMITS = {"fp32": 1e-3, "fp16": 0.03, "int8": 0.25}
 """Largest noise-to-signal ratio that a format explains at any depth."""
