@@ -138,4 +138,6 @@ def _is_one(pictures: Any) -> bool:
         return not Path(pictures).is_dir()
     if isinstance(pictures, np.ndarray):
         return pictures.ndim != 4
-    return isinstance(pictures, bytes | Image.Image)
+    return isinstance(pictures, bytes | Image.Image) or not isinstance(
+        pictures, Iterable
+    )  # then it is no picture at all

@@ -40,8 +40,13 @@ def check_model(
         failed += [check.name] if check.problem else []
     if failed:
         gate_failed(f"{detector}: {', '.join(failed)}")
-    print(f"{detector}: fit for training, export and serving; in a recipe, student.detector: {detector}")
-    next_command("train", "RECIPE", "--set", f"student.detector={detector}")
+    print(f"{detector}: fit for training, export and serving; in a recipe: {_section(detector, options)}")
+    next_command("train", "RECIPE", "--set", f"student={_section(detector, options)}")
+
+
+def _section(detector: str, options: str | None) -> str:
+    """The student of a recipe, in YAML on one line."""
+    return f"{{detector: '{detector}'{f', options: {options}' if options else ''}}}"
 
 
 def _mapping(text: str | None, option: str) -> dict[str, Any] | None:
@@ -50,6 +55,8 @@ def _mapping(text: str | None, option: str) -> dict[str, Any] | None:
         return None
     from compress.config.yaml_document import Document
 
+    if not text.strip().startswith("{"):
+        raise UserError(f"{option}: needs a mapping, for example '{{width: 32}}', got {text!r}")
     document = Document(option)
     found = document.read(text)
     if document.problems:

@@ -135,6 +135,7 @@ def _record(key: str, term: config.Term) -> MethodRecord:
     method = import_object(key, f"methods.{key}")
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UserError(f"methods.{key}: needs a subclass of compress.distill.method.Method, got {_kind(method)}")
+    _check_capabilities(f"methods.{key}", method.needs)
 
     def build(settings: config.OwnMethod, context: BuildContext) -> Method:
         options = settings.options or {}
@@ -144,11 +145,19 @@ def _record(key: str, term: config.Term) -> MethodRecord:
     return MethodRecord(config.OwnMethod, build, method.needs)
 
 
+def _check_capabilities(key: str, needs: Any) -> None:
+    """Raises UserError where a user's own method says what it needs in anything but capabilities."""
+    if not isinstance(needs, (set, frozenset)) or not all(isinstance(need, Capability) for need in needs):
+        names = ", ".join(f"Capability.{capability.name}" for capability in Capability)
+        raise UserError(f"{key}: its `needs` is {needs!r}; give a set of {names}")
+
+
 def _copy_of_own(name: str, given: Method | WeightedMethod, student: Detector, teacher: Detector) -> WeightedMethod:
     """A user's object, checked, with its weight and schedule."""
     method = given.method if isinstance(given, WeightedMethod) else given
     if not isinstance(method, Method):
         raise UserError(f"methods.{name}: needs a compress.distill.method.Method, got {_kind(method)}")
+    _check_capabilities(f"methods.{name}", method.needs)
     _check(name, method.needs, student, teacher)
     weighted = copy.deepcopy(given if isinstance(given, WeightedMethod) else WeightedMethod(given))
     weighted.method = _on_common_levels(weighted.method, student, teacher)

@@ -41,13 +41,17 @@ def load_image(path: Path) -> np.ndarray:
 def read_picture(picture: Picture) -> np.ndarray:
     """RGB uint8 [h, w, 3] of a picture in any form; a PIL image is turned as its EXIF orientation says, like a file.
 
-    Raises UserError as `load_image`, and for an array of another kind.
+    Raises UserError as `load_image`, for an array of another kind, and for what is no picture.
     """
     if isinstance(picture, np.ndarray):
         return check_pixels(picture)
     if isinstance(picture, bytes):
         return decode_image(picture)
-    return rgb(picture) if isinstance(picture, Image.Image) else load_image(Path(picture))
+    if isinstance(picture, (str, Path)):
+        return load_image(Path(picture))
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"a picture is a path, bytes, pixels or a PIL image, got {type(picture).__name__}")
+    return rgb(picture)
 
 
 def check_pixels(pixels: np.ndarray) -> np.ndarray:

@@ -23,14 +23,14 @@ class CudaDevice:
     """
 
     def __init__(self, index: int = 0) -> None:
+        if cuda_driver.gpu(index) is None:
+            raise UserError(f"no CUDA GPU {index} here: an engine needs one")
         try:
             import pycuda.driver as driver
         except ModuleNotFoundError as error:
             raise UserError("pycuda is not installed: pip install 'compress-detectors[trt]'") from error
         except (ImportError, OSError) as error:
             raise UserError(f"pycuda does not load, which needs an NVIDIA driver: {first_line(error)}") from error
-        if cuda_driver.gpu(index) is None:
-            raise UserError(f"no CUDA GPU {index} here: an engine needs one")
         driver.init()
         self._driver = driver
         self._context = driver.Device(index).retain_primary_context()

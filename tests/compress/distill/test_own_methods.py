@@ -169,6 +169,9 @@ def test_what_it_needs_is_checked() -> None:
         UserError, match=r"methods.mine needs box distributions of the student, which fcos cannot give$"
     ):
         build_methods(Methods(), model("fcos"), model(), own={"mine": needs})
+    needs.needs = {"dense"}  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"methods.mine: its `needs` is {'dense'}; give a set of Capability.FEATURES, "):
+        build_methods(Methods(), model(), model(), own={"mine": needs})
 
 
 def test_a_mistake_inside_it_is_the_cause() -> None:

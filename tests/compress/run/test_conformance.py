@@ -64,4 +64,5 @@ def test_the_command_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -
     assert err == "failed: tests.helpers.broken_centers:BackgroundClass: prediction\n"
     with pytest.raises(SystemExit) as stop:
         cli.main(["check-model", EXAMPLE, "--options", "[1]"])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --options")
+    line = "error: --options: needs a mapping, for example '{width: 32}', got '[1]'\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from compress.data.coco import decode
 from deploy.core.errors import UserError
-from deploy.core.image import letterbox, load_image, to_original
+from deploy.core.image import letterbox, load_image, read_picture, to_original
 
 PAD = (124, 116, 104)
 
@@ -42,6 +43,14 @@ def test_16_bits_are_scaled_the_same_for_training_and_serving(tmp_path: Path) ->
         Image.fromarray(pixels).save(tmp_path / name)
         assert np.array_equal(load_image(tmp_path / name), wanted)
         assert np.array_equal(decode(tmp_path / name).permute(1, 2, 0).numpy(), wanted)
+
+
+@pytest.mark.parametrize("thing", [None, 3, ["a.png"]])
+def test_what_is_no_picture_is_one_line(thing: Any) -> None:
+    with pytest.raises(
+        UserError, match=f"a picture is a path, bytes, pixels or a PIL image, got {type(thing).__name__}"
+    ):
+        read_picture(thing)
 
 
 def test_unreadable_images_are_one_line_errors(tmp_path: Path) -> None:
