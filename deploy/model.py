@@ -138,6 +138,5 @@ def _is_one(pictures: Any) -> bool:
         return not Path(pictures).is_dir()
     if isinstance(pictures, np.ndarray):
         return pictures.ndim != 4
-    return isinstance(pictures, bytes | Image.Image) or not isinstance(
-        pictures, Iterable
-    )  # then it is no picture at all
+    several = isinstance(pictures, Iterable) and not isinstance(pictures, bytes | Image.Image)
+    return not several  # `read_picture` tells what is no picture at all
