@@ -202,7 +202,7 @@ def filled(text: str, name: str, block: str) -> str:
     pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->\n)"
     text, count = re.subn(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.DOTALL)
     if count != 1:
-        raise UserError(f"there are {count} blocks <!-- {name} -->; one is wanted")
+        raise UserError(f"there are {count} blocks <!-- {name} -->; there must be one")
     return text
 
 

@@ -61,8 +61,8 @@ class _Folder(ModuleType):
 
 
 class _Face(ModuleType):
-    """This package. Python sets a folder as its attribute as soon as something is imported from there, and would put
-    it in the place of the function of that name."""
+    """Module type of this package. Python sets a folder as its attribute as soon as something is imported from there,
+    and would put it in the place of the function of that name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FUNCTIONS_AND_FOLDERS and isinstance(value, ModuleType):

@@ -23,7 +23,7 @@ from compress.config.recipe import Recipe, check_distills, load_recipe
 from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
-from deploy.core.files import ONNX_SUFFIX
+from deploy.core.files import CHECKPOINT_SUFFIXES, ONNX_SUFFIX
 from deploy.core.image import image_files
 from deploy.model import Model, open_model
 from deploy.runtimes.open import OwnRunner
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Detections", "Run", "distill", "export", "load_recipe", "open", "run", "train"]
 
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 """A recipe's file, its content as a dict, or the recipe itself."""
 
@@ -140,7 +139,12 @@ def open(
     Exported files need no torch. Raises UserError for everything that keeps the file from running.
     """
     if runner is None and (Path(path).suffix in CHECKPOINT_SUFFIXES or str(path).startswith("zoo:")):
+        if options:
+            raise UserError(f"{', '.join(options)}: of exported files, and {path} is a checkpoint")
         return Checkpoint(path, input_size=input_size, device=device)
+    if input_size is not None or device != "cpu":
+        name = "device" if input_size is None else "input_size"
+        raise UserError(f"{name}: of checkpoints, and {path} is none")
     return open_model(path, providers, runner=runner, **options)
 
 
@@ -248,7 +252,7 @@ class Checkpoint(Model):
 
 
 class Run:
-    """What a run left in its folder."""
+    """Results of a run in its folder."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -319,7 +323,7 @@ def _parts(
 ) -> Parts:
     from compress.run.parts import Parts
 
-    return Parts(dict(methods or {}), teacher, student)
+    return Parts({} if methods is None else methods, teacher, student)
 
 
 def _files(images: str | Path | Sequence[str | Path]) -> list[Path]:

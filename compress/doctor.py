@@ -110,7 +110,7 @@ def show(findings: list[Finding]) -> bool:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """Whether Python is of a version that we run on."""
+    """Check that Python is of a version that we run on."""
     text = ".".join(map(str, version)) + f" ({platform.python_implementation()})"
     if (3, 11) <= version[:2] <= (3, 13):
         return Finding("python", text)
@@ -123,7 +123,7 @@ def check_machine() -> Finding:
 
 
 def check_disk(free_bytes: int) -> Finding:
-    """Whether there is room for checkpoints and caches."""
+    """Check that there is room for checkpoints and caches."""
     free_gb = free_bytes / 1e9
     if free_gb >= DISK_WANTED_GB:
         return Finding("disk", f"{free_gb:.0f} GB free here")
@@ -132,7 +132,7 @@ def check_disk(free_bytes: int) -> Finding:
 
 
 def check_kernels(hidden: str | None, installed: Mapping[str, str]) -> Finding:
-    """Whether `import kernels` finds ours. hidden: what `foreign_kernels` says."""
+    """Check that `import kernels` finds ours. hidden: what `foreign_kernels` says."""
     if hidden:
         return Finding("kernels", "hidden by another package", "broken", hidden)
     if "kernels" in installed:
@@ -179,7 +179,7 @@ def check_train(installed: Mapping[str, str]) -> list[Finding]:
 
 
 def check_import(name: str, installed: Mapping[str, str]) -> list[Finding]:
-    """Whether an installed package imports; nothing when it is not installed."""
+    """Check that an installed package imports; no finding when it is not installed."""
     if name not in installed:
         return []
     try:
@@ -201,7 +201,7 @@ def check_driver(driver: str | None, torch_sees_cuda: bool | None) -> Finding:
 
 
 def check_onnxruntime(installed: Mapping[str, str], driver: str | None) -> Finding:
-    """Whether one ONNX Runtime is installed, and fits the driver."""
+    """Check that one ONNX Runtime is installed, and fits the driver."""
     found = {name: installed[name] for name in ("onnxruntime", "onnxruntime-gpu") if name in installed}
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
@@ -248,7 +248,7 @@ def check_providers(installed: Mapping[str, str]) -> list[Finding]:
 
 
 def check_tensorrt(installed: Mapping[str, str]) -> Finding:
-    """Whether TensorRT, if it is there, is of a version that we build with."""
+    """Check that TensorRT, if installed, is of a version that we build with."""
     version = installed.get("tensorrt")
     if version is None:
         remedy = "only engines need it: pip install 'compress-detectors[trt]'"

@@ -110,11 +110,11 @@ class RunFolder:
         return [name for name in TRAININGS if self.training(name).last.is_file() and not self.weights(name).is_file()]
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """What manifest.json records, by stage; a damaged record counts as absent."""
+        """Records of manifest.json by stage; a damaged record counts as absent."""
         return read_stages(self.manifest)
 
     def result(self, stage: str) -> Any:
-        """What a stage recorded. Raises KeyError where it did not run."""
+        """Return the result that a stage recorded. Raises KeyError where it did not run."""
         return self.stages()[stage]["result"]
 
 

@@ -39,7 +39,7 @@ class Model:
 
     @property
     def card(self) -> ModelCard:
-        """What the file says about itself: class names, input size, thresholds, precision."""
+        """Card of the file: class names, input size, thresholds, precision."""
         return self.runner.card
 
     @overload
@@ -98,6 +98,8 @@ class Model:
         runners = {self.name: self.runner}
         compared = None
         if reference is not None:
+            if not isinstance(reference, Model):
+                raise UserError(f"reference: needs a model, as open() gives it, got {type(reference).__name__}")
             compared = reference.name if reference.name != self.name else f"{reference.name} (reference)"
             runners[compared] = reference.runner
         return validate(runners, Path(annotations), Path(images), reference=compared, **options)[0]

@@ -59,7 +59,7 @@ def test_generated_parts_are_up_to_date(page: Path, generated: dict[Path, str]) 
 
 
 def test_every_setting_is_in_the_reference() -> None:
-    """Against the generator's own mistakes: a settings class that nobody reaches, a field without a word."""
+    """Against the generator's own mistakes: a settings class that is not reached, a field without a word."""
     modules = [import_module(found.name) for found in iter_modules(config.__path__, "compress.config.")]
     known = [value for module in modules for value in vars(module).values()]
     classes = [c for c in known if isinstance(c, type) and issubclass(c, Settings)]
@@ -151,7 +151,7 @@ def test_recipes_load(block: str, tmp_path: Path) -> None:
     shown = yaml.safe_load(block)
     rest = {} if "name" in shown else {key: value for key, value in whole.items() if key not in shown}
     if "teachers" in shown.get("pseudo_labels", {}):
-        rest.pop("teacher", None)  # nobody would learn from it
+        rest.pop("teacher", None)  # no student would learn from it
     path = tmp_path / "recipe.yaml"
     path.write_text(block + "".join(f"{key}: {json.dumps(value)}\n" for key, value in rest.items()))
     try:

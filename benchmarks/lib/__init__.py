@@ -1,1 +1,1 @@
-"""What the suites share: timing, load on a server, results, their age, tables and pictures."""
+"""Shared parts of the suites: timing, load on a server, results, their age, tables and pictures."""

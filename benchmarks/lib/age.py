@@ -1,4 +1,4 @@
-"""Whether a figure is older than the code that it measures.
+"""Age of figures: whether one is older than the code that it measures.
 
 A suite names the files that it measures. Their fingerprint is stored with every row and compared with that of the
 files as they are: a figure ages with the code, and neither with comments, docstrings, formatting and imports nor with
@@ -35,7 +35,7 @@ def fingerprint(globs: Iterable[str], root: Path = ROOT) -> str:
     for glob in globs:
         found = {path for path in root.glob(glob) if path.is_file() and "__pycache__" not in path.parts}
         if not found:
-            raise UserError(f"{glob}: no such file is measured; mend benchmarks/suites/__init__.py")
+            raise UserError(f"{glob}: no file has this name; correct benchmarks/suites/__init__.py")
         paths |= found
     pieces = [piece for path in paths for piece in _pieces(path)]
     return hashlib.sha256("\n".join(sorted(pieces)).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ from deploy.core.files import write_json
 
 
 def call(function: str, *arguments: Any, python: Path | None = None, environment: dict[str, str] | None = None) -> Any:
-    """What `function` ("package.module:name") returns for the arguments; both are JSON.
+    """Call `function` ("package.module:name") and return its result; it and the arguments are JSON.
 
     Raises UserError when the process ends with an error, which it has printed by then.
     """
@@ -32,7 +32,7 @@ def call(function: str, *arguments: Any, python: Path | None = None, environment
         ]
         code = subprocess.run(command, env=environment, cwd=ROOT).returncode
         if code:
-            raise UserError(f"the process of {function} ended with code {code}; its error stands above")
+            raise UserError(f"the process of {function} ended with code {code}; its error is printed above")
         return json.loads(out.read_text(encoding="utf-8"))
 
 

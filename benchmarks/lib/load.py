@@ -1,7 +1,7 @@
 """Load on an HTTP server from one process: open loop (arrivals do not wait for answers) and closed loop.
 
 A latency counts from the moment at which a request was due, not from when the generator got round to it: a server
-that stalls is charged with everybody who would have come meanwhile. Plain asyncio streams, because the generator
+that stalls is charged with all requests that would have come meanwhile. Plain asyncio streams, because the generator
 shares the machine with the server: a request costs it a tenth of a millisecond.
 """
 
@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 LOST, REFUSED = -1, -2
-"""Status of a request that was sent and not, or not wholly, answered; and of one that found nobody. A kept connection
-that closes before a byte of the answer is no loss, as in any client of HTTP: the request is sent again, and counted."""
+"""Status of a request that was sent and not, or not wholly, answered; and of one that reached no server. A kept
+connection that closes before a byte of the answer is no loss, as in any client of HTTP: the request is sent again, and
+counted."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go. `head` is everything before `Content-Length`."""
+    """Target of requests. `head` is everything before `Content-Length`."""
 
     host: str
     port: int

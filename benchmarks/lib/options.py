@@ -11,7 +11,7 @@ from benchmarks.lib.results import FILE
 
 
 def common(parser: argparse.ArgumentParser) -> None:
-    """What every suite has; `benchmarks.__main__` acts on them."""
+    """Add the options of every suite; `benchmarks.__main__` acts on them."""
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="default: benchmarks/results/results.csv")
     group.add_argument("--label", metavar="TEXT", help="added to the names of the cases, to keep them beside others")

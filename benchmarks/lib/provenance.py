@@ -1,4 +1,4 @@
-"""Where a measurement comes from: commit, machine, versions, command. Standard library alone."""
+"""Provenance of a measurement: commit, machine, versions, command. Standard library alone."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a suite yields: the rows of one case. versions: where it was measured by another interpreter."""
+    """Rows of one case, as a suite yields them. versions: where it was measured by another interpreter."""
 
     name: str
     rows: list[Row]
@@ -178,12 +178,12 @@ def _row(path: Path, line: int, texts: list[str]) -> Row:
         try:
             values[column] = kind(text) if text else None
         except ValueError:
-            raise UserError(f"{where}: {column} is {text!r}, which is no number") from None
+            raise UserError(f"{where}: {column} is {text!r}, which is not a number") from None
     for column in ("suite", "case", "metric", "date", "command", "machine"):
         if not values[column]:
             raise UserError(f"{where}: {column} is empty")
     if values["value"] is None or not math.isfinite(values["value"]):
-        raise UserError(f"{where}: value is no number")
+        raise UserError(f"{where}: value is not a number")
     if (values["low"] is None, values["high"] is None) != (not values["spread"],) * 2:
         raise UserError(f"{where}: low, high and spread go together")
     if values["spread"] not in SPREADS:

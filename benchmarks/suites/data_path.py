@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def measure(args: argparse.Namespace, folder: Path, allocator: str) -> list[Row]:
-    """Both sides in turn; this process itself only waits."""
+    """Measure both sides in turn; this process itself only waits."""
     pythons = {"ours": sys.executable}
     if args.mmdet_python:
         pythons["mmdet"] = str(args.mmdet_python)
@@ -119,7 +119,7 @@ class _Side:
 
 
 def draw_batches(side: str, folder: str) -> None:
-    """In the process of a side: draw as many batches as each line of standard input asks for."""
+    """Draw as many batches as each line of standard input asks for; runs in the process of a side."""
     answers = sys.stdout
     with redirect_stdout(io.StringIO()):  # pycocotools prints
         batches, normalise = _ours(Path(folder)) if side == "ours" else _theirs(Path(folder))
@@ -147,7 +147,7 @@ def _ours(folder: Path) -> tuple[Iterator[Any], Callable[[Any], object]]:
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
 
     def normalise(batch: Any) -> object:
-        """As the trainer and `GFL.features` do."""
+        """Normalise as the trainer and `GFL.features` do."""
         images = batch.to("cpu").images
         return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""What distillation is worth: the same student, schedule and images with and without the teacher, over seeds.
+"""Gain of distillation: the same student, schedule and images with and without the teacher, over seeds.
 
     python -m benchmarks distill_gain cpu                   # every method on the preset `cpu`, 3 seeds
     python -m benchmarks distill_gain cpu --table uet       # another table of the preset

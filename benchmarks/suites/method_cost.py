@@ -1,4 +1,4 @@
-"""What each distillation method adds to a training step on the CPU.
+"""Cost that each distillation method adds to a training step on the CPU.
 
     python -m benchmarks method_cost
 
@@ -88,7 +88,7 @@ def wanted_methods() -> dict[str, Methods]:
 
 
 def steps(setting: Setting) -> dict[str, Callable[[], object]]:
-    """What is timed: the whole student, the teacher's pass, the student's head alone, and with each method."""
+    """Return what is timed: the whole student, the teacher's pass, the student's head alone, and with each method."""
     student = build_detector(setting.student, setting.classes, 0).train()
     teacher = freeze(build_detector(setting.teacher, setting.classes, 1))
     batch = random_batch(setting)
@@ -135,7 +135,7 @@ def least_ms(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def rows(best: dict[str, float], repeats: int) -> list[Row]:
-    """What each method adds, and UET's share of the whole step of its host: student, teacher and host."""
+    """Compute what each method adds, and UET's share of the whole step: student, teacher and base method."""
     added = {name: ms - best["head"] for name, ms in best.items() if name not in ("student", "teacher", "head")}
     made = [Row(name, "time", best[name], "ms", n=repeats) for name in ("student", "teacher")]
     made += [Row(name, "added time", ms, "ms", n=repeats) for name, ms in added.items()]

@@ -1,4 +1,4 @@
-"""What pseudo labels are worth: one student, trained on people's labels, on few of them, and on what teachers add.
+"""Gain of pseudo labels: one student, trained on people's labels, on few of them, and on what teachers add.
 
     python -m benchmarks pseudo_gain cpu          # synthetic images, all parts, 3 seeds; 40 minutes of one core
     python -m benchmarks pseudo_gain bccd --set data.train.annotations=… --set data.train.images=… \\
@@ -346,7 +346,7 @@ def rows_of(student: Student, found: dict[str, dict[int, dict[str, Any]]], parts
 
 
 def compared(own: float, other: float, by: str) -> float:
-    """In percent of the other's mAP (0 of nothing), or in points."""
+    """Compare in percent of the other's mAP (0 of nothing), or in points."""
     if by == "difference":
         return own - other
     return 100 * own / other if other else 0.0

@@ -1,4 +1,4 @@
-"""What quantization-aware distillation gives back of the mAP that int8 costs, over seeds.
+"""Gain of quantization-aware distillation: how much of int8's loss of mAP it gives back, over seeds.
 
     python -m benchmarks qad                                    # recipes/quickstart.yaml, seeds 0, 1, 2
     python -m benchmarks qad RECIPE --seeds 0,1,2 --layers outputs-float --set deploy.int8.qad.steps=300

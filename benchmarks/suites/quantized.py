@@ -1,4 +1,4 @@
-"""What FP16 and INT8 cost in accuracy and bring in speed, in ONNX Runtime on the CPU.
+"""Cost in accuracy and gain in speed of FP16 and INT8, in ONNX Runtime on the CPU.
 
     python -m benchmarks quantized speed
     python -m benchmarks quantized accuracy --name bccd --checkpoint student.safetensors --train train.json \
@@ -174,7 +174,7 @@ def _calls(files: dict[str, Path], eager: TorchRunner, photograph: bytes, thread
 
 
 def _speed_ratios(label: str, timings: dict[str, Timing], *, with_suppression: bool) -> list[Row]:
-    """How many times as fast; or, of the largest size, what suppression costs of a whole call."""
+    """Compute how many times as fast; or, of the largest size, the share of suppression in a whole call."""
     ms = {name: timing.ms for name, timing in timings.items()}
     made = []
     if with_suppression:

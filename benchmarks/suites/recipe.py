@@ -1,4 +1,4 @@
-"""What one `compress run` makes: mAP, size and latency of every model and file, from its report.
+"""Results of one `compress run`: mAP, size and latency of every model and file, from its report.
 
     python -m benchmarks recipe recipes/quickstart.yaml
     python -m benchmarks recipe recipes/bccd.yaml --set train.steps=500

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the parts share: the file, how to serve it, and encoded pictures."""
+    """Shared state of the parts: the file, how to serve it, and encoded pictures."""
 
     onnx: Path
     threads: int
@@ -159,7 +159,7 @@ def equality(bench: Bench) -> list[Row]:
 
 
 def saturation(bench: Bench) -> list[Row]:
-    """In rounds, in turn: the runner alone at batch 1 and at the largest, the server with and without batching.
+    """Measure in rounds, in turn: the runner alone at batch 1 and at the largest, the server with and without batching.
 
     The ratios are of one round each: median, least and greatest."""
     seconds = 3.0 if bench.quick else 12.0
@@ -344,7 +344,7 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 
 
 def _alone(runner: OnnxRunner, body: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `compress validate` finds in the file: boxes in its pixels, scores, labels."""
+    """Return what `compress validate` finds in the file: boxes in its pixels, scores, labels."""
     pixels = decode_image(body)
     canvas, scale = fit_canvas(pixels, runner.card)
     out = runner(canvas[None])
@@ -376,7 +376,7 @@ def _served_rate(bench: Bench, target: Target, seconds: float) -> float:
 
 
 def _capacity(bench: Bench) -> float:
-    """Answered a second when nobody is refused: as in `saturation`."""
+    """Count answers a second while no request is refused: as in `saturation`."""
     with bench.server("--deadline-ms", "600000", "--max-queue", "512") as (target, _):
         return _served_rate(bench, target, 4.0 if bench.quick else 15.0)
 

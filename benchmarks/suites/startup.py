@@ -1,4 +1,4 @@
-"""How long a user waits before anything begins: `compress --help` and `import compress`, without torch.
+"""Time until anything begins: `compress --help` and `import compress`, without torch.
 
     python -m benchmarks startup
 

@@ -103,7 +103,7 @@ _UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c
 
 
 def _missing_package(error: ImportError) -> str | None:
-    """What to tell a user about a package that is not there, or None when the mistake is ours."""
+    """Word the error for a package that is not installed; None when the mistake is ours."""
     from compress import foreign_kernels
     from compress.doctor import TRAIN
 

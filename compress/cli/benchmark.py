@@ -36,7 +36,7 @@ Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 
 @dataclass(frozen=True)
 class LoadFlags:
-    """How calls follow each other."""
+    """Options of the scenario: how calls follow each other."""
 
     scenario: Annotated[Scenario, typer.Option("--scenario", help="How calls follow each other.")] = "single-stream"
     streams: Annotated[
@@ -53,7 +53,7 @@ class LoadFlags:
 
 @dataclass(frozen=True)
 class TimeFlags:
-    """How long is measured."""
+    """Options of duration and repetition."""
 
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="For each measurement.")] = 5.0
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Turns of each file in a measurement.")] = 20
@@ -62,7 +62,7 @@ class TimeFlags:
 
 @dataclass(frozen=True)
 class CompareFlags:
-    """What is too slow."""
+    """Options of the comparison: what counts as too slow."""
 
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -81,7 +81,7 @@ class CompareFlags:
 
 @dataclass(frozen=True)
 class OutputFlags:
-    """Where results go besides the terminal."""
+    """Options for files that results are written to."""
 
     json_out: JsonOut = None
     markdown: Annotated[

@@ -38,7 +38,7 @@ def build(
     """Build the TensorRT engine of an exported file, with a card, for this GPU."""
     need_file(onnx)
     if onnx.suffix != ONNX_SUFFIX:
-        raise UserError(f"{onnx}: is no .onnx file; engines are built from exported ones: compress export {onnx}")
+        raise UserError(f"{onnx}: is not an .onnx file; engines are built from exported ones: compress export {onnx}")
     next_command("benchmark", deliver(onnx, out, engine_plan(engine, triton_repo), triton_repo))
 
 
@@ -57,7 +57,7 @@ def refit(
 
 
 def engine_plan(flags: EngineFlags, triton_repo: Path | None) -> EnginePlan:
-    """Raises UserError for options that cannot be."""
+    """Plan an engine. Raises UserError for options that cannot be."""
     if flags.strip and flags.refit == "individual":
         raise UserError("--refit: an engine without weights gets all of them back; leave out individual or --strip")
     if flags.strip and triton_repo is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from compress.cli.exits import gate_failed, is_first_process, next_command
+from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
 from compress.cli.options import Resume, need_folder
 from deploy.core.errors import UserError
@@ -121,7 +121,7 @@ def synthetic(
 
 @dataclass(frozen=True)
 class LabelFlags:
-    """What becomes a label."""
+    """Options that decide what becomes a label."""
 
     tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4
     tau_ignore: Annotated[
@@ -152,7 +152,7 @@ class LabelFlags:
 
 @dataclass(frozen=True)
 class WorkFlags:
-    """How the images are gone through."""
+    """Options of the work: image size, batch, shards, resuming."""
 
     short: Annotated[int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")] = 800
     long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333
@@ -207,14 +207,14 @@ def pseudo_label(
         workers=work.workers,
         skip_unreadable=work.skip_unreadable,
         resume=resume,
-        quiet=not is_first_process(),
+        quiet=not is_rank_zero(),
     )
     if summary is not None:
         print(
             f"{out}: {summary.labels} labels and {summary.regions} regions to ignore in {summary.images} images, "
             f"{summary.empty} of them without any; {summary.skipped} images left out"
         )
-    elif is_first_process():
+    elif is_rank_zero():
         print(f"{out}: complete" if out.exists() else f"{out}: this shard is done; the last one writes the file")
     if out.exists():
         next_command("data", "check", out, "--images", images if images.is_dir() else root or images.parent)

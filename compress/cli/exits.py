@@ -1,4 +1,4 @@
-"""How a command ends: what it says last, and its exit code."""
+"""End of a command: what it says last, and its exit code."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def gate_failed(what: str) -> NoReturn:
 
 
 def next_command(*command: Any) -> None:
-    if is_first_process():
+    if is_rank_zero():
         print(f"next: {shlex.join(['compress', *map(str, command)])}")
 
 
-def is_first_process() -> bool:
+def is_rank_zero() -> bool:
     """Training with several devices starts this program once for each; one of them speaks."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def to_stderr(line: str, *, everywhere: bool = False) -> None:
     """`everywhere`: a line that this process alone can say, so it speaks even when it is not the first."""
-    if everywhere or is_first_process():
+    if everywhere or is_rank_zero():
         print(line, file=sys.stderr)

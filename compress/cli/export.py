@@ -105,7 +105,7 @@ def export(
 
 
 def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path | None) -> None:
-    """What to do with the files: validate them where labelled images are known."""
+    """Print the next command: validate the files where labelled images are known."""
     if split is None:
         next_command("benchmark", *written, "--images", images)
         return
@@ -114,7 +114,7 @@ def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path 
 
 
 def _precisions(text: str | None) -> list[str]:
-    names = [name.strip() for name in (text or "fp32").split(",")]
+    names = [name.strip() for name in ("fp32" if text is None else text).split(",")]
     for name in names:
         if name not in PRECISIONS:
             raise UserError(f"--precision: '{name[:20]}' is none of {', '.join(PRECISIONS)}")

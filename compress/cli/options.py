@@ -37,7 +37,7 @@ JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Al
 
 @dataclass(frozen=True)
 class ThresholdFlags:
-    """What an exported file gives back."""
+    """Options of what an exported file returns."""
 
     score_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
     nms_threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None
@@ -48,7 +48,7 @@ class ThresholdFlags:
 
 @dataclass(frozen=True)
 class QuantizeFlags:
-    """How quantized files are made."""
+    """Options of quantization."""
 
     target: Annotated[
         Literal["cpu", "tensorrt"] | None,
@@ -76,7 +76,7 @@ class QuantizeFlags:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """How engines are built."""
+    """Options of engine builds."""
 
     batch: Annotated[
         str | None,
@@ -109,7 +109,7 @@ class EngineFlags:
 
 @dataclass(frozen=True)
 class RunnerFlags:
-    """How the files that a command runs are opened."""
+    """Options of opening the files that a command runs."""
 
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")

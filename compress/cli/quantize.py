@@ -101,7 +101,7 @@ def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | 
                 f"--target: {name} files are for TensorRT only; leave out {name} or --target {flags.target}"
             )
     if flags.data is not None and (flags.max_map_drop is None or images is None):
-        raise UserError("--data: is what --max-map-drop decides on; give --max-map-drop, and --images, its folder")
+        raise UserError("--data: only --max-map-drop uses it; give that too, and its images as --images")
     if flags.data is not None and not flags.data.is_file():
         raise UserError(f"--data: {flags.data}: no such file")
     if flags.max_map_drop is not None:
@@ -109,7 +109,7 @@ def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | 
 
 
 def trained_grids(checkpoint: Path, precisions: Sequence[str], flags: QuantizeFlags) -> Grids | None:
-    """What quantization-aware distillation left beside the checkpoint, for its int8 file; None: there is nothing."""
+    """Read the grids that quantization-aware distillation left beside the checkpoint; None where there are none."""
     file = checkpoint.with_suffix(".json")
     if not any(PRECISIONS[name].quantized for name in precisions) or not file.is_file():
         return None
@@ -149,8 +149,8 @@ def with_flags(student: Student, flags: QuantizeFlags, grids: Grids | None, *, t
 
 
 def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
-    """What int8 files are made with, looked through before the long work: calibration images, apart from the validation
-    images, and what a search decides on."""
+    """Collect what int8 files are made with, checked before the long work: calibration images, apart from the
+    validation images, and what a search is scored on."""
     from compress.config.data import Split
     from compress.run.quantize import Quantizing, Search
 
@@ -158,7 +158,7 @@ def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
     if recipe is None and int8.calibration is None:
         raise UserError("--calibration: there is no recipe.yaml to take training images from; give a folder or a JSON")
     if recipe is None and flags.max_map_drop is not None and flags.data is None:
-        raise UserError("--max-map-drop: needs labels to decide on; give --data and --images")
+        raise UserError("--max-map-drop: needs labels to measure mAP on; give --data and --images")
     train = val = search = None
     if recipe is not None:
         from compress.run.data import labelled_split, splits

@@ -20,7 +20,7 @@ commands = typer.Typer()
 
 @dataclass(frozen=True)
 class QueueFlags:
-    """How requests are put together and how long they wait."""
+    """Options of batching: how requests are put together and how long they wait."""
 
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, max=1024, help="Images in one call.")] = 16
     max_delay_ms: Annotated[
@@ -34,7 +34,7 @@ class QueueFlags:
 
 @dataclass(frozen=True)
 class RequestFlags:
-    """What clients may send, and how it is decoded."""
+    """Options of requests: what clients may send, and how it is decoded."""
 
     max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Largest request.")] = 20.0
     max_megapixels: Annotated[float, typer.Option("--max-megapixels", min=0.001, help="Largest picture.")] = 32.0
@@ -99,7 +99,7 @@ def serve(
         host=host,
         port=port,
         log_level=log_level,
-        say=partial(print, flush=True),
+        announce=partial(print, flush=True),
     )
 
 
@@ -121,7 +121,8 @@ def _named_files(models: Sequence[str]) -> dict[str, Path]:
 
 
 def _token(file: Path | None) -> str | None:
-    """From the file, or from COMPRESS_SERVE_TOKEN: on a command line every user of the machine could read it."""
+    """Read the token from the file or from COMPRESS_SERVE_TOKEN: on a command line every user of the machine could read
+    it."""
     if file is None:
         return os.environ.get("COMPRESS_SERVE_TOKEN") or None
     try:

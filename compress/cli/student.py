@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress.cli.exits import gate_failed
 from compress.cli.options import ThresholdFlags, images_in, need_folder
 from deploy.core.errors import UserError
+from deploy.core.files import CHECKPOINT_SUFFIXES, ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -29,7 +30,7 @@ class Student:
 
     @property
     def recipe_file(self) -> Path:
-        """Where its recipe lies, if there is one."""
+        """Path of its recipe, if there is one."""
         return self.path.parent / "recipe.yaml"
 
     def need_images_and_size(self) -> None:
@@ -42,8 +43,8 @@ class Student:
             )
 
     def checks(self) -> tuple[Checks, Split | None]:
-        """What exports are checked on; and the labelled images that they come from, if they are the recipe's. These may
-        lie on another machine, so they are not looked for where the options say everything."""
+        """Return what exports are checked on, and the labelled images that they come from, if they are the recipe's.
+        These may lie on another machine, so they are not looked for where the options say everything."""
         from compress.run.artifacts import Checks
 
         size, files = self.settings.input_size, [] if self.images is None else images_in(self.images)
@@ -60,15 +61,17 @@ class Student:
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
     """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint."""
+    if path.suffix not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
+        raise UserError(f"{path}: is no checkpoint; give a student.safetensors")
     if images is not None:
         need_folder(images, "--images")
     given = {"input_size": _height_width(input_size), **vars(thresholds)}
-    beside = path.parent / "recipe.yaml"
+    recipe_file = path.parent / "recipe.yaml"
     recipe = None
-    if beside.is_file():
+    if recipe_file.is_file():
         from compress.config.recipe import load_recipe
 
-        recipe = load_recipe(beside, partial=True)  # the run may have had parts that were objects
+        recipe = load_recipe(recipe_file, partial=True)  # the run may have had parts that were objects
     settings = _deploy_settings(recipe, {key: value for key, value in given.items() if value is not None})
     return Student(path, recipe, settings, images)
 

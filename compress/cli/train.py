@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.exits import gate_failed, is_first_process, next_command
+from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
 
@@ -68,7 +68,7 @@ def train(
 ) -> None:
     """Train a recipe's student alone."""
     loaded = _recipe(recipe, settings, devices)
-    if loaded.pseudo_labels is not None and is_first_process():
+    if loaded.pseudo_labels is not None and is_rank_zero():
         print(f"{recipe}: pseudo_labels is not used here, no teacher labels; compress distill and compress run use it")
     _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=False)
 
@@ -89,7 +89,7 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
     from compress.run import pipeline
 
     run_dir = pipeline.run(recipe, resume=resume, dry_run=dry_run)
-    if not is_first_process():
+    if not is_rank_zero():
         return
     if dry_run:
         next_command(*again)
@@ -118,7 +118,7 @@ def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillat
     if dry_run:
         next_command("distill" if distillation else "train", path)
     elif not _is_exported(recipe):
-        if is_first_process():
+        if is_rank_zero():
             print(f"weights: {folder.weights()}; a {recipe.student.detector} cannot be exported")
     elif distillation and recipe.deploy.int8.qad is not None:
         next_command("export", folder.weights(STUDENT_ON_INT8_GRIDS), "--precision", "int8")

@@ -15,7 +15,7 @@ from deploy.tensorrt.card import EngineOptions
 
 
 class Benchmark(Settings):
-    """How latency is measured."""
+    """Settings of the latency measurement."""
 
     batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
     """Batch sizes to measure."""
@@ -34,7 +34,7 @@ class Qad(Settings):
 
 
 class Int8(Settings):
-    """How int8 files are made."""
+    """Settings of int8 files."""
 
     target: Target = "cpu"
     """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly."""
@@ -83,7 +83,7 @@ class Engines(Settings):
     @model_validator(mode="after")
     def _rules(self) -> Engines:
         if not self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise broken_rule("batch", f"{list(self.batch)} does not rise; write [smallest, best, largest]")
+            raise broken_rule("batch", f"{list(self.batch)} does not increase; write [smallest, best, largest]")
         if self.precisions is not None and len(set(self.precisions)) < len(self.precisions):
             raise broken_rule("precisions", "names a precision twice")
         return self
@@ -121,7 +121,7 @@ class Deploy(Settings):
     max_map_drop: Weight = 0.5
     """The gate: largest loss of mAP (points) against the student in PyTorch."""
     benchmark: Benchmark = Benchmark()
-    """How latency is measured."""
+    """Settings of the latency measurement."""
     engines: Engines | None = added_later()
     """Also build TensorRT engines of the files; null: none. {} for the defaults."""
     runners: Annotated[tuple[ImportPath, ...], Field(min_length=1)] | None = added_later()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """What a recipe must know of a detector family before anything is built.
+    """Facts about a detector family that a recipe needs before anything is built.
 
     defaults: the keys of `SPECIAL` that it takes, each with the value where the recipe says null.
     most_convolutions: limit of head_depth and whose it is; None: there is none.
@@ -28,7 +28,7 @@ class FamilyFacts:
 
 
 class Abilities(Protocol):
-    """What a recipe asks of a student: facts of a family, or the class of a user's own detector."""
+    """Protocol of what a recipe asks of a student: facts of a family, or the class of a user's own detector."""
 
     @property
     def quantizable(self) -> bool: ...
@@ -59,7 +59,7 @@ def families_with(ability: str) -> str:
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What makes a backbone.
+    """Facts about a backbone.
 
     kind: key of `compress.detectors.backbones.KINDS`. options: arguments of its class.
     imagenet: torchvision has weights trained on ImageNet for it, under its name.

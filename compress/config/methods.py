@@ -33,7 +33,7 @@ class Term(Settings):
     @model_validator(mode="after")
     def _ratio_is_automatic(self) -> Term:
         if self.ratio is not None and self.weight != "auto":
-            raise broken_rule("ratio", "has a meaning only with weight: auto")
+            raise broken_rule("ratio", "only applies with weight: auto")
         return self
 
     def constants(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class Uet(Settings):
     """Weigh locations by how little the samples scatter there."""
 
     @property
-    def hosts(self) -> tuple[str, ...]:
+    def base_methods(self) -> tuple[str, ...]:
         """Names of the wrapped methods."""
         return (self.of,) if isinstance(self.of, str) else self.of
 
@@ -258,7 +258,7 @@ class Uet(Settings):
             )
         if self.certainty and (self.samples == 1 or self.rates[-1] == 0):
             raise broken_rule("certainty", "needs samples that differ: two or more, with a dropout rate above 0")
-        if len(set(self.hosts)) < len(self.hosts):
+        if len(set(self.base_methods)) < len(self.base_methods):
             raise broken_rule("of", "names a method twice")
         return self
 
@@ -317,18 +317,18 @@ class Methods(Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> Methods:
-        for host in self.uet.hosts if self.uet is not None else ():
-            if host not in self.enabled():
-                raise broken_rule("uet.of", self._no_host(host))
+        for base in self.uet.base_methods if self.uet is not None else ():
+            if base not in self.enabled():
+                raise broken_rule("uet.of", self._no_base_method(base))
         names: dict[str, str] = {}
         for path in self.own:
             name = name_of(path)
             if name in type(self).model_fields or names.setdefault(name, path) != path:
-                raise broken_rule((path,), f"another method is called {name}, too; give the class another name")
+                raise broken_rule((path,), f"another method is already called {name}; give the class another name")
         return self
 
-    def _no_host(self, host: str) -> str:
+    def _no_base_method(self, base: str) -> str:
         known = [*self.enabled(), *(name for name in type(self).model_fields if name != "uet")]
-        if host in known or is_import_path(host):
-            return f"{host} is not among the methods; add `{host}: {{}}`"
-        return f"{host!r} is not one of {', '.join(dict.fromkeys(known))}{did_you_mean(host, known) or ''}"
+        if base in known or is_import_path(base):
+            return f"{base} is not among the methods; add `{base}: {{}}`"
+        return f"{base!r} is not one of {', '.join(dict.fromkeys(known))}{did_you_mean(base, known) or ''}"

@@ -87,7 +87,7 @@ class Model(Settings):
         return self
 
     def bare(self) -> Model:
-        """The same architecture with random weights, nothing frozen."""
+        """Return the same architecture with random weights and nothing frozen."""
         return self.model_copy(update={"weights": "none", "frozen_stages": -1, "norm_eval": False})
 
     def own_parts(self) -> dict[str, str]:

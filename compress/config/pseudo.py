@@ -97,8 +97,8 @@ class PseudoLabels(Settings):
     def _rules(self) -> PseudoLabels:
         if self.teachers == ():
             raise broken_rule("teachers", "an empty list; name a teacher, or leave it out for the recipe's")
-        places = [Path(os.path.abspath(folder)) for folder in self.unlabeled]
-        for (first, a), (second, b) in itertools.permutations(zip(self.unlabeled, places, strict=True), 2):
+        folders = [Path(os.path.abspath(folder)) for folder in self.unlabeled]
+        for (first, a), (second, b) in itertools.permutations(zip(self.unlabeled, folders, strict=True), 2):
             if b.is_relative_to(a):
                 where = "is listed twice" if a == b else f"lies in {first}, which is searched with all below it"
                 raise broken_rule("unlabeled", f"{second} {where}; name it once")

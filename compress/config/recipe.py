@@ -218,6 +218,8 @@ def _load(
     source: Path | str | Mapping[str, Any], root: type[Root], overrides: Sequence[str] = (), *, partial: bool = False
 ) -> Root:
     what = "recipe" if root is Recipe else "teacher"
+    if not isinstance(source, str | Path | Mapping):
+        raise UserError(f"{what}: needs a file's path or a dict, got a value of type {type(source).__name__}")
     name = None if isinstance(source, Mapping) else str(source)
     document = Document(name)
     try:

@@ -84,7 +84,7 @@ class Transformers(Settings):
 
 
 class OnnxInput(Settings):
-    """What a foreign ONNX file takes: one image at a time, as float32, float16 or uint8, whatever the file declares."""
+    """Input of a foreign ONNX file: one image at a time, as float32, float16 or uint8, as the file declares."""
 
     name: str | None = None
     """Its input; null: the only one."""
@@ -117,7 +117,7 @@ class OnnxInput(Settings):
 
 
 class OnnxOutput(Settings):
-    """What a foreign ONNX file gives: `combined`, or `boxes` and `scores` (and `labels`, if a box has one score). A
+    """Output of a foreign ONNX file: `combined`, or `boxes` and `scores` (and `labels`, if a box has one score). A
     leading batch axis of 1 may be there or not."""
 
     combined: str | None = None
@@ -200,7 +200,7 @@ class Custom(Settings):
 
 
 class Source(Settings):
-    """Where a teacher comes from: exactly one of the keys."""
+    """Source of a teacher: exactly one of the keys."""
 
     checkpoint: Annotated[str, AfterValidator(checkpoint_name)] | None = None
     """A .safetensors file of this project, an official mmdet GFL .pth file, or zoo:<name>."""

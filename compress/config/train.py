@@ -26,7 +26,7 @@ class Optimizer(Settings):
 
 def _rising(values: tuple[int, ...]) -> tuple[int, ...]:
     if any(a >= b for a, b in itertools.pairwise(values)):
-        raise PydanticCustomError("rule", "the numbers must rise")
+        raise PydanticCustomError("rule", "the numbers must increase")
     return values
 
 

@@ -45,7 +45,7 @@ class Document:
 
     def __init__(self, name: str | None) -> None:
         self.name = name
-        self.places: dict[Key, str] = {(): "" if name is None else f"{name}:1"}
+        self.origins: dict[Key, str] = {(): "" if name is None else f"{name}:1"}
         self.problems: list[str] = []
 
     def read(self, text: str) -> dict[str, Any]:
@@ -100,22 +100,22 @@ class Document:
             child = section.get(key)
             if child is None:
                 child = section[key] = {}
-                self.places[keys[: depth + 1]] = place
+                self.origins[keys[: depth + 1]] = place
             if not isinstance(child, dict):
                 parent = ".".join(keys[: depth + 1])
                 self.problems.append(f"{place}: {parent} is a value, not a section; set {parent} as a whole")
                 return
             section = child
-        for known in [k for k in self.places if k[: len(keys)] == keys]:
-            del self.places[known]
-        self.places[keys] = place
+        for known in [k for k in self.origins if k[: len(keys)] == keys]:
+            del self.origins[known]
+        self.origins[keys] = place
         section[keys[-1]] = self._value(node, keys, place, ())
 
     def where(self, key: Key) -> str:
         """Place of the key, or of the nearest section around it."""
-        while key not in self.places:
+        while key not in self.origins:
             key = key[:-1]
-        return self.places[key]
+        return self.origins[key]
 
     def report(self, key: Key, problem: str) -> str:
         place, dotted = self.where(key), ".".join(map(str, key))
@@ -135,16 +135,16 @@ class Document:
                     continue
                 child = (*key, name_node.value)
                 if name_node.value in mapping:
-                    first = "" if place else f" (line {self.places[child].rpartition(':')[2]})"
+                    first = "" if place else f" (line {self.origins[child].rpartition(':')[2]})"
                     self.problems.append(f"{here}: {'.'.join(map(str, child))}: given twice{first}")
                     continue
-                self.places[child] = here
+                self.origins[child] = here
                 mapping[name_node.value] = self._value(value_node, child, place, (*around, node))
             return mapping
         if isinstance(node, yaml.SequenceNode):
             items = []
             for index, item in enumerate(node.value):
-                self.places[(*key, index)] = place or f"{self.name}:{item.start_mark.line + 1}"
+                self.origins[(*key, index)] = place or f"{self.name}:{item.start_mark.line + 1}"
                 items.append(self._value(item, (*key, index), place, (*around, node)))
             return items
         assert isinstance(node, yaml.ScalarNode)

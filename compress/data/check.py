@@ -87,8 +87,8 @@ def _images(file: Path, folder: Path, document: dict[str, Any]) -> Iterator[Prob
         except (OSError, RuntimeError, ValueError) as error:
             return Problem("error", path, where, f"cannot be read as an image: {first_line(error)}")
         if (height, width) != (entry["height"], entry["width"]):
-            said = f"{entry['width']}x{entry['height']}"
-            return Problem("error", path, where, f"the file is {width}x{height} pixels, {file.name} says {said}")
+            declared = f"{entry['width']}x{entry['height']}"
+            return Problem("error", path, where, f"the file is {width}x{height} pixels, {file.name} says {declared}")
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock

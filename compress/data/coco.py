@@ -94,7 +94,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         entries = document["images"]
         repeated = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
         if repeated:
-            raise UserError(f"{annotations}: images: id {repeated[0]} stands there more than once; ids must differ")
+            raise UserError(f"{annotations}: images: id {repeated[0]} is used more than once; ids must be unique")
         labels = {value: i for i, value in enumerate(self.category_ids)}
         self._unlabeled_classes = _unlabeled_classes(document, labels, self.annotations)
         kept, self.dropped = _usable(document, labels, self._unlabeled_classes, self.annotations)

@@ -241,7 +241,7 @@ def _voc_object(file: Path, node: _Node) -> tuple[str, tuple[float, float, float
         raise UserError(f"{file}:{node.line}: the object has no <bndbox>")
     xmin, ymin, xmax, ymax = (_voc_number(file, box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
     if xmax < xmin or ymax < ymin:
-        raise UserError(f"{file}:{box.line}: the box is turned around: x {xmin:g}..{xmax:g}, y {ymin:g}..{ymax:g}")
+        raise UserError(f"{file}:{box.line}: the box has corners swapped: x {xmin:g}..{xmax:g}, y {ymin:g}..{ymax:g}")
     difficult = node.first("difficult")
     return (
         name.text.strip(),

@@ -86,12 +86,12 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(
-                f"batch_size {batch_size} is the number of images over all {world_size} devices "
-                f"and must be a multiple of that"
+                f"train.batch_size: {batch_size} is not a multiple of the {world_size} devices that share a batch; "
+                f"set it to {max(1, batch_size // world_size) * world_size}"
             )
         self._tall = np.asarray(aspect_ratios) < 1
         if batch_size > len(self._tall):
-            raise UserError(f"batch_size {batch_size} is more than the {len(self._tall)} training images")
+            raise UserError(f"train.batch_size: {batch_size} is more than the {len(self._tall)} training images")
         self._batch_size, self._seed, self._group = batch_size, seed, group_aspect
         share = batch_size // world_size
         self._slice = slice(rank * share, (rank + 1) * share)

@@ -75,7 +75,7 @@ def generate(folder: Path, *, train: int, val: int, size: int, classes: int, see
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:  # whoever reads it knows `folder`, not the temporary name
+    except OSError as error:  # the reader knows `folder`, not the temporary name
         raise OSError(error.errno, error.strerror, str(folder)) from error
     try:
         _write(temporary / "new", specification)
@@ -352,7 +352,7 @@ def _object(
 
 
 def _extent(coverage: Array, start: int) -> tuple[float, float]:
-    """Both ends of an object along one axis, from the largest coverage of each pixel row or column.
+    """Return both ends of an object along one axis, from the largest coverage of each pixel row or column.
 
     They lie in the outermost pixel that is half covered, or in what the next one outwards still holds.
     """

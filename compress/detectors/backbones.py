@@ -68,8 +68,8 @@ def build_own_backbone(path: str, options: Mapping[str, Any], key: str) -> nn.Mo
     made = build if isinstance(build, type) else _return_type(build)
     if not (isinstance(made, type) and issubclass(made, nn.Module)):
         raise UserError(
-            f"{key}: {path} is no backbone; name a subclass of torch.nn.Module, or a function with such a class as its "
-            "return type"
+            f"{key}: {path} is not a backbone; name a subclass of torch.nn.Module, or a function that is annotated "
+            "to return one"
         )
     backbone: nn.Module = call_own(build, path, key, **options)
     channels = getattr(backbone, "out_channels", None)

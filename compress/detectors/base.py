@@ -162,8 +162,8 @@ class Detector(nn.Module):
     num_classes: K.
     strides: of the maps that `features` gives, in pixels; feature_channels: their width C.
     anchor_sizes: where a dense head predicts at a location: None for points (one prediction each), else the widths
-        and heights of its N anchors in pixels, a level. Two heads are comparable place by place if strides and anchor
-        sizes agree.
+        and heights of its N anchors in pixels, a level. Two heads are comparable location by location if strides and
+        anchor sizes agree.
     mean, std: of RGB pixels 0..255, [1, 3, 1, 1]; what the detector normalises its images with.
     compiled: run what the detector can of its loss through torch.compile; the trainer sets it.
     model: what it was built from; None for one that was not built from settings.

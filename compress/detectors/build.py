@@ -80,7 +80,7 @@ def detector_class(name: str, key: str = "detector") -> type[Detector]:
         return family
     found = import_object(name, key)
     if not (isinstance(found, type) and issubclass(found, Detector)):
-        raise UserError(f"{key}: {name} is no subclass of compress.detectors.base.Detector")
+        raise UserError(f"{key}: {name} is not a subclass of compress.detectors.base.Detector")
     return found
 
 
@@ -151,19 +151,19 @@ def _backbone(model: Model, key: str) -> nn.Module | None:
 def inherit(student: Detector, teacher: Detector) -> list[str]:
     """Copy the layers of the teacher's neck and head whose weights have the student's shapes. Returns the keys; empty
     when no convolution fits, and then nothing is copied."""
-    own, theirs = student.state_dict(), teacher.state_dict()
+    student_state, teacher_state = student.state_dict(), teacher.state_dict()
 
     def fits(key: str) -> bool:
-        return key in own and own[key].shape == theirs[key].shape
+        return key in student_state and student_state[key].shape == teacher_state[key].shape
 
     def weight_of(key: str) -> str:
         layer = key.rpartition(".")[0]
-        return f"{layer}.weight" if f"{layer}.weight" in theirs else key
+        return f"{layer}.weight" if f"{layer}.weight" in teacher_state else key
 
-    keys = [key for key in theirs if not key.startswith("backbone.") and fits(key) and fits(weight_of(key))]
-    if not any(key.endswith("weight") and theirs[key].dim() == 4 for key in keys):
+    keys = [key for key in teacher_state if not key.startswith("backbone.") and fits(key) and fits(weight_of(key))]
+    if not any(key.endswith("weight") and teacher_state[key].dim() == 4 for key in keys):
         return []
-    student.load_state_dict({key: theirs[key] for key in keys}, strict=False)
+    student.load_state_dict({key: teacher_state[key] for key in keys}, strict=False)
     return keys
 
 

@@ -4,7 +4,7 @@
 to rebuild the model (`ModelRecord`). `load_mmdet_gfl` maps an official `.pth` onto our modules; `fetch` gets
 one of the published ones (`ZOO`). `load_teacher_checkpoint` takes either, or `zoo:NAME`.
 
-Whatever is missing from a file, left over in it or of another shape is an error that names the keys.
+Keys that are missing from a file, left over in it or of another shape are an error that names them.
 """
 
 from __future__ import annotations
@@ -127,19 +127,27 @@ def save_detector(path: Path, detector: Detector, *, metadata: ModelRecord) -> N
     """
     if path.suffix != NATIVE_SUFFIX:
         raise UserError(f"{path}: a detector is saved as {NATIVE_SUFFIX}; give the file that ending")
+    check_described(path, detector, metadata)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={HEADER_KEY: metadata.to_json()})
+
+
+def check_described(path: Path, detector: Detector, metadata: ModelRecord) -> None:
+    """Raise what `save_detector` would, for the file at `path`: before a training, whose result could not be saved."""
     # Shapes alone: no memory, no random numbers. A user's constructor may want real tensors.
     with nullcontext() if metadata.has_own_parts else torch.device("meta"):
         described = {key: tensor.shape for key, tensor in metadata.build().state_dict().items()}
-    if {key: tensor.shape for key, tensor in state.items()} != described:
-        if metadata.has_own_parts:
-            raise UserError(
-                f"{path}: {metadata.model.detector} built again from its options has other weights than the trained "
-                "model, so it could not be loaded; its constructor must make the same model of the same arguments"
-            )
+    if {key: tensor.shape for key, tensor in detector.state_dict().items()} == described:
+        return
+    if not metadata.has_own_parts:
         raise ValueError(f"metadata does not describe the detector: {metadata!r}")
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={HEADER_KEY: metadata.to_json()})
+    arguments = metadata.model.options or "none"
+    raise UserError(
+        f"{path}: {metadata.model.detector} built again from its options ({arguments}) has other weights than the "
+        "model to save, so it could not be loaded; its constructor must make the same model of the same arguments, and "
+        "an object has them in its attribute `options`"
+    )
 
 
 def load_detector(path: Path) -> tuple[Detector, ModelRecord]:

@@ -96,8 +96,8 @@ def load_exactly(
     ]
     if problems:
         raise UserError(f"{source}: weights do not fit the model; {'; '.join(problems)}")
-    ours = {key: state[file_key(key)] for key in module.state_dict() if file_key(key) in state}
-    module.load_state_dict(ours, strict=False)
+    fitting = {key: state[file_key(key)] for key in module.state_dict() if file_key(key) in state}
+    module.load_state_dict(fitting, strict=False)
 
 
 def state_sha256(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""From the recipe's `methods` to the modules that the trainer adds to its loss."""
+"""Build the modules that the trainer adds to its loss from a recipe's `methods`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def build_methods(
     built = {}
     for index, (key, term) in enumerate(wanted.enabled().items()):
         record = _record(key, term)
-        uet = wanted.uet if wanted.uet is not None and key in wanted.uet.hosts else None
+        uet = wanted.uet if wanted.uet is not None and key in wanted.uet.base_methods else None
         needs = record.needs(term) if callable(record.needs) else record.needs
         _check(key, needs if uet is None else needs | {Capability.FEATURES}, student, teacher, record)
         if isinstance(term, config.Adapted):
@@ -112,7 +112,7 @@ def build_methods(
         )
     for name, given in (own or {}).items():
         if name in built:
-            raise UserError(f"methods.{name}: the recipe has a method of this name, too; give yours another")
+            raise UserError(f"methods.{name}: the recipe already has a method of this name; give yours another")
         if not name.isidentifier():  # it becomes a key of checkpoints and a column of metrics.csv
             raise UserError(f"methods.{name}: is not a plain name (letters, digits, _)")
         built[name] = _copy_of_own(name, given, student, teacher)
@@ -172,7 +172,7 @@ def _check(name: str, needs: Needs, student: Detector, teacher: Detector, record
         return
     if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
-            f"methods.{name} compares predictions place by place: the student ({student.family}) has "
+            f"methods.{name} compares predictions location by location: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "
             "or a method on features (fgd, pkd, cwd, mgd)"
         )

@@ -203,13 +203,13 @@ def side_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def _rest(tower: nn.ModuleList, student: Tensor, teacher_features: Tensor, split: int) -> Tensor:
     """Align the student's map with the teacher's of layer `split`, then run the teacher's later layers on it."""
     with torch.no_grad():
-        theirs = teacher_features
+        teacher_map = teacher_features
         for layer in tower[: split - 1]:
-            theirs = layer(theirs)
+            teacher_map = layer(teacher_map)
         last = tower[split - 1]
         assert isinstance(last, ConvGN)
-        theirs = last.gn(last.conv(theirs))
-    x = F.relu(align_scale(student, theirs))
+        teacher_map = last.gn(last.conv(teacher_map))
+    x = F.relu(align_scale(student, teacher_map))
     for layer in tower[split:]:
         x = _frozen(layer, x)
     return x

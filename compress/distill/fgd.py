@@ -151,7 +151,7 @@ def attention(x: Tensor, temperature: float, *, compiled: bool = False) -> tuple
 
 
 def attention_of(over_channels: Tensor, over_positions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both attentions, as `attention` gives them, from the means of |x|, [B, h, w] and [B, C]."""
+    """Compute both attentions, as `attention` does, from the means of |x|, [B, h, w] and [B, C]."""
     (B, h, w), C = over_channels.shape, over_positions.shape[1]
     spatial = (over_channels.flatten(1) / temperature).softmax(1).view(B, h, w) * (h * w)
     channel = (over_positions / temperature).softmax(1) * C

@@ -1,4 +1,4 @@
-"""Which levels of two pyramids belong together: feature methods between detectors of different strides.
+"""Matching of the levels of two pyramids: feature methods between detectors of different strides.
 
 Levels belong together if their strides differ by less than half an octave, each with the nearest. Methods see only
 these; the student's map is resized to the teacher's grid (bilinear) where the grids differ. A single level in common is
@@ -36,7 +36,7 @@ def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[i
             pairs.append((i, j))
     if len(pairs) < FEWEST:
         raise UserError(
-            f"methods on features need {FEWEST} levels of about the same stride: the student's are "
+            f"methods: those on features need {FEWEST} levels of about the same stride: the student's are "
             f"{_listed(student)}, the teacher's {_listed(teacher)}"
         )
     return sorted(pairs)
@@ -76,11 +76,11 @@ class LevelMatched(Method):
         self.pairs = tuple(pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        theirs = [teacher.features[j] for _, j in self.pairs]
-        ours = [_on_grid_of(t, student.features[i]) for (i, _), t in zip(self.pairs, theirs, strict=True)]
+        teacher_maps = [teacher.features[j] for _, j in self.pairs]
+        student_maps = [_on_grid_of(t, student.features[i]) for (i, _), t in zip(self.pairs, teacher_maps, strict=True)]
         certainty = None if teacher.certainty is None else [teacher.certainty[j] for _, j in self.pairs]
-        ours_and_theirs = replace(student, features=ours), replace(teacher, features=theirs, certainty=certainty)
-        terms: dict[str, Tensor] = self.host(*ours_and_theirs, batch)
+        matched = replace(teacher, features=teacher_maps, certainty=certainty)
+        terms: dict[str, Tensor] = self.host(replace(student, features=student_maps), matched, batch)
         return terms
 
     def observations(self) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def weighted_difference(student: Tensor, teacher: Tensor, weight: Tensor, *, com
 
 
 def best_ground_truth(boxes: Tensor, ground_truth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """For every box the ground truth that it overlaps most.
+    """Find the ground truth that each box overlaps most.
 
     Args:
         boxes: [B, A, 4] xyxy; ground_truth: [B, G, 4] xyxy, same unit.

@@ -8,7 +8,7 @@ every sample, level and step, on a functional path: the teacher stays in eval mo
 E[U] = F_T, so `sum` asks the student for maps of twice the teacher's scale. A student that inherits the teacher's
 head, or shares its width, then needs an adapter (`adapter: always` of the host), or `mean`.
 
-For hosts that compare logits (they need no feature maps) the teacher's head runs on (F_T + U) / 2, whatever
+For base methods that compare logits (they need no feature maps) the teacher's head runs on (F_T + U) / 2, whatever
 `combine` is: adding logits would halve the temperature.
 
 Formula and residual are reported in summaries of the paper; N = 5, and 0.15 / 0.05 as start and step of the rate

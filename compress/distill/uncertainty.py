@@ -1,4 +1,4 @@
-"""Where a teacher is uncertain: Monte Carlo dropout on its pyramid maps (Gal and Ghahramani 2016, on features as UET).
+"""Uncertainty of a teacher: Monte Carlo dropout on its pyramid maps (Gal and Ghahramani 2016, on features as UET).
 
     s_n = sigmoid(head(Dropout_n(F)))            n = 1..N, F the pyramid maps, scores of every location and class
     u   = std_n s_n[k*],   k* = argmax_k mean_n s_n[k]       a level; population standard deviation, 0 to 0.5

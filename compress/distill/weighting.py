@@ -1,4 +1,4 @@
-"""How much a method counts, over the course of training: its weight, `weight: auto`, and its schedule.
+"""Weighting of a method over the course of training: its weight, `weight: auto`, and its schedule.
 
     loss = detection loss + sum_m factor_m(t) * scale_m * L_m
 
@@ -29,7 +29,7 @@ MEMORY = 0.9  # of the running mean of the logarithm
 
 @dataclass  # not frozen: Fabric's mixed precision walks through the arguments of forward
 class TrainingPosition:
-    """Where training is: finished optimizer steps and epochs, and the length of the whole run in both."""
+    """Position in training: finished optimizer steps and epochs, and the length of the whole run in both."""
 
     step: int
     total: int

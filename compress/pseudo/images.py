@@ -125,7 +125,7 @@ def read_chunks(
 
 
 def chunk_count(images: ImageList, size: int) -> int:
-    """How many chunks of `size` images there are."""
+    """Count the chunks of `size` images."""
     return -(-len(images) // size)
 
 

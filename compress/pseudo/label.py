@@ -40,7 +40,7 @@ LARGEST = 8192
 
 @dataclass(frozen=True)
 class Settings:
-    """How to label.
+    """Settings of labelling.
 
     tau: lowest score of a label. tau_ignore: lowest score of a region to ignore, at most tau.
     how, iou_threshold: see `merge.merge`.
@@ -101,8 +101,8 @@ def pseudo_label(
 ) -> Summary | None:
     """Label this shard's images, and write `out` if all other shards have done theirs.
 
-    The file is the same for any number of shards and whatever was interrupted and resumed, on machines that compute
-    the same numbers. Memory does not grow with the number of images, but for their names.
+    The file is the same for any number of shards and for runs that were interrupted and resumed, on machines that
+    compute the same numbers. Memory does not grow with the number of images, but for their names.
 
     Args:
         sources: the teachers, as `open_teacher` takes them, or open. What those that are opened here look for, and
@@ -144,7 +144,7 @@ def pseudo_label(
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
     if out.exists():
         if parts.header_of(out) != info:
-            raise UserError(f"{out}: is there already, made with other settings; delete it, or name another file")
+            raise UserError(f"{out}: already exists, made with other settings; delete it, or name another file")
         return None
     document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
     with _of_this_shard():
@@ -160,7 +160,7 @@ Union = list[tuple[int, str]]
 
 @dataclass(frozen=True)
 class _Labeller:
-    """What labels a shard, all things decided.
+    """Labelling of one shard, with everything decided.
 
     union: the common label space. counts: teachers that look for each class, int64 [K].
     tau, tau_ignore: lowest score of a label and of a region, a class, float64 [K].
@@ -177,7 +177,7 @@ class _Labeller:
     skip_unreadable: bool
 
     def info(self, table: Mapping[str, str | None], thresholds_sha256: str | None) -> dict[str, Any]:
-        """Which classes were looked for, and how the file comes about."""
+        """Describe which classes were looked for and how the file was made."""
         names = [name for _, name in self.union]
         return {
             "description": "pseudo labels",
@@ -232,7 +232,7 @@ def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
         raise UserError(f"{out}: pseudo labels are COCO JSON; name a file that ends in .json")
     need_place(out)
     if out.exists() and not resume:
-        raise UserError(f"{out}: is there already; delete it, or name another file")
+        raise UserError(f"{out}: already exists; delete it, or name another file")
     with _of_this_shard():
         parts.need_fresh(out, shard, resume=resume)
 
@@ -247,7 +247,7 @@ def _of_this_shard() -> Iterator[None]:
 
 
 def _about(teacher: Teacher, categories: Sequence[str], settings: Settings) -> Iterator[str]:
-    """What a teacher looks for, and at which size."""
+    """List in lines what a teacher looks for, and at which size."""
     boxes = teacher.boxes
     yield from class_lines(boxes, teacher.labels, categories)
     if boxes.view is View.RESIZED:
@@ -354,7 +354,7 @@ def _truth(annotations: Path, names: list[str]) -> dict[int, tuple[Boxes, np.nda
     document = load_annotations(annotations)
     labels = {row["id"]: names.index(row["name"]) for row in document["categories"] if row["name"] in names}
     if not labels:
-        raise UserError(f"{annotations}: categories: none is called like a class that the teachers know")
+        raise UserError(f"{annotations}: categories: none has the name of a class that the teachers know")
     rows: dict[int, list[tuple[list[float], int, bool]]] = {}
     for row in document["annotations"]:
         if row["category_id"] in labels:

@@ -1,4 +1,4 @@
-"""What several teachers found in one image, as one set of pseudo labels.
+"""Merging of what several teachers found in one image into one set of pseudo labels.
 
 Each teacher's classes are mapped by name into one label space (`class_map`), boxes that teachers agree on become one
 (`merge`), and the score decides what a box is good for (`split`): a label, a region to ignore, or nothing.
@@ -49,7 +49,7 @@ class Boxes:
 def class_map(
     names: Sequence[str], union: Sequence[str], table: Mapping[str, str | None], *, teacher: str
 ) -> list[int]:
-    """For each class of a teacher its label in `union`, or `NO_CLASS` where the table drops it.
+    """Return for each class of a teacher its label in `union`, or `NO_CLASS` where the table drops it.
 
     Args:
         names: the teacher's class names, in the order of its labels.
@@ -88,7 +88,7 @@ def union_of(teachers: Sequence[Sequence[str]], table: Mapping[str, str | None])
 
 
 def looked_for(maps: Sequence[Sequence[int]], num_classes: int) -> np.ndarray:
-    """How many teachers look for each class: int64 [K]. Zero is a class that is not covered.
+    """Count the teachers that look for each class: int64 [K]. Zero is a class that is not covered.
 
     A class that is not covered is neither there nor absent in an image: training must not count it as background.
     """
@@ -123,12 +123,12 @@ def merge(teachers: Sequence[Boxes], *, how: Merging, iou_threshold: float, coun
     together, source = together.where(order), source[order]
     merged = []
     for label in np.unique(together.labels):
-        mine = together.labels == label
-        of_class = together.where(mine)
+        of_label = together.labels == label
+        of_class = together.where(of_label)
         if how == "nms":
             merged.append(of_class.where(_suppress(of_class.boxes, iou_threshold)))
         else:
-            merged.append(fuse(of_class, source[mine], int(counts[label]), iou_threshold))
+            merged.append(fuse(of_class, source[of_label], int(counts[label]), iou_threshold))
     if not merged:
         return together
     result = Boxes(
@@ -181,7 +181,8 @@ def split(found: Boxes, tau: np.ndarray, tau_ignore: np.ndarray) -> tuple[Boxes,
 
 
 def _best_first(found: Boxes) -> np.ndarray:
-    """By score, and for equal scores by label and corners: no tie depends on the order in which boxes came."""
+    """Order boxes by score, and for equal scores by label and corners: no tie depends on the order in which boxes
+    came."""
     x1, y1, x2, y2 = found.boxes.T
     return np.lexsort((y2, x2, y1, x1, found.labels, -found.scores))
 

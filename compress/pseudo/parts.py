@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished file holds. skipped: images that could not be read; empty: those with no label and no region."""
+    """Contents of a finished file. skipped: images that could not be read; empty: those with no label and no region."""
 
     images: int
     labels: int
@@ -45,7 +45,7 @@ class Summary:
 
 
 def parts_folder(out: Path) -> Path:
-    """Where the parts of `out` lie until they are joined."""
+    """Return the folder of the parts of `out` until they are joined."""
     return out.with_name(f"{out.name}.parts")
 
 

@@ -1,4 +1,4 @@
-"""Which scores of a teacher to believe: per class the threshold with the best F1 on labelled images.
+"""Score thresholds of a teacher: per class the threshold with the best F1 on labelled images.
 
 A fixed threshold depends on how a teacher is calibrated; this one is measured. Detections are matched as COCO does at
 an IoU of 0.5: best score first, each takes the free object that it overlaps most. Those inside a crowd region count
@@ -30,16 +30,16 @@ class F1Thresholds:
         hits = np.zeros(len(found), np.bool_)
         counted = np.ones(len(found), np.bool_)
         for label in np.unique(found.labels):
-            mine = np.flatnonzero(found.labels == label)
-            boxes = found.boxes[mine]
+            of_label = np.flatnonzero(found.labels == label)
+            boxes = found.boxes[of_label]
             overlaps = pairwise_iou(boxes, truth.boxes[(truth.labels == label) & ~crowd])
-            for row, index in enumerate(mine):
+            for row, index in enumerate(of_label):
                 best = int(overlaps[row].argmax()) if overlaps.shape[1] else 0
                 if overlaps.shape[1] and overlaps[row, best] >= MATCH_IOU:
                     hits[index] = True
                     overlaps[:, best] = -1  # taken
             inside = share_inside(boxes, truth.boxes[(truth.labels == label) & crowd]).max(1, initial=0)
-            counted[mine] = hits[mine] | (inside <= CROWD_SHARE)
+            counted[of_label] = hits[of_label] | (inside <= CROWD_SHARE)
         self._objects += np.bincount(truth.labels[~crowd], minlength=len(self._objects))
         self._scores.append(found.scores[counted])
         self._labels.append(found.labels[counted])
@@ -59,13 +59,13 @@ class F1Thresholds:
         order = np.argsort(-scores, kind="stable")
         scores, labels, hits = scores[order], labels[order], hits[order]
         for label in range(K):
-            mine = labels == label
-            if not hits[mine].any():
+            of_label = labels == label
+            if not hits[of_label].any():
                 continue
-            values = scores[mine]
+            values = scores[of_label]
             last = np.append(values[1:] < values[:-1], True)  # of a run of equal scores all are in or none
             found = np.arange(1, len(values) + 1)
-            curve = np.where(last, 2 * np.cumsum(hits[mine]) / (found + self._objects[label]), -1)
+            curve = np.where(last, 2 * np.cumsum(hits[of_label]) / (found + self._objects[label]), -1)
             tau[label], f1[label] = values[curve.argmax()], curve.max()
         return tau, f1
 

@@ -83,7 +83,7 @@ def curves(document: Document) -> list[Curve]:
     for column in DETECTION_LOSSES:
         add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in roles}, "loss")
     student = metrics.get("student")
-    if student is not None:  # whatever is not of the detector or of the loop is a method's
+    if student is not None:  # what is not of the detector or of the loop is a method's
         single = [c for c in student.columns if c not in _KNOWN_COLUMNS]
         for group in _method_charts(single):
             lines = {name: student.columns[c] for name, c in group.lines.items()}

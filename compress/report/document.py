@@ -1,4 +1,4 @@
-"""What a run folder says about itself: report.json, the metrics.csv of each training, recipe.yaml.
+"""Documents of a run folder: report.json, the metrics.csv of each training, recipe.yaml.
 
 Public: `read_document(run_dir)`, `parse_report(value)`, and the models they return. Every figure may be
 absent (None): the page and the table then say so in words. A figure that is present must have the right
@@ -65,14 +65,14 @@ class Latency(_Part):
 
 
 class Layers(_Part):
-    """How many layers, and the share of each number format among them, 0 to 1."""
+    """Number of layers, and the share of each number format among them, 0 to 1."""
 
     count: int = 0
     share: dict[str, float] = {}
 
 
 class Machine(_Part):
-    """What an engine was built with, and the GPU it was built for."""
+    """Versions that an engine was built with, and the GPU it was built for."""
 
     library: str = "TensorRT"
     version: str = ""
@@ -149,7 +149,7 @@ class Picture(_Part):
 
 
 class Uncertainty(_Part):
-    """How far the teacher's scores move on one picture under Monte Carlo dropout (`compress.distill.uncertainty`).
+    """Spread of the teacher's scores on one picture under Monte Carlo dropout (`compress.distill.uncertainty`).
 
     samples, rate: of the dropout on the teacher's pyramid maps.
     teacher: its detections without dropout.
@@ -178,7 +178,7 @@ class Uncertainty(_Part):
             if not values or len(values) != len(rows[0].split()):
                 raise ValueError(f"row {index} has {len(values)} values, row 0 has {len(rows[0].split())}")
             if not all(0 <= value < math.inf for value in values):
-                raise ValueError(f"row {index} holds a value that is no standard deviation")
+                raise ValueError(f"row {index} holds a value that is not a standard deviation")
         return rows
 
     @property
@@ -187,8 +187,8 @@ class Uncertainty(_Part):
 
 
 class PseudoLabels(_Part):
-    """What teachers labelled for the student. labelled_images: with people's labels. images: that the teachers
-    labelled, with `labels` boxes and `regions` too uncertain for one. skipped: images that could not be read.
+    """Figures on what teachers labelled for the student. labelled_images: with people's labels. images: that the
+    teachers labelled, with `labels` boxes and `regions` too uncertain for one. skipped: images that could not be read.
     first_stage_map: of the student before it was fine-tuned, percent; None where it was not."""
 
     labelled_images: int

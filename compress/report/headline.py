@@ -1,4 +1,4 @@
-"""What the page says first: one to three sentences and five tiles, made only of measured figures."""
+"""Head of the page: one to three sentences and five tiles, made only of measured figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compress.report.text import figure, milliseconds, ratio, signed
 
 
 def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
-    """What was compressed and by how much, in one to three sentences made only of measured figures."""
+    """Say what was compressed and by how much, in one to three sentences made only of measured figures."""
     teacher, baseline, student = models.teacher, models.baseline, models.student
     if student is None:
         return "This run has no student figures: there is nothing to compare yet."

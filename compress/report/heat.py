@@ -1,4 +1,4 @@
-"""Where the teacher is uncertain: the picture, its detections, and a heat map over the picture in grey.
+"""Heat maps of the teacher's uncertainty: the picture, its detections, and a heat map over the picture in grey.
 
 Public: `draw_uncertainty(document, photos)`. One colour scale serves all pictures, so that they compare. The ramp
 rises evenly in lightness, so it reads without colour too; it is transparent at 0, where the picture stays plain.

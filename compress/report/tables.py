@@ -30,13 +30,13 @@ def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
         values = {role: getattr(getattr(models, role), key) if getattr(models, role) else None for role in ROLES}
         cells = {role: Cell(figure(values[role], digits)) for role in ROLES}
         for other in ("baseline", "teacher"):
-            mine, theirs = values["student"], values[other]
-            if mine is None or theirs is None:
+            value, reference = values["student"], values[other]
+            if value is None or reference is None:
                 cells["vs_" + other] = Cell("–")
             elif key.startswith("map"):
-                cells["vs_" + other] = _delta(mine - theirs, judge=other == "baseline")
-            elif theirs > 0 and mine > 0:
-                cells["vs_" + other] = Cell("same" if mine == theirs else ratio(theirs, mine))
+                cells["vs_" + other] = _delta(value - reference, judge=other == "baseline")
+            elif reference > 0 and value > 0:
+                cells["vs_" + other] = Cell("same" if value == reference else ratio(reference, value))
             else:
                 cells["vs_" + other] = Cell("–")
         rows.append((label, cells))
@@ -44,7 +44,7 @@ def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
 
 
 def pseudo_labels(report: Report) -> list[str]:
-    """What teachers labelled, in sentences; empty where they did not."""
+    """Say in sentences what teachers labelled; empty where they did not."""
     found, student = report.pseudo_labels, report.models.student
     if found is None:
         return []
@@ -87,7 +87,7 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
 
 
 def engine_row(file: str, engine: Engine) -> dict[str, str]:
-    """What the card of an engine says; it holds whether the engine could run here or not."""
+    """Make a row of an engine's card; it holds whether the engine could run here or not."""
     built, (smallest, best, largest) = engine.machine, engine.options.batches
     batches = f"{smallest}" if smallest == largest else f"{smallest} to {largest}, best at {best}"
     layers = engine.layers_missing or "not known"
@@ -125,12 +125,12 @@ def class_rows(models: Models) -> list[dict[str, Any]]:
     rows = []
     for name in sorted(names, key=rank):
         bars = [(role, figures.get(name), figure(figures.get(name), 1)) for role, figures in per_class.items()]
-        mine, base = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
+        student, baseline = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
         rows.append(
             {
                 "name": name,
                 "bars": bars,
-                "delta": Cell("–") if mine is None or base is None else _delta(mine - base, judge=True),
+                "delta": Cell("–") if student is None or baseline is None else _delta(student - baseline, judge=True),
             }
         )
     return rows

@@ -19,7 +19,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def ratio(big: float, small: float) -> str:
-    """How much smaller, or larger, the second is."""
+    """Say how much smaller, or larger, the second is."""
     return f"{big / small:.1f}× smaller" if big >= small else f"{small / big:.1f}× larger"
 
 

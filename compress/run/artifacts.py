@@ -51,7 +51,7 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class Checks:
-    """What an exported file is compared with torch on.
+    """Images on which an exported file is compared with torch.
 
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
@@ -65,7 +65,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class ArtifactPlan:
-    """What to make of a checkpoint.
+    """Plan of the files to make of a checkpoint.
 
     settings: thresholds and limits.
     quantizing: for the quantized files among `files`.
@@ -138,7 +138,7 @@ def onnx_files(
 def plans_of_a_run(
     folder: RunFolder, settings: Deploy, checks: Checks, quantizing: Quantizing, manifest: Manifest
 ) -> list[ArtifactPlan]:
-    """What a run makes: the student's files; and, where it was trained on the grids of an int8 file, that one."""
+    """Plan what a run makes: the student's files; and, where it was trained on the grids of an int8 file, that one."""
     engines = None
     built: tuple[str, ...] = ()
     if settings.engines is not None:
@@ -192,7 +192,7 @@ def make(plan: ArtifactPlan) -> Iterator[Artifact]:
 
 
 class _FloatFiles:
-    """The float files that quantized ones are made from; one that nobody asked for is made when it is needed."""
+    """The float files that quantized ones are made from; one that was not asked for is made when it is needed."""
 
     def __init__(self, plan: ArtifactPlan, scratch: Path) -> None:
         self.made = dict(plan.given)
@@ -304,7 +304,7 @@ def _stage(
     outputs: Sequence[Path],
     work: Callable[[], Any],
 ) -> Any:
-    """What `work` returns; of a run, what it returned when it was last done with these inputs."""
+    """Return what `work` returns; in a run, what it returned when it was last done with these inputs."""
     return work() if plan.manifest is None else plan.manifest.stage(name, inputs(), outputs, work)
 
 

@@ -1,12 +1,12 @@
-"""The conformance kit: does a detector of one's own do what `compress` will ask of it?
+"""Conformance kit for a user's own detector: does it do what `compress` will ask of it?
 
     for check in check_model("mypkg.models:MyDetector"):
         print(check.name, check.problem or "ok")
 
 Every check asks what some part of the product relies on: shapes and strides (methods), loss and gradient (the
 trainer), one image without objects, export at batch 1, 2 and the largest against torch, saving, loading, resuming.
-The checks go through the code that real runs go through. Minutes of somebody else's training are cheap to lose;
-whatever can be seen in seconds on generated images is seen here.
+The checks go through the code that real runs go through. What can be seen in seconds on generated images is seen here,
+before hours of training depend on it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from pydantic import ValidationError
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from compress.config.deploy import Deploy
+from compress.config.messages import problems
 from compress.config.model import Model
 from compress.config.train import Optimizer, Schedule, Train
+from compress.config.yaml_document import Document
 from compress.data.batch import Batch, Target
 from compress.data.coco import CocoDetection
 from compress.data.loader import train_loader
@@ -40,6 +43,8 @@ from compress.detectors.checkpoints import ModelRecord, load_detector, save_dete
 from compress.export.onnx import export_checkpoint, torch_runner
 from compress.manifest import TrainingFolder
 from compress.training.loop import Training, fit
+from deploy.core.errors import UserError
+from deploy.core.import_path import is_import_path
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import CocoMetrics
 
@@ -73,9 +78,13 @@ def check_model(
     `Check`.
     """
     given = {"options": options, "backbone": backbone, "backbone_options": backbone_options}
-    model = Model.model_validate(
-        {"detector": detector, **{key: value for key, value in given.items() if value is not None}}
-    )
+    if not is_import_path(detector):
+        raise UserError(f"'{detector}' is no import path; write package.module:Name")
+    content = {"detector": detector, **{key: value for key, value in given.items() if value is not None}}
+    try:
+        model = Model.model_validate(content)
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error, content, Document(None), Model))) from None
     with tempfile.TemporaryDirectory() as folder:
         subject = _Subject(model, build_detector(model, CLASSES, SEED), Path(folder))
         failed: set[str] = set()
@@ -308,9 +317,10 @@ def _export(subject: _Subject) -> str | None:
     torch_side = torch_runner(str(subject.saved()), settings, SIZE)
     for batch in (1, 2, LARGEST_BATCH):
         pixels = _images(batch).numpy()
-        ours, theirs = exported(pixels), torch_side(pixels)
-        if ours.count.tolist() != theirs.count.tolist() and abs(ours.count - theirs.count).max() > 1:
-            return f"at batch {batch} the file finds {ours.count.tolist()} boxes, torch {theirs.count.tolist()}"
+        exported_batch, torch_batch = exported(pixels), torch_side(pixels)
+        in_file, in_torch = exported_batch.count, torch_batch.count
+        if abs(in_file - in_torch).max() > 1:
+            return f"at batch {batch} the file finds {in_file.tolist()} boxes, torch {in_torch.tolist()}"
     return None
 
 
@@ -399,7 +409,7 @@ def _trained(subject: _Subject, data: Path, folder: Path, stops: list[int | None
             name="check-model", folder=TrainingFolder(folder), settings=settings, identity="check-model",
             loader=train_loader(images, batch_size=4, seed=SEED, workers=0), evaluate=lambda _: _no_metrics(),
         )  # fmt: skip
-        with redirect_stdout(io.StringIO()):  # its progress is nobody's business here
+        with redirect_stdout(io.StringIO()):  # its progress does not belong in the checks' output
             fit(fabric, detector, training, resume=index > 0, max_steps=stop)
         weights = {key: value.clone() for key, value in detector.state_dict().items()}
     return weights

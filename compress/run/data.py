@@ -22,7 +22,7 @@ from deploy.core.files import sha256_of
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Which images a run has.
+    """Plan of a run's images.
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
     runs: where drawn images are kept, for all runs. folder: of this one.
@@ -53,7 +53,7 @@ class Datasets:
 
 
 def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
-    """Where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
+    """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
     if data.synthetic is None:
         assert data.train is not None and data.val is not None, "the recipe was validated"
         return data.train, data.val
@@ -109,9 +109,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         )
     for split, images in ((train_split, train), (val_split, val)):
         if images.num_boxes == 0 and (has_labels or images is val):
-            raise UserError(
-                f"{split.annotations}: no box in it that could be {'learned' if images is train else 'found'}"
-            )
+            raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
     return Datasets(train, val, train_split, val_split, _identity(data, train_split, val_split), unlabelled, has_labels)
 
 
@@ -144,7 +142,7 @@ def _identity(data: Data, train_split: Split, val_split: Split) -> dict[str, Any
 
 
 def _first_difference(train: CocoDetection, val: CocoDetection) -> str:
-    ours = dict(zip(train.category_ids, train.categories, strict=True))
-    theirs = dict(zip(val.category_ids, val.categories, strict=True))
-    key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
-    return f"id {key} is {ours.get(key)!r} in the first and {theirs.get(key)!r} in the second"
+    train_names = dict(zip(train.category_ids, train.categories, strict=True))
+    val_names = dict(zip(val.category_ids, val.categories, strict=True))
+    key = next(k for k in sorted(train_names.keys() | val_names.keys()) if train_names.get(k) != val_names.get(k))
+    return f"id {key} is {train_names.get(key)!r} in the first and {val_names.get(key)!r} in the second"

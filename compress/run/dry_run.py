@@ -114,7 +114,7 @@ def _teacher(
     fabric: Fabric,
     console: Console,
 ) -> Detector:
-    """What the student learns from. student: a new one, which this changes."""
+    """Make the teacher that the student learns from. student: a new one, which this changes."""
     names, settings = list(categories.values()), recipe.teacher
     if parts.teacher is not None:
         teacher = open_given(None, parts.teacher, fabric.device, categories)

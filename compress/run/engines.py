@@ -12,7 +12,7 @@ from deploy.tensorrt.card import EngineCard, EngineOptions
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How engines are built. timing_caches: folder of the times that TensorRT measured before."""
+    """Plan of engine builds. timing_caches: folder of the times that TensorRT measured before."""
 
     options: EngineOptions = field(default_factory=EngineOptions)
     timing_caches: Path = TIMING_CACHES

@@ -1,4 +1,4 @@
-"""What a run's files are worth: mAP with a gate, and latency. A row of report.json for each.
+"""Evaluation of a run's files: mAP with a gate, and latency. A row of report.json for each.
 
 The student in PyTorch is the reference of all. What cannot run here is a row with the reason.
 """
@@ -31,7 +31,7 @@ TEACHER = "teacher (torch)"
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What files are measured on, and how.
+    """Plan of what files are measured on, and how.
 
     settings: the gate, providers, benchmark and runners of the user's own.
     split: labelled images that decide; `checks.images` are their files.
@@ -119,7 +119,7 @@ def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
 
 
 def _facts(artifact: Artifact) -> dict[str, Any]:
-    """What the card of an engine says, for the report."""
+    """Pick the facts of an engine's card that the report shows."""
     if artifact.engine is None:
         return {}
     card = artifact.engine
@@ -192,7 +192,7 @@ def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    """What a latency belongs to."""
+    """Describe the machine that a latency belongs to."""
     found = environment()
     return {"cpu": found["cpu"]["model"], "gpus": [gpu.get("name") for gpu in found["gpus"] or []]}
 

@@ -50,7 +50,7 @@ from compress.run.pseudo_labels import (
 )
 from compress.run.teacher import checkpoint_to_show, key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, evaluate_on, train
-from compress.teachers.check import check_teacher, seen_images
+from compress.teachers.check import check_teacher, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
@@ -145,18 +145,18 @@ def distill(
 
 
 def data_plan(recipe: Recipe) -> DataPlan:
-    """Which images a recipe's run has."""
+    """Plan the images of a recipe's run."""
     return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels)
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
-    """How a recipe's student learns from its teacher."""
+    """Plan how a recipe's student learns from its teacher."""
     inherit = recipe.teacher is not None and recipe.teacher.inherit
     return Distillation(recipe.methods, inherit, {} if parts is None else parts.methods)
 
 
 def labelling_of(recipe: Recipe) -> LabellingPlan | None:
-    """What teachers label in a recipe's run; None: nothing."""
+    """Plan what teachers label in a recipe's run; None: nothing."""
     if recipe.pseudo_labels is None:
         return None
     return labelling_plan(
@@ -184,7 +184,7 @@ def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
 
 
 def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadPlan:
-    """How a recipe's student is made one for int8."""
+    """Plan how a recipe's student is trained for int8."""
     from compress.run.qad import QadPlan
     from compress.run.quantize import Quantizing
 
@@ -223,7 +223,7 @@ class _Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all trainings depend on."""
+        """Identify what all trainings depend on."""
         return {"data": self.data.identity, "seed": self.recipe.seed, "world_size": self.fabric.world_size}
 
     def describe_data(self) -> None:
@@ -266,9 +266,9 @@ class _Run:
             self.manifest,
             stage=TEACHER_CHECK,
             identity=self.data.identity,
-            seen=seen_images(self.recipe.data.eval_short, self.recipe.data.long),
-            least=0.0 if settings is None else settings.min_map,
-            say=self.console.print,
+            shown=resized_images(self.recipe.data.eval_short, self.recipe.data.long),
+            min_map=0.0 if settings is None else settings.min_map,
+            report=self.console.print,
             write=self.fabric.is_global_zero,
         )
         return detector
@@ -293,8 +293,8 @@ class _Run:
         self.console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
         if found < settings.min_map:
             raise UserError(
-                f"the teacher reaches {found:.2f} mAP on {self.data.val_split.annotations}, teacher.min_map asks for "
-                f"{settings.min_map:g}: train it longer, or check that its classes and images are these"
+                f"teacher.min_map is {settings.min_map:g} and the teacher reaches {found:.2f} mAP on "
+                f"{self.data.val_split.annotations}: train it longer, or check that its classes and images are these"
             )
         return teacher
 
@@ -368,7 +368,7 @@ class _Run:
         )
 
     def _taught(self, teacher: Detector | None) -> dict[str, Any]:
-        """What a student learns from besides labels, as JSON."""
+        """Identify what a student learns from besides labels, as JSON."""
         if teacher is None:
             return {}
         distillation = distillation_plan(self.recipe)
@@ -393,7 +393,7 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
 
 
 def quantizing(recipe: Recipe) -> Quantizing:
-    """What a recipe's int8 files are calibrated on, and searched with if it says so."""
+    """Plan what a recipe's int8 files are calibrated on, and searched with if it says so."""
     from compress.run.quantize import Quantizing, Search
 
     train_split, split = splits(recipe.data, recipe.runs)
@@ -468,14 +468,17 @@ def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool
 
 
 def _student_class(recipe: Recipe, parts: Parts) -> type[Detector]:
-    """What the student is, to ask it what it can."""
+    """Return the student's class, to ask it for its abilities."""
     if parts.student is not None:
-        return type(parts.student(2))
+        made = parts.student(2)
+        if not isinstance(made, Detector):
+            raise UserError(f"student: {parts.student!r} gives a value of type {type(made).__name__}, no Detector")
+        return type(made)
     return detector_class(recipe.student.detector, "student.detector")
 
 
 def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:
-    """Is there a teacher that a student learns from, or one to train, which may label alone?"""
+    """Whether there is a teacher that a student learns from, or one to train, which may label alone."""
     if parts.teacher is not None:
         return True
     if recipe.teacher is None:

@@ -38,7 +38,7 @@ from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
 from compress.run.data import Datasets
 from compress.teachers.base import BoxTeacher
-from compress.teachers.check import check_teacher, seen_images
+from compress.teachers.check import check_teacher, resized_images
 from compress.teachers.load import open_teacher
 from compress.training.distributed import on_every_process, on_first_process
 from deploy.core.errors import UserError
@@ -53,7 +53,7 @@ REST = "training images"
 
 @dataclass(frozen=True)
 class LabellingPlan:
-    """What teachers label in a run, and how.
+    """Plan of what teachers label in a run, and how.
 
     settings: the recipe's section.
     sources: who labels. min_map: what each must reach on the validation images, percent.
@@ -187,7 +187,7 @@ def label_images(
 def rehearse(
     plan: LabellingPlan, data: Datasets, teachers: list[BoxTeacher], folder: Path, console: Console
 ) -> ConcatDataset:
-    """For a dry run: label the images of `data.train` in `folder`, and join that with `data.train`. `data` may be made
+    """Label the images of `data.train` in `folder`, and join that with `data.train`: a dry run. `data` may be made
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
     for source in plan.settings.unlabeled:
@@ -272,7 +272,7 @@ def image_lists(folders: Sequence[Path], data: Datasets, console: Console) -> li
 
 
 def labels_of(plan: LabellingPlan, teachers: Sequence[BoxTeacher], categories: Sequence[str]) -> list[list[int]]:
-    """For each class of each teacher its label in the data, or NO_CLASS.
+    """Return for each class of each teacher its label in the data, or NO_CLASS.
 
     Raises UserError: a teacher does not name its classes, one of them has no place in the data, or no teacher looks for
     a class of the data and the student cannot learn so.
@@ -318,9 +318,9 @@ def _check_teachers(
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
             identity={**data.identity, "limits": [how.short, how.long]},
-            seen=seen_images(how.short, how.long),
-            least=plan.min_map,
-            say=console.print,
+            shown=resized_images(how.short, how.long),
+            min_map=plan.min_map,
+            report=console.print,
             write=write,
         )
 

@@ -25,7 +25,7 @@ from deploy.quantize.grids import Grids
 
 @dataclass(frozen=True)
 class QadPlan:
-    """What makes a run's student one for int8.
+    """Plan of the training that adapts a run's student to int8.
 
     student: checkpoint of the float student. adapters: `last.ckpt` of its training by the methods.
     train: settings of that training. qad: how the one on grids differs.

@@ -24,7 +24,7 @@ from deploy.validate.coco import load_annotations
 
 @dataclass(frozen=True)
 class ReportPlan:
-    """What a run says about itself.
+    """Plan of a run's report.
 
     input_size: (height, width) that the models' operations are counted at.
     teacher: the checkpoint that is drawn beside the student; None: there is none, or it is of another library.
@@ -73,8 +73,8 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
 def labelled_by_teachers(
     folder: RunFolder, stages: Sequence[str], labelled: Split | None, fine_tune: FineTune | None
 ) -> dict[str, Any]:
-    """What the teachers labelled, for report.json. stages: rows of the manifest that say it. labelled: the images with
-    labels of people, if there are any."""
+    """Sum up what the teachers labelled, for report.json. stages: rows of the manifest that say it. labelled: the
+    images with labels of people, if there are any."""
     found = folder.stages()
     rows = [found[name]["result"] for name in stages]
     first = found.get(STUDENT_ON_PSEUDO_LABELS) if fine_tune is not None else None

@@ -22,7 +22,7 @@ UNNAMED = ("teacher", "teacher.checkpoint", "teacher.custom")
 
 
 def key_of(settings: Teacher | None) -> str:
-    """Where a recipe names its teacher; `teacher` for one that was handed over as an object."""
+    """Return the key at which a recipe names its teacher; `teacher` for one that was handed over as an object."""
     return "teacher" if settings is None or not settings.given else f"teacher.{settings.given[0]}"
 
 

@@ -21,7 +21,7 @@ from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.detectors.base import Capability, Detector
 from compress.detectors.build import build_detector, inherit, model_of
-from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.detectors.checkpoints import ModelRecord, check_described, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
 from compress.distill.method import Method
@@ -38,7 +38,7 @@ EVAL_BATCH = 8
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student learns from a teacher.
+    """Plan of how a student learns from a teacher.
 
     methods: the recipe's section. own: methods that are there as objects; a training works on copies.
     inherit: start the student's neck and head from the teacher's.
@@ -120,6 +120,8 @@ def train(
         output.unlink(missing_ok=True)  # from now on this training is unfinished
     fabric.seed_everything(plan.seed, verbose=False)
     detector, teacher = plan.detector(len(data.train.categories)), plan.teacher
+    if plan.build is not None:
+        check_described(output, detector, _record(plan, detector, data, None))
     if plan.start is not None:
         detector.load_state_dict(load_detector(plan.start)[0].state_dict())
     methods = {}
@@ -173,7 +175,7 @@ def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[An
     )
 
 
-def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float) -> ModelRecord:
+def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float | None) -> ModelRecord:
     return ModelRecord(
         model=model_of(detector),
         num_classes=detector.num_classes,

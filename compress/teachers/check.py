@@ -33,60 +33,60 @@ def check_teacher(
     *,
     stage: str,
     identity: dict[str, Any],
-    seen: Preprocessing,
-    least: float,
-    say: Callable[[str], object],
+    shown: Preprocessing,
+    min_map: float,
+    report: Callable[[str], object],
     write: bool,
 ) -> dict[str, Any] | None:
-    """Tell about a teacher, measure it on the validation images, and stop a run that it would spoil.
+    """Report a teacher's classes and preprocessing, measure its mAP, and stop a run whose teacher is too weak.
 
     Args:
         labels: for each class of the teacher its label in `val`, -1 for none.
         stage: name of the manifest's row, so that a finished check is not repeated.
         identity: of the validation images, JSON-able.
-        seen: what happens to the images that it is shown.
-        least: mAP that it must reach, percent; 0: any.
-        say: prints a line.
-        write: this process keeps the manifest.
+        shown: how the images are prepared that the teacher is shown.
+        min_map: mAP that it must reach, percent; 0: any.
+        report: prints a line.
+        write: whether this process writes the manifest, as `Manifest.stage` has it.
 
     Returns:
         The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images and
         for a teacher of other classes (whose features may be worth something).
 
     Raises:
-        UserError: its mAP is below `least`, or cannot be measured and `least` is not 0.
+        UserError: its mAP is below `min_map`, or cannot be measured and `min_map` is not 0.
     """
-    for line in (*class_lines(teacher, labels, val.categories), *preprocessing_lines(teacher, seen)):
-        say(line)
+    for line in (*class_lines(teacher, labels, val.categories), *preprocessing_lines(teacher, shown)):
+        report(line)
     try:
         if all(label < 0 for label in labels):
             raise UserError("none of its classes is one of the data's")
-        told = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))], val.folder)
+        coverage = teacher.covers(val.image_ids, [val.name(index) for index in range(len(val))], val.folder)
     except UserError as error:
-        if least > 0:
-            raise UserError(f"teacher.min_map is {least:g}, and the teacher cannot be measured: {error}") from None
-        say(f"teacher {teacher.file}: not measured: {error}")
+        if min_map > 0:
+            raise UserError(f"min_map is {min_map:g} and the teacher cannot be measured: {error}") from None
+        report(f"teacher {teacher.file}: not measured: {error}")
         return None
-    if told is not None:
-        say(f"teacher: {told}")
+    if coverage is not None:
+        report(f"teacher: {coverage}")
 
     def work() -> dict[str, Any]:
         return {"metrics": measure(teacher, labels, val).to_dict()}
 
     inputs = {"data": identity, "sha256": teacher.sha256, "settings": dict(teacher.settings), "labels": list(labels)}
-    found: dict[str, Any] = manifest.stage(stage, inputs, [], work, write=write)["metrics"]
+    metrics: dict[str, Any] = manifest.stage(stage, inputs, [], work, write=write)["metrics"]
     known = len({label for label in labels if label >= 0})
-    beside = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
-    say(f"teacher {teacher.file}: mAP {found['map']:.2f} on the validation images{beside}")
-    if found["map"] < least:
+    note = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
+    report(f"teacher {teacher.file}: mAP {metrics['map']:.2f} on the validation images{note}")
+    if metrics["map"] < min_map:
         raise UserError(
-            f"the teacher {teacher.file} reaches {found['map']:.2f} mAP on {val.annotations}, teacher.min_map asks for "
-            f"{least:g}: take another one, or check that its classes and images are these"
+            f"min_map is {min_map:g} and the teacher {teacher.file} reaches {metrics['map']:.2f} mAP on "
+            f"{val.annotations}: take another one, or check that its classes and images are these"
         )
-    return found
+    return metrics
 
 
-def seen_images(short: int, long: int) -> Preprocessing:
+def resized_images(short: int, long: int) -> Preprocessing:
     """Preparation of images that are resized to these limits for a model of this program."""
     return Preprocessing(f"short side {short}, long side {long}", "RGB", MEAN, STD)
 
@@ -98,9 +98,9 @@ def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence
     if list(names) == list(categories) and list(labels) == list(range(len(categories))):
         return [f"{start}all {len(categories)} classes, in the same order"]
     pairs = [(name, categories[label]) for name, label in zip(names, labels, strict=True) if label >= 0]
-    same = [ours for theirs, ours in pairs if theirs == ours]
+    same = [category for name, category in pairs if name == category]
     lines = [f"{start}{len(same)} classes matched by name: {listed(same)}"] if same else []
-    renamed = [f"{theirs} → {ours}" for theirs, ours in pairs if theirs != ours]
+    renamed = [f"{name} → {category}" for name, category in pairs if name != category]
     if renamed:
         lines.append(f"{start}classes by the class map: {listed(renamed)}")
     dropped = [name for name, label in zip(names, labels, strict=True) if label < 0]
@@ -112,27 +112,27 @@ def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence
     return lines
 
 
-def preprocessing_lines(teacher: BoxTeacher, seen: Preprocessing) -> list[str]:
+def preprocessing_lines(teacher: BoxTeacher, shown: Preprocessing) -> list[str]:
     """Lines that say what the teacher does to images; a warning where those that it gets are prepared otherwise."""
     own = teacher.preprocessing
     if own is None:
         return []
     if teacher.view is View.RESIZED:
-        own = replace(own, size=seen.size)
+        own = replace(own, size=shown.size)
     differences = [
         name
         for name, differs in (
-            ("size", own.size != seen.size),
-            ("order of channels", own.order != seen.order),
-            ("mean", _differ(own, seen, "mean")),
-            ("deviation", _differ(own, seen, "std")),
+            ("size", own.size != shown.size),
+            ("order of channels", own.order != shown.order),
+            ("mean", _differ(own, shown, "mean")),
+            ("deviation", _differ(own, shown, "std")),
         )
         if differs
     ]
     lines = [f"teacher {teacher.file} sees images: {described(own)}"]
     if differences:
         lines.append(
-            f"warning: that differs in {', '.join(differences)} from what teachers are shown here ({described(seen)}): "
+            f"warning: that differs in {', '.join(differences)} from what it is shown here ({described(shown)}): "
             "right only if the teacher was trained so"
         )
     return lines
@@ -143,10 +143,10 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
     the images, and all get the metrics."""
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    mine = range(rank, len(val), world)
+    share = range(rank, len(val), world)
     rows: list[dict[str, Any]] = []
-    for first in range(0, len(mine), BATCH):
-        samples = [_sample(val, index, teacher.view) for index in mine[first : first + BATCH]]
+    for first in range(0, len(share), BATCH):
+        samples = [_sample(val, index, teacher.view) for index in share[first : first + BATCH]]
         for sample, found in zip(samples, teacher.detect(samples, score_threshold=SCORE_THRESHOLD), strict=True):
             found.labels = found.labels.new_tensor(labels)[found.labels]
             found.boxes, found.scores, found.labels = (
@@ -157,12 +157,12 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, rows)
         rows = [row for share in shares for row in share]
-    wanted = {val.category_ids[label] for label in labels if label >= 0}
+    category_ids = {val.category_ids[label] for label in labels if label >= 0}
     content = load_annotations(val.annotations)
     document = {
         "images": content["images"],
-        "categories": [row for row in content["categories"] if row["id"] in wanted],
-        "annotations": [row for row in content["annotations"] if row["category_id"] in wanted],
+        "categories": [row for row in content["categories"] if row["id"] in category_ids],
+        "annotations": [row for row in content["annotations"] if row["category_id"] in category_ids],
     }
     return evaluate_coco(document, rows)
 
@@ -196,10 +196,10 @@ def _sample(val: CocoDetection, index: int, view: View) -> Sample:
     )
 
 
-def _differ(own: Preprocessing, student: Preprocessing, name: str) -> bool:
-    ours, theirs = getattr(student, name), getattr(own, name)
-    if ours is None or theirs is None:
+def _differ(own: Preprocessing, shown: Preprocessing, name: str) -> bool:
+    shown_values, own_values = getattr(shown, name), getattr(own, name)
+    if shown_values is None or own_values is None:
         return False
-    if own.order != student.order:
-        theirs = theirs[::-1]
-    return any(abs(a - b) > TOLERANCE for a, b in zip(ours, theirs, strict=True))
+    if own.order != shown.order:
+        own_values = own_values[::-1]
+    return any(abs(a - b) > TOLERANCE for a, b in zip(shown_values, own_values, strict=True))

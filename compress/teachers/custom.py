@@ -42,8 +42,8 @@ def open_custom(source: Custom, device: torch.device, categories: Mapping[int, s
     lacking = [name for name in NEEDED if not hasattr(made, name)]
     if lacking:
         raise UserError(
-            f"{KEY}: {source.factory} gives {type(made).__name__}, which is no Detector and no BoxTeacher: it has no "
-            f"{', '.join(lacking)}"
+            f"{KEY}: {source.factory} gives {type(made).__name__}, which is neither a Detector nor a BoxTeacher: it "
+            f"has no {', '.join(lacking)}"
         )
     if not hasattr(made, "file"):
         made.file = source.factory

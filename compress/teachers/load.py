@@ -1,4 +1,4 @@
-"""Open a teacher, whatever it is: `open_teacher`, from a recipe's section or from a path on the command line."""
+"""Open a teacher of any kind: `open_teacher`, from a recipe's section or from a path on the command line."""
 
 from __future__ import annotations
 
@@ -122,5 +122,5 @@ def source_of(text: str) -> Source:
         return Source(checkpoint=text)
     except ValidationError:
         raise UserError(
-            f"{text}: can be no teacher; use .safetensors, .pth, zoo:NAME, .onnx, COCO results (.json), or .yaml"
+            f"{text}: is not a teacher; use .safetensors, .pth, zoo:NAME, .onnx, COCO results (.json), or .yaml"
         ) from None

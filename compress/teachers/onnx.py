@@ -113,7 +113,9 @@ class ForeignTeacher:
             )
         declared = inputs[self._name]
         if declared.type not in ELEMENTS:
-            raise UserError(f"{source.file}: input {self._name!r} is {declared.type}; known are {', '.join(ELEMENTS)}")
+            raise UserError(
+                f"{source.file}: input {self._name!r} is {declared.type}; supported are {', '.join(ELEMENTS)}"
+            )
         self._dtype = ELEMENTS[declared.type]
         self._size = self._input.size or _declared_size(source.file, declared, self._input)
         self.file, self.sha256 = source.file.name, sha256_of(source.file)
@@ -295,7 +297,7 @@ def _need(path: Path, what: str, names: Sequence[str], known: Sequence[str]) -> 
 
 def _only(path: Path, names: Sequence[str]) -> str:
     if len(names) != 1:
-        raise UserError(f"{path}: has {len(names)} inputs ({', '.join(names)}); say which takes the image: input.name")
+        raise UserError(f"{path}: has {len(names)} inputs ({', '.join(names)}); name that of the image in input.name")
     return names[0]
 
 
@@ -303,7 +305,7 @@ def _declared_size(path: Path, declared: Any, how: OnnxInput) -> tuple[int, int]
     shape = list(declared.shape)
     sides = shape[2:4] if how.layout == "nchw" else shape[1:3]
     if len(shape) != 4 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"{path}: input {declared.name!r} of {shape} says no height and width; give input.size")
+        raise UserError(f"{path}: input {declared.name!r} of {shape} does not fix height and width; give input.size")
     return sides[0], sides[1]
 
 

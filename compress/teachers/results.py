@@ -84,7 +84,7 @@ class ResultsTeacher:
         for index, row in enumerate(rows):
             where = f"{path}: {'annotations' if self._by_name else ''}[{index}]"
             if row["category_id"] not in label:
-                raise UserError(f"{where}: category_id {row['category_id']} has no name; known are {_some(ids)}")
+                raise UserError(f"{where}: category_id {row['category_id']} has no name; known ids are {_some(ids)}")
             key = keys.get(row["image_id"]) if self._by_name else row["image_id"]
             if key is None:
                 raise UserError(f"{where}: image_id {row['image_id']} is not among the images")

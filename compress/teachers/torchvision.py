@@ -87,7 +87,9 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
     build = getattr(zoo, source.model)
     if source.weights == "coco":
         if source.class_names is not None and source.class_names != tuple(COCO_CATEGORIES.values()):
-            raise UserError("teacher.torchvision.class_names: weights: coco knows COCO's 80 classes; leave it out")
+            raise UserError(
+                "teacher.torchvision.class_names: weights: coco has COCO's 80 classes already; leave it out"
+            )
         try:
             model = build(weights=get_model_weights(source.model).DEFAULT, progress=False)
         except (OSError, RuntimeError) as error:  # no network; a damaged download

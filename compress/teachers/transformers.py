@@ -1,4 +1,4 @@
-"""Object detectors of Hugging Face transformers as teachers: DETR, RT-DETR, D-FINE and whatever else has an image
+"""Object detectors of Hugging Face transformers as teachers: DETR, RT-DETR, D-FINE and every other one with an image
 processor with `post_process_object_detection`.
 
 Model and processor are read from a local folder (`save_pretrained`); nothing is downloaded, and no code in the folder

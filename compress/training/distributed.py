@@ -36,7 +36,7 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
     started = int(os.environ.get("WORLD_SIZE", train.devices))
     if started != train.devices and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
-            f"torchrun started {started} processes, train.devices is {train.devices}; add --devices {started}"
+            f"train.devices is {train.devices}, and torchrun started {started} processes; add --devices {started}"
         )
     strategy = "ddp_find_unused_parameters_true" if unused_parameters else "ddp"
     try:
@@ -63,7 +63,7 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
 
 
 def is_first_process() -> bool:
-    """Is this process 0 of those that `launch` started, or the only one?"""
+    """Whether this is process 0 of those that `launch` started, or the only one."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 

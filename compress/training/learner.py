@@ -11,6 +11,7 @@ from compress.data.batch import Batch
 from compress.detectors.base import Detector, Reduce
 from compress.distill.method import Outputs
 from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
+from deploy.core.errors import UserError
 
 
 class Learner(nn.Module):
@@ -50,6 +51,7 @@ class Learner(nn.Module):
                 terms = {
                     name: m.method(student, teacher_outputs, batch) for name, m in self._weighted() if factors[name]
                 }
+                check_terms(terms, losses)
                 if position.measures and features[0].requires_grad:
                     self._measure(losses, terms, features)
                 for name, weighted in self._weighted():
@@ -79,6 +81,23 @@ class Learner(nn.Module):
             if name in terms:
                 norm = gradient_norm(total_loss(terms[name]), features, self._reduce)
                 weighted.measure(norm, self.detection_norm)
+
+
+def check_terms(terms: Mapping[str, Mapping[str, Tensor]], losses: Mapping[str, Tensor]) -> None:
+    """Raise UserError for what a method gave unless it is named scalars, with names that nothing else has: of two terms
+    of one name, one would be lost."""
+    owners = dict.fromkeys(losses, "the detection loss")
+    for name, given in terms.items():
+        if not isinstance(given, Mapping) or not given:
+            what = "an empty dict" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+            raise UserError(f"methods.{name}: forward must give a dict of scalars by name, gave {what}")
+        for term, value in given.items():
+            if not isinstance(value, Tensor) or value.dim():
+                what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise UserError(f"methods.{name}: its term '{term}' must be a scalar tensor, not {what}")
+            if term in owners:
+                raise UserError(f"methods.{name}: its term '{term}' is one of {owners[term]}, too; rename it")
+            owners[term] = f"methods.{name}"
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What training shows and keeps: a live line on a terminal, plain lines elsewhere, metrics.csv, TensorBoard."""
+"""Log of a training: a live line on a terminal, plain lines elsewhere, metrics.csv, TensorBoard."""
 
 from __future__ import annotations
 

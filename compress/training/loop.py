@@ -39,7 +39,7 @@ LOG_EVERY = 10  # optimizer steps between rows of metrics.csv
 
 @dataclass(frozen=True)
 class Training:
-    """What stays the same over one training.
+    """Inputs of one training that stay the same from step to step.
 
     Attributes:
         name: shown in the progress display and in errors.
@@ -192,7 +192,7 @@ def _check_length(training: Training) -> None:
     for name, weighted in training.methods.items():
         if weighted.stop_epoch is not None and weighted.stop_epoch * epoch_steps > total:
             raise UserError(
-                f"{training.name}: methods.{name}.stop_epoch {weighted.stop_epoch} lies behind the end of the "
+                f"{training.name}: methods.{name}.stop_epoch {weighted.stop_epoch} is after the end of the "
                 f"training ({total / epoch_steps:.1f} epochs); lower it or leave it out"
             )
 

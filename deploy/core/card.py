@@ -37,7 +37,7 @@ _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Quantization(BaseModel):
-    """How an int8 file was made. `layers` counts the quantized ones; `float_layers` names the others."""
+    """Record of how an int8 file was made. `layers` counts the quantized ones; `float_layers` names the others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -99,6 +99,8 @@ class Detections:
         ids = self.category_ids if category_ids is None else category_ids
         if ids is None:
             raise UserError("to_coco: the model does not know the category ids of its classes: give category_ids")
+        if len(ids) != len(self.class_names):
+            raise UserError(f"to_coco: {len(ids)} category_ids for {len(self.class_names)} classes")
         boxes = self.boxes.astype(np.float64)  # where the difference of two float32 is exact
         boxes[:, 2:] -= boxes[:, :2]
         return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), ids)

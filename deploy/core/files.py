@@ -14,6 +14,7 @@ from typing import Any
 from deploy.core.errors import UserError
 
 ONNX_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
 """Names of exported files end so; `deploy.runtimes.open.RUNNERS` says what runs each."""
 
 

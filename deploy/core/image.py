@@ -22,6 +22,8 @@ Picture = str | Path | bytes | np.ndarray | Image.Image
 def image_files(folder: Path, where: str = "") -> list[Path]:
     """The image files of a folder, by name. Raises UserError, beginning with `where`, when there is none."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{where}{folder}: no such folder")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"{where}{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")

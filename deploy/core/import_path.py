@@ -30,7 +30,7 @@ def import_object(path: str, key: str) -> Any:
     Raises UserError in one line: not an import path, no such module, an error inside the module, no such name.
     """
     if not is_import_path(path):
-        raise UserError(f"{key}: '{path}' is no import path; write package.module:Name")
+        raise UserError(f"{key}: '{path}' is not an import path; write package.module:Name")
     module_name, _, attributes = path.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -76,7 +76,7 @@ PRECISIONS: dict[str, Precision] = {
 
 
 def file_for(out: Path, precision: str, target: Target | None = None) -> Path:
-    """Where a precision goes: `student.onnx`, `student.int8.onnx`.
+    """Return the file of a precision: `student.onnx`, `student.int8.onnx`.
 
     target: named in the file when it is not the format that the run writes under the plain name:
     `student.int8.tensorrt.onnx`.

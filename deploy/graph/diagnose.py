@@ -1,4 +1,4 @@
-"""Where does a graph start to compute something else? Layer by layer, against a graph that is right.
+"""Search for the place where a graph starts to compute something else, layer by layer, against a correct graph.
 
 `first_divergence(reference, other, images)` runs both ONNX files with their intermediate values exposed, matches the
 values, and names the first one, in the order of computation, whose difference is larger than the number formats on its

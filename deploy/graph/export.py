@@ -32,6 +32,7 @@ from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.precision import precisions, set_card
+from deploy.graph.session import cpu_session
 
 OUTPUTS = ("boxes", "scores", "labels", "count")
 _INNER = ("dense_scores", "dense_boxes")
@@ -91,13 +92,13 @@ def export_onnx(
     model.producer_name = "compress-detectors"
 
     batches = tuple(sorted({1, 2, max_batch}))
-    inner = _session(model.SerializeToString())
+    inner = cpu_session(model.SerializeToString())
     reference = module if reference is None else reference.eval()
     del model.graph.output[len(OUTPUTS) :]
     onnx.checker.check_model(model)
     with atomic_path(Path(path)) as temporary:
         onnx.save(model, str(temporary))
-        final = _session(str(temporary))
+        final = cpu_session(str(temporary))
         measured = _compare(reference, inner, final, images, batches, score_tolerance, box_tolerance_px)
     return ExportReport(
         path=Path(path),
@@ -167,14 +168,6 @@ def _strip(model: onnx.ModelProto) -> None:
         del function.metadata_props[:]
         for node in function.node:
             del node.metadata_props[:]
-
-
-def _session(model: bytes | str) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @torch.no_grad()

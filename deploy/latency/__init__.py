@@ -1,4 +1,4 @@
-"""How long does a detector take, and how sure is that figure?
+"""Latency of a detector, and how certain the figure is.
 
     measured = benchmark({"student": runner}, images)            closed loop: single-stream, multi-stream, offline
     measured = benchmark_server({"student": runner}, images, rates_ips=[50])            open loop: Poisson arrivals

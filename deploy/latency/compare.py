@@ -1,4 +1,4 @@
-"""Which artifact is faster: within one report, where all were measured in turn, and between two reports."""
+"""Comparison of speeds: within one report, where all were measured in turn, and between two reports."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def compare_reports(
 
 
 def slower(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Those that are significantly slower than the tolerance allows."""
+    """Return those that are significantly slower than the tolerance allows."""
     return [found for found in comparisons if found.verdict == "slower"]
 
 

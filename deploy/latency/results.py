@@ -1,4 +1,4 @@
-"""What a benchmark found, as it stands in the JSON file: `schema` is docs/benchmark.schema.json."""
+"""Results of a benchmark, as they stand in the JSON file: `schema` is docs/benchmark.schema.json."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Estimate(_Model):
 
 
 class WarmUp(_Model):
-    """What came before the measurement. `stable` is false when the time limit ended it."""
+    """Warm-up before the measurement. `stable` is false when the time limit ended it."""
 
     calls: int
     seconds: float
@@ -85,12 +85,12 @@ class Cell(_Model):
 
     @property
     def key(self) -> tuple[Scenario, Scope, int, int, float | None]:
-        """What must be equal for two cells to be compared, the artifact apart."""
+        """Return what must be equal for two cells to be compared, apart from the artifact."""
         return self.scenario, self.scope, self.batch_size, self.streams, self.offered_ips
 
     @property
     def where(self) -> str:
-        """For people: what it is a cell of, the artifact apart."""
+        """Describe the cell in words, apart from the artifact."""
         streams = f", {self.streams} streams" if self.streams > 1 else ""
         rate = "" if self.offered_ips is None else f", {self.offered_ips:.4g} requests/s"
         return f"{self.scenario}, {self.scope}, batch {self.batch_size}{streams}{rate}"

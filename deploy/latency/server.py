@@ -235,9 +235,9 @@ def _check(rates_ips: Sequence[float], bound_ms: float | None, batch_size: int, 
         raise UserError(f"seconds must be positive, got {seconds:g}")
 
 
-def _requests(rate: float, seconds: float, least: int) -> int:
-    """Those that count, and the lead before them."""
-    return math.ceil(max(rate * seconds, least) / (1 - LEAD))
+def _requests(rate: float, seconds: float, fewest: int) -> int:
+    """Count the requests that are measured, and the lead before them."""
+    return math.ceil(max(rate * seconds, fewest) / (1 - LEAD))
 
 
 def _server_cell(found: OpenLoop, rate: float, facts: dict[str, object], seed: int) -> Cell:

@@ -1,4 +1,4 @@
-"""How sure is a percentile, and does one artifact really differ from another?
+"""Statistics of latencies: intervals of percentiles, and whether one artifact really differs from another.
 
 The calls of a benchmark are not independent: clocks, heat and neighbours act on many calls in a row, and queued
 requests wait for each other. So the unit of all statistics is a block of calls (a round, or a twentieth of a server
@@ -83,7 +83,7 @@ def interval(value: float, draws: np.ndarray, blocks: int) -> Estimate:
 
 
 def draw_blocks(blocks: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each block is drawn, [resamples, blocks]."""
+    """Draw how often each block occurs in each resample, [resamples, blocks]."""
     return np.random.default_rng(seed).multinomial(blocks, [1 / blocks] * blocks, resamples)
 
 
@@ -94,7 +94,7 @@ def joined(blocks: Blocks) -> list[np.ndarray]:
 
 
 def join_size(series: np.ndarray) -> int:
-    """How many neighbours (1, 2, 4, …) to join so that the lag-1 autocorrelation of `series` is at most 0.2, or
+    """Find how many neighbours (1, 2, 4, …) to join so that the lag-1 autocorrelation of `series` is at most 0.2, or
     fewer than ten are left."""
     size = 1
     while len(series) >= 10 and _autocorrelation(series) > _SIMILAR:
@@ -242,7 +242,8 @@ def student_quantile(probability: float, df: float) -> float:
 
 
 def _autocorrelation(series: np.ndarray) -> float:
-    """At lag 1, corrected for the bias of short series (Marriott and Pope 1954): + (1 + 4r) / n."""
+    """Compute the autocorrelation at lag 1, corrected for the bias of short series (Marriott and Pope 1954):
+    + (1 + 4r) / n."""
     centred = series - series.mean()
     power = float(centred @ centred)
     if power <= 1e-24 * len(series):

@@ -80,7 +80,7 @@ def list_images(source: Path, option: str = "--calibration") -> list[Path]:
         if names and (folder / names[0]).is_file():
             return [folder / name for name in names]
     raise UserError(
-        f"{option}: {source}: its images lie neither beside it nor in a folder images beside it; name their folder"
+        f"{option}: {source}: its images are neither beside it nor in a folder images beside it; name their folder"
     )
 
 

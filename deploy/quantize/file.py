@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from deploy.core.boxes import iou
 from deploy.core.card import METADATA_KEY, Quantization, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.precision import precisions, set_card
+from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES, structure_of
 from deploy.quantize.calibrate import CalibrationImages, Method, activation_ranges, canvases
 from deploy.quantize.grids import Grids, grids_of, trained_tensors
@@ -91,7 +91,7 @@ class Quantizer:
         return model
 
     def grids(self, keep_float: Collection[str] | None = None) -> Grids:
-        """Where training starts from: the activations' grids of `graph(keep_float)`."""
+        """Return the grids that training starts from: those of the activations of `graph(keep_float)`."""
         keep_float = self.structure.output_names if keep_float is None else keep_float
         return Grids(
             target=self.target,
@@ -147,14 +147,14 @@ def dense_outputs(model: onnx.ModelProto, images: np.ndarray) -> tuple[np.ndarra
     tapped.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (SCORES, BOXES)
     )
-    session = _session(tapped.SerializeToString())
+    session = cpu_session(tapped.SerializeToString())
     parts = [session.run([SCORES, BOXES], {"images": image[None]}) for image in images]
     scores, boxes = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return scores, boxes
 
 
 def output_error(reference: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    """How far dense outputs are apart where it matters: (score error, box error), both 0 for equal outputs.
+    """Measure how far dense outputs are apart where it matters: (score error, box error), both 0 for equal outputs.
 
     Score error: Σ |Δ score| / Σ score. Box error: mean of 1 − IoU over the locations, weighted by the reference's best
     score there. Locations where the reference sees nothing hardly count.
@@ -181,12 +181,6 @@ def _load(path: Path) -> onnx.ModelProto:
 def _metadata(model: onnx.ModelProto) -> str | None:
     found: Mapping[str, str] = {item.key: item.value for item in model.metadata_props}
     return found.get(METADATA_KEY)
-
-
-def _session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _check_batches(path: Path, images: np.ndarray, max_batch: int) -> None:

@@ -1,4 +1,4 @@
-"""A runner for a file, whatever it is: the table of runtimes, by the suffix of the files that they run.
+"""Opening of a file by a runner of its kind: the table of runtimes, by the suffix of the files that they run.
 
 A new runtime is a module with a runner (`deploy.runtimes.base.Runner`) and a row here. A user's own needs no row:
 `open_runner(path, runner="pkg.module:MyRunner")`.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
-from deploy.core.import_path import import_object
+from deploy.core.import_path import call_own, import_object
 from deploy.runtimes.base import Runner
 from deploy.runtimes.providers import Provider
 
@@ -37,7 +37,7 @@ class Option:
 
 @dataclass(frozen=True)
 class RunnerKind:
-    """How the files of a suffix are run."""
+    """Row of the table of runtimes: how the files of a suffix are run."""
 
     name: str
     open: Callable[..., Runner]
@@ -213,7 +213,9 @@ def _open_own(path: Path, runner: OwnRunner) -> Runner:
     name = runner if isinstance(runner, str) else getattr(runner, "__name__", repr(runner))
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    made: Runner = make(path)
+    if not callable(make):
+        raise UserError(f"runner: {name}: is no class or function that opens a file")
+    made: Runner = call_own(make, name, "runner", path)
     for attribute, kind in (("backend", str), ("card", ModelCard), ("on_cpu", bool)):
         if not isinstance(getattr(made, attribute, None), kind):
             raise UserError(f"runner: {name}: its attribute '{attribute}' must be a {kind.__name__}")

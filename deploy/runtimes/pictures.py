@@ -62,6 +62,8 @@ def finite_values(found: DetectionBatch) -> np.ndarray:
 
 def check_outputs(name: str, found: DetectionBatch, batch: int) -> None:
     """Raise UserError, naming the runner and the output, when an output cannot be what it is called."""
+    if not isinstance(found, DetectionBatch):
+        raise UserError(f"{name}: gives a value of type {type(found).__name__}, not a DetectionBatch")
     most = found.scores.shape[1] if found.scores.ndim == 2 else -1
     shapes = {"scores": (batch, most), "boxes": (batch, most, 4), "labels": (batch, most), "count": (batch,)}
     for output, shape in shapes.items():

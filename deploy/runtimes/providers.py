@@ -1,4 +1,4 @@
-"""Where ONNX Runtime can run a file."""
+"""Execution providers on which ONNX Runtime can run a file."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class TensorRTRunner:
 
 
 class EngineBuffers:
-    """Which buffers an engine needs, from its card: name → (shape for the largest batch, dtype).
+    """Buffers that an engine needs, from its card: name → (shape for the largest batch, dtype).
 
     Raises UserError for an engine that is not one of ours.
     """

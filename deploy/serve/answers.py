@@ -65,7 +65,7 @@ class DetectAnswer(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What went wrong, in one line."""
+    """Answer to a request that failed: what went wrong, in one line."""
 
     error: str
     request_id: str

@@ -54,7 +54,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="All models take requests", responses={503: {"description": "Not yet, or no more"}})
     async def readyz() -> Response:
-        """With what really runs each model."""
+        """Answer whether the server is ready, with what really runs each model."""
         rows = []
         for name in service.models.names:
             warm = service.models.is_ready(name)

@@ -204,7 +204,7 @@ class Batcher:
             self._loop.call_soon_threadsafe(self._deliver, items, outcomes, call)
 
     def _deliver(self, items: Sequence[_Item], outcomes: Sequence[Row | Exception], call: Call | None) -> None:
-        """On the event loop."""
+        """Hand over results; runs on the event loop."""
         if call is not None:
             self._on_call(call)
         for item, outcome in zip(items, outcomes, strict=True):

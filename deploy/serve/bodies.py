@@ -69,8 +69,8 @@ class Bodies:
         return bytes(body)
 
     def _hold(self, count: int, reading: _Reading) -> None:
-        """When memory runs out, the bodies that have been arriving longest make room: slow clients do not keep others
-        out."""
+        """Make room when memory runs out, at the cost of the bodies that have been arriving longest: slow clients do
+        not keep others out."""
         while self.held_bytes + count > self._max_held_bytes:
             oldest = next(iter(self._arriving), reading)  # none, when this one had to make room itself
             if oldest is reading:

@@ -1,4 +1,4 @@
-"""From files to a listening process, and back to nothing: `serve` is `compress serve`.
+"""Start and end of the serving process: `serve` is `compress serve`.
 
 SIGTERM: /readyz answers 503 and answers close their connections for `drain_s`, so that balancers and clients go
 elsewhere; then nothing new is accepted, everything accepted is answered, and the process ends with 0. SIGINT: the
@@ -50,11 +50,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     log_level: str = "info",
-    say: Callable[[str], None] = print,
+    announce: Callable[[str], None] = print,
 ) -> None:
     """Serve `files` (name → file) until a signal ends it.
 
-    say: gets one line when the server listens and one when it is ready. Raises UserError when a file cannot be
+    announce: gets one line when the server listens and one when it is ready. Raises UserError when a file cannot be
     opened or the address is taken, before anything listens.
     """
     log_as_json(log_level)
@@ -64,10 +64,10 @@ def serve(
     models = Models(files, open_runner, settings, metrics)
     service = Service(settings, models, metrics)
     listening = _listen(host, port)
-    asyncio.run(_serve(service, listening, say))
+    asyncio.run(_serve(service, listening, announce))
 
 
-async def _serve(service: Service, listening: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(service: Service, listening: socket.socket, announce: Callable[[str], None]) -> None:
     settings = service.settings
     middleware = Middleware(
         create_app(service),
@@ -121,8 +121,8 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
 
     address, port = listening.getsockname()[:2]
     url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-    warm = start(_warm_up(service, server, say, url))
-    say(f"listening on {url}, warming up")
+    warm = start(_warm_up(service, server, announce, url))
+    announce(f"listening on {url}, warming up")
     await server.serve(sockets=[listening])
     if warm.done() and not warm.cancelled() and (error := warm.exception()) is not None:
         raise error
@@ -132,7 +132,7 @@ async def _serve(service: Service, listening: socket.socket, say: Callable[[str]
     service.pool.shutdown(cancel_futures=True)
 
 
-async def _warm_up(service: Service, server: _Server, say: Callable[[str], None], url: str) -> None:
+async def _warm_up(service: Service, server: _Server, announce: Callable[[str], None], url: str) -> None:
     try:
         await service.models.warm_up()
     except Exception as error:
@@ -140,8 +140,8 @@ async def _warm_up(service: Service, server: _Server, say: Callable[[str], None]
         raise UserError(f"warm-up failed: {' '.join(str(error).split())[:300]}") from error
     for name in service.models.names:
         served = service.models.get(name)
-        say(f"{name}: {served.runner.backend}, warm after {served.warm_up_s:.1f} s")
-    say(f"ready: {url}")
+        announce(f"{name}: {served.runner.backend}, warm after {served.warm_up_s:.1f} s")
+    announce(f"ready: {url}")
 
 
 class _Server(uvicorn.Server):
@@ -216,7 +216,7 @@ class GuardedConnection(H11Protocol):
     cut when nothing of it was taken for `send_timeout_s`.
 
     uvicorn stops reading when a client sends ahead of its answer, and then does not learn that it went away; here it
-    reads on up to `AHEAD_BYTES`. A body in tiny chunks costs an event each, so that few bytes keep everybody waiting:
+    reads on up to `AHEAD_BYTES`. A body in tiny chunks costs an event each, so that few bytes keep all others waiting:
     a connection with more framing than body is cut.
     """
 

@@ -12,7 +12,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server behaves. Raises UserError for values that cannot work together."""
+    """Settings of the server. Raises UserError for values that cannot work together."""
 
     max_batch: int = 16
     """Most images that one call of a runtime gets."""

@@ -1,4 +1,4 @@
-"""How many parts a picture's file has, before anything parses it in earnest.
+"""Count the parts of a picture's file before a decoder parses it.
 
 Pillow reads headers in Python, a part after the other: a file of nothing but comments, or of fill bytes, would keep it
 busy for half a minute. Here the parts are counted until there are too many.

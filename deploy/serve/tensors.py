@@ -44,7 +44,7 @@ def add_inference(app: FastAPI, service: Service) -> None:
         return json_answer(protocol.model_metadata(name, served.runner.backend, served.card))
 
     async def is_ready(name: str, version: str = protocol.VERSION) -> Response:
-        """Whether the model takes requests: 200 or 503."""
+        """Answer whether the model takes requests: 200 or 503."""
         _known(models, name, version)
         found = models.is_ready(name) and not service.draining
         return json_answer({"name": name, "ready": found}, 200 if found else 503)

@@ -51,7 +51,7 @@ class _Content:
 
 @dataclass(frozen=True)
 class _TritonFiles:
-    """How the files of a suffix stand in a repository. kinds: where they may run, the default first."""
+    """Layout of the files of a suffix in a repository. kinds: where they may run, the default first."""
 
     backend: Backend
     file: str

@@ -274,8 +274,8 @@ def _use_timing_cache(trt: Any, config: Any, file: Path) -> str:
     accepted = config.set_timing_cache(config.create_timing_cache(old), False)
     if not old:
         return "new"
-    said = [message for _, message in log().messages[before:]]
-    if accepted and not any(re.search(r"timing cache", message, re.IGNORECASE) for message in said):
+    messages = [message for _, message in log().messages[before:]]
+    if accepted and not any(re.search(r"timing cache", message, re.IGNORECASE) for message in messages):
         return "reused"
     return f"not accepted: {_why_not(log().errors()) or 'no reason'}"
 

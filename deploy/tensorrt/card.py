@@ -31,7 +31,7 @@ class _Model(BaseModel):
 
 
 class EngineOptions(_Model):
-    """How an engine is built."""
+    """Options of an engine build."""
 
     batches: tuple[int, int, int] = (1, 8, 32)
     """Smallest batch, the one it is tuned for, largest batch."""
@@ -75,7 +75,7 @@ class EngineOptions(_Model):
 
 
 class Machine(_Model):
-    """Where an engine was built, or is to run. None: there is none, or it cannot be read."""
+    """Machine where an engine was built, or is to run. None: there is none, or it cannot be read."""
 
     library: str
     """`TensorRT` or `TensorRT-RTX`."""
@@ -89,7 +89,7 @@ class Machine(_Model):
 
 
 class Layers(_Model):
-    """How many layers there are, and the share of each number format among them; shares add up to 1."""
+    """Number of layers, and the share of each number format among them; shares add up to 1."""
 
     count: int
     share: dict[str, float]
@@ -299,7 +299,7 @@ def rebuild(card: EngineCard) -> str:
 
 
 def this_machine(library: str, version: str, device: int = 0) -> Machine:
-    """This machine with a TensorRT library that is loaded here."""
+    """Describe this machine with a TensorRT library that is loaded here."""
     gpu = cuda_driver.gpu(device)
     if gpu is None:
         return Machine(library=library, version=version)

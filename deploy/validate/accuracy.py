@@ -38,7 +38,7 @@ DIAGNOSED_IMAGES = 2
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two detectors say the same, whether right or wrong.
+    """Agreement of two detectors, whether they are right or wrong.
 
     A detection with score ≥ 0.3 is *confirmed* when the other side has one of the same class with IoU ≥ 0.9
     and score ≥ 0.25 (the slack keeps a score at the border from counting as a disagreement); one to one,

@@ -137,7 +137,7 @@ def load_annotations(annotations: Path | Mapping[str, Any]) -> Mapping[str, Any]
             raise UserError(f"{where}: {section}: the list is empty, there is nothing to evaluate")
         repeated = [key for key, count in Counter(entry["id"] for entry in content[section]).items() if count > 1]
         if repeated:
-            raise UserError(f"{where}: {section}: id {repeated[0]} stands there more than once; ids must differ")
+            raise UserError(f"{where}: {section}: id {repeated[0]} is used more than once; ids must be unique")
     return content
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.detectors.base import Capability
+from compress.detectors.base import Capability, ImageDetections
 from compress.teachers.base import Sample, View, final, original
 
 
@@ -61,14 +61,14 @@ class Colours:
         self._tolerance, self._smallest = tolerance, smallest
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
-        """It can look at any image."""
+        """Accept any image."""
         return None
 
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[Any]:
+    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
         """Boxes in pixels of each file, best first."""
         return [self._detect(original(sample), score_threshold) for sample in samples]
 
-    def _detect(self, picture: Tensor, score_threshold: float) -> Any:
+    def _detect(self, picture: Tensor, score_threshold: float) -> ImageDetections:
         """picture uint8 [3, h, w]."""
         picture = picture.to(self._colours.device).int()
         boxes, scores, labels = [], [], []

@@ -1,4 +1,4 @@
-"""Which implementation an operator of this package runs: Triton, CUDA C++, or PyTorch.
+"""Choice of the implementation that an operator runs: Triton, CUDA C++, or PyTorch.
 
 `auto` takes Triton for tensors on a CUDA device, CUDA C++ where Triton is not installed and the operator has a
 C++ version that can be compiled, and PyTorch everywhere else; that the C++ kernels cannot be had is told once, as a
@@ -48,7 +48,7 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 def chosen(tensor: Tensor, *, has_cuda: bool = False) -> Chosen:
-    """What runs for this tensor.
+    """Return the implementation that runs for this tensor.
 
     Args:
         tensor: the operator's main input; only its device matters.

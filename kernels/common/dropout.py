@@ -1,4 +1,4 @@
-"""What an MC-dropout draw is, and drawing it with PyTorch (the kernels' way: `kernels.triton.dropout`).
+"""MC-dropout draws, and drawing them with PyTorch (the kernels' way: `kernels.triton.dropout`).
 
 The random number of an element is a function of (seed, offset) and of its place in the logical order of the shape:
 memory format, chunks and threads do not matter. PyTorch has no fast 32 x 32 -> 64 bit product, so in place of Philox
@@ -25,7 +25,7 @@ Combine = Literal["none", "sum", "mean"]
 
 @dataclass(frozen=True)
 class Dropout:
-    """What a draw of N dropout copies is.
+    """Parameters of a draw of N dropout copies.
 
     Attributes:
         rates: probability p_k that copy k drops an element, 0 <= p_k < 1; N = len(rates) >= 1.
@@ -60,7 +60,7 @@ class Dropout:
         return cls(tuple(rates), seed, offset, mode, combine)  # type: ignore[arg-type]  # checked by __post_init__
 
     def arguments(self) -> tuple[list[float], int, int, str, str]:
-        """What goes through the schema of a registered operator."""
+        """Return what goes through the schema of a registered operator."""
         return list(self.rates), self.seed, self.offset, self.mode, self.combine
 
 
@@ -126,8 +126,8 @@ def chunk_factors(
 
 
 def all_factors(draw: Stream, size: tuple[int, int], *, variance: bool) -> tuple[Tensor, Tensor | None]:
-    """The same for all rows of all images, float32 [B, R, L] ([B, R, 1] or [B, 1, L]): for compiled code and for small
-    maps."""
+    """Draw the same for all rows of all images, float32 [B, R, L] ([B, R, 1] or [B, 1, L]): for compiled code and for
+    small maps."""
     keys = [(draw.keys[:, g, 0, None, None], draw.keys[:, g, 1, None, None]) for g in range(len(draw.tables.groups))]
     return _factors(_places(draw, 0, size[0], size), keys, draw, variance)
 

@@ -23,7 +23,7 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def kept_like(x: Tensor, wanted: bool) -> Tensor:
-    """Memory for the left gradient of x, in its memory format; empty [0] where nobody asks for it."""
+    """Memory for the left gradient of x, in its memory format; empty [0] where it is not asked for."""
     return torch.empty_like(x, dtype=kept_dtype(x.dtype)) if wanted else x.new_empty(0)
 
 

@@ -52,5 +52,5 @@ def chunks(B: int, R: int, L: int) -> Iterator[tuple[int, slice]]:
 
 @functools.cache
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a function for all shapes; imports the compiler, so only when somebody asks for it."""
+    """torch.compile of a function for all shapes; imports the compiler, so only when it is asked for."""
     return torch.compile(function, dynamic=True)

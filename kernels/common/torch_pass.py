@@ -1,4 +1,4 @@
-"""How the PyTorch path of an operator on maps runs: compiled, all at once, or a few rows at a time."""
+"""PyTorch path of an operator on maps: compiled, all at once, or a few rows at a time."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _checked(
     means: bool,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the registered operator: [W], [B, h, w] and [B, C], the last two empty without `means`."""
+    """Run the registered operator after checks: [W], [B, h, w] and [B, C], the last two empty without `means`."""
     if student.dim() != 4 or student.shape != teacher.shape:
         raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} must both be [B, C, h, w]")
     B, C, h, w = student.shape

@@ -52,7 +52,7 @@ def quality_focal_loss(
 
     Raises:
         ValueError: the shapes do not agree.
-        IndexError: a location or a class is out of range, on the CPU. On a GPU nobody waits to look: there the Triton
+        IndexError: a location or a class is out of range, on the CPU. On a GPU nothing waits to look: there the Triton
             kernel gives the loss NaN, and the entries of the logits that are named rightly their gradients.
     """
     B, K, M = logits.shape

@@ -94,7 +94,7 @@ def backward(
 
 
 def _same_layout(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, Tensor], bool]:
-    """Both maps in the student's layout, and whether it is channels_last."""
+    """Return both maps in the student's layout, and whether it is channels_last."""
     student, channels_last = dense(student)
     if teacher.stride() != student.stride():
         teacher = torch.empty_like(student, dtype=teacher.dtype).copy_(teacher)

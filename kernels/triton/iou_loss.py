@@ -114,7 +114,7 @@ def share_of_larger(a, b):
 def iou_and_gradients(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, eps, KIND: tl.constexpr):
     """Loss, IoU and the derivatives of the loss by the corners of a and of b. KIND: see `KINDS`.
 
-    Formulas: `kernels.ops.iou_loss`. A derivative that nobody uses costs nothing.
+    Formulas: `kernels.ops.iou_loss`. A derivative that is not used costs nothing.
     """
     aw = ax2 - ax1
     ah = ay2 - ay1

@@ -121,6 +121,22 @@ def test_mistakes_read_as_on_the_command_line(content: dict[str, Any], tmp_path:
         compress.distill({key: value for key, value in content.items() if key not in ("teacher", "baseline")})
     with pytest.raises(UserError, match=r"none.yaml: no such recipe file"):
         compress.train(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"recipe: needs a file's path or a dict, got a value of type NoneType"):
+        compress.load_recipe(None)
+    with pytest.raises(UserError, match=r"methods: needs a dict of objects by name, got a value of type list"):
+        compress.distill(content, methods=[1])
+    with pytest.raises(
+        UserError, match=r"teacher: a value of type str is no Detector and no BoxTeacher: it has no sha"
+    ):
+        compress.distill(content, methods={"a": 1}, teacher="teacher.safetensors")
+    with pytest.raises(UserError, match=r"student: needs a function of the number of classes, got a value of type int"):
+        compress.train(content, student=3)
+    with pytest.raises(UserError, match=r"student: .* gives a value of type NoneType, no Detector"):
+        compress.distill(content, methods={"a": 1}, student=lambda classes: None)
+    with pytest.raises(UserError, match=r"input_size: of checkpoints, and .*a.onnx is none"):
+        compress.open(tmp_path / "a.onnx", input_size=(64, 64))
+    with pytest.raises(UserError, match=r"threads: of exported files, and .*a.safetensors is a checkpoint"):
+        compress.open(tmp_path / "a.safetensors", threads=1)
     with pytest.raises(UserError, match=r"a.txt: neither .onnx nor .engine"):
         compress.open(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"student.safetensors: not found: the student is not trained yet"):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,10 @@ def test_validate_and_benchmark_are_those_of_the_package(model: deploy.Model, re
     result = model.validate(file, folder, reference=model)
     assert result.metrics == wanted.metrics and 0 < result.metrics.map < 100
     assert (result.map_drop, result.gate, result.agreement.share) == (0.0, "pass", 1.0)
+    with pytest.raises(UserError, match=r"reference: needs a model, as open\(\) gives it, got PosixPath"):
+        model.validate(file, folder, reference=red_onnx)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="none: no such folder"):
+        model.benchmark(folder / "none")
     report = model.benchmark(folder, seconds=0.05, rounds=2, warm_up_seconds=0.0, scopes=("end_to_end",))
     assert [cell.runner for cell in report.cells] == [str(red_onnx)]
 
@@ -139,6 +144,15 @@ def test_any_runner_becomes_a_model(red_onnx: Path) -> None:
     assert repr(model) == "<red: 2 classes, input 96x128, onnxruntime cpu>"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         deploy.nothing  # noqa: B018
+
+
+def test_a_runner_that_gives_something_else_is_named(red_onnx: Path) -> None:
+    class Wrong(OnnxRunner):
+        def __call__(self, images: np.ndarray) -> Any:
+            return 1, 2
+
+    with pytest.raises(UserError, match="red: gives a value of type tuple, not a DetectionBatch"):
+        deploy.Model(Wrong(red_onnx, threads=1)).detect(RED)
 
 
 def test_no_torch_is_loaded(red_onnx: Path, folder: Path) -> None:

@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def heading(family: str) -> str:
-    """With what the file was written; not compared."""
+    """Versions and machine that wrote the file; not compared."""
     versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "torchvision", "numpy"))
     return (
         f"# Loss terms of {family} at each step; tests/golden/curves.py says how and why. Written with {versions} on "

@@ -89,7 +89,7 @@ class Page:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def choose(self, selector: str, file: Path) -> None:
-        """As a user who picks `file` in the file dialogue."""
+        """Act as a user who picks `file` in the file dialogue."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)

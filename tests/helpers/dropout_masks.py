@@ -21,7 +21,7 @@ CHANNELS, POSITIONS = 4, 24  # of the maps the formula is for: a quad is an imag
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on a draw of RATES has these masks, on the PyTorch path and in Triton's interpreter."""
+    """Give every later draw of RATES these masks, on the PyTorch path and in Triton's interpreter."""
     monkeypatch.setattr(dropout, "_random", lambda index, key, key2: _numbers(index + key))
     monkeypatch.setattr(dropout, "_key", lambda drawn, image, group: (image * CHANNELS * POSITIONS, 0))
     monkeypatch.setattr(dropout, "table", _identity)

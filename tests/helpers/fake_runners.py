@@ -50,8 +50,8 @@ class FakeRunner:
 
 
 class StagedFake(FakeRunner):
-    """On a device: 2 ms to get there, `delay_ms`, and 1 ms back. `device_clock`: whether it has one of its own, which
-    sees 0.5 ms less than the host."""
+    """Runner on a device: 2 ms to get there, `delay_ms`, and 1 ms back. `device_clock`: whether it has one of its own,
+    which sees 0.5 ms less than the host."""
 
     backend = "fake device"
     on_cpu = False

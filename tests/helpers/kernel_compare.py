@@ -29,7 +29,8 @@ LAYOUTS = ["contiguous", "channels_last", "cropped", "transposed", "sliced"]
 
 
 def strided(x: Tensor, layout: str) -> Tensor:
-    """The same values in other memory: `cropped` is a part of a channels-last map, `sliced` has gaps everywhere."""
+    """Return the same values in other memory: `cropped` is a part of a channels-last map, `sliced` has gaps
+    everywhere."""
     if layout == "channels_last" and x.dim() == 4:
         return x.to(memory_format=torch.channels_last, copy=True)
     if layout == "cropped" and x.dim() == 4:

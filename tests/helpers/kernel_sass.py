@@ -24,9 +24,8 @@ from typing import Any
 
 import pytest
 
-TARGETS = (75, 80, 89, 90, 100, 120)  # compute capabilities
 SHORT, LONG = (75, 90), (80, 89, 100, 120)
-"""Those of `make test`, the oldest and the one with most users, and the rest."""
+"""Compute capabilities: those of `make test`, the oldest and the one with most users, and the rest."""
 
 by_targets = pytest.mark.parametrize(
     "targets", [SHORT, pytest.param(LONG, marks=pytest.mark.exhaustive)], ids=["two targets", "the others"]

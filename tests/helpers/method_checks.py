@@ -36,7 +36,7 @@ def outputs(targets: list[Target]) -> tuple[Outputs, Outputs]:
 
 
 def bfloat16(model: Outputs) -> Outputs:
-    """The same outputs as a model under autocast gives them."""
+    """Return the same outputs as a model under autocast gives them."""
     prediction = DensePrediction(
         [x.bfloat16() for x in model.prediction.logits],
         [x.bfloat16() for x in model.prediction.distribution],
@@ -97,7 +97,8 @@ def check_common(method: Method, weightless: Method, student: Outputs, teacher: 
 
 
 def without_values(model: Outputs) -> Outputs:
-    """The same outputs on the meta device, where an operation that must read a value (and wait for a GPU) fails."""
+    """Return the same outputs on the meta device, where an operation that must read a value (and wait for a GPU)
+    fails."""
 
     def meta(tensors: list[Tensor]) -> list[Tensor]:
         return [x.detach().to("meta").requires_grad_(x.requires_grad) for x in tensors]

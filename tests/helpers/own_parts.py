@@ -34,7 +34,7 @@ def stem(width: int) -> Stem:
 
 
 def unannotated(width):  # type: ignore[no-untyped-def]
-    raise AssertionError("nobody may call this")
+    raise AssertionError("must not be called")
 
 
 class NoWidths(nn.Module):

@@ -33,7 +33,7 @@ def teacher(path: Path, names: tuple[str, ...], seed: int) -> str:
 
 
 def make(world: Path, out: Path, **options: Any) -> parts.Summary | None:
-    """Both teachers on the folder, unless told otherwise."""
+    """Label the folder with both teachers, unless given others."""
     chosen: dict[str, Any] = {"table": {"kitten": "cat"}, "quiet": True, "device": torch.device("cpu")} | options
     checkpoints = chosen.pop("teachers", [str(world / "a.safetensors"), str(world / "b.safetensors")])
     images = chosen.pop("images", None) or images_in(world / "images")

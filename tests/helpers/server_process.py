@@ -89,7 +89,7 @@ from deploy.serve.server import serve
 from deploy.serve.settings import Settings
 path = Path(sys.argv[1])
 settings = Settings(**json.loads(sys.argv[2]))
-serve({path.stem: path}, partial(open_runner, threads=1), settings, port=0, say=partial(print, flush=True))
+serve({path.stem: path}, partial(open_runner, threads=1), settings, port=0, announce=partial(print, flush=True))
 """
 
 

@@ -41,6 +41,6 @@ def recipe(runs: Path, *overrides: str) -> Recipe:
 
 
 def recipe_file(runs: Path, *overrides: str) -> Path:
-    """The same as a file for the command line."""
+    """Write the recipe as a file for the command line."""
     recipe(runs)
     return runs / "tiny.yaml"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.apis import init_detector
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -247,15 +245,3 @@ def save(folder: Path, settings: Config, model: nn.Module, classes: tuple[str, .
         meta["dataset_meta"] = {"classes": classes}
     torch.save({"meta": meta, "state_dict": model.state_dict()}, folder / "model.pth")
     return written, folder / "model.pth"
-
-
-def mmdets_own(config_file: Path, checkpoint: Path) -> nn.Module:
-    """The same files loaded by mmdet itself."""
-    return init_detector(str(config_file), str(checkpoint), device="cpu")
-
-
-def coco_file(path: Path, classes: int) -> Path:
-    """An annotation file without images, for configurations that are asked for their classes."""
-    categories = [{"id": i + 1, "name": f"class{i}"} for i in range(classes)]
-    path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    return path

@@ -113,7 +113,7 @@ def test_detections(pair: Pair) -> None:
 
 @torch.no_grad()
 def test_detections_of_the_same_logits(pair: Pair) -> None:
-    """The same without the rounding of the network: pixels."""
+    """Compare without the rounding of the network: pixels."""
     targets = pair.batch.targets
     features = pair.theirs.extract_feat(pair.normalised)
     logits, distribution = pair.theirs.bbox_head(features)
@@ -127,7 +127,7 @@ def test_detections_of_the_same_logits(pair: Pair) -> None:
 
 
 def test_losses_and_gradients(pair: Pair) -> None:
-    """From the pixels on, each with its own activations."""
+    """Compare from the pixels on, each with its own activations."""
     with torch.no_grad():
         prediction = pair.ours(pair.batch.images)
         theirs = pair.theirs.bbox_head(pair.theirs.extract_feat(pair.normalised))
@@ -173,7 +173,7 @@ def compare_losses(
 
 
 def ground_truth(targets: list[Target]) -> tuple[list[InstanceData], list[InstanceData]]:
-    """As mmdet has it: objects, and crowd boxes."""
+    """Ground truth as mmdet has it: objects, and crowd boxes."""
     return (
         [InstanceData(bboxes=t.boxes[~t.ignore], labels=t.labels[~t.ignore]) for t in targets],
         [InstanceData(bboxes=t.boxes[t.ignore]) for t in targets],

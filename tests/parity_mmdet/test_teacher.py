@@ -45,7 +45,7 @@ class Case:
         return detector
 
     def normalised(self) -> Tensor:
-        """By mmdet: images as it reads them, BGR."""
+        """Detect by mmdet: images as it reads them, BGR."""
         inputs = list(self.images.flip(1))
         return self.theirs.data_preprocessor({"inputs": inputs, "data_samples": None})["inputs"]
 

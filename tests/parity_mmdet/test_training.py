@@ -103,7 +103,7 @@ def test_a_recipe_with_pseudo_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_recipe_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the recipe to the report: FGD with UET from mmdet's Faster R-CNN."""
+    """Run a recipe to its report: FGD with UET from mmdet's Faster R-CNN."""
     made = recipe(tmp_path, "faster_rcnn", "methods={fgd: {}, uet: {of: fgd}}", "train.steps=3")
     run_dir = pipeline.run(made)
     assert "model.pth" in capsys.readouterr().out

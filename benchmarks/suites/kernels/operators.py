@@ -151,7 +151,7 @@ def _dist_iou_truth(r: Random, label: str, B: int, h: int, w: int, choice: Choic
 
 
 def _iou(r: Random, label: str, B: int, h: int, w: int, choice: Choice) -> Iterator[Implementations]:
-    """As many pairs as all locations of the map, times 8 to be more than launches on small maps."""
+    """Compare on as many pairs as the map has locations, times 8 to be more than launches on small maps."""
     N = 8 * B * h * w
     corner, size, shift = r.uniform(N, 2) * 100, r.uniform(N, 2) * 20 + 1, r.uniform(N, 2) * 5
     boxes = torch.cat((corner, corner + size), 1)
@@ -263,7 +263,7 @@ def _check_moments(runs: dict[str, Run], x: Tensor, rates: tuple[float, ...], mo
 
 
 def _check_gradient(runs: dict[str, Run], x: Tensor, weight: Tensor) -> None:
-    """As `_check_moments`, of the gradient along that of the mean, and along x: that of the variance."""
+    """Check as `_check_moments` does, but of the gradient along that of the mean, and along x: that of the variance."""
     found = {}
     for name in ("fused", "eager"):
         (gradient,) = runs[name]()

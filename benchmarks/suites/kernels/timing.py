@@ -20,7 +20,7 @@ Run = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What is measured. compiled: also the reference under torch.compile."""
+    """Choice of what is measured. compiled: also the reference under torch.compile."""
 
     device: torch.device
     backend: str

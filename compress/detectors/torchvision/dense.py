@@ -113,8 +113,8 @@ class TorchvisionDense(TorchvisionDetector, ABC):
         """
         if any(target.scores is not None for target in targets):
             raise UserError(
-                f"a student of the family {self.family} cannot weight pseudo labels by their scores; train without "
-                "weights, or a gfl student"
+                f"pseudo_labels.weighting: a {self.family} student cannot weight labels by their scores; set it to "
+                "hard, or take a gfl student"
             )
         anchors = torch.cat(self.anchors(prediction))
         boxes, labels, mask = pad_labelled(targets, anchors.device)

@@ -74,33 +74,33 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // GROUP_WIDTH, channels)
 
 
-def grid_anchors(cells: Sequence[Tensor], level_sizes: Sequence[tuple[int, int]], stride: int) -> list[Tensor]:
+def grid_anchors(base_anchors: Sequence[Tensor], level_sizes: Sequence[tuple[int, int]], stride: int) -> list[Tensor]:
     """Anchors as torchvision's AnchorGenerator gives them for an image: float32 [M, 4] xyxy in pixels, a level.
 
     The distance between locations is the side of the image divided by that of the grid, rounded down: less than the
     level's stride where a grid covers more than the image.
 
     Args:
-        cells: anchors around (0, 0), [N, 4] a level.
+        base_anchors: anchors around (0, 0), [N, 4] a level.
         level_sizes: (h, w) of every level.
         stride: of the first level, which divides the image.
     """
     height, width = (side * stride for side in level_sizes[0])
     levels = []
-    for cell, (h, w) in zip(cells, level_sizes, strict=True):
+    for base, (h, w) in zip(base_anchors, level_sizes, strict=True):
         y, x = torch.meshgrid(
-            torch.arange(h, device=cell.device) * (height // h),
-            torch.arange(w, device=cell.device) * (width // w),
+            torch.arange(h, device=base.device) * (height // h),
+            torch.arange(w, device=base.device) * (width // w),
             indexing="ij",
         )
         shift = torch.stack((x, y, x, y), -1).view(-1, 1, 4)
-        levels.append((shift + cell).view(-1, 4))
+        levels.append((shift + base).view(-1, 4))
     return levels
 
 
-def anchor_sizes(cells: Sequence[Tensor]) -> tuple[tuple[tuple[float, float], ...], ...]:
+def anchor_sizes(base_anchors: Sequence[Tensor]) -> tuple[tuple[tuple[float, float], ...], ...]:
     """`Detector.anchor_sizes` of anchors around (0, 0)."""
-    return tuple(tuple((float(x2 - x1), float(y2 - y1)) for x1, y1, x2, y2 in cell.tolist()) for cell in cells)
+    return tuple(tuple((float(x2 - x1), float(y2 - y1)) for x1, y1, x2, y2 in base.tolist()) for base in base_anchors)
 
 
 def pad_labelled(targets: Sequence[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

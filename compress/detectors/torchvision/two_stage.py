@@ -119,8 +119,8 @@ class FasterRCNN(TorchvisionDetector):
         """
         if not hasattr(backbone, "all_maps"):
             raise UserError(
-                f"a faster_rcnn starts from C2 too, which {type(backbone).__name__} does not give: it needs a method "
-                "all_maps(images) -> [C2, C3, C4, C5]"
+                f"backbone: {type(backbone).__name__} has no method all_maps(images) -> [C2, C3, C4, C5], and "
+                "faster_rcnn needs C2; add it, or take another family"
             )
         C, wide = neck_channels, WIDENING * neck_channels
         sizes = tuple((int(anchor_scale * stride),) for stride in (*STRIDES, 2 * STRIDES[-1]))
@@ -169,8 +169,8 @@ class FasterRCNN(TorchvisionDetector):
         ):
             if found:
                 raise UserError(
-                    f"a student of the family faster_rcnn cannot learn from pseudo labels with {what}; take a gfl, "
-                    "fcos or retinanet student"
+                    f"pseudo_labels: a faster_rcnn student cannot learn from labels with {what}; take a gfl, fcos or "
+                    "retinanet student"
                 )
         boxes, labels, mask = pad_labelled(targets, device)
         B, L = len(targets), len(prediction.strides)

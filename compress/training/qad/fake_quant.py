@@ -10,7 +10,7 @@ as the file does it. round passes its gradient on unchanged; clamp stops it outs
 (Esser et al., ICLR 2020, equation 3), with its gradient scale 1 / sqrt(n * high), n elements in the tensor. Biases and
 everything that is no activation of the grids stay float: the int32 bias of a CPU file is finer than its results.
 
-Q/DQ belongs to a tensor: whoever reads the tensor, a residual sum as well, reads the rounded values. The network
+Q/DQ belongs to a tensor: every reader of the tensor, a residual sum as well, reads the rounded values. The network
 therefore runs below a `TorchFunctionMode`, which numbers the operations and rounds the results that the grids name;
 where those are is found once, by running the detector on a black image. A convolution that meets an input which was
 not rounded for it raises RuntimeError.
@@ -154,7 +154,7 @@ class FakeQuantized(GFL):
 
 @dataclass
 class _Trace:
-    """What a detector computes, as numbers of operations: (part, count of the float results in it)."""
+    """Record of what a detector computes, as numbers of operations: (part, count of the float results in it)."""
 
     makers: dict[Call, _Place] = field(default_factory=dict)
     """Convolution → where its result is finished: itself, or the BatchNorm behind it."""

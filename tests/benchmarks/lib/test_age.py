@@ -73,7 +73,7 @@ def test_other_files_age_by_their_words(tmp_path: Path) -> None:
 
 
 def test_a_pattern_without_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone/\*\.py: no such file is measured"):
+    with pytest.raises(UserError, match=r"gone/\*\.py: no file has this name"):
         fingerprint(["gone/*.py"], tmp_path)
 
 

@@ -83,9 +83,9 @@ def test_bars(bar: str, value: float, met: bool | None) -> None:
 @pytest.mark.parametrize(
     ("column", "text", "message"),
     [
-        ("value", "fast", "line 2: value is 'fast', which is no number"),
-        ("value", "", "line 2: value is no number"),
-        ("value", "nan", "line 2: value is no number"),
+        ("value", "fast", "line 2: value is 'fast', which is not a number"),
+        ("value", "", "line 2: value is not a number"),
+        ("value", "nan", "line 2: value is not a number"),
         ("n", "1.5", "line 2: n is '1.5'"),
         ("low", "1", "low, high and spread go together"),
         ("bar", "about 4", "bar is 'about 4'"),

@@ -144,7 +144,7 @@ def test_validate_names_the_wrong_row(run: Run, exported: Path, monkeypatch: pyt
 
 
 def test_benchmark(exported: Path) -> None:
-    """In a process of its own, which also shows that it runs without torch."""
+    """Run in a process of its own, which also shows that it runs without torch."""
 
     def benchmark(options: str) -> str:
         code = (

@@ -287,7 +287,7 @@ def test_messages_of_errors_are_printed_line_by_line(
 
 
 def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
-    """As in `compress --help | true`."""
+    """End quietly, as in `compress --help | true`."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "compress", "--help"]

@@ -131,13 +131,16 @@ from tests.helpers.command_line import Run
         ("export text.onnx --trt --strip --refit individual", "--refit: an engine without weights gets all of them"),
         ("export text.onnx --trt --strip --triton-repo void", "--strip: Triton cannot serve an engine without weights"),
         ("export text.safetensors --max-map-drop 0", "--max-map-drop: is about int8 files; add --precision fp32,int8"),
+        ("export good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
+        ("quantize good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
+        ("export text.safetensors --images images --precision ''", "--precision: '' is none of fp32, fp16, int8"),
         ("export text.safetensors --target cpu", "--target: is about int8 files; add --precision fp32,int8"),
         # known before the export: text.safetensors is never opened
         *(
             (f"export text.safetensors --images images --input-size 64x64 --precision int8 --max-map-drop 1 {m}", says)
             for m, says in (
                 ("--calibration other --data list.json", "list.json: COCO JSON is an object"),
-                ("--calibration other --data boxless.json", "boxless.json: no boxes to decide on"),
+                ("--calibration other --data boxless.json", "boxless.json: no boxes to measure mAP on"),
                 ("--calibration images --data good.json", "1 of 1 calibration images are among the images that the"),
             )
         ),

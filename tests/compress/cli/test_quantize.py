@@ -46,7 +46,7 @@ def constants(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_short_way_makes_the_same_file(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the checkpoint, from the float file, and by export: the same scales and weights."""
+    """Scales and weights are the same from the checkpoint, from the float file, and by export."""
     files = {"checkpoint": student.with_name("a.onnx"), "float file": student.with_name("b.onnx")}
     assert run(f"quantize {student} --out {files['checkpoint']}") == 0
     assert run(f"quantize {student.with_suffix('.onnx')} --out {files['float file']}") == 0
@@ -96,4 +96,4 @@ def test_mistakes_are_one_line(
 
 def test_only_onnx_files_are_built(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"build {student}") == 2
-    assert f"{student}: is no .onnx file" in capsys.readouterr().err
+    assert f"{student}: is not an .onnx file" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_the_published_constants() -> None:
         assert (fgd.temperature, fgd.alpha, fgd.beta) == (0.5, 1e-3, 5e-4)
         assert (fgd.gamma, fgd.relation, fgd.box_norm) == (5e-4, 5e-6, "img")
     uet = recipe_of("r50_uet_fgd").methods.uet
-    assert uet is not None and uet.hosts == ("fgd",) and uet.combine == "sum"
+    assert uet is not None and uet.base_methods == ("fgd",) and uet.combine == "sum"
     assert uet.rates == pytest.approx((0.15, 0.20, 0.25, 0.30, 0.35))
     for row in ("r50_ld_main", "r34_ld_main", "r18_ld_main", "r50_ld"):
         ld = recipe_of(row).methods.ld

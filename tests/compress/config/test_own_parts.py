@@ -115,12 +115,12 @@ def test_own_parts(load: Load) -> None:
         (
             "Other: {}",
             "Other: {ratio: 2}",
-            "r.yaml:11: methods.mypkg.losses:Other.ratio: has a meaning only with weight: auto",
+            "r.yaml:11: methods.mypkg.losses:Other.ratio: only applies with weight: auto",
         ),
         (
             "[1, 2, 4]",
             "[1, 4, 2]",
-            "r.yaml:15: deploy.engines.batch: [1, 4, 2] does not rise; write [smallest, best, largest]",
+            "r.yaml:15: deploy.engines.batch: [1, 4, 2] does not increase; write [smallest, best, largest]",
         ),
         (
             "precisions: [fp16]}",

@@ -141,7 +141,7 @@ def test_voc(tmp_path: Path) -> None:
         ("<xmin>5</xmin>", "<xmin>five</xmin>", 7, "<xmin> must be a number, found 'five'"),
         ("<xmin>5</xmin>", "<xmin>nan</xmin>", 7, "<xmin> must be a number"),
         ("<xmin>5</xmin>", "", 7, "the box has no <xmin>"),
-        ("<xmax>5</xmax>", "<xmax>3</xmax>", 7, "turned around"),
+        ("<xmax>5</xmax>", "<xmax>3</xmax>", 7, "corners swapped"),
         ("<name>cat</name>", "", 6, "no <name>"),
         ("bndbox", "box", 3, "no <bndbox>"),
         ("annotation>", "labels>", 1, "starts with <annotation>"),

@@ -135,7 +135,7 @@ def test_coco_categories() -> None:
 
 @pytest.mark.parametrize(("depth", "zipped"), [(18, False), (18, True), (34, True), (50, True), (101, True)])
 def test_settings_come_from_keys_and_shapes(depth: int, zipped: bool, tmp_path: Path) -> None:
-    """Both of torch's file formats: the official files date from before the present one."""
+    """Load both of torch's file formats: the official files date from before the present one."""
     shapes = official_shapes(depth, classes=7, width=256, towers=2)
     path = write_official(tmp_path / "gfl.pth", blank(shapes), _use_new_zipfile_serialization=zipped)
     detector, record = load_mmdet_gfl(path)

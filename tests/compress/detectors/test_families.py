@@ -98,7 +98,8 @@ def test_dense_methods_teach_where_places_agree(student: str, teacher: str) -> N
 
 @pytest.mark.parametrize("family", ["fcos", "retinanet"])
 def test_bckd_is_its_formula_on_any_head(family: str) -> None:
-    """By rows of (image, place) instead of maps; in RetinaNet anchors between its thresholds do not count."""
+    """Reference by rows of (image, location) instead of maps; in RetinaNet anchors between its thresholds do not
+    count."""
     data = batch()
     student, teacher = outputs(model(family), data), outputs(model(family, 1), data, teacher=True)
     found = build(BCKD)(student, teacher, data)
@@ -133,7 +134,7 @@ def test_what_makes_no_sense_is_one_line(methods: Any, student: str, teacher: st
 
 
 def test_anchors_of_other_sizes_are_other_places() -> None:
-    with pytest.raises(UserError, match="place by place"):
+    with pytest.raises(UserError, match="location by location"):
         terms({"bckd": {}}, model("retinanet"), model("retinanet", anchor_scale=4.0))
 
 

@@ -114,8 +114,8 @@ def test_a_constructor_that_makes_another_model_each_time(tmp_path: Path) -> Non
     [
         ({"detector": "no.such.module:Detector"}, "model.detector: cannot import no.such.module: no such module"),
         ({"detector": f"{PARTS}:Absent"}, f"model.detector: {PARTS} has no Absent"),
-        ({"detector": "subprocess:run", "options": {"args": "exit 1"}}, "subprocess:run is no subclass of compress"),
-        ({"detector": f"{PARTS}:Stem"}, f"{PARTS}:Stem is no subclass of compress.detectors.base.Detector"),
+        ({"detector": "subprocess:run", "options": {"args": "exit 1"}}, "subprocess:run is not a subclass of compress"),
+        ({"detector": f"{PARTS}:Stem"}, f"{PARTS}:Stem is not a subclass of compress.detectors.base.Detector"),
         ({"detector": f"{PARTS}:NoStrides"}, "does not set strides, feature_channels, mean, std"),
         (
             {"detector": f"{PARTS}:Points", "options": {"colour": "red"}},
@@ -123,9 +123,9 @@ def test_a_constructor_that_makes_another_model_each_time(tmp_path: Path) -> Non
         ),
         (
             {"backbone": "subprocess:run", "backbone_options": {"args": "exit 1"}},
-            "model.backbone: subprocess:run is no backbone; name a subclass of torch.nn.Module",
+            "model.backbone: subprocess:run is not a backbone; name a subclass of torch.nn.Module",
         ),
-        ({"backbone": f"{PARTS}:unannotated", "backbone_options": {"width": 8}}, "is no backbone"),
+        ({"backbone": f"{PARTS}:unannotated", "backbone_options": {"width": 8}}, "is not a backbone"),
         ({"backbone": f"{PARTS}:NoWidths"}, "needs the attribute out_channels"),
         ({"backbone": f"{PARTS}:Stem", "detector": "faster_rcnn"}, "all_maps(images) -> [C2, C3, C4, C5]"),
     ],

@@ -69,7 +69,7 @@ def test_zoo_refuses_a_damaged_cached_file(home: Path, tmp_path: Path, monkeypat
 
 
 def test_zoo_offline_says_what_to_put_where(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Published("http://127.0.0.1:9/tiny_2020-00c0ffee.pth", 1.0)  # port 9: nobody listens
+    entry = Published("http://127.0.0.1:9/tiny_2020-00c0ffee.pth", 1.0)  # port 9: no server listens
     monkeypatch.setitem(ZOO, "tiny", entry)
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(UserError) as error:

@@ -120,7 +120,7 @@ def test_the_crossing_equals_float64_written_by_hand(student_depth: int, teacher
 
 def test_gradients_reach_the_students_tower_and_not_the_teacher() -> None:
     learner, teacher_model = models(3, 3)
-    teacher_model.requires_grad_(True)  # a teacher that nobody froze
+    teacher_model.requires_grad_(True)  # a teacher that was not frozen
     method = build(CrossKD, learner, teacher_model)
     student, teacher = run(learner, teacher_model)
     trainable = [x.requires_grad_() for x in (*teacher.features, *leaves(teacher.prediction))]
@@ -276,7 +276,7 @@ def models(student_depth: int, teacher_depth: int) -> tuple[GFL, GFL]:
 def run(
     learner: GFL, teacher: GFL, *, seed: int = 0, without: set[int] | None = None, images: int = 2
 ) -> tuple[Outputs, Outputs]:
-    """Both heads on random pyramids of a 64 × 64 batch; the student's maps are leaves."""
+    """Run both heads on random pyramids of a 64 × 64 batch; the student's maps are leaves."""
     generator = torch.Generator().manual_seed(seed)
     maps = [
         [torch.randn(images, CHANNELS, h, w, generator=generator) for h, w in SIZES] for _ in range(2)

@@ -148,7 +148,7 @@ class Instance(Method):
         (
             {"bckd": {}},
             {"bckd": Instance()},
-            "methods.bckd: the recipe has a method of this name, too; give yours another",
+            "methods.bckd: the recipe already has a method of this name; give yours another",
         ),
     ],
 )

@@ -171,14 +171,14 @@ def test_inherit_copies_neck_and_head_where_shapes_agree(tmp_path: Path) -> None
 
 
 def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"methods.bckd.stop_epoch 3 lies behind the end .*\(1.0 epochs\)"):
+    with pytest.raises(UserError, match=r"methods.bckd.stop_epoch 3 is after the end .*\(1.0 epochs\)"):
         pipeline.distill(tiny_recipe.recipe(tmp_path, "methods.bckd.stop_epoch=3"))
 
 
 @pytest.mark.parametrize(
     ("methods", "problem"),
     [
-        ("{bckd: {ratio: 10}}", "methods.bckd.ratio: has a meaning only with weight: auto"),
+        ("{bckd: {ratio: 10}}", "methods.bckd.ratio: only applies with weight: auto"),
         ("{ld: {main: 0, vlr: 0, classification: 0}}", "are all 0; leave the method out"),
         ("{crosskd: {cls_weight: 0, reg_weight: 0}}", "all three weights are 0"),
         ("{fgd: {}, uet: {of: fgd, certainty: true, samples: 1}}", "needs samples that differ"),
@@ -196,8 +196,8 @@ def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -
         ("{cwd: {on: logits, adapter: always}}", "methods.cwd.adapter: logits are compared as they are"),
         ("{ld: {vlr_overlap: giou}}", "methods.ld.vlr_overlap: 'giou' is not one of iof, diou"),
         ("{ld: {normalise: batch}}", "methods.ld.normalise: 'batch' is not one of official, positives"),
-        ("{a:fgd: {}}", "methods.a:fgd: another method is called fgd, too; give the class another name"),
-        ("{a:B: {}, c:B: {}}", "methods.c:B: another method is called B, too; give the class another name"),
+        ("{a:fgd: {}}", "methods.a:fgd: another method is already called fgd; give the class another name"),
+        ("{a:B: {}, c:B: {}}", "methods.c:B: another method is already called B; give the class another name"),
         ("{fgd: {}, uet: {of: fgd, samples: 30}}", "rates stay below 1"),
     ],
 )

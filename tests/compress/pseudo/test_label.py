@@ -225,7 +225,7 @@ def test_a_run_is_continued_with_the_same_settings_only(
     make(world, out, resume=True)
     finished = out.read_bytes()
     assert make(world, out, resume=True) is None and out.read_bytes() == finished
-    with pytest.raises(UserError, match="is there already; delete it"):
+    with pytest.raises(UserError, match="already exists; delete it"):
         make(world, out)
     with pytest.raises(UserError, match="made with other settings"):
         make(world, out, resume=True, table={"kitten": "dog"})
@@ -269,7 +269,7 @@ def test_thresholds_are_those_that_separate_the_labels(world: Path, tmp_path: Pa
     assert provenance["tau"] == pytest.approx(expected | {"bird": 0.6}, abs=1e-4)
     assert provenance["tau_ignore"]["cat"] == pytest.approx(provenance["tau"]["cat"] * 5 / 6)
     assert provenance["thresholds_from"] == sha256_of(tmp_path / "val.json")
-    assert written["info"]["coverage"] == [1, 2]  # nobody looked for birds
+    assert written["info"]["coverage"] == [1, 2]  # no teacher looked for birds
     labels = [row for row in written["annotations"] if not row["iscrowd"]]
     assert len(labels) == len(document["annotations"])
 
@@ -359,7 +359,7 @@ def test_only_the_categories_of_a_file_are_needed(world: Path, tmp_path: Path) -
 
 
 def test_fusion_needs_agreement(world: Path, tmp_path: Path) -> None:
-    """Both teachers look for cats, and as random networks they hardly agree: fused scores are about halved."""
+    """Cats are looked for by both teachers, and as random networks they hardly agree: fused scores are about halved."""
     settings = Settings(tau=0.6, tau_ignore=0.5, how="wbf", short=64, long=96, batch_size=2)
     make(world, tmp_path / "wbf.json", settings=settings)
 

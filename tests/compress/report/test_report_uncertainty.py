@@ -118,8 +118,8 @@ def test_a_lost_picture_is_said(tmp_path: Path) -> None:
     [
         ({"rows": ["0.1 0.2", "0.1"]}, "uncertainty.0.rows: Value error, row 1 has 1 values, row 0 has 2"),
         ({"rows": ["0.1 high"]}, "row 0 is not numbers"),
-        ({"rows": ["0.1 nan"]}, "row 0 holds a value that is no standard deviation"),
-        ({"rows": ["0.1 -1"]}, "row 0 holds a value that is no standard deviation"),
+        ({"rows": ["0.1 nan"]}, "row 0 holds a value that is not a standard deviation"),
+        ({"rows": ["0.1 -1"]}, "row 0 holds a value that is not a standard deviation"),
         ({"rows": []}, "uncertainty.0.rows"),
         ({"rows": [""]}, "row 0 has 0 values"),
         ({"stride": [0, 8]}, "uncertainty.0.stride.0"),

@@ -26,7 +26,7 @@ OUT = Path("runs/first/student.onnx")
 
 
 class Mine(OnnxRunner):
-    """A runner of somebody's own."""
+    """A user's own runner."""
 
     @property
     def backend(self) -> str:

@@ -38,13 +38,20 @@ def test_what_builds_on_a_failed_check_is_skipped() -> None:
     ("path", "message"),
     [
         ("examples.own_detector.centers:Nothing", "examples.own_detector.centers has no Nothing"),
-        ("compress.detectors.base:ImageSize", "no subclass of compress.detectors.base.Detector"),
+        ("compress.detectors.base:ImageSize", "is not a subclass of compress.detectors.base.Detector"),
         ("no_module_of_this_name:Model", "no such module"),
+        ("mymodels", "'mymodels' is no import path; write package.module:Name"),
+        ("gfl", "'gfl' is no import path"),
     ],
 )
 def test_what_is_no_detector_is_one_line(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(check_model(path))
+
+
+def test_a_wrong_backbone_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^backbone: 'nnano' is not one of .*; did you mean nano\?$"):
+        list(check_model(EXAMPLE, backbone="nnano"))
 
 
 def test_the_command_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:

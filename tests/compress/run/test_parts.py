@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from compress.distill.method import Method, Outputs
 from compress.run import pipeline
 from compress.run.parts import Parts, describe
 from deploy.core.errors import UserError
+from examples.own_detector.centers import Centers
 from tests.helpers import tiny_recipe
 
 
@@ -88,3 +90,60 @@ def test_a_dry_run_takes_the_objects_too(tmp_path: Path, capsys: pytest.CaptureF
     parts = Parts(methods={"gap": Gap()}, teacher=teacher_for(recipe))
     pipeline.distill(recipe, dry_run=True, parts=parts)
     assert "everything fits together" in capsys.readouterr().out and not recipe.runs.exists()
+
+
+class Scaled(Gap):
+    """A method whose settings are a list."""
+
+    def __init__(self, scales: list[float]) -> None:
+        super().__init__()
+        self.scales = scales
+
+
+def test_lists_among_the_settings_and_what_makes_a_student_are_seen() -> None:
+    assert describe(Scaled([1.0])) == describe(Scaled([1.0])) != describe(Scaled([2.0]))
+
+    def identity(width: int) -> dict[str, object]:
+        return Parts(student=partial(Centers, width=width)).student_identity()
+
+    assert identity(16) == identity(16) != identity(32)
+    json.dumps([describe(Scaled([1.0])), identity(16)])
+
+
+def test_a_student_that_could_not_be_loaded_is_refused_before_its_training(tmp_path: Path) -> None:
+    recipe = alone(tmp_path)
+    with pytest.raises(
+        UserError, match=r"built again from its options \(none\) has other weights .*attribute `options`"
+    ):
+        pipeline.distill(recipe, parts=Parts(student=partial(Centers, width=16)))
+    assert not (recipe.run_dir / "student" / "metrics.csv").exists()
+
+
+class Clash(Gap):
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"loss_cls": self.shift}
+
+
+class Bare(Gap):
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return self.shift  # type: ignore[return-value]
+
+
+class Wide(Gap):
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"wide": student.features[0]}
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"a": Gap(), "b": Gap()}, "methods.b: its term 'gap' is one of methods.a, too; rename it"),
+        ({"a": Clash()}, "methods.a: its term 'loss_cls' is one of the detection loss, too; rename it"),
+        ({"a": Bare()}, "methods.a: forward must give a dict of scalars by name, gave a Parameter"),
+        ({"a": Wide()}, r"methods.a: its term 'wide' must be a scalar tensor, not shape \[4, 32, 8, 8\]"),
+    ],
+)
+def test_terms_that_would_be_lost_or_are_no_scalars(tmp_path: Path, methods: dict[str, Method], message: str) -> None:
+    recipe = alone(tmp_path)
+    with pytest.raises(UserError, match=message):
+        pipeline.distill(recipe, parts=Parts(methods=methods, teacher=teacher_for(recipe)))

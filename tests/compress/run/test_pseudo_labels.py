@@ -316,7 +316,7 @@ def test_thresholds_are_measured_on_the_labelled_images(tmp_path: Path) -> None:
 
 
 def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the check and when they label; the student's images stay as they are."""
+    """Teachers see them so in the check and when they label; the student's images stay as they are."""
     shown: list[tuple[tuple[int, ...], str]] = []
     original = stage.check_teacher
 

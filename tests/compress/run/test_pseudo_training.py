@@ -1,4 +1,4 @@
-"""What training makes of pseudo labels: scores, uncertain regions and classes that nobody looked for."""
+"""What training makes of pseudo labels: scores, uncertain regions and classes that no teacher looked for."""
 
 from __future__ import annotations
 

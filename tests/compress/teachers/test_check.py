@@ -23,7 +23,7 @@ def test_images_are_compared_with_what_teachers_are_shown() -> None:
     sees, warning = preprocessing_lines(Known(("cat",), own), seen)
     assert sees == "teacher known.pth sees images: letterbox to 64 x 64, BGR, mean 10 20 30, deviation 1 1 1"
     assert warning == (
-        "warning: that differs in size, order of channels, deviation from what teachers are shown here (short side 96, "
+        "warning: that differs in size, order of channels, deviation from what it is shown here (short side 96, "
         "long side 160, RGB, mean 30.2 20 10, deviation 2 2 2): right only if the teacher was trained so"
     )
     assert len(preprocessing_lines(Known(("cat",), seen), seen)) == 1

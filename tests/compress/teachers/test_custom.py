@@ -57,7 +57,7 @@ def test_a_detector_becomes_a_teacher_of_everything_that_it_gives() -> None:
         (
             "nothing",
             None,
-            "gives dict, which is no Detector and no BoxTeacher: it has no sha256, settings, class_names",
+            "gives dict, which is neither a Detector nor a BoxTeacher: it has no sha256, settings, class_names",
         ),
     ],
 )

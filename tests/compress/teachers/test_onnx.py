@@ -37,7 +37,7 @@ def foreign(path: Path, output: dict[str, Any], names: tuple[str, ...] = NAMES, 
 @pytest.mark.parametrize("units", ["pixels", "normalised"])
 @pytest.mark.parametrize("box_format", ["xyxy", "cxcywh"])
 def test_the_rectangle_is_found_where_it_is(tmp_path: Path, resize: str, units: str, box_format: str) -> None:
-    """A network that sees a rectangle, whatever the resize and the form of its boxes; the truth is the drawing."""
+    """A network that sees a rectangle after any resize and in any form of boxes; the truth is the drawing."""
     corners = CORNERS if box_format == "xyxy" else CENTRE
     scaled = PIXELS if units == "pixels" else SHARES
     path = spot(tmp_path / "spot.onnx", rest=corners + scaled + PLAIN, outputs=SEPARATE)
@@ -89,7 +89,7 @@ def test_rows_of_box_score_label_and_scores_a_class(tmp_path: Path) -> None:
 
 
 def test_a_second_input_gets_the_size(tmp_path: Path) -> None:
-    """As in RT-DETR's own export: boxes are multiplied by it in the file."""
+    """Input of the image's size, as in RT-DETR's own export: boxes are multiplied by it in the file."""
     rest = """
   scale = Cast<to=1>(wh)
   twice = Concat<axis=1>(scale, scale)
@@ -104,7 +104,7 @@ def test_a_second_input_gets_the_size(tmp_path: Path) -> None:
     assert found.boxes.tolist() == [[10, 20, 30, 50]]
     with pytest.raises(UserError, match=r"spot.onnx: needs input 'wh' as well"):
         foreign(path, output, name="pixels", size=(64, 96))
-    with pytest.raises(UserError, match=r"has 2 inputs \(pixels, wh\); say which takes the image: input.name"):
+    with pytest.raises(UserError, match=r"has 2 inputs \(pixels, wh\); name that of the image in input.name"):
         foreign(path, output, size=(64, 96))
 
 
@@ -309,7 +309,7 @@ def test_mistakes_are_one_line(tmp_path: Path, ours: Path) -> None:
     refused("no such file", tmp_path / "none.onnx", output)
     refused("has no output 'box'; it has boxes, scores, labels", path, output | {"boxes": "box"}, size=(64, 64))
     refused("has no input 'x'; it has pixels", path, output, name="x", size=(64, 64))
-    refused(r"of \[1, 3, 'H', 'W'\] says no height and width; give input.size", path, output)
+    refused(r"of \[1, 3, 'H', 'W'\] does not fix height and width; give input.size", path, output)
     refused("gives label 2, class_names has 2", path, output, ("a", "b"), run=True, size=(64, 64))
     combined = {"combined": "boxes", "columns": "box_classes"}
     refused("does not fit box_classes", path, combined, run=True, size=(64, 64))
@@ -329,7 +329,7 @@ def test_mistakes_are_one_line(tmp_path: Path, ours: Path) -> None:
 def test_paths_of_the_command_line(tmp_path: Path, ours: Path) -> None:
     assert source_of("a.onnx").given == ("onnx",) and source_of("a.json").given == ("results",)
     assert source_of("zoo:quickstart").given == source_of("a.pth").given == ("checkpoint",)
-    with pytest.raises(UserError, match=r"a.txt: can be no teacher; use .safetensors, .pth"):
+    with pytest.raises(UserError, match=r"a.txt: is not a teacher; use .safetensors, .pth"):
         source_of("a.txt")
     (tmp_path / "teacher.yaml").write_text(f"teacher:\n  onnx: {{file: {ours}}}\n")
     assert source_of(str(tmp_path / "teacher.yaml")) == source_of(str(ours))

@@ -107,7 +107,7 @@ def broken(key: str, value: Any) -> list[dict[str, Any]]:
         (broken("score", 1.5), r"r.json: \[1\]: score must lie in 0..1, found 1.5"),
         (broken("score", "high"), r"r.json: \[1\]: score must be a number, found high"),
         (broken("bbox", [1, 2, 3]), r"r.json: \[1\]: bbox must be four numbers"),
-        (broken("category_id", 5), r"r.json: \[1\]: category_id 5 has no name; known are 3, 7"),
+        (broken("category_id", 5), r"r.json: \[1\]: category_id 5 has no name; known ids are 3, 7"),
         (broken("image_id", "1"), r"r.json: \[1\]: image_id must be an integer"),
         ([{key: value for key, value in ROWS[0].items() if key != "score"}], "score is missing; labels without scores"),
         ([1], r"r.json: \[0\]: must be an object"),

@@ -185,18 +185,18 @@ def test_features_and_logits_of_torchvision(tmp_path: Path, capsys: pytest.Captu
 def test_a_weak_teacher_stops_the_run(tmp_path: Path) -> None:
     teacher = KINDS["torchvision"](tmp_path)
     teacher["torchvision"] |= {"model": "fcos_resnet50_fpn", "short": 64, "long": 64}
-    wanted = r"the teacher torchvision fcos_resnet50_fpn reaches 0\.\d+ mAP on .*val.json, teacher.min_map asks for 50"
+    wanted = r"min_map is 50 and the teacher torchvision fcos_resnet50_fpn reaches 0\.\d+ mAP on .*val.json:"
     with pytest.raises(UserError, match=wanted):
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 50}, "methods={fgd: {}}"))
 
 
 def test_a_weak_teacher_stops_the_labelling(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the teacher ours.onnx reaches .* mAP on .*, teacher.min_map asks for 99"):
+    with pytest.raises(UserError, match=r"min_map is 99 and the teacher ours.onnx reaches .* mAP on "):
         pipeline.distill(recipe(tmp_path, KINDS["a file of this project"](tmp_path) | {"min_map": 99}, *LABELLED))
 
 
 def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Results for the training images alone: they can teach, but nobody knows how good they are."""
+    """Results for the training images alone: they can teach, but their mAP is unknown."""
     document = truth(tiny_recipe.recipe(tmp_path))
     names = {row["file_name"] for row in document["images"] if "train" in row["file_name"]}
     assert 0 < len(names) < len(document["images"])
@@ -207,7 +207,7 @@ def test_results_of_other_images_are_not_measured(tmp_path: Path, capsys: pytest
     teacher: dict[str, Any] = {"results": str(tmp_path / "train.json")}
     pipeline.distill(recipe(tmp_path, teacher, *LABELLED))
     assert "teacher train.json: not measured: " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"teacher.min_map is 1, and the teacher cannot be measured: .*train.json"):
+    with pytest.raises(UserError, match=r"min_map is 1 and the teacher cannot be measured: .*train.json"):
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 1}, *LABELLED, "name=other"))
 
 
@@ -254,7 +254,8 @@ def test_features_may_come_from_other_classes(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_checkpoint_of_other_classes_teaches_by_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is measured over what it shares with the data, and is not among the files that the report compares."""
+    """The teacher is measured over what it shares with the data, and is not among the files that the report
+    compares."""
     path = random_teacher(tmp_path / "other.safetensors", ("person", NAMES[1]), 1)
     run_dir = pipeline.run(recipe(tmp_path, {"checkpoint": path}, "methods={fgd: {}}", "train.steps=3"))
     said = capsys.readouterr().out

@@ -174,7 +174,7 @@ def test_torchvision_mistakes_are_one_line(tmp_path: Path) -> None:
             ("ssdlite320_mobilenet_v3_large", tmp_path / "w.pth", ("a",)),
         ),
         ("w.pth: weights do not fit the model; missing", ("fasterrcnn_mobilenet_v3_large_320_fpn", tmp_path / "w.pth")),
-        ("weights: coco knows COCO's 80 classes", ("ssdlite320_mobilenet_v3_large", "coco", ("a",))),
+        ("weights: coco has COCO's 80 classes already", ("ssdlite320_mobilenet_v3_large", "coco", ("a",))),
     ):
         with pytest.raises(UserError, match=message) as caught:
             torchvision(*arguments)

@@ -131,10 +131,10 @@ def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> Non
     drawn = open_data(pipeline.data_plan(recipe), fabric()).val_split
     empty = drawn.model_copy(update={"annotations": tmp_path / "empty.json"})
     empty.annotations.write_text(json.dumps({**json.loads(drawn.annotations.read_text()), "annotations": []}))
-    for arm, word in (("val", "found"), ("train", "learned")):
+    for arm, purpose in (("val", "evaluate on"), ("train", "train on")):
         splits = {"train": drawn, "val": drawn, arm: empty, "synthetic": None}
         data = recipe.data.model_copy(update=splits)
-        with pytest.raises(UserError, match=rf"empty.json: no box in it that could be {word}"):
+        with pytest.raises(UserError, match=rf"empty.json: it has no box to {purpose}"):
             open_data(pipeline.data_plan(recipe.model_copy(update={"data": data})), fabric())
 
 
@@ -191,7 +191,7 @@ def test_learning_rate() -> None:
 
 def test_a_weak_teacher_stops_the_run_before_the_student_trains(tmp_path: Path) -> None:
     recipe = tiny_recipe.recipe(tmp_path, "teacher.min_map=90")
-    with pytest.raises(UserError, match="min_map asks for 90"):
+    with pytest.raises(UserError, match=r"teacher.min_map is 90 and the teacher reaches \d+\.\d+ mAP"):
         pipeline.distill(recipe)
     assert not (recipe.run_dir / "student").exists()
 

@@ -63,6 +63,8 @@ def test_coco_rows() -> None:
     assert found(category_ids=None).to_coco(1, (1, 2))[1]["bbox"] == [0.0, 0.0, 7.0, 8.5]
     with pytest.raises(UserError, match="give category_ids"):
         found(category_ids=None).to_coco(1)
+    with pytest.raises(UserError, match="to_coco: 1 category_ids for 2 classes"):
+        found().to_coco(1, (1,))
 
 
 def test_supervision(monkeypatch: pytest.MonkeyPatch) -> None:

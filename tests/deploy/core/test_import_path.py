@@ -38,7 +38,7 @@ def test_other_texts_are_no_import_paths(text: str) -> None:
         ),
         ("1 / 0", "broken:X", "student.detector: cannot import broken: ZeroDivisionError: division by zero"),
         ("", "broken:Missing", "student.detector: broken has no Missing"),
-        ("", "broken", "student.detector: 'broken' is no import path; write package.module:Name"),
+        ("", "broken", "student.detector: 'broken' is not an import path; write package.module:Name"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -82,7 +82,7 @@ def test_subgraphs_and_functions_are_looked_into(tmp_path: Path) -> None:
     function = helper.make_function("local", "ours", ["a"], ["b"], [helper.make_node("Cos", ["a"], ["b"])], opsets)
     onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[function]), str(tmp_path / "m.onnx"))
     found = {operator.op_type: operator.count for operator in scan_onnx(tmp_path / "m.onnx").operators}
-    assert found == {"If": 1, "Sin": 2, "Cos": 1}  # the function itself is no operator that anybody must know
+    assert found == {"If": 1, "Sin": 2, "Cos": 1}  # the function itself is no operator that a runtime must know
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.helpers.tiny_onnx import CARD, TinyDetector, deployable, pictures
 
 
 class NormedDetector(TinyDetector):
-    """With a norm over the map, like the head of GFL."""
+    """Network with a norm over the map, like the head of GFL."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

@@ -117,7 +117,7 @@ def test_compute_is_timed_by_the_device_where_it_can(images: list[Path]) -> None
 
 
 def test_compute_is_not_made_up(images: list[Path]) -> None:
-    """On a CPU it is the whole call; where a call cannot be taken apart it is not measured."""
+    """Compute is the whole call on a CPU; where a call cannot be taken apart it is not measured."""
     clock = FakeClock()
     on_cpu = FakeRunner(clock, lambda count: 1.0)
     report = benchmark({"c": on_cpu}, images, seconds=0.05, rounds=2, clock=clock)

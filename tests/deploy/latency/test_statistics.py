@@ -135,7 +135,7 @@ def test_neighbours_that_are_alike_are_joined() -> None:
 
 @pytest.mark.parametrize("kind", ["independent", "calls correlated", "rounds correlated", "drift"])
 def test_in_turn_equals_are_equal_and_three_percent_is_found(quick: None, kind: str) -> None:
-    """Both artifacts share the level of each round: that is what taking turns is for. Twenty rounds of sixty calls."""
+    """Artifacts share the level of each round: that is what taking turns is for. Twenty rounds of sixty calls."""
     rng = np.random.default_rng(4)
     false = found = 0
     for seed in range(RUNS):

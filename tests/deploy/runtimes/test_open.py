@@ -90,6 +90,10 @@ def test_a_runner_of_ones_own(tiny_onnx: Path, tmp_path: Path) -> None:
         open_runner(tiny_onnx, runner="nosuch:Runner")
     with pytest.raises(UserError, match="no such file"):
         open_runner(tmp_path / "none", runner=OwnRunner)
+    with pytest.raises(UserError, match="runner: dict cannot be built: TypeError: 'PosixPath' object is not iterable"):
+        open_runner(tiny_onnx, runner=dict)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"runner: .* is no class or function that opens a file"):
+        open_runner(tiny_onnx, runner="os:name")
 
 
 def test_only_onnx_files_are_read_value_by_value(tiny_onnx: Path) -> None:

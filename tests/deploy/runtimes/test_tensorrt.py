@@ -33,7 +33,7 @@ from tests.helpers.tiny_onnx import SIZE, pictures
 
 
 class Memory:
-    """Device memory: an address and bytes that nobody has written yet."""
+    """Device memory: an address and bytes that are not written yet."""
 
     def __init__(self, address: int, size: int) -> None:
         self.address, self.content = address, np.full(size, 0xCD, np.uint8)

@@ -20,7 +20,7 @@ def red_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slow_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, with some milliseconds of work an image."""
+    """Server of the same file, with some milliseconds of work an image."""
     path = tmp_path_factory.mktemp("slow") / "slow.onnx"
     write_red_model(path, work=12)
     return path

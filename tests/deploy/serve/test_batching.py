@@ -61,7 +61,7 @@ def batcher(runner: Watched, **more: object) -> Batcher:
 
 
 async def ask(batcher: Batcher, *ks: int, deadline_s: float = 600.0, after: float = 0.0) -> list[Row]:
-    """As a request does: a ticket, some decoding, the answer."""
+    """Do as a request does: a ticket, some decoding, the answer."""
     with batcher.admit(len(ks), deadline_s) as ticket:
         await asyncio.sleep(after)
         return await ticket.detect([canvas(k) for k in ks])
@@ -244,7 +244,8 @@ def test_the_estimate_follows_the_runtime() -> None:
 
 
 def test_slow_pictures_are_no_measure_of_the_model() -> None:
-    """It waits for one that is decoded for long, and for one that never comes; others are not refused for that."""
+    """Draining waits for one that is decoded for long, and for one that never comes; others are not refused for
+    that."""
 
     async def work() -> None:
         under_test = batcher(Watched(), decoders=2, max_queue=64)

@@ -1,4 +1,4 @@
-"""Pictures from strangers: every kind that is taken, and refusals for the rest."""
+"""Pictures from unknown clients: every kind that is taken, and refusals for the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CARD_90X60 = CARD.model_copy(update={"input_size": (60, 90)})  # nothing is resi
 
 @pytest.mark.parametrize("name", GOOD)
 def test_every_kind_is_what_validation_sees(name: str) -> None:
-    """The same canvas, bit for bit, as `compress validate` makes of the file."""
+    """Canvas that `compress validate` makes of the file, equal to the bit."""
     found = decode(GOOD[name], CARD, max_pixels=LIMIT, where="image")
     pixels = decode_image(GOOD[name])
     canvas, scale = fit_canvas(pixels, CARD)
@@ -89,7 +89,8 @@ def test_the_limit_is_the_limit() -> None:
 
 
 def test_scans_are_those_of_the_picture() -> None:
-    """Not the same two bytes in what phones put into segments and behind the picture; a bomb behind those is found."""
+    """Marker bytes do not count in what phones put into segments and behind the picture; a bomb behind those is
+    found."""
     data = GOOD["progressive jpeg"]
     film = data + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08" * 500
     comment = data[:2] + b"\xff\xfe" + (1002).to_bytes(2, "big") + b"\xff\xda" * 500 + data[2:]

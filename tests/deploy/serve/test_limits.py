@@ -177,7 +177,7 @@ def test_a_client_that_sends_ahead_and_leaves_is_noticed(tmp_path: Path) -> None
             client.close()
         until(lambda: depth(running) == 0)
         text = httpx.get(f"{running.url}/metrics", timeout=600).text
-        assert float(text.split('compress_batch_size_count{model="slow"} ')[1].split()[0]) < 40, "it worked for nobody"
+        assert float(text.split('compress_batch_size_count{model="slow"} ')[1].split()[0]) < 40, "worked for no one"
 
 
 def test_requests_sent_ahead_are_all_answered(red_server: Server) -> None:

@@ -57,11 +57,12 @@ def test_nothing_is_lost_and_nothing_swapped(red_server: Server) -> None:
         answer = json.loads(shot.body)
         assert [one["box"] for one in answer["images"][0]["detections"]] == [boxes[shot.index]]
         batches[answer["batch"]] += 1
-    assert max(batches) > 1, "nobody shared a call"
+    assert max(batches) > 1, "no requests shared a call"
 
 
 def test_overload_is_answered_at_once_and_ends_with_the_load(tmp_path: Path) -> None:
-    """Three times what the server can do: everybody is answered, with detections within twice the deadline or 429."""
+    """Three times what the server can do: every client is answered, with detections within twice the deadline or
+    429."""
     write_red_model(tmp_path / "slow.onnx", work=60)
     arguments = ("--threads", "1", "--deadline-ms", "600000", "--max-batch", "4")
     with server(tmp_path / "slow.onnx", *arguments) as running:
@@ -116,7 +117,7 @@ def test_a_begun_answer_is_lost_but_a_closed_connection_is_tried_again(
 
 
 def test_sigterm_loses_no_accepted_request(tmp_path: Path) -> None:
-    """Small batches of slow work: however late a busy machine lets the clients ask again, somebody is inside."""
+    """Small batches of slow work: however late a busy machine lets the clients ask again, a request is inside."""
     write_red_model(tmp_path / "slow.onnx", work=60)
     with server(tmp_path / "slow.onnx", *PATIENT, "--drain-seconds", "0.5", "--max-batch", "2") as running:
         process, answers = running.process, 0
@@ -134,7 +135,7 @@ def test_sigterm_loses_no_accepted_request(tmp_path: Path) -> None:
         assert statuses[200] >= 24 and statuses[REFUSED] > 0, "it should have ended in the middle"
         assert set(statuses) == {200, REFUSED}, statuses
         (draining,) = [row for row in running.log() if row["message"] == "draining"]
-        assert draining["requests"] > 0, "nobody was inside"
+        assert draining["requests"] > 0, "no request was inside"
         accepted = Counter(row["status"] for row in running.log() if row.get("path") == "/v1/detect")
         assert accepted == {200: statuses[200]}, "a request that was sent again had been accepted before"
 
@@ -209,7 +210,7 @@ def attacked(red_onnx: Path) -> Iterator[Server]:
 
 
 def test_slow_clients_do_not_starve_others(attacked: Server) -> None:
-    """Heads, bodies and answers that never end, two hundred at once; others go on as if nobody were there."""
+    """Heads, bodies and answers that never end, two hundred at once; others go on undisturbed."""
     head = b"POST /v1/detect HTTP/1.1\r\nHost: a\r\n"
     openings = (
         b"",
@@ -358,7 +359,7 @@ def infer_body(timeout: float, images: float, value: float) -> bytes:
 
 
 def decimal(number: float) -> str:
-    """Also of numbers with more digits than Python prints."""
+    """Errors also of numbers with more digits than Python prints."""
     huge = isinstance(number, int) and abs(number) > 10**4000
     return "1" + "0" * 5000 if huge else json.dumps(number)
 

@@ -27,7 +27,7 @@ def page(red_server: Server) -> Iterator[Page]:
         yield page
         assert page.complaints == []
         hosts = {url.split("/")[2] for url in page.requested if url.startswith("http")}
-        assert hosts == {red_server.url.removeprefix("http://")}, "the page asks somebody else"
+        assert hosts == {red_server.url.removeprefix("http://")}, "the page asks another server"
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_metrics(http: httpx.Client) -> None:
     before = [value(name) for name in counts]
     http.post("/v1/detect", files=[("image", ("a", PNG)), ("image", ("b", PNG))])
     http.post("/v1/detect", content=b"hello")
-    http.get(f"/{time.time_ns()}")  # a path that nobody has: no new series
+    http.get(f"/{time.time_ns()}")  # a path that does not exist: no new series
     assert [value(name) - old for name, old in zip(counts, before, strict=True)] == [1, 1, 2, 1, 1, 2]
     text = http.get("/metrics").text
     assert 'compress_model_info{backend="onnxruntime cpu",card="red",model="red"} 1.0' in text

@@ -47,7 +47,7 @@ from deploy.tensorrt.network import compute_layers, library, load_tensorrt, pars
 
 @pytest.fixture(scope="session")
 def other_onnx(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same student after more training: other weights, the same structure."""
+    """Student after more training: other weights, the same structure."""
     model = onnx.load(str(tiny_onnx))
     rng = np.random.default_rng(0)
     for item in model.graph.initializer:

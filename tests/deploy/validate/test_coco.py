@@ -138,9 +138,9 @@ def test_wrong_inputs_are_one_line_errors(tmp_path: Path) -> None:
         evaluate_coco({**dataset, "images": []}, [])
     with pytest.raises(UserError, match="categories: the list is empty"):
         evaluate_coco({**dataset, "categories": []}, [])
-    with pytest.raises(UserError, match="images: id 0 stands there more than once"):
+    with pytest.raises(UserError, match="images: id 0 is used more than once"):
         evaluate_coco({**dataset, "images": [dataset["images"][0]] * 2}, [])
-    with pytest.raises(UserError, match="categories: id 3 stands there more than once"):
+    with pytest.raises(UserError, match="categories: id 3 is used more than once"):
         evaluate_coco({**dataset, "categories": [dataset["categories"][-1]] * 2}, [])
 
 

@@ -98,7 +98,7 @@ def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_both_at_once(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """The same as one after the other, and the sum of their gradients (float64 oracles: above)."""
+    """Results equal one after the other, and the sum of their gradients (float64 oracles: above)."""
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
     torch.manual_seed(weights)
     B, C, h, w = shape
@@ -150,7 +150,7 @@ def test_launch_does_not_matter(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dropout", DRAWS)
 def test_layouts_and_chunks_do_not_matter(dropout: Dropout | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One draw whatever the layouts of student and teacher are; another one would be far beyond the tolerance."""
+    """One draw for all layouts of student and teacher; another one would be far beyond the tolerance."""
     plain = torch.randn(2, 2, 6, 5, 7)
     spatial, channel = torch.rand(2, 2, 5, 7), torch.rand(2, 6)
 

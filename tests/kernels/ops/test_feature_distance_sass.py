@@ -31,7 +31,7 @@ WRITTEN = {"out", "var", "grad", "written"}
 
 
 def build(operator: str, kernel: str, dtype: str, draw: dict[str, Any], channels_last: bool = False) -> Build:
-    """As the launcher calls it for a map of 256 channels and 4200 positions."""
+    """Compile as the launcher calls it for a map of 256 channels and 4200 positions."""
     maps, others = TENSORS[operator, kernel]
     wide = 128 if dtype == "*fp32" else 256  # positions of a warp's load
     blocks: dict[str, Any] = {"CHANNELS_LAST": channels_last}

@@ -78,7 +78,7 @@ def test_binary_kd_loss_equals_its_reference(shape: tuple[int, int, int], beta: 
 def test_no_gradient_where_there_is_no_difference(
     run: str, beta: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With beta < 1 the slope of |difference|^beta is infinite at 0, and its sign is 0 there."""
+    """Check the case of beta < 1: the slope of |difference|^beta is infinite at 0, and its sign is 0 there."""
     for module in (kd, qfl):  # what is compiled, without compiling it
         monkeypatch.setattr(module, "compiled_once", lambda function: function)
     g = torch.Generator().manual_seed(0)

@@ -226,7 +226,7 @@ def test_launch_does_not_matter(device: torch.device) -> None:
 
 @pytest.mark.parametrize("variance", [False, True])
 def test_chunks_and_layouts_do_not_matter(variance: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits, and no change of the input."""
+    """Two draws give the same bits, and no change of the input."""
     plain = torch.randn(2, 6, 5, 7)
     for drop in (Dropout(UET, 1, 2), Dropout((0.3,) * 4, 1, 2, "channel", "sum")):
         wanted = mc_dropout(plain, drop, variance=variance)
