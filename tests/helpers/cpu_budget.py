@@ -50,16 +50,14 @@ class CpuReport:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid][report.when] = getattr(report, "cpu_seconds", 0.0)
+        if report.when == "teardown" and self.path is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+            self._write()  # at once: a session may be killed
 
-    def pytest_sessionfinish(self) -> None:
-        if self.path is None or "PYTEST_XDIST_WORKER" in os.environ:
-            return
+    def _write(self) -> None:
+        assert self.path is not None
         rows = sorted(self.seconds.items(), key=lambda row: -sum(row[1].values()))
         total = sum(sum(phases.values()) for _, phases in rows)
-        lines = [
-            f"{total:.1f} CPU seconds, {len(rows)} tests",
-            f"{'total':>8} {'setup':>8} {'call':>8} {'teardown':>8}",
-        ]
+        lines = [f"{total:.1f} CPU seconds, {len(rows)} tests", " ".join(f"{x:>8}" for x in ("total", *PHASES))]
         for name, phases in rows:
             figures = [sum(phases.values()), *(phases.get(phase, 0.0) for phase in PHASES)]
             lines.append(" ".join(f"{x:8.2f}" for x in figures) + f"  {name}")
