@@ -24,10 +24,10 @@ quickstart: .venv/.train  ## teacher, baseline, distilled student, ONNX file and
 	$(BIN)/compress quickstart
 
 test: .venv/.dev  ## all tests (TEST=tests/test_docs.py for one file)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TEST)
 
 test-exhaustive: .venv/.dev  ## what `make test` leaves out: every GPU target, every pair of detector families, ...
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m exhaustive $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m exhaustive $(TEST)
 
 test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet itself (see docs/mmdet.md)
 	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'

@@ -321,7 +321,7 @@ def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     original = stage.check_teacher
 
     def check(teacher: Any, labels: Any, val: Any, *arguments: Any, **named: Any) -> Any:
-        shown.append((tuple(val[0][0].shape), named["seen"].size))
+        shown.append((tuple(val[0][0].shape), named["shown"].size))
         return original(teacher, labels, val, *arguments, **named)
 
     monkeypatch.setattr(stage, "check_teacher", check)

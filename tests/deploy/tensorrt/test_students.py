@@ -30,6 +30,10 @@ tensorrt_rig.need_tensorrt()
 
 SIZES = {"nano": (320, 320), "resnet18": (512, 640), "mobilenet_v3_small": (640, 640), "resnet50": (800, 800)}
 BATCHES = (1, 8, 32)
+BACKBONES = pytest.mark.parametrize(
+    "backbone",
+    [pytest.param(name, marks=[] if name in ("nano", "resnet18") else pytest.mark.exhaustive) for name in SIZES],
+)
 
 
 def file_of(backbone: str, folder: Path, size: tuple[int, int], *, half: bool = False) -> Path:
@@ -67,7 +71,7 @@ def majority(layers: Layers) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", SIZES)
+@BACKBONES
 def test_fp32_and_int8(backbone: str, tmp_path: Path) -> None:
     path = file_of(backbone, tmp_path, SIZES[backbone])
     card = built(path)
@@ -91,7 +95,7 @@ def test_fp32_and_int8(backbone: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", SIZES)
+@BACKBONES
 def test_fp16(backbone: str, tmp_path: Path) -> None:
     """The large sizes are built in the other formats: here each student is as small as it ships."""
     card = built(file_of(backbone, tmp_path, (320, 320), half=True), level=0)
