@@ -20,9 +20,8 @@ QUICKER = {
     r"batch_sizes: \[1, 8\], seconds: 1\b": "batch_sizes: [1], seconds: 0.02",
     r"--seconds 1\b": "--seconds 0.1 --rounds 2 --warm-up 0.1",
 }
-NOT_HERE = ("git clone", "make ", "python3 -m venv", "pip install", "compress doctor", "compress check-model")
-"""They install what the tests run in; `make quickstart` is the path below on more data; `doctor` has its own tests,
-and the conformance kit runs on the example in tests/compress/run/test_conformance.py."""
+NOT_HERE = ("git clone", "make ", "python3 -m venv", "pip install")
+"""They install what the tests run in; `make quickstart` is the path below on more data."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
