@@ -33,7 +33,7 @@ from deploy.quantize.guided import GuidedResult
 from deploy.tensorrt.card import EngineCard, card_path, read_engine_card, this_machine
 from deploy.tensorrt.network import library, load_tensorrt
 
-NOT_THE_FILE = {"precisions", "int8", "engines", "runners"}
+NOT_THE_FILE = {"precisions", "int8", "engines", "runners", "providers", "max_map_drop", "benchmark"}
 """Settings of `deploy` that an exported float file does not depend on."""
 
 
@@ -56,11 +56,13 @@ class Checks:
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
     resize_short_long: (short, long) in pixels that an image is not enlarged beyond; None: the canvas alone.
+    identity: of the contents of those that are used, for a manifest; None: they cannot change.
     """
 
     images: Sequence[Path]
     input_size: tuple[int, int]
     resize_short_long: tuple[int, int] | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,10 @@ def _stage(
 
 def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
     """Everything that shapes a float file of a run."""
-    return {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
+    inputs = {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
+    if plan.checks is not None and plan.checks.identity is not None:
+        inputs["pictures"] = plan.checks.identity
+    return inputs
 
 
 def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]:
@@ -323,15 +328,14 @@ def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]
 def _quantized_inputs(plan: ArtifactPlan, file: OnnxFile, how: Quantizing) -> dict[str, Any]:
     settings = how.settings
     if plan.on_grids:
-        grids = sha256_of(grids_file(plan.checkpoint))
-        return {**_inputs(plan), "grids": grids, "int8": settings.model_dump(mode="json")}
+        grids = {"grids": sha256_of(grids_file(plan.checkpoint)), "int8": settings.model_dump(mode="json")}
+        return {**_inputs(plan), **grids, **how.identity()}
     described = {
         **_inputs(plan),
         "int8": settings.model_dump(mode="json", exclude={"qad"}),
         "guided": plan.settings.max_map_drop,
+        **how.identity(),
     }
-    if settings.calibration is not None:
-        described["calibration"] = how.images.sha256
     if file.stage.endswith(TENSORRT):  # the second of two formats
         described["target"] = TENSORRT
     return described

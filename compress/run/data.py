@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from compress.config.data import Data, Split
 from compress.config.pseudo import Labels
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
+from compress.data.digests import RECORD, PictureDigests, together
 from compress.data.label_split import split_labels
 from compress.data.transforms import eval_transform, fit_size, train_transform
 from compress.manifest import RunFolder
 from compress.training.distributed import on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.validate.coco import read_annotations
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class DataPlan:
 class Datasets:
     """Training and validation images of a run, and what identifies them. `train` are those with labels.
 
+    identity: everything about the images that a training depends on: labels and pictures of both sets, and what happens
+        to them before the network. val_identity: what a measurement on the validation images depends on.
+    digests: of pictures, remembered beside the run folders.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -47,13 +53,22 @@ class Datasets:
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
+    val_identity: dict[str, Any]
+    digests: PictureDigests
     unlabelled: Split | None = None
     has_labels: bool = True
     """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
+    generated: bool = False
+    """The images are drawn by the recipe's settings, which say everything about them."""
+
+    def identity_of(self, files: Sequence[Path]) -> str | None:
+        """Identify the contents of validation images; None for generated ones, which cannot change."""
+        return None if self.generated else identity_of_pictures(files, self.digests, self.val_split.annotations)
 
 
-def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
-    """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
+def splits(data: Data, runs: Path, *, write: bool = True, digests: PictureDigests | None = None) -> tuple[Split, Split]:
+    """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data, unless
+    they are there as they were drawn."""
     if data.synthetic is None:
         assert data.train is not None and data.val is not None, "the recipe was validated"
         return data.train, data.val
@@ -61,7 +76,7 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
     name = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
     if write:
-        synthetic.generate(folder, **settings)
+        synthetic.generate(folder, **settings, digests=digests or picture_digests(runs))
     images = folder / "images"
     return (
         Split(annotations=folder / "train.json", images=images),
@@ -84,7 +99,8 @@ def labelled_split(plan: DataPlan) -> Split:
 def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     """Draw (synthetic) or open the images. Raises UserError for files that cannot be used."""
     data, labels = plan.data, plan.labels
-    on_first_process(fabric, lambda: splits(data, plan.runs))
+    digests = picture_digests(plan.runs)
+    on_first_process(fabric, lambda: splits(data, plan.runs, digests=digests))
     given, val_split = splits(data, plan.runs, write=False)
     train_split, unlabelled = labelled_split(plan), None
     if labels is not None:
@@ -110,7 +126,33 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     for split, images in ((train_split, train), (val_split, val)):
         if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
-    return Datasets(train, val, train_split, val_split, _identity(data, train_split, val_split), unlabelled, has_labels)
+    identity, val_identity = on_first_process(
+        fabric, lambda: _identities(data, train if has_labels else None, val, train_split, digests)
+    )
+    generated = data.synthetic is not None
+    return Datasets(
+        train, val, train_split, val_split, identity, val_identity, digests, unlabelled, has_labels, generated
+    )
+
+
+def picture_digests(runs: Path) -> PictureDigests:
+    """Digests of pictures, with the memory that all runs of this folder share."""
+    return PictureDigests(runs / RECORD)
+
+
+def identity_of_pictures(files: Sequence[Path], digests: PictureDigests, where: object) -> str:
+    """One digest for the contents of these pictures, in their order.
+
+    Raises UserError, naming `where` they are listed, for one that is not there or cannot be read: what reads it later
+    would end there.
+    """
+    found = digests.of(files)
+    lost = [file for file, digest in zip(files, found, strict=True) if digest is None]
+    if lost:
+        what = "cannot be read" if lost[0].exists() else "is missing"
+        more = f" (and {len(lost) - 1} more of {len(files)})" if len(lost) > 1 else ""
+        raise UserError(f"{lost[0]}: an image of {where}{more}: the file {what}")
+    return together(found)
 
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
@@ -118,6 +160,23 @@ def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
     sizes = [fit_size(*size, data.eval_short, data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+def lines_about(data: Datasets, labels: Labels | None) -> list[str]:
+    """Lines about annotations that are left out, and about training images without labels."""
+    lines = []
+    for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
+        if images.dropped:
+            counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
+            lines.append(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
+    if data.unlabelled is not None and labels is not None:
+        rest = len(read_annotations(data.unlabelled.annotations)["images"])
+        unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
+        lines.append(
+            f"labels.fraction {labels.fraction:g}: {rest} more images have no labels"
+            + (f"; no label is left of {', '.join(unseen)}" if unseen and data.has_labels else "")
+        )
+    return lines
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -131,14 +190,30 @@ def _divide(given: Split, labels: Labels, folder: RunFolder) -> None:
     )
 
 
-def _identity(data: Data, train_split: Split, val_split: Split) -> dict[str, Any]:
+def _identities(
+    data: Data, train: CocoDetection | None, val: CocoDetection, train_split: Split, digests: PictureDigests
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trainings depend on, and what measurements on the validation images depend on. train: None where the
+    training images have no labels; what teachers make of them has its own identity.
+
+    Generated images are what their settings say: a folder with others in it is drawn again.
+    """
     described = data.model_dump(mode="json", exclude={"workers", "cache"})
+    labels = {"train_sha256": sha256_of(train_split.annotations), "val_sha256": sha256_of(val.annotations)}
     if described["synthetic"] is not None:
         described["synthetic"] = _as_before_styles(described["synthetic"])
-    return described | {
-        "train_sha256": sha256_of(train_split.annotations),
-        "val_sha256": sha256_of(val_split.annotations),
-    }
+        generated = described | labels
+        return generated, generated
+    del described["train"], described["val"]  # where they lie does not matter
+    pictures = {"val_pictures": _pictures(val, digests)}
+    measured = {"val_sha256": labels["val_sha256"], **pictures, "limits": [data.eval_short, data.long]}
+    if train is not None:
+        pictures["train_pictures"] = _pictures(train, digests)
+    return described | labels | pictures, measured
+
+
+def _pictures(images: CocoDetection, digests: PictureDigests) -> str:
+    return identity_of_pictures([images.path(index) for index in range(len(images))], digests, images.annotations)
 
 
 def _first_difference(train: CocoDetection, val: CocoDetection) -> str:
