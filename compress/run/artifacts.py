@@ -329,12 +329,12 @@ def _quantized_inputs(plan: ArtifactPlan, file: OnnxFile, how: Quantizing) -> di
     settings = how.settings
     if plan.on_grids:
         grids = {"grids": sha256_of(grids_file(plan.checkpoint)), "int8": settings.model_dump(mode="json")}
-        return {**_inputs(plan), **grids, **how.identity()}
+        return {**_inputs(plan), **grids, **how.identity(searched=False)}
     described = {
         **_inputs(plan),
         "int8": settings.model_dump(mode="json", exclude={"qad"}),
         "guided": plan.settings.max_map_drop,
-        **how.identity(),
+        **how.identity(searched=True),
     }
     if file.stage.endswith(TENSORRT):  # the second of two formats
         described["target"] = TENSORRT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class QadPlan:
             settings=qad_schedule(self.train, self.qad),
             folder=self.folder,
             images=data.train,
-            evaluate=lambda detector: evaluate_on(detector, data, fabric, self.workers),
+            evaluate=lambda detector: evaluate_on(detector, data, fabric, self.workers, self.deploy.max_detections),
             build_methods=lambda student, teacher: self.distillation.build(student, teacher, seed=self.seed),
             adapters=self.adapters,
             name=name,
@@ -95,7 +96,7 @@ def distill_quantized(
         "student": sha256_of(plan.student),
         "int8": plan.deploy.int8.model_dump(mode="json", exclude={"qad", "guided", "deciding_images"}),
         "input_size": list(plan.input_size),
-        **on_first_process(fabric, plan.quantizing.identity),
+        **on_first_process(fabric, partial(plan.quantizing.identity, searched=False)),
     }
 
     def calibrate() -> None:

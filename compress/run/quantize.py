@@ -86,13 +86,14 @@ class Quantizing:
         check_apart(self.images, scored, "the images that the search is scored on", self.digests)
         return labels
 
-    def identity(self) -> dict[str, Any]:
-        """Identify the pictures that a quantized file depends on, and what the search is scored on, as JSON; empty
-        where the settings say everything about them. Raises UserError as `images` and `search_split` do."""
+    def identity(self, *, searched: bool) -> dict[str, Any]:
+        """Identify the pictures that a quantized file depends on, as JSON; empty where the settings say everything
+        about them. searched: it also depends on what the search is scored on, if there is one. Raises UserError as
+        `images` and `search_split` do."""
         if self.generated and self.settings.calibration is None:
             return {}
         found = {"calibration": self.images.sha256}
-        split = self.search_split
+        split = self.search_split if searched else None
         if split is not None:
             scored = split_files(split.annotations, split.images)
             found["search"] = together([sha256_of(split.annotations), *self.digests.of(scored)])
