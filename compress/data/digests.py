@@ -90,7 +90,10 @@ class PictureDigests:
 
 def together(digests: Iterable[str | None]) -> str:
     """One SHA-256 of many, in their order."""
-    return hashlib.sha256("\n".join(digest or "none" for digest in digests).encode()).hexdigest()
+    whole = hashlib.sha256()
+    for digest in digests:
+        whole.update(f"{digest or 'none'}\n".encode())
+    return whole.hexdigest()
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def pseudo_label(
             return None
         if not replace:
             raise UserError(
-                f"{out}: already exists, made of other pictures or with other settings; delete it, or name another file"
+                f"{out}: already exists, made with other settings or of other pictures; delete it, or name another file"
             )
     document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
     place = parts.parts_folder(out)

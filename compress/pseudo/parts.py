@@ -201,7 +201,7 @@ def _write(
     """COCO JSON, one row a line; the parts are read three times, because what the pictures are stands first, and images
     stand before annotations."""
     info = document["info"]
-    digests = [digest for chunk in _chunks(parts, paths, total) for digest in chunk.get("pictures", [])]
+    digests = (digest for chunk in _chunks(parts, paths, total) for digest in chunk.get("pictures", []))
     info = info | {"pseudo_labels": info.get("pseudo_labels", {}) | {PICTURES: together(digests)}}
     file.write(f'{_INFO}{json.dumps(info)},\n"categories": {json.dumps(document["categories"])},\n')
     skipped: list[str] = []
