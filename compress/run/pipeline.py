@@ -125,7 +125,6 @@ def _do(
         manifest = Manifest(folder.path, versions())
         data = open_data(data_plan(recipe), fabric)
         _train(_Run(recipe, parts, fabric, data, folder, manifest, console, resume), distillation=distillation)
-        on_first_process(fabric, lambda: write_recipe(folder, dump_recipe(recipe), whole=True))
         if ships and is_first_process():
             if kind.exportable is None:
                 _ship(recipe, data, manifest)
@@ -162,6 +161,7 @@ def _train(work: _Run, *, distillation: bool) -> None:
         pseudo = label_images(work.fabric, labelling, data, work.manifest, work.console, resume=work.resume)
     for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
         work.train(plan)
+    on_first_process(work.fabric, lambda: write_recipe(work.folder, dump_recipe(recipe), whole=True))
     if distillation and recipe.deploy.int8.qad is not None:
         work.train_on_int8_grids(teacher)
 
