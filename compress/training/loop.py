@@ -71,6 +71,11 @@ class Training:
         """Optimizer steps of the whole training."""
         return self.settings.steps or (self.settings.epochs or 0) * self.epoch_steps
 
+    @property
+    def stops(self) -> dict[str, int | None]:
+        """stop_epoch by method."""
+        return {name: weighted.stop_epoch for name, weighted in self.methods.items()}
+
     def evaluates_at(self, step: int) -> bool:
         """Whether the weights are evaluated after so many steps: at the end, and every `eval_every` epochs."""
         every = self.epoch_steps * (self.settings.eval_every or 0)
@@ -103,8 +108,7 @@ def fit(
     Raises UserError: a loss or gradient is not finite (batches and weights are saved for replay), the warm-up is longer
     than the run, or the checkpoint is damaged or belongs to another recipe.
     """
-    stops = {name: weighted.stop_epoch for name, weighted in training.methods.items()}
-    check_length(training.name, training.settings, len(training.loader), stops)
+    check_length(training.name, training.settings, len(training.loader), training.stops)
     settings, total, epoch_steps = training.settings, training.total, training.epoch_steps
     reduce = sum_over_processes(fabric)
     learner = Learner(student, training.methods, training.teacher, reduce)

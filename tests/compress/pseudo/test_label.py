@@ -32,8 +32,7 @@ from compress.pseudo.label import Labelled, Settings
 from compress.pseudo.parts import Shard, part_file, parts_folder
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
-from deploy.core.lock import locked
-from tests.helpers.random_teacher import make, teacher
+from tests.helpers.random_teacher import interrupt_after, make, teacher
 
 SIZES = [(64, 48), (40, 60), (90, 50), (64, 48), (64, 64), (70, 41), (48, 64), (64, 48), (64, 48), (40, 60), (64, 64)]
 
@@ -117,20 +116,6 @@ def test_any_number_of_shards_makes_the_same_file(world: Path, tmp_path: Path, c
     assert make(world, out, shard=Shard(order[-1], count)) is not None
     assert out.read_bytes() == (world / "whole.json").read_bytes()
     assert not parts_folder(out).exists()
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
-    done = 0
-
-    def append(*arguments: Any) -> None:
-        nonlocal done
-        if done == chunks:
-            raise KeyboardInterrupt
-        done += 1
-        original(*arguments)
-
-    original = parts.append
-    monkeypatch.setattr(parts, "append", append)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,48 +215,6 @@ def test_a_run_is_continued_with_the_same_settings_only(
         make(world, out)
     with pytest.raises(UserError, match="made with other settings"):
         make(world, out, resume=True, table={"kitten": "dog"})
-
-
-def test_pictures_exchanged_before_it_is_continued_are_labelled_anew(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many bytes as before, so that only the content tells; what comes before the first exchanged one is kept."""
-    folder = tmp_path / "world"
-    shutil.copytree(world, folder)
-    out, images = tmp_path / "out.json", images_in(folder / "images")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, 4)
-        make(folder, out)
-    file = images.files[3]  # of chunk 1
-    before = file.read_bytes()
-    Image.new("RGB", Image.open(file).size, (200, 30, 90)).save(file)
-    with open(file, "ab") as end:
-        end.write(bytes(len(before) - file.stat().st_size))
-    seen: list[int] = []
-
-    def counting(images: Any, numbers: Any, **options: Any) -> Any:
-        seen.extend(numbers)
-        return read_chunks(images, numbers, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(label, "read_chunks", counting)
-        make(folder, out, resume=True)
-    assert seen == [1, 2, 3, 4, 5]
-    make(folder, tmp_path / "whole.json")
-    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes() != (world / "whole.json").read_bytes()
-    file.write_bytes(before)
-    with pytest.raises(UserError, match="made with other settings or of other pictures"):
-        make(folder, out, resume=True)
-
-
-def test_two_that_label_the_same_are_told_apart(world: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    with locked(parts_folder(out) / "1-of-2.lock", "another"):
-        with pytest.raises(LocalUserError, match=r"out\.json: is in use by this process"):
-            make(world, out, shard=Shard(0, 2))
-        make(world, out, shard=Shard(1, 2))
-    make(world, out, shard=Shard(0, 2))
-    assert out.read_bytes() == (world / "whole.json").read_bytes() and not parts_folder(out).exists()
 
 
 def test_a_damaged_part_is_told(world: Path, tmp_path: Path) -> None:
