@@ -39,8 +39,8 @@ class _Part(BaseModel):
 
 
 class Figures(_Part):
-    """One trained model. AP figures are in percent, 0 to 100; `map_at_max` with `max_detections` of a class in an image,
-    where that is more than COCO's 100."""
+    """One trained model. AP figures are in percent, 0 to 100; `map_at_max` counts `max_detections` of a class in an
+    image, where that is more than COCO's 100."""
 
     map: Number = None
     map_at_max: Number = None
