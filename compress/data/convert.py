@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from PIL import Image
-
-from deploy.core.errors import UserError, first_line
+from deploy.core.errors import UserError
 from deploy.core.files import write_json
-from deploy.core.image import IMAGE_SUFFIXES
+from deploy.core.image import IMAGE_SUFFIXES, image_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def from_yolo(folder: Path, names: Sequence[str], out: Path) -> Converted:
     writer = _CocoWriter(folder, list(names))
     used: set[Path] = set()
     for path in paths:
-        width, height = _image_size(path)
+        height, width = image_size(path)
         writer.add_image(path, width, height)
         label_file = _yolo_label_file(path, folder)
         if label_file is None:
@@ -83,7 +81,7 @@ def from_voc(folder: Path, out: Path) -> Converted:
     writer = _CocoWriter(folder, names)
     for file, root in documents:
         path = _voc_image(file, root, folder)
-        width, height = _image_size(path)
+        height, width = image_size(path)
         writer.add_image(path, width, height)
         for name, (xmin, ymin, xmax, ymax), difficult in objects[file]:
             x, y = max(0.0, xmin - 1), max(0.0, ymin - 1)
@@ -128,17 +126,6 @@ def _folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     return folder
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as shown, that is after EXIF rotation; reads the header only."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {first_line(error)}") from None
-    return (height, width) if turned else (width, height)
 
 
 def _lines(path: Path) -> list[str]:

@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from PIL import Image
 from torchvision.ops import batched_nms
 
 from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
-from compress.data.transforms import fit_size
 from compress.detectors.base import MEAN, STD, Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
+from deploy.core.canvas import fit_canvas, fit_size, letterbox, resize, to_original
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, letterbox, to_original
 from deploy.runtimes.onnx import OnnxRunner
 
 KEEP_RATIO_MULTIPLE = 32
@@ -182,14 +180,13 @@ def prepare(image: np.ndarray, how: OnnxInput, size: tuple[int, int]) -> tuple[n
     height, width = image.shape[:2]
     color = (how.pad_color,) * 3
     if how.resize == "stretch":
-        canvas = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        canvas = resize(image, size)
         placed = Placed(size, (size[1] / width, size[0] / height))
     elif how.resize == "keep_ratio":
-        small = fit_size(height, width, *size)
+        small = fit_size(height, width, short=size[0], long=size[1])
         rounded = tuple(-(-side // KEEP_RATIO_MULTIPLE) * KEEP_RATIO_MULTIPLE for side in small)
         frame = np.full((*rounded, 3), how.pad_color, np.uint8)
-        resized = Image.fromarray(image).resize((small[1], small[0]), Image.Resampling.BILINEAR)
-        frame[: small[0], : small[1]] = np.asarray(resized)
+        frame[: small[0], : small[1]] = resize(image, small)
         canvas, placed = frame, Placed((rounded[0], rounded[1]), (small[1] / width, small[0] / height))
     else:
         planes, scale = letterbox(image, size, color)

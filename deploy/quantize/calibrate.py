@@ -20,10 +20,11 @@ import numpy as np
 import onnx
 from onnx import shape_inference
 
+from deploy.core.canvas import fit_canvas
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, image_files, load_image
+from deploy.core.image import image_files, load_image
 from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]

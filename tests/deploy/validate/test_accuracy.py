@@ -13,9 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from compress.export.deployable import TorchRunner
+from deploy.core.canvas import letterbox, to_original
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
-from deploy.core.image import letterbox, load_image, to_original
+from deploy.core.image import load_image
 from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import AGREEMENT_SCORE, results_table, validate, write_results
