@@ -32,7 +32,7 @@ from compress.data.transforms import eval_transform
 from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
 from compress.pseudo import parts
-from compress.pseudo.images import FileContents, ImageList, images_in, without
+from compress.pseudo.images import ImageList, images_in, without
 from compress.pseudo.label import LOWEST_SCORE, Labelled, Settings, pseudo_label
 from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
@@ -43,6 +43,7 @@ from compress.teachers.load import open_teacher
 from compress.training.distributed import on_every_process, on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.core.same_files import FileContents
 from deploy.validate.coco import read_annotations
 
 STAGE = "pseudo labels"
@@ -62,6 +63,7 @@ class LabellingPlan:
     student: family that trains on the labels. needs_all_classes: it cannot learn from images of which only some classes
         are known.
     cache, drop_empty, workers: of the recipe's data.
+    max_detections: of a class in an image that count where the teachers are measured.
     """
 
     settings: PseudoLabels
@@ -75,6 +77,7 @@ class LabellingPlan:
     cache: bool
     drop_empty: bool
     workers: int
+    max_detections: int
 
     def file(self, name: str) -> Path:
         """The COCO file of a list."""
@@ -97,6 +100,7 @@ def labelling_plan(
     teacher: Teacher | None,
     student: Model,
     run: RunFolder,
+    max_detections: int,
 ) -> LabellingPlan:
     """Make the plan of a recipe's sections; a teacher that the run trains is its checkpoint."""
     sources: tuple[Source, ...]
@@ -129,6 +133,7 @@ def labelling_plan(
         cache=data.cache,
         drop_empty=data.drop_empty,
         workers=data.workers,
+        max_detections=max_detections,
     )
 
 
@@ -322,6 +327,7 @@ def _check_teachers(
             min_map=plan.min_map,
             report=console.print,
             write=write,
+            max_detections=plan.max_detections,
         )
 
 

@@ -24,9 +24,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageFile
 
 from deploy.core.errors import UserError, first_line
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Files that count as images where a folder is searched; lower case."""
+from deploy.core.image_folder import missing
 
 MAX_PIXELS = 2**29
 """Of a picture: 23,170 x 23,170. A larger one, at four bytes a pixel, leaves the 32-bit sizes of image libraries."""
@@ -46,17 +44,6 @@ FORMATS = {
 
 Picture = str | Path | bytes | np.ndarray | Image.Image
 """A file, its bytes, pixels uint8 [h, w, 3] RGB, or a PIL image."""
-
-
-def image_files(folder: Path, where: str = "") -> list[Path]:
-    """The image files of a folder, by name. Raises UserError, beginning with `where`, when there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{where}{folder}: no such folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"{where}{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return files
 
 
 def load_image(path: Path) -> np.ndarray:
@@ -230,7 +217,7 @@ _MAGIC = (
 
 def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: no such image")
+        return UserError(f"{path}: {missing(Path(path))}")
     if isinstance(error, OSError):
         return UserError(f"{path}: cannot be read as an image: {error.strerror or first_line(error)}")
     return UserError(f"{str(path)!r}: cannot be read as an image: {error}")  # a NUL in the name

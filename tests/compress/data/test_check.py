@@ -76,7 +76,7 @@ def damage_area(document: dict[str, Any], images: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (damage_missing, "0.png: image 10: no such image"),
+        (damage_missing, "0.png: image 10: the file is missing"),
         (damage_unreadable, "0.png: image 10: cannot be read"),
         (damage_size, "0.png: image 10: the file is 64x48 pixels, annotations.json says 64x480"),
         (damage_image_id, "annotations.json: image 11: the id is used 2 times"),

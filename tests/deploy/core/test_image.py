@@ -53,7 +53,7 @@ def test_what_is_no_picture_is_one_line(thing: Any) -> None:
 
 
 def test_unreadable_images_are_one_line_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such image"):
+    with pytest.raises(UserError, match="the file is missing"):
         load_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(UserError, match="cannot be read as an image"):
