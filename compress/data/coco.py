@@ -84,7 +84,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         scores: bool = False,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
-        document = read_annotations(self.annotations, sizes=True)
+        document = read_annotations(self.annotations, sizes=True, images=self.folder)
         if not document["categories"]:
             raise UserError(f"{annotations}: categories: the list is empty, there is nothing to detect")
         names = {category["id"]: category["name"] for category in document["categories"]}

@@ -154,3 +154,9 @@ def to_original(boxes: np.ndarray, scale: tuple[float, float], original_hw: tupl
     height, width = original_hw
     boxes = boxes / np.asarray([sx, sy, sx, sy], dtype=np.float32)
     return np.clip(boxes, 0.0, np.asarray([width, height, width, height], dtype=np.float32)).astype(np.float32)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what `load_image` gives."""
+    height, width = load_image(path).shape[:2]
+    return height, width
