@@ -281,7 +281,12 @@ def pseudo_label(
         raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
     thresholds = None
     if flags.thresholds_from is not None:
+        from deploy.validate.coco import load_annotations
+        from deploy.validate.labels import WHEN_MEASURING, label_notes
+
         thresholds = Labelled(flags.thresholds_from, flags.thresholds_root)
+        for line in label_notes(load_annotations(flags.thresholds_from), kinds=WHEN_MEASURING):
+            print(f"note: {flags.thresholds_from}: {line}")
     summary = label(
         teachers,
         images_in(images, root),

@@ -25,6 +25,7 @@ from compress.data.batch import Target
 from deploy.core.errors import UserError, first_line
 from deploy.core.image import rgb
 from deploy.validate.coco import read_annotations
+from deploy.validate.labels import MOST_OBJECTS, WHILE_TRAINING, label_notes
 
 # torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
@@ -55,6 +56,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_uncertain: leave out images with no box to learn where something may be: images with an uncertain region,
             and all of a file whose `info.coverage` does not have all categories.
         scores: give the targets the annotations' `score`; one without has 1.
+        max_detections: what an exported file gives of an image; for `label_notes` alone.
 
     Raises:
         UserError: as `read_annotations`; no images left; with `cache`, too little memory; on access, an image
@@ -71,6 +73,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """float32 [len(self)], width / height."""
     dropped: Counter[str]
     """Counts of annotations that were left out, by reason."""
+    label_notes: list[str]
+    """Lines about labels that are usable, but cost accuracy: see `deploy.validate.labels`."""
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_empty: bool = False,
         drop_uncertain: bool = False,
         scores: bool = False,
+        max_detections: int = MOST_OBJECTS,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
         document = read_annotations(self.annotations, sizes=True, images=self.folder)
@@ -98,6 +103,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         labels = {value: i for i, value in enumerate(self.category_ids)}
         self._unlabeled_classes = _unlabeled_classes(document, labels, self.annotations)
         kept, self.dropped = _usable(document, labels, self._unlabeled_classes, self.annotations)
+        self.label_notes = label_notes(document, kinds=WHILE_TRAINING, max_detections=max_detections)
         self._with_scores = scores
         if drop_empty:
             entries = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,6 +154,12 @@ def images_without_size(content: Mapping[str, Any], where: str) -> list[dict[str
         if len(given) < len(_SIZES):
             without.append(entry)
     return without
+
+
+def sizes_of(images: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """(height, width) of the images that say it, by id."""
+    known = (row for row in images if _is_integer(row.get("height")) and _is_integer(row.get("width")))
+    return {row["id"]: (row["height"], row["width"]) for row in known}
 
 
 def load_annotations(annotations: Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -49,6 +49,11 @@ KINDS: dict[str, tuple[Level, str]] = {
 }
 """Every kind of finding: its level, and what is said of several."""
 
+WHILE_TRAINING = ("box-twice", "empty-category", "many-objects")
+"""Kinds that a training is told about: others stop it, or are counted as left out."""
+WHEN_MEASURING = ("repeated-id", "unknown-category", "unknown-image", "bad-box", "box-twice", "many-objects")
+"""Kinds that change mAP."""
+
 
 @dataclass(frozen=True)
 class Finding:
