@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.core.errors import UserError
-from deploy.core.image import load_image
+from deploy.core.image import load_image, pixel_doubt
 from deploy.core.image_folder import missing
 from deploy.core.progress import Progress
 from deploy.core.same_files import FileContents, shared
@@ -137,7 +137,8 @@ def _pictures(file: Path, folder: Path, document: dict[str, Any], progress: Prog
         except UserError as error:
             return [Problem("unreadable", path, where, str(error).removeprefix(f"{path}: "))]
         height, width = pixels.shape[:2]
-        found = []
+        doubt = pixel_doubt(pixels)
+        found = [] if doubt is None else [Problem("odd-pixels", path, where, doubt)]
         if id(entry) in unsized:
             entry["width"], entry["height"] = width, height
             found.append(

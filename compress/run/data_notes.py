@@ -17,7 +17,13 @@ def notes_about(data: Datasets) -> list[str]:
     Images are compared by content; only files of equal length are opened.
     """
     sets = [(data.val_split, data.val), *([(data.train_split, data.train)] if data.has_labels else [])]
-    lines = [f"note: {split.annotations}: {line}" for split, images in reversed(sets) for line in images.label_notes]
+    lines = [
+        f"{split.annotations}: annotations left out: {', '.join(f'{n} {why}' for why, n in images.dropped.items())} "
+        "(see compress data check)"
+        for split, images in reversed(sets)
+        if images.dropped
+    ]
+    lines += [f"note: {split.annotations}: {line}" for split, images in reversed(sets) for line in images.label_notes]
     if data.has_labels:
         train, val = ([images.path(index) for index in range(len(images))] for images in (data.train, data.val))
         found = shared(val, train)

@@ -236,10 +236,6 @@ class _Run:
             f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
             f"{self.fabric.device.type}",
         )
-        for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
-            if images.dropped:
-                counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
-                say(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
         for line in notes_about(data) if self.fabric.is_global_zero else ():
             say(line, markup=False)
         if data.unlabelled is not None:

@@ -158,6 +158,23 @@ def test_notes(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
     assert str(problems[-1]).startswith("note: ") and str(problems[-1]).endswith("images/1.png")
 
 
+@pytest.mark.parametrize(
+    ("pixels", "kind", "says"),
+    [
+        (np.full((48, 64), 0.5, np.float32), "unreadable", "cannot be read as an image"),
+        (np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) % 4096, "odd-pixels", "nearly one colour"),
+        (np.full((48, 64), 9, np.uint8), "odd-pixels", "nearly one colour, about (9, 9, 9)"),
+    ],
+)
+def test_pixels_that_say_nothing(
+    document: dict[str, Any], save: Save, tmp_path: Path, pixels: np.ndarray, kind: str, says: str
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / "images" / "0.tif")
+    document["images"][0]["file_name"] = "0.tif"
+    (found,) = (p for p in problems_of(save(document), tmp_path / "images") if p.kind != "id-gap")
+    assert (found.kind, found.where) == (kind, "image 10") and says in found.message
+
+
 def test_crowds_may_be_equal_and_objects_many(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
     crowd = {"image_id": 10, "category_id": 3, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 1}
     document["annotations"] += [{**crowd, "id": 100 + number} for number in range(200)]
