@@ -27,7 +27,7 @@ from deploy.core.progress import Progress
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
 from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
-from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
 from deploy.validate.collected import Collected
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.score_calibration import detection_ece
@@ -118,7 +118,7 @@ def validate(
     truth = GroundTruth.of({**content, "images": rows})
 
     files = {row["id"]: Path(images) / row["file_name"] for row in rows}
-    outcomes = detect_all(runners, files, batch_size, progress)
+    outcomes = detect_all(runners, files, batch_size, progress, sizes=sizes_of(rows))
     metrics, calibration = {}, {}
     for name, runner in runners.items():
         table = outcomes[name].detections.table()
@@ -194,16 +194,32 @@ class Outcome:
 
 
 def detect_all(
-    runners: Mapping[str, Runner], files: Mapping[int, Path], batch_size: int, progress: Progress | None = None
+    runners: Mapping[str, Runner],
+    files: Mapping[int, Path],
+    batch_size: int,
+    progress: Progress | None = None,
+    *,
+    sizes: Mapping[int, tuple[int, int]] | None = None,
 ) -> dict[str, Outcome]:
     """Run every runner over the same images (id → file), each of which is decoded once.
 
-    Raises UserError for an image that cannot be read, and for outputs that cannot be what they are called.
+    sizes: (height, width) that the images must have, of those where it is known.
+
+    Raises UserError for an image that cannot be read or is of another size, and for outputs that cannot be what they
+    are called.
     """
     outcomes = {name: Outcome() for name in runners}
+    known = {} if sizes is None else sizes
 
     def load(item: tuple[int, Path]) -> tuple[int, np.ndarray]:
-        return item[0], load_image(item[1])
+        pixels = load_image(item[1])
+        (height, width), wanted = pixels.shape[:2], known.get(item[0])
+        if wanted is not None and (height, width) != wanted:
+            raise UserError(
+                f"{item[1]}: the file is {width}x{height} pixels, the annotations say {wanted[1]}x{wanted[0]}; "
+                "their boxes are of another picture"
+            )
+        return item[0], pixels
 
     done = 0
     for batch in load_batches(files.items(), load, batch_size):

@@ -204,6 +204,10 @@ def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: 
     with pytest.raises(UserError, match=r"\d+\.png: the file is missing"):
         validate(with_card(), file, tmp_path)
     content = json.loads(file.read_text())
+    sized = [{**row, "width": 7, "height": 9} for row in content["images"]]
+    (tmp_path / "sized.json").write_text(json.dumps({**content, "images": sized}))
+    with pytest.raises(UserError, match=r"\.png: the file is \d+x\d+ pixels, the annotations say 7x9; their boxes"):
+        validate(with_card(), tmp_path / "sized.json", folder)
     (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
     with pytest.raises(UserError, match="no boxes to validate against"):
         validate(with_card(), tmp_path / "empty.json", folder)
