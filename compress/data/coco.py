@@ -7,7 +7,6 @@ gigabytes of dictionaries in every worker.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 
 from compress.data.batch import Target
-from deploy.core.errors import UserError, first_line
-from deploy.core.image import rgb
+from deploy.core.errors import UserError
+from deploy.core.image import load_image
 from deploy.validate.coco import read_annotations
-
-# torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
-warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
+from deploy.validate.labels import MOST_OBJECTS, WHILE_TRAINING, label_notes
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
@@ -55,6 +50,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_uncertain: leave out images with no box to learn where something may be: images with an uncertain region,
             and all of a file whose `info.coverage` does not have all categories.
         scores: give the targets the annotations' `score`; one without has 1.
+        max_detections: what an exported file gives of an image; for `label_notes` alone.
 
     Raises:
         UserError: as `read_annotations`; no images left; with `cache`, too little memory; on access, an image
@@ -71,6 +67,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """float32 [len(self)], width / height."""
     dropped: Counter[str]
     """Counts of annotations that were left out, by reason."""
+    label_notes: list[str]
+    """Lines about labels that are usable, but cost accuracy: see `deploy.validate.labels`."""
 
     def __init__(
         self,
@@ -82,9 +80,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_empty: bool = False,
         drop_uncertain: bool = False,
         scores: bool = False,
+        max_detections: int = MOST_OBJECTS,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
-        document = read_annotations(self.annotations, sizes=True)
+        document = read_annotations(self.annotations, sizes=True, images=self.folder)
         if not document["categories"]:
             raise UserError(f"{annotations}: categories: the list is empty, there is nothing to detect")
         names = {category["id"]: category["name"] for category in document["categories"]}
@@ -98,6 +97,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         labels = {value: i for i, value in enumerate(self.category_ids)}
         self._unlabeled_classes = _unlabeled_classes(document, labels, self.annotations)
         kept, self.dropped = _usable(document, labels, self._unlabeled_classes, self.annotations)
+        self.label_notes = label_notes(document, kinds=WHILE_TRAINING, max_detections=max_detections)
         self._with_scores = scores
         if drop_empty:
             entries = [
@@ -202,17 +202,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def _decode(self, index: int) -> Tensor:
         path = self.folder / self._names[index]
-        where = f"{path}: image id {self.image_ids[index]} of {self.annotations}"
+        entry = f"image id {self.image_ids[index]} of {self.annotations}"
         try:
-            image = decode(path)
-        except FileNotFoundError:
-            raise UserError(f"{where}: the file is missing") from None
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{where}: cannot be read as an image: {first_line(error)}") from None
+            image = load_tensor(path)
+        except UserError as error:
+            raise UserError(f"{error} ({entry})") from None
         height, width = self.sizes[index]
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}x{image.shape[1]}"
-            raise UserError(f"{where}: the file is {found} pixels, the annotations say {width}x{height}")
+            raise UserError(f"{path}: the file is {found} pixels, the annotations say {width}x{height} ({entry})")
         return image
 
     def _decode_all(self) -> Tensor:
@@ -238,23 +236,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return cache
 
 
-def decode(path: Path) -> Tensor:
-    """An image file as uint8 [3, h, w] RGB, EXIF orientation applied.
-
-    JPEG and PNG through torchvision, anything else that Pillow knows through Pillow.
-
-    Raises:
-        OSError, RuntimeError, ValueError: missing or unreadable.
-    """
-    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        pixels = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        # 16 bits a channel: the upper eight, as `deploy.core.image` takes them
-        return pixels if pixels.dtype == torch.uint8 else (pixels.to(torch.int32) >> 8).to(torch.uint8)
-    with Image.open(path) as image:
-        array = np.array(rgb(image))
-    return torch.from_numpy(array).permute(2, 0, 1)
+def load_tensor(path: Path) -> Tensor:
+    """`deploy.core.image.load_image` as uint8 [3, h, w], channels last in memory."""
+    return torch.from_numpy(load_image(path)).permute(2, 0, 1)
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -53,11 +53,23 @@ class PictureDigests:
 
     def of(self, files: Sequence[Path]) -> list[str | None]:
         """64 hexadecimal digits for each file, in their order; None for one that is not there or cannot be read."""
+        found = self._of(files)
+        self._save()
+        return found
+
+    def __call__(self, file: Path) -> str:
+        """The digest of one file; the record learns it with the next list. Raises OSError where it cannot be read."""
+        (digest,) = self._of([file])
+        if digest is None:
+            raise _reason(file)
+        return digest
+
+    def _of(self, files: Sequence[Path]) -> list[str | None]:
         if self._seen is None:
             self._seen = _read(self._record)
         names = [os.path.abspath(file) for file in files]
-        known = self._seen | self._new
-        found = {name: _remembered(name, known.get(name)) for name in dict.fromkeys(names)}
+        seen_before = self._seen
+        found = {name: _remembered(name, self._new.get(name, seen_before.get(name))) for name in dict.fromkeys(names)}
         unread = [name for name, digest in found.items() if digest is None]
         shown = progress("reading the pictures once") if len(unread) >= MANY else nullcontext(lambda done, total: None)
         with ThreadPoolExecutor(4) as pool, shown as advance:
@@ -67,15 +79,7 @@ class PictureDigests:
                     if seen[1]:
                         self._new[name] = seen[0]
                 advance(done, len(unread))
-        self._save()
         return [found[name] for name in names]
-
-    def __call__(self, file: Path) -> str:
-        """The digest of one file. Raises OSError where it cannot be read."""
-        (digest,) = self.of([file])
-        if digest is None:
-            raise _reason(file)
-        return digest
 
     def _save(self) -> None:
         """Put what was read into the record; what another run put there meanwhile stays."""

@@ -33,8 +33,10 @@ from deploy.quantize.guided import GuidedResult
 from deploy.tensorrt.card import EngineCard, card_path, read_engine_card, this_machine
 from deploy.tensorrt.network import library, load_tensorrt
 
-NOT_THE_FILE = {"precisions", "int8", "engines", "runners", "providers", "max_map_drop", "benchmark"}
+NOT_THE_FILE = {"precisions", "int8", "engines", "runners"}
 """Settings of `deploy` that an exported float file does not depend on."""
+MEASURING = ("providers", "max_map_drop", "benchmark")
+"""Others, which version 0.1 nevertheless wrote into its record: at their defaults they are described as it did."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,7 @@ def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
 def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]:
     """The settings behind a float file, as the manifest of a run has them."""
     assert checks is not None, "a run checks its files"
+    settings = settings.model_copy(update={key: Deploy.model_fields[key].default for key in MEASURING})
     described = settings.model_dump(mode="json", exclude=NOT_THE_FILE)
     return described | {"input_size": list(checks.input_size), "limits": list(checks.resize_short_long or ())}
 

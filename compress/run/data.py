@@ -15,12 +15,13 @@ from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.digests import RECORD, PictureDigests, together
 from compress.data.label_split import split_labels
-from compress.data.transforms import eval_transform, fit_size, train_transform
+from compress.data.transforms import eval_transform, train_transform
 from compress.manifest import RunFolder
 from compress.training.distributed import on_first_process
+from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.validate.coco import read_annotations
+from deploy.validate.labels import MOST_OBJECTS
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class DataPlan:
     """Plan of a run's images.
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
-    runs: where drawn images are kept, for all runs. folder: of this one.
+    runs: where drawn images are kept, for all runs. folder: of this one. max_detections: of the exported files.
     """
 
     data: Data
     runs: Path
     folder: RunFolder
     labels: Labels | None = None
+    max_detections: int = MOST_OBJECTS
 
 
 @dataclass
@@ -114,9 +116,14 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
         cache=data.cache and has_labels,
         drop_empty=data.drop_empty and has_labels,
+        max_detections=plan.max_detections,
     )
     val = CocoDetection(
-        val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
+        val_split.annotations,
+        val_split.images,
+        eval_transform(data.eval_short, data.long),
+        cache=data.cache,
+        max_detections=plan.max_detections,
     )
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(
@@ -157,26 +164,9 @@ def identity_of_pictures(files: Sequence[Path], digests: PictureDigests, where: 
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
     """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it."""
-    sizes = [fit_size(*size, data.eval_short, data.long) for size in set(dataset.sizes)]
+    sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32
-
-
-def lines_about(data: Datasets, labels: Labels | None) -> list[str]:
-    """Lines about annotations that are left out, and about training images without labels."""
-    lines = []
-    for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
-        if images.dropped:
-            counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
-            lines.append(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
-    if data.unlabelled is not None and labels is not None:
-        rest = len(read_annotations(data.unlabelled.annotations)["images"])
-        unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
-        lines.append(
-            f"labels.fraction {labels.fraction:g}: {rest} more images have no labels"
-            + (f"; no label is left of {', '.join(unseen)}" if unseen and data.has_labels else "")
-        )
-    return lines
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ from compress.manifest import (
     Manifest,
     RunFolder,
 )
-from compress.run.data import DataPlan, Datasets, canvas, labelled_split, lines_about, open_data, splits
+from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
+from compress.run.data_notes import about_missing_labels, notes_about
 from compress.run.folder import need_whole, working_in, write_recipe
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
@@ -168,7 +169,7 @@ def _train(work: _Run, *, distillation: bool) -> None:
 
 def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
-    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels)
+    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels, recipe.deploy.max_detections)
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
@@ -261,8 +262,9 @@ class _Run:
             f"{self.recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation "
             f"images, {len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
         )
-        for line in lines_about(data, self.recipe.labels):
-            self.console.print(line)
+        notes = notes_about(data) if fabric.is_global_zero else []
+        for line in (*notes, *about_missing_labels(data, self.recipe.labels)):
+            self.console.print(line, markup=False)
 
     def check_lengths(self, *, distillation: bool) -> None:
         """Refuse a training that cannot work before another one takes hours. How many images a student has that also

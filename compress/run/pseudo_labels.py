@@ -87,7 +87,7 @@ class LabellingPlan:
 
     def is_unfinished(self) -> bool:
         """Whether the labelling of one of the lists was interrupted."""
-        return any(any(parts.parts_folder(self.file(name)).glob("*.jsonl")) for name in self.lists)
+        return any(parts.parts_folder(self.file(name)).is_dir() for name in self.lists)
 
     def stages(self, recorded: Mapping[str, Any]) -> list[str]:
         """The recorded stages of the manifest that say what was labelled, in the order of the lists."""

@@ -20,16 +20,19 @@ import numpy as np
 import onnx
 from onnx import shape_inference
 
+from deploy.core.canvas import fit_canvas
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, load_image
+from deploy.core.image import load_image
 from deploy.core.image_folder import image_files
 from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]
 
 PERCENTILE = 99.99
+CALIBRATION_KEY = "deploy.int8.calibration (--calibration)"
+"""Where the images are named: in a recipe, and on the command line."""
 _AT_ONCE = 4  # images whose activations are in memory together
 
 
@@ -98,8 +101,8 @@ def check_apart(
     common = [(own[found], file) for file in judged_on if (found := digest(file)) in own]
     if common:
         raise UserError(
-            f"{len(common)} of {len(own)} calibration images are among {what}, the first is {common[0][0]} "
-            f"(= {common[0][1]}): calibrate on training or unlabelled images"
+            f"{CALIBRATION_KEY}: {len(common)} of {len(own)} calibration images are among {what}, the first is "
+            f"{common[0][0]} (= {common[0][1]}): calibrate on training or unlabelled images"
         )
 
 
