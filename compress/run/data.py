@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class Datasets:
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
-    val_identity: dict[str, Any]
-    digests: PictureDigests
+    val_identity: dict[str, Any] = field(default_factory=dict)
+    digests: PictureDigests = field(default_factory=PictureDigests)
     unlabelled: Split | None = None
     has_labels: bool = True
     """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
