@@ -111,7 +111,7 @@ def _side(side: float, most: int, rounding: str) -> int:
 
 
 def _taps(source: int, target: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Of each target pixel the two source pixels that it lies between, which may be beyond the edge, and their weights."""
+    """The two source pixels that each target pixel lies between, which may be beyond the edge, and their weights."""
     place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
     first = np.floor(place).astype(np.int64)
     share = place - first.astype(np.float32)
