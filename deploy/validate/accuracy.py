@@ -245,7 +245,7 @@ def detect_all(
 
 def _unseen(runner: Runner) -> str | None:
     """What a CPU hides of a file with float16 in it."""
-    if not runner.on_cpu or not any("fp16" in kinds.split("+") for kinds in runner.card.precision.values()):
+    if not any("fp16" in kinds.split("+") for kinds in runner.card.precision.values()) or not runner.on_cpu:
         return None
     half = runner.card.half
     known = "they were not measured when this file was made: export it again"

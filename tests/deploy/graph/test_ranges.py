@@ -95,6 +95,7 @@ def first() -> Node:
 
 
 EYE = np.eye(3)[:, :, None, None]
+FADING = np.where(np.arange(9).reshape(3, 3, 1, 1), 4.5e-7, 1.3e-4)  # all but one have few bits left
 KEPT: dict[str, tuple[list[Node], dict[str, Any], dict[str, str]]] = {
     "nothing": ([("Relu", ["v0"], {}), ("Sigmoid", ["v1"], {})], {}, {}),
     "large": ([("Mul", ["v0", "c"], {}), ("Mul", ["v1", "d"], {})], {"c": 9e3, "d": 1e-3},
@@ -111,7 +112,7 @@ KEPT: dict[str, tuple[list[Node], dict[str, Any], dict[str, str]]] = {
     "guard": ([("Add", ["v0", "c"], {})], {"c": 1e-12}, {"n1": "c never exceeds 1e-12"}),
     "divisor": ([("Mul", ["v0", "v0"], {}), ("Mul", ["v1", "v1"], {}), ("Reciprocal", ["v2"], {})], {},
                 {"n2": "its result is as small as 6e-08 where it divides", "n3": "its result reaches 1.7e+07"}),
-    "rounded away": ([("Conv", ["v0", "w2"], {})], {"w2": EYE * 1.3e-4 + 4.5e-7 * (1 - EYE)},
+    "rounded away": ([("Conv", ["v0", "w2"], {})], {"w2": FADING},
                      {"w2": "w2 loses"}),
     "sum": ([("Mul", ["v0", "c"], {}), ("ReduceMean", ["v1", "axes"], {})], {"c": 8e2, **AXES},
             {"n2": "adds up"}),
