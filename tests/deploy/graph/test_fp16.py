@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, shape_inference
+from onnx import TensorProto, numpy_helper, shape_inference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -210,6 +210,24 @@ def test_the_check_of_an_export_sees_what_onnxruntime_hides(
         check_format(mixed, "tensorrt")
         onnx.save(mixed, str(tmp_path / "mixed.onnx"))
         assert build(tmp_path / "mixed.onnx").quantized == 4
+
+
+@pytest.mark.parametrize("factor", [1e-2, 2e-3])
+def test_small_weights_of_a_mixed_file_are_not_zeros(marked: onnx.ModelProto, factor: float) -> None:
+    """A scale of 7e-6 or 1.5e-6 has few bits in float16, and onnxruntime gives such weights a scale of 1."""
+    model = copy_of(marked)
+    set_initializer(model, DOWN, factor)
+    half, _ = halve(model, pictures(2))
+    mixed = quantize(half, activation_ranges(half, pictures(2)), "tensorrt")
+    check_format(mixed, "tensorrt")
+    onnx.shape_inference.infer_shapes(mixed, strict_mode=True)
+    values = {item.name: numpy_helper.to_array(item) for item in mixed.graph.initializer}
+    scales = values[f"{DOWN}_scale"]
+    assert scales.dtype == np.float16
+    restored = values[f"{DOWN}_quantized"] * scales.astype(np.float64)[:, None, None, None]
+    exact = next(numpy_helper.to_array(item) for item in model.graph.initializer if item.name == DOWN)
+    largest = np.abs(exact).max()
+    assert np.abs(restored - exact).max() < largest * (0.01 if factor == 1e-2 else 0.06)
 
 
 def test_half_and_mixed_files_build_in_tensorrt_with_a_dynamic_batch(halved: Path, tmp_path: Path) -> None:
