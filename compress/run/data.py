@@ -13,9 +13,10 @@ from compress.config.pseudo import Labels
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.label_split import split_labels
-from compress.data.transforms import eval_transform, fit_size, train_transform
+from compress.data.transforms import eval_transform, train_transform
 from compress.manifest import RunFolder
 from compress.training.distributed import on_first_process
+from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 
@@ -115,7 +116,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
     """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it."""
-    sizes = [fit_size(*size, data.eval_short, data.long) for size in set(dataset.sizes)]
+    sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32
 
