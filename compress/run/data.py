@@ -19,6 +19,7 @@ from compress.training.distributed import on_first_process
 from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.validate.labels import MOST_OBJECTS
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class DataPlan:
     """Plan of a run's images.
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
-    runs: where drawn images are kept, for all runs. folder: of this one.
+    runs: where drawn images are kept, for all runs. folder: of this one. max_detections: of the exported files.
     """
 
     data: Data
     runs: Path
     folder: RunFolder
     labels: Labels | None = None
+    max_detections: int = MOST_OBJECTS
 
 
 @dataclass
@@ -99,9 +101,14 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
         cache=data.cache and has_labels,
         drop_empty=data.drop_empty and has_labels,
+        max_detections=plan.max_detections,
     )
     val = CocoDetection(
-        val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
+        val_split.annotations,
+        val_split.images,
+        eval_transform(data.eval_short, data.long),
+        cache=data.cache,
+        max_detections=plan.max_detections,
     )
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(

@@ -38,6 +38,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
+from compress.run.data_notes import notes_about
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -146,7 +147,7 @@ def distill(
 
 def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
-    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels)
+    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels, recipe.deploy.max_detections)
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
@@ -235,10 +236,8 @@ class _Run:
             f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
             f"{self.fabric.device.type}",
         )
-        for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
-            if images.dropped:
-                counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
-                say(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
+        for line in notes_about(data) if self.fabric.is_global_zero else ():
+            say(line, markup=False)
         if data.unlabelled is not None:
             assert recipe.labels is not None
             rest = len(read_annotations(data.unlabelled.annotations)["images"])
