@@ -19,7 +19,6 @@ from rich.table import Table
 
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import ModelCard
-from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -29,6 +28,7 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
 from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
+from deploy.validate.collected import Collected
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.score_calibration import detection_ece
 
@@ -121,7 +121,7 @@ def validate(
     outcomes = detect_all(runners, files, batch_size, progress, sizes=sizes_of(rows))
     metrics, calibration = {}, {}
     for name, runner in runners.items():
-        table = outcomes[name].table()
+        table = outcomes[name].detections.table()
         metrics[name] = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
         calibration[name] = detection_ece(truth, table)
     base = None if reference is None else outcomes[reference]
@@ -185,16 +185,12 @@ def write_results(path: Path, results: list[ArtifactResult]) -> None:
 class Outcome:
     """Answers of one runner for all images, by their ids."""
 
-    detections: dict[int, Detections] = field(default_factory=dict)
+    detections: Collected = field(default_factory=Collected)
     """The finite ones, in pixels of the original images."""
     spoiled: list[int] = field(default_factory=list)
     """Images where the runner also gave values that are not finite."""
     seconds: float = 0.0
     """Time spent in the runner."""
-
-    def table(self) -> DetectionTable:
-        """All detections in one table."""
-        return DetectionTable.join(found.to_table(image_id) for image_id, found in self.detections.items())
 
 
 def detect_all(
@@ -236,7 +232,7 @@ def detect_all(
             finite = np.asarray(finite_values(found).all(-1))
             for i, detections in enumerate(picture_detections(found, canvases, runner.card)):
                 image_id = batch[i][0]
-                outcomes[name].detections[image_id] = detections
+                outcomes[name].detections.add(image_id, detections)
                 if not finite[i]:
                     outcomes[name].spoiled.append(image_id)
         done += len(batch)
@@ -329,7 +325,7 @@ def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> s
     return "pass" if drop <= max_map_drop + 1e-9 else "fail"
 
 
-def _agreement(left: dict[int, Detections], right: dict[int, Detections]) -> Agreement:
+def _agreement(left: Mapping[int, Detections], right: Mapping[int, Detections]) -> Agreement:
     confirmed = total = 0
     scores: list[float] = []
     boxes: list[float] = []
