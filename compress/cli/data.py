@@ -116,7 +116,10 @@ def convert(
         print(f"{file.out}: {file.images} images, {file.annotations} boxes")
     if one_file and flags.split is None and len(sets) > 1:
         print(f"note: the sets {', '.join(sets)} are in it together; a folder as OUT gets a file for each of them")
-    next_command("data", "check", made[0].out, "--images", made[0].image_folder)
+    against = next(
+        (["--against", file.out] for file in made if file.out.name == "val.json" and file is not made[0]), []
+    )
+    next_command("data", "check", made[0].out, "--images", made[0].image_folder, *against)
 
 
 def _read_yolo(source: Path, flags: ConvertFlags) -> Source:
