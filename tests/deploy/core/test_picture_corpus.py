@@ -15,7 +15,7 @@ from compress.data.check import check
 from compress.data.coco import CocoDetection
 from compress.data.convert.coco_file import read_size
 from compress.data.transforms import eval_transform, train_transform
-from compress.export.onnx import sample_canvases
+from compress.export.onnx import canvases as export_canvases
 from compress.pseudo.images import ImageList, Unreadable, read_chunks
 from compress.report.pictures import PhotoError, Photos
 from compress.teachers.base import View
@@ -76,7 +76,7 @@ PIXELS: dict[str, Callable[[Path], np.ndarray]] = {
 }
 CANVASES: dict[str, Callable[[Path], np.ndarray]] = {
     "calibration": lambda path: calibration_canvases([path], CARD)[0],
-    "check of an export": lambda path: sample_canvases([path], CARD)[0],
+    "check of an export": lambda path: export_canvases([path], CARD, 1)[0],
     "validate": validated,
     "benchmark": measured,
 }
