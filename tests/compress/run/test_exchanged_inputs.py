@@ -111,8 +111,8 @@ def test_an_exchanged_input(snapshot: tuple[Path, Path], name: str, monkeypatch:
 def test_what_ends_in_the_same_bits_does_nothing_behind_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exchanged pictures, and trainings that leave the same weights. Half precision is measured on training pictures; the
-    search for float layers is scored on train0 and train3."""
+    """Exchanged pictures, and trainings that leave the same weights. Half precision is measured on training pictures;
+    the search for float layers is scored on train0 and train3."""
     exchanged_inputs.make_inputs(tmp_path)
     faked = Faked(monkeypatch)
     faked.equal = True
