@@ -43,18 +43,22 @@ def train_transform(
     return _Train(low, high, long, flip, v2.RandomPhotometricDistort() if photometric else None, scale_jitter)
 
 
-def eval_transform(short: int, long: int) -> Transform:
-    """Keep-ratio resize only."""
-    return _Train(short, short, long, 0.0, None, None)
+def eval_transform(short: int, long: int, canvas: tuple[int, int] | None = None) -> Transform:
+    """Keep-ratio resize only. canvas: (height, width) that the image has to lie in besides."""
+    return _Train(short, short, long, 0.0, None, None, canvas)
 
 
-def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+def fit_size(
+    height: int, width: int, short: int, long: int, canvas: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """The largest (height, width) of the same ratio within both limits; a side is int(side * f + 0.5).
 
     >>> fit_size(480, 640, 800, 1333)
     (800, 1067)
     """
     factor = min(short / min(height, width), long / max(height, width))
+    if canvas is not None:
+        factor = min(factor, canvas[0] / height, canvas[1] / width)
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
@@ -68,6 +72,7 @@ class _Train:
     flip: float
     distort: v2.Transform | None
     zoom: tuple[float, float] | None
+    canvas: tuple[int, int] | None = None
 
     def __call__(self, image: Tensor, boxes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes = _wrap(boxes, image)
@@ -76,7 +81,7 @@ class _Train:
         if self.distort is not None:
             image = self.distort(image)
         short = self.low if self.low == self.high else int(torch.randint(self.low, self.high + 1, ()))
-        image, boxes = resize(image, boxes, fit_size(image.shape[1], image.shape[2], short, self.long))
+        image, boxes = resize(image, boxes, fit_size(image.shape[1], image.shape[2], short, self.long, self.canvas))
         if self.flip > 0 and torch.rand(()) < self.flip:
             image, boxes = horizontal_flip(image, boxes)
         return image, F.clamp_bounding_boxes(boxes).as_subclass(Tensor), ignore

@@ -26,18 +26,22 @@ class DataPlan:
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
     runs: where drawn images are kept, for all runs. folder: of this one.
+    input_size: (height, width) of the exported files' input; None: the smallest `canvas`.
     """
 
     data: Data
     runs: Path
     folder: RunFolder
     labels: Labels | None = None
+    input_size: tuple[int, int] | None = None
 
 
 @dataclass
 class Datasets:
     """Training and validation images of a run, and what identifies them. `train` are those with labels.
 
+    canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
+        around a picture, too.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -47,6 +51,7 @@ class Datasets:
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
+    canvas: tuple[int, int]
     unlabelled: Split | None = None
     has_labels: bool = True
     """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
@@ -99,9 +104,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         cache=data.cache and has_labels,
         drop_empty=data.drop_empty and has_labels,
     )
-    val = CocoDetection(
-        val_split.annotations, val_split.images, eval_transform(data.eval_short, data.long), cache=data.cache
-    )
+    val = validation_set(val_split, data, plan.input_size, cache=data.cache)
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(
             f"{train_split.annotations} and {val_split.annotations} have different categories: "
@@ -110,11 +113,24 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     for split, images in ((train_split, train), (val_split, val)):
         if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
-    return Datasets(train, val, train_split, val_split, _identity(data, train_split, val_split), unlabelled, has_labels)
+    identity = _identity(data, train_split, val_split)
+    size = plan.input_size or canvas(val, data)
+    return Datasets(train, val, train_split, val_split, identity, size, unlabelled, has_labels)
+
+
+def validation_set(
+    split: Split, data: Data, input_size: tuple[int, int] | None, *, cache: bool = False
+) -> CocoDetection:
+    """Open validation images, resized as files of this input size (None: the smallest `canvas`) resize them."""
+    transform = eval_transform(data.eval_short, data.long, input_size)
+    return CocoDetection(split.annotations, split.images, transform, cache=cache)
 
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
-    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it."""
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it.
+
+    With wide and tall images that is about a square of the long side, of which much is padding for each of them.
+    """
     sizes = [fit_size(*size, data.eval_short, data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32

@@ -22,7 +22,6 @@ from compress.config.teacher import Teacher
 from compress.config.train import Train
 from compress.console import open_console
 from compress.data.coco import CocoDetection
-from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
@@ -37,7 +36,7 @@ from compress.manifest import (
     Manifest,
     RunFolder,
 )
-from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
+from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits, validation_set
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -146,7 +145,7 @@ def distill(
 
 def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
-    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels)
+    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels, recipe.deploy.input_size)
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
@@ -199,7 +198,7 @@ def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadP
         qad=deploy.int8.qad,
         deploy=deploy,
         quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
-        input_size=deploy.input_size or canvas(data.val, recipe.data),
+        input_size=data.canvas,
         resize_short_long=(recipe.data.eval_short, recipe.data.long),
         distillation=distillation_plan(recipe, parts),
         seed=recipe.seed,
@@ -387,7 +386,7 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
 
     _, split = splits(recipe.data, recipe.runs)
     resize_short_long = (recipe.data.eval_short, recipe.data.long)
-    val = CocoDetection(split.annotations, split.images, eval_transform(*resize_short_long))
+    val = validation_set(split, recipe.data, recipe.deploy.input_size)
     images = [val.path(index) for index in range(len(val))]
     return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), resize_short_long)
 
@@ -423,7 +422,7 @@ def _ship(recipe: Recipe) -> None:
     teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
-    rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, teacher, names, device), made)
+    rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, val, teacher, names, device), made)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0

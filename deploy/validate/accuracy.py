@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
 from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.differences import most_different
 from deploy.validate.score_calibration import detection_ece
 
 AGREEMENT_SCORE = 0.3
@@ -57,7 +58,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """One runner's outcome. `map_drop` and `agreement` are against the reference, None without one."""
+    """One runner's outcome. `map_drop` and `agreement` are against the reference, None without one; `training_drop` is
+    against what training measured, None where that is not known."""
 
     name: str
     backend: str
@@ -76,6 +78,10 @@ class ArtifactResult:
     diagnosis: str | None = None
     """Why a file fails and where it starts to compute something else, or why that was not found; None when the gate
     passes."""
+    training_drop: float | None = None
+    """mAP that training measured for these weights, minus this one's, in points."""
+    pictures: list[dict[str, int | str | float]] = field(default_factory=list)
+    """Of a file that fails: those on which it differs most from the reference, as `most_different` gives them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types: NaN becomes None."""
@@ -89,6 +95,7 @@ def validate(
     images: Path,
     *,
     reference: str | None = None,
+    expected: Mapping[str, float] | None = None,
     max_map_drop: float = 0.5,
     batch_size: int = 8,
     limit: int | None = None,
@@ -96,7 +103,9 @@ def validate(
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
-    reference: the name of the runner that the others are measured against; its gate passes by definition.
+    reference: the name of the runner that the others are measured against. Its own gate passes, unless it is expected
+        to reach something itself.
+    expected: by name of a runner, the mAP that training measured for its weights on these images.
     max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
     likewise. progress(done, total) is called after every batch of images.
 
@@ -125,10 +134,16 @@ def validate(
     detections = {name: outcome.coco_rows() for name, outcome in outcomes.items()}
     metrics = {name: evaluate_coco(truth, found) for name, found in detections.items()}
     base = None if reference is None else outcomes[reference]
-    results = []
+    results: list[ArtifactResult] = []
+    sound: list[str] = []  # what loses no more than allowed against the reference
     for name, runner in runners.items():
         outcome = outcomes[name]
         drop = None if reference is None else metrics[reference].map - metrics[name].map
+        gate = "fail" if outcome.spoiled else _gate(drop, max_map_drop, bool(base and base.spoiled))
+        if gate == "pass":
+            sound.append(name)
+        trained = (expected or {}).get(name)
+        training_drop = None if trained is None else trained - metrics[name].map
         results.append(
             ArtifactResult(
                 name=name,
@@ -138,18 +153,22 @@ def validate(
                 d_ece=detection_ece(truth, detections[name]),
                 map_drop=drop,
                 agreement=None if base is None else _agreement(base.detections, outcome.detections),
-                gate="fail" if outcome.spoiled else _gate(drop, max_map_drop, bool(base and base.spoiled)),
+                gate="fail" if training_drop is not None and _gate(training_drop, max_map_drop) == "fail" else gate,
                 images=len(rows),
                 seconds=outcome.seconds,
+                training_drop=training_drop,
             )
         )
-    trusted = _graph_to_trust(runners, results, reference)
-    return [
-        replace(row, diagnosis=_diagnosis(runners[row.name], trusted, files, outcomes[row.name].spoiled))
-        if row.gate == "fail"
-        else row
-        for row in results
-    ]
+    trusted = _graph_to_trust(runners, sound, reference)
+    for index, row in enumerate(results):
+        if row.gate != "fail":
+            continue
+        outcome, why = outcomes[row.name], _against_training(row)
+        if row.name not in sound:
+            why = "; ".join(filter(None, (_diagnosis(runners[row.name], trusted, files, outcome.spoiled), why)))
+        pictures = [] if base is None else most_different(base.detections, outcome.detections, files)
+        results[index] = replace(row, diagnosis=why, pictures=pictures)
+    return results
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -256,14 +275,20 @@ def _check_calibration(runners: Mapping[str, Runner], files: list[Path]) -> None
             )
 
 
-def _graph_to_trust(runners: Mapping[str, Runner], results: list[ArtifactResult], reference: str | None) -> Path | None:
-    """The ONNX file that failing ones are compared with: the reference, or else a float file that passed."""
-    order = sorted(results, key=lambda row: row.name != reference)
-    for row in order:
-        path = readable_file(runners[row.name])
-        if row.gate == "pass" and path is not None and runners[row.name].card.quantization is None:
+def _graph_to_trust(runners: Mapping[str, Runner], sound: Collection[str], reference: str | None) -> Path | None:
+    """The ONNX file that failing ones are compared with: the reference, or else a float file that agrees with it."""
+    for name in sorted(sound, key=lambda name: name != reference):
+        path = readable_file(runners[name])
+        if path is not None and runners[name].card.quantization is None:
             return path
     return None
+
+
+def _against_training(row: ArtifactResult) -> str | None:
+    if row.training_drop is None:
+        return None
+    trained = row.metrics.map + row.training_drop
+    return f"{row.metrics.map:.2f} mAP, and training measured {trained:.2f} for these weights"
 
 
 def _diagnosis(runner: Runner, trusted: Path | None, files: Mapping[int, Path], spoiled: Sequence[int]) -> str:
@@ -295,7 +320,7 @@ def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) 
         return f"not found: {error}"
 
 
-def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> str:
+def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool = False) -> str:
     if drop is None:
         return "not run: no reference"
     if reference_spoiled:
