@@ -8,10 +8,11 @@ a location beside each other), G ground-truth boxes, P positives.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.select import select
 from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
-from deploy.core.detections import coco_rows
+from deploy.core.detection_table import DetectionTable
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -141,11 +142,23 @@ class ImageDetections:
     scores: Tensor
     labels: Tensor
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of COCO results, boxes as x, y, width and height; `category_ids` in label order."""
+    def to_table(self, image_id: int, category_ids: Sequence[int]) -> DetectionTable:
+        """COCO results as columns, boxes as x, y, width and height; `category_ids` in label order."""
         boxes = self.boxes.clone()
         boxes[:, 2:] -= boxes[:, :2]
-        return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), category_ids)
+        sides, scores = (values.detach().cpu().double().numpy() for values in (boxes, self.scores))
+        categories = np.asarray(category_ids, np.int64)[self.labels.cpu().numpy()]
+        return DetectionTable(np.full(len(categories), image_id, np.int64), categories, sides, scores)
+
+
+def gather(tables: Iterable[DetectionTable]) -> DetectionTable:
+    """One table of all processes, which every process gets. tables: those of this one."""
+    own = DetectionTable.join(tables)
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    return DetectionTable.join(shares)
 
 
 class Detector(nn.Module):

@@ -151,6 +151,7 @@ def _labelling(recipe: Recipe) -> LabellingPlan:
         teacher=recipe.teacher,
         student=recipe.student,
         run=RunFolder(recipe.run_dir),
+        max_detections=recipe.deploy.max_detections,
     )
 
 

@@ -32,6 +32,7 @@ from deploy.runtimes.open import open_runner
 from deploy.validate.differences import in_words
 
 TEACHER = "teacher (torch)"
+MAP_FIGURES = ("map", "max_detections", "map_at_max", "mar_at_max")
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def _row(proof: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "backend": proof["backend"],
         "precision": network_precision(proof["precision"]),
         "size_mb": round(file.stat().st_size / 1e6, 2),
-        "map": proof["metrics"]["map"],
+        **{key: value for key, value in proof["metrics"].items() if key in MAP_FIGURES},
         "map_drop": proof["map_drop"],
         "training_drop": proof["training_drop"],
         "agreement": agreement["share"] if agreement else None,

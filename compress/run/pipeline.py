@@ -49,13 +49,13 @@ from compress.run.pseudo_labels import (
 )
 from compress.run.teacher import checkpoint_to_show, key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, evaluate_on, train
-from compress.teachers.check import check_teacher, resized_images
+from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_text
 from deploy.core.import_path import import_object
-from deploy.validate.coco import read_annotations
+from deploy.validate.coco import CocoMetrics, read_annotations
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -165,6 +165,7 @@ def labelling_of(recipe: Recipe) -> LabellingPlan | None:
         teacher=recipe.teacher,
         student=recipe.student,
         run=RunFolder(recipe.run_dir),
+        max_detections=recipe.deploy.max_detections,
     )
 
 
@@ -179,6 +180,7 @@ def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
         workers=recipe.data.workers,
         recipe_sha256=recipe_sha256(recipe),
         build=None if parts is None else parts.student,
+        max_detections=recipe.deploy.max_detections,
     )
 
 
@@ -269,6 +271,7 @@ class _Run:
             min_map=0.0 if settings is None else settings.min_map,
             report=self.console.print,
             write=self.fabric.is_global_zero,
+            max_detections=self.recipe.deploy.max_detections,
         )
         return detector
 
@@ -284,15 +287,16 @@ class _Run:
         teacher.to(self.fabric.device)
 
         def check() -> dict[str, Any]:
-            return {"metrics": evaluate_on(teacher, self.data, self.fabric, self.recipe.data.workers).to_dict()}
+            limit = plan.max_detections
+            return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs = {"data": self.data.identity, "weights": state_sha256(teacher)}
+        inputs = {"data": self.data.identity, "weights": state_sha256(teacher), **limit_input(plan.max_detections)}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
-        found = measured["metrics"]["map"]
-        self.console.print(f"teacher: {_describe(record)}, mAP {found:.2f} on the validation images")
-        if found < settings.min_map:
+        found = CocoMetrics.from_dict(measured["metrics"])
+        self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")
+        if found.best_map < settings.min_map:
             raise UserError(
-                f"teacher.min_map is {settings.min_map:g} and the teacher reaches {found:.2f} mAP on "
+                f"teacher.min_map is {settings.min_map:g} and the teacher reaches {map_text(found)} mAP on "
                 f"{self.data.val_split.annotations}: train it longer, or check that its classes and images are these"
             )
         return teacher

@@ -62,6 +62,7 @@ class LabellingPlan:
     student: family that trains on the labels. needs_all_classes: it cannot learn from images of which only some classes
         are known.
     cache, drop_empty, workers: of the recipe's data.
+    max_detections: of a class in an image that count where the teachers are measured.
     """
 
     settings: PseudoLabels
@@ -75,6 +76,7 @@ class LabellingPlan:
     cache: bool
     drop_empty: bool
     workers: int
+    max_detections: int
 
     def file(self, name: str) -> Path:
         """The COCO file of a list."""
@@ -97,6 +99,7 @@ def labelling_plan(
     teacher: Teacher | None,
     student: Model,
     run: RunFolder,
+    max_detections: int,
 ) -> LabellingPlan:
     """Make the plan of a recipe's sections; a teacher that the run trains is its checkpoint."""
     sources: tuple[Source, ...]
@@ -129,6 +132,7 @@ def labelling_plan(
         cache=data.cache,
         drop_empty=data.drop_empty,
         workers=data.workers,
+        max_detections=max_detections,
     )
 
 
@@ -322,6 +326,7 @@ def _check_teachers(
             min_map=plan.min_map,
             report=console.print,
             write=write,
+            max_detections=plan.max_detections,
         )
 
 

@@ -63,7 +63,7 @@ class QadPlan:
             settings=qad_schedule(self.train, self.qad),
             folder=self.folder,
             images=data.train,
-            evaluate=lambda detector: evaluate_on(detector, data, fabric, self.workers),
+            evaluate=lambda detector: evaluate_on(detector, data, fabric, self.workers, self.deploy.max_detections),
             build_methods=lambda student, teacher: self.distillation.build(student, teacher, seed=self.seed),
             adapters=self.adapters,
             name=name,

@@ -31,7 +31,7 @@ from compress.run.data import Datasets
 from compress.training.evaluate import evaluate
 from compress.training.loop import Training, fit
 from deploy.core.errors import UserError
-from deploy.validate.coco import CocoMetrics
+from deploy.validate.coco import DETECTIONS, CocoMetrics
 
 EVAL_BATCH = 8
 
@@ -88,6 +88,7 @@ class TrainingPlan:
     identity: everything that shapes the result (JSON-able).
     recipe_sha256: for the checkpoint's record.
     build: gives the detector for a number of classes, in the place of `model`.
+    max_detections: of an image that count where it is measured, if more than COCO's 100.
     """
 
     name: str
@@ -103,6 +104,7 @@ class TrainingPlan:
     identity: Mapping[str, Any] = field(default_factory=dict)
     recipe_sha256: str = ""
     build: Callable[[int], Detector] | None = None
+    max_detections: int = DETECTIONS
 
     def detector(self, num_classes: int) -> Detector:
         """The detector as its training begins with it."""
@@ -138,7 +140,7 @@ def train(
         folder=plan.folder.training(plan.name),
         settings=plan.settings,
         loader=_loader(fabric, plan, data),
-        evaluate=lambda d: evaluate_on(d, data, fabric, plan.workers),
+        evaluate=lambda d: evaluate_on(d, data, fabric, plan.workers, plan.max_detections),
         identity=fingerprint(plan.identity),
         teacher=teacher,
         methods=methods,
@@ -150,8 +152,11 @@ def train(
     return {**result.to_dict(), "canvas": list(data.canvas)}
 
 
-def evaluate_on(detector: Detector, data: Datasets, fabric: Fabric, workers: int) -> CocoMetrics:
-    """COCO metrics (percent) on the validation images, shared out among the processes."""
+def evaluate_on(
+    detector: Detector, data: Datasets, fabric: Fabric, workers: int, max_detections: int = DETECTIONS
+) -> CocoMetrics:
+    """COCO metrics (percent) on the validation images, shared out among the processes. max_detections: see
+    `evaluate_coco`."""
     loader = eval_loader(
         data.val,
         batch_size=EVAL_BATCH,
@@ -160,7 +165,7 @@ def evaluate_on(detector: Detector, data: Datasets, fabric: Fabric, workers: int
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
-    return evaluate(detector, loader, data.val, fabric.device)
+    return evaluate(detector, loader, data.val, fabric.device, max_detections)
 
 
 # --- details --------------------------------------------------------------------------------------------

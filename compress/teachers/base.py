@@ -140,8 +140,12 @@ class DetectorTeacher:
         return None
 
     @torch.inference_mode()
-    def detect(self, samples: Sequence[Sample], *, score_threshold: float) -> list[ImageDetections]:
-        """Images share a batch only if they need no padding for it: each is seen as alone."""
+    def detect(
+        self, samples: Sequence[Sample], *, score_threshold: float, max_detections: int | None = None
+    ) -> list[ImageDetections]:
+        """Images share a batch only if they need no padding for it: each is seen as alone. max_detections: of one;
+        None: as many as the detector gives by itself."""
+        settings = {} if max_detections is None else {"max_detections": max_detections}
         groups: dict[tuple[int, int], list[int]] = {}
         for index, sample in enumerate(samples):
             height, width = sample.size.network
@@ -152,7 +156,7 @@ class DetectorTeacher:
             prediction = self._network(images)
             sizes = [samples[index].size for index in group]
             # decode wants scores above its threshold, ours are at or above
-            decoded = self._network.decode(prediction, sizes, score_threshold=score_threshold * (1 - 1e-6))
+            decoded = self._network.decode(prediction, sizes, score_threshold=score_threshold * (1 - 1e-6), **settings)
             found |= zip(group, decoded, strict=True)
         return [found[index] for index in range(len(samples))]
 

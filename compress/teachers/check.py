@@ -12,12 +12,14 @@ from typing import Any
 import torch.distributed as dist
 
 from compress.data.coco import CocoDetection
-from compress.detectors.base import MEAN, STD
+from compress.detectors.base import MEAN, STD, ImageDetections, gather
 from compress.manifest import Manifest
-from compress.teachers.base import BoxTeacher, Preprocessing, Sample, View
+from compress.teachers.base import BoxTeacher, DetectorTeacher, Preprocessing, Sample, View
 from deploy.core.card import SCORE_THRESHOLD
+from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
-from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.coco import DETECTIONS, CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.ground_truth import GroundTruth
 
 TOLERANCE = 0.5
 """Means and deviations of pixels that differ by less are the same: people round them."""
@@ -37,6 +39,7 @@ def check_teacher(
     min_map: float,
     report: Callable[[str], object],
     write: bool,
+    max_detections: int = DETECTIONS,
 ) -> dict[str, Any] | None:
     """Report a teacher's classes and preprocessing, measure its mAP, and stop a run whose teacher is too weak.
 
@@ -45,9 +48,11 @@ def check_teacher(
         stage: name of the manifest's row, so that a finished check is not repeated.
         identity: of the validation images, JSON-able.
         shown: how the images are prepared that the teacher is shown.
-        min_map: mAP that it must reach, percent; 0: any.
+        min_map: mAP that it must reach, percent; 0: any. Where `max_detections` is above 100, the mAP that counts so
+            many.
         report: prints a line.
         write: whether this process writes the manifest, as `Manifest.stage` has it.
+        max_detections: of a class in an image that count; the student's files give so many.
 
     Returns:
         The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images and
@@ -71,19 +76,38 @@ def check_teacher(
         report(f"teacher: {coverage}")
 
     def work() -> dict[str, Any]:
-        return {"metrics": measure(teacher, labels, val).to_dict()}
+        return {"metrics": measure(teacher, labels, val, max_detections).to_dict()}
 
-    inputs = {"data": identity, "sha256": teacher.sha256, "settings": dict(teacher.settings), "labels": list(labels)}
+    inputs: dict[str, Any] = {
+        "data": identity,
+        "sha256": teacher.sha256,
+        "settings": dict(teacher.settings),
+        "labels": list(labels),
+    }
+    inputs |= limit_input(max_detections)
     metrics: dict[str, Any] = manifest.stage(stage, inputs, [], work, write=write)["metrics"]
     known = len({label for label in labels if label >= 0})
     note = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
-    report(f"teacher {teacher.file}: mAP {metrics['map']:.2f} on the validation images{note}")
-    if metrics["map"] < min_map:
+    found = CocoMetrics.from_dict(metrics)
+    report(f"teacher {teacher.file}: mAP {map_text(found)} on the validation images{note}")
+    if found.best_map < min_map:
         raise UserError(
-            f"min_map is {min_map:g} and the teacher {teacher.file} reaches {metrics['map']:.2f} mAP on "
-            f"{val.annotations}: take another one, or check that its classes and images are these"
+            f"min_map is {min_map:g} and the teacher {teacher.file} reaches {map_text(found)} mAP on "
+            f"{val.annotations}: {_remedy(val, max_detections)}"
         )
     return metrics
+
+
+def limit_input(max_detections: int) -> dict[str, int]:
+    """The input of a check that more than COCO's 100 detections make."""
+    return {"max_detections": max_detections} if max_detections > DETECTIONS else {}
+
+
+def map_text(metrics: CocoMetrics) -> str:
+    """Write the mAP, and where it was asked for that with more than 100 detections of a class in an image."""
+    if metrics.map_at_max is None:
+        return f"{metrics.map:.2f}"
+    return f"{metrics.map:.2f} ({metrics.map_at_max:.2f} with {metrics.max_detections} detections)"
 
 
 def resized_images(short: int, long: int) -> Preprocessing:
@@ -138,25 +162,24 @@ def preprocessing_lines(teacher: BoxTeacher, shown: Preprocessing) -> list[str]:
     return lines
 
 
-def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> CocoMetrics:
+def measure(
+    teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection, max_detections: int = DETECTIONS
+) -> CocoMetrics:
     """COCO metrics (percent) on the classes that the teacher looks for. With several processes each takes its share of
     the images, and all get the metrics."""
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     share = range(rank, len(val), world)
-    rows: list[dict[str, Any]] = []
+    tables: list[DetectionTable] = []
     for first in range(0, len(share), BATCH):
         samples = [_sample(val, index, teacher.view) for index in share[first : first + BATCH]]
-        for sample, found in zip(samples, teacher.detect(samples, score_threshold=SCORE_THRESHOLD), strict=True):
+        for sample, found in zip(samples, _detect(teacher, samples, max_detections), strict=True):
             found.labels = found.labels.new_tensor(labels)[found.labels]
             found.boxes, found.scores, found.labels = (
                 values[found.labels >= 0] for values in (found.boxes, found.scores, found.labels)
             )
-            rows += found.to_coco(sample.image_id, val.category_ids)
-    if several:
-        shares: list[Any] = [None] * world
-        dist.all_gather_object(shares, rows)
-        rows = [row for share in shares for row in share]
+            tables.append(found.to_table(sample.image_id, val.category_ids))
+    table = gather(tables)
     category_ids = {val.category_ids[label] for label in labels if label >= 0}
     content = load_annotations(val.annotations)
     document = {
@@ -164,7 +187,7 @@ def measure(teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection) -> C
         "categories": [row for row in content["categories"] if row["id"] in category_ids],
         "annotations": [row for row in content["annotations"] if row["category_id"] in category_ids],
     }
-    return evaluate_coco(document, rows)
+    return evaluate_coco(document, table, max_detections=max_detections)
 
 
 def described(preprocessing: Preprocessing) -> str:
@@ -194,6 +217,21 @@ def _sample(val: CocoDetection, index: int, view: View) -> Sample:
         val.name(index),
         val.image(index) if view is View.ORIGINAL else None,
     )
+
+
+def _detect(teacher: BoxTeacher, samples: Sequence[Sample], max_detections: int) -> list[ImageDetections]:
+    if isinstance(teacher, DetectorTeacher) and max_detections > DETECTIONS:
+        return teacher.detect(samples, score_threshold=SCORE_THRESHOLD, max_detections=max_detections)
+    return teacher.detect(samples, score_threshold=SCORE_THRESHOLD)
+
+
+def _remedy(val: CocoDetection, max_detections: int) -> str:
+    """Say what to do about a teacher that is too weak."""
+    limit = max(max_detections, DETECTIONS)
+    crowded = GroundTruth.of(load_annotations(val.annotations)).crowded_note(limit)
+    if crowded is not None:
+        return f"{crowded}; raise deploy.max_detections, or take another teacher"
+    return "take another one, or check that its classes and images are these"
 
 
 def _differ(own: Preprocessing, shown: Preprocessing, name: str) -> bool:

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from compress.data.batch import Batch
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Detector
-from deploy.validate.coco import CocoMetrics, evaluate_coco
+from compress.detectors.base import Detector, gather
+from deploy.core.detection_table import DetectionTable
+from deploy.validate.coco import DETECTIONS, CocoMetrics, evaluate_coco
 
 
 @torch.no_grad()
 def evaluate(
-    detector: Detector, loader: DataLoader[Batch], dataset: CocoDetection, device: torch.device
+    detector: Detector,
+    loader: DataLoader[Batch],
+    dataset: CocoDetection,
+    device: torch.device,
+    max_detections: int = DETECTIONS,
 ) -> CocoMetrics:
     """mAP (percent) of `detector` on `loader`, an evaluation loader of `dataset`.
 
     With several processes each loader holds its own share of the images; every process gets the metrics of
-    all of them. The detector is left in the mode (train or eval) in which it came.
+    all of them. The detector is left in the mode (train or eval) in which it came. Detections of an image: 100, or
+    `max_detections` if that is more.
     """
     was_training = detector.training
     detector.eval()
-    rows: list[dict[str, Any]] = []
+    settings = {"max_detections": max_detections} if max_detections > DETECTIONS else {}
+    tables: list[DetectionTable] = []
     for batch in loader:
         prediction = detector(batch.images.to(device))
-        detections = detector.decode(prediction, batch.sizes)
+        detections = detector.decode(prediction, batch.sizes, **settings)
         for target, found in zip(batch.targets, detections, strict=True):
-            rows.extend(found.to_coco(target.image_id, dataset.category_ids))
+            tables.append(found.to_table(target.image_id, dataset.category_ids))
     detector.train(was_training)
-    if dist.is_available() and dist.is_initialized():
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, rows)
-        rows = [row for share in shares for row in share]
-    return evaluate_coco(dataset.annotations, rows)
+    return evaluate_coco(dataset.annotations, gather(tables), max_detections=max_detections)

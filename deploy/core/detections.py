@@ -10,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
+from deploy.core.detection_table import DetectionTable
 from deploy.core.draw import draw_boxes
 from deploy.core.errors import UserError
 from deploy.core.image import Picture, read_picture
@@ -96,14 +97,23 @@ class Detections:
 
         category_ids: the id of each class; None: the model's own. Raises UserError when it has none.
         """
+        table = self.to_table(image_id, category_ids)
+        columns = table.category_ids.tolist(), table.xywh(np.arange(len(self))).tolist(), self.scores.tolist()
+        return [
+            {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+            for category, box, score in zip(*columns, strict=True)
+        ]
+
+    def to_table(self, image_id: int, category_ids: Sequence[int] | None = None) -> DetectionTable:
+        """The same as `to_coco` gives as columns."""
         ids = self.category_ids if category_ids is None else category_ids
         if ids is None:
             raise UserError("to_coco: the model does not know the category ids of its classes: give category_ids")
         if len(ids) != len(self.class_names):
             raise UserError(f"to_coco: {len(ids)} category_ids for {len(self.class_names)} classes")
-        boxes = self.boxes.astype(np.float64)  # where the difference of two float32 is exact
-        boxes[:, 2:] -= boxes[:, :2]
-        return coco_rows(image_id, boxes.tolist(), self.scores.tolist(), self.labels.tolist(), ids)
+        images = np.full(len(self), image_id, np.int64)
+        categories = np.asarray(ids, np.int64)[self.labels]
+        return DetectionTable(images, categories, self.boxes, self.scores, corners=True)
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`, with the class names in its `data`. Raises UserError without that package."""
@@ -131,17 +141,3 @@ class Detections:
 
     def _with(self, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Detections:
         return Detections(boxes, scores, labels, self.class_names, self.category_ids, self.path)
-
-
-def coco_rows(
-    image_id: int,
-    boxes: list[list[float]],
-    scores: list[float],
-    labels: list[int],
-    category_ids: Sequence[int],
-) -> list[dict[str, Any]]:
-    """COCO result rows of one image. boxes: x, y, width, height in pixels. category_ids: in label order."""
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for box, label, score in zip(boxes, labels, scores, strict=True)
-    ]

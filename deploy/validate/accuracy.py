@@ -19,6 +19,7 @@ from rich.table import Table
 
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import ModelCard
+from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -29,6 +30,7 @@ from deploy.runtimes.open import readable_file
 from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.differences import most_different
+from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.score_calibration import detection_ece
 
 AGREEMENT_SCORE = 0.3
@@ -122,17 +124,15 @@ def validate(
         _check_categories(name, runner.card, content, str(annotations))
     rows = sorted(content["images"], key=lambda row: row["id"])[:limit]
     _check_calibration(runners, [Path(images) / row["file_name"] for row in rows])
-    chosen = {row["id"] for row in rows}
-    truth = {
-        "images": rows,
-        "categories": content["categories"],
-        "annotations": [row for row in content["annotations"] if row["image_id"] in chosen],
-    }
+    truth = GroundTruth.of({**content, "images": rows})
 
     files = {row["id"]: Path(images) / row["file_name"] for row in rows}
     outcomes = detect_all(runners, files, batch_size, progress)
-    detections = {name: outcome.coco_rows() for name, outcome in outcomes.items()}
-    metrics = {name: evaluate_coco(truth, found) for name, found in detections.items()}
+    metrics, calibration = {}, {}
+    for name, runner in runners.items():
+        table = outcomes[name].table()
+        metrics[name] = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
+        calibration[name] = detection_ece(truth, table)
     base = None if reference is None else outcomes[reference]
     results: list[ArtifactResult] = []
     sound: list[str] = []  # what loses no more than allowed against the reference
@@ -150,7 +150,7 @@ def validate(
                 backend=runner.backend,
                 precision=dict(runner.card.precision),
                 metrics=metrics[name],
-                d_ece=detection_ece(truth, detections[name]),
+                d_ece=calibration[name],
                 map_drop=drop,
                 agreement=None if base is None else _agreement(base.detections, outcome.detections),
                 gate="fail" if training_drop is not None and _gate(training_drop, max_map_drop) == "fail" else gate,
@@ -176,7 +176,9 @@ def results_table(results: list[ArtifactResult]) -> Table:
     table = Table(title=f"COCO mAP on {results[0].images} images" if results else None)
     table.add_column("artifact")
     table.add_column("backend")
-    for heading in ("mAP", "AP50", "AP75", "drop", "agreement", "D-ECE", "gate"):
+    limits = sorted({row.metrics.max_detections for row in results if row.metrics.max_detections is not None})
+    more = [f"mAP at {limit}" for limit in limits]
+    for heading in ("mAP", "AP50", "AP75", *more, "drop", "agreement", "D-ECE", "gate"):
         table.add_column(heading, justify="right")
     style = {"pass": "green", "fail": "red"}
     for row in results:
@@ -184,6 +186,7 @@ def results_table(results: list[ArtifactResult]) -> Table:
             row.name,
             row.backend,
             *(f"{value:.2f}" for value in (row.metrics.map, row.metrics.map50, row.metrics.map75)),
+            *(_map_at(row.metrics, limit) for limit in limits),
             "-" if row.map_drop is None else f"{row.map_drop:+.2f}",
             "-" if row.agreement is None or not row.agreement.detections else f"{row.agreement.share:.1%}",
             "-" if math.isnan(row.d_ece) else f"{row.d_ece:.3f}",
@@ -208,8 +211,9 @@ class Outcome:
     seconds: float = 0.0
     """Time spent in the runner."""
 
-    def coco_rows(self) -> list[dict[str, Any]]:
-        return [row for image_id, found in self.detections.items() for row in found.to_coco(image_id)]
+    def table(self) -> DetectionTable:
+        """All detections in one table."""
+        return DetectionTable.join(found.to_table(image_id) for image_id, found in self.detections.items())
 
 
 def detect_all(
@@ -318,6 +322,10 @@ def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) 
         return str(first_divergence(trusted, file, canvases))
     except UserError as error:
         return f"not found: {error}"
+
+
+def _map_at(metrics: CocoMetrics, limit: int) -> str:
+    return f"{metrics.map_at_max:.2f}" if metrics.max_detections == limit else "-"
 
 
 def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool = False) -> str:

@@ -1,14 +1,11 @@
 """COCO mean average precision of a list of detections.
 
-`evaluate_coco(annotations, results)` gives the usual figures in percent. Two evaluators compute them:
-`faster` (faster-coco-eval, the default, about six times quicker) and `pycocotools` (the reference that the
-tests compare it to).
+`evaluate_coco(annotations, results)` gives the usual figures in percent. `faster`, the default, is this project's own
+(`average_precision`); `pycocotools` is the reference, which the tests compare it with.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 from collections import Counter
@@ -19,18 +16,26 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
+from deploy.validate.average_precision import Curves, curves
+from deploy.validate.ground_truth import GroundTruth
 
 Backend = Literal["faster", "pycocotools"]
+
+DETECTIONS = 100
+"""Detections of a class in an image that COCO counts."""
 
 
 @dataclass(frozen=True)
 class CocoMetrics:
     """COCO box metrics in percent (0..100). A figure is NaN where no ground truth of its kind exists.
 
-    `map` averages IoU 0.50:0.05:0.95 with 100 detections an image; `map_small`, `map_medium`, `map_large`
+    `map` averages IoU 0.50:0.05:0.95 with 100 detections of a class in an image; `map_small`, `map_medium`, `map_large`
     split the ground truth at 32² and 96² pixels; `mar100` is the mean recall with 100 detections.
     `per_class` maps the category name to its AP; two categories of one name are told apart by their id.
+    `max_detections`, if more than 100 were asked for; then `map_at_max` and `mar_at_max` are mAP and mean recall with
+    so many, None otherwise.
     """
 
     map: float
@@ -41,6 +46,14 @@ class CocoMetrics:
     map_large: float
     mar100: float
     per_class: dict[str, float] = field(default_factory=dict)
+    max_detections: int | None = None
+    map_at_max: float | None = None
+    mar_at_max: float | None = None
+
+    @property
+    def best_map(self) -> float:
+        """The mAP that counts all the detections that were asked for."""
+        return self.map if self.map_at_max is None else self.map_at_max
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CocoMetrics:
@@ -49,9 +62,12 @@ class CocoMetrics:
         return cls(**figures, per_class={name: _or_nan(value) for name, value in values["per_class"].items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON types: NaN becomes None."""
+        """Fields as JSON types: NaN becomes None. Without the last three where only 100 detections count."""
         values = asdict(self)
         per_class = values.pop("per_class")
+        if self.max_detections is None:
+            for name in ("max_detections", "map_at_max", "mar_at_max"):
+                del values[name]
         return {
             **{name: _or_none(value) for name, value in values.items()},
             "per_class": {name: _or_none(value) for name, value in per_class.items()},
@@ -59,42 +75,42 @@ class CocoMetrics:
 
 
 def evaluate_coco(
-    annotations: Path | Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
+    annotations: Path | Mapping[str, Any] | GroundTruth,
+    results: Sequence[Mapping[str, Any]] | DetectionTable,
     *,
+    max_detections: int = DETECTIONS,
     backend: Backend = "faster",
 ) -> CocoMetrics:
-    """Score `results` against COCO `annotations` (a file or its parsed content).
+    """Score `results` against COCO `annotations` (a file, its parsed content, or that as columns).
 
     `results` holds COCO result rows `{"image_id", "category_id", "bbox": [x, y, w, h], "score"}` in pixels
-    of the original image. An empty list is a detector that finds nothing: zeros. Neither argument is
-    modified, nothing is printed. Images of `annotations` without a row count as empty.
+    of the original image, or the same as columns. An empty list is a detector that finds nothing: zeros. Neither
+    argument is modified, nothing is printed. Images of `annotations` without a row count as empty.
 
-    Raises UserError when the annotations are unreadable or a row names an image or category that they do not
-    have.
+    max_detections: with more than 100, the metrics also say mAP and recall with so many of a class in an image.
+
+    Raises UserError when the annotations are unreadable, a row names an image or category that they do not
+    have, or its box or score is not finite.
     """
-    dataset = _prepare_dataset(annotations)
-    rows = _prepare_rows(results, dataset)
-    coco, evaluator = _evaluator_classes(backend)
-    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
-        ground_truth = coco()
-        ground_truth.dataset = dataset
-        ground_truth.createIndex()
-        evaluation = evaluator(ground_truth, ground_truth.loadRes(rows), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = np.asarray(evaluation.eval["precision"])  # [IoU 10, recall 101, class, area 4, detections 3]
-    recall = np.asarray(evaluation.eval["recall"])  # [IoU 10, class, area 4, detections 3]
-    names = _class_names(dataset)
+    truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth.of(load_annotations(annotations))
+    table = results if isinstance(results, DetectionTable) else DetectionTable.from_rows(results)
+    _check_known(table, truth)
+    limits = [DETECTIONS] if max_detections <= DETECTIONS else [DETECTIONS, max_detections]
+    found = _backend(backend)(truth, table, limits)
+    precision, recall = found.precision[..., 0], found.recall[..., 0]  # [IoU, recall, class, area], [IoU, class, area]
+    more = len(limits) > 1
     return CocoMetrics(
-        map=_percent(precision[:, :, :, 0, -1]),
-        map50=_percent(precision[0, :, :, 0, -1]),
-        map75=_percent(precision[5, :, :, 0, -1]),
-        map_small=_percent(precision[:, :, :, 1, -1]),
-        map_medium=_percent(precision[:, :, :, 2, -1]),
-        map_large=_percent(precision[:, :, :, 3, -1]),
-        mar100=_percent(recall[:, :, 0, -1]),
-        per_class={name: _percent(precision[:, :, k, 0, -1]) for k, name in enumerate(names)},
+        map=_percent(precision[:, :, :, 0]),
+        map50=_percent(precision[0, :, :, 0]),
+        map75=_percent(precision[5, :, :, 0]),
+        map_small=_percent(precision[:, :, :, 1]),
+        map_medium=_percent(precision[:, :, :, 2]),
+        map_large=_percent(precision[:, :, :, 3]),
+        mar100=_percent(recall[:, :, 0]),
+        per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(truth.names)},
+        max_detections=max_detections if more else None,
+        map_at_max=_percent(found.precision[:, :, :, 0, 1]) if more else None,
+        mar_at_max=_percent(found.recall[:, :, 0, 1]) if more else None,
     )
 
 
@@ -207,77 +223,26 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
-def _prepare_dataset(annotations: Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that both evaluators read alike.
-
-    The annotations are numbered from 1, because pycocotools stores the matched id and reads 0 as "not
-    matched"; a missing `area` is the box's, a missing `iscrowd` is 0. Box evaluation needs no masks, so they
-    stay behind.
-    """
-    content = load_annotations(annotations)
-    rows = []
-    for number, row in enumerate(content["annotations"], start=1):
-        _x, _y, width, height = row["bbox"]
-        rows.append(
-            {
-                "id": number,
-                "image_id": row["image_id"],
-                "category_id": row["category_id"],
-                "bbox": row["bbox"],
-                "area": row.get("area", width * height),
-                "iscrowd": row.get("iscrowd", 0),
-                "ignore": row.get("ignore", 0),
-            }
-        )
-    return {
-        "info": {},
-        "images": [dict(image) for image in content["images"]],
-        "categories": sorted((dict(category) for category in content["categories"]), key=lambda row: row["id"]),
-        "annotations": rows,
-    }
+def _check_known(table: DetectionTable, truth: GroundTruth) -> None:
+    table.check_finite()
+    for name, ids, known in (
+        ("image_id", table.image_ids, truth.image_ids),
+        ("category_id", table.category_ids, truth.category_ids),
+    ):
+        strange = ~np.isin(ids, known)
+        if strange.any():
+            number = int(strange.argmax())
+            raise UserError(f"detection {number}: {name} {ids[number]} is not in the annotations")
 
 
-def _prepare_rows(results: Sequence[Mapping[str, Any]], dataset: dict[str, Any]) -> list[dict[str, Any]]:
-    images = {image["id"] for image in dataset["images"]}
-    categories = {category["id"] for category in dataset["categories"]}
-    rows = []
-    for number, row in enumerate(results):
-        if row["image_id"] not in images:
-            raise UserError(f"detection {number}: image_id {row['image_id']} is not in the annotations")
-        if row["category_id"] not in categories:
-            raise UserError(f"detection {number}: category_id {row['category_id']} is not in the annotations")
-        rows.append(
-            {
-                "image_id": int(row["image_id"]),
-                "category_id": int(row["category_id"]),
-                "bbox": [float(value) for value in row["bbox"]],
-                "score": float(row["score"]),
-            }
-        )
-    if not rows:  # one certain miss scores the same as nothing, and spares both evaluators the empty case
-        first = (dataset["images"][0]["id"], dataset["categories"][0]["id"])
-        rows = [{"image_id": first[0], "category_id": first[1], "bbox": [-10.0, -10.0, 1.0, 1.0], "score": 0.0}]
-    return rows
+def _backend(name: Backend) -> Callable[[GroundTruth, DetectionTable, Sequence[int]], Curves]:
+    if name == "faster":
+        return curves
+    if name == "pycocotools":
+        from deploy.validate.reference import reference_curves
 
-
-def _evaluator_classes(backend: Backend) -> tuple[Any, Any]:
-    if backend == "faster":
-        from faster_coco_eval import COCO, COCOeval_faster
-
-        return COCO, COCOeval_faster
-    if backend == "pycocotools":
-        from pycocotools.coco import COCO as ReferenceCoco
-        from pycocotools.cocoeval import COCOeval
-
-        return ReferenceCoco, COCOeval
-    raise UserError(f"unknown COCO evaluator '{backend}': choose 'faster' or 'pycocotools'")
-
-
-def _class_names(dataset: dict[str, Any]) -> list[str]:
-    names = [str(category["name"]) for category in dataset["categories"]]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{name} ({category['id']})" for name, category in zip(names, dataset["categories"], strict=True)]
+        return reference_curves
+    raise UserError(f"unknown COCO evaluator '{name}': choose 'faster' or 'pycocotools'")
 
 
 def _percent(values: np.ndarray) -> float:
@@ -286,9 +251,9 @@ def _percent(values: np.ndarray) -> float:
     return float(present.mean() * 100.0) if present.size else math.nan
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _or_nan(value: float | None) -> float:
+def _or_nan(value: Any) -> Any:
     return math.nan if value is None else value

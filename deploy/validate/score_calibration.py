@@ -9,20 +9,19 @@ detection with the highest score. Detections that only match a crowd are left ou
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from deploy.core.boxes import intersection, share, xyxy
+from deploy.core.detection_table import DetectionTable
+from deploy.validate.average_precision import right_at_half
+from deploy.validate.ground_truth import GroundTruth
 
-MIN_SCORE, MIN_IOU, BINS = 0.3, 0.5, 20
+MIN_SCORE, BINS = 0.3, 20
 
 
-def detection_ece(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> float:
-    """D-ECE in 0..1 of COCO result rows against parsed COCO annotations; NaN without a detection of score ≥ 0.3."""
-    scores, right = matches(truth, results)
+def detection_ece(truth: GroundTruth, table: DetectionTable) -> float:
+    """D-ECE in 0..1 of finite detections of images and categories of `truth`; NaN without a score ≥ 0.3."""
+    scores, right = right_at_half(truth, table[table.scores.astype(np.float64) >= MIN_SCORE])
     if not len(scores):
         return math.nan
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)
@@ -31,39 +30,3 @@ def detection_ece(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
         inside = bins == number
         error += inside.mean() * abs(right[inside].mean() - scores[inside].mean())
     return float(error)
-
-
-def matches(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [n] of the detections that count, and whether each is right, bool [n]."""
-    boxes: dict[tuple[int, int], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in truth["annotations"]:
-        boxes[row["image_id"], row["category_id"]].append(row)
-    found: dict[tuple[int, int], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in results:
-        if row["score"] >= MIN_SCORE:
-            found[row["image_id"], row["category_id"]].append(row)
-    scores: list[float] = []
-    right: list[bool] = []
-    for key, rows in found.items():
-        objects = [row["bbox"] for row in boxes[key] if not row.get("iscrowd")]
-        crowds = [row["bbox"] for row in boxes[key] if row.get("iscrowd")]
-        free = np.ones(len(objects), dtype=bool)
-        for row in sorted(rows, key=lambda row: -row["score"]):
-            overlap = _overlap(row["bbox"], objects) * free
-            hit = bool(len(objects)) and overlap.max() >= MIN_IOU
-            if hit:
-                free[int(overlap.argmax())] = False
-            elif crowds and _overlap(row["bbox"], crowds, of_first=True).max() >= MIN_IOU:
-                continue
-            scores.append(row["score"])
-            right.append(hit)
-    return np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
-
-
-def _overlap(box: Sequence[float], others: Sequence[Sequence[float]], *, of_first: bool = False) -> np.ndarray:
-    """IoU [n] of one box xywh with n others; `of_first`: the share of the box instead, as COCO treats crowds."""
-    if not others:
-        return np.zeros(0)
-    a, b = np.asarray(box, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    both = intersection(xyxy(a), xyxy(b))
-    return share(both, a[2:].prod() if of_first else a[2:].prod() + b[:, 2:].prod(-1) - both)

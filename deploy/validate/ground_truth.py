@@ -1,0 +1,92 @@
+"""Labels of a COCO document as columns, for what is computed on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from deploy.core.detection_table import LARGEST_ID
+from deploy.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Labelled objects, in the order of the document. Those of an image or category that it does not list are left
+    out. A missing `area` is the box's, a missing `iscrowd` is 0.
+
+    Raises UserError for an id beyond 64 bits.
+    """
+
+    image_ids: np.ndarray
+    """int64 [i], ascending."""
+    category_ids: np.ndarray
+    """int64 [k], ascending."""
+    names: list[str]
+    """Of the categories; two of one name are told apart by their id."""
+    images: np.ndarray
+    """int32 [n], the object's place in `image_ids`."""
+    categories: np.ndarray
+    """int32 [n], its place in `category_ids`."""
+    boxes: np.ndarray
+    """float64 [n, 4]: x, y, width, height in pixels."""
+    areas: np.ndarray
+    """float64 [n], as the document says."""
+    crowd: np.ndarray
+    """bool [n]."""
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> GroundTruth:
+        """Read a document of the shape that `load_annotations` gives."""
+        categories = sorted(document["categories"], key=lambda row: row["id"])
+        image_ids = _ids("images", sorted(row["id"] for row in document["images"]))
+        category_ids = _ids("categories", [row["id"] for row in categories])
+        image_places = {number: place for place, number in enumerate(image_ids.tolist())}
+        category_places = {number: place for place, number in enumerate(category_ids.tolist())}
+        rows = [
+            row
+            for row in document["annotations"]
+            if row["image_id"] in image_places and row["category_id"] in category_places
+        ]
+        n = len(rows)
+        return cls(
+            image_ids,
+            category_ids,
+            _names(categories),
+            np.fromiter((image_places[row["image_id"]] for row in rows), np.int32, n),
+            np.fromiter((category_places[row["category_id"]] for row in rows), np.int32, n),
+            np.fromiter(chain.from_iterable(row["bbox"] for row in rows), np.float64, 4 * n).reshape(n, 4),
+            np.fromiter((row.get("area", row["bbox"][2] * row["bbox"][3]) for row in rows), np.float64, n),
+            np.fromiter((bool(row.get("iscrowd", 0)) for row in rows), np.bool_, n),
+        )
+
+    def crowded_note(self, limit: int) -> str | None:
+        """Say how many images hold more objects of a class than the detections that count; None for none."""
+        real = ~self.crowd
+        pairs = self.images[real].astype(np.int64) * len(self.category_ids) + self.categories[real]
+        kinds, counts = np.unique(pairs, return_counts=True)
+        crowded = counts > limit
+        if not crowded.any():
+            return None
+        images = len(np.unique(kinds[crowded] // len(self.category_ids)))
+        return (
+            f"{images} of {len(self.image_ids)} images hold more than {limit} objects of a class (up to "
+            f"{counts.max()}), and mAP counts {limit} detections of a class in an image"
+        )
+
+
+def _ids(section: str, ids: list[int]) -> np.ndarray:
+    for number in (ids[0], ids[-1]) if ids else ():
+        if abs(number) > LARGEST_ID:
+            raise UserError(f"annotations: {section}: id {number} does not fit 64 bits")
+    return np.array(ids, np.int64)
+
+
+def _names(categories: list[Mapping[str, Any]]) -> list[str]:
+    names = [str(row["name"]) for row in categories]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({row['id']})" for name, row in zip(names, categories, strict=True)]
