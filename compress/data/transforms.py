@@ -48,9 +48,7 @@ def eval_transform(short: int, long: int, canvas: tuple[int, int] | None = None)
     return _Train(short, short, long, 0.0, None, None, canvas)
 
 
-def fit_size(
-    height: int, width: int, short: int, long: int, canvas: tuple[int, int] | None = None
-) -> tuple[int, int]:
+def fit_size(height: int, width: int, short: int, long: int, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
     """The largest (height, width) of the same ratio within both limits; a side is int(side * f + 0.5).
 
     >>> fit_size(480, 640, 800, 1333)

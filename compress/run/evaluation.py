@@ -69,7 +69,7 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
     }
     if plan.settings.runners is not None:
         inputs["runners"] = list(plan.settings.runners)
-    proofs = plan.manifest.stage("validate", inputs, [], lambda: _validate(plan, opened.runners))
+    proofs = plan.manifest.stage("validate", inputs, [], lambda: validate_files(plan, opened.runners))
     timed = {**_teacher(plan), **opened.runners}
     latencies = plan.manifest.stage(
         "benchmark", {**inputs, "machine": _machine()}, [plan.folder.benchmark], lambda: _benchmark(plan, timed)
@@ -79,6 +79,38 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
         name = proof["name"]
         rows.append({**_row(proof, opened.files[name]), **latencies.get(name, {}), **opened.facts.get(name, {})})
     return [*rows, *opened.idle]
+
+
+def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[dict[str, Any]]:
+    """Measure runners, the student in torch among them by the name of its checkpoint and first, and put each to the
+    gate. Returns `ArtifactResult.to_dict` of each."""
+    reference = plan.folder.weights().name
+    with progress("validate") as step:
+        results = validate.validate(
+            runners,
+            plan.split.annotations,
+            plan.split.images,
+            reference=reference,
+            expected=_expected(plan, runners),
+            max_map_drop=plan.settings.max_map_drop,
+            progress=step,
+        )
+    rows = [result.to_dict() for result in results]
+    student = runners[reference]
+    assert isinstance(student, TorchRunner), "the reference runs in torch"
+    verdict = judge(_trained(plan), student, plan.settings, lost=rows[0]["gate"] == "fail")
+    if verdict.reason is not None:
+        _fail(rows[0], verdict.reason)
+        rows[0]["pictures"] = verdict.pictures
+    if verdict.step is not None:
+        for row in rows[1:]:
+            _fail(row, f"first step that differs: {verdict.step.step}; see {reference}")
+    for row in rows:
+        if row["gate"] == "fail":
+            open_console().print(f"{row['name']}: {row['diagnosis']}", markup=False)
+            if row["pictures"]:
+                open_console().print(f"{row['name']}: differs most in {in_words(row['pictures'])}", markup=False)
+    return rows
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -144,35 +176,6 @@ def _torch(plan: EvaluationPlan, checkpoint: str) -> Runner:
         categories=plan.categories,
         device=plan.device,
     )
-
-
-def _validate(plan: EvaluationPlan, runners: dict[str, Runner]) -> list[dict[str, Any]]:
-    reference = plan.folder.weights().name
-    with progress("validate") as step:
-        results = validate.validate(
-            runners,
-            plan.split.annotations,
-            plan.split.images,
-            reference=reference,
-            expected=_expected(plan, runners),
-            max_map_drop=plan.settings.max_map_drop,
-            progress=step,
-        )
-    rows = [result.to_dict() for result in results]
-    student = runners[reference]
-    assert isinstance(student, TorchRunner), "the reference runs in torch"
-    verdict = judge(_trained(plan), student, plan.settings, lost=rows[0]["gate"] == "fail")
-    if verdict.reason is not None:
-        _fail(rows[0], verdict.reason)
-        rows[0]["pictures"] = verdict.pictures
-    for row in rows[1:] if verdict.step is not None else []:
-        _fail(row, f"{verdict.step.step} differ from training's: see {reference}")
-    for row in rows:
-        if row["gate"] == "fail":
-            open_console().print(f"{row['name']}: {row['diagnosis']}", markup=False)
-            if row["pictures"]:
-                open_console().print(f"{row['name']}: differs most in {in_words(row['pictures'])}", markup=False)
-    return rows
 
 
 def _fail(row: dict[str, Any], reason: str) -> None:

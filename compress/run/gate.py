@@ -115,6 +115,7 @@ def _detections(student: TrainedStudent) -> Mapping[int, Detections]:
     for batch in _loader(student):
         prediction = student.detector(batch.images.to(student.detector.mean.device))
         for target, decoded in zip(batch.targets, student.detector.decode(prediction, batch.sizes), strict=True):
-            values = (x.cpu().numpy() for x in (decoded.boxes, decoded.scores, decoded.labels))
-            found[target.image_id] = Detections(*values, student.val.categories, student.val.category_ids)
+            boxes, scores, labels = (x.cpu().numpy() for x in (decoded.boxes, decoded.scores, decoded.labels))
+            names, ids = student.val.categories, student.val.category_ids
+            found[target.image_id] = Detections(boxes, scores, labels, names, ids)
     return found

@@ -48,7 +48,7 @@ class ReportPlan:
 def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json and report.html, and show their table. artifacts: a row for each file."""
     detectors = _detectors(plan)
-    pictures = detection_pictures(plan.val, detectors)
+    pictures = detection_pictures(plan.val, detectors, plan.input_size)
     uncertainty = []
     if TEACHER in detectors and Capability.DENSE in detectors[TEACHER].capabilities:
         with progress("uncertainty") as step:

@@ -44,7 +44,7 @@ PARTNER_IOU = 0.9
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs first. images: ids and files of the pictures in which this step does. what: in words, of the first."""
+    """What differs first. images: ids and files of the pictures where this step does. what: of the first, in words."""
 
     step: Step
     what: str
@@ -118,8 +118,9 @@ def first_difference(
     differing: dict[Step, list[tuple[int, str]]] = {step: [] for step in STEPS}
     words: dict[Step, str] = {}
     for index in indices:
-        compared = compare(in_training(detector, val, index, canvas, runner.card), in_deployment(runner, val, index),
-                           runner.card)
+        compared = compare(
+            in_training(detector, val, index, canvas, runner.card), in_deployment(runner, val, index), runner.card
+        )
         if compared is not None:
             step, what = compared
             words.setdefault(step, what)
@@ -131,9 +132,7 @@ def first_difference(
 
 
 @torch.no_grad()
-def in_training(
-    detector: Detector, val: CocoDetection, index: int, canvas: tuple[int, int], card: ModelCard
-) -> Trace:
+def in_training(detector: Detector, val: CocoDetection, index: int, canvas: tuple[int, int], card: ModelCard) -> Trace:
     """Take the steps of training's evaluation, with the thresholds of `card`, of which a recipe may have its own.
 
     One known difference is taken out: before the suppression training clips boxes to the picture, a file to its canvas,
@@ -171,8 +170,8 @@ def in_deployment(runner: TorchRunner, val: CocoDetection, index: int) -> Trace:
     """Take the steps of `deploy.validate`: what it hands to a runner is recorded, not done again."""
     path, recorder = val.path(index), _Recorder(runner)
     outcome = accuracy.detect_all({runner.card.name: recorder}, {index: path}, 1)[runner.card.name]
-    pixels, canvas = accuracy.load_image(path), recorder.canvas
-    scale = accuracy.fit_pictures([pixels], runner.card).scales[0]
+    canvas, (pixels, fitted) = recorder.canvas, accuracy.prepare(path, runner.card)
+    scale = fitted.scales[0]
     scores, boxes = runner.module.dense(torch.from_numpy(canvas[None]).to(runner.device))
     found = outcome.detections[index]
     ids = np.asarray(found.category_ids)[found.labels]

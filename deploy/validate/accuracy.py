@@ -27,7 +27,14 @@ from deploy.core.image import load_image, read_image_bytes
 from deploy.core.progress import Progress
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
-from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
+from deploy.runtimes.pictures import (
+    Canvases,
+    check_outputs,
+    finite_values,
+    fit_pictures,
+    load_batches,
+    picture_detections,
+)
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.differences import most_different
 from deploy.validate.ground_truth import GroundTruth
@@ -246,6 +253,12 @@ def detect_all(
         if progress is not None:
             progress(done, len(files))
     return outcomes
+
+
+def prepare(path: Path, card: ModelCard) -> tuple[np.ndarray, Canvases]:
+    """Read one picture and lay it on the canvas of a card, as `detect_all` does: pixels uint8 [h, w, 3], and canvas."""
+    pixels = load_image(path)
+    return pixels, fit_pictures([pixels], card)
 
 
 # ----------------------------------------------------------------------------------------------------
