@@ -24,7 +24,7 @@ from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES, ONNX_SUFFIX
-from deploy.core.image import image_files
+from deploy.core.image_folder import image_files
 from deploy.model import Model, open_model
 from deploy.runtimes.open import OwnRunner
 

@@ -12,7 +12,8 @@ from PIL import Image
 from deploy.core.card import ModelCard
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
-from deploy.core.image import Picture, image_files, read_picture
+from deploy.core.image import Picture, read_picture
+from deploy.core.image_folder import image_files
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import OwnRunner, open_runner
 from deploy.runtimes.pictures import check_outputs, fit_pictures, load_batches, picture_detections

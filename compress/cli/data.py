@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,7 @@ from compress.cli.options import Resume, need_folder
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
+    from compress.data.convert.coco_file import Source
     from compress.pseudo.parts import Shard
 
 commands = typer.Typer()
@@ -29,54 +31,103 @@ def _data(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@data_app.command("convert")
-def convert(
-    layout: Annotated[Literal["yolo", "voc"], typer.Argument(metavar="yolo|voc", help="What SOURCE holds.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images and label files.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="COCO JSON to write.")],
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Options of a layout, and of what is written."""
+
     names: Annotated[
         str | None,
-        typer.Option("--names", metavar="NAMES", help="yolo: class names a,b,c or the dataset's data.yaml."),
-    ] = None,
+        typer.Option(
+            "--names",
+            metavar="NAMES",
+            help="yolo: class names a,b,c or the file that holds them. Default: data.yaml, classes.txt, ... of SOURCE.",
+        ),
+    ] = None
+    first_pixel: Annotated[
+        int | None,
+        typer.Option(
+            "--first-pixel",
+            min=0,
+            max=1,
+            help="voc: coordinates count pixels from 1, or are edges from 0. Default: found out, and said.",
+        ),
+    ] = None
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="coco: folder of the images. Default: SOURCE's.")
+    ] = None
+    drop_unused: Annotated[bool, typer.Option("--drop-unused", help="coco: leave out categories that no box has.")] = (
+        False
+    )
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME", help="Take only this set: train, val, test.")
+    ] = None
+    allow_empty: Annotated[bool, typer.Option("--allow-empty", help="Also write files without any box.")] = False
+
+
+@data_app.command("convert")
+@with_groups
+def convert(
+    layout: Annotated[
+        Literal["yolo", "voc", "coco"], typer.Argument(metavar="yolo|voc|coco", help="What SOURCE holds.")
+    ],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of images and labels; also a data.yaml, or a COCO file.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .json for all images, or a folder for train.json, val.json, ...")
+    ],
+    flags: ConvertFlags = ConvertFlags(),
 ) -> None:
-    """Write YOLO or Pascal VOC labels as COCO JSON."""
-    if out.suffix != ".json":
-        raise UserError(f"{out}: OUT is a JSON file, for example {out.with_suffix('.json')}")
-    if layout == "yolo" and names is None:
-        raise UserError("--names: yolo files only have class numbers; give the names, or the data.yaml")
-    if layout == "voc" and names is not None:
-        raise UserError("--names: voc files hold the class names themselves; leave it out")
-    from compress.data.convert import from_voc, from_yolo
+    """Write YOLO, Pascal VOC or laid-out COCO labels as COCO JSON."""
+    if out.suffix in (".txt", ".yaml", ".yml", ".xml", ".csv", ".data"):
+        raise UserError(
+            f"{out}: OUT is a JSON file, for example {out.with_suffix('.json')}, or a folder for train.json, val.json"
+        )
+    for option, belongs_to, given in (
+        ("--names", "yolo", flags.names is not None),
+        ("--first-pixel", "voc", flags.first_pixel is not None),
+        ("--images", "coco", flags.images is not None),
+        ("--drop-unused", "coco", flags.drop_unused),
+    ):
+        if given and layout != belongs_to:
+            why = "voc files hold the class names themselves" if (option, layout) == ("--names", "voc") else ""
+            raise UserError(f"{option}: {why or f'is for {belongs_to}, not for {layout}'}; leave it out")
+    from compress.data.convert.coco_file import documents, write_documents
     from deploy.core.files import need_place
 
-    need_place(out)
-    converted = from_voc(source, out) if names is None else from_yolo(source, _class_names(names), out)
-    print(f"{out}: {converted.images} images, {converted.annotations} boxes")
-    next_command("data", "check", out, "--images", converted.image_folder)
+    one_file = out.suffix == ".json"
+    need_place(out if one_file else out / "train.json")
+    if layout == "coco":
+        from compress.data.convert.coco import coco_documents, read_coco
 
-
-def _class_names(text: str) -> list[str]:
-    """Names from `a,b,c`, or from `names` of a YOLO data.yaml: a list, or a mapping from number to name."""
-    path = Path(text)
-    if path.suffix not in (".yaml", ".yml"):
-        names = [name.strip() for name in text.split(",")]
+        if flags.images is not None:
+            need_folder(flags.images, "--images")
+        found = read_coco(source, flags.images, drop_unused=flags.drop_unused)
+        sets, files = list(found.splits), coco_documents(found, out, flags.split)
+        notes: Sequence[str] = found.notes
     else:
-        import yaml
+        read = _read_voc(source, flags) if layout == "voc" else _read_yolo(source, flags)
+        sets, files, notes = list(read.splits), documents(read, out, flags.split), read.notes
+    made = write_documents(files, allow_empty=flags.allow_empty)
+    for note in notes:
+        print(f"note: {note}")
+    for file in made:
+        print(f"{file.out}: {file.images} images, {file.annotations} boxes")
+    if one_file and flags.split is None and len(sets) > 1:
+        print(f"note: the sets {', '.join(sets)} are in it together; a folder as OUT gets a file for each of them")
+    next_command("data", "check", made[0].out, "--images", made[0].image_folder)
 
-        try:  # all scalars as text: a class may be called `no` or 2020-01-01
-            found = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["names"]
-        except OSError as error:
-            raise UserError(f"--names: {path}: {error.strerror}") from None
-        except (KeyError, TypeError):
-            raise UserError(f"--names: {path}: no key 'names' in it") from None
-        except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-            raise UserError(f"--names: {path}: not a YAML file in UTF-8") from None
-        if isinstance(found, dict) and set(found) == {str(number) for number in range(len(found))}:
-            found = [found[str(number)] for number in range(len(found))]
-        names = found if isinstance(found, list) else []
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"--names: {text}: needs names numbered from 0 without a gap, and none empty")
-    return names
+
+def _read_yolo(source: Path, flags: ConvertFlags) -> Source:
+    from compress.data.convert.yolo import read_yolo
+
+    return read_yolo(source, flags.names)
+
+
+def _read_voc(source: Path, flags: ConvertFlags) -> Source:
+    from compress.data.convert.voc import read_voc
+
+    return read_voc(source, flags.first_pixel)
 
 
 @data_app.command("check")

@@ -176,7 +176,7 @@ def batch_sizes(text: str) -> list[int]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    from deploy.core.image import image_files
+    from deploy.core.image_folder import image_files
 
     return image_files(folder, "--images: ")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from compress.data.coco import decode
 from compress.data.transforms import fit_size
 from compress.teachers.base import Sample, View
 from deploy.core.errors import LocalUserError, UserError, first_line
-from deploy.core.files import sha256_of
-from deploy.core.image import IMAGE_SUFFIXES
+from deploy.core.image_folder import image_files
+from deploy.core.same_files import FileContents
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,7 @@ def images_in(source: Path, root: Path | None = None) -> ImageList:
     if source.is_dir():
         if root is not None:
             raise UserError(f"{source}: is a folder of images; a second folder belongs to a JSON file only")
-        names = sorted(
-            path.relative_to(source).as_posix()
-            for path in source.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        )
-        if not names:
-            raise UserError(f"{source}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
+        names = [path.relative_to(source).as_posix() for path in image_files(source)]
         return ImageList(source, list(range(1, len(names) + 1)), names, [None] * len(names), listed=False)
     if source.suffix != ".json":
         raise UserError(f"{source}: neither a folder of images nor a COCO .json file")
@@ -127,25 +121,6 @@ def read_chunks(
 def chunk_count(images: ImageList, size: int) -> int:
     """Count the chunks of `size` images."""
     return -(-len(images) // size)
-
-
-class FileContents:
-    """`file in contents`: has one of `files` the same bytes? Only files of its size are read, each once."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._by_size: dict[int, list[Path]] = {}
-        self._hashes: dict[int, set[str]] = {}
-        for file in files:
-            if file.is_file():
-                self._by_size.setdefault(file.stat().st_size, []).append(file)
-
-    def __contains__(self, file: Path) -> bool:
-        size = file.stat().st_size if file.is_file() else None
-        if size not in self._by_size:
-            return False
-        if size not in self._hashes:
-            self._hashes[size] = {sha256_of(other) for other in self._by_size[size]}
-        return sha256_of(file) in self._hashes[size]
 
 
 def without(images: ImageList, known: FileContents) -> ImageList:

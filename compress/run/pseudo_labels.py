@@ -32,7 +32,7 @@ from compress.data.transforms import eval_transform
 from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
 from compress.pseudo import parts
-from compress.pseudo.images import FileContents, ImageList, images_in, without
+from compress.pseudo.images import ImageList, images_in, without
 from compress.pseudo.label import LOWEST_SCORE, Labelled, Settings, pseudo_label
 from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
@@ -43,6 +43,7 @@ from compress.teachers.load import open_teacher
 from compress.training.distributed import on_every_process, on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.core.same_files import FileContents
 from deploy.validate.coco import read_annotations
 
 STAGE = "pseudo labels"

@@ -11,23 +11,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Files that count as images where a folder is searched; lower case."""
-
-
 Picture = str | Path | bytes | np.ndarray | Image.Image
 """A file, its bytes, pixels uint8 [h, w, 3] RGB, or a PIL image."""
-
-
-def image_files(folder: Path, where: str = "") -> list[Path]:
-    """The image files of a folder, by name. Raises UserError, beginning with `where`, when there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{where}{folder}: no such folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"{where}{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return files
 
 
 def load_image(path: Path) -> np.ndarray:

@@ -23,7 +23,8 @@ from onnx import shape_inference
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, image_files, load_image
+from deploy.core.image import fit_canvas, load_image
+from deploy.core.image_folder import image_files
 from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]

@@ -19,7 +19,7 @@ from compress.data.batch import Batch
 from compress.detectors.base import Capability
 from compress.distill.method import Method, Outputs
 from deploy.core.errors import UserError
-from deploy.core.image import image_files
+from deploy.core.image_folder import image_files
 from tests.helpers import tiny_recipe
 
 ROOT = Path(__file__).parents[2]

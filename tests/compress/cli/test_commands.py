@@ -71,6 +71,7 @@ def test_wrong_data_fails_the_check(run: Run) -> None:
 
 def test_class_names_are_words_whatever_they_look_like(run: Run) -> None:
     Path("words.yaml").write_text("names: [no, 2020-99-99, 7]\n")
+    Path("images/a.txt").write_text("1 0.5 0.5 0.25 0.5\n")
     assert run("data convert yolo images made.json --names words.yaml")[0] == 0
     categories = json.loads(Path("made.json").read_text())["categories"]
     assert [category["name"] for category in categories] == ["no", "2020-99-99", "7"]
