@@ -100,9 +100,18 @@ class Engine(_Part):
     build_seconds: Number = None
 
 
+class Different(_Part):
+    """A picture in which a file differs from its reference: id in the data, name, and how much, in sums of scores."""
+
+    id: int
+    file: str
+    difference: Number = None
+
+
 class Artifact(_Part):
-    """One exported file. `map` in percent, `map_drop` in points of it, `agreement` a share, 0 to 1; `engine` of a file
-    that TensorRT built."""
+    """One exported file. `map` in percent, `map_drop` in points of it below the reference, `training_drop` below what
+    training measured for these weights; `agreement` a share, 0 to 1; `engine` of a file that TensorRT built.
+    `reason`: why the gate fails; `differs_most`: the pictures that show it."""
 
     file: str
     backend: str = ""
@@ -110,11 +119,14 @@ class Artifact(_Part):
     size_mb: Number = None
     map: Number = None
     map_drop: Number = None
+    training_drop: Number = None
     agreement: Number = None
     latency_ms: Latency | None = None
     throughput_ips: Number = None
     engine: Engine | None = None
     gate: str = "not run"
+    reason: str | None = None
+    differs_most: list[Different] = []
 
     @field_validator("gate")
     @classmethod

@@ -29,7 +29,6 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
-from deploy.validate.differences import in_words
 
 TEACHER = "teacher (torch)"
 MAP_FIGURES = ("map", "max_detections", "map_at_max", "mar_at_max")
@@ -105,11 +104,6 @@ def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[
     if verdict.step is not None:
         for row in rows[1:]:
             _fail(row, f"first step that differs: {verdict.step.step}; see {reference}")
-    for row in rows:
-        if row["gate"] == "fail":
-            open_console().print(f"{row['name']}: {row['diagnosis']}", markup=False)
-            if row["pictures"]:
-                open_console().print(f"{row['name']}: differs most in {in_words(row['pictures'])}", markup=False)
     return rows
 
 

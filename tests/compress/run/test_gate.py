@@ -38,8 +38,8 @@ PIECES = [(128, 128, 64), (128, 96, 128), (80, 128, 100), (128, 72, 56), (64, 96
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
-    """The end of a run's training: a student that finds something, and what training measured of it; pictures of several
-    sizes and ratios, of which some are resized and some are not."""
+    """The end of a run's training: a student that finds something, what training measured of it, and pictures of
+    several sizes and ratios, of which some are resized and some are not."""
     folder = tmp_path_factory.mktemp("gate")
     split = _pictures(folder)
     data = Data(train=split, val=split, short=LIMITS["short"], long=LIMITS["long"])
