@@ -20,10 +20,10 @@ Options = dict[str, JsonValue]
 """Arguments of a user's own part, by name."""
 
 
-def added_later() -> Any:
-    """A field for a key that recipes of version 0.1 do not know: null, and then in no dump. So the hash of an old
-    recipe, what its run's manifest compares, and the recipe.yaml of a run without the key stay as they were."""
-    return Field(default=None, exclude_if=lambda value: value is None)
+def added_later(default: Any = None) -> Any:
+    """A field for a key that recipes of version 0.1 do not know: with its default it is in no dump. So the hash of an
+    old recipe, what its run's manifest compares, and the recipe.yaml of a run without the key stay as they were."""
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class Settings(BaseModel):

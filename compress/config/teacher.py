@@ -24,14 +24,26 @@ def checkpoint_name(name: str) -> str:
     return name
 
 
-def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
+NO_CLASS = ("", "n/a", "background", "__background__")
+"""What files call a label that stands for nothing, in small letters."""
+
+
+def is_class(name: str | None) -> bool:
+    """Whether a label of this name stands for something: not null, `N/A`, `background` or nothing at all."""
+    return name is not None and name.strip().lower() not in NO_CLASS
+
+
+def _all_different(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if is_class(name) and name in names[:index]:
             raise PydanticCustomError("rule", "{problem}", {"problem": f"{name!r} is listed twice"})
+    if not any(map(is_class, names)):
+        raise PydanticCustomError("rule", "{problem}", {"problem": "none of the labels has a name"})
     return names
 
 
-Names = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_all_different)]
+Names = Annotated[tuple[str | None, ...], Field(min_length=1), AfterValidator(_all_different)]
+"""Names of labels in their order; several may stand for nothing, see `is_class`."""
 Above = Annotated[float, Field(gt=0)]
 
 
@@ -53,7 +65,8 @@ class Torchvision(Settings):
     weights: Literal["coco", "none"] | Path
     """coco: torchvision's own, downloaded; none: random; or a file with a state dict."""
     class_names: Names | None = None
-    """Its classes in the order of its labels, without background; null: COCO's."""
+    """Its classes in the order of its labels, without background; null: COCO's. A label that is not used is called
+    null or N/A."""
     short: Positive | None = None
     """Short side of the resize that its boxes are found with; null: torchvision's. Not for SSD, which has one size."""
     long: Positive | None = None
@@ -84,7 +97,8 @@ class Transformers(Settings):
 
 
 class OnnxInput(Settings):
-    """Input of a foreign ONNX file: one image at a time, as float32, float16 or uint8, as the file declares."""
+    """Input of a foreign ONNX file: one image at a time, as float32, float16 or uint8, with a batch axis or without, as
+    the file declares."""
 
     name: str | None = None
     """Its input; null: the only one."""
@@ -108,20 +122,31 @@ class OnnxInput(Settings):
     """In the order of the channels."""
     size_name: str | None = None
     """A second input, int64 [1, 2], that gets width and height of the network input (as RT-DETR's files have one)."""
+    filter: Literal["pillow", "opencv", "torch"] = added_later("pillow")
+    """How pixels are mixed in the resize: pillow: bilinear, all pixels count when an image gets smaller; opencv: as
+    cv2's INTER_LINEAR, four pixels count; torch: the same in floats, without rounding (antialias=False)."""
+    rounding: Literal["nearest", "even", "down"] = added_later("nearest")
+    """Sides of the image inside a letterbox: nearest: int(side + 0.5); even: halves to the even number (as
+    Ultralytics); down: int(side) (as YOLOX)."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if self.resize == "keep_ratio" and self.size is None:
             raise broken_rule("size", "missing; keep_ratio needs the limits of the short and the long side")
+        if self.rounding != "nearest" and not self.resize.startswith("letterbox"):
+            raise broken_rule("rounding", f"belongs to a letterbox; with {self.resize} leave it out")
         return self
+
+
+Anchor = tuple[Above, Above]
 
 
 class OnnxOutput(Settings):
     """Output of a foreign ONNX file: `combined`, or `boxes` and `scores` (and `labels`, if a box has one score). A
     leading batch axis of 1 may be there or not."""
 
-    combined: str | None = None
-    """An output with rows of `columns`."""
+    combined: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """An output with rows of `columns`; with `strides` also a list of outputs, one a stride."""
     columns: Literal["box_score_label", "box_label_score", "box_classes", "box_objectness_classes"] = "box_score_label"
     """What a row of `combined` holds: four numbers for the box, then score and label [n, 6] in this order, or a score a
     class [n, 4 + K], or one for any object and one a class [n, 5 + K]; they are multiplied."""
@@ -133,8 +158,16 @@ class OnnxOutput(Settings):
     """An output [n], a score a box, or [n, K], a score a class."""
     labels: str | None = None
     """An output [n], with one score a box."""
+    objectness: str | None = added_later()
+    """An output [n] or [n, 1], a score for any object, that `scores` are multiplied by."""
     count: str | None = None
     """An output with the number of rows that hold something; null: all."""
+    strides: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = added_later()
+    """The file gives a grid that is not decoded, with these strides, in this order, row by row: centre (x + column) *
+    stride and (y + row) * stride, size exp(w) * stride and exp(h) * stride (as YOLOX)."""
+    anchors: Annotated[tuple[tuple[Anchor, ...], ...], Field(min_length=1)] | None = added_later()
+    """Of each stride the width and height of its anchors in pixels. Then with s = sigmoid: centre (2 s(x) - 0.5 +
+    column) * stride, size (2 s(w))² * width of the anchor (as YOLOv5 and YOLOv7); rows: anchor by anchor."""
     box_format: Literal["xyxy", "cxcywh", "xywh", "yxyx"] = "xyxy"
     """Corners; centre and size; first corner and size; corners with y first."""
     box_units: Literal["pixels", "normalised"] = "pixels"
@@ -143,7 +176,10 @@ class OnnxOutput(Settings):
     """What makes scores in 0..1 of the numbers in the file."""
     background: Literal["none", "first", "last"] = "none"
     """A class that means nothing: first: labels begin with 1, of scores the first column is not a class; last: the last
-    column, or the label after the last class."""
+    column, or the label after the last class. More such classes: `class_names`."""
+    best_class_only: bool = added_later(False)
+    """Of scores a class, only the best of a box counts (as YOLOX and Ultralytics' predict); false: each counts, as in
+    the usual evaluation."""
     nms_threshold: Fraction | None = None
     """Suppress boxes of one class that overlap more than this IoU; null: the file has done it, or needs none."""
     max_detections: Positive = 300
@@ -151,7 +187,7 @@ class OnnxOutput(Settings):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        separate = [name for name in ("boxes", "scores", "labels") if getattr(self, name) is not None]
+        separate = [name for name in ("boxes", "scores", "labels", "objectness") if getattr(self, name) is not None]
         if self.combined is not None and separate:
             raise broken_rule(separate[0], "excludes combined; keep one of the two")
         if self.combined is None and self.boxes is None:
@@ -163,7 +199,32 @@ class OnnxOutput(Settings):
         by_class = self.labels is None if self.combined is None else self.columns == "box_classes"
         if self.activation == "softmax" and not by_class:
             raise broken_rule("activation", "softmax needs one score a class, and nothing between")
+        if self.objectness is not None and self.scores is None:
+            raise broken_rule("objectness", "needs scores, which it is multiplied with")
+        if self.best_class_only and not by_class and self.columns != "box_objectness_classes":
+            raise broken_rule("best_class_only", "needs a score a class; here a box has one score")
+        self._grid_rules()
         return self
+
+    def _grid_rules(self) -> None:
+        if self.strides is None:
+            if self.anchors is not None:
+                raise broken_rule("anchors", "needs strides, one for each list of anchors")
+            if isinstance(self.combined, tuple):
+                raise broken_rule("combined", "a list of outputs needs strides; name one output")
+            return
+        if (self.box_format, self.box_units) != ("cxcywh", "pixels"):
+            raise broken_rule("strides", "give centre and size in pixels: set box_format: cxcywh, box_units: pixels")
+        if self.count is not None or self.labels is not None:
+            raise broken_rule("strides", "excludes count and labels: a grid has all its rows, and scores a class")
+        if self.combined is not None and self.columns not in ("box_classes", "box_objectness_classes"):
+            raise broken_rule("columns", "a grid has a score a class: box_classes or box_objectness_classes")
+        if self.anchors is not None and (
+            len(self.anchors) != len(self.strides) or len({len(of_stride) for of_stride in self.anchors}) > 1
+        ):
+            raise broken_rule("anchors", f"must be {len(self.strides)} lists, one a stride, of equal length")
+        if isinstance(self.combined, tuple) and len(self.combined) != len(self.strides):
+            raise broken_rule("combined", f"must be one output, or {len(self.strides)}, one a stride")
 
 
 class Onnx(Settings):
@@ -177,7 +238,11 @@ class Onnx(Settings):
     output: OnnxOutput | None = None
     """What it gives; null: a file of this project."""
     class_names: Names | None = None
-    """Its classes in the order of its labels, without background; null: a file of this project."""
+    """Its classes in the order of its labels, without that of `output.background`; null: a file of this project. A
+    label that is not used (COCO has such ids) is called null, N/A or background, as often as it takes."""
+    check_boxes: bool = added_later(True)
+    """Stop when nearly all boxes of the first images can be no objects: outside the image, smaller than a pixel, in a
+    corner, or turned over. Then the description is wrong."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

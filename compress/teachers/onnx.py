@@ -1,32 +1,31 @@
 """Detectors in ONNX files as teachers: `CardTeacher` for files of this project, `ForeignTeacher` for all others, with a
 description of what they take and give (`compress.config.teacher.OnnxInput`, `OnnxOutput`).
 
-`prepare` and `boxes_of` are the two halves of such a description, as arithmetic on arrays.
+The two halves of such a description are `onnx_input.prepare` and `onnx_output.boxes_of`, as arithmetic on arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from PIL import Image
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
-from compress.config.teacher import Onnx, OnnxInput, OnnxOutput
-from compress.data.transforms import fit_size
+from compress.config.teacher import Onnx, OnnxInput, is_class
 from compress.detectors.base import MEAN, STD, Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
+from compress.teachers.first_look import FirstLook
+from compress.teachers.onnx_input import Placed, described, prepare
+from compress.teachers.onnx_output import boxes_of, on_canvas, output_names
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, letterbox, to_original
+from deploy.core.image import fit_canvas, to_original
 from deploy.runtimes.onnx import OnnxRunner
 
-KEEP_RATIO_MULTIPLE = 32
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
@@ -101,7 +100,7 @@ class ForeignTeacher:
         self._path, self._input, self._output = source.file, source.input or OnnxInput(), source.output
         self._session = _open(source.file, device)
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self._outputs = _wanted(self._output)
+        self._outputs = output_names(self._output)
         _need(source.file, "output", list(self._outputs.values()), [v.name for v in self._session.get_outputs()])
         self._name = self._input.name or _only(source.file, [name for name in inputs if name != self._input.size_name])
         names = [self._name] if self._input.size_name is None else [self._name, self._input.size_name]
@@ -117,12 +116,20 @@ class ForeignTeacher:
                 f"{source.file}: input {self._name!r} is {declared.type}; supported are {', '.join(ELEMENTS)}"
             )
         self._dtype = ELEMENTS[declared.type]
-        self._size = self._input.size or _declared_size(source.file, declared, self._input)
+        self._batched, self._size = _declared(source.file, declared, self._input)
         self.file, self.sha256 = source.file.name, sha256_of(source.file)
-        self.class_names: tuple[str, ...] | None = source.class_names
-        described = source.model_dump(mode="json", exclude={"file"}, exclude_defaults=True)
-        self.settings: Mapping[str, Any] = described | {"size": list(self._size)}
-        self.preprocessing: Preprocessing | None = _described(self._input, self._size)
+        places = [place for place, name in enumerate(source.class_names) if is_class(name)]
+        self.class_names: tuple[str, ...] | None = tuple(str(source.class_names[place]) for place in places)
+        self._ours = np.full(len(source.class_names), -1, np.int64)
+        self._ours[places] = np.arange(len(places))
+        described_by = source.model_dump(mode="json", exclude={"file", "check_boxes"}, exclude_defaults=True)
+        self.settings: Mapping[str, Any] = described_by | {"size": list(self._size)}
+        self.preprocessing: Preprocessing | None = described(self._input, self._size)
+        remedy = (
+            "check output.box_format, box_units and columns, and whether the file leaves its grid to be decoded "
+            "(output.strides, output.anchors); onnx.check_boxes: false goes on"
+        )
+        self._first = FirstLook(str(source.file), remedy) if source.check_boxes else None
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
@@ -131,9 +138,29 @@ class ForeignTeacher:
         return [self._one(_hwc(sample), score_threshold) for sample in samples]
 
     def _one(self, image: np.ndarray, score_threshold: float) -> ImageDetections:
-        assert self.class_names is not None
         pixels, placed = prepare(image, self._input, self._size)
-        feed = {self._name: pixels.astype(self._dtype)}
+        outputs = self._run(pixels, placed)
+        try:
+            boxes, scores, labels = boxes_of(outputs, self._output, len(self._ours), placed)
+        except ValueError as error:
+            raise UserError(f"{self._path}: {error}") from None
+        labels = self._ours[labels]
+        kept = (labels >= 0) & (scores >= score_threshold)
+        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        if self._first is not None:
+            self._first.look(on_canvas(boxes, placed), placed.canvas)
+        found = torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels)
+        if self._output.nms_threshold is not None:
+            kept = suppressed(*found, self._output.nms_threshold)
+            found = found[0][kept], found[1][kept], found[2][kept]
+        best = final(*found, size=(image.shape[0], image.shape[1]), score_threshold=score_threshold)
+        limit = self._output.max_detections
+        return ImageDetections(best.boxes[:limit], best.scores[:limit], best.labels[:limit])
+
+    def _run(self, pixels: np.ndarray, placed: Placed) -> dict[str, np.ndarray]:
+        """What the file gives, by role."""
+        pixels = np.rint(pixels) if self._dtype is np.uint8 else pixels
+        feed = {self._name: (pixels if self._batched else pixels[0]).astype(self._dtype)}
         height, width = placed.canvas
         if self._input.size_name is not None:
             feed[self._input.size_name] = np.array([[width, height]], np.int64)
@@ -141,115 +168,26 @@ class ForeignTeacher:
             values = self._session.run(list(self._outputs.values()), feed)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise UserError(
-                f"{self._path}: cannot be run on {pixels.dtype} {list(pixels.shape)}: {first_line(error)}"
+                f"{self._path}: cannot be run on {feed[self._name].dtype} {list(feed[self._name].shape)}: "
+                f"{first_line(error)}"
             ) from error
-        outputs = dict(zip(self._outputs, values, strict=True))
-        try:
-            boxes, scores, labels = boxes_of(outputs, self._output, len(self.class_names), placed)
-        except ValueError as error:
-            raise UserError(f"{self._path}: {error}") from None
-        found = final(
-            torch.from_numpy(boxes),
-            torch.from_numpy(scores),
-            torch.from_numpy(labels),
-            size=(image.shape[0], image.shape[1]),
-            score_threshold=score_threshold,
-        )
-        if self._output.nms_threshold is not None:
-            kept = batched_nms(found.boxes, found.scores, found.labels, self._output.nms_threshold)
-            found = ImageDetections(found.boxes[kept], found.scores[kept], found.labels[kept])
-        limit = self._output.max_detections
-        return ImageDetections(found.boxes[:limit], found.scores[:limit], found.labels[:limit])
+        return dict(zip(self._outputs, values, strict=True))
 
 
-@dataclass(frozen=True)
-class Placed:
-    """Place of an image on the network's canvas.
+def suppressed(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Indices of the boxes [n, 4] that stay when, class by class, a box removes those of lower scores that overlap it
+    by more than the threshold; boxes without an area go first.
 
-    canvas: (height, width). scale: canvas pixels per image pixel, (x, y). offset: of the image's corner, (x, y).
+    The boxes are not clipped: two that look alike inside the image may be two objects that reach out of it. Each class
+    is suppressed alone; an offset a class, as `torchvision.ops.batched_nms` adds, lets classes meet where coordinates
+    are negative, and rounds them.
     """
-
-    canvas: tuple[int, int]
-    scale: tuple[float, float]
-    offset: tuple[int, int] = (0, 0)
-
-
-def prepare(image: np.ndarray, how: OnnxInput, size: tuple[int, int]) -> tuple[np.ndarray, Placed]:
-    """An RGB image uint8 [h, w, 3] as a network takes it: float32 [1, 3, H, W], or [1, H, W, 3] for nhwc.
-
-    The resize is Pillow's bilinear one, which averages when it makes an image smaller.
-    """
-    height, width = image.shape[:2]
-    color = (how.pad_color,) * 3
-    if how.resize == "stretch":
-        canvas = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-        placed = Placed(size, (size[1] / width, size[0] / height))
-    elif how.resize == "keep_ratio":
-        small = fit_size(height, width, *size)
-        rounded = tuple(-(-side // KEEP_RATIO_MULTIPLE) * KEEP_RATIO_MULTIPLE for side in small)
-        frame = np.full((*rounded, 3), how.pad_color, np.uint8)
-        resized = Image.fromarray(image).resize((small[1], small[0]), Image.Resampling.BILINEAR)
-        frame[: small[0], : small[1]] = np.asarray(resized)
-        canvas, placed = frame, Placed((rounded[0], rounded[1]), (small[1] / width, small[0] / height))
-    else:
-        planes, scale = letterbox(image, size, color)
-        canvas, offset = planes.transpose(1, 2, 0), (0, 0)
-        if how.resize == "letterbox_center":
-            inside = round(scale[0] * width), round(scale[1] * height)
-            offset = ((size[1] - inside[0]) // 2, (size[0] - inside[1]) // 2)
-            canvas = np.roll(canvas, (offset[1], offset[0]), (0, 1))  # what goes round the edge is padding
-        placed = Placed(size, scale, offset)
-    pixels = canvas.astype(np.float32)
-    if how.color == "bgr":
-        pixels = pixels[..., ::-1]
-    normalised = (pixels / how.divide_by - np.asarray(how.mean, np.float32)) / np.asarray(how.std, np.float32)
-    axes = (0, 1, 2) if how.layout == "nhwc" else (2, 0, 1)
-    return np.ascontiguousarray(normalised.transpose(axes)[None], np.float32), placed
-
-
-def boxes_of(
-    outputs: Mapping[str, np.ndarray], how: OnnxOutput, num_classes: int, placed: Placed
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Turn outputs into boxes float32 [n, 4] xyxy in pixels of the image, scores float32 [n], labels int64 [n].
-
-    Of scores a class, every class of a box is a detection of its own, as in the usual evaluation.
-
-    Args:
-        outputs: arrays by their role: `combined`, or `boxes`, `scores`, `labels`; `count`.
-
-    Raises:
-        ValueError: an array is not of the shape, or labels are not of the range, that `how` says.
-    """
-    arrays = {role: _unbatched(role, array) for role, array in outputs.items() if role != "count"}
-    if "count" in outputs:
-        count = int(np.asarray(outputs["count"]).reshape(-1)[0])
-        arrays = {role: array[:count] for role, array in arrays.items()}
-    boxes, scores, labels = _parts(arrays, how)
-    if labels is None:
-        if num_classes == 1 and how.background == "none" and scores.size == len(boxes):
-            scores = scores.reshape(-1, 1)
-        if scores.ndim != 2 or len(scores) != len(boxes):
-            raise ValueError(
-                f"gives {len(boxes)} boxes and scores of the shape {list(scores.shape)}; one score a box needs "
-                "output.labels"
-            )
-        if how.background != "none":
-            scores = scores[:, 1:] if how.background == "first" else scores[:, :-1]
-        if scores.shape[1] != num_classes:
-            beside = "" if how.background == "none" else " beside the background"
-            raise ValueError(f"gives scores of {scores.shape[1]} classes{beside}, class_names has {num_classes}")
-        labels = np.tile(np.arange(num_classes), len(boxes))
-        boxes, scores = np.repeat(boxes, num_classes, 0), scores.reshape(-1)
-    else:
-        labels = np.rint(labels).astype(np.int64) - (how.background == "first")
-        real = (labels >= 0) if how.background == "first" else np.ones(len(labels), np.bool_)
-        if how.background == "last":
-            real = labels != num_classes
-        boxes, scores, labels = boxes[real], scores[real], labels[real]
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise ValueError(f"gives label {wrong + (how.background == 'first')}, class_names has {num_classes}")
-    return _to_image(_corners(boxes.astype(np.float32), how.box_format), how, placed), scores, labels.astype(np.int64)
+    real = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero()[:, 0]
+    kept = [torch.empty(0, dtype=torch.int64)]
+    for label in labels[real].unique():
+        places = real[labels[real] == label]
+        kept.append(places[nms(boxes[places], scores[places], iou_threshold)])
+    return torch.cat(kept).sort().values
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -283,12 +221,6 @@ def _open(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
     return session
 
 
-def _wanted(how: OnnxOutput) -> dict[str, str]:
-    """Output names by role."""
-    roles = ("combined", "boxes", "scores", "labels", "count")
-    return {role: name for role in roles if (name := getattr(how, role)) is not None}
-
-
 def _need(path: Path, what: str, names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
@@ -301,100 +233,29 @@ def _only(path: Path, names: Sequence[str]) -> str:
     return names[0]
 
 
-def _declared_size(path: Path, declared: Any, how: OnnxInput) -> tuple[int, int]:
+def _declared(path: Path, declared: Any, how: OnnxInput) -> tuple[bool, tuple[int, int]]:
+    """Whether the image's input has a batch axis; and height and width, of the description or as the file has them."""
     shape = list(declared.shape)
-    sides = shape[2:4] if how.layout == "nchw" else shape[1:3]
-    if len(shape) != 4 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"{path}: input {declared.name!r} of {shape} does not fix height and width; give input.size")
-    return sides[0], sides[1]
-
-
-def _described(how: OnnxInput, size: tuple[int, int]) -> Preprocessing:
-    height, width = size
-    words = {
-        "letterbox": f"letterbox to {width} x {height}",
-        "letterbox_center": f"letterbox to {width} x {height}, centred",
-        "stretch": f"stretched to {width} x {height}",
-        "keep_ratio": f"short side {height}, long side {width}",
-    }
-    mean, std = (tuple(value * how.divide_by for value in values) for values in (how.mean, how.std))
-    return Preprocessing(words[how.resize], how.color.upper(), mean, std)
-
-
-def _unbatched(role: str, array: np.ndarray) -> np.ndarray:
-    """Drop a leading axis of 1, where there is one axis more than needed."""
-    axes = {"combined": 2, "boxes": 2, "labels": 1}
-    most = axes.get(role, 2)
-    while array.ndim > most and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim > most or array.ndim == 0:
-        raise ValueError(f"output {role} has the shape {list(array.shape)}, which is not one of boxes of one image")
-    return array
-
-
-def _parts(arrays: Mapping[str, np.ndarray], how: OnnxOutput) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """boxes [n, 4], scores [n] with labels [n], or scores [n, K] and None. Scores are float32 in 0..1."""
-    if "combined" in arrays:
-        rows = arrays["combined"].T if how.transposed else arrays["combined"]
-        one_score = how.columns in ("box_score_label", "box_label_score")
-        if rows.ndim != 2 or rows.shape[1] < 5 or (one_score and rows.shape[1] != 6):
-            raise ValueError(f"output combined has the shape {list(rows.shape)}, which does not fit {how.columns}")
-        boxes, rest = rows[:, :4], rows[:, 4:]
-        match how.columns:
-            case "box_score_label":
-                return boxes, _activated(rest[:, 0], how.activation), rest[:, 1]
-            case "box_label_score":
-                return boxes, _activated(rest[:, 1], how.activation), rest[:, 0]
-            case "box_classes":
-                return boxes, _activated(rest, how.activation), None
-            case _:
-                scores = _activated(rest, how.activation)
-                return boxes, scores[:, :1] * scores[:, 1:], None
-    boxes, labels = arrays["boxes"], arrays.get("labels")
-    columns = 4 if "scores" in arrays else 5
-    if boxes.ndim != 2 or boxes.shape[1] != columns:
-        raise ValueError(f"output boxes has the shape {list(boxes.shape)}, not [n, {columns}]")
-    scores = _activated(arrays["scores"] if "scores" in arrays else boxes[:, 4], how.activation)
-    if labels is not None:
-        scores = scores.reshape(-1)
-        if not len(scores) == len(labels) == len(boxes):
-            raise ValueError(f"gives {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels")
-    return boxes[:, :4], scores, labels
-
-
-def _activated(scores: np.ndarray, activation: str) -> np.ndarray:
-    scores = np.ascontiguousarray(scores, np.float32)
-    if activation == "sigmoid":
-        return torch.from_numpy(scores).sigmoid().numpy()
-    if activation == "softmax":
-        return torch.from_numpy(scores).softmax(-1).numpy()
-    if scores.size and not (scores.min() >= 0 and scores.max() <= 1):
-        raise ValueError(
-            f"gives scores from {scores.min():g} to {scores.max():g}, outside 0..1; set output.activation to sigmoid "
-            "or softmax"
+    if shape and len(shape) not in (3, 4):
+        raise UserError(
+            f"{path}: input {declared.name!r} has {len(shape)} axes, {shape}; an image has three, and a fourth for a "
+            "batch"
         )
-    return scores
-
-
-def _corners(boxes: np.ndarray, box_format: str) -> np.ndarray:
-    a, b, c, d = boxes.T
-    match box_format:
-        case "cxcywh":
-            corners = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
-        case "xywh":
-            corners = (a, b, a + c, b + d)
-        case "yxyx":
-            corners = (b, a, d, c)
-        case _:
-            corners = (a, b, c, d)
-    return np.stack(corners, 1)
-
-
-def _to_image(boxes: np.ndarray, how: OnnxOutput, placed: Placed) -> np.ndarray:
-    """Corners on the canvas (in pixels, or shares of its sides) → pixels of the image; not clipped."""
-    height, width = placed.canvas
-    if how.box_units == "normalised":
-        boxes = boxes * np.array([width, height, width, height], np.float32)
-    (left, top), (sx, sy) = placed.offset, placed.scale
-    moved = boxes - np.array([left, top, left, top], np.float32)
-    return (moved / np.array([sx, sy, sx, sy], np.float32)).astype(np.float32)
+    batched = len(shape) != 3
+    axes = shape[1:] if batched else shape
+    if batched and shape and isinstance(shape[0], int) and shape[0] > 1:
+        raise UserError(
+            f"{path}: input {declared.name!r} takes {shape[0]} images at once, {shape}; export it for one image, or "
+            "with a batch that may have any size"
+        )
+    place = 0 if how.layout == "nchw" else 2
+    if axes and isinstance(axes[place], int) and axes[place] != 3:
+        other = "nhwc" if how.layout == "nchw" else "nchw"
+        hint = f"; set input.layout: {other}" if axes[2 - place] == 3 else "; an RGB image has 3"
+        raise UserError(f"{path}: input {declared.name!r} of {shape} has {axes[place]} channels as {how.layout}{hint}")
+    if how.size is not None:
+        return batched, how.size
+    sides = axes[1:] if how.layout == "nchw" else axes[:2]
+    if not axes or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"{path}: input {declared.name!r} of {shape} does not fix height and width; give input.size")
+    return batched, (sides[0], sides[1])

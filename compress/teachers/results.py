@@ -26,6 +26,8 @@ import torch
 
 from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final
+from compress.teachers.first_look import BOXES, SHARE
+from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
 
@@ -96,6 +98,7 @@ class ResultsTeacher:
             self._boxes[index] = box[0], box[1], box[0] + box[2], box[1] + box[3]
             self._scores[index], self._labels[index] = row["score"], label[row["category_id"]]
             self._places.setdefault(key, []).append(index)
+        self._need_pixels()
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         if self._by_name:
@@ -148,6 +151,16 @@ class ResultsTeacher:
             raise UserError(
                 f"{self._path}: {'the name' if self._by_name else 'image_id'} {key} stands for two images, {other} and "
                 f"{file}; {remedy}"
+            )
+
+    def _need_pixels(self) -> None:
+        """Raises UserError where nearly all boxes are smaller than a pixel: shares of the sides, most likely."""
+        sides = (self._boxes[:, 2:] - self._boxes[:, :2])[self._scores >= SCORE_THRESHOLD]
+        small = int((sides < 1).all(1).sum())
+        if len(sides) >= BOXES and small > SHARE * len(sides):
+            raise UserError(
+                f"{self._path}: bbox must be [x, y, w, h] in pixels of the image; {small} of {len(sides)} are smaller "
+                "than a pixel, as shares of its sides are: multiply them by width and height"
             )
 
     def _need_size(self, sample: Sample) -> None:

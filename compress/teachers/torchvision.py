@@ -16,7 +16,7 @@ import torchvision.models.detection as zoo
 from torch import nn
 from torchvision.models import get_model_weights
 
-from compress.config.teacher import Torchvision
+from compress.config.teacher import Torchvision, is_class
 from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.detectors.checkpoints import COCO_CATEGORIES
 from compress.detectors.torchvision.dense import FCOS, FCOSMaps, RetinaNet, RetinaNetMaps
@@ -86,7 +86,8 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
     """
     build = getattr(zoo, source.model)
     if source.weights == "coco":
-        if source.class_names is not None and source.class_names != tuple(COCO_CATEGORIES.values()):
+        named = tuple(name for name in source.class_names or () if is_class(name))
+        if source.class_names is not None and named != tuple(COCO_CATEGORIES.values()):
             raise UserError(
                 "teacher.torchvision.class_names: weights: coco has COCO's 80 classes already; leave it out"
             )
@@ -108,7 +109,8 @@ def build_torchvision(source: Torchvision) -> tuple[Any, list[int], tuple[str, .
         load_exactly(model, read_tensors(source.weights), source=str(source.weights))
     if names is None:
         return model.eval(), list(COCO_CATEGORIES), tuple(COCO_CATEGORIES.values())
-    return model.eval(), list(range(1, len(names) + 1)), names
+    labels = [label for label, name in enumerate(names, start=1) if is_class(name)]
+    return model.eval(), labels, tuple(str(names[label - 1]) for label in labels)
 
 
 def detector_of(model: Any, labels: Sequence[int]) -> Detector | None:

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
+from compress.config.teacher import is_class
 from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-
-GAP = "N/A"
-"""Name, in COCO models of 91 outputs, of an id that COCO does not use."""
 
 
 class TransformersTeacher:
@@ -75,7 +73,7 @@ class TransformersTeacher:
         self.file, self.sha256 = folder.resolve().name, _folder_sha256(folder)
         self.settings: Mapping[str, Any] = {}
         names = {int(label): str(name) for label, name in model.config.id2label.items()}
-        labels = [label for label in sorted(names) if names[label] != GAP]
+        labels = [label for label in sorted(names) if is_class(names[label])]
         self.class_names: tuple[str, ...] | None = tuple(names[label] for label in labels)
         if not labels or len(set(self.class_names)) < len(labels):
             raise UserError(f"{folder}: config.json: id2label: classes without a name of their own")

@@ -122,6 +122,20 @@ def spot(
     return path
 
 
+def constant(path: Path, outputs: dict[str, np.ndarray], shape: tuple[int | str, ...] = (1, 3, 128, 128)) -> Path:
+    """An ONNX file that gives these arrays, whatever the image: the output side of a detector of another library."""
+    image = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)
+    nodes, given = [], []
+    for name, array in outputs.items():
+        nodes.append(onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(array)))
+        given.append(
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        )
+    graph = onnx.helper.make_graph(nodes, "constant", [image], given)
+    onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
+    return path
+
+
 DEPLOYABLE = """
 <ir_version: 8, opset_import: ["" : 18]>
 spot (uint8[B,3,64,96] images) => (float[B,1,4] boxes, float[B,1] scores, int64[B,1] labels, int32[B] count)

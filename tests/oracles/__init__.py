@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 ORACLES = json.loads((Path(__file__).parent / "oracles.json").read_text())
+TEACHERS = json.loads((Path(__file__).parent / "teachers.json").read_text())
 
 
 def sine(shape: tuple[int, ...], a: float, b: float, c: float, d: float = 0.0) -> torch.Tensor:

@@ -131,6 +131,13 @@ def test_one_teacher_is_its_own_nms(found: Boxes) -> None:
     assert len(ignored) == 0
 
 
+def test_visible_parts_that_are_alike_become_one_label() -> None:
+    """A teacher keeps two objects that reach out of the picture, [-50, 0, 50, 100] and [0, 0, 50, 100]; its boxes come
+    here clipped, and a label that stands there twice would be learned twice."""
+    found = merged(boxes_of([[[0, 0, 50, 100], 0.9, "dog"], [[0, 0, 50, 100], 0.8, "dog"]]))
+    assert found.boxes.tolist() == [[0, 0, 50, 100]] and found.scores.tolist() == [0.9]
+
+
 @settings(max_examples=60)
 @given(st.lists(detections(), min_size=2, max_size=3), st.floats(0.1, 0.9))
 def test_suppression_before_or_after_the_threshold_is_the_same(teachers: list[Boxes], tau: float) -> None:

@@ -10,13 +10,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from compress.config.teacher import Onnx, OnnxInput, OnnxOutput, Source
 from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher, source_of
-from compress.teachers.onnx import Placed, boxes_of, prepare
+from compress.teachers.onnx import suppressed
+from compress.teachers.onnx_input import Placed, prepare
+from compress.teachers.onnx_output import boxes_of
 from deploy.core.errors import UserError
-from tests.helpers.teacher_files import CENTRE, CORNERS, CPU, PIXELS, SHARES, deployable, noise, rectangle, sample, spot
+from tests.helpers.teacher_files import (
+    CENTRE,
+    CORNERS,
+    CPU,
+    PIXELS,
+    SHARES,
+    constant,
+    deployable,
+    noise,
+    rectangle,
+    sample,
+    spot,
+)
 
 NAMES = ("a", "b", "c")
 SEPARATE = "float[N,4] boxes, float[N] scores, int64[N] labels"
@@ -280,6 +295,79 @@ def test_suppression_and_the_limit(tmp_path: Path) -> None:
         assert found.scores.tolist() == wanted
 
 
+def outputs_of(rows: list[list[float]]) -> dict[str, np.ndarray]:
+    return {"output": np.array([rows], np.float32)}
+
+
+def test_boxes_are_suppressed_before_they_are_clipped(tmp_path: Path) -> None:
+    """Two boxes whose parts in the image are the same, and which overlap by half: two objects."""
+    path = constant(tmp_path / "a.onnx", outputs_of([[-50, 0, 100, 100, 0.9], [0, 0, 50, 100, 0.8]]))
+    output = {"combined": "output", "columns": "box_classes", "box_format": "xywh"}
+    image = sample(noise(128, 128))
+    for threshold, wanted in ((0.6, [0.9, 0.8]), (0.4, [0.9])):
+        teacher = foreign(path, output | {"nms_threshold": threshold}, ("a",))
+        (found,) = teacher.detect([image], score_threshold=0.05)
+        assert found.boxes.tolist() == [[0, 0, 50, 100]] * len(wanted)
+        np.testing.assert_allclose(found.scores, wanted, rtol=1e-6)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10_000))
+def test_suppression_is_that_of_each_class_alone(seed: int) -> None:
+    """Against greedy suppression in Python; coordinates below zero, where an offset a class is not enough."""
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(-60, 60, (12, 2))
+    boxes = torch.from_numpy(np.concatenate([corners, corners + rng.integers(-2, 60, (12, 2))], 1)).float()
+    scores, labels = torch.from_numpy(rng.permutation(12) / 12).float(), torch.from_numpy(rng.integers(0, 3, 12))
+    expected: list[int] = []
+    for place in scores.argsort(descending=True).tolist():
+        x1, y1, x2, y2 = boxes[place].tolist()
+        if x2 <= x1 or y2 <= y1:
+            continue
+        alike = [other for other in expected if labels[other] == labels[place]]
+        if all(overlap((x1, y1, x2, y2), boxes[other].tolist()) <= 0.5 for other in alike):
+            expected.append(place)
+    assert suppressed(boxes, scores, labels, 0.5).tolist() == sorted(expected)
+
+
+def overlap(a: Any, b: Any) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(width, 0) * max(height, 0)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+@pytest.mark.parametrize("gap", [None, "N/A", "background", ""])
+def test_labels_that_stand_for_nothing(tmp_path: Path, gap: str | None) -> None:
+    """As in COCO's 91 columns: they are no classes, and boxes of them are left out."""
+    rows = [[10, 10, 50, 50, 0.9, 0.1, 0.2, 0.3], [60, 60, 90, 90, 0.1, 0.8, 0.7, 0.4]]
+    path = constant(tmp_path / "a.onnx", outputs_of([[float(value) for value in row] for row in rows]))
+    names: tuple[Any, ...] = (gap, "cat", gap, "dog")
+    output: dict[str, Any] = {"combined": "output", "columns": "box_classes"}
+    image = sample(noise(128, 128))
+    teacher = foreign(path, output, names)
+    assert teacher.class_names == ("cat", "dog")
+    (found,) = teacher.detect([image], score_threshold=0.25)
+    assert found.labels.tolist() == [0, 1, 1]
+    np.testing.assert_allclose(found.scores, [0.8, 0.4, 0.3], rtol=1e-6)
+    (found,) = foreign(path, output | {"best_class_only": True}, names).detect([image], score_threshold=0.25)
+    assert found.labels.tolist() == [0]  # the best of the first box is no class
+    labelled = [[10.0, 10, 50, 50, 0.9, 0], [60, 60, 90, 90, 0.8, 1], [20, 20, 50, 50, 0.7, 3]]
+    path = constant(tmp_path / "b.onnx", outputs_of(labelled))
+    (found,) = foreign(path, {"combined": "output"}, names).detect([image], score_threshold=0.25)
+    assert found.labels.tolist() == [0, 1] and found.boxes[1].tolist() == [20, 20, 50, 50]
+
+
+@pytest.mark.parametrize("shape", [(3, 128, 128), ("c", "h", "w"), (1, 3, 128, 128), ("n", 3, 128, 128)])
+def test_with_a_batch_axis_or_without(tmp_path: Path, shape: tuple[int | str, ...]) -> None:
+    path = constant(tmp_path / "a.onnx", outputs_of([[10, 10, 50, 50, 0.9]]), shape)
+    output = {"combined": "output", "columns": "box_classes"}
+    teacher = foreign(path, output, ("a",), size=(128, 128))
+    (found,) = teacher.detect([sample(noise(128, 128))], score_threshold=0.05)
+    assert found.boxes.tolist() == [[10, 10, 50, 50]]
+    if shape[-1] == 128:
+        assert foreign(path, output, ("a",)).settings["size"] == [128, 128]
+
+
 def test_prepare_equals_pixels_in_place() -> None:
     image = noise(40, 60)
     pixels, placed = prepare(image, OnnxInput(size=(40, 80), resize="letterbox_center", pad_color=9), (40, 80))
@@ -324,6 +412,67 @@ def test_mistakes_are_one_line(tmp_path: Path, ours: Path) -> None:
     logits = PLAIN.replace("0.75", "3.5")
     path = spot(tmp_path / "logits.onnx", rest=CORNERS + PIXELS + logits, outputs=SEPARATE)
     refused("outside 0..1; set output.activation to sigmoid", path, output, run=True, size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "how", "message"),
+    [
+        ((8, 3, 64, 64), {}, r"'images' takes 8 images at once, \[8, 3, 64, 64\]; export it for one image"),
+        ((1, 64, 64, 3), {}, r"of \[1, 64, 64, 3\] has 64 channels as nchw; set input.layout: nhwc"),
+        ((64, 64, 3), {}, r"of \[64, 64, 3\] has 64 channels as nchw; set input.layout: nhwc"),
+        ((1, 3, 64, 64), {"layout": "nhwc"}, r"has 64 channels as nhwc; set input.layout: nchw"),
+        ((1, 1, 64, 64), {}, r"has 1 channels as nchw; an RGB image has 3"),
+        ((64, 64), {}, r"'images' has 2 axes, \[64, 64\]; an image has three, and a fourth for a batch"),
+        ((1, 2, 3, 64, 64), {"size": (64, 64)}, r"has 5 axes"),
+        ((3, "h", "w"), {}, r"of \[3, 'h', 'w'\] does not fix height and width; give input.size"),
+    ],
+)
+def test_inputs_that_are_no_image(tmp_path: Path, shape: Any, how: dict[str, Any], message: str) -> None:
+    path = constant(tmp_path / "a.onnx", outputs_of([[10, 10, 50, 50, 0.9]]), shape)
+    with pytest.raises(UserError, match=message) as caught:
+        foreign(path, {"combined": "output", "columns": "box_classes"}, ("a",), **how)
+    assert "\n" not in str(caught.value)
+
+
+GRID: dict[str, Any] = {"combined": "c", "columns": "box_classes", "box_format": "cxcywh", "strides": (8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (GRID | {"box_format": "xyxy"}, "set box_format: cxcywh, box_units: pixels"),
+        (GRID | {"columns": "box_score_label"}, "a grid has a score a class"),
+        (GRID | {"count": "n"}, "excludes count and labels"),
+        (GRID | {"combined": ("a",)}, "must be one output, or 2, one a stride"),
+        (GRID | {"anchors": (((1, 1),),)}, "must be 2 lists, one a stride, of equal length"),
+        (GRID | {"anchors": (((1.0, 1.0),), ((1.0, 1.0), (2.0, 2.0)))}, "must be 2 lists"),
+        ({"combined": ("a", "b")}, "a list of outputs needs strides"),
+        ({"combined": "c", "anchors": (((1.0, 1.0),),)}, "needs strides, one for each list of anchors"),
+        ({"combined": "c", "best_class_only": True}, "needs a score a class; here a box has one score"),
+        ({"boxes": "b", "scores": "s", "labels": "l", "best_class_only": True}, "needs a score a class"),
+        ({"boxes": "b", "objectness": "o"}, "needs scores, which it is multiplied with"),
+        ({"combined": "c", "objectness": "o"}, "excludes combined"),
+    ],
+)
+def test_descriptions_that_contradict_themselves(output: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OnnxOutput(**output)
+
+
+def test_grids_of_another_size_and_scores_that_are_none() -> None:
+    placed, grid = Placed((32, 64), (1.0, 1.0)), OnnxOutput(**GRID)
+    with pytest.raises(ValueError, match=r"gives 3 boxes, and strides \[8, 16\] with 1 a cell on 64 x 32 .* make 40"):
+        boxes_of({"combined": np.zeros((3, 6), np.float32)}, grid, 2, placed)
+    with pytest.raises(ValueError, match=r"stride 16 does not divide the input of 64 x 24"):
+        boxes_of({"combined": np.zeros((40, 6), np.float32)}, grid, 2, Placed((24, 64), (1.0, 1.0)))
+    levels = {"combined 1": np.zeros((1, 6, 8, 4), np.float32), "combined 2": np.zeros((1, 8, 6), np.float32)}
+    two = grid.model_copy(update={"combined": ("p3", "p4")})
+    with pytest.raises(ValueError, match=r"combined 1 has the shape \[1, 6, 8, 4\]; its stride makes a grid of 4 x 8"):
+        boxes_of(levels, two, 2, placed)
+    with pytest.raises(ValueError, match="scores that are no numbers"):
+        boxes_of(
+            {"combined": np.full((40, 6), np.nan, np.float32)}, OnnxOutput(**GRID, activation="sigmoid"), 2, placed
+        )
 
 
 def test_paths_of_the_command_line(tmp_path: Path, ours: Path) -> None:

@@ -16,7 +16,7 @@ from compress.detectors.base import Capability
 from compress.detectors.checkpoints import COCO_CATEGORIES
 from compress.teachers.base import BoxTeacher
 from compress.teachers.load import open_teacher
-from compress.teachers.torchvision import TorchvisionTeacher, detector_of
+from compress.teachers.torchvision import TorchvisionTeacher, build_torchvision, detector_of
 from deploy.core.errors import UserError
 from tests.helpers.teacher_files import CPU, noise, sample
 
@@ -179,3 +179,10 @@ def test_torchvision_mistakes_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             torchvision(*arguments)
         assert "\n" not in str(caught.value)
+
+
+def test_labels_without_a_class_are_left_out() -> None:
+    source = Torchvision(model="ssdlite320_mobilenet_v3_large", weights="none", class_names=("a", None, "N/A", "b"))
+    model, labels, names = build_torchvision(source)
+    assert (labels, names) == ([1, 4], ("a", "b"))
+    assert model.head.classification_head.num_columns == 5
