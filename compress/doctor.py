@@ -33,7 +33,18 @@ TRAIN = (
     "tensorboard",
 )
 SERVE = ("fastapi", "h11", "uvicorn", "python-multipart", "prometheus-client")
-BASE = ("numpy", "pydantic", "typer", "rich", "pyyaml", "pillow", "jinja2", "pycocotools", "faster-coco-eval")
+BASE = (
+    "numpy",
+    "pydantic",
+    "typer",
+    "rich",
+    "pyyaml",
+    "pillow",
+    "simplejpeg",
+    "jinja2",
+    "pycocotools",
+    "faster-coco-eval",
+)
 DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13
 INSTALL_TRAIN = "pip install 'compress-detectors[train]'"

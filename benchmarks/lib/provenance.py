@@ -13,8 +13,8 @@ from pathlib import Path
 from benchmarks.lib.results import ROOT
 
 PACKAGES = (
-    "torch", "torchvision", "lightning", "numpy", "pillow", "onnx", "onnxruntime", "onnxruntime-gpu", "pycocotools",
-    "faster-coco-eval", "mmdet", "mmcv", "mmengine", "opencv-python",
+    "torch", "torchvision", "lightning", "numpy", "pillow", "simplejpeg", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "pycocotools", "faster-coco-eval", "mmdet", "mmcv", "mmengine", "opencv-python",
 )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from benchmarks.lib.photographs import CLASSES, write_photographs
 from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable
+from deploy.core.canvas import fit_canvas
 from deploy.core.card import ModelCard
-from deploy.core.image import decode_image, fit_canvas, read_image_bytes
+from deploy.core.image import decode_image, read_image_bytes
 from deploy.graph.export import export_onnx
 
 SPREAD = 2.0

@@ -36,9 +36,10 @@ from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable, TorchRunner
 from compress.export.onnx import export_checkpoint
 from compress.run.quantize import split_files, write_search_split
+from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.card import ModelCard, network_precision
 from deploy.core.errors import UserError
-from deploy.core.image import decode_image, fit_canvas, read_image_bytes, to_original
+from deploy.core.image import decode_image, read_image_bytes
 from deploy.core.precisions import file_for
 from deploy.graph.export import export_onnx
 from deploy.graph.structure import BOXES, SCORES

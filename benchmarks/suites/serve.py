@@ -46,7 +46,8 @@ from benchmarks.lib import child, options
 from benchmarks.lib.load import LOST, Shot, Target, closed_loop, get, open_loop, percentiles
 from benchmarks.lib.measure import ForeignCpu
 from benchmarks.lib.results import ROOT, Case, Row
-from deploy.core.image import decode_image, fit_canvas, to_original
+from deploy.core.canvas import fit_canvas, to_original
+from deploy.core.image import decode_image
 from deploy.runtimes.onnx import OnnxRunner
 
 SIZES = ((240, 320), (480, 640), (427, 640), (640, 480), (720, 1280), (333, 500))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from compress.data.coco import decode
-from deploy.core.errors import first_line
+from deploy.core.errors import UserError
+from deploy.core.image import load_image
 from deploy.validate.coco import read_annotations
 
 TOLERANCE_PX = 1.0
@@ -81,11 +81,9 @@ def _images(file: Path, folder: Path, document: dict[str, Any]) -> Iterator[Prob
         path = folder / entry["file_name"]
         where = f"image {entry['id']}"
         try:
-            height, width = decode(path).shape[1:]
-        except FileNotFoundError:
-            return Problem("error", path, where, "the file is missing")
-        except (OSError, RuntimeError, ValueError) as error:
-            return Problem("error", path, where, f"cannot be read as an image: {first_line(error)}")
+            height, width = load_image(path).shape[:2]
+        except UserError as error:
+            return Problem("error", path, where, str(error).removeprefix(f"{path}: "))
         if (height, width) != (entry["height"], entry["width"]):
             declared = f"{entry['width']}x{entry['height']}"
             return Problem("error", path, where, f"the file is {width}x{height} pixels, {file.name} says {declared}")

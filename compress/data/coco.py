@@ -7,7 +7,6 @@ gigabytes of dictionaries in every worker.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 
 from compress.data.batch import Target
-from deploy.core.errors import UserError, first_line
-from deploy.core.image import rgb
+from deploy.core.errors import UserError
+from deploy.core.image import load_image
 from deploy.validate.coco import read_annotations
-
-# torchvision 0.29 announces the end of its decoders at every call, in favour of a package that needs FFmpeg.
-warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
@@ -202,17 +196,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def _decode(self, index: int) -> Tensor:
         path = self.folder / self._names[index]
-        where = f"{path}: image id {self.image_ids[index]} of {self.annotations}"
+        entry = f"image id {self.image_ids[index]} of {self.annotations}"
         try:
-            image = decode(path)
-        except FileNotFoundError:
-            raise UserError(f"{where}: the file is missing") from None
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{where}: cannot be read as an image: {first_line(error)}") from None
+            image = load_tensor(path)
+        except UserError as error:
+            raise UserError(f"{error} ({entry})") from None
         height, width = self.sizes[index]
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}x{image.shape[1]}"
-            raise UserError(f"{where}: the file is {found} pixels, the annotations say {width}x{height}")
+            raise UserError(f"{path}: the file is {found} pixels, the annotations say {width}x{height} ({entry})")
         return image
 
     def _decode_all(self) -> Tensor:
@@ -238,23 +230,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return cache
 
 
-def decode(path: Path) -> Tensor:
-    """An image file as uint8 [3, h, w] RGB, EXIF orientation applied.
-
-    JPEG and PNG through torchvision, anything else that Pillow knows through Pillow.
-
-    Raises:
-        OSError, RuntimeError, ValueError: missing or unreadable.
-    """
-    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        pixels = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        # 16 bits a channel: the upper eight, as `deploy.core.image` takes them
-        return pixels if pixels.dtype == torch.uint8 else (pixels.to(torch.int32) >> 8).to(torch.uint8)
-    with Image.open(path) as image:
-        array = np.array(rgb(image))
-    return torch.from_numpy(array).permute(2, 0, 1)
+def load_tensor(path: Path) -> Tensor:
+    """`deploy.core.image.load_image` as uint8 [3, h, w], channels last in memory."""
+    return torch.from_numpy(load_image(path)).permute(2, 0, 1)
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, half_precision
 from compress.versions import versions
+from deploy.core.canvas import fit_canvas
 from deploy.core.card import PAD_COLOR, PROCESSING, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, load_image
+from deploy.core.image import load_image
 from deploy.core.precisions import PRECISIONS
 from deploy.graph.export import ExportReport, export_onnx
 

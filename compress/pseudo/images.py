@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
 from compress.data.batch import ImageSize
-from compress.data.coco import decode
-from compress.data.transforms import fit_size
+from compress.data.coco import load_tensor
+from compress.data.transforms import resize_exactly
 from compress.teachers.base import Sample, View
-from deploy.core.errors import LocalUserError, UserError, first_line
+from deploy.core.canvas import fit_size
+from deploy.core.errors import LocalUserError, UserError
 from deploy.core.image_folder import image_files
 from deploy.core.same_files import FileContents
 
@@ -153,19 +153,17 @@ class _Chunks(Dataset[Any]):
         name = images.names[index]
         path = images.folder / name
         try:
-            image = decode(path)
-        except FileNotFoundError:
-            return Unreadable(name, f"{path}: no such file")
-        except (OSError, RuntimeError, ValueError) as error:
-            return Unreadable(name, f"{path}: cannot be read as an image: {first_line(error)}")
+            image = load_tensor(path)
+        except UserError as error:
+            return Unreadable(name, str(error))
         original = (int(image.shape[1]), int(image.shape[2]))
         listed = images.sizes[index]
         if listed is not None and listed != original:
             raise UserError(
                 f"{path}: the file is {original[1]}x{original[0]} pixels, the list says {listed[1]}x{listed[0]}"
             )
-        size = fit_size(*original, *self._limits)
-        small = F.resize_image(image, list(size), antialias=True) if View.RESIZED in self._views else None
+        size = fit_size(*original, short=self._limits[0], long=self._limits[1])
+        small = resize_exactly(image, size) if View.RESIZED in self._views else None
         return Sample(
             small, images.ids[index], ImageSize(size, original), name, image if View.ORIGINAL in self._views else None
         )

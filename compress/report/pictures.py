@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from compress.report.document import Box, Document, Picture, Report
 from deploy.core.boxes import iou
-from deploy.core.image import rgb
+from deploy.core.errors import UserError
+from deploy.core.image import load_image
 
 LONGEST_SIDE = 640  # pixels of an embedded image
 MIN_SCORE = 0.3  # weaker detections are left out of the drawing
@@ -82,8 +83,9 @@ class Photos:
         if path not in self._read:
             try:
                 uri, size = _embed(path)
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-                raise PhotoError(f"The image {image} could not be read ({error}).") from None
+            except UserError as error:
+                reason = str(error).removeprefix(f"{path}: ")
+                raise PhotoError(f"The image {image} could not be read ({reason}).") from None
             self._read[path] = (len(self._read), uri, size)
         return self._read[path]
 
@@ -142,8 +144,7 @@ def confident(boxes: Sequence[Box]) -> list[Box]:
 
 def _embed(path: Path) -> tuple[str, tuple[int, int]]:
     """A JPEG data URI and the (width, height) of the file in its upright orientation."""
-    with Image.open(path) as file:
-        image = Image.fromarray(rgb(file))
+    image = Image.fromarray(load_image(path))
     size = image.size
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

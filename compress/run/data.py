@@ -13,9 +13,10 @@ from compress.config.pseudo import Labels
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.label_split import split_labels
-from compress.data.transforms import eval_transform, fit_size, train_transform
+from compress.data.transforms import eval_transform, train_transform
 from compress.manifest import RunFolder
 from compress.training.distributed import on_first_process
+from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 
@@ -104,7 +105,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         cache=data.cache and has_labels,
         drop_empty=data.drop_empty and has_labels,
     )
-    val = validation_set(val_split, data, plan.input_size, cache=data.cache)
+    val, size = validation_set(val_split, data, plan.input_size, cache=data.cache)
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(
             f"{train_split.annotations} and {val_split.annotations} have different categories: "
@@ -114,16 +115,18 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
     identity = _identity(data, train_split, val_split)
-    size = plan.input_size or canvas(val, data)
     return Datasets(train, val, train_split, val_split, identity, size, unlabelled, has_labels)
 
 
 def validation_set(
     split: Split, data: Data, input_size: tuple[int, int] | None, *, cache: bool = False
-) -> CocoDetection:
-    """Open validation images, resized as files of this input size (None: the smallest `canvas`) resize them."""
-    transform = eval_transform(data.eval_short, data.long, input_size)
-    return CocoDetection(split.annotations, split.images, transform, cache=cache)
+) -> tuple[CocoDetection, tuple[int, int]]:
+    """Open validation images, resized as exported files resize them, and the canvas that both lay them on: `input_size`,
+    or the smallest `canvas`."""
+    val = CocoDetection(split.annotations, split.images, eval_transform(data.eval_short, data.long), cache=cache)
+    size = input_size or canvas(val, data)
+    val.transform = eval_transform(data.eval_short, data.long, size)
+    return val, size
 
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
@@ -131,7 +134,7 @@ def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
 
     With wide and tall images that is about a square of the long side, of which much is padding for each of them.
     """
-    sizes = [fit_size(*size, data.eval_short, data.long) for size in set(dataset.sizes)]
+    sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32
 

@@ -36,7 +36,7 @@ from compress.manifest import (
     Manifest,
     RunFolder,
 )
-from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits, validation_set
+from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -396,9 +396,9 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
 
     _, split = splits(recipe.data, recipe.runs)
     resize_short_long = (recipe.data.eval_short, recipe.data.long)
-    val = validation_set(split, recipe.data, recipe.deploy.input_size)
+    val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
     images = [val.path(index) for index in range(len(val))]
-    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), resize_short_long)
+    return split, val, Checks(images, size, resize_short_long)
 
 
 def quantizing(recipe: Recipe) -> Quantizing:

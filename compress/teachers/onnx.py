@@ -21,9 +21,9 @@ from compress.teachers.base import Preprocessing, Sample, View, final, original
 from compress.teachers.first_look import FirstLook
 from compress.teachers.onnx_input import Placed, described, prepare
 from compress.teachers.onnx_output import boxes_of, on_canvas, output_names
+from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, to_original
 from deploy.runtimes.onnx import OnnxRunner
 
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from compress.config.teacher import OnnxInput
-from compress.data.transforms import fit_size
 from compress.teachers.base import Preprocessing
+from deploy.core.canvas import fit_size, resize
 
 KEEP_RATIO_MULTIPLE = 32
 OPENCV_ONE = 2048
@@ -38,7 +37,7 @@ def prepare(image: np.ndarray, how: OnnxInput, size: tuple[int, int]) -> tuple[n
     height, width = image.shape[:2]
     canvas, inside = size, size
     if how.resize == "keep_ratio":
-        inside = fit_size(height, width, *size)
+        inside = fit_size(height, width, short=size[0], long=size[1])
         canvas = tuple(-(-side // KEEP_RATIO_MULTIPLE) * KEEP_RATIO_MULTIPLE for side in inside)  # type: ignore[assignment]
     elif how.resize != "stretch":
         factor = min(size[0] / height, size[1] / width)
@@ -68,7 +67,7 @@ def resized(image: np.ndarray, size: tuple[int, int], filter: str) -> np.ndarray
     if filter == "torch":
         planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
         return F.interpolate(planes, size=size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    return resize(image, size)
 
 
 def opencv_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 PACKAGES = (
     "numpy",
     "pillow",
+    "simplejpeg",
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",

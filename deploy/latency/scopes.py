@@ -17,9 +17,10 @@ from typing import get_args
 
 import numpy as np
 
+from deploy.core.canvas import to_original
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
-from deploy.core.image import decode_image, read_image_bytes, to_original
+from deploy.core.image import decode_image, read_image_bytes
 from deploy.latency.clock import Clock
 from deploy.latency.results import Scope
 from deploy.runtimes.base import Runner, StagedRunner

@@ -20,10 +20,11 @@ import numpy as np
 import onnx
 from onnx import shape_inference
 
+from deploy.core.canvas import fit_canvas
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
-from deploy.core.image import fit_canvas, load_image
+from deploy.core.image import load_image
 from deploy.core.image_folder import image_files
 from deploy.graph.structure import needed_for, structure_of
 

@@ -13,10 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.card import ModelCard
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
-from deploy.core.image import fit_canvas, to_original
 from deploy.runtimes.base import DetectionBatch
 
 Item = TypeVar("Item")

@@ -11,9 +11,9 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from deploy.core import detections as core
+from deploy.core.canvas import to_original
 from deploy.core.card import ModelCard
 from deploy.core.draw import draw_boxes
-from deploy.core.image import to_original
 from deploy.serve.batching import Row
 from deploy.serve.decode import Decoded
 

@@ -14,18 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-# Registers WebP among the formats that Pillow tries first. Otherwise it would load all its parsers for a WebP file,
-# and try those without a magic number on it.
-from PIL import WebPImagePlugin as _webp
-
+from deploy.core.canvas import fit_canvas
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
-from deploy.core.image import decode_oriented, fit_canvas
+from deploy.core.image import decode_oriented, open_picture, picture_format
 from deploy.serve.settings import RefusalError
 from deploy.serve.structure import check_structure
 
-assert _webp
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "GIF")
+"""What a stranger may send: of those that `deploy.core.image` reads, the ones that browsers know."""
 MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif")
 
 
@@ -71,37 +68,25 @@ def check_together(pictures: Sequence[bytes], *, max_pixels: int) -> None:
 
 def read_header(data: bytes, where: str) -> tuple[str, int, int]:
     """Format, width and height, without decoding. Raises RefusalError 415 or 422."""
-    name = _sniff(data)
-    if name is None:
+    name = picture_format(data)
+    if name not in {known.upper() for known in FORMATS}:
         raise RefusalError(415, f"{where}: not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
     try:
         check_structure(name, data)
     except ValueError as error:
         raise RefusalError(422, f"{where}: {error}") from error
     try:
-        if name == "WebP":  # Pillow allocates the whole canvas when it opens one
+        if name == "WEBP":  # Pillow allocates the whole canvas when it opens one
             return (name, *_webp_size(data))
-        with Image.open(io.BytesIO(data), formats=[name]) as file:
+        with open_picture(io.BytesIO(data), where) as file:
             return (name, *file.size)
-    except Image.DecompressionBombError as error:
-        raise RefusalError(413, f"{where}: too many pixels") from error
     except Exception as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise RefusalError(413, f"{where}: too many pixels") from error
         raise RefusalError(422, f"{where}: broken {name} file") from error
 
 
 # ----------------------------------------------------------------------------------------------------
-
-
-def _sniff(data: bytes) -> str | None:
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WebP"
-    if data.startswith(b"BM"):
-        return "BMP"
-    return "GIF" if data[:6] in (b"GIF87a", b"GIF89a") else None
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -101,9 +101,9 @@ def test_a_picture_turned_by_exif_is_found_where_it_is_seen(model: deploy.Model,
 
 def test_what_is_no_picture_is_said_in_one_line(model: deploy.Model, folder: Path, tmp_path: Path) -> None:
     for pictures, message in (
-        (folder / "none.png", "no such image"),
-        (folder / "notes.txt", "cannot decode the image"),
-        (b"hello", "cannot decode the image"),
+        (folder / "none.png", "the file is missing"),
+        (folder / "notes.txt", "cannot be read as an image"),
+        (b"hello", "cannot be read as an image"),
         (np.zeros((4, 4), np.uint8), r"pixels must be uint8 \[height, width, 3\], got uint8 \[4, 4\]"),
         (np.zeros((2, 4, 4, 3), np.float32), "pixels must be uint8"),
         (tmp_path, "no images in it"),

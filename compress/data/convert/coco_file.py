@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
-from deploy.core.errors import UserError, first_line
+from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, write_json
+from deploy.core.image import image_size
 
 _OTHER_NAMES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 _SET = re.compile(r"(train|training|val|valid|validation|test|testing)(\d{4})?", re.IGNORECASE)
@@ -163,14 +162,9 @@ def nearest(paths: Sequence[Path], name: PurePosixPath | Path) -> Path | None:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) as shown, that is after its orientation is applied; reads the header only."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {first_line(error)}") from None
-    return (height, width) if turned else (width, height)
+    """(width, height) of the upright picture; reads the header only."""
+    height, width = image_size(path)
+    return width, height
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -281,7 +281,8 @@ def test_a_missed_budget_leaves_no_older_file(
 
 def test_a_lost_map_fails_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels are what the reference detects, so another detector must be worse."""
-    from deploy.core.image import letterbox, load_image
+    from deploy.core.canvas import letterbox
+    from deploy.core.image import load_image
     from deploy.runtimes.onnx import OnnxRunner
     from tests.helpers.tiny_onnx import export_tiny
 

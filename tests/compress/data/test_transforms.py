@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.data.batch import Target, collate
-from compress.data.transforms import eval_transform, fit_size, train_transform
+from compress.data.transforms import eval_transform, train_transform
+from deploy.core.canvas import fit_size
 from deploy.core.card import PAD_COLOR
 
 SIDES = st.integers(33, 120)
@@ -40,13 +41,13 @@ def scenes(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     ],
 )
 def test_fit_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert fit_size(*size, 800, 1333) == expected
+    assert fit_size(*size, short=800, long=1333) == expected
 
 
 @given(SIDES, SIDES, st.integers(16, 300), st.integers(0, 300))
 def test_fit_size_keeps_within_and_touches_a_limit(height: int, width: int, short: int, extra: int) -> None:
     long = short + extra
-    new = fit_size(height, width, short, long)
+    new = fit_size(height, width, short=short, long=long)
     assert min(new) <= short and max(new) <= long
     assert min(new) == short or max(new) == long
 
@@ -58,7 +59,7 @@ def test_resize_scales_boxes(scene: tuple[Tensor, Tensor, Tensor], short: int) -
     height, width = image.shape[1:]
     out, moved, _ = eval_transform(short, 200)(image, boxes, ignore)
     new_h, new_w = out.shape[1:]
-    assert (new_h, new_w) == fit_size(height, width, short, 200)
+    assert (new_h, new_w) == fit_size(height, width, short=short, long=200)
     factor = torch.tensor([new_w / width, new_h / height] * 2, dtype=torch.float64)
     limit = torch.tensor([new_w, new_h] * 2, dtype=torch.float64)
     expected = torch.minimum(boxes.double() * factor, limit)

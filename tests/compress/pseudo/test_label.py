@@ -198,7 +198,7 @@ def test_a_part_without_a_chunk_holds_nobody_up(world: Path, tmp_path: Path) -> 
     wrong = replace(right, folder=tmp_path)
     for index in range(2):
         with pytest.raises(
-            UserError, match=r"png: no such file; --skip-unreadable, or pseudo_labels\.skip_unreadable in"
+            UserError, match=r"png: the file is missing; --skip-unreadable, or pseudo_labels\.skip_unreadable in"
         ):
             make(world, out, images=wrong, shard=Shard(index, 2), table={"kitten": "dog"})
     assert len(list(parts_folder(out).iterdir())) == 2

@@ -25,7 +25,7 @@ from compress.export.onnx import torch_runner
 from compress.manifest import STUDENT, Manifest, RunFolder
 from compress.run import evaluation, steps
 from compress.run.artifacts import Checks
-from compress.run.data import canvas, validation_set
+from compress.run.data import validation_set
 from compress.run.evaluation import EvaluationPlan, validate_files
 from compress.training.evaluate import evaluate
 from deploy.core.card import ModelCard
@@ -43,8 +43,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
     folder = tmp_path_factory.mktemp("gate")
     split = _pictures(folder)
     data = Data(train=split, val=split, short=LIMITS["short"], long=LIMITS["long"])
-    val = validation_set(split, data, None)
-    size = canvas(val, data)
+    val, size = validation_set(split, data, None)
     run = RunFolder(folder / "run")
     run.path.mkdir()
     shutil.copy(Path(evaluation.__file__).parents[1] / "assets" / "quickstart_teacher.safetensors", run.weights())
@@ -190,7 +189,7 @@ def test_a_difference_in_training_is_named(plant: str, plan: EvaluationPlan, mon
     if plant == "mean":
         detector.set_normalisation(mean=(0.0, 0.0, 0.0))
     if plant == "half size":
-        val = validation_set(plan.split, Data(train=plan.split, val=plan.split, short=32, long=48), None)
+        val, _ = validation_set(plan.split, Data(train=plan.split, val=plan.split, short=32, long=48), None)
     put(monkeypatch)
     found = steps.first_difference(detector, val, plan.checks.input_size, deployed(plan), [0, 1, 2])
     assert found is not None and found.step == step and words in found.what

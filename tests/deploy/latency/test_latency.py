@@ -363,7 +363,7 @@ def test_wrong_arguments_are_one_line_errors(images: list[Path], tmp_path: Path)
         ({"runners": {}}, "no artifact given"),
         ({"runners": {"a": []}}, "no artifact given"),
         ({"images": []}, "no images given"),
-        ({"images": [tmp_path / "none.jpg"]}, "no such image"),
+        ({"images": [tmp_path / "none.jpg"]}, "the file is missing"),
         ({"batch_sizes": [0]}, "batch sizes must be at least 1"),
         ({"scopes": ["gpu"]}, "unknown scope 'gpu'"),
         ({"seconds": 0}, "seconds must be positive"),

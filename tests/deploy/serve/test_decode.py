@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from deploy.core.image import decode_image, fit_canvas
+from deploy.core.canvas import fit_canvas
+from deploy.core.image import decode_image
 from deploy.serve.decode import decode, read_header
 from deploy.serve.settings import RefusalError
 from tests.helpers.encoded_pictures import encode, hostile, jpeg_of_many_scans, kinds, png_that_claims, with_exif
@@ -184,7 +185,7 @@ def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> Non
 
 @pytest.mark.parametrize("name", [name for name in GOOD if "webp" in name])
 def test_webp_sizes_are_read_by_hand_as_pillow_reads_them(name: str) -> None:
-    assert read_header(GOOD[name], "image") == ("WebP", 90, 60)
+    assert read_header(GOOD[name], "image") == ("WEBP", 90, 60)
 
 
 def test_webp_sizes_of_any_kind() -> None:

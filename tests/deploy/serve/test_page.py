@@ -152,7 +152,7 @@ def test_a_broken_file_says_so_and_the_next_one_works(page: Page, red_server: Se
     broken.write_bytes(red_file.read_bytes()[:200])
     page.choose("#file", broken)
     page.wait("!document.querySelector('#problem').hidden")
-    assert "cannot decode the image" in page.run("document.querySelector('#problem').textContent")
+    assert "cannot be read as an image" in page.run("document.querySelector('#problem').textContent")
     assert page.run("document.querySelector('#problem').getAttribute('role')") == "alert"
     assert page.run("document.querySelector('#figure').hidden") and drawn(page) == []
     upload(page, red_file)

@@ -392,7 +392,7 @@ def test_the_client(red_server: Server, red_onnx: Path, tmp_path: Path) -> None:
         with pytest.raises(ServerError, match="415: image: not a JPEG") as caught:
             client.detect(b"hello")
         assert caught.value.status == 415
-        with pytest.raises(UserError, match="no such image"):
+        with pytest.raises(UserError, match="the file is missing"):
             client.detect(tmp_path / "none.png")
         with pytest.raises(UserError, match="uint8"):
             client.detect(np.zeros((4, 4), np.float32))
