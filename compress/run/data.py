@@ -121,8 +121,8 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
 def validation_set(
     split: Split, data: Data, input_size: tuple[int, int] | None, *, cache: bool = False
 ) -> tuple[CocoDetection, tuple[int, int]]:
-    """Open validation images, resized as exported files resize them, and the canvas that both lay them on: `input_size`,
-    or the smallest `canvas`."""
+    """Open validation images, resized as exported files resize them; and the canvas that both lay them on:
+    `input_size`, or the smallest `canvas`."""
     val = CocoDetection(split.annotations, split.images, eval_transform(data.eval_short, data.long), cache=cache)
     size = input_size or canvas(val, data)
     val.transform = eval_transform(data.eval_short, data.long, size)
