@@ -19,8 +19,9 @@ def open_console(*, quiet: bool = False) -> Console:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function (done, total): a bar that vanishes at the end on a terminal, ten plain lines elsewhere."""
+def progress(what: str, *, at_least: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function (done, total): a bar that vanishes at the end on a terminal, ten plain lines elsewhere, if the
+    total is `at_least` so large."""
     console = open_console()
     with Progress(console=console, disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task(what, total=None)
@@ -28,7 +29,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
         def advance(done: int, total: int) -> None:
             nonlocal before
-            if bar.disable and done * 10 // total > before * 10 // total:
+            if bar.disable and total >= at_least and done * 10 // total > before * 10 // total:
                 print(f"{what}: {done} of {total}", flush=True)
             before = done
             bar.update(task, completed=done, total=total)

@@ -43,7 +43,6 @@ BASE = (
     "simplejpeg",
     "jinja2",
     "pycocotools",
-    "faster-coco-eval",
 )
 DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13

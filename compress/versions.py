@@ -9,7 +9,7 @@ from compress import __version__
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy",
-    "faster-coco-eval", "pycocotools",
+    "pycocotools",
 )  # fmt: skip
 
 

@@ -188,3 +188,18 @@ def test_named_files_exist(path: Path) -> None:
     pattern = r"`((?:compress|deploy|kernels|tests|benchmarks|recipes|docs)/[\w/.-]*\.(?:py|yaml|json|md|j2))`"
     for name in re.findall(pattern, text):
         assert (ROOT / name).is_file(), f"{name} is not there"
+
+
+def test_every_difference_has_its_word_and_its_test() -> None:
+    """A row of docs/differences.md says equal, aligned or corrected, and names functions that are there."""
+    rows = re.findall(
+        r"^\| (?!what |---).*$", (ROOT / "docs" / "differences.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 30
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 6 and cells[3] in ("equal", "aligned", "corrected"), row
+        held_by = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", cells[5])
+        assert held_by, f"no test: {row}"
+        for file, name in held_by:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"

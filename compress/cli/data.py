@@ -13,10 +13,11 @@ import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import Resume, need_folder
+from compress.cli.options import JsonOut, Resume, need_folder, need_json_place
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
+    from compress.data.check import Checked
     from compress.data.convert.coco_file import Source
     from compress.pseudo.parts import Shard
 
@@ -134,21 +135,56 @@ def _read_voc(source: Path, flags: ConvertFlags) -> Source:
 def check(
     annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS", help="COCO instances JSON.")],
     images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of the images.")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="JSON", help="Another set, val for train: none of its pictures may be here."),
+    ] = None,
+    against_images: Annotated[
+        Path | None, typer.Option("--against-images", metavar="DIR", help="Folder of its images. Default: --images.")
+    ] = None,
+    max_detections: Annotated[
+        int, typer.Option("--max-detections", min=1, help="The recipe's deploy.max_detections.")
+    ] = 100,
+    json_out: JsonOut = None,
 ) -> None:
-    """Find what breaks training.
+    """Find what breaks training, or makes it learn or measure something wrong.
 
-    One line for each problem; exit code 1 if there is one."""
+    An `error:` line for each such finding, and a `note:` line for what is handled, but worth knowing; ten of a kind are
+    shown. Exit code 1 if there is an error, 0 if there are notes alone."""
     need_folder(images, "--images")
+    if against_images is not None:
+        if against is None:
+            raise UserError("--against-images: belongs to --against, which is not given")
+        need_folder(against_images, "--against-images")
+    need_json_place(json_out)
+    from compress.console import progress
     from compress.data.check import check as find_problems
 
-    problems = find_problems(annotations, images)
-    for problem in problems:
-        print(problem)
-    errors = sum(problem.level == "error" for problem in problems)
-    if errors:
-        gate_failed(f"{annotations}: {errors} problem{'s' * (errors > 1)}")
-    print(f"{annotations}: fit for training; in a recipe, data.train.annotations, with data.train.images: {images}")
+    other = None if against is None else (against, images if against_images is None else against_images)
+    with progress("checking", at_least=2000) as advance:
+        checked = find_problems(annotations, images, against=other, max_detections=max_detections, progress=advance)
+    if json_out is not None:
+        from deploy.core.files import write_json
+
+        write_json(json_out, checked.to_dict())
+    for line in checked.lines():
+        print(line)
+    print(f"{annotations}: {_described(checked)}")
+    notes = f"{checked.notes} note{'s' * (checked.notes != 1)}"
+    if checked.errors:
+        gate_failed(f"{annotations}: {checked.errors} error{'s' * (checked.errors > 1)}, {notes}")
+    print(
+        f"{annotations}: fit for training{f', {notes}' if checked.notes else ''}; "
+        f"in a recipe, data.train.annotations, with data.train.images: {images}"
+    )
     next_command("run", "--help")
+
+
+def _described(checked: Checked) -> str:
+    """Counts of images, boxes and classes; of the classes the ten with most boxes."""
+    boxes = sorted(checked.boxes.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {count}" for name, count in boxes[:10]) + (", ..." if len(boxes) > 10 else "")
+    return f"{checked.image_count} images, {sum(checked.boxes.values())} boxes of {len(boxes)} classes: {shown}"
 
 
 @data_app.command("synthetic")
@@ -245,7 +281,12 @@ def pseudo_label(
         raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
     thresholds = None
     if flags.thresholds_from is not None:
+        from deploy.validate.coco import load_annotations
+        from deploy.validate.labels import WHEN_MEASURING, label_notes
+
         thresholds = Labelled(flags.thresholds_from, flags.thresholds_root)
+        for line in label_notes(load_annotations(flags.thresholds_from), kinds=WHEN_MEASURING):
+            print(f"note: {flags.thresholds_from}: {line}")
     summary = label(
         teachers,
         images_in(images, root),

@@ -112,7 +112,7 @@ class Deploy(Settings):
     nms_threshold: Fraction = NMS_THRESHOLD
     """Boxes of one class that overlap more than this IoU suppress each other."""
     max_detections: Positive = MAX_DETECTIONS
-    """Detections for each image."""
+    """Detections for each image. mAP counts 100 of a class; above that, mAP with so many is a figure of its own."""
     candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = CANDIDATES
     """Highest-scoring boxes that enter the suppression."""
     max_batch: Positive = 8

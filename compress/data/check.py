@@ -1,144 +1,176 @@
-"""Find what breaks training in a COCO dataset, before training does."""
+"""Find what breaks training or evaluation in a COCO dataset, before they do."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deploy.core.errors import UserError
-from deploy.core.image import load_image
-from deploy.validate.coco import read_annotations
-
-TOLERANCE_PX = 1.0
-"""A box may reach this far out of its image: exporters round."""
+from deploy.core.image import load_image, pixel_doubt
+from deploy.core.image_folder import missing
+from deploy.core.progress import Progress
+from deploy.core.same_files import FileContents, shared
+from deploy.validate.coco import images_without_size, read_annotations
+from deploy.validate.labels import KINDS, MOST_OBJECTS, Level, label_findings
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding; `str` gives one line with file and id."""
+    """One finding; `str` gives one line with level, file and id."""
 
-    level: Literal["error", "note"]
-    """error: training would fail or learn from wrong labels. note: handled, but worth knowing."""
+    kind: str
+    """A key of `deploy.validate.labels.KINDS`."""
     file: Path
     where: str
     """Place in the file, for example `annotation 12`."""
     message: str
 
+    @property
+    def level(self) -> Level:
+        """error: training would fail, or learn or measure something wrong. note: handled, but worth knowing."""
+        return KINDS[self.kind][0]
+
     def __str__(self) -> str:
-        return f"{self.file}: {self.where}: {self.message}" + (" (note)" if self.level == "note" else "")
+        return f"{self.level}: {self.file}: {self.where}: {self.message}"
 
 
-def check(annotations: Path, images: Path) -> list[Problem]:
+@dataclass(frozen=True)
+class Checked:
+    """The findings, in the order of KINDS, and what was looked at. boxes: by name of their class."""
+
+    annotations: Path
+    images: Path
+    problems: Sequence[Problem]
+    image_count: int
+    boxes: Mapping[str, int]
+
+    @property
+    def errors(self) -> int:
+        return sum(problem.level == "error" for problem in self.problems)
+
+    @property
+    def notes(self) -> int:
+        return len(self.problems) - self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON types: `fit`, `errors`, `notes`, `images`, `boxes`, `kinds` with counts, `problems`."""
+        kinds = Counter(problem.kind for problem in self.problems)
+        return {
+            "annotations": str(self.annotations),
+            "image_folder": str(self.images),
+            "fit": not self.errors,
+            "errors": self.errors,
+            "notes": self.notes,
+            "images": self.image_count,
+            "boxes": dict(self.boxes),
+            "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+            "problems": [
+                {**asdict(problem), "level": problem.level, "file": str(problem.file)} for problem in self.problems
+            ],
+        }
+
+    def lines(self, most: int = 10) -> list[str]:
+        """A line a finding, errors first; of each kind at most so many, and then how many more there are."""
+        kinds = Counter(problem.kind for problem in self.problems)
+        shown: Counter[str] = Counter()
+        lines = []
+        for problem in self.problems:
+            shown[problem.kind] += 1
+            if shown[problem.kind] <= most:
+                lines.append(str(problem))
+            if shown[problem.kind] == kinds[problem.kind] > most:
+                lines.append(f"{problem.level}: and {kinds[problem.kind] - most} more: {KINDS[problem.kind][1]}")
+        return lines
+
+
+def check(
+    annotations: Path,
+    images: Path,
+    *,
+    against: tuple[Path, Path] | None = None,
+    max_detections: int = MOST_OBJECTS,
+    progress: Progress | None = None,
+) -> Checked:
     """Check a COCO file and decode every image it names.
 
-    Returns the findings in the order categories, images, annotations.
+    against: another COCO file and the folder of its images, with which this one must share no picture.
+    max_detections: what an exported file will give of an image. progress(done, total): called after every image.
 
     Raises:
-        UserError: the file is no COCO JSON at all (see `deploy.validate.coco.read_annotations`).
+        UserError: a file is no COCO JSON at all (see `deploy.validate.coco.read_annotations`).
     """
-    document = read_annotations(annotations, sizes=True)
-    images = Path(images)
-    return [
-        *_categories(Path(annotations), document),
-        *_images(Path(annotations), images, document),
-        *_annotations(Path(annotations), document),
-    ]
+    file, images = Path(annotations), Path(images)
+    document = read_annotations(file)
+    found = list(_pictures(file, images, document, progress))
+    found += _same_pictures(images, document)
+    if against is not None:
+        found += _shared(images, document, *against)
+    findings = label_findings(document, max_detections=max_detections)
+    found += [Problem(finding.kind, file, finding.where, finding.message) for finding in findings]
+    order = {kind: place for place, kind in enumerate(sorted(KINDS, key=lambda kind: KINDS[kind][0] == "note"))}
+    names = {row["id"]: row["name"] for row in document["categories"]}
+    boxes = Counter(names.get(row["category_id"], "?") for row in document["annotations"])
+    problems = sorted(found, key=lambda problem: order[problem.kind])
+    return Checked(file, images, problems, len(document["images"]), {name: boxes[name] for name in names.values()})
 
 
-def _categories(file: Path, document: dict[str, Any]) -> Iterator[Problem]:
-    identifiers = [category["id"] for category in document["categories"]]
-    if not identifiers:
-        yield Problem("error", file, "categories", "the list is empty, there is nothing to detect")
-        return
-    for identifier, count in _repeated(identifiers):
-        yield Problem("error", file, f"category {identifier}", f"the id is used {count} times")
-    for name, count in _repeated(category["name"] for category in document["categories"]):
-        yield Problem("error", file, f"category {name!r}", f"the name is used {count} times")
-    unique = sorted(set(identifiers))
-    if unique[-1] - unique[0] + 1 != len(unique):
-        missing = sorted(set(range(unique[0], unique[-1])) - set(unique)) if unique[-1] < 10_000 else []
-        shown = f", first gap at {missing[0]}" if missing else ""
-        text = f"ids {unique[0]}..{unique[-1]} are not contiguous{shown}; labels are numbered by ascending id"
-        yield Problem("note", file, "categories", text)
+# --- details --------------------------------------------------------------------------------------------
 
 
-def _images(file: Path, folder: Path, document: dict[str, Any]) -> Iterator[Problem]:
+def _pictures(file: Path, folder: Path, document: dict[str, Any], progress: Progress | None) -> Iterator[Problem]:
+    """Decode all images. Sizes that the document does not say are filled in."""
     entries = document["images"]
-    if not entries:
-        yield Problem("error", file, "images", "the list is empty")
-    for identifier, count in _repeated(entry["id"] for entry in entries):
-        yield Problem("error", file, f"image {identifier}", f"the id is used {count} times")
-    for name, count in _repeated(entry["file_name"] for entry in entries):
-        yield Problem("error", file, f"image {name!r}", f"the file is listed {count} times")
+    unsized = {id(entry) for entry in images_without_size(document, str(file))}
 
-    def look(entry: dict[str, Any]) -> Problem | None:
+    def look(entry: dict[str, Any]) -> list[Problem]:
         path = folder / entry["file_name"]
         where = f"image {entry['id']}"
+        if not path.is_file():
+            return [Problem("no-file", path, where, missing(path))]
         try:
-            height, width = load_image(path).shape[:2]
+            pixels = load_image(path)
         except UserError as error:
-            return Problem("error", path, where, str(error).removeprefix(f"{path}: "))
-        if (height, width) != (entry["height"], entry["width"]):
+            return [Problem("unreadable", path, where, str(error).removeprefix(f"{path}: "))]
+        height, width = pixels.shape[:2]
+        doubt = pixel_doubt(pixels)
+        found = [] if doubt is None else [Problem("odd-pixels", path, where, doubt)]
+        if id(entry) in unsized:
+            entry["width"], entry["height"] = width, height
+            found.append(
+                Problem("no-size", file, where, f"has no width and height; its file is {width}x{height} pixels")
+            )
+        elif (height, width) != (entry["height"], entry["width"]):
             declared = f"{entry['width']}x{entry['height']}"
-            return Problem("error", path, where, f"the file is {width}x{height} pixels, {file.name} says {declared}")
-        return None
+            text = f"the file is {width}x{height} pixels, {file.name} says {declared}"
+            found.append(Problem("other-size", path, where, text))
+        return found
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
-        for problem in pool.map(look, entries):
-            if problem is not None:
-                yield problem
-
-    labelled = {annotation["image_id"] for annotation in document["annotations"]}
-    for entry in entries:
-        if entry["id"] not in labelled:
-            yield Problem("note", file, f"image {entry['id']}", f"{entry['file_name']} has no annotations")
+        for done, problems in enumerate(pool.map(look, entries), start=1):
+            yield from problems
+            if progress is not None:
+                progress(done, len(entries))
 
 
-def _annotations(file: Path, document: dict[str, Any]) -> Iterator[Problem]:
-    annotations = document["annotations"]
-    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in document["images"]}
-    categories = {category["id"] for category in document["categories"]}
-    for identifier, count in _repeated(a["id"] for a in annotations if "id" in a):
-        yield Problem("error", file, f"annotation {identifier}", f"the id is used {count} times")
-    for position, annotation in enumerate(annotations):
-        identifier = annotation.get("id")
-        where = f"annotations[{position}]" if identifier is None else f"annotation {identifier}"
-        if identifier is None:
-            yield Problem("error", file, where, "id is missing; COCO evaluation needs one")
-        if annotation["category_id"] not in categories:
-            yield Problem("error", file, where, f"category_id {annotation['category_id']} is not in categories")
-        if annotation["image_id"] not in sizes:
-            yield Problem("error", file, where, f"image_id {annotation['image_id']} is not in images")
-        problem = _box_problem(annotation["bbox"], sizes.get(annotation["image_id"]))
-        if problem is None and annotation.get("area", 1) <= 0:
-            problem = f"area is {annotation['area']:g}; it is left out of training"
-        if problem is not None:
-            yield Problem("error", file, where, problem)
+def _same_pictures(folder: Path, document: dict[str, Any]) -> Iterator[Problem]:
+    paths = {folder / entry["file_name"]: entry["id"] for entry in document["images"]}
+    contents = FileContents(paths)
+    for path, identifier in paths.items():
+        other = contents.same(path)
+        if other is not None and other != path:
+            yield Problem("same-file", path, f"image {identifier}", f"is the same picture as {other}")
 
 
-def _box_problem(box: list[float], size: tuple[int, int] | None) -> str | None:
-    x, y, w, h = box
-    shown = f"bbox [{x:g}, {y:g}, {w:g}, {h:g}]"
-    if not all(math.isfinite(value) for value in box):
-        return f"{shown} holds a value that is not finite"
-    if w <= 0 or h <= 0:
-        return f"{shown} is empty"
-    if w < 1 or h < 1:
-        return f"{shown} is less than one pixel wide or high; it is left out of training"
-    if size is None:
-        return None
-    inside = f"the image of {size[0]}x{size[1]} pixels"
-    if x >= size[0] or y >= size[1] or x + w <= 0 or y + h <= 0:
-        return f"{shown} lies outside {inside}"
-    out = max(-x, -y, x + w - size[0], y + h - size[1])
-    return f"{shown} reaches {out:g} px out of {inside}" if out > TOLERANCE_PX else None
-
-
-def _repeated(values: Any) -> list[tuple[Any, int]]:
-    return [(value, count) for value, count in Counter(values).items() if count > 1]
+def _shared(folder: Path, document: dict[str, Any], annotations: Path, images: Path) -> Iterator[Problem]:
+    others = [images / entry["file_name"] for entry in read_annotations(annotations)["images"]]
+    identifiers = {folder / entry["file_name"]: entry["id"] for entry in document["images"]}
+    for path, other in shared(identifiers, others):
+        text = f"is {other} of {annotations}" if path != other else f"is also in {annotations}"
+        yield Problem(
+            "shared", path, f"image {identifiers[path]}", f"{text}: what is learned from must not be measured on"
+        )

@@ -22,6 +22,7 @@ from compress.data.batch import Target
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.validate.coco import read_annotations
+from deploy.validate.labels import MOST_OBJECTS, WHILE_TRAINING, label_notes
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
@@ -49,6 +50,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_uncertain: leave out images with no box to learn where something may be: images with an uncertain region,
             and all of a file whose `info.coverage` does not have all categories.
         scores: give the targets the annotations' `score`; one without has 1.
+        max_detections: what an exported file gives of an image; for `label_notes` alone.
 
     Raises:
         UserError: as `read_annotations`; no images left; with `cache`, too little memory; on access, an image
@@ -65,6 +67,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """float32 [len(self)], width / height."""
     dropped: Counter[str]
     """Counts of annotations that were left out, by reason."""
+    label_notes: list[str]
+    """Lines about labels that are usable, but cost accuracy: see `deploy.validate.labels`."""
 
     def __init__(
         self,
@@ -76,9 +80,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         drop_empty: bool = False,
         drop_uncertain: bool = False,
         scores: bool = False,
+        max_detections: int = MOST_OBJECTS,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
-        document = read_annotations(self.annotations, sizes=True)
+        document = read_annotations(self.annotations, sizes=True, images=self.folder)
         if not document["categories"]:
             raise UserError(f"{annotations}: categories: the list is empty, there is nothing to detect")
         names = {category["id"]: category["name"] for category in document["categories"]}
@@ -92,6 +97,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         labels = {value: i for i, value in enumerate(self.category_ids)}
         self._unlabeled_classes = _unlabeled_classes(document, labels, self.annotations)
         kept, self.dropped = _usable(document, labels, self._unlabeled_classes, self.annotations)
+        self.label_notes = label_notes(document, kinds=WHILE_TRAINING, max_detections=max_detections)
         self._with_scores = scores
         if drop_empty:
             entries = [

@@ -189,5 +189,6 @@ def _listed(source: Path, folder: Path) -> ImageList:
     ids = [entry["id"] for entry in entries]
     if len(set(ids)) < len(ids):
         raise UserError(f"{source}: images: two images have the same id")
-    sizes = [(e["height"], e["width"]) if "height" in e and "width" in e else None for e in entries]
+    known = [e.get("height") is not None and e.get("width") is not None for e in entries]
+    sizes = [(e["height"], e["width"]) if both else None for e, both in zip(entries, known, strict=True)]
     return ImageList(folder, ids, [entry["file_name"] for entry in entries], sizes)

@@ -39,9 +39,12 @@ class _Part(BaseModel):
 
 
 class Figures(_Part):
-    """One trained model. AP figures are in percent, 0 to 100."""
+    """One trained model. AP figures are in percent, 0 to 100; `map_at_max` counts `max_detections` of a class in an
+    image, where that is more than COCO's 100."""
 
     map: Number = None
+    map_at_max: Number = None
+    max_detections: int | None = None
     map50: Number = None
     map75: Number = None
     per_class: dict[str, Number] = {}
@@ -110,14 +113,16 @@ class Different(_Part):
 
 class Artifact(_Part):
     """One exported file. `map` in percent, `map_drop` in points of it below the reference, `training_drop` below what
-    training measured for these weights; `agreement` a share, 0 to 1; `engine` of a file that TensorRT built.
-    `reason`: why the gate fails; `differs_most`: the pictures that show it."""
+    training measured for these weights; `agreement` a share, 0 to 1; `map_at_max` as of a model; `engine` of a file
+    that TensorRT built. `reason`: why the gate fails; `differs_most`: the pictures that show it."""
 
     file: str
     backend: str = ""
     precision: str = ""
     size_mb: Number = None
     map: Number = None
+    map_at_max: Number = None
+    max_detections: int | None = None
     map_drop: Number = None
     training_drop: Number = None
     agreement: Number = None

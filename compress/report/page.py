@@ -20,7 +20,7 @@ from compress.report.document import ROLES, Artifact, Document, Models, read_doc
 from compress.report.headline import headline, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
-from compress.report.tables import artifact_row, class_rows, engine_row, model_rows, pseudo_labels
+from compress.report.tables import artifact_row, class_rows, engine_row, model_rows, more_than_usual, pseudo_labels
 from compress.report.text import date, flat
 from deploy.core.files import write_text
 
@@ -52,6 +52,7 @@ def build_report(run_dir: Path) -> Path:
         model_rows=model_rows(report.models),
         pseudo=pseudo_labels(report),
         artifacts=[artifact_row(a) for a in report.artifacts],
+        limit=more_than_usual(report.artifacts),
         engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
         trade=_trade_chart(report.models, report.artifacts),
         levels=any(f and f.map is not None for f in (report.models.teacher, report.models.baseline)),

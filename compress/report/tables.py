@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from compress.report.document import ROLES, Artifact, Engine, Layers, Models, Report
+from compress.report.document import ROLES, Artifact, Engine, Figures, Layers, Models, Report
 from compress.report.text import figure, ratio, signed
 
 
@@ -20,8 +21,10 @@ class Cell:
 def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
     """(metric, cells by column): the three roles, then the student against baseline and teacher."""
     rows = []
+    limit = more_than_usual([models.teacher, models.baseline, models.student])
     for label, key, digits in (
         ("mAP", "map", 1),
+        *([(f"mAP at {limit}", "map_at_max", 1)] if limit else []),
         ("AP50", "map50", 1),
         ("AP75", "map75", 1),
         ("Params, M", "params_m", 2),
@@ -41,6 +44,11 @@ def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
                 cells["vs_" + other] = Cell("–")
         rows.append((label, cells))
     return rows
+
+
+def more_than_usual(figures: Iterable[Figures | Artifact | None]) -> int | None:
+    """The largest number of detections of an image that an mAP of its own counts; None where only COCO's 100 do."""
+    return max((row.max_detections for row in figures if row is not None and row.max_detections), default=None)
 
 
 def pseudo_labels(report: Report) -> list[str]:
@@ -80,6 +88,7 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
         "precision": a.precision or "–",
         "size": figure(a.size_mb, 1),
         "map": figure(a.map, 1),
+        "map_at_max": figure(a.map_at_max, 1),
         "drop": figure(a.map_drop, 2),
         "training_drop": figure(a.training_drop, 2),
         "agreement": "–" if a.agreement is None else f"{100 * a.agreement:.1f} %",

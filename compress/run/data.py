@@ -19,6 +19,7 @@ from compress.training.distributed import on_first_process
 from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.validate.labels import MOST_OBJECTS
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DataPlan:
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
     runs: where drawn images are kept, for all runs. folder: of this one.
-    input_size: (height, width) of the exported files' input; None: the smallest `canvas`.
+    input_size: (height, width) of the exported files' input; None: the smallest `canvas`. max_detections: of theirs.
     """
 
     data: Data
@@ -35,6 +36,7 @@ class DataPlan:
     folder: RunFolder
     labels: Labels | None = None
     input_size: tuple[int, int] | None = None
+    max_detections: int = MOST_OBJECTS
 
 
 @dataclass
@@ -104,8 +106,9 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
         cache=data.cache and has_labels,
         drop_empty=data.drop_empty and has_labels,
+        max_detections=plan.max_detections,
     )
-    val, size = validation_set(val_split, data, plan.input_size, cache=data.cache)
+    val, size = validation_set(val_split, data, plan.input_size, cache=data.cache, max_detections=plan.max_detections)
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(
             f"{train_split.annotations} and {val_split.annotations} have different categories: "
@@ -119,11 +122,17 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
 
 
 def validation_set(
-    split: Split, data: Data, input_size: tuple[int, int] | None, *, cache: bool = False
+    split: Split,
+    data: Data,
+    input_size: tuple[int, int] | None,
+    *,
+    cache: bool = False,
+    max_detections: int = MOST_OBJECTS,
 ) -> tuple[CocoDetection, tuple[int, int]]:
     """Open validation images, resized as exported files resize them; and the canvas that both lay them on:
     `input_size`, or the smallest `canvas`."""
-    val = CocoDetection(split.annotations, split.images, eval_transform(data.eval_short, data.long), cache=cache)
+    transform = eval_transform(data.eval_short, data.long)
+    val = CocoDetection(split.annotations, split.images, transform, cache=cache, max_detections=max_detections)
     size = input_size or canvas(val, data)
     val.transform = eval_transform(data.eval_short, data.long, size)
     return val, size

@@ -93,7 +93,7 @@ def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
         return dict(enumerate(class_names(data.synthetic.classes), start=1))
     assert data.train is not None
     if data.train.annotations.is_file():
-        return {row["id"]: row["name"] for row in read_annotations(data.train.annotations, sizes=True)["categories"]}
+        return {row["id"]: row["name"] for row in read_annotations(data.train.annotations)["categories"]}
     console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
     return dict(COCO_CATEGORIES)
 

@@ -37,6 +37,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
+from compress.run.data_notes import notes_about
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -145,7 +146,8 @@ def distill(
 
 def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
-    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels, recipe.deploy.input_size)
+    folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
+    return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
@@ -234,10 +236,8 @@ class _Run:
             f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
             f"{self.fabric.device.type}",
         )
-        for split, images in ((data.train_split, data.train), (data.val_split, data.val)):
-            if images.dropped:
-                counts = ", ".join(f"{count} {reason}" for reason, count in images.dropped.items())
-                say(f"{split.annotations}: annotations left out: {counts} (see compress data check)")
+        for line in notes_about(data) if self.fabric.is_global_zero else ():
+            say(line, markup=False)
         if data.unlabelled is not None:
             assert recipe.labels is not None
             rest = len(read_annotations(data.unlabelled.annotations)["images"])
@@ -291,12 +291,8 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs = {
-            "data": self.data.identity,
-            "weights": state_sha256(teacher),
-            "canvas": list(self.data.canvas),
-            **limit_input(plan.max_detections),
-        }
+        inputs = {"data": self.data.identity, "canvas": list(self.data.canvas), "weights": state_sha256(teacher)}
+        inputs |= limit_input(plan.max_detections)
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")

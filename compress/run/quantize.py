@@ -8,11 +8,13 @@ from pathlib import Path
 
 from compress.config.data import Split
 from compress.config.deploy import Int8
+from compress.console import open_console
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json, write_text
 from deploy.core.precisions import Target
 from deploy.core.progress import Progress
-from deploy.quantize.calibrate import CalibrationImages, check_apart, choose_images, list_images
+from deploy.core.same_files import shared
+from deploy.quantize.calibrate import CALIBRATION_KEY, CalibrationImages, check_apart, choose_images, list_images
 from deploy.quantize.file import Quantizer, QuantizeReport
 from deploy.quantize.guided import GuidedResult, search
 from deploy.quantize.picture import trade_off_svg
@@ -50,17 +52,18 @@ class Quantizing:
 
     @cached_property
     def images(self) -> CalibrationImages:
-        """Raises UserError when there are none, and when one of them is among the validation images."""
+        """Images for calibration, none of them among the validation images; says how many are left out for that.
+
+        Raises UserError when there are none."""
         source = self.settings.calibration
         if source is not None:
             files = list_images(source)
         else:
             assert self.train is not None, "without training images the settings name others"
             files = split_files(self.train.annotations, self.train.images)
-        chosen = choose_images(files, self.settings.images)
         if self.val is not None:
-            check_apart(chosen, split_files(self.val.annotations, self.val.images))
-        return chosen
+            files = _without(files, split_files(self.val.annotations, self.val.images))
+        return choose_images(files, self.settings.images)
 
     @cached_property
     def search_split(self) -> Split | None:
@@ -119,6 +122,25 @@ def quantize_file(
         )
     report = quantizer.save(out, chosen.float_layers, guided_map_drop=round(chosen.map_drop, 4), max_batch=max_batch)
     return report, result
+
+
+def _without(files: list[Path], judged_on: list[Path]) -> list[Path]:
+    """The files whose bytes are not among those of `judged_on`. Raises UserError where none is left."""
+    common = shared(files, judged_on)
+    if not common:
+        return files
+    (first, other), own = common[0], {file for file, _ in common}
+    if len(own) == len(set(files)):
+        raise UserError(
+            f"{CALIBRATION_KEY}: all {len(own)} calibration images are among the validation images, the first is "
+            f"{first} (= {other}); name other images, such as unlabelled ones"
+        )
+    open_console().print(
+        f"calibration: {len(own)} of {len(set(files))} images are left out, because they are validation images as "
+        f"well; the first is {first} (= {other})",
+        markup=False,
+    )
+    return [file for file in files if file not in own]
 
 
 def split_files(annotations: Path, folder: Path) -> list[Path]:

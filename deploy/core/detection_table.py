@@ -43,10 +43,6 @@ class DetectionTable:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, rows: np.ndarray) -> DetectionTable:
-        """Rows by a mask or their numbers."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})
-
     def xywh(self, rows: np.ndarray) -> np.ndarray:
         """Boxes float64 [m, 4] of some rows as x, y, width, height."""
         boxes = self.boxes[rows].astype(np.float64)  # where the difference of two float32 is exact

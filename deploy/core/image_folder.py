@@ -11,8 +11,11 @@ from pathlib import Path
 
 from deploy.core.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Files that count as images where a folder is searched; lower case."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".jpe", ".jfif", ".gif", ".avif", ".jp2", ".pgm", ".ppm"),
+)
+"""Files that count as images where a folder is searched; lower case. What is read is decided by content."""
 
 
 def image_files(folder: Path, where: str = "") -> list[Path]:

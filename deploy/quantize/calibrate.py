@@ -31,6 +31,8 @@ from deploy.graph.structure import needed_for, structure_of
 Method = Literal["minmax", "percentile", "entropy"]
 
 PERCENTILE = 99.99
+CALIBRATION_KEY = "deploy.int8.calibration (--calibration)"
+"""Where the images are named: in a recipe, and on the command line."""
 _AT_ONCE = 4  # images whose activations are in memory together
 
 
@@ -92,8 +94,8 @@ def check_apart(calibration: CalibrationImages, judged_on: Iterable[Path], what:
     common = [(own[digest], file) for file in judged_on if (digest := sha256_of(file)) in own]
     if common:
         raise UserError(
-            f"{len(common)} of {len(own)} calibration images are among {what}, the first is {common[0][0]} "
-            f"(= {common[0][1]}): calibrate on training or unlabelled images"
+            f"{CALIBRATION_KEY}: {len(common)} of {len(own)} calibration images are among {what}, the first is "
+            f"{common[0][0]} (= {common[0][1]}): calibrate on training or unlabelled images"
         )
 
 

@@ -19,7 +19,6 @@ from rich.table import Table
 
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import ModelCard
-from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -35,7 +34,8 @@ from deploy.runtimes.pictures import (
     load_batches,
     picture_detections,
 )
-from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
+from deploy.validate.collected import Collected
 from deploy.validate.differences import most_different
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.score_calibration import detection_ece
@@ -134,48 +134,14 @@ def validate(
     truth = GroundTruth.of({**content, "images": rows})
 
     files = {row["id"]: Path(images) / row["file_name"] for row in rows}
-    outcomes = detect_all(runners, files, batch_size, progress)
+    outcomes = detect_all(runners, files, batch_size, progress, sizes=sizes_of(rows))
     metrics, calibration = {}, {}
     for name, runner in runners.items():
-        table = outcomes[name].table()
+        table = outcomes[name].detections.table()
         metrics[name] = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
         calibration[name] = detection_ece(truth, table)
-    base = None if reference is None else outcomes[reference]
-    results: list[ArtifactResult] = []
-    sound: list[str] = []  # what loses no more than allowed against the reference
-    for name, runner in runners.items():
-        outcome = outcomes[name]
-        drop = None if reference is None else metrics[reference].map - metrics[name].map
-        gate = "fail" if outcome.spoiled else _gate(drop, max_map_drop, bool(base and base.spoiled))
-        if gate == "pass":
-            sound.append(name)
-        trained = (expected or {}).get(name)
-        training_drop = None if trained is None else trained - metrics[name].map
-        results.append(
-            ArtifactResult(
-                name=name,
-                backend=runner.backend,
-                precision=dict(runner.card.precision),
-                metrics=metrics[name],
-                d_ece=calibration[name],
-                map_drop=drop,
-                agreement=None if base is None else _agreement(base.detections, outcome.detections),
-                gate="fail" if training_drop is not None and _gate(training_drop, max_map_drop) == "fail" else gate,
-                images=len(rows),
-                seconds=outcome.seconds,
-                training_drop=training_drop,
-            )
-        )
-    trusted = _graph_to_trust(runners, sound, reference)
-    for index, row in enumerate(results):
-        if row.gate != "fail":
-            continue
-        outcome, why = outcomes[row.name], _against_training(row)
-        if row.name not in sound:
-            why = "; ".join(filter(None, (_diagnosis(runners[row.name], trusted, files, outcome.spoiled), why)))
-        pictures = [] if base is None else most_different(base.detections, outcome.detections, files)
-        results[index] = replace(row, diagnosis=why, pictures=pictures)
-    return results
+    bars = _Bars(reference, expected or {}, max_map_drop)
+    return _compared(runners, files, outcomes, metrics, calibration, bars)
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -211,29 +177,41 @@ def write_results(path: Path, results: list[ArtifactResult]) -> None:
 class Outcome:
     """Answers of one runner for all images, by their ids."""
 
-    detections: dict[int, Detections] = field(default_factory=dict)
+    detections: Collected = field(default_factory=Collected)
     """The finite ones, in pixels of the original images."""
     spoiled: list[int] = field(default_factory=list)
     """Images where the runner also gave values that are not finite."""
     seconds: float = 0.0
     """Time spent in the runner."""
 
-    def table(self) -> DetectionTable:
-        """All detections in one table."""
-        return DetectionTable.join(found.to_table(image_id) for image_id, found in self.detections.items())
-
 
 def detect_all(
-    runners: Mapping[str, Runner], files: Mapping[int, Path], batch_size: int, progress: Progress | None = None
+    runners: Mapping[str, Runner],
+    files: Mapping[int, Path],
+    batch_size: int,
+    progress: Progress | None = None,
+    *,
+    sizes: Mapping[int, tuple[int, int]] | None = None,
 ) -> dict[str, Outcome]:
     """Run every runner over the same images (id → file), each of which is decoded once.
 
-    Raises UserError for an image that cannot be read, and for outputs that cannot be what they are called.
+    sizes: (height, width) that the images must have, of those where it is known.
+
+    Raises UserError for an image that cannot be read or is of another size, and for outputs that cannot be what they
+    are called.
     """
     outcomes = {name: Outcome() for name in runners}
+    known = {} if sizes is None else sizes
 
     def load(item: tuple[int, Path]) -> tuple[int, np.ndarray]:
-        return item[0], load_image(item[1])
+        pixels = load_image(item[1])
+        (height, width), wanted = pixels.shape[:2], known.get(item[0])
+        if wanted is not None and (height, width) != wanted:
+            raise UserError(
+                f"{item[1]}: the file is {width}x{height} pixels, the annotations say {wanted[1]}x{wanted[0]}; "
+                "their boxes are of another picture"
+            )
+        return item[0], pixels
 
     done = 0
     for batch in load_batches(files.items(), load, batch_size):
@@ -246,7 +224,7 @@ def detect_all(
             finite = np.asarray(finite_values(found).all(-1))
             for i, detections in enumerate(picture_detections(found, canvases, runner.card)):
                 image_id = batch[i][0]
-                outcomes[name].detections[image_id] = detections
+                outcomes[name].detections.add(image_id, detections)
                 if not finite[i]:
                     outcomes[name].spoiled.append(image_id)
         done += len(batch)
@@ -262,6 +240,65 @@ def prepare(path: Path, card: ModelCard) -> tuple[np.ndarray, Canvases]:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bars:
+    """What `validate` measures its runners against."""
+
+    reference: str | None
+    expected: Mapping[str, float]
+    max_map_drop: float
+
+
+def _compared(
+    runners: Mapping[str, Runner],
+    files: Mapping[int, Path],
+    outcomes: Mapping[str, Outcome],
+    metrics: Mapping[str, CocoMetrics],
+    calibration: Mapping[str, float],
+    bars: _Bars,
+) -> list[ArtifactResult]:
+    """The results of `validate` with their gates, and for those that fail the reasons."""
+    reference = bars.reference
+    base = None if reference is None else outcomes[reference]
+    results: list[ArtifactResult] = []
+    sound: list[str] = []  # what loses no more than allowed against the reference
+    for name, runner in runners.items():
+        outcome = outcomes[name]
+        drop = None if reference is None else metrics[reference].map - metrics[name].map
+        gate = "fail" if outcome.spoiled else _gate(drop, bars.max_map_drop, bool(base and base.spoiled))
+        if gate == "pass":
+            sound.append(name)
+        trained = bars.expected.get(name)
+        training_drop = None if trained is None else trained - metrics[name].map
+        results.append(
+            ArtifactResult(
+                name=name,
+                backend=runner.backend,
+                precision=dict(runner.card.precision),
+                metrics=metrics[name],
+                d_ece=calibration[name],
+                map_drop=drop,
+                agreement=None if base is None else _agreement(base.detections, outcome.detections),
+                gate="fail"
+                if training_drop is not None and _gate(training_drop, bars.max_map_drop) == "fail"
+                else gate,
+                images=len(files),
+                seconds=outcome.seconds,
+                training_drop=training_drop,
+            )
+        )
+    trusted = _graph_to_trust(runners, sound, reference)
+    for index, row in enumerate(results):
+        if row.gate != "fail":
+            continue
+        outcome, why = outcomes[row.name], _against_training(row)
+        if row.name not in sound:
+            why = "; ".join(filter(None, (_diagnosis(runners[row.name], trusted, files, outcome.spoiled), why)))
+        pictures = [] if base is None else most_different(base.detections, outcome.detections, files)
+        results[index] = replace(row, diagnosis=why, pictures=pictures)
+    return results
 
 
 def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:
@@ -351,7 +388,7 @@ def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool = Fal
     return "pass" if drop <= max_map_drop + 1e-9 else "fail"
 
 
-def _agreement(left: dict[int, Detections], right: dict[int, Detections]) -> Agreement:
+def _agreement(left: Mapping[int, Detections], right: Mapping[int, Detections]) -> Agreement:
     confirmed = total = 0
     scores: list[float] = []
     boxes: list[float] = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Pixels of all, small, medium and large objects, both ends included."""
 ROWS = 1 << 14  # detections that are matched at a time
-PAIRS = 1 << 18  # pairs whose IoU is computed at a time
+PAIRS = 1 << 16  # pairs whose IoU is computed at a time
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> 
     The rows are finite and of images and categories of `truth`.
     """
     objects = _Objects(truth)
-    rows = _Rows(truth, table, max(limits))
+    rows = _Rows(truth, table, np.arange(len(table), dtype=_kind(len(table))), max(limits))
     hit, skip = _match(objects, rows)
     found = Curves.empty(len(truth.category_ids), len(limits))
     bounds = np.searchsorted(rows.groups, np.arange(len(truth.category_ids) + 1) * len(truth.image_ids))
@@ -57,9 +58,9 @@ def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> 
     np.add.at(counts, objects.groups // max(len(truth.image_ids), 1), ~objects.ignored)
     for k in np.flatnonzero(counts.any(1)):
         category = slice(bounds[k], bounds[k + 1])
-        best_first = np.argsort(-rows.scores[category], kind="stable")
+        best_first = np.argsort(-table.scores[rows.numbers[category]], kind="stable")
         for m, limit in enumerate(limits):
-            ranked = best_first[rows.ranks[category][best_first] < limit]
+            ranked = best_first[_places_in_runs(rows.groups[category])[best_first] < limit]
             for a in np.flatnonzero(counts[k]):
                 for t in range(len(IOUS)):
                     bit = (int(a), t)
@@ -69,13 +70,14 @@ def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> 
     return found
 
 
-def right_at_half(truth: GroundTruth, table: DetectionTable) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [n] of the detections that count at an IoU of 0.5, and whether each is right: bool [n]."""
-    rows = _Rows(truth, table, max(len(table), 1))
+def right_at_half(truth: GroundTruth, table: DetectionTable, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [n] of the detections that count at an IoU of 0.5, and whether each is right: bool [n]. chosen: numbers of
+    the rows that are looked at."""
+    rows = _Rows(truth, table, chosen)
     hit, skip = _match(_Objects(truth), rows)
     everything = slice(0, len(rows))
     counted = ~skip.column(everything, 0, 0)
-    return rows.scores[counted].astype(np.float64), hit.column(everything, 0, 0)[counted]
+    return table.scores[rows.numbers[counted]].astype(np.float64), hit.column(everything, 0, 0)[counted]
 
 
 def _curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndarray, float]:
@@ -85,7 +87,7 @@ def _curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndar
     """
     places = np.flatnonzero(hits)
     right = np.arange(1, len(places) + 1, dtype=np.float64)
-    precision = right / np.cumsum(counted)[places]
+    precision = right / np.cumsum(counted, dtype=np.int32)[places]
     best_from_here = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     return best_from_here[np.searchsorted(right / objects, RECALLS)], len(places) / objects
 
@@ -105,21 +107,24 @@ class _Objects:
 
 
 class _Rows:
-    """The detections, sorted by class, image and score, without those beyond the limit of their group.
+    """Chosen detections, sorted by class, image and score, without those beyond the limit of their group.
 
-    numbers: of the rows in the table. groups: as of the objects. ranks: of the row in its group. scores: of the rows.
+    numbers: of the rows in the table. groups: as of the objects.
     """
 
-    def __init__(self, truth: GroundTruth, table: DetectionTable, limit: int) -> None:
+    def __init__(self, truth: GroundTruth, table: DetectionTable, chosen: np.ndarray, limit: int | None = None) -> None:
         self.table = table
-        groups = np.searchsorted(truth.category_ids, table.category_ids) * len(truth.image_ids)
-        groups += np.searchsorted(truth.image_ids, table.image_ids)
-        order = np.lexsort((-table.scores, groups))  # stable: equal scores stay in their order
-        groups = groups[order]
-        ranks = _places_in_runs(groups)
-        within = ranks < limit
-        self.numbers, self.groups, self.ranks = order[within], groups[within], ranks[within]
-        self.scores = table.scores[self.numbers]
+        groups = np.searchsorted(truth.category_ids, table.category_ids[chosen])
+        groups = groups.astype(_kind(len(truth.category_ids) * len(truth.image_ids)), copy=False)
+        groups *= len(truth.image_ids)
+        groups += np.searchsorted(truth.image_ids, table.image_ids[chosen]).astype(groups.dtype)
+        # stable: equal scores stay in their order
+        order = np.lexsort((-table.scores[chosen], groups)).astype(_kind(len(table)), copy=False)
+        self.numbers, self.groups = chosen[order], groups[order]
+        if limit is not None:
+            within = _places_in_runs(self.groups) < limit
+            if not within.all():
+                self.numbers, self.groups = self.numbers[within], self.groups[within]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -239,6 +244,11 @@ def _outside(areas: np.ndarray) -> np.ndarray:
     low, high = np.array(AREAS).T
     outside: np.ndarray = (areas[:, None] < low) | (areas[:, None] > high)
     return outside
+
+
+def _kind(largest: int) -> type[np.signedinteger[Any]]:
+    """The smallest integers that hold this number."""
+    return np.int32 if largest < 2**31 else np.int64
 
 
 def _places_in_runs(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import numpy as np
 
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
+from deploy.core.image import image_size
 from deploy.validate.average_precision import Curves, curves
 from deploy.validate.ground_truth import GroundTruth
 
@@ -114,14 +115,17 @@ def evaluate_coco(
     )
 
 
-def read_annotations(path: Path, *, sizes: bool = False) -> dict[str, Any]:
+def read_annotations(path: Path, *, sizes: bool = False, images: Path | None = None) -> dict[str, Any]:
     """Read a COCO detection file and check its shape: three lists of objects with the fields that we use.
 
-    Lists may be empty, and ids may repeat. sizes: every image must also say its width and height.
+    Lists may be empty, and ids may repeat.
+
+    sizes: every image must also say its width and height. images: the folder of the images, from whose headers sizes
+        that are missing or null are then read.
 
     Raises:
         UserError: no such file, not JSON (with the line), or a field missing or of the wrong type (with its list, the
-            index in it and the key).
+            index in it and the key); an image without size that cannot be read.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -133,8 +137,29 @@ def read_annotations(path: Path, *, sizes: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
         raise UserError(f"{path}: not COCO JSON: {error}") from None
-    _check_shape(content, str(path), sizes)
+    _check_shape(content, str(path), sizes and images is None)
+    if sizes and images is not None:
+        for entry in images_without_size(content, str(path)):
+            entry["height"], entry["width"] = image_size(images / entry["file_name"])
     return content
+
+
+def images_without_size(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The images whose width or height is missing or null. Raises UserError for one that is no positive integer."""
+    without = []
+    for index, entry in enumerate(content["images"]):
+        given = [key for key in _SIZES if entry.get(key) is not None]
+        for key in given:
+            _check_value(f"{where}: images[{index}]", key, "size", entry[key])
+        if len(given) < len(_SIZES):
+            without.append(entry)
+    return without
+
+
+def sizes_of(images: Iterable[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """(height, width) of the images that say it, by id."""
+    known = (row for row in images if _is_integer(row.get("height")) and _is_integer(row.get("width")))
+    return {row["id"]: (row["height"], row["width"]) for row in known}
 
 
 def load_annotations(annotations: Path | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -229,7 +254,9 @@ def _check_known(table: DetectionTable, truth: GroundTruth) -> None:
         ("image_id", table.image_ids, truth.image_ids),
         ("category_id", table.category_ids, truth.category_ids),
     ):
-        strange = ~np.isin(ids, known)
+        places = np.searchsorted(known, ids).astype(np.int32)
+        places[places == len(known)] = 0
+        strange = known[places] != ids
         if strange.any():
             number = int(strange.argmax())
             raise UserError(f"detection {number}: {name} {ids[number]} is not in the annotations")

@@ -21,7 +21,7 @@ MIN_SCORE, BINS = 0.3, 20
 
 def detection_ece(truth: GroundTruth, table: DetectionTable) -> float:
     """D-ECE in 0..1 of finite detections of images and categories of `truth`; NaN without a score ≥ 0.3."""
-    scores, right = right_at_half(truth, table[table.scores.astype(np.float64) >= MIN_SCORE])
+    scores, right = right_at_half(truth, table, np.flatnonzero(table.scores.astype(np.float64) >= MIN_SCORE))
     if not len(scores):
         return math.nan
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)

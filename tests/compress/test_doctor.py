@@ -134,7 +134,7 @@ def test_show_tells_whether_something_is_broken(capsys: pytest.CaptureFixture[st
 
 
 def test_installed_versions_are_by_normal_name() -> None:
-    assert "pyyaml" in doctor.installed_versions() and "faster-coco-eval" in doctor.installed_versions()
+    assert "pyyaml" in doctor.installed_versions() and "pycocotools" in doctor.installed_versions()
 
 
 # ----------------------------------------------------------------------- another package called kernels

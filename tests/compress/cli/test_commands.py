@@ -65,8 +65,18 @@ def test_wrong_data_fails_the_check(run: Run) -> None:
     Path("bad.json").write_text(json.dumps(document))
     code, out, err = run("data check bad.json --images images")
     assert code == 1
-    assert out.startswith("bad.json: annotation 1: ")
-    assert err == "failed: bad.json: 1 problem\n"
+    assert out.startswith("error: bad.json: annotation 1: ")
+    assert err.startswith("failed: bad.json: 1 error, ")
+
+
+def test_the_check_writes_what_it_found(run: Run) -> None:
+    code, out, _ = run("data check good.json --images images --json found.json")
+    found = json.loads(Path("found.json").read_text())
+    assert (code, found["fit"], found["errors"], found["boxes"]) == (0, True, 0, {"thing": 1})
+    assert f"{found['notes']} note" in out.splitlines()[-2] or found["notes"] == 0
+    assert "good.json: 1 images, 1 boxes of 1 classes: thing 1" in out.splitlines()
+    code, out, err = run("data check good.json --images images --against good.json")
+    assert code == 1 and "images/a.png: image 1: is also in good.json" in out and "1 error" in err
 
 
 def test_class_names_are_words_whatever_they_look_like(run: Run) -> None:

@@ -85,6 +85,9 @@ from tests.helpers.command_line import Run
         ("data check broken.json --images images", "broken.json"),
         ("data check list.json --images images", "list.json"),
         ("data check good.json --images none", "--images: none: no such folder"),
+        ("data check good.json --images images --against none.json", "none.json"),
+        ("data check good.json --images images --against-images images", "--against-images: belongs to --against"),
+        ("data check good.json --images images --json none/x.json", "--json: none/x.json: its folder does not exist"),
         # checkpoints and exported files
         ("export none.safetensors", "none.safetensors: no such file"),
         ("export text.safetensors --out out.pb", "--out: out.pb does not end in .onnx"),

@@ -43,7 +43,7 @@ def test_yolo(tmp_path: Path) -> None:
         "images/train/b.png": [],
         "beside.png": [("cat", [0, 0, 10, 10], 0)],
     }
-    assert all(p.level == "note" for p in check(tmp_path / "out.json", converted.image_folder))
+    assert not check(tmp_path / "out.json", converted.image_folder).errors
     assert "1 of 3 images have no label file" in read_yolo(folder, "cat,dog").notes[0]
 
 
@@ -99,7 +99,7 @@ def test_data_yaml_divides(divided: Path, kind: str, tmp_path: Path) -> None:
     assert boxes_by_name(train.out) == {"images/train/a.png": A, "images/train/b.png": B}
     assert boxes_by_name(val.out) == {"images/val/c.png": C}
     for made in (train, val):
-        assert all(p.level == "note" for p in check(made.out, made.image_folder))
+        assert not check(made.out, made.image_folder).errors
     if kind == "from elsewhere":
         assert "/home/ann/set is not there" in source.notes[1]
     (only,) = write(source, tmp_path / "one.json", "val")
@@ -275,7 +275,7 @@ def test_voc(tmp_path: Path, labels: str, images: str) -> None:
         assert (converted.images, converted.annotations) == (2, 2)
         found = boxes_by_name(tmp_path / "out.json")
         assert found == {(Path(images) / name).as_posix(): boxes for name, boxes in expected.items()}
-        assert all(p.level == "note" for p in check(tmp_path / "out.json", converted.image_folder))
+        assert not check(tmp_path / "out.json", converted.image_folder).errors
 
 
 def box(*corners: float) -> str:

@@ -33,7 +33,7 @@ def test_same_arguments_same_bytes_other_seed_other_images(tmp_path: Path) -> No
 def test_checks_clean(tmp_path: Path) -> None:
     generate(tmp_path / "d", train=40, val=10, size=96, classes=24, seed=0)
     for split in ("train", "val"):
-        problems = check(tmp_path / "d" / f"{split}.json", tmp_path / "d" / "images")
+        problems = check(tmp_path / "d" / f"{split}.json", tmp_path / "d" / "images").problems
         assert [p for p in problems if p.level == "error"] == []
 
 

@@ -31,7 +31,7 @@ def test_exports_of_tools(tool: str, tmp_path: Path) -> None:
     assert (cat, dog) == ("cat", "dog")
     assert cat_box == pytest.approx([0, 0, 64, 48], abs=0.002)
     assert dog_box == pytest.approx([8, 6, 16 if export.whole else 16.5, 24], abs=0.002)
-    assert [str(p) for p in check(out, made.image_folder) if p.level == "error"] == []
+    assert [str(p) for p in check(out, made.image_folder).problems if p.level == "error"] == []
 
 
 @pytest.mark.parametrize("tool", [tool for tool, made in EXPORTS.items() if "val" in made.b or tool == "datumaro voc"])

@@ -145,6 +145,14 @@ def test_suppression_before_or_after_the_threshold_is_the_same(teachers: list[Bo
     assert_same(split(merged(*teachers), np.full(3, tau), np.zeros(3))[0], before)
 
 
+def test_a_teacher_has_one_vote_in_a_fusion() -> None:
+    """Its second box of the object moves the mean and adds nothing to the score."""
+    box, near = [0, 0, 10, 10], [0, 0, 10, 12]
+    found = merged(boxes_of([[box, 0.9, "dog"], [near, 0.6, "dog"]]), boxes_of([[box, 0.5, "dog"]]), how="wbf")
+    np.testing.assert_allclose(found.scores, [(0.9 + 0.5) / 2])
+    np.testing.assert_allclose(found.boxes, [[0, 0, 10, (0.9 * 10 + 0.6 * 12 + 0.5 * 10) / 2]])
+
+
 @settings(max_examples=40)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=4))
 def test_fusion_of_identical_boxes_is_that_box(scores: list[int]) -> None:

@@ -56,6 +56,16 @@ def test_full_report_shows_every_part(full_run: Path) -> None:
     assert "Engines" not in page.text
 
 
+def test_map_with_more_detections_is_shown_where_it_was_measured(full_run: Path) -> None:
+    assert "mAP at" not in build_report(full_run).read_text(encoding="utf-8")
+    report = full_report()
+    report["models"]["teacher"] |= {"max_detections": 300, "map_at_max": 51.25, "mar_at_max": 60.0}
+    report["artifacts"][0] |= {"max_detections": 300, "map_at_max": 46.75}
+    page = Page(build_report(write_run(full_run, report)).read_text(encoding="utf-8"))
+    assert page.text.count("mAP at 300") == 2  # a row of the models, a column of the files
+    assert "51.2" in page.text and "46.8" in page.text
+
+
 def test_engines_that_could_not_run_show_their_cards(full_run: Path) -> None:
     report = full_report()
     card = {

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+from PIL import Image
+
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform
+from compress.manifest import Manifest
 from compress.teachers.base import BoxTeacher, Preprocessing, View
-from compress.teachers.check import class_lines, described, preprocessing_lines
+from compress.teachers.check import check_teacher, class_lines, described, preprocessing_lines, resized_images
+from compress.teachers.results import ResultsTeacher
+from deploy.core.errors import UserError
 
 
 class Known(BoxTeacher):
@@ -44,3 +54,46 @@ def test_classes_by_name() -> None:
     assert class_lines(teacher, [0, 1, 2], ["kitten", "bus", "dog"]) == [
         "teacher known.pth: all 3 classes, in the same order"
     ]
+
+
+def test_perfect_results_on_crowded_images_pass_where_enough_detections_count(tmp_path: Path) -> None:
+    """150 objects an image: of 100 detections none is wrong and a third is missing."""
+    names = ["a.png", "b.png"]
+    for name in names:
+        Image.new("RGB", (160, 110)).save(tmp_path / name)
+    boxes = [[10.0 * (n % 15), 10.0 * (n // 15), 8.0, 8.0] for n in range(150)]
+    document = {
+        "images": [{"id": i, "file_name": name, "width": 160, "height": 110} for i, name in enumerate(names)],
+        "categories": [{"id": 3, "name": "c"}],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": 3, "bbox": box}
+            for n, (i, box) in enumerate((i, box) for i in (0, 1) for box in boxes)
+        ],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    rows = [{**row, "score": 0.9} for row in document["annotations"]]
+    (tmp_path / "perfect.json").write_text(json.dumps(rows))
+    teacher = ResultsTeacher(tmp_path / "perfect.json", {3: "c"})
+    lines: list[str] = []
+
+    def check(max_detections: int) -> float:
+        found = check_teacher(
+            teacher, [0], CocoDetection(tmp_path / "val.json", tmp_path, eval_transform(64, 96)),
+            Manifest(tmp_path / "manifest.json", {}), stage="teacher", identity={}, shown=resized_images(64, 96),
+            min_map=80, report=lambda line: lines.append(str(line)), write=True, max_detections=max_detections,
+        )  # fmt: skip
+        assert found is not None
+        return float(found["map"])
+
+    usual = 100 * 67 / 101  # recalls 0 to 0.66
+    assert check(200) == pytest.approx(usual)
+    assert lines.pop() == "teacher perfect.json: mAP 66.34 (100.00 with 200 detections) on the validation images"
+    with pytest.raises(
+        UserError, match=r"reaches 66\.34 mAP on .*val\.json: raise deploy.max_detections, take another"
+    ):
+        check(100)
+    assert lines[-1].startswith(
+        "note: 2 of 2 images hold more than 100 objects of a class (up to 150), and mAP counts 100"
+    )
+    with pytest.raises(UserError, match=r"reaches 66\.34 \(7\d\.\d\d with 117 detections\) mAP"):
+        check(117)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -143,7 +144,21 @@ def test_torch_and_onnx_agree_and_a_spoiled_file_fails(
     console = Console(width=140, record=True, file=(tmp_path / "table.txt").open("w"))
     console.print(results_table(results))
     text = console.export_text()
-    assert "fail" in text and "spoiled" in text
+    assert "fail" in text and "spoiled" in text and "mAP at" not in text
+
+
+def test_a_file_that_gives_more_than_100_has_a_figure_for_that(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner
+) -> None:
+    more = Spoiled(torch_runner, lambda out: out)
+    more.card = torch_runner.card.model_copy(update={"max_detections": 150})
+    results = validate({"usual": torch_runner, "more": more}, *dataset, limit=2)
+    assert [row.metrics.max_detections for row in results] == [None, 150]
+    assert results[1].metrics.map_at_max == results[0].metrics.map  # no image has so many here
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    lines = console.export_text().splitlines()
+    assert "mAP at 150" in lines[2] and lines[4].count(" - ") > lines[5].count(" - ")
 
 
 def test_a_score_at_the_border_is_no_disagreement_and_a_class_is(
@@ -226,6 +241,10 @@ def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: 
     with pytest.raises(UserError, match=r"\d+\.png: the file is missing"):
         validate(with_card(), file, tmp_path)
     content = json.loads(file.read_text())
+    sized = [{**row, "width": 7, "height": 9} for row in content["images"]]
+    (tmp_path / "sized.json").write_text(json.dumps({**content, "images": sized}))
+    with pytest.raises(UserError, match=r"\.png: the file is \d+x\d+ pixels, the annotations say 7x9; their boxes"):
+        validate(with_card(), tmp_path / "sized.json", folder)
     (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
     with pytest.raises(UserError, match="no boxes to validate against"):
         validate(with_card(), tmp_path / "empty.json", folder)

@@ -1,0 +1,41 @@
+"""What a run says about its images before anything is trained: findings that cost accuracy and stop nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.run.data import Datasets
+from deploy.core.same_files import shared
+
+_NAMED = 5  # pictures that a line names
+
+
+def notes_about(data: Datasets) -> list[str]:
+    """One line a finding about the labels of both sets, and one about validation images that are trained on.
+
+    Images are compared by content; only files of equal length are opened.
+    """
+    sets = [(data.val_split, data.val), *([(data.train_split, data.train)] if data.has_labels else [])]
+    lines = [
+        f"{split.annotations}: annotations left out: {', '.join(f'{n} {why}' for why, n in images.dropped.items())} "
+        "(see compress data check)"
+        for split, images in reversed(sets)
+        if images.dropped
+    ]
+    lines += [f"note: {split.annotations}: {line}" for split, images in reversed(sets) for line in images.label_notes]
+    if data.has_labels:
+        train, val = ([images.path(index) for index in range(len(images))] for images in (data.train, data.val))
+        found = shared(val, train)
+        if found:
+            lines.append(
+                f"warning: {len(found)} of {len(val)} validation images are also training images, so mAP is too high: "
+                f"{_names(found)} (compress data check {data.train_split.annotations} --against "
+                f"{data.val_split.annotations} lists them)"
+            )
+    return lines
+
+
+def _names(pairs: Sequence[tuple[Path, Path]]) -> str:
+    shown = [f"{one.name} (= {two.name})" if one.name != two.name else one.name for one, two in pairs[:_NAMED]]
+    return ", ".join([*shown, *(["..."] if len(pairs) > _NAMED else [])])

@@ -1,0 +1,260 @@
+"""The evaluator against the definition of mAP, in the cases where evaluators differ; its limits; its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+import threading
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.core.detection_table import DetectionTable
+from deploy.core.detections import Detections
+from deploy.core.errors import UserError
+from deploy.validate import average_precision
+from deploy.validate.coco import CocoMetrics, evaluate_coco
+from deploy.validate.collected import Collected
+from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.score_calibration import detection_ece
+from tests.helpers import coco_definition
+
+BACKENDS = ["faster", "pycocotools"]
+A, B = [20.0, 30.0, 40.0, 40.0], [200.0, 30.0, 40.0, 40.0]
+
+
+def truth(*boxes: dict[str, Any], images: int = 1, categories: int = 1) -> dict[str, Any]:
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(images)],
+        "categories": [{"id": k, "name": f"class {k}"} for k in range(categories)],
+        "annotations": [{"id": n, "image_id": 0, "category_id": 0, **box} for n, box in enumerate(boxes)],
+    }
+
+
+def row(box: list[float], score: float = 0.9, image: int = 0, category: int = 0) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+def grid(count: int) -> list[list[float]]:
+    return [[20.0 * (n % 40), 20.0 * (n // 40), 16.0, 16.0] for n in range(count)]
+
+
+RLE = {"counts": "0", "size": [300, 300]}
+CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], float | None]] = {
+    "ids from 0": (truth({"bbox": A}, {"bbox": B}), [row(A), row(B)], 100),
+    "ids that repeat": (truth({"bbox": A, "id": 7}, {"bbox": B, "id": 7}), [row(A), row(B)], 100),
+    "ids that are text": (truth({"bbox": A, "id": "a"}), [row(A)], 100),
+    "equal scores, right first": (truth({"bbox": A}), [row(A), row(B)], 100),
+    "equal scores, wrong first": (truth({"bbox": A}), [row(B), row(A)], 50),
+    "the hundredth counts": (truth({"bbox": A}), [*[row(B)] * 99, row(A, 0.1)], 1),
+    "the hundred and first does not": (truth({"bbox": A}), [*[row(B)] * 100, row(A, 0.1)], 0),
+    "crowd with a box": (truth({"bbox": A}, {"bbox": B, "iscrowd": 1}), [row(A), row(B, 0.95), row(B, 0.99)], 100),
+    "crowd with a mask": (
+        truth({"bbox": A}, {"bbox": B, "iscrowd": 1, "segmentation": RLE}), [row(A, 0.5), row([210, 40, 9, 9])], 100,
+    ),
+    "only a crowd": (truth({"bbox": A, "iscrowd": 1}), [row(A)], None),
+    "wrong beside a crowd": (truth({"bbox": A}, {"bbox": B, "iscrowd": 1}), [row([200, 30, 90, 90]), row(A, 0.5)], 50),
+    "no detections": (truth({"bbox": A}), [], 0),
+    "no objects": (truth(), [row(A)], None),
+    "images without objects": (truth({"bbox": A}, images=3), [row(A), row(B, 0.95, 1), row(B, 0.99, 2)], 100 / 3),
+    "a class without objects": (truth({"bbox": A}, categories=2), [row(A), row(A, 0.95, category=1)], 100),
+    "no width": (truth({"bbox": A}, {"bbox": [60, 60, 0, 9]}), [row(A), row([60, 60, 0, 9])], 100 * 51 / 101),
+    "negative area": (truth({"bbox": A}, {"bbox": B, "area": -1}), [row(A, 0.5), row(B)], 100),
+    "ignore is not read": (truth({"bbox": A}, {"bbox": B, "ignore": 1}), [row(A)], 100 * 51 / 101),
+    "every copy is another object": (truth({"bbox": A}, {"bbox": A}), [row(A)], 100 * 51 / 101),
+    "two for one object": (truth({"bbox": A}, {"bbox": B}), [row(A), row(A, 0.8), row(B, 0.7)], None or -1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_where_evaluators_differ_the_definition_decides(name: str, backend: Any) -> None:
+    document, rows, wanted = CASES[name]
+    defined = coco_definition.mean_precision(document, rows)
+    if wanted is None or wanted >= 0:
+        assert defined == (None if wanted is None else pytest.approx(wanted, abs=1e-9))
+    found = evaluate_coco(document, rows, backend=backend).to_dict()
+    assert found["map"] == (None if defined is None else pytest.approx(defined, abs=1e-9))
+
+
+def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Boxes on a coarse grid, so that overlaps tie, and scores of one digit; crowds; areas that are not the box's."""
+    rng = np.random.default_rng(seed)
+    boxes: list[dict[str, Any]] = []
+    rows = []
+    for image in (4, 0, 9):
+        for _ in range(int(rng.integers(1, 9))):
+            box = (rng.integers([0, 0, 1, 1], [8, 8, 12, 12]) * 8).tolist()
+            boxes.append({"image_id": image, "category_id": int(rng.integers(2)), "bbox": box})
+            boxes[-1] |= {"iscrowd": int(rng.random() < 0.15), "area": box[2] * box[3] * float(rng.choice([0.5, 1]))}
+        for _ in range(int(rng.integers(1, 14))):
+            near = boxes[int(rng.integers(len(boxes)))]["bbox"]
+            shifted = (np.array(near) + rng.integers(-1, 2, 4) * 4).clip(0).tolist()
+            rows.append(row(shifted, float(rng.integers(1, 6)) / 10, image, int(rng.integers(2))))
+    document = truth(*boxes, categories=2)
+    return {**document, "images": [{"id": i, "file_name": f"{i}.png"} for i in (4, 0, 9)]}, rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_sets_score_as_the_definition_says(seed: int) -> None:
+    document, rows = random_set(seed)
+    for backend in BACKENDS:
+        found = evaluate_coco(document, rows, max_detections=150, backend=backend).to_dict()
+        for name, sizes in (
+            ("map", coco_definition.ALL),
+            ("map_small", coco_definition.SMALL),
+            ("map_medium", coco_definition.MEDIUM),
+            ("map_large", coco_definition.LARGE),
+        ):
+            wanted = coco_definition.mean_precision(document, rows, sizes=sizes)
+            assert found[name] == (None if wanted is None else pytest.approx(wanted, abs=1e-9)), (backend, name)
+        assert found["mar100"] == pytest.approx(coco_definition.mean_recall(document, rows), abs=1e-9)
+        assert found["map_at_max"] == found["map"]
+
+
+def test_order_of_images_and_size_of_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(6):
+        document, rows = random_set(seed)
+        whole = evaluate_coco(document, rows).to_dict()
+        assert evaluate_coco({**document, "images": document["images"][::-1]}, rows).to_dict() == whole
+        with monkeypatch.context() as small:
+            small.setattr(average_precision, "ROWS", 3)
+            small.setattr(average_precision, "PAIRS", 2)
+            assert evaluate_coco(document, rows).to_dict() == whole
+
+
+def test_an_area_of_32_squared_is_small_and_medium() -> None:
+    found = evaluate_coco(truth({"bbox": [0, 0, 32, 32]}), [row([0, 0, 32, 32])]).to_dict()
+    assert (found["map_small"], found["map_medium"], found["map_large"]) == (100, 100, None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_100_detections_have_figures_of_their_own(backend: Any) -> None:
+    """120 of 150 objects are found: at most 100 count for COCO, 120 at 130, 110 at 110."""
+    document, rows = truth(*({"bbox": box} for box in grid(150))), [row(box) for box in grid(120)]
+    for limit, counted, recalls in ((130, 120, 81), (110, 110, 74)):  # recalls 0 to 0.80, and to 0.73
+        found = evaluate_coco(document, rows, max_detections=limit, backend=backend)
+        assert found.map == pytest.approx(100 * 67 / 101)  # 100 of 150 objects: recalls 0 to 0.66
+        assert found.mar100 == pytest.approx(100 * 100 / 150)
+        assert (found.max_detections, found.mar_at_max) == (limit, pytest.approx(100 * counted / 150))
+        assert found.map_at_max == pytest.approx(100 * recalls / 101)
+        assert CocoMetrics.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    usual = evaluate_coco(document, rows, max_detections=50, backend=backend)
+    assert (usual.max_detections, usual.map_at_max, usual.best_map) == (None, None, usual.map)
+    assert "map_at_max" not in usual.to_dict()
+
+
+def test_crowded_images_are_counted() -> None:
+    document = truth(*({"bbox": box} for box in grid(150)), images=3)
+    columns = GroundTruth.of(document)
+    note = columns.crowded_note(100)
+    assert note is not None and note.startswith("1 of 3 images hold more than 100 objects of a class (up to 150)")
+    assert columns.crowded_note(150) is None and GroundTruth.of(truth()).crowded_note(100) is None
+    document["annotations"][0]["iscrowd"] = 1
+    assert "up to 149" in str(GroundTruth.of(document).crowded_note(100))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"score": float("nan")}, "detection 1 (image 0): score is nan"),
+        ({"score": float("-inf")}, "detection 1 (image 0): score is -inf"),
+        ({"bbox": [1, 2, float("inf"), 4]}, "detection 1 (image 0): bbox is [1.0, 2.0, inf, 4.0]"),
+        ({"bbox": [1, 2, 3]}, "detection 1: bbox must be four numbers [x, y, w, h], found [1, 2, 3]"),
+        ({"bbox": [1, 2, 3, "wide"]}, "detection 1: could not convert string to float: 'wide'"),
+        ({"image_id": "0"}, "detection 1: image_id must be an integer of 64 bits, found '0'"),
+        ({"category_id": 2**70}, f"detection 1: category_id must be an integer of 64 bits, found {2**70}"),
+        ({"image_id": -3}, "detection 1: image_id -3 is not in the annotations"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_scored_is_named(backend: Any, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        evaluate_coco(truth({"bbox": A}), [row(A), {**row(B), **change}], backend=backend)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_without_a_field_and_an_id_beyond_64_bits() -> None:
+    with pytest.raises(UserError, match="detection 0: score is missing"):
+        evaluate_coco(truth({"bbox": A}), [{key: value for key, value in row(A).items() if key != "score"}])
+    with pytest.raises(UserError, match="categories: id 1267650600228229401496703205376 does not fit 64 bits"):
+        evaluate_coco({**truth(), "categories": [{"id": 2**100, "name": "c"}]}, [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_keep_their_output_and_their_figures(backend: Any) -> None:
+    """What is printed meanwhile reaches the stream, and that is the same one afterwards."""
+    document, rows = truth(*({"bbox": box} for box in grid(20))), [row(box) for box in grid(20)]
+    figures = []
+
+    def work() -> None:
+        figures.append(evaluate_coco(document, rows, backend=backend).map)
+        print("x")
+
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream):
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sys.stdout is stream
+    assert sorted(stream.getvalue()) == ["\n"] * 8 + ["x"] * 8
+    assert figures == [pytest.approx(100)] * 8
+
+
+# --- columns ---------------------------------------------------------------------------------------------
+
+
+def test_columns_and_rows_score_alike() -> None:
+    document, rows = random_set(3)
+    boxes = np.array([r["bbox"] for r in rows], np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    collected = Collected()
+    for image in (4, 0, 9):
+        here = np.array([r["image_id"] == image for r in rows])
+        labels = np.array([r["category_id"] for r in rows])[here]
+        scores = np.array([r["score"] for r in rows])[here].astype(np.float32)
+        found = Detections(boxes[here], scores, labels, ("a", "b"), (0, 1))
+        collected.add(image, found)
+        assert collected[image] == found
+    assert list(collected) == [4, 0, 9]
+    assert evaluate_coco(document, collected.table()).to_dict() == evaluate_coco(document, rows).to_dict()
+    joined = DetectionTable.join(found.to_table(image) for image, found in collected.items())
+    assert evaluate_coco(GroundTruth.of(document), joined).to_dict() == evaluate_coco(document, rows).to_dict()
+    assert len(DetectionTable.join([])) == 0 and len(Collected().table()) == 0
+
+
+def test_memory_grows_with_detections_and_not_with_images_times_classes() -> None:
+    """tracemalloc counts what NumPy holds. Before, a picture took 120 kB, and a pair of image and class 1 kB."""
+    rng = np.random.default_rng(0)
+    images = 655  # 65,500 rows: just below a power of two, to which the columns grow
+    document = truth({"bbox": A}, images=images, categories=3)
+    found = Detections(
+        rng.uniform(0, 50, (100, 4)).astype(np.float32), rng.random(100).astype(np.float32), rng.integers(0, 3, 100),
+        ("a", "b", "c"), (0, 1, 2),
+    )  # fmt: skip
+    tracemalloc.start()
+    try:
+        collected = Collected()
+        for image in range(images):
+            collected.add(image, found)
+        columns = GroundTruth.of(document)
+        evaluate_coco(columns, collected.table())
+        detection_ece(columns, collected.table())
+        dense = tracemalloc.get_traced_memory()[1]
+        del collected, columns
+        tracemalloc.reset_peak()
+        document = truth({"bbox": A}, images=1000, categories=300)
+        start = tracemalloc.get_traced_memory()[0]
+        evaluate_coco(document, [row(A, image=n, category=n % 300) for n in range(1000)])
+        sparse = tracemalloc.get_traced_memory()[1] - start
+    finally:
+        tracemalloc.stop()
+    assert dense / images < 12e3
+    assert sparse < 30e6  # 10 MB of it are the curves of 300 classes
