@@ -20,7 +20,7 @@ from compress.export.deployable import TorchRunner
 from compress.export.onnx import torch_runner
 from compress.manifest import QAD, STUDENT, TEACHER_CHECK, Manifest, RunFolder
 from compress.run.artifacts import Artifact, Checks, exported_settings
-from compress.run.gate import TrainedStudent, judge
+from compress.run.gate import TrainedStudent, judge, step_by_step
 from deploy import latency, validate
 from deploy.core import cuda_driver
 from deploy.core.card import network_precision
@@ -84,20 +84,26 @@ def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[
     """Measure runners, the student in torch among them by the name of its checkpoint and first, and put each to the
     gate. Returns `ArtifactResult.to_dict` of each."""
     reference = plan.folder.weights().name
-    with progress("validate") as step:
-        results = validate.validate(
-            runners,
-            plan.split.annotations,
-            plan.split.images,
-            reference=reference,
-            expected=_expected(plan, runners),
-            max_map_drop=plan.settings.max_map_drop,
-            progress=step,
-        )
+    deployed, student = runners[reference], _trained(plan)
+    assert isinstance(deployed, TorchRunner), "the reference runs in torch"
+    step = step_by_step(student, deployed)
+    try:
+        with progress("validate") as done:
+            results = validate.validate(
+                runners,
+                plan.split.annotations,
+                plan.split.images,
+                reference=reference,
+                expected=_expected(plan, runners),
+                max_map_drop=plan.settings.max_map_drop,
+                progress=done,
+            )
+    except UserError as error:
+        if step is None:
+            raise
+        raise UserError(f"{reference}: first step that differs from training: {step}; {error}") from None
     rows = [result.to_dict() for result in results]
-    student = runners[reference]
-    assert isinstance(student, TorchRunner), "the reference runs in torch"
-    verdict = judge(_trained(plan), student, plan.settings, lost=rows[0]["gate"] == "fail")
+    verdict = judge(student, deployed, plan.settings, step, lost=rows[0]["gate"] == "fail")
     if verdict.reason is not None:
         _fail(rows[0], verdict.reason)
         rows[0]["pictures"] = verdict.pictures

@@ -61,13 +61,18 @@ class Verdict:
     pictures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def judge(student: TrainedStudent, runner: TorchRunner, settings: Deploy, *, lost: bool) -> Verdict:
-    """Compare a student in training with the same student on the deployment path.
+def step_by_step(student: TrainedStudent, runner: TorchRunner) -> Difference | None:
+    """Take up to 16 pictures, those of `varied_pictures`, along both paths."""
+    return first_difference(student.detector, student.val, student.canvas, runner, varied_pictures(student.val))
 
-    lost: its mAP on the deployment path is further below that of training than allowed. Without, only the pictures of
-    `varied_pictures` are looked at.
+
+def judge(
+    student: TrainedStudent, runner: TorchRunner, settings: Deploy, step: Difference | None, *, lost: bool
+) -> Verdict:
+    """Judge a student on the deployment path against the same student in training.
+
+    step: what `step_by_step` found. lost: its mAP is further below that of training than allowed.
     """
-    step = first_difference(student.detector, student.val, student.canvas, runner, varied_pictures(student.val))
     if step is None and not lost:
         return Verdict()
     reason = f"first step that differs: {step or _declared(student, settings)}"

@@ -291,7 +291,8 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs = {"data": self.data.identity, "canvas": list(self.data.canvas), "weights": state_sha256(teacher)}
+        inputs: dict[str, Any] = {"data": self.data.identity, "canvas": self.data.canvas}
+        inputs["weights"] = state_sha256(teacher)
         inputs |= limit_input(plan.max_detections)
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])

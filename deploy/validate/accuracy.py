@@ -272,6 +272,9 @@ def _compared(
             sound.append(name)
         trained = bars.expected.get(name)
         training_drop = None if trained is None else trained - metrics[name].map
+        against_training = "not run" if training_drop is None else _gate(training_drop, bars.max_map_drop)
+        if against_training == "fail" or (reference is None and training_drop is not None):
+            gate = against_training
         results.append(
             ArtifactResult(
                 name=name,
@@ -281,9 +284,7 @@ def _compared(
                 d_ece=calibration[name],
                 map_drop=drop,
                 agreement=None if base is None else _agreement(base.detections, outcome.detections),
-                gate="fail"
-                if training_drop is not None and _gate(training_drop, bars.max_map_drop) == "fail"
-                else gate,
+                gate=gate,
                 images=len(files),
                 seconds=outcome.seconds,
                 training_drop=training_drop,

@@ -30,10 +30,11 @@ from compress.run.evaluation import EvaluationPlan, validate_files
 from compress.run.report import failures
 from compress.training.evaluate import evaluate
 from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
 
 LIMITS = {"short": 64, "long": 96}
 NAME = "student.safetensors"
-PIECES = [(128, 128, 64), (128, 96, 128), (80, 128, 100), (128, 72, 56), (64, 96, 96), (128, 128, 128)]
+PIECES = [(128, 128, 64), (128, 96, 128), (80, 128, 100), (64, 96, 96)]
 """(height, width) that is cut out of a generated picture, and the side to which the longer one is made."""
 
 
@@ -137,7 +138,7 @@ PLANTS = {
     "filter": (lambda m, _: with_filter(m, "deploy.core.canvas.resize"), "canvas", "another filter"),
     "BGR": (lambda m, _: read(m, lambda pixels: pixels[..., ::-1]), "pixels", "channels"),
     "mean": (lambda _, runner: other_mean(runner), "network", "scores of places"),
-    "rotated": (lambda m, _: read(m, np.rot90), "pixels", "turned"),
+    "rotated": (lambda m, _: read(m, lambda pixels: np.rot90(pixels, 2)), "pixels", "turned"),
     "shift": (lambda m, _: fitted(m, lambda canvas: np.roll(canvas, 1, 2)), "canvas", "1 pixels to the right"),
     "half size": (lambda m, _: fitted(m, lambda canvas: canvas, short=32, long=48), "canvas", "resized to"),
 }
@@ -156,6 +157,15 @@ def test_a_difference_in_deployment_fails_the_gate_and_is_named(
     assert row["pictures"] and all((plan.split.images / picture["file"]).is_file() for picture in row["pictures"])
     why, pictures = failures([{**row, "file": NAME, "reason": row["diagnosis"], "differs_most": row["pictures"]}])
     assert step in why and f"({row['pictures'][0]['file']})" in pictures
+
+
+def test_turned_pictures_of_another_size_end_the_validation_and_are_named(
+    plan: EvaluationPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = deployed(plan)
+    read(monkeypatch, np.rot90)
+    with pytest.raises(UserError, match=r"step that differs from training: pixels: the picture is turned.*pixels"):
+        judged(plan, runner)
 
 
 def changed_images(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
