@@ -111,6 +111,15 @@ class Different(_Part):
     difference: Number = None
 
 
+class Half(_Part):
+    """Numbers of a file's float16, as its card has them: how many images they were measured on, the largest one, and
+    the layers that stay in float32 with the reason."""
+
+    images: int = 0
+    largest: Number = None
+    float32: dict[str, str] = {}
+
+
 class Artifact(_Part):
     """One exported file. `map` in percent, `map_drop` in points of it below the reference, `training_drop` below what
     training measured for these weights; `agreement` a share, 0 to 1; `map_at_max` as of a model; `engine` of a file
@@ -132,6 +141,8 @@ class Artifact(_Part):
     gate: str = "not run"
     reason: str | None = None
     differs_most: list[Different] = []
+    half: Half | None = None
+    note: str | None = None
 
     @field_validator("gate")
     @classmethod

@@ -274,4 +274,5 @@ def _row(proof: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "gate": proof["gate"],
         "reason": proof["diagnosis"],
         "differs_most": proof["pictures"],
+        **{key: proof[key] for key in ("half", "note") if proof.get(key) is not None},
     }

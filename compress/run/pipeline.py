@@ -391,11 +391,11 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
     """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
     from compress.run.artifacts import Checks
 
-    _, split = splits(recipe.data, recipe.runs)
+    train, split = splits(recipe.data, recipe.runs)
     resize_short_long = (recipe.data.eval_short, recipe.data.long)
     val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
     images = [val.path(index) for index in range(len(val))]
-    return split, val, Checks(images, size, resize_short_long)
+    return split, val, Checks(images, size, resize_short_long, train)
 
 
 def quantizing(recipe: Recipe) -> Quantizing:

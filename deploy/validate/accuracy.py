@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from deploy.core.boxes import pairwise_iou
-from deploy.core.card import ModelCard
+from deploy.core.card import HalfPrecision, ModelCard
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -44,6 +45,7 @@ AGREEMENT_SCORE = 0.3
 AGREEMENT_SLACK = 0.05
 AGREEMENT_IOU = 0.9
 DIAGNOSED_IMAGES = 2
+NO_REFERENCE = "not run: no reference"
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,17 @@ class ArtifactResult:
     """mAP that training measured for these weights, minus this one's, in points."""
     pictures: list[dict[str, int | str | float]] = field(default_factory=list)
     """Of a file that fails: those on which it differs most from the reference, as `most_different` gives them."""
+    half: HalfPrecision | None = None
+    """What the file's card says about its float16."""
+    note: str | None = None
+    """What this machine cannot see of the file; None: nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types: NaN becomes None."""
         agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
-        return {**_without_nan(asdict(self)), "metrics": self.metrics.to_dict(), "agreement": agreement}
+        half = None if self.half is None else self.half.model_dump(mode="json")
+        rest = {"metrics": self.metrics.to_dict(), "agreement": agreement, "half": half}
+        return {**_without_nan(asdict(self)), **rest}
 
 
 def validate(
@@ -165,6 +173,8 @@ def results_table(results: list[ArtifactResult]) -> Table:
             "-" if math.isnan(row.d_ece) else f"{row.d_ece:.3f}",
             f"[{style.get(row.gate, 'yellow')}]{row.gate}[/]",
         )
+    notes = [f"{row.name}: {row.note}" for row in results if row.note is not None]
+    table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
     return table
 
 
@@ -273,7 +283,7 @@ def _compared(
         trained = bars.expected.get(name)
         training_drop = None if trained is None else trained - metrics[name].map
         against_training = "not run" if training_drop is None else _gate(training_drop, bars.max_map_drop)
-        if against_training == "fail" or (reference is None and training_drop is not None):
+        if against_training == "fail" or (gate == NO_REFERENCE and training_drop is not None):
             gate = against_training
         results.append(
             ArtifactResult(
@@ -288,6 +298,8 @@ def _compared(
                 images=len(files),
                 seconds=outcome.seconds,
                 training_drop=training_drop,
+                half=runner.card.half,
+                note=_unseen(runner),
             )
         )
     trusted = _graph_to_trust(runners, sound, reference)
@@ -300,6 +312,20 @@ def _compared(
         pictures = [] if base is None else most_different(base.detections, outcome.detections, files)
         results[index] = replace(row, diagnosis=why, pictures=pictures)
     return results
+
+
+def _unseen(runner: Runner) -> str | None:
+    """What a CPU hides of a file with float16 in it."""
+    if not any("fp16" in kinds.split("+") for kinds in runner.card.precision.values()) or not runner.on_cpu:
+        return None
+    half = runner.card.half
+    known = "they were not measured when this file was made: export it again"
+    if half is not None:
+        known = f"they were measured at export, on {half.images} images: {half.in_words()}"
+    return (
+        "float16 runs in float32 here, as CPU runtimes do it, so numbers that a GPU would overflow or round are not "
+        f"seen; {known}"
+    )
 
 
 def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:
@@ -381,7 +407,7 @@ def _map_at(metrics: CocoMetrics, limit: int) -> str:
 
 def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool = False) -> str:
     if drop is None:
-        return "not run: no reference"
+        return NO_REFERENCE
     if reference_spoiled:
         return "not run: the reference gives values that are not finite"
     if math.isnan(drop):
