@@ -40,11 +40,7 @@ def export(
     ] = None,
     input_size: Annotated[
         str | None,
-        typer.Option(
-            "--input-size",
-            metavar="HxW",
-            help="Pixels, multiples of 32. Padding around pictures changes detections: take the size of training.",
-        ),
+        typer.Option("--input-size", metavar="HxW", help="Multiples of 32, as trained; padding changes mAP."),
     ] = None,
     thresholds: ThresholdFlags = ThresholdFlags(),
     precision: Annotated[
