@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.pseudo.parts import Shard
 
 commands = typer.Typer()
-data_app = typer.Typer(help="Convert, check and generate data.", rich_markup_mode=None, add_completion=False)
+data_app = typer.Typer(help="Convert, divide, check and generate data.", rich_markup_mode=None, add_completion=False)
 commands.add_typer(data_app, name="data")
 
 
@@ -116,7 +116,10 @@ def convert(
         print(f"{file.out}: {file.images} images, {file.annotations} boxes")
     if one_file and flags.split is None and len(sets) > 1:
         print(f"note: the sets {', '.join(sets)} are in it together; a folder as OUT gets a file for each of them")
-    next_command("data", "check", made[0].out, "--images", made[0].image_folder)
+    against = next(
+        (["--against", file.out] for file in made if file.out.name == "val.json" and file is not made[0]), []
+    )
+    next_command("data", "check", made[0].out, "--images", made[0].image_folder, *against)
 
 
 def _read_yolo(source: Path, flags: ConvertFlags) -> Source:
@@ -185,6 +188,54 @@ def _described(checked: Checked) -> str:
     boxes = sorted(checked.boxes.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name} {count}" for name, count in boxes[:10]) + (", ..." if len(boxes) > 10 else "")
     return f"{checked.image_count} images, {sum(checked.boxes.values())} boxes of {len(boxes)} classes: {shown}"
+
+
+@data_app.command("split")
+def split(
+    annotations: Annotated[Path, typer.Argument(metavar="ANNOTATIONS", help="COCO instances JSON of all images.")],
+    val: Annotated[float, typer.Option("--val", metavar="SHARE", help="Share of the images for validation.")] = 0.2,
+    test: Annotated[
+        float | None, typer.Option("--test", metavar="SHARE", help="Share of the images for a test. Default: none.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed divides the same way.")] = 0,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="DIR", help="Folder of the images: copies of one picture stay together."),
+    ] = None,
+    stratify: Annotated[bool, typer.Option("--stratify", help="Give every set its share of each class.")] = False,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            "--group-by", metavar="REGEX", help="Images whose names match it alike stay together: '^(.*)_frame'."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of train.json, val.json. Default: the file's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Divide one file into train.json and val.json, and test.json."""
+    if images is not None:
+        need_folder(images, "--images")
+    from compress.data.split import split as divide
+    from deploy.core.files import need_place
+
+    folder = annotations.parent if out is None else out
+    need_place(folder / "train.json")
+    shares = {"val": val} if test is None else {"val": val, "test": test}
+    made = divide(annotations, folder, shares, seed, images=images, stratify=stratify, group_by=group_by, force=force)
+    for part in made.parts:
+        print(f"{part.out}: {part.images} images, {sum(part.boxes.values())} boxes")
+        absent = [name for name, count in part.boxes.items() if not count]
+        if absent:
+            print(f"note: {part.out}: no box of {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}")
+    if made.together:
+        print(f"note: {made.together} images stay with others, because they are copies or of one group")
+    if images is None:
+        print("note: without --images, copies of one picture may have come to both sides")
+    train, other = made.parts[:2]
+    where = images if images is not None else "DIR"
+    next_command("data", "check", train.out, "--images", where, "--against", other.out)
 
 
 @data_app.command("synthetic")

@@ -131,7 +131,7 @@ def _pictures(file: Path, folder: Path, document: dict[str, Any], progress: Prog
         path = folder / entry["file_name"]
         where = f"image {entry['id']}"
         if not path.is_file():
-            return [Problem("no-file", path, where, missing(path))]
+            return [Problem("no-file", path, where, missing(path) + _elsewhere(folder, entry["file_name"]))]
         try:
             pixels = load_image(path)
         except UserError as error:
@@ -155,6 +155,16 @@ def _pictures(file: Path, folder: Path, document: dict[str, Any], progress: Prog
             yield from problems
             if progress is not None:
                 progress(done, len(entries))
+
+
+def _elsewhere(folder: Path, name: str) -> str:
+    """Where a file lies that is not in `folder`, as the end of a sentence; nothing where it is not found nearby."""
+    above = next((base for base in Path(os.path.abspath(folder)).parents[:3] if (base / name).is_file()), None)
+    if above is not None:
+        return f"; it is there with --images {above}"
+    if (folder / Path(name).name).is_file():
+        return f"; {folder / Path(name).name} is there, so the file names do not fit (compress data convert coco)"
+    return ""
 
 
 def _same_pictures(folder: Path, document: dict[str, Any]) -> Iterator[Problem]:

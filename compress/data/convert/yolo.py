@@ -39,7 +39,12 @@ def read_yolo(source: Path, names: str | None = None) -> Source:
         source, names = source.parent, str(source) if names is None else names
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
-    classes = find_classes(names, source)
+    try:
+        classes = find_classes(names, source)
+    except UserError:
+        if names is None:
+            image_files(source)  # a folder of labels has neither: that it has no images says more
+        raise
     reader = _Reader(source, classes.names)
     notes = list(classes.notes)
     if _sets_are_of(classes, source):

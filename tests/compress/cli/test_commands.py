@@ -79,6 +79,18 @@ def test_the_check_writes_what_it_found(run: Run) -> None:
     assert code == 1 and "images/a.png: image 1: is also in good.json" in out and "1 error" in err
 
 
+def test_one_file_becomes_two(run: Run) -> None:
+    document = json.loads(Path("good.json").read_text())
+    rows = [{**document["images"][0], "id": n, "file_name": f"{n}.png"} for n in range(5)]
+    Path("all.json").write_text(json.dumps({**document, "images": rows}))
+    code, out, _ = run("data split all.json --val 0.4 --out divided")
+    assert code == 0 and "divided/train.json: 3 images" in out and "divided/val.json: 2 images" in out
+    assert "note: without --images, copies of one picture may have come to both sides" in out
+    assert out.endswith("next: compress data check divided/train.json --images DIR --against divided/val.json\n")
+    code, _, err = run("data split all.json --val 0.4 --out divided")
+    assert (code, err) == (2, "error: divided/train.json: is there already; --force replaces it\n")
+
+
 def test_class_names_are_words_whatever_they_look_like(run: Run) -> None:
     Path("words.yaml").write_text("names: [no, 2020-99-99, 7]\n")
     Path("images/a.txt").write_text("1 0.5 0.5 0.25 0.5\n")

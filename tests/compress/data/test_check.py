@@ -192,6 +192,16 @@ def test_crowds_may_be_equal_and_objects_many(document: dict[str, Any], save: Sa
     assert two.message == "holds 102 objects; an exported file gives deploy.max_detections, 100"
 
 
+def test_files_that_are_near_are_named(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
+    for name, says in (
+        ("images/0.png", f"it is there with --images {tmp_path}"),
+        ("up/0.png", "0.png is there, so the"),
+    ):
+        document["images"][0]["file_name"] = name
+        (found,) = (p for p in problems_of(save(document), tmp_path / "images") if p.kind == "no-file")
+        assert found.message.startswith("the file is missing; ") and says in found.message
+
+
 def test_sizes_that_are_missing_come_from_the_files(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
     whole = CocoDetection(save(document), tmp_path / "images", eval_transform(99, 99)).sizes
     document["images"][0] |= {"width": None, "height": None}

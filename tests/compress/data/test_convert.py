@@ -224,10 +224,12 @@ def test_other_yolo_mistakes(tmp_path: Path) -> None:
         read_yolo(tmp_path / "none", "x")
     with pytest.raises(UserError, match="no images in it"):
         read_yolo(tmp_path, "x")
+    picture(tmp_path / "images" / "a.png")
     with pytest.raises(UserError, match="--names: yolo files only have class numbers"):
         read_yolo(tmp_path)
-    picture(tmp_path / "images" / "a.png")
     text(tmp_path / "labels" / "b.txt", "")
+    with pytest.raises(UserError, match="labels: no images in it"):
+        read_yolo(tmp_path / "labels")
     with pytest.raises(UserError, match=r"b\.txt: there is no image"):
         read_yolo(tmp_path, "x")
     (tmp_path / "labels" / "b.txt").rename(tmp_path / "labels" / "a.txt")
