@@ -159,6 +159,10 @@ def test_linked_folders_are_read_once(divided: Path, tmp_path: Path, linked: str
 
 
 def test_a_link_to_nothing_is_named(divided: Path, tmp_path: Path) -> None:
+    (divided / "labels" / "val" / "c.txt").rename(tmp_path / "c.txt")
+    (divided / "labels" / "val" / "c.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"labels/val/c\.txt: a link to gone.txt, where nothing is"):
+        read_yolo(divided)
     (divided / "images" / "more").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"images/more: a link to .*gone, where nothing is"):
         read_yolo(divided, "cat,dog")
@@ -222,6 +226,9 @@ def test_bad_yolo_lines_name_file_and_line(tmp_path: Path, line: str, message: s
 def test_other_yolo_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_yolo(tmp_path / "none", "x")
+    text(tmp_path / "set.zip", "")
+    with pytest.raises(UserError, match=r"set\.zip: is a file; give the folder of the images"):
+        read_yolo(tmp_path / "set.zip", "x")
     with pytest.raises(UserError, match="no images in it"):
         read_yolo(tmp_path, "x")
     picture(tmp_path / "images" / "a.png")
