@@ -316,6 +316,17 @@ def test_from_where_voc_counts(
     assert boxes_by_name(tmp_path / "out.json")["a.png"][1] == ("cat", found, 0)
 
 
+def test_a_border_that_is_never_reached_and_one_that_is(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    head = "<annotation><filename>a.png</filename>"
+    text(tmp_path / "a.xml", f"{head}<owner><name>Label Studio</name></owner>{box(8, 6, 24, 21)}</annotation>")
+    write(source := read_voc(tmp_path), tmp_path / "out.json")
+    assert boxes_by_name(tmp_path / "out.json")["a.png"] == [("cat", [8, 6, 16, 15], 0)]
+    assert "a.xml is of Label Studio" in source.notes[0]
+    text(tmp_path / "a.xml", f"{head}{box(0, 6, 24, 21)}{box(1, 1, 24, 21)}{box(1, 9, 24, 21)}</annotation>")
+    assert "from 0: 1 of 3 boxes" in (note := read_voc(tmp_path).notes[0]) and "although 2 begin at 1" in note
+
+
 def test_two_files_that_name_one_image(tmp_path: Path) -> None:
     for name in ("a", "b"):
         picture(tmp_path / f"{name}.png")
