@@ -224,6 +224,7 @@ class Checkpoint(Model):
                 self._checks.images if images is None else _files(images),
                 self.card.input_size,
                 None if short is None or long is None else (short, long),
+                self._checks.train if images is None else None,
             ),
             quantizing=quantizing(self._recipe) if quantized and self._recipe is not None else None,
             on_grids=on_grids,

@@ -48,15 +48,16 @@ class Student:
         from compress.run.artifacts import Checks
 
         size, files = self.settings.input_size, [] if self.images is None else images_in(self.images)
-        recipe, split = self.recipe, None
+        recipe, split, train = self.recipe, None, None
         if recipe is not None and (not files or size is None):
             from compress.run.pipeline import validation_images
 
             split, _, checks = validation_images(recipe)
+            train = None if files else checks.train
             files, size = files or list(checks.images), size or checks.input_size
         assert size is not None and files, "need_images_and_size was called"
         resize_short_long = None if recipe is None else (recipe.data.eval_short, recipe.data.long)
-        return Checks(files, size, resize_short_long), split
+        return Checks(files, size, resize_short_long, train), split
 
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:

@@ -91,23 +91,23 @@ class Deployable(nn.Module):
         return module.eval()
 
 
-def half_precision(module: Deployable) -> Deployable:
-    """A copy that computes its network in float16, with islands of float32.
+def marked_for_half(module: Deployable) -> Deployable:
+    """A copy whose network is in float64: the mark of what the file shall compute in float16, see `deploy.graph.half`.
 
-    Every submodule of the detector (backbone, neck, head) is converted and takes its inputs in float16. In float32
-    remain: what the detector itself holds and does (it normalises the pixels), everything after its predictions
-    (scores, boxes, suppression), and norms that average over a map. A strongly typed TensorRT network computes in the
-    types that are written, and the sum of squares over a map of 100 × 168 does not fit into float16.
+    Every submodule of the detector (backbone, neck, head) is marked and takes its inputs in float64. In float32 remain:
+    what the detector itself holds and does (it normalises the pixels), everything after its predictions (scores, boxes,
+    suppression), and norms that average over a map. A strongly typed TensorRT network computes in the types that are
+    written, and the sum of squares over a map of 100 × 168 does not fit into float16.
     """
     module = copy.deepcopy(module)
     for child in module.detector.children():
-        child.half()
-        child.register_forward_pre_hook(lambda _, inputs: _to(torch.float16, inputs))
+        child.double()
+        child.register_forward_pre_hook(lambda _, inputs: _to(torch.float64, inputs))
         for norm in child.modules():
             if isinstance(norm, (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)):
                 norm.float()
                 norm.register_forward_pre_hook(lambda _, inputs: _to(torch.float32, inputs))
-                norm.register_forward_hook(lambda _, inputs, output: _to(torch.float16, output))
+                norm.register_forward_hook(lambda _, inputs, output: _to(torch.float64, output))
     return module.eval()
 
 

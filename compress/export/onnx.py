@@ -11,7 +11,7 @@ import numpy as np
 from compress.config.deploy import Deploy
 from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
-from compress.export.deployable import Deployable, TorchRunner, half_precision
+from compress.export.deployable import Deployable, TorchRunner, marked_for_half
 from compress.versions import versions
 from deploy.core.canvas import fit_canvas
 from deploy.core.card import PAD_COLOR, PROCESSING, ModelCard
@@ -22,6 +22,7 @@ from deploy.core.precisions import PRECISIONS
 from deploy.graph.export import ExportReport, export_onnx
 
 SAMPLES = 16  # images that an export is checked on
+MEASURED = 32  # images that the numbers of half precision are measured on
 
 
 def export_checkpoint(
@@ -33,6 +34,7 @@ def export_checkpoint(
     images: Sequence[Path],
     resize_short_long: tuple[int, int] | None = None,
     precision: str = "fp32",
+    measured: Sequence[Path] | None = None,
 ) -> ExportReport:
     """Export a native checkpoint to `out`.
 
@@ -43,6 +45,7 @@ def export_checkpoint(
             canvas alone.
         images: files that the result is compared with torch on; the first 16 are used.
         precision: a float one of `PRECISIONS`. A network in float16 is compared with the float32 module.
+        measured: files that the numbers of a network in float16 are measured on; None: `images`. The first 32 are used.
 
     Raises:
         UserError: the checkpoint or an image cannot be used. `ExportMismatchError`: the graph is wrong.
@@ -50,11 +53,12 @@ def export_checkpoint(
     kind = PRECISIONS[precision]
     runner = torch_runner(str(checkpoint), settings, input_size, resize_short_long=resize_short_long)
     return export_onnx(
-        half_precision(runner.module) if kind.half else runner.module,
+        marked_for_half(runner.module) if kind.half else runner.module,
         runner.card,
         out,
-        samples=sample_canvases(images, runner.card),
+        samples=canvases(images, runner.card, SAMPLES),
         reference=runner.module if kind.half else None,
+        measured_on=canvases(measured or images, runner.card, MEASURED) if kind.half else None,
         max_batch=settings.max_batch,
         score_tolerance=kind.score_tolerance,
         box_tolerance_px=kind.box_tolerance_on(input_size),
@@ -107,9 +111,8 @@ def torch_runner(
     return TorchRunner(Deployable.from_card(detector, card), card, device)
 
 
-def sample_canvases(images: Sequence[Path], card: ModelCard) -> np.ndarray:
-    """The first images as uint8 [N, 3, H, W] canvases of `card`."""
+def canvases(images: Sequence[Path], card: ModelCard, most: int) -> np.ndarray:
+    """The first images, at most so many, as uint8 [N, 3, H, W] canvases of `card`."""
     if not images:
         raise UserError("no images to check the export on; give a folder with --images")
-    canvases = [fit_canvas(load_image(path), card)[0] for path in images[:SAMPLES]]
-    return np.stack(canvases)
+    return np.stack([fit_canvas(load_image(path), card)[0] for path in images[:most]])

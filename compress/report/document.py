@@ -103,6 +103,15 @@ class Engine(_Part):
     build_seconds: Number = None
 
 
+class Half(_Part):
+    """Numbers of a file's float16, as its card has them: how many images they were measured on, the largest one, and
+    the layers that stay in float32 with the reason."""
+
+    images: int = 0
+    largest: Number = None
+    float32: dict[str, str] = {}
+
+
 class Artifact(_Part):
     """One exported file. `map` in percent, `map_drop` in points of it, `agreement` a share, 0 to 1; `map_at_max` as of
     a model; `engine` of a file that TensorRT built."""
@@ -120,6 +129,8 @@ class Artifact(_Part):
     throughput_ips: Number = None
     engine: Engine | None = None
     gate: str = "not run"
+    half: Half | None = None
+    note: str | None = None
 
     @field_validator("gate")
     @classmethod

@@ -87,6 +87,8 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
         "drop": figure(a.map_drop, 2),
         "agreement": "–" if a.agreement is None else f"{100 * a.agreement:.1f} %",
         "throughput": figure(a.throughput_ips, 0 if (a.throughput_ips or 0) >= 100 else 1),
+        "in_float32": "" if a.half is None else ", ".join(f"{name} {why}" for name, why in a.half.float32.items()),
+        "note": a.note or "",
         "gate": word,
         "why": why.strip(),
         "gate_class": {"pass": "pass", "fail": "fail"}.get(word, "notrun"),

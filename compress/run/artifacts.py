@@ -17,17 +17,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.console import progress
-from compress.export.onnx import export_checkpoint
+from compress.export.onnx import MEASURED, export_checkpoint
 from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
 from compress.run import engines
 from compress.run.engines import EnginePlan
-from compress.run.quantize import BudgetError, Quantizing, quantize_file
+from compress.run.quantize import BudgetError, Quantizing, quantize_file, split_files
 from compress.training.qad.export import grids_file, quantize_trained
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of
 from deploy.core.precisions import PRECISIONS, TENSORRT, Target, file_for, sources
+from deploy.quantize.calibrate import CalibrationImages, choose_images
 from deploy.quantize.file import QuantizeReport
 from deploy.quantize.guided import GuidedResult
 from deploy.tensorrt.card import EngineCard, card_path, read_engine_card, this_machine
@@ -56,11 +58,23 @@ class Checks:
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
     resize_short_long: (short, long) in pixels that an image is not enlarged beyond; None: the canvas alone.
+    train: training images, on which the numbers of half precision are measured; None: on `images`.
     """
 
     images: Sequence[Path]
     input_size: tuple[int, int]
     resize_short_long: tuple[int, int] | None = None
+    train: Split | None = None
+
+    def measured(self) -> tuple[CalibrationImages, str]:
+        """Images to measure half precision on, spread evenly, and what they are in words. Training images that are
+        not on this machine are not looked for: the file says which ones it was measured on."""
+        if self.train is not None and self.train.annotations.is_file():
+            files = split_files(self.train.annotations, self.train.images)
+            spread = files[:: max(1, len(files) // MEASURED)][:MEASURED]
+            if all(file.is_file() for file in spread):
+                return choose_images(spread, MEASURED), "training images"
+        return choose_images(self.images, MEASURED), "of the images that it was compared on"
 
 
 @dataclass(frozen=True)
@@ -208,6 +222,7 @@ class _FloatFiles:
 
 def _export(plan: ArtifactPlan, path: Path, precision: str) -> dict[str, Any]:
     assert plan.checks is not None, "an export is checked"
+    measured, words = plan.checks.measured() if PRECISIONS[precision].half else (None, "")
     report = export_checkpoint(
         plan.checkpoint,
         path,
@@ -216,17 +231,24 @@ def _export(plan: ArtifactPlan, path: Path, precision: str) -> dict[str, Any]:
         images=plan.checks.images,
         resize_short_long=plan.checks.resize_short_long,
         precision=precision,
+        measured=None if measured is None else measured.files,
     )
-    return {key: value for key, value in asdict(report).items() if key != "path"}
+    found = {key: value for key, value in asdict(report).items() if key not in ("path", "half")}
+    if report.half is not None:
+        found["half"] = f"; float16 measured on {report.half.images} {words}: {report.half.in_words()}"
+    return found
 
 
 def _exported(plan: ArtifactPlan, file: OnnxFile) -> Artifact:
-    found = _stage(
-        plan, file.stage, lambda: _inputs(plan), [file.path], lambda: _export(plan, file.path, file.precision)
-    )
+    def inputs() -> dict[str, Any]:
+        assert plan.checks is not None, "an export is checked"
+        half = PRECISIONS[file.precision].half
+        return {**_inputs(plan), **({"measured": plan.checks.measured()[0].sha256} if half else {})}
+
+    found = _stage(plan, file.stage, inputs, [file.path], lambda: _export(plan, file.path, file.precision))
     summary = (
         f"{found['size_bytes'] / 1e6:.1f} MB; largest difference from torch: score "
-        f"{found['max_score_difference']:.1e}, box {found['max_box_difference_px']:.1e} px"
+        f"{found['max_score_difference']:.1e}, box {found['max_box_difference_px']:.1e} px{found.get('half', '')}"
     )
     return Artifact(file.path, file.precision, summary)
 

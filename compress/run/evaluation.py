@@ -221,4 +221,5 @@ def _row(proof: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "map_drop": proof["map_drop"],
         "agreement": agreement["share"] if agreement else None,
         "gate": proof["gate"],
+        **{key: proof[key] for key in ("half", "note") if proof.get(key) is not None},
     }

@@ -388,11 +388,12 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
     """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
     from compress.run.artifacts import Checks
 
-    _, split = splits(recipe.data, recipe.runs)
+    train, split = splits(recipe.data, recipe.runs)
     resize_short_long = (recipe.data.eval_short, recipe.data.long)
     val = CocoDetection(split.annotations, split.images, eval_transform(*resize_short_long))
     images = [val.path(index) for index in range(len(val))]
-    return split, val, Checks(images, recipe.deploy.input_size or canvas(val, recipe.data), resize_short_long)
+    size = recipe.deploy.input_size or canvas(val, recipe.data)
+    return split, val, Checks(images, size, resize_short_long, train)
 
 
 def quantizing(recipe: Recipe) -> Quantizing:

@@ -56,6 +56,26 @@ class Quantization(BaseModel):
     """mAP points that the search measured on its labelled split; None when there was no search."""
 
 
+class HalfPrecision(BaseModel):
+    """Record of how a network got its float16: what was measured, and what does not fit into it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: int = Field(ge=1)
+    """Pictures on which the magnitude of every value was measured, in float32."""
+    largest: float
+    """The largest magnitude among the values that are float16; float16 ends at 65,504."""
+    float32: dict[str, str] = {}
+    """Layer, or node without weights, that computes in float32 because its numbers do not fit → what does not. Norms
+    over a map always do, and are not named."""
+
+    def in_words(self) -> str:
+        """For people: the largest number in float16, and what is in float32."""
+        kept = [f"{name} ({why})" for name, why in self.float32.items()]
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        return f"at most {self.largest:.3g} of 65504; in float32: {', '.join(kept[:3]) or 'nothing more'}{more}"
+
+
 class ModelCard(BaseModel):
     """Facts of a deployable file, which it carries itself. `input_size` is (height, width) in pixels."""
 
@@ -82,6 +102,8 @@ class ModelCard(BaseModel):
     """Number format of each part as the graph has it, for example `{"backbone": "int8", "head": "fp32+int8"}`."""
     quantization: Quantization | None = None
     """None for a file without int8 layers."""
+    half: HalfPrecision | None = None
+    """None for a file without float16, and for one made before it was measured."""
     checkpoint_sha256: str = ""
     recipe_sha256: str = ""
     val_map: float | None = None

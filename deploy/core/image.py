@@ -7,7 +7,7 @@ The rules, with what follows from them, are in docs/pictures.md:
 - Of 16 bits a channel the upper eight are taken. Floats, signed integers and those of more bits are refused.
 - Transparency is dropped: what remains are the colours that the file holds under it.
 - CMYK becomes RGB by Pillow's formula, without a colour profile.
-- A file that is truncated, or has more than `MAX_PIXELS` pixels, is refused. Pillow's own limit is not asked.
+- A file that is truncated, or has more than `MAX_PIXELS` pixels, is refused. Pillow's own limit does not count.
 
 Without torch. Everything that is wrong with a file is one UserError that begins with its path.
 """
@@ -15,8 +15,11 @@ Without torch. Everything that is wrong with a file is one UserError that begins
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -112,7 +115,7 @@ def decode_oriented(data: bytes, where: str = "image") -> tuple[np.ndarray, int]
             if pixels is not None:
                 turn = orientation(file)
                 return _turned(pixels, turn), turn
-            file.load()  # some formats have their EXIF at the end
+            _load(file)  # some formats have their EXIF at the end
             turn = orientation(file)
             return rgb(file), turn
         except UserError as error:
@@ -135,8 +138,7 @@ def open_picture(stream: IO[bytes], where: str) -> ImageFile.ImageFile:
         raise UserError(f"{where}: cannot be read as an image: {why}")
     try:
         import_module(f"PIL.{FORMATS[name]}")
-        stream.seek(0)
-        opened = Image.OPEN[name][0](stream, "")
+        opened = _factory(name, stream)
     except MemoryError:
         raise
     except Exception as error:  # parsers raise anything on broken bytes: OSError, SyntaxError, struct.error …
@@ -198,6 +200,7 @@ def pixel_doubt(pixels: np.ndarray) -> str | None:
 # --- details --------------------------------------------------------------------------------------------
 
 MIN_CONTRAST = 16
+_LIMIT = Lock()
 _GRID = 64
 
 _MAGIC = (
@@ -208,8 +211,7 @@ _MAGIC = (
     ("BMP", b"BM"),
     ("TIFF", b"II*\0"),
     ("TIFF", b"MM\0*"),
-    ("TIFF", b"II+\0"),  # BigTIFF
-    ("TIFF", b"MM\0+"),
+    ("TIFF", b"II+\0"),  # BigTIFF; that of the other byte order, MM, is none to Pillow
     ("JPEG2000", b"\xff\x4f\xff\x51"),
     ("JPEG2000", b"\0\0\0\x0cjP  \r\n\x87\n"),
 )
@@ -221,6 +223,36 @@ def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
     if isinstance(error, OSError):
         return UserError(f"{path}: cannot be read as an image: {error.strerror or first_line(error)}")
     return UserError(f"{str(path)!r}: cannot be read as an image: {error}")  # a NUL in the name
+
+
+def _factory(name: str, stream: IO[bytes]) -> ImageFile.ImageFile:
+    stream.seek(0)
+    try:
+        return Image.OPEN[name][0](stream, "")
+    except Image.DecompressionBombError:  # WebP's reader asks the limit itself
+        with _no_limit_of_pillow():
+            stream.seek(0)
+            return Image.OPEN[name][0](stream, "")
+
+
+def _load(file: ImageFile.ImageFile) -> None:
+    if file.size[0] * file.size[1] <= (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
+        file.load()
+    else:  # TIFF's reader asks, too
+        with _no_limit_of_pillow():
+            file.load()
+
+
+@contextmanager
+def _no_limit_of_pillow() -> Iterator[None]:
+    """Lift `Image.MAX_IMAGE_PIXELS` while one picture that is larger is read; the next one waits for that."""
+    with _LIMIT:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _check_kind(file: Image.Image, where: str) -> None:
@@ -265,7 +297,7 @@ def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
     if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)
     rows, columns = _FLIPS[turn]
-    return np.ascontiguousarray(pixels[::rows, ::columns])
+    return pixels[::rows, ::columns].copy(order="C")  # torch takes no negative stride, not even of one pixel
 
 
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
@@ -274,7 +306,7 @@ _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1
 
 def _upright_size(file: ImageFile.ImageFile) -> tuple[int, int]:
     if file.format == "PNG" and "exif" not in file.info and file.fp and _has_late_chunks(file.fp):
-        file.load()  # EXIF may stand behind the pixels
+        _load(file)  # EXIF may stand behind the pixels
     turned = orientation(file) >= 5
     if file.format == "TIFF":  # Pillow exchanges the sides itself, for a tag
         turned = turned and file.tag_v2.get(ExifTags.Base.Orientation) is None  # type: ignore[attr-defined]

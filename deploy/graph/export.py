@@ -13,6 +13,9 @@ once
 the
    detections that the file gives. Rounding cannot blur this comparison, because both sides start from one
    input.
+
+A file with float16 in it is also compared as a processor computes it that rounds to float16: ONNX Runtime's CPU
+provider does not, and hides what overflows (`deploy.graph.half`).
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from deploy.core.card import ModelCard
+from deploy.core.card import HalfPrecision, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
+from deploy.graph.half import halve, rounded
 from deploy.graph.precision import precisions, set_card
 from deploy.graph.session import cpu_session
 
@@ -55,6 +59,8 @@ class ExportReport:
     matched: float
     """Share of them that the file gives too."""
     seconds: float
+    half: HalfPrecision | None = None
+    """What was measured for float16; None: there is none in the file."""
 
 
 class ExportMismatchError(RuntimeError):
@@ -68,6 +74,7 @@ def export_onnx(
     *,
     samples: np.ndarray,
     reference: nn.Module | None = None,
+    measured_on: np.ndarray | None = None,
     max_batch: int = 8,
     opset: int = 20,
     score_tolerance: float = 1e-3,
@@ -78,7 +85,8 @@ def export_onnx(
     `module` has two methods: `dense(images uint8 [B,3,H,W]) -> (scores [B,A,K], boxes [B,A,4])` and
     `select(scores, boxes) -> (boxes, scores, labels, count)`; the file computes one after the other. It is
     put in eval mode. `samples`: real images uint8 [N, 3, H, W] of the card's input size, N ≥ 1, repeated up
-    to `max_batch` when there are fewer.
+    to `max_batch` when there are fewer. `reference`: what the file is compared with, by default `module`.
+    `measured_on`: more such images, for a module that is marked for half precision: its numbers are measured on them.
 
     Raises UserError for wrong samples, ExportMismatchError when the file disagrees with the module. In both
     cases nothing is left at `path`, or what was there before stays.
@@ -87,25 +95,38 @@ def export_onnx(
     _check_samples(samples, card)
     images = np.ascontiguousarray(samples[np.arange(max(max_batch, 2)) % len(samples)])
     module.eval()
-    model = _convert(module, images[:2], opset)
-    set_card(model, card.model_copy(update={"precision": precisions(model)}))
+    model, half = _convert(module, images[:2], opset), None
+    if measured_on is not None:
+        _check_samples(measured_on, card)
+        model, half = halve(model, measured_on)
+    set_card(model, card.model_copy(update={"precision": precisions(model), "half": half}))
     model.producer_name = "compress-detectors"
 
     batches = tuple(sorted({1, 2, max_batch}))
     inner = cpu_session(model.SerializeToString())
+    as_computed = None if half is None else cpu_session(rounded(model).SerializeToString())
     reference = module if reference is None else reference.eval()
     del model.graph.output[len(OUTPUTS) :]
     onnx.checker.check_model(model)
     with atomic_path(Path(path)) as temporary:
         onnx.save(model, str(temporary))
         final = cpu_session(str(temporary))
-        measured = _compare(reference, inner, final, images, batches, score_tolerance, box_tolerance_px)
+        expected = _dense(reference, images)
+        tolerances = (score_tolerance, box_tolerance_px)
+        measured = _compare(reference, inner, final, images, batches, expected, tolerances)
+        if as_computed is not None:
+            found = as_computed.run(list(_INNER), {"images": images})
+            wider = (2 * score_tolerance, 2 * box_tolerance_px)  # each step rounds, not the weights alone
+            scores, boxes = _differences(found, expected, wider, "rounded to float16 as on a GPU")
+            measured["max_score_difference"] = max(measured["max_score_difference"], scores)
+            measured["max_box_difference_px"] = max(measured["max_box_difference_px"], boxes)
     return ExportReport(
         path=Path(path),
         size_bytes=Path(path).stat().st_size,
         opset=opset,
         batches=batches,
         images=min(len(samples), len(images)),
+        half=half,
         seconds=time.perf_counter() - start,
         **measured,
     )
@@ -171,35 +192,31 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 @torch.no_grad()
+def _dense(module: Any, images: np.ndarray) -> list[np.ndarray]:
+    """Scores and boxes at every location, from torch, two images at a time."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    halves = [module.dense(torch.from_numpy(part).to(device)) for part in np.array_split(images, len(images) // 2)]
+    return [torch.cat([half[i] for half in halves]).float().cpu().numpy() for i in range(2)]
+
+
+@torch.no_grad()
 def _compare(
     module: Any,
     inner: Any,
     final: Any,
     images: np.ndarray,
     batches: tuple[int, ...],
-    score_tolerance: float,
-    box_tolerance_px: float,
+    expected: list[np.ndarray],
+    tolerances: tuple[float, float],
 ) -> dict[str, Any]:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    halves = [module.dense(torch.from_numpy(part).to(device)) for part in np.array_split(images, len(images) // 2)]
-    expected = [torch.cat([half[i] for half in halves]).float().cpu().numpy() for i in range(2)]
-    score_difference = box_difference = 0.0
+    largest = (0.0, 0.0)
     total = matched = 0
     for batch in batches:
         feed = {"images": images[:batch]}
         found = inner.run(list(_INNER), feed)
-        for name, value, wanted in zip(_INNER, found, expected, strict=True):
-            if value.shape != wanted[:batch].shape:
-                raise ExportMismatchError(f"batch {batch}: {name} is {value.shape}, torch's {wanted[:batch].shape}")
-            if not np.isfinite(value).all():
-                raise ExportMismatchError(f"batch {batch}: {name} holds values that are not finite")
-        score_difference = max(score_difference, float(np.abs(found[0] - expected[0][:batch]).max()))
-        box_difference = max(box_difference, float(np.abs(found[1] - expected[1][:batch]).max()))
-        if score_difference > score_tolerance or box_difference > box_tolerance_px:
-            raise ExportMismatchError(
-                f"batch {batch}: the ONNX graph is off torch by {score_difference:.2g} in score (allowed "
-                f"{score_tolerance:g}) and {box_difference:.2g} px in boxes (allowed {box_tolerance_px:g})"
-            )
+        differences = _differences(found, [value[:batch] for value in expected], tolerances, f"batch {batch}")
+        largest = (max(largest[0], differences[0]), max(largest[1], differences[1]))
         selected = module.select(*(torch.from_numpy(value).to(device) for value in found))
         pairs = _match(final.run(list(OUTPUTS), feed), [value.cpu().numpy() for value in selected])
         total, matched = total + pairs[0], matched + pairs[1]
@@ -207,11 +224,29 @@ def _compare(
     if share < 0.99:  # equal scores may be ordered in two ways, and that is rare
         raise ExportMismatchError(f"only {matched} of {total} detections of the ONNX graph equal torch's")
     return {
-        "max_score_difference": score_difference,
-        "max_box_difference_px": box_difference,
+        "max_score_difference": largest[0],
+        "max_box_difference_px": largest[1],
         "detections": total,
         "matched": share,
     }
+
+
+def _differences(
+    found: list[np.ndarray], expected: list[np.ndarray], tolerances: tuple[float, float], where: str
+) -> tuple[float, float]:
+    """Largest difference of the scores, and of the boxes in pixels. Raises ExportMismatchError beyond `tolerances`."""
+    for name, value, wanted in zip(_INNER, found, expected, strict=True):
+        if value.shape != wanted.shape:
+            raise ExportMismatchError(f"{where}: {name} is {value.shape}, torch's {wanted.shape}")
+        if not np.isfinite(value).all():
+            raise ExportMismatchError(f"{where}: {name} holds values that are not finite")
+    scores, boxes = (float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+    if scores > tolerances[0] or boxes > tolerances[1]:
+        raise ExportMismatchError(
+            f"{where}: the ONNX graph is off torch by {scores:.2g} in score (allowed {tolerances[0]:g}) and "
+            f"{boxes:.2g} px in boxes (allowed {tolerances[1]:g})"
+        )
+    return scores, boxes
 
 
 def _match(found: list[np.ndarray], wanted: list[np.ndarray]) -> tuple[int, int]:

@@ -63,8 +63,8 @@ def quantize(
     symmetric = target == "tensorrt"
     source = shape_inference.infer_shapes(model)  # a copy; the quantizer changes it
     halves = {v.name for v in source.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
-    kinds = {name: np.float16 if name in halves else np.float32 for name in ranges}  # a scale has its tensor's type
-    limits = {name: (kinds[name](low), kinds[name](high)) for name, (low, high) in ranges.items()}
+    halves |= _widen(source.graph, {layer.weight for layer in chosen})
+    limits = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises preparations that an exported graph has behind it
     try:
@@ -89,6 +89,7 @@ def quantize(
         quantizer.quantize_model()
         quantizer.model.topological_sort()  # it appends its nodes at the end
         result: onnx.ModelProto = quantizer.model.model
+        _narrow_scales(result.graph, halves)
     finally:
         logging.root.setLevel(level)
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
@@ -131,6 +132,25 @@ def integer_dot_product() -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _widen(graph: onnx.GraphProto, weights: Collection[str]) -> set[str]:
+    """Turn float16 weights into float32, and return their names: of a float16 one whose scale would be below 6.1e-5,
+    which a weight of 0.007 has, onnxruntime makes nothing but zeros."""
+    found = set()
+    for item in graph.initializer:
+        if item.name in weights and item.data_type == onnx.TensorProto.FLOAT16:
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), item.name))
+            found.add(item.name)
+    return found
+
+
+def _narrow_scales(graph: onnx.GraphProto, halves: Collection[str]) -> None:
+    """Give the scales of values and weights in float16 that type, the smallest above 0 at least."""
+    for item in graph.initializer:
+        if item.name.removesuffix("_scale") in halves and item.name.endswith("_scale"):
+            scale = np.maximum(numpy_helper.to_array(item).astype(np.float16), np.float16(2**-24))
+            item.CopyFrom(numpy_helper.from_array(np.asarray(scale), item.name))
 
 
 def _nodes(graph: onnx.GraphProto, structure: Structure, chosen: list[Layer], target: Target) -> list[str]:

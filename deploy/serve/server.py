@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import h11
 import uvicorn
-from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.core.errors import UserError
@@ -58,7 +57,6 @@ def serve(
     opened or the address is taken, before anything listens.
     """
     log_as_json(log_level)
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, settings.max_pixels)  # ours comes first
     _allow_connections(settings.max_connections)
     metrics = Metrics()
     models = Models(files, open_runner, settings, metrics)

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from deploy.core.boxes import pairwise_iou
-from deploy.core.card import ModelCard
+from deploy.core.card import HalfPrecision, ModelCard
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -78,11 +79,17 @@ class ArtifactResult:
     diagnosis: str | None = None
     """Why a file fails and where it starts to compute something else, or why that was not found; None when the gate
     passes."""
+    half: HalfPrecision | None = None
+    """What the file's card says about its float16."""
+    note: str | None = None
+    """What this machine cannot see of the file; None: nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types: NaN becomes None."""
         agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
-        return {**_without_nan(asdict(self)), "metrics": self.metrics.to_dict(), "agreement": agreement}
+        half = None if self.half is None else self.half.model_dump(mode="json")
+        rest = {"metrics": self.metrics.to_dict(), "agreement": agreement, "half": half}
+        return {**_without_nan(asdict(self)), **rest}
 
 
 def validate(
@@ -141,6 +148,8 @@ def validate(
                 gate="fail" if outcome.spoiled else _gate(drop, max_map_drop, bool(base and base.spoiled)),
                 images=len(rows),
                 seconds=outcome.seconds,
+                half=runner.card.half,
+                note=_unseen(runner),
             )
         )
     trusted = _graph_to_trust(runners, results, reference)
@@ -173,6 +182,8 @@ def results_table(results: list[ArtifactResult]) -> Table:
             "-" if math.isnan(row.d_ece) else f"{row.d_ece:.3f}",
             f"[{style.get(row.gate, 'yellow')}]{row.gate}[/]",
         )
+    notes = [f"{row.name}: {row.note}" for row in results if row.note is not None]
+    table.caption, table.caption_justify = Text("\n".join(notes)) if notes else None, "left"
     return table
 
 
@@ -242,6 +253,20 @@ def detect_all(
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _unseen(runner: Runner) -> str | None:
+    """What a CPU hides of a file with float16 in it."""
+    if not any("fp16" in kinds.split("+") for kinds in runner.card.precision.values()) or not runner.on_cpu:
+        return None
+    half = runner.card.half
+    known = "they were not measured when this file was made: export it again"
+    if half is not None:
+        known = f"they were measured at export, on {half.images} images: {half.in_words()}"
+    return (
+        "float16 runs in float32 here, as CPU runtimes do it, so numbers that a GPU would overflow or round are not "
+        f"seen; {known}"
+    )
 
 
 def _check_categories(name: str, card: ModelCard, content: Mapping[str, Any], where: str) -> None:

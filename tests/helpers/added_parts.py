@@ -17,7 +17,7 @@ from compress.detectors.backbones import build_backbone
 from compress.detectors.build import assemble, build_detector
 from compress.distill.build import build_methods
 from compress.distill.method import Outputs
-from compress.export.deployable import Deployable, half_precision
+from compress.export.deployable import Deployable, marked_for_half
 from compress.teachers.base import Sample
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
@@ -90,9 +90,9 @@ def precision(recipe: Recipe) -> None:
     name = recipe.deploy.precisions[1]
     file = file_for(Path("student.onnx"), name)
     assert file.name == "student.body16.onnx" and claimed_precision(file.name) == "body16"
-    module = half_precision(Deployable(assemble(recipe.student, 3), (64, 64)).eval(), PRECISIONS[name].float_parts)
+    module = marked_for_half(Deployable(assemble(recipe.student, 3), (64, 64)).eval(), PRECISIONS[name].float_parts)
     kinds = {key.split(".")[1]: value.dtype for key, value in module.named_parameters() if value.dim() == 4}
-    assert kinds == {"backbone": torch.float16, "neck": torch.float16, "head": torch.float32}
+    assert kinds == {"backbone": torch.float64, "neck": torch.float64, "head": torch.float32}  # float64: the mark
     scores, boxes = module.dense(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert scores.dtype == boxes.dtype == torch.float32 and scores.isfinite().all() and boxes.isfinite().all()
 

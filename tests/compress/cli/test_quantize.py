@@ -65,9 +65,12 @@ def test_the_short_way_makes_the_same_file(student: Path, capsys: pytest.Capture
 def test_a_mixed_file_comes_from_the_fp16_one(student: Path) -> None:
     half = student.with_name("student.fp16.onnx")
     assert run(f"quantize {half} --precision mixed") == 0
+    measured = card_from_file(half).half
+    assert measured is not None and measured.images > 1 and measured.float32 == {}
     card = card_from_file(student.with_name("student.mixed.onnx"))
     assert card.quantization is not None and card.quantization.target == "tensorrt"
     assert {kind for part in card.precision.values() for kind in part.split("+")} >= {"int8", "fp16"}
+    assert card.half == measured
 
 
 @pytest.mark.parametrize(

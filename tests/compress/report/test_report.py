@@ -101,6 +101,15 @@ def test_engines_that_could_not_run_show_their_cards(full_run: Path) -> None:
     assert any("student.fp16.engine" in line and "not run: no GPU" in line for line in lines)
 
 
+def test_half_precision_says_what_stays_in_float32_and_what_a_cpu_hides(full_run: Path) -> None:
+    report = full_report()
+    half = {"images": 9, "largest": 12.5, "float32": {"head.cls.0": "its result reaches 9e+04"}}
+    report["artifacts"].append({"file": "h.fp16.onnx", "precision": "fp16", "half": half, "note": "not <seen> here"})
+    html = build_report(write_run(full_run, report)).read_text(encoding="utf-8")
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", html) if ">h.fp16.onnx<" in row)
+    assert "in float32: head.cls.0 its result reaches 9e+04" in row and "not &lt;seen&gt; here" in row
+
+
 def test_page_loads_nothing_from_outside(full_run: Path) -> None:
     html = build_report(full_run).read_text(encoding="utf-8")
     page = Page(html)

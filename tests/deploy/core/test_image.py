@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 
 from compress.data.coco import load_tensor
-from deploy.core.canvas import letterbox, to_original
+from compress.data.transforms import eval_transform, train_transform
+from deploy.core.canvas import fit_size, letterbox, resize, to_original
 from deploy.core.errors import UserError
-from deploy.core.image import load_image, read_picture
+from deploy.core.image import load_image, pixel_doubt, read_picture
 
 PAD = (124, 116, 104)
 
@@ -88,13 +90,74 @@ def test_letterbox_fits_pads_and_inverts(height: int, width: int, canvas_h: int,
     np.testing.assert_allclose(outside, [[0, 0, width, height]], rtol=1e-5)
 
 
-def test_the_resize_is_the_one_of_training_within_one_grey_level() -> None:
-    """The trainer resizes tensors with torchvision (bilinear, antialias): the same filter as Pillow's."""
-    image = np.random.default_rng(1).integers(0, 255, (75, 133, 3), np.uint8)
-    canvas, (sx, sy) = letterbox(image, (64, 96), PAD)
-    new_h, new_w = round(sy * 75), round(sx * 133)
-    expected = F.resize(torch.from_numpy(image).permute(2, 0, 1), [new_h, new_w], antialias=True).numpy()
-    assert np.abs(canvas[:, :new_h, :new_w].astype(int) - expected).max() <= 1
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**31), short=st.integers(1, 120), more=st.integers(0, 120))
+def test_evaluation_has_the_pixels_of_the_file_and_training_those_within_a_level(
+    seed: int, short: int, more: int
+) -> None:
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (*random.integers(1, 150, 2), 3), np.uint8)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    none = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.bool)
+    limits: dict[str, Any] = {"short": short, "long": short + more}
+    height, width = fit_size(*image.shape[:2], **limits)
+    canvas, scale = letterbox(image, (256, 256), PAD, **limits)
+    fitted = canvas[:, :height, :width]
+    assert scale == (width / image.shape[1], height / image.shape[0])
+    assert np.array_equal(eval_transform(**limits)(tensor, *none)[0].numpy(), fitted)
+    step = train_transform(**limits, flip=0.0)(tensor, *none)[0].numpy()
+    assert step.shape == fitted.shape and np.abs(step.astype(int) - fitted).max() <= 1
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 300), st.integers(1, 300))
+def test_a_size_is_the_largest_of_its_ratio_within_all_limits(height: int, width: int, short: int, long: int) -> None:
+    """Against exact fractions: f is the smallest of the four, and a side the whole number nearest to side · f."""
+    canvas = (short + 7, long + 3)
+    factor = min(
+        Fraction(canvas[0], height), Fraction(canvas[1], width),
+        Fraction(short, min(height, width)), Fraction(long, max(height, width)),
+    )  # fmt: skip
+    found = fit_size(height, width, short=short, long=long, canvas=canvas)
+    for side, new, limit in ((height, found[0], canvas[0]), (width, found[1], canvas[1])):
+        assert 1 <= new <= limit and (new == 1 or abs(new - side * factor) <= Fraction(1, 2))
+
+
+def test_resized_by_hand() -> None:
+    """A triangle of two pixels where it enlarges, of twice the factor where it makes smaller."""
+    grey = np.array([[0, 100, 200]], np.uint8)[..., None].repeat(3, 2)
+    assert resize(grey, (1, 6))[0, :, 0].tolist() == [0, 25, 75, 125, 175, 200]
+    # each sum weighs its pixels by 1 - |distance| / 3, with centres 0.5, 1.5, 2.5 and the result's at 1.5
+    assert resize(grey, (1, 1))[0, :, 0].tolist() == [100]
+    assert resize(grey, (1, 3)) is grey
+
+
+@pytest.mark.parametrize(
+    ("pixels", "doubt"),
+    [
+        (
+            np.full((40, 60, 3), 7),
+            r"nearly one colour, about \(7, 7, 7\): 99 % of its pixels differ by less than",
+        ),
+        (np.full((1, 1, 3), (250, 0, 9)), r"about \(250, 0, 9\)"),
+        (
+            np.random.default_rng(0).integers(0, 4096, (300, 400, 3)) >> 8,
+            r"about \([78], [78], [78]\)",
+        ),
+        (np.random.default_rng(0).integers(90, 120, (300, 400, 3)), None),
+        (np.mgrid[0:300, 0:400, 0:3][1] * 255 // 400, None),
+    ],
+)
+def test_doubts_about_pixels(pixels: np.ndarray, doubt: str | None) -> None:
+    found = pixel_doubt(pixels.astype(np.uint8))
+    assert found is None if doubt is None else re.search(doubt, found or "")
+
+
+def test_a_small_object_is_no_doubt() -> None:
+    """A hundredth of the pixels is enough to say that something is there."""
+    pixels = np.full((500, 500, 3), 200, np.uint8)
+    pixels[3:63, 3:63] = 90
+    assert pixel_doubt(pixels) is None
 
 
 def test_limits_keep_the_scale_of_training() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
-from compress.export.deployable import Deployable, half_precision
+from compress.export.deployable import Deployable, marked_for_half
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.graph import export
@@ -48,7 +48,7 @@ def file_of(backbone: str, folder: Path, size: tuple[int, int], *, half: bool = 
         max_detections=20,
     )
     module = Deployable.from_card(detector, card).eval()
-    module = half_precision(module) if half else module
+    module = marked_for_half(module) if half else module
     model = export._convert(module, np.zeros((2, 3, *card.input_size), np.uint8), opset=20)
     del model.graph.output[len(export.OUTPUTS) :]
     set_card(model, card.model_copy(update={"precision": precisions(model)}))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from compress.export.deployable import TorchRunner
 from deploy.core.canvas import letterbox, to_original
-from deploy.core.card import ModelCard
+from deploy.core.card import HalfPrecision, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes.base import DetectionBatch, Runner
@@ -159,6 +159,38 @@ def test_a_file_that_gives_more_than_100_has_a_figure_for_that(
     console.print(results_table(results))
     lines = console.export_text().splitlines()
     assert "mAP at 150" in lines[2] and lines[4].count(" - ") > lines[5].count(" - ")
+
+
+def test_what_a_cpu_hides_of_half_precision_is_said(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner, tmp_path: Path
+) -> None:
+    class Half(Spoiled):
+        """As if the runner had another card, here or on a GPU."""
+
+        def __init__(self, half: HalfPrecision | None, *, on_cpu: bool = True) -> None:
+            super().__init__(torch_runner, lambda found: found)
+            self.card = CARD.model_copy(update={"precision": {"head": "fp16+fp32"}, "half": half})
+            self.on_cpu = on_cpu
+
+    known = HalfPrecision(images=7, largest=123.4, float32={"neck.x": "adds up 9e+04 inside"})
+    runners = {"new": Half(known), "old": Half(None), "gpu": Half(known, on_cpu=False), "fp32": torch_runner}
+    results = validate(runners, *dataset, limit=2)
+    notes = {row.name: row.note for row in results}
+    assert notes["gpu"] is None and notes["fp32"] is None
+    assert (
+        notes["new"] is not None
+        and "measured at export, on 7 images: at most 123 of 65504; in float32: neck.x" in (notes["new"])
+    )
+    assert notes["old"] is not None and "were not measured" in notes["old"] and "export it again" in notes["old"]
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    shown = " ".join(capture.get().split())
+    assert f"old: {notes['old']}" in shown and "gpu: " not in shown
+    write_results(tmp_path / "results.json", results)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    assert rows["new"]["note"] == notes["new"] and rows["gpu"]["half"] == known.model_dump(mode="json")
+    assert rows["fp32"]["note"] is None and rows["old"]["half"] is None
 
 
 def test_a_score_at_the_border_is_no_disagreement_and_a_class_is(
