@@ -29,13 +29,15 @@ class DataPlan:
     """Plan of a run's images.
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
-    runs: where drawn images are kept, for all runs. folder: of this one. max_detections: of the exported files.
+    runs: where drawn images are kept, for all runs. folder: of this one.
+    input_size: (height, width) of the exported files' input; None: the smallest `canvas`. max_detections: of theirs.
     """
 
     data: Data
     runs: Path
     folder: RunFolder
     labels: Labels | None = None
+    input_size: tuple[int, int] | None = None
     max_detections: int = MOST_OBJECTS
 
 
@@ -46,6 +48,8 @@ class Datasets:
     identity: everything about the images that a training depends on: labels and pictures of both sets, and what happens
         to them before the network. val_identity: what a measurement on the validation images depends on.
     digests: of pictures, remembered beside the run folders.
+    canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
+        around a picture, too.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -55,6 +59,7 @@ class Datasets:
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
+    canvas: tuple[int, int]
     val_identity: dict[str, Any] = field(default_factory=dict)
     digests: PictureDigests = field(default_factory=PictureDigests)
     unlabelled: Split | None = None
@@ -118,13 +123,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         drop_empty=data.drop_empty and has_labels,
         max_detections=plan.max_detections,
     )
-    val = CocoDetection(
-        val_split.annotations,
-        val_split.images,
-        eval_transform(data.eval_short, data.long),
-        cache=data.cache,
-        max_detections=plan.max_detections,
-    )
+    val, size = validation_set(val_split, data, plan.input_size, cache=data.cache, max_detections=plan.max_detections)
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(
             f"{train_split.annotations} and {val_split.annotations} have different categories: "
@@ -138,7 +137,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     )
     generated = data.synthetic is not None
     return Datasets(
-        train, val, train_split, val_split, identity, val_identity, digests, unlabelled, has_labels, generated
+        train, val, train_split, val_split, identity, size, val_identity, digests, unlabelled, has_labels, generated
     )
 
 
@@ -162,8 +161,28 @@ def identity_of_pictures(files: Sequence[Path], digests: PictureDigests, where: 
     return together(found)
 
 
+def validation_set(
+    split: Split,
+    data: Data,
+    input_size: tuple[int, int] | None,
+    *,
+    cache: bool = False,
+    max_detections: int = MOST_OBJECTS,
+) -> tuple[CocoDetection, tuple[int, int]]:
+    """Open validation images, resized as exported files resize them; and the canvas that both lay them on:
+    `input_size`, or the smallest `canvas`."""
+    transform = eval_transform(data.eval_short, data.long)
+    val = CocoDetection(split.annotations, split.images, transform, cache=cache, max_detections=max_detections)
+    size = input_size or canvas(val, data)
+    val.transform = eval_transform(data.eval_short, data.long, size)
+    return val, size
+
+
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
-    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it."""
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it.
+
+    With wide and tall images that is about a square of the long side, of which much is padding for each of them.
+    """
     sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32

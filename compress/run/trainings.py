@@ -131,7 +131,7 @@ def train(
     fabric: Fabric, plan: TrainingPlan, data: Datasets, *, resume: bool = False, max_steps: int | None = None
 ) -> dict[str, Any]:
     """Do a training and save `<run>/<name>.safetensors`, where a finished one stays until then. Returns its figures
-    (JSON-able)."""
+    (JSON-able), and the `canvas` that the validation images lay on."""
     output, identity = plan.folder.weights(plan.name), fingerprint(plan.identity)
     place = on_first_process(fabric, lambda: place_for(plan.folder, plan.name, identity, resume=resume))
     fabric.seed_everything(plan.seed, verbose=False)
@@ -167,7 +167,7 @@ def train(
             publish(plan.folder, plan.name, place)
 
     on_first_process(fabric, save)
-    return result.to_dict()
+    return {**result.to_dict(), "canvas": list(data.canvas)}
 
 
 def evaluate_on(
@@ -179,6 +179,7 @@ def evaluate_on(
         data.val,
         batch_size=EVAL_BATCH,
         workers=workers,
+        canvas=data.canvas,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )
