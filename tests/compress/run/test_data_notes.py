@@ -45,7 +45,7 @@ def sets(tmp_path: Path) -> tuple[Split, Split]:
 
 def opened(train: Split, val: Split) -> Datasets:
     one, two = (CocoDetection(split.annotations, split.images, eval_transform(40, 40)) for split in (train, val))
-    return Datasets(one, two, train, val, {})
+    return Datasets(one, two, train, val, {}, (64, 64))
 
 
 def test_labels_that_cost_accuracy_are_named(sets: tuple[Split, Split]) -> None:
