@@ -90,6 +90,12 @@ def test_pictures_behind_links_are_labelled_too(tmp_path: Path) -> None:
     (tmp_path / "one" / "images" / "more").symlink_to(tmp_path / "two" / "images")
     found = images_in(tmp_path / "one" / "images")
     assert len(found) == 13 and found.names[-1] == "more/2.png"
+    rows = [
+        {"id": 1, "file_name": "0.png", "width": None, "height": None},
+        {"id": 2, "file_name": "1.png", "width": 40},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"images": rows}))
+    assert images_in(tmp_path / "list.json", tmp_path / "two" / "images").sizes == [None, None]
     (tmp_path / "two" / "images").rename(tmp_path / "two" / "gone")
     with pytest.raises(UserError, match=r"more: a link to .*images, where nothing is"):
         images_in(tmp_path / "one" / "images")
