@@ -30,8 +30,9 @@ def notes_about(data: Datasets) -> list[str]:
         if found:
             lines.append(
                 f"warning: {len(found)} of {len(val)} validation images are also training images, so mAP is too high: "
-                f"{_names(found)} (compress data check {data.train_split.annotations} --images {data.train_split.images} "
-                f"--against {data.val_split.annotations} --against-images {data.val_split.images} lists them)"
+                f"{_names(found)} (compress data check {data.train_split.annotations} "
+                f"--images {data.train_split.images} --against {data.val_split.annotations} "
+                f"--against-images {data.val_split.images} lists them)"
             )
     return lines
 
