@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from compress.data.batch import pad_images
 from compress.data.coco import CocoDetection
 from compress.detectors.base import MEAN, STD, ImageDetections, gather
 from compress.manifest import Manifest
@@ -40,6 +41,7 @@ def check_teacher(
     report: Callable[[str], object],
     write: bool,
     max_detections: int = DETECTIONS,
+    canvas: tuple[int, int] | None = None,
 ) -> dict[str, Any] | None:
     """Report a teacher's classes and preprocessing, measure its mAP, and stop a run whose teacher is too weak.
 
@@ -53,6 +55,8 @@ def check_teacher(
         report: prints a line.
         write: whether this process writes the manifest, as `Manifest.stage` has it.
         max_detections: of a class in an image that count; the student's files give so many.
+        canvas: (height, width) on which a teacher is measured that sees what the student sees, as the student is; None:
+            each image alone, padded to a multiple of 32.
 
     Returns:
         The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images and
@@ -76,7 +80,7 @@ def check_teacher(
         report(f"teacher: {coverage}")
 
     def work() -> dict[str, Any]:
-        return {"metrics": measure(teacher, labels, val, max_detections).to_dict()}
+        return {"metrics": measure(teacher, labels, val, max_detections, canvas).to_dict()}
 
     inputs: dict[str, Any] = {
         "data": identity,
@@ -167,16 +171,20 @@ def preprocessing_lines(teacher: BoxTeacher, shown: Preprocessing) -> list[str]:
 
 
 def measure(
-    teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection, max_detections: int = DETECTIONS
+    teacher: BoxTeacher,
+    labels: Sequence[int],
+    val: CocoDetection,
+    max_detections: int = DETECTIONS,
+    canvas: tuple[int, int] | None = None,
 ) -> CocoMetrics:
     """COCO metrics (percent) on the classes that the teacher looks for. With several processes each takes its share of
-    the images, and all get the metrics."""
+    the images, and all get the metrics. canvas: see `check_teacher`."""
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     share = range(rank, len(val), world)
     tables: list[DetectionTable] = []
     for first in range(0, len(share), BATCH):
-        samples = [_sample(val, index, teacher.view) for index in share[first : first + BATCH]]
+        samples = [_sample(val, index, teacher.view, canvas) for index in share[first : first + BATCH]]
         for sample, found in zip(samples, _detect(teacher, samples, max_detections), strict=True):
             found.labels = found.labels.new_tensor(labels)[found.labels]
             found.boxes, found.scores, found.labels = (
@@ -212,8 +220,10 @@ def listed(names: Sequence[str]) -> str:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _sample(val: CocoDetection, index: int, view: View) -> Sample:
+def _sample(val: CocoDetection, index: int, view: View, canvas: tuple[int, int] | None) -> Sample:
     image, target = val[index]
+    if canvas is not None:
+        image = pad_images([image], canvas)[0]
     return Sample(
         image if view is View.RESIZED else None,
         target.image_id,

@@ -191,7 +191,7 @@ def test_a_failed_gate_is_exit_code_1(run: Run, pipeline: types.ModuleType) -> N
     pipeline.gate = "fail"  # type: ignore[attr-defined]
     code, out, err = run("run good.yaml")
     assert code == 1
-    assert err == "failed: student.onnx lost more than 0.5 mAP\n"
+    assert err == "failed: gate of 0.5 mAP points: student.onnx\n"
     assert "report.html" in out
 
 
