@@ -236,7 +236,7 @@ class _Run:
             f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
             f"{self.fabric.device.type}",
         )
-        for line in notes_about(data) if self.fabric.is_global_zero else ():
+        for line in notes_about((data.train_split, data.train), (data.val_split, data.val), data.has_labels):
             say(line, markup=False)
         if data.unlabelled is not None:
             assert recipe.labels is not None
