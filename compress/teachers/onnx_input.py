@@ -73,7 +73,7 @@ def resized(image: np.ndarray, size: tuple[int, int], filter: str) -> np.ndarray
 def opencv_linear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """`cv2.resize(image, ..., interpolation=cv2.INTER_LINEAR)` of uint8 [h, w, c], to the bit: whole numbers with
     weights of 11 bits, and the mean of four pixels where both sides are halved."""
-    (height, width), source = size, image.astype(np.int64)
+    (height, width), source = size, image.astype(np.int32)
     if image.shape[:2] == (2 * height, 2 * width):
         four = source[0::2, 0::2] + source[1::2, 0::2] + source[0::2, 1::2] + source[1::2, 1::2]
         return ((four + 2) >> 2).astype(np.uint8)
@@ -111,10 +111,9 @@ def _side(side: float, most: int, rounding: str) -> int:
 
 
 def _taps(source: int, target: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Of each target pixel the two source pixels that it lies between, which may be beyond the edge, and their weights;
-    int64 [target] each."""
+    """The two source pixels that each target pixel lies between, which may be beyond the edge, and their weights."""
     place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
     first = np.floor(place).astype(np.int64)
     share = place - first.astype(np.float32)
-    near, far = (np.rint(part * np.float32(OPENCV_ONE)).astype(np.int64) for part in (np.float32(1) - share, share))
+    near, far = (np.rint(part * np.float32(OPENCV_ONE)).astype(np.int32) for part in (np.float32(1) - share, share))
     return (first, first + 1), (near, far)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ from compress.run.teacher import checkpoint_to_show
 from deploy.core.errors import UserError
 from tests.helpers import tiny_recipe
 from tests.helpers.random_teacher import teacher as random_teacher
-from tests.helpers.teacher_files import CORNERS, PIXELS, deployable, spot, transformers_model
+from tests.helpers.teacher_files import CORNERS, PIXELS, constant, deployable, spot, transformers_model
 
 NAMES = class_names(3)
 LABELLED = ("labels.fraction=0.5", "pseudo_labels.tau=0.05", "pseudo_labels.tau_ignore=0.02",
@@ -190,6 +191,17 @@ def test_a_weak_teacher_stops_the_run(tmp_path: Path) -> None:
     wanted = r"min_map is 50 and the teacher torchvision fcos_resnet50_fpn reaches 0\.\d+ mAP on .*val.json:"
     with pytest.raises(UserError, match=wanted):
         pipeline.distill(recipe(tmp_path, teacher | {"min_map": 50}, "methods={fgd: {}}"))
+
+
+def test_a_file_of_nonsense_stops_the_run(tmp_path: Path) -> None:
+    """Shares of the sides, described as pixels."""
+    rows = np.tile(np.array([[0.1, 0.2, 0.4, 0.5, 0.9, 0]], np.float32), (12, 1))
+    path = constant(tmp_path / "a.onnx", {"output": rows}, (1, 3, 64, 64))
+    teacher = {"onnx": {"file": str(path), "class_names": list(NAMES), "output": {"combined": "output"}}}
+    with pytest.raises(UserError, match=r"a.onnx: of the first 12 boxes, in 1 image, 12 are smaller than a pixel"):
+        pipeline.distill(recipe(tmp_path, teacher, *LABELLED))
+    teacher["onnx"]["output"]["box_units"] = "normalised"  # type: ignore[index]
+    pipeline.distill(recipe(tmp_path, teacher, *LABELLED, "train.steps=3"))
 
 
 def test_a_weak_teacher_stops_the_labelling(tmp_path: Path) -> None:

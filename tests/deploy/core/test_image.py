@@ -92,7 +92,7 @@ def test_letterbox_fits_pads_and_inverts(height: int, width: int, canvas_h: int,
 
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), short=st.integers(1, 120), more=st.integers(0, 120))
-def test_training_s_evaluation_has_the_pixels_of_the_file_and_its_steps_those_within_a_level(
+def test_evaluation_has_the_pixels_of_the_file_and_training_those_within_a_level(
     seed: int, short: int, more: int
 ) -> None:
     random = np.random.default_rng(seed)
