@@ -21,6 +21,7 @@ from compress.training.distributed import on_first_process
 from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.validate.coco import read_annotations
 from deploy.validate.labels import MOST_OBJECTS
 
 
@@ -71,6 +72,15 @@ class Datasets:
     def identity_of(self, files: Sequence[Path]) -> str | None:
         """Identify the contents of validation images; None for generated ones, which cannot change."""
         return None if self.generated else identity_of_pictures(files, self.digests, self.val_split.annotations)
+
+    def about_missing_labels(self, labels: Labels | None) -> list[str]:
+        """A line about the training images that the recipe's `labels` leaves without labels, where it does."""
+        if self.unlabelled is None or labels is None:
+            return []
+        rest, train = len(read_annotations(self.unlabelled.annotations)["images"]), self.train
+        unseen = [name for name, n in zip(train.categories, train.boxes_by_class, strict=True) if n == 0]
+        none_of = f"; no label is left of {', '.join(unseen)}" if unseen and self.has_labels else ""
+        return [f"labels.fraction {labels.fraction:g}: {rest} more images have no labels{none_of}"]
 
 
 def splits(data: Data, runs: Path, *, write: bool = True, digests: PictureDigests | None = None) -> tuple[Split, Split]:

@@ -39,7 +39,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
-from compress.run.data_notes import about_missing_labels, notes_about
+from compress.run.data_notes import notes_about
 from compress.run.folder import need_whole, working_in, write_recipe
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
@@ -262,8 +262,9 @@ class _Run:
             f"{self.recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation "
             f"images, {len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
         )
-        notes = notes_about(data) if fabric.is_global_zero else []
-        for line in (*notes, *about_missing_labels(data, self.recipe.labels)):
+        sets = (data.train_split, data.train), (data.val_split, data.val)
+        notes = notes_about(*sets, data.has_labels) if fabric.is_global_zero else []
+        for line in (*notes, *data.about_missing_labels(self.recipe.labels)):
             self.console.print(line, markup=False)
 
     def check_lengths(self, *, distillation: bool) -> None:
