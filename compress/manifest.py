@@ -30,6 +30,8 @@ TRAININGS = (TEACHER, BASELINE, STUDENT_ON_PSEUDO_LABELS, STUDENT, STUDENT_ON_IN
 """Trainings that a run may hold, in their order. Each has a folder and a checkpoint of its name."""
 TEACHER_CHECK = "teacher_check"
 """Stage in which the teacher is measured on the validation images."""
+QAD = "qad"
+"""Stage in which the student is trained on the grids of its int8 file."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from benchmarks.lib.results import Case, Row
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner
 from deploy.core.errors import UserError
+from deploy.core.image_folder import image_files
 from deploy.graph.export import export_onnx
 from deploy.latency import Scope, benchmark
 from deploy.latency.results import BenchmarkReport, Estimate
@@ -102,7 +103,4 @@ def images_of(given: Path | None, folder: Path) -> list[Path]:
     if given is None:
         write_photographs(folder, 32)
         return sorted(folder.glob("*.jpg"))
-    found = sorted(path for path in given.glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not found:
-        raise UserError(f"--images: no .jpg or .png files in {given}")
-    return found
+    return image_files(given, "--images: ")

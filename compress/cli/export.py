@@ -39,7 +39,8 @@ def export(
         typer.Option("--images", metavar="DIR", help="Images to check the file on. Default: the run's own."),
     ] = None,
     input_size: Annotated[
-        str | None, typer.Option("--input-size", metavar="HxW", help="Pixels, multiples of 32.")
+        str | None,
+        typer.Option("--input-size", metavar="HxW", help="Multiples of 32, as trained; padding changes mAP."),
     ] = None,
     thresholds: ThresholdFlags = ThresholdFlags(),
     precision: Annotated[

@@ -101,7 +101,7 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
     failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
     print(f"report: {folder.page}")
     if failed:
-        gate_failed(f"{', '.join(failed)} lost more than {recipe.deploy.max_map_drop:g} mAP")
+        gate_failed(f"gate of {recipe.deploy.max_map_drop:g} mAP points: {', '.join(failed)}")
     next_command("benchmark", folder.onnx(), "--batch", "1,8")
 
 

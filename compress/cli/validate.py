@@ -74,6 +74,7 @@ def validate(
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation
+    from deploy.validate.differences import in_words
 
     with progress_of("validating") as progress:
         results = validation.validate(
@@ -92,6 +93,8 @@ def validate(
     for result in results:
         if result.diagnosis is not None:
             print(f"{result.name}: {result.diagnosis}")
+        if result.pictures:
+            print(f"{result.name}: differs most in images {in_words(result.pictures)}")
     if failed:
         gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
     next_command("benchmark", *files, "--images", images)

@@ -105,7 +105,8 @@ class Deploy(Settings):
         ]
         | None
     ) = None
-    """Height and width of the network input; null: the evaluation canvas, rounded up to 32."""
+    """Height and width of the network input, which training's evaluation uses as well; null: the smallest that holds
+    every validation image at its size in the recipe. Padding costs time and changes detections (docs/deployment.md)."""
     score_threshold: Fraction = SCORE_THRESHOLD
     """Detections must score more than this."""
     nms_threshold: Fraction = NMS_THRESHOLD
@@ -119,7 +120,7 @@ class Deploy(Settings):
     providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = ("cpu",)
     """Where ONNX Runtime runs the file for validation and benchmark."""
     max_map_drop: Weight = 0.5
-    """The gate: largest loss of mAP (points) against the student in PyTorch."""
+    """The gate: largest loss of mAP (points) against the student in PyTorch, and against what training measured."""
     benchmark: Benchmark = Benchmark()
     """Settings of the latency measurement."""
     engines: Engines | None = added_later()

@@ -113,20 +113,21 @@ class Batch:
         return Batch(self.images.pin_memory(), [target.pin_memory() for target in self.targets])
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
+def collate(samples: Sequence[tuple[Tensor, Target]], canvas: tuple[int, int] | None = None) -> Batch:
     """A batch of images uint8 [3, h, w] of any sizes, see `pad_images`, and their targets."""
-    return Batch(pad_images([image for image, _ in samples]), [target for _, target in samples])
+    return Batch(pad_images([image for image, _ in samples], canvas), [target for _, target in samples])
 
 
-def pad_images(images: Sequence[Tensor]) -> Tensor:
-    """Pad images uint8 [3, h, w] to one common size, a multiple of 32, with `PAD_COLOR`: uint8 [B, 3, H, W].
+def pad_images(images: Sequence[Tensor], canvas: tuple[int, int] | None = None) -> Tensor:
+    """Pad images uint8 [3, h, w] to one common size with `PAD_COLOR`: uint8 [B, 3, H, W].
+
+    canvas: (height, width) of that size; None: the smallest one of multiples of 32 that holds them.
 
     Every pixel is written once, straight into the batch's memory, which is channels-last because decoders
     and the resize kernel make such images.
     """
-    height = _round_up(max(image.shape[1] for image in images))
-    width = _round_up(max(image.shape[2] for image in images))
-    shape = (len(images), 3, height, width)
+    smallest = (_round_up(max(image.shape[1] for image in images)), _round_up(max(image.shape[2] for image in images)))
+    shape = (len(images), 3, *(canvas or smallest))
     batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     if torch.utils.data.get_worker_info() is not None:
         batch.share_memory_()  # before it is filled: else the way to the main process copies every pixel

@@ -7,6 +7,7 @@ batches that one rank alone would see.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,17 +54,24 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: CocoDetection, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+    dataset: CocoDetection,
+    *,
+    batch_size: int,
+    workers: int,
+    canvas: tuple[int, int] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Every image once, wide ones first so that batches need little padding.
+    """Every image once, wide ones first.
 
     Rank r takes every `world_size`-th image.
 
-    `batch_size` is that of this rank. The last batch may be smaller.
+    batch_size: of this rank; the last batch may be smaller.
+    canvas: (height, width) of all batches, as an exported file has one; None: the smallest for each batch.
     """
     tall = dataset.aspect_ratios < 1
     order = np.argsort(tall, kind="stable")[rank::world_size].tolist()
-    return _Loader(_Guarded(dataset), batch_size=batch_size, sampler=order, **_options(workers))
+    return _Loader(_Guarded(dataset), batch_size=batch_size, sampler=order, **_options(workers, canvas))
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -159,14 +167,16 @@ class _Loader(DataLoader[Batch]):
             yield item
 
 
-def _collate(samples: list[tuple[Tensor, Target]] | UserError) -> Batch | UserError:
-    return samples if isinstance(samples, UserError) else collate(samples)
+def _collate(
+    samples: list[tuple[Tensor, Target]] | UserError, canvas: tuple[int, int] | None = None
+) -> Batch | UserError:
+    return samples if isinstance(samples, UserError) else collate(samples, canvas)
 
 
-def _options(workers: int) -> dict[str, Any]:
+def _options(workers: int, canvas: tuple[int, int] | None = None) -> dict[str, Any]:
     return dict(
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, canvas=canvas),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         # Starting an iteration draws a worker seed; from its own generator, the global state stays as it was.

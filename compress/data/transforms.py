@@ -46,9 +46,12 @@ def train_transform(
     return _Train(low, high, long, flip, v2.RandomPhotometricDistort() if photometric else None, scale_jitter)
 
 
-def eval_transform(short: int, long: int) -> Transform:
-    """Keep-ratio resize only, by the function that fits pictures for exported files: the same pixels to the bit."""
-    return _Eval(short, long)
+def eval_transform(short: int, long: int, canvas: tuple[int, int] | None = None) -> Transform:
+    """Keep-ratio resize only, by the function that fits pictures for exported files: the same pixels to the bit.
+
+    canvas: (height, width) that the image has to lie in besides.
+    """
+    return _Eval(short, long, canvas)
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,10 @@ class _Train:
 class _Eval:
     short: int
     long: int
+    canvas: tuple[int, int] | None
 
     def __call__(self, image: Tensor, boxes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = fit_size(image.shape[1], image.shape[2], short=self.short, long=self.long)
+        size = fit_size(image.shape[1], image.shape[2], short=self.short, long=self.long, canvas=self.canvas)
         moved = _as_boxes(F.resize(_wrap(boxes, image), list(size)))
         return resize_exactly(image, size), F.clamp_bounding_boxes(moved).as_subclass(Tensor), ignore
 

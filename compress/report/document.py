@@ -103,6 +103,14 @@ class Engine(_Part):
     build_seconds: Number = None
 
 
+class Different(_Part):
+    """A picture in which a file differs from its reference: id in the data, name, and how much, in sums of scores."""
+
+    id: int
+    file: str
+    difference: Number = None
+
+
 class Half(_Part):
     """Numbers of a file's float16, as its card has them: how many images they were measured on, the largest one, and
     the layers that stay in float32 with the reason."""
@@ -113,8 +121,9 @@ class Half(_Part):
 
 
 class Artifact(_Part):
-    """One exported file. `map` in percent, `map_drop` in points of it, `agreement` a share, 0 to 1; `map_at_max` as of
-    a model; `engine` of a file that TensorRT built."""
+    """One exported file. `map` in percent, `map_drop` in points of it below the reference, `training_drop` below what
+    training measured for these weights; `agreement` a share, 0 to 1; `map_at_max` as of a model; `engine` of a file
+    that TensorRT built. `reason`: why the gate fails; `differs_most`: the pictures that show it."""
 
     file: str
     backend: str = ""
@@ -124,11 +133,14 @@ class Artifact(_Part):
     map_at_max: Number = None
     max_detections: int | None = None
     map_drop: Number = None
+    training_drop: Number = None
     agreement: Number = None
     latency_ms: Latency | None = None
     throughput_ips: Number = None
     engine: Engine | None = None
     gate: str = "not run"
+    reason: str | None = None
+    differs_most: list[Different] = []
     half: Half | None = None
     note: str | None = None
 

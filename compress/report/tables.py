@@ -77,6 +77,11 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
         name: figure(getattr(a.latency_ms, name) if a.latency_ms else None, 2) for name in ("p50", "p90", "p95", "p99")
     }
     word, _, why = a.gate.partition(":")
+    if word == "fail":
+        why = a.reason or ""
+        if a.differs_most:
+            pictures = ", ".join(f"{picture.id} ({picture.file})" for picture in a.differs_most)
+            why = "; ".join(filter(None, (why, f"differs most in images {pictures}")))
     return {
         "file": a.file,
         "backend": a.backend or (a.engine.machine.library if a.engine else "–"),
@@ -85,6 +90,7 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
         "map": figure(a.map, 1),
         "map_at_max": figure(a.map_at_max, 1),
         "drop": figure(a.map_drop, 2),
+        "training_drop": figure(a.training_drop, 2),
         "agreement": "–" if a.agreement is None else f"{100 * a.agreement:.1f} %",
         "throughput": figure(a.throughput_ips, 0 if (a.throughput_ips or 0) >= 100 else 1),
         "in_float32": "" if a.half is None else ", ".join(f"{name} {why}" for name, why in a.half.float32.items()),

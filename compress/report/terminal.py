@@ -20,23 +20,24 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     document = parse_report(report)
     table = Table(
         title=Text(document.name),
-        caption="mAP in percent · drop in points of mAP below the reference · – not measured",
+        caption="mAP in percent · drop in points of mAP, below the reference and below training · – not measured",
         title_style="bold",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True, overflow="fold")
-    for name in ("mAP", "drop", "params M", "GFLOPs", "p50 ms", "p99 ms"):
+    for name in ("mAP", "drop", "training", "params M", "GFLOPs", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("gate")
     for role in ROLES:
         figures = getattr(document.models, role)
         if figures is None:
-            table.add_row(Text(role), *["–"] * 6, Text("not in this run", style="dim"))
+            table.add_row(Text(role), *["–"] * 7, Text("not in this run", style="dim"))
         else:
             table.add_row(
                 Text(role, style="bold" if role == "student" else ""),
                 figure(figures.map, 1),
+                "–",
                 "–",
                 figure(figures.params_m, 2),
                 figure(figures.gflops, 2),
@@ -45,7 +46,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
                 "",
             )
     if not document.artifacts:
-        table.add_row(Text("artifacts"), *["–"] * 6, Text("none exported", style="dim"))
+        table.add_row(Text("artifacts"), *["–"] * 7, Text("none exported", style="dim"))
     for index, a in enumerate(document.artifacts):
         style = {"pass": "bold green", "fail": "bold red"}.get(a.gate, "yellow")
         if index == 0:
@@ -54,6 +55,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
             Text(a.file),
             figure(a.map, 1),
             figure(a.map_drop, 2),
+            figure(a.training_drop, 2),
             "–",
             "–",
             figure(a.p50, 2),

@@ -27,13 +27,15 @@ class DataPlan:
     """Plan of a run's images.
 
     data: the recipe's section. labels: how many of the training images have labels; None: all.
-    runs: where drawn images are kept, for all runs. folder: of this one. max_detections: of the exported files.
+    runs: where drawn images are kept, for all runs. folder: of this one.
+    input_size: (height, width) of the exported files' input; None: the smallest `canvas`. max_detections: of theirs.
     """
 
     data: Data
     runs: Path
     folder: RunFolder
     labels: Labels | None = None
+    input_size: tuple[int, int] | None = None
     max_detections: int = MOST_OBJECTS
 
 
@@ -41,6 +43,8 @@ class DataPlan:
 class Datasets:
     """Training and validation images of a run, and what identifies them. `train` are those with labels.
 
+    canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
+        around a picture, too.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -50,6 +54,7 @@ class Datasets:
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
+    canvas: tuple[int, int]
     unlabelled: Split | None = None
     has_labels: bool = True
     """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
@@ -103,13 +108,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         drop_empty=data.drop_empty and has_labels,
         max_detections=plan.max_detections,
     )
-    val = CocoDetection(
-        val_split.annotations,
-        val_split.images,
-        eval_transform(data.eval_short, data.long),
-        cache=data.cache,
-        max_detections=plan.max_detections,
-    )
+    val, size = validation_set(val_split, data, plan.input_size, cache=data.cache, max_detections=plan.max_detections)
     if train.categories != val.categories or train.category_ids != val.category_ids:
         raise UserError(
             f"{train_split.annotations} and {val_split.annotations} have different categories: "
@@ -118,11 +117,32 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     for split, images in ((train_split, train), (val_split, val)):
         if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
-    return Datasets(train, val, train_split, val_split, _identity(data, train_split, val_split), unlabelled, has_labels)
+    identity = _identity(data, train_split, val_split)
+    return Datasets(train, val, train_split, val_split, identity, size, unlabelled, has_labels)
+
+
+def validation_set(
+    split: Split,
+    data: Data,
+    input_size: tuple[int, int] | None,
+    *,
+    cache: bool = False,
+    max_detections: int = MOST_OBJECTS,
+) -> tuple[CocoDetection, tuple[int, int]]:
+    """Open validation images, resized as exported files resize them; and the canvas that both lay them on:
+    `input_size`, or the smallest `canvas`."""
+    transform = eval_transform(data.eval_short, data.long)
+    val = CocoDetection(split.annotations, split.images, transform, cache=cache, max_detections=max_detections)
+    size = input_size or canvas(val, data)
+    val.transform = eval_transform(data.eval_short, data.long, size)
+    return val, size
 
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
-    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it."""
+    """Smallest (height, width), multiples of 32, that holds every image of `dataset` as evaluation resizes it.
+
+    With wide and tall images that is about a square of the long side, of which much is padding for each of them.
+    """
     sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32

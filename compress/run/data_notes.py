@@ -5,33 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.run.data import Datasets
+from compress.config.data import Split
+from compress.data.coco import CocoDetection
 from deploy.core.same_files import shared
+
+Set = tuple[Split, CocoDetection]
+"""Where a set of images is, and the set."""
 
 _NAMED = 5  # pictures that a line names
 
 
-def notes_about(data: Datasets) -> list[str]:
+def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
     """One line a finding about the labels of both sets, and one about validation images that are trained on.
 
-    Images are compared by content; only files of equal length are opened.
+    Images are compared by content; only files of equal length are opened. has_labels: of the training set.
     """
-    sets = [(data.val_split, data.val), *([(data.train_split, data.train)] if data.has_labels else [])]
+    sets = [train, val] if has_labels else [val]
     lines = [
         f"{split.annotations}: annotations left out: {', '.join(f'{n} {why}' for why, n in images.dropped.items())} "
         "(see compress data check)"
-        for split, images in reversed(sets)
+        for split, images in sets
         if images.dropped
     ]
-    lines += [f"note: {split.annotations}: {line}" for split, images in reversed(sets) for line in images.label_notes]
-    if data.has_labels:
-        train, val = ([images.path(index) for index in range(len(images))] for images in (data.train, data.val))
-        found = shared(val, train)
+    lines += [f"note: {split.annotations}: {line}" for split, images in sets for line in images.label_notes]
+    if has_labels:
+        known, judged_on = ([images.path(index) for index in range(len(images))] for _, images in sets)
+        found = shared(judged_on, known)
         if found:
             lines.append(
-                f"warning: {len(found)} of {len(val)} validation images are also training images, so mAP is too high: "
-                f"{_names(found)} (compress data check {data.train_split.annotations} --against "
-                f"{data.val_split.annotations} lists them)"
+                f"warning: {len(found)} of {len(judged_on)} validation images are also training images, so mAP is too "
+                f"high: {_names(found)} (compress data check {train[0].annotations} --images {train[0].images} "
+                f"--against {val[0].annotations} --against-images {val[0].images} lists them)"
             )
     return lines
 

@@ -1,6 +1,7 @@
 """Evaluation of a run's files: mAP with a gate, and latency. A row of report.json for each.
 
-The student in PyTorch is the reference of all. What cannot run here is a row with the reason.
+The student in PyTorch, on the deployment path, is the reference of all, and is itself compared with what training
+measured. What cannot run here is a row with the reason.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.console import open_console, progress
-from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
+from compress.data.coco import CocoDetection
+from compress.detectors.checkpoints import checkpoint_file, load_detector, load_teacher_checkpoint
+from compress.export.deployable import TorchRunner
 from compress.export.onnx import torch_runner
-from compress.manifest import TEACHER_CHECK, Manifest, RunFolder
+from compress.manifest import QAD, STUDENT, TEACHER_CHECK, Manifest, RunFolder
 from compress.run.artifacts import Artifact, Checks, exported_settings
+from compress.run.gate import TrainedStudent, judge, step_by_step
 from deploy import latency, validate
 from deploy.core import cuda_driver
 from deploy.core.card import network_precision
@@ -35,7 +39,7 @@ class EvaluationPlan:
     """Plan of what files are measured on, and how.
 
     settings: the gate, providers, benchmark and runners of the user's own.
-    split: labelled images that decide; `checks.images` are their files.
+    split: labelled images that decide; `checks.images` are their files. val: they, as training's evaluation reads them.
     teacher: a checkpoint whose latency stands beside the student's; None: no teacher is timed.
     categories: id → name, for a teacher that does not say which classes it knows.
     device: where torch runs.
@@ -46,6 +50,7 @@ class EvaluationPlan:
     settings: Deploy
     checks: Checks
     split: Split
+    val: CocoDetection
     teacher: str | None = None
     categories: Mapping[int, str] = field(default_factory=dict)
     device: str = "cpu"
@@ -59,10 +64,11 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
         "onnx": [sha256_of(file) for name, file in opened.files.items() if name in opened.shipped],
         "data": sha256_of(plan.split.annotations),
         "deploy": exported_settings(plan.settings, plan.checks),
+        "trained": {stage: _measured(plan, stage) for stage in (STUDENT, QAD) if stage in plan.folder.stages()},
     }
     if plan.settings.runners is not None:
         inputs["runners"] = list(plan.settings.runners)
-    proofs = plan.manifest.stage("validate", inputs, [], lambda: _validate(plan, opened.runners))
+    proofs = plan.manifest.stage("validate", inputs, [], lambda: validate_files(plan, opened.runners))
     timed = {**_teacher(plan), **opened.runners}
     latencies = plan.manifest.stage(
         "benchmark", {**inputs, "machine": _machine()}, [plan.folder.benchmark], lambda: _benchmark(plan, timed)
@@ -72,6 +78,39 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
         name = proof["name"]
         rows.append({**_row(proof, opened.files[name]), **latencies.get(name, {}), **opened.facts.get(name, {})})
     return [*rows, *opened.idle]
+
+
+def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[dict[str, Any]]:
+    """Measure runners, the student in torch among them by the name of its checkpoint and first, and put each to the
+    gate. Returns `ArtifactResult.to_dict` of each."""
+    reference = plan.folder.weights().name
+    deployed, student = runners[reference], _trained(plan)
+    assert isinstance(deployed, TorchRunner), "the reference runs in torch"
+    step = step_by_step(student, deployed)
+    try:
+        with progress("validate") as done:
+            results = validate.validate(
+                runners,
+                plan.split.annotations,
+                plan.split.images,
+                reference=reference,
+                expected=_expected(plan, runners),
+                max_map_drop=plan.settings.max_map_drop,
+                progress=done,
+            )
+    except UserError as error:
+        if step is None:
+            raise
+        raise UserError(f"{reference}: first step that differs from training: {step}; {error}") from None
+    rows = [result.to_dict() for result in results]
+    verdict = judge(student, deployed, plan.settings, step, lost=rows[0]["gate"] == "fail")
+    if verdict.reason is not None:
+        _fail(rows[0], verdict.reason)
+        rows[0]["pictures"] = verdict.pictures
+    if verdict.step is not None:
+        for row in rows[1:]:
+            _fail(row, f"first step that differs: {verdict.step.step}; see {reference}")
+    return rows
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -139,20 +178,31 @@ def _torch(plan: EvaluationPlan, checkpoint: str) -> Runner:
     )
 
 
-def _validate(plan: EvaluationPlan, runners: dict[str, Runner]) -> list[dict[str, Any]]:
-    with progress("validate") as step:
-        results = validate.validate(
-            runners,
-            plan.split.annotations,
-            plan.split.images,
-            reference=plan.folder.weights().name,
-            max_map_drop=plan.settings.max_map_drop,
-            progress=step,
-        )
-    for result in results:
-        if result.diagnosis is not None:
-            open_console().print(f"{result.name}: {result.diagnosis}", markup=False)
-    return [result.to_dict() for result in results]
+def _fail(row: dict[str, Any], reason: str) -> None:
+    """Let a row fail, for one more reason."""
+    row["gate"] = "fail"
+    row["diagnosis"] = "; ".join(filter(None, (row["diagnosis"], reason)))
+
+
+def _measured(plan: EvaluationPlan, stage: str) -> dict[str, Any]:
+    """What training measured: `map`, and the `canvas` that the images lay on (None: recorded by version 0.2, which
+    padded each batch as it needed)."""
+    found = plan.folder.result(stage)
+    return {"map": found["metrics"]["map"], "canvas": found.get("canvas")}
+
+
+def _expected(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> dict[str, float]:
+    """By runner, the mAP that training measured for its weights."""
+    on_grids = plan.folder.onnx_on_trained_grids.stem
+    trained = {name: _measured(plan, QAD if Path(name).stem == on_grids else STUDENT)["map"] for name in runners}
+    return {name: value for name, value in trained.items() if value is not None}
+
+
+def _trained(plan: EvaluationPlan) -> TrainedStudent:
+    found = _measured(plan, STUDENT)
+    detector = load_detector(plan.folder.weights())[0].eval().to(plan.device)
+    canvas = None if found["canvas"] is None else (found["canvas"][0], found["canvas"][1])
+    return TrainedStudent(detector, plan.val, plan.checks.input_size, found["map"], canvas)
 
 
 def _teacher(plan: EvaluationPlan) -> dict[str, Runner]:
@@ -219,7 +269,10 @@ def _row(proof: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "size_mb": round(file.stat().st_size / 1e6, 2),
         **{key: value for key, value in proof["metrics"].items() if key in MAP_FIGURES},
         "map_drop": proof["map_drop"],
+        "training_drop": proof["training_drop"],
         "agreement": agreement["share"] if agreement else None,
         "gate": proof["gate"],
+        "reason": proof["diagnosis"],
+        "differs_most": proof["pictures"],
         **{key: proof[key] for key in ("half", "note") if proof.get(key) is not None},
     }

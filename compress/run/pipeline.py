@@ -22,7 +22,6 @@ from compress.config.teacher import Teacher
 from compress.config.train import Train
 from compress.console import open_console
 from compress.data.coco import CocoDetection
-from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, detector_class
 from compress.detectors.checkpoints import ModelRecord, load_detector
@@ -37,7 +36,7 @@ from compress.manifest import (
     Manifest,
     RunFolder,
 )
-from compress.run.data import DataPlan, Datasets, canvas, labelled_split, open_data, splits
+from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
 from compress.run.data_notes import notes_about
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
@@ -147,7 +146,8 @@ def distill(
 
 def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
-    return DataPlan(recipe.data, recipe.runs, RunFolder(recipe.run_dir), recipe.labels, recipe.deploy.max_detections)
+    folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
+    return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
@@ -202,7 +202,7 @@ def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadP
         qad=deploy.int8.qad,
         deploy=deploy,
         quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
-        input_size=deploy.input_size or canvas(data.val, recipe.data),
+        input_size=data.canvas,
         resize_short_long=(recipe.data.eval_short, recipe.data.long),
         distillation=distillation_plan(recipe, parts),
         seed=recipe.seed,
@@ -236,7 +236,7 @@ class _Run:
             f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
             f"{self.fabric.device.type}",
         )
-        for line in notes_about(data) if self.fabric.is_global_zero else ():
+        for line in notes_about((data.train_split, data.train), (data.val_split, data.val), data.has_labels):
             say(line, markup=False)
         if data.unlabelled is not None:
             assert recipe.labels is not None
@@ -272,6 +272,7 @@ class _Run:
             report=self.console.print,
             write=self.fabric.is_global_zero,
             max_detections=self.recipe.deploy.max_detections,
+            canvas=self.data.canvas,
         )
         return detector
 
@@ -290,7 +291,9 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs = {"data": self.data.identity, "weights": state_sha256(teacher), **limit_input(plan.max_detections)}
+        inputs: dict[str, Any] = {"data": self.data.identity, "canvas": self.data.canvas}
+        inputs["weights"] = state_sha256(teacher)
+        inputs |= limit_input(plan.max_detections)
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")
@@ -390,9 +393,8 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
 
     train, split = splits(recipe.data, recipe.runs)
     resize_short_long = (recipe.data.eval_short, recipe.data.long)
-    val = CocoDetection(split.annotations, split.images, eval_transform(*resize_short_long))
+    val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
     images = [val.path(index) for index in range(len(val))]
-    size = recipe.deploy.input_size or canvas(val, recipe.data)
     return split, val, Checks(images, size, resize_short_long, train)
 
 
@@ -427,7 +429,7 @@ def _ship(recipe: Recipe) -> None:
     teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
-    rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, teacher, names, device), made)
+    rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, val, teacher, names, device), made)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0

@@ -312,8 +312,9 @@ def _check_teachers(
 ) -> None:
     """Measure the teachers on the validation images, at the size at which they will label."""
     val, how = data.val, plan.how
-    if plan.settings.short is not None:
-        val = CocoDetection(data.val_split.annotations, data.val_split.images, eval_transform(how.short, how.long))
+    transform = eval_transform(how.short, how.long)
+    if val.transform != transform:
+        val = CocoDetection(data.val_split.annotations, data.val_split.images, transform)
     labels = labels_of(plan, teachers, data.train.categories)
     for number, (teacher, of_teacher) in enumerate(zip(teachers, labels, strict=True), start=1):
         check_teacher(

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from compress.config.deploy import Deploy, Qad
 from compress.config.train import Train
 from compress.detectors.base import Detector
-from compress.manifest import STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
+from compress.manifest import QAD, STUDENT_ON_INT8_GRIDS, Manifest, RunFolder
 from compress.run.data import Datasets
 from compress.run.quantize import Quantizing
 from compress.run.trainings import Distillation, evaluate_on
@@ -115,8 +115,9 @@ def distill_quantized(
     }
 
     def train() -> dict[str, Any]:
-        return train_quantized(fabric, plan.training(fabric, data, start, inputs), teacher=teacher, resume=resume)
+        found = train_quantized(fabric, plan.training(fabric, data, start, inputs), teacher=teacher, resume=resume)
+        return {**found, "canvas": list(data.canvas)}
 
     outputs = [plan.folder.weights(STUDENT_ON_INT8_GRIDS), plan.folder.grids()]
-    result: dict[str, Any] = manifest.stage("qad", inputs, outputs, train, write=fabric.is_global_zero)
+    result: dict[str, Any] = manifest.stage(QAD, inputs, outputs, train, write=fabric.is_global_zero)
     return result

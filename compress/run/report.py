@@ -20,6 +20,7 @@ from compress.run.samples import detection_pictures, uncertainty_pictures
 from deploy.core.environment import environment
 from deploy.core.files import write_json
 from deploy.validate.coco import load_annotations
+from deploy.validate.differences import in_words
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ReportPlan:
 def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json and report.html, and show their table. artifacts: a row for each file."""
     detectors = _detectors(plan)
-    pictures = detection_pictures(plan.val, detectors)
+    pictures = detection_pictures(plan.val, detectors, plan.input_size)
     uncertainty = []
     if TEACHER in detectors and Capability.DENSE in detectors[TEACHER].capabilities:
         with progress("uncertainty") as step:
@@ -68,6 +69,19 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
     write_json(plan.folder.report, report)
     build_report(plan.folder.path)
     open_console().print(summary_table(report))
+    for line in failures(artifacts):
+        open_console().print(line, markup=False, soft_wrap=True)
+
+
+def failures(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say why files fail the gate, and in which pictures they differ most; empty where none fails."""
+    lines = []
+    for row in artifacts:
+        if row["gate"] == "fail" and row.get("reason"):
+            lines.append(f"{row['file']}: {row['reason']}")
+            if row["differs_most"]:
+                lines.append(f"{row['file']}: differs most in images {in_words(row['differs_most'])}")
+    return lines
 
 
 def labelled_by_teachers(

@@ -18,11 +18,13 @@ UNCERTAIN_PICTURES = 4
 SHOWN_SCORE = 0.3  # detections below are not kept
 
 
-def detection_pictures(val: CocoDetection, detectors: dict[str, Detector]) -> list[dict[str, Any]]:
-    """Ground truth and detections of a few images: entries of `pictures` in report.json."""
+def detection_pictures(
+    val: CocoDetection, detectors: dict[str, Detector], canvas: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Ground truth and detections of a few images, on this canvas: entries of `pictures` in report.json."""
     pictures = []
     for index in _spread(val, PICTURES):
-        batch = collate([val[index]])
+        batch = collate([val[index]], canvas)
         target = batch.targets[0]
         scale = target.original_size[1] / target.size[1]
         truth = [

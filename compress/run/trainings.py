@@ -116,7 +116,8 @@ class TrainingPlan:
 def train(
     fabric: Fabric, plan: TrainingPlan, data: Datasets, *, resume: bool = False, max_steps: int | None = None
 ) -> dict[str, Any]:
-    """Do a training and save `<run>/<name>.safetensors`. Returns its figures (JSON-able)."""
+    """Do a training and save `<run>/<name>.safetensors`. Returns its figures (JSON-able), and the `canvas` that the
+    validation images lay on."""
     output = plan.folder.weights(plan.name)
     if fabric.is_global_zero:
         output.unlink(missing_ok=True)  # from now on this training is unfinished
@@ -148,7 +149,7 @@ def train(
     if fabric.is_global_zero and result.metrics is not None:
         save_detector(output, detector, metadata=_record(plan, detector, data, result.metrics.map))
     fabric.barrier()
-    return result.to_dict()
+    return {**result.to_dict(), "canvas": list(data.canvas)}
 
 
 def evaluate_on(
@@ -160,6 +161,7 @@ def evaluate_on(
         data.val,
         batch_size=EVAL_BATCH,
         workers=workers,
+        canvas=data.canvas,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from compress.data.batch import pad_images
 from compress.data.coco import CocoDetection
 from compress.detectors.base import MEAN, STD, ImageDetections, gather
 from compress.manifest import Manifest
@@ -40,6 +41,7 @@ def check_teacher(
     report: Callable[[str], object],
     write: bool,
     max_detections: int = DETECTIONS,
+    canvas: tuple[int, int] | None = None,
 ) -> dict[str, Any] | None:
     """Report a teacher's classes and preprocessing, measure its mAP, and stop a run whose teacher is too weak.
 
@@ -53,6 +55,8 @@ def check_teacher(
         report: prints a line.
         write: whether this process writes the manifest, as `Manifest.stage` has it.
         max_detections: of a class in an image that count; the student's files give so many.
+        canvas: (height, width) on which a teacher is measured that sees what the student sees, as the student is; None:
+            each image alone, padded to a multiple of 32.
 
     Returns:
         The metrics, as `CocoMetrics.to_dict` gives them; None for results that do not cover the validation images and
@@ -76,7 +80,7 @@ def check_teacher(
         report(f"teacher: {coverage}")
 
     def work() -> dict[str, Any]:
-        return {"metrics": measure(teacher, labels, val, max_detections).to_dict()}
+        return {"metrics": measure(teacher, labels, val, max_detections, canvas).to_dict()}
 
     inputs: dict[str, Any] = {
         "data": identity,
@@ -90,14 +94,10 @@ def check_teacher(
     note = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
     found = CocoMetrics.from_dict(metrics)
     report(f"teacher {teacher.file}: mAP {map_text(found)} on the validation images{note}")
-    crowded = GroundTruth.of(load_annotations(val.annotations)).crowded_note(max(max_detections, DETECTIONS))
-    if crowded is not None:
-        report(f"note: {crowded}: a perfect teacher stays below 100; deploy.max_detections counts more")
     if found.best_map < min_map:
         raise UserError(
             f"min_map is {min_map:g} and the teacher {teacher.file} reaches {map_text(found)} mAP on "
-            f"{val.annotations}: {'' if crowded is None else 'raise deploy.max_detections, '}take another one, or "
-            "check that its classes and images are these"
+            f"{val.annotations}: {_remedy(val, max_detections)}"
         )
     return metrics
 
@@ -167,16 +167,20 @@ def preprocessing_lines(teacher: BoxTeacher, shown: Preprocessing) -> list[str]:
 
 
 def measure(
-    teacher: BoxTeacher, labels: Sequence[int], val: CocoDetection, max_detections: int = DETECTIONS
+    teacher: BoxTeacher,
+    labels: Sequence[int],
+    val: CocoDetection,
+    max_detections: int = DETECTIONS,
+    canvas: tuple[int, int] | None = None,
 ) -> CocoMetrics:
     """COCO metrics (percent) on the classes that the teacher looks for. With several processes each takes its share of
-    the images, and all get the metrics."""
+    the images, and all get the metrics. canvas: see `check_teacher`."""
     several = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     share = range(rank, len(val), world)
     tables: list[DetectionTable] = []
     for first in range(0, len(share), BATCH):
-        samples = [_sample(val, index, teacher.view) for index in share[first : first + BATCH]]
+        samples = [_sample(val, index, teacher.view, canvas) for index in share[first : first + BATCH]]
         for sample, found in zip(samples, _detect(teacher, samples, max_detections), strict=True):
             found.labels = found.labels.new_tensor(labels)[found.labels]
             found.boxes, found.scores, found.labels = (
@@ -212,8 +216,10 @@ def listed(names: Sequence[str]) -> str:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _sample(val: CocoDetection, index: int, view: View) -> Sample:
+def _sample(val: CocoDetection, index: int, view: View, canvas: tuple[int, int] | None) -> Sample:
     image, target = val[index]
+    if canvas is not None:
+        image = pad_images([image], canvas)[0]
     return Sample(
         image if view is View.RESIZED else None,
         target.image_id,
@@ -227,6 +233,17 @@ def _detect(teacher: BoxTeacher, samples: Sequence[Sample], max_detections: int)
     if isinstance(teacher, DetectorTeacher) and max_detections > DETECTIONS:
         return teacher.detect(samples, score_threshold=SCORE_THRESHOLD, max_detections=max_detections)
     return teacher.detect(samples, score_threshold=SCORE_THRESHOLD)
+
+
+def _remedy(val: CocoDetection, max_detections: int) -> str:
+    """Say what to do about a teacher that is too weak."""
+    most = GroundTruth.of(load_annotations(val.annotations)).most_of_a_class()
+    if most > max(max_detections, DETECTIONS):
+        return (
+            f"an image there holds {most} objects of a class, more than count: raise deploy.max_detections, or take "
+            "another one"
+        )
+    return "take another one, or check that its classes and images are these"
 
 
 def _differ(own: Preprocessing, shown: Preprocessing, name: str) -> bool:

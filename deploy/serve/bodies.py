@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from deploy.serve.encoding import Decoder
 from deploy.serve.settings import OverloadedError, RefusalError
 
 
@@ -32,32 +33,36 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body; its memory counts as held until the block is left.
+        """The whole body, decompressed; its memory counts as held until the block is left. The limit holds for what
+        arrives and for what it decompresses to.
 
-        Raises RefusalError 408 (too slow), 413 (too large), 415 (compressed), OverloadedError (no memory left, or
-        given to newcomers), and ClientGoneError.
+        Raises RefusalError 400 (a broken compressed stream), 408 (too slow), 413 (too large), 415 (compressed in
+        another way), OverloadedError (no memory left, or given to newcomers), and ClientGoneError.
         """
-        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise RefusalError(415, "compressed bodies are not taken: send it without Content-Encoding")
+        decoder = Decoder(request.headers.getlist("content-encoding"))
         if _declared_length(request) > self._max_bytes:
             raise self._too_large()
         copies = 2 if media_type(request) == "multipart/form-data" else 1  # the body and its parts
         reading = _Reading(asyncio.timeout(self._timeout_s), copies)
         try:
-            yield await self._read(request, reading)
+            yield await self._read(request, reading, decoder)
         finally:
             self.held_bytes -= reading.held
 
-    async def _read(self, request: Request, reading: _Reading) -> bytes:
+    async def _read(self, request: Request, reading: _Reading, decoder: Decoder) -> bytes:
         body = bytearray()
+        received = 0
         self._arriving[reading] = None
         try:
             async with reading.limit:
                 async for chunk in request.stream():
-                    if len(body) + len(chunk) > self._max_bytes:
+                    received += len(chunk)
+                    piece = decoder.decode(chunk, self._max_bytes - len(body) + 1)
+                    if max(received, len(body) + len(piece)) > self._max_bytes:
                         raise self._too_large()
-                    self._hold(reading.copies * len(chunk), reading)
-                    body += chunk
+                    self._hold(reading.copies * len(piece), reading)
+                    body += piece
+            decoder.finish()
         except ClientDisconnect:
             raise ClientGoneError from None
         except TimeoutError:
@@ -84,7 +89,7 @@ class Bodies:
         reading.held += count
 
     def _too_large(self) -> RefusalError:
-        return RefusalError(413, f"the body is too large: at most {self._max_bytes} bytes are taken")
+        return RefusalError(413, f"the body is too large: at most {self._max_bytes} bytes are taken, decompressed too")
 
 
 async def multipart_files(request: Request, body: bytes, *, max_files: int) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -15,6 +16,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from deploy.serve.statistics import ModelStatistics
+
 STAGES = ("receive", "decode", "queue", "inference", "draw", "total")
 """Stages of a request: its body arrives; decoding, waiting for a decoder included; waiting for the runtime; the call of
 the runtime that it rode in; drawing, with `annotate`; from its head to its answer."""
@@ -26,6 +29,8 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self._models: dict[str, tuple[str, str, str]] = {}
+        self.statistics: defaultdict[str, ModelStatistics] = defaultdict(ModelStatistics)
+        """Of each model, for the protocol's statistics extension."""
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)

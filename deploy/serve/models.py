@@ -143,7 +143,9 @@ class Models:
     def _observe(self, name: str, call: Call) -> None:
         self._metrics.batches.labels(name).observe(call.batch)
         self._metrics.calls.labels(name).observe(call.seconds)
-        if call.error is not None:
+        if call.error is None:
+            self._metrics.statistics[name].called(call.batch, call.seconds)
+        else:
             self._metrics.failures.labels(name).inc()
             log.error("inference failed", exc_info=call.error, extra={"model": name, "batch": call.batch})
 

@@ -22,7 +22,7 @@ import numpy as np
 from deploy.core.card import ModelCard
 from deploy.runtimes.base import DetectionBatch
 from deploy.serve.batching import Row
-from deploy.serve.settings import RefusalError
+from deploy.serve.settings import RefusalError, Settings
 
 VERSION = "1"
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -45,7 +45,7 @@ class InferRequest:
 
 def extensions(*, reload: bool) -> list[str]:
     """Extensions of the protocol that this server has. `model_repository` only where clients may load models."""
-    return ["binary_tensor_data", *(["model_repository"] if reload else [])]
+    return ["binary_tensor_data", "model_configuration", "statistics", *(["model_repository"] if reload else [])]
 
 
 def model_metadata(name: str, backend: str, card: ModelCard) -> dict[str, Any]:
@@ -61,6 +61,46 @@ def model_metadata(name: str, backend: str, card: ModelCard) -> dict[str, Any]:
             {"name": output, "datatype": kind, "shape": shapes.get(output, [-1, card.max_detections])}
             for output, kind in OUTPUTS.items()
         ],
+    }
+
+
+def model_config(name: str, backend: str, card: ModelCard, settings: Settings) -> dict[str, Any]:
+    """The answer to GET /v2/models/{name}/config: the message `inference.ModelConfig` as JSON, what applies of it.
+
+    Shapes are without the batch; `count` is one number an image, for which Triton has a one that is reshaped away.
+    https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_configuration.md
+    """
+    height, width = card.input_size
+    dims = {"boxes": [card.max_detections, 4], "count": [1]}
+    return {
+        "name": name,
+        "platform": backend.replace(" ", "_"),
+        "backend": backend.partition(" ")[0],
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": settings.images_a_request,
+        "input": [
+            {"name": "images", "data_type": "TYPE_UINT8", "format": "FORMAT_NCHW", "dims": [3, height, width]}
+            | {"is_shape_tensor": False, "allow_ragged_batch": False, "optional": False}
+        ],
+        "output": [
+            {"name": output, "data_type": f"TYPE_{kind}", "dims": dims.get(output, [card.max_detections])}
+            | ({"reshape": {"shape": []}} if output == "count" else {})
+            | {"label_filename": "", "is_shape_tensor": False}
+            for output, kind in OUTPUTS.items()
+        ],
+        "batch_input": [],
+        "batch_output": [],
+        "dynamic_batching": {
+            "preferred_batch_size": [settings.max_batch],
+            "max_queue_delay_microseconds": round(1e3 * settings.max_delay_ms),
+            "preserve_ordering": False,
+        },
+        "instance_group": [{"name": name, "kind": "KIND_CPU" if backend.endswith("cpu") else "KIND_GPU", "count": 1}],
+        "parameters": {
+            "class_names": {"string_value": json.dumps(card.class_names)},
+            "category_ids": {"string_value": json.dumps(card.category_ids)},
+        },
+        "model_warmup": [],
     }
 
 

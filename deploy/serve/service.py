@@ -64,6 +64,7 @@ class Service:
         refusal = None if batcher is None else batcher.refusal(1, self.settings.deadline_ms / 1e3)
         if refusal is not None:
             self.metrics.rejected.labels(name, refusal.reason).inc()
+            self.metrics.statistics[name].fail.add(0.0)
         return refusal
 
     async def in_pool(self, work: Callable[[], Any]) -> Any:
@@ -78,11 +79,15 @@ def admit(service: Service, served: Served, images: int, deadline_s: float | Non
 
 @asynccontextmanager
 async def counted(service: Service, name: str) -> AsyncIterator[None]:
-    """Overload of any reason, while the body arrives, at the door or in the queue, is counted."""
+    """Count what goes wrong with a request, and overload of any reason: while the body arrives, at the door or in the
+    queue."""
+    start = time.monotonic()
     try:
         yield
-    except OverloadedError as error:
-        service.metrics.rejected.labels(name, error.reason).inc()
+    except Exception as error:
+        service.metrics.statistics[name].fail.add(time.monotonic() - start)
+        if isinstance(error, OverloadedError):
+            service.metrics.rejected.labels(name, error.reason).inc()
         raise
 
 
@@ -127,6 +132,7 @@ def timing_ms(
     }
     for stage, value in seconds.items():
         service.metrics.stages.labels(served.name, stage).observe(value)
+    service.metrics.statistics[served.name].answered(len(rows), seconds)
     return {stage: round(1e3 * value, 3) for stage, value in seconds.items()}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from deploy.serve import protocol
+from deploy.serve import encoding, protocol
 from deploy.serve.models import Models
 from deploy.serve.service import Service, admit, counted, error_answers, json_answer, run, timing_ms, unless_gone
 from deploy.serve.settings import RefusalError
@@ -49,6 +50,22 @@ def add_inference(app: FastAPI, service: Service) -> None:
         found = models.is_ready(name) and not service.draining
         return json_answer({"name": name, "ready": found}, 200 if found else 503)
 
+    async def config(name: str, version: str = protocol.VERSION) -> Response:
+        """What applies of Triton's `ModelConfig`: tensors without their batch, batching, classes."""
+        _known(models, name, version)
+        served = models.get(name)
+        return json_answer(protocol.model_config(name, served.runner.backend, served.card, service.settings))
+
+    async def statistics(name: str, version: str = protocol.VERSION) -> Response:
+        """Counts and durations since the server started, also of requests to `/v1/detect`."""
+        _known(models, name, version)
+        return json_answer(_statistics(service, [name]))
+
+    @app.get("/v2/models/stats", summary="Statistics of all models", responses={**error_answers(401)})
+    async def all_statistics() -> Response:
+        """A model that is called `stats` is described under its version."""
+        return json_answer(_statistics(service, models.names))
+
     async def infer(request: Request, name: str, version: str = protocol.VERSION) -> Response:
         """Tensor `images` UINT8 [n, 3, H, W], RGB, in; boxes in pixels of that canvas out.
 
@@ -68,9 +85,14 @@ def add_inference(app: FastAPI, service: Service) -> None:
                 rows = await unless_gone(request, run(service, served, ticket, list(parsed.images)))
         timing_ms(service, request, served, rows, received, {})
         body, length = protocol.answer_infer(name, parsed, rows, served.card.max_detections)
-        if length is None:
-            return Response(body, media_type="application/json")
-        return Response(body, media_type="application/octet-stream", headers={protocol.HEADER_LENGTH: str(length)})
+        headers = {"Vary": "Accept-Encoding"}
+        if length is not None:
+            headers[protocol.HEADER_LENGTH] = str(length)
+        coding = encoding.accepted(request.headers.getlist("accept-encoding"))
+        if coding is not None:
+            headers["Content-Encoding"] = coding
+            body = await service.in_pool(lambda: encoding.encode(body, coding))
+        return Response(body, media_type=f"application/{'json' if length is None else 'octet-stream'}", headers=headers)
 
     body = {"requestBody": {"required": True, "content": {"application/json": {"schema": _infer_schema()}}}}
     binary: dict[int | str, dict[str, Any]] = {
@@ -79,6 +101,8 @@ def add_inference(app: FastAPI, service: Service) -> None:
     for base in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         more = " of a version" if "version" in base else ""
         app.get(base, summary=f"Model metadata{more}", responses=error_answers(401, 404, 503))(described)
+        app.get(f"{base}/config", summary=f"Configuration{more}", responses=error_answers(401, 404, 503))(config)
+        app.get(f"{base}/stats", summary=f"Statistics{more}", responses=error_answers(401, 404))(statistics)
         app.get(f"{base}/ready", summary=f"Readiness{more}", responses=error_answers(401, 404, 503))(is_ready)
         app.post(
             f"{base}/infer",
@@ -142,6 +166,11 @@ def _infer_schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }
+
+
+def _statistics(service: Service, names: Sequence[str]) -> dict[str, Any]:
+    known = service.metrics.statistics
+    return {"model_stats": [known[name].to_dict(name, protocol.VERSION) for name in names]}
 
 
 def _known(models: Models, name: str, version: str) -> None:

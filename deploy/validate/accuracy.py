@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,17 @@ from deploy.core.image import load_image, read_image_bytes
 from deploy.core.progress import Progress
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
-from deploy.runtimes.pictures import check_outputs, finite_values, fit_pictures, load_batches, picture_detections
+from deploy.runtimes.pictures import (
+    Canvases,
+    check_outputs,
+    finite_values,
+    fit_pictures,
+    load_batches,
+    picture_detections,
+)
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
 from deploy.validate.collected import Collected
+from deploy.validate.differences import most_different
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.score_calibration import detection_ece
 
@@ -37,6 +45,7 @@ AGREEMENT_SCORE = 0.3
 AGREEMENT_SLACK = 0.05
 AGREEMENT_IOU = 0.9
 DIAGNOSED_IMAGES = 2
+NO_REFERENCE = "not run: no reference"
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """One runner's outcome. `map_drop` and `agreement` are against the reference, None without one."""
+    """One runner's outcome. `map_drop` and `agreement` are against the reference, None without one; `training_drop` is
+    against what training measured, None where that is not known."""
 
     name: str
     backend: str
@@ -79,6 +89,10 @@ class ArtifactResult:
     diagnosis: str | None = None
     """Why a file fails and where it starts to compute something else, or why that was not found; None when the gate
     passes."""
+    training_drop: float | None = None
+    """mAP that training measured for these weights, minus this one's, in points."""
+    pictures: list[dict[str, int | str | float]] = field(default_factory=list)
+    """Of a file that fails: those on which it differs most from the reference, as `most_different` gives them."""
     half: HalfPrecision | None = None
     """What the file's card says about its float16."""
     note: str | None = None
@@ -98,6 +112,7 @@ def validate(
     images: Path,
     *,
     reference: str | None = None,
+    expected: Mapping[str, float] | None = None,
     max_map_drop: float = 0.5,
     batch_size: int = 8,
     limit: int | None = None,
@@ -105,7 +120,9 @@ def validate(
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
-    reference: the name of the runner that the others are measured against; its gate passes by definition.
+    reference: the name of the runner that the others are measured against. Its own gate passes, unless it is expected
+        to reach something itself.
+    expected: by name of a runner, the mAP that training measured for its weights on these images.
     max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
     likewise. progress(done, total) is called after every batch of images.
 
@@ -131,34 +148,8 @@ def validate(
         table = outcomes[name].detections.table()
         metrics[name] = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
         calibration[name] = detection_ece(truth, table)
-    base = None if reference is None else outcomes[reference]
-    results = []
-    for name, runner in runners.items():
-        outcome = outcomes[name]
-        drop = None if reference is None else metrics[reference].map - metrics[name].map
-        results.append(
-            ArtifactResult(
-                name=name,
-                backend=runner.backend,
-                precision=dict(runner.card.precision),
-                metrics=metrics[name],
-                d_ece=calibration[name],
-                map_drop=drop,
-                agreement=None if base is None else _agreement(base.detections, outcome.detections),
-                gate="fail" if outcome.spoiled else _gate(drop, max_map_drop, bool(base and base.spoiled)),
-                images=len(rows),
-                seconds=outcome.seconds,
-                half=runner.card.half,
-                note=_unseen(runner),
-            )
-        )
-    trusted = _graph_to_trust(runners, results, reference)
-    return [
-        replace(row, diagnosis=_diagnosis(runners[row.name], trusted, files, outcomes[row.name].spoiled))
-        if row.gate == "fail"
-        else row
-        for row in results
-    ]
+    bars = _Bars(reference, expected or {}, max_map_drop)
+    return _compared(runners, files, outcomes, metrics, calibration, bars)
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -252,7 +243,75 @@ def detect_all(
     return outcomes
 
 
+def prepare(path: Path, card: ModelCard) -> tuple[np.ndarray, Canvases]:
+    """Read one picture and lay it on the canvas of a card, as `detect_all` does: pixels uint8 [h, w, 3], and canvas."""
+    pixels = load_image(path)
+    return pixels, fit_pictures([pixels], card)
+
+
 # ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bars:
+    """What `validate` measures its runners against."""
+
+    reference: str | None
+    expected: Mapping[str, float]
+    max_map_drop: float
+
+
+def _compared(
+    runners: Mapping[str, Runner],
+    files: Mapping[int, Path],
+    outcomes: Mapping[str, Outcome],
+    metrics: Mapping[str, CocoMetrics],
+    calibration: Mapping[str, float],
+    bars: _Bars,
+) -> list[ArtifactResult]:
+    """The results of `validate` with their gates, and for those that fail the reasons."""
+    reference = bars.reference
+    base = None if reference is None else outcomes[reference]
+    results: list[ArtifactResult] = []
+    sound: list[str] = []  # what loses no more than allowed against the reference
+    for name, runner in runners.items():
+        outcome = outcomes[name]
+        drop = None if reference is None else metrics[reference].map - metrics[name].map
+        gate = "fail" if outcome.spoiled else _gate(drop, bars.max_map_drop, bool(base and base.spoiled))
+        if gate == "pass":
+            sound.append(name)
+        trained = bars.expected.get(name)
+        training_drop = None if trained is None else trained - metrics[name].map
+        against_training = "not run" if training_drop is None else _gate(training_drop, bars.max_map_drop)
+        if against_training == "fail" or (gate == NO_REFERENCE and training_drop is not None):
+            gate = against_training
+        results.append(
+            ArtifactResult(
+                name=name,
+                backend=runner.backend,
+                precision=dict(runner.card.precision),
+                metrics=metrics[name],
+                d_ece=calibration[name],
+                map_drop=drop,
+                agreement=None if base is None else _agreement(base.detections, outcome.detections),
+                gate=gate,
+                images=len(files),
+                seconds=outcome.seconds,
+                training_drop=training_drop,
+                half=runner.card.half,
+                note=_unseen(runner),
+            )
+        )
+    trusted = _graph_to_trust(runners, sound, reference)
+    for index, row in enumerate(results):
+        if row.gate != "fail":
+            continue
+        outcome, why = outcomes[row.name], _against_training(row)
+        if row.name not in sound:
+            why = "; ".join(filter(None, (_diagnosis(runners[row.name], trusted, files, outcome.spoiled), why)))
+        pictures = [] if base is None else most_different(base.detections, outcome.detections, files)
+        results[index] = replace(row, diagnosis=why, pictures=pictures)
+    return results
 
 
 def _unseen(runner: Runner) -> str | None:
@@ -297,14 +356,20 @@ def _check_calibration(runners: Mapping[str, Runner], files: list[Path]) -> None
             )
 
 
-def _graph_to_trust(runners: Mapping[str, Runner], results: list[ArtifactResult], reference: str | None) -> Path | None:
-    """The ONNX file that failing ones are compared with: the reference, or else a float file that passed."""
-    order = sorted(results, key=lambda row: row.name != reference)
-    for row in order:
-        path = readable_file(runners[row.name])
-        if row.gate == "pass" and path is not None and runners[row.name].card.quantization is None:
+def _graph_to_trust(runners: Mapping[str, Runner], sound: Collection[str], reference: str | None) -> Path | None:
+    """The ONNX file that failing ones are compared with: the reference, or else a float file that agrees with it."""
+    for name in sorted(sound, key=lambda name: name != reference):
+        path = readable_file(runners[name])
+        if path is not None and runners[name].card.quantization is None:
             return path
     return None
+
+
+def _against_training(row: ArtifactResult) -> str | None:
+    if row.training_drop is None:
+        return None
+    trained = row.metrics.map + row.training_drop
+    return f"{row.metrics.map:.2f} mAP, and training measured {trained:.2f} for these weights"
 
 
 def _diagnosis(runner: Runner, trusted: Path | None, files: Mapping[int, Path], spoiled: Sequence[int]) -> str:
@@ -340,9 +405,9 @@ def _map_at(metrics: CocoMetrics, limit: int) -> str:
     return f"{metrics.map_at_max:.2f}" if metrics.max_detections == limit else "-"
 
 
-def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool) -> str:
+def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool = False) -> str:
     if drop is None:
-        return "not run: no reference"
+        return NO_REFERENCE
     if reference_spoiled:
         return "not run: the reference gives values that are not finite"
     if math.isnan(drop):

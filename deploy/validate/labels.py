@@ -153,26 +153,31 @@ def _annotations(document: Mapping[str, Any]) -> Iterator[Finding]:
     categories = {row["id"] for row in document["categories"]}
     for identifier, count in _repeated(row["id"] for row in rows if "id" in row):
         yield Finding("repeated-id", f"annotation {identifier}", f"the id is used {count} times")
-    places: dict[tuple[Any, ...], str] = {}
+    first: dict[tuple[Any, ...], int] = {}
     for position, row in enumerate(rows):
-        identifier = row.get("id")
-        where = f"annotations[{position}]" if identifier is None else f"annotation {identifier}"
-        if identifier is None:
-            yield Finding("missing-id", where, "id is missing; COCO evaluation needs one")
-        if row["category_id"] not in categories:
-            yield Finding("unknown-category", where, f"category_id {row['category_id']} is not in categories")
-        if row["image_id"] not in sizes:
-            yield Finding("unknown-image", where, f"image_id {row['image_id']} is not in images")
-        problem = _box_problem(row["bbox"], sizes.get(row["image_id"]))
+        image, category, box = row["image_id"], row["category_id"], row["bbox"]
+        if row.get("id") is None:
+            yield Finding("missing-id", _place(rows, position), "id is missing; COCO evaluation needs one")
+        if category not in categories:
+            yield Finding("unknown-category", _place(rows, position), f"category_id {category} is not in categories")
+        size = sizes.get(image)
+        if size is None:
+            yield Finding("unknown-image", _place(rows, position), f"image_id {image} is not in images")
+        problem = None if _is_inside(box, size) else _box_problem(box, size)
         if problem is None and row.get("area", 1) <= 0:
             problem = f"area is {row['area']:g}; it is left out of training"
         if problem is not None:
-            yield Finding("bad-box", where, problem)
+            yield Finding("bad-box", _place(rows, position), problem)
         if not row.get("iscrowd", 0):
-            box = (row["image_id"], row["category_id"], *row["bbox"])
-            other = places.setdefault(box, where)
-            if other is not where:
-                yield Finding("box-twice", where, f"is {other} once more: same image, category and box")
+            other = first.setdefault((image, category, *box), position)
+            if other != position:
+                text = f"is {_place(rows, other)} once more: same image, category and box"
+                yield Finding("box-twice", _place(rows, position), text)
+
+
+def _place(rows: Any, position: int) -> str:
+    identifier = rows[position].get("id")
+    return f"annotations[{position}]" if identifier is None else f"annotation {identifier}"
 
 
 def _crowded(document: Mapping[str, Any], max_detections: int) -> Iterator[Finding]:
@@ -192,6 +197,14 @@ def _crowded(document: Mapping[str, Any], max_detections: int) -> Iterator[Findi
             said.append(f"an exported file gives deploy.max_detections, {max_detections}")
         if said:
             yield Finding("many-objects", f"image {image}", f"holds {count} objects; {', and '.join(said)}")
+
+
+def _is_inside(box: Any, size: tuple[Any, Any] | None) -> bool:
+    """Whether a box is beyond doubt: nearly all are, and a million is asked."""
+    if size is None or size[0] is None or size[1] is None:
+        return False
+    x, y, w, h = box
+    return bool(x >= 0 and y >= 0 and 1 <= w <= size[0] - x and 1 <= h <= size[1] - y)
 
 
 def _box_problem(box: Any, size: tuple[Any, Any] | None) -> str | None:

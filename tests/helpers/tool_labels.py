@@ -220,7 +220,7 @@ EXPORTS: dict[str, Export] = {
         "voc",
         {
             "Annotations/a.xml": _voc(
-                "<folder>images</folder><filename>a.jpg</filename>",
+                "<folder>images</folder><filename>a.jpg</filename><owner><name>Label Studio</name></owner>",
                 "0 0 64 48",
                 "8 6 24 30",
                 "<pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>",

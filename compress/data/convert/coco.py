@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from compress.data.convert.coco_file import by_folder, canonical, choose, nearest, read_size
 from deploy.core.errors import UserError
@@ -148,13 +149,11 @@ def _place_images(
 
 
 def _find(name: str, file: Path, folder: Path, places: Mapping[str, list[Path]]) -> Path | None:
-    for base in (folder, file.parent):
-        path = base / name
-        if name and path.is_file():
-            inside = os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
-            if inside:
-                return path
-    named = PurePosixPath(name.replace("\\", "/"))
+    for path in (folder / name, file.parent / name):
+        if name and path.is_file() and os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), "")):
+            return path
+    # a server's name: /data/upload/1/a%20b.jpg, /data/local-files/?d=a.jpg, or a path of Windows
+    named = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     set_name = canonical(file.stem.removeprefix("instances_").rstrip("0123456789"))
     found = places.get(named.name, [])
     return nearest(found, named) or nearest(found, PurePosixPath(set_name) / named.name)

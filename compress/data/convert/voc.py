@@ -49,7 +49,7 @@ def read_voc(source: Path, first_pixel: int | None = None) -> Source:
     if not names:
         raise UserError(f"{labels}: no file holds an object, so there are no classes")
     notes: list[str] = []
-    first = _first_pixel(objects, first_pixel, notes)
+    first = _first_pixel(documents, objects, first_pixel, notes)
     pictures: dict[Path, Picture] = {}
     images = _pictures_of(folder)
     other_size: list[str] = []
@@ -233,7 +233,12 @@ class _Object:
         return x, y, xmax - x, ymax - y
 
 
-def _first_pixel(objects: dict[Path, list[_Object]], given: int | None, notes: list[str]) -> int:
+def _first_pixel(
+    documents: Sequence[tuple[Path, _Node]],
+    objects: dict[Path, list[_Object]],
+    given: int | None,
+    notes: list[str],
+) -> int:
     """From which number the coordinates count, and a note why."""
     zero = [(file, found) for file, rows in objects.items() for found in rows if 0 <= min(found.corners[:2]) < 1]
     count = sum(map(len, objects.values()))
@@ -247,14 +252,26 @@ def _first_pixel(objects: dict[Path, list[_Object]], given: int | None, notes: l
                 f"coordinates count from 1, as --first-pixel says, although {proof}: those begin at the border"
             )
         return given
+    named = next((file for file, root in documents if _is_of_label_studio(root)), None)
+    if named is not None and not zero:
+        notes.append(f"coordinates count from 0, because {named} is of Label Studio (--first-pixel 1 if that is wrong)")
+        return 0
     if zero:
-        notes.append(f"coordinates count from 0: {proof} (--first-pixel 1 if those are mistakes)")
+        ones = sum(min(found.corners[:2]) == 1 for rows in objects.values() for found in rows)
+        doubt = f", although {ones} begin at 1" if ones > len(zero) else ""
+        notes.append(f"coordinates count from 0: {proof}{doubt} (--first-pixel 1 if those are mistakes)")
         return 0
     notes.append(
         "coordinates count from 1, as VOC's do: no box has an xmin or ymin of 0, which would show another rule "
-        "(--first-pixel 0 for files of CVAT, datumaro, FiftyOne or Label Studio)"
+        "(--first-pixel 0 for files of CVAT, datumaro or FiftyOne)"
     )
     return 1
+
+
+def _is_of_label_studio(root: _Node) -> bool:
+    owner = root.first("owner")
+    name = None if owner is None else owner.first("name")
+    return name is not None and name.text.strip() == "Label Studio"
 
 
 # --- XML -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from compress.data.convert.class_names import FILES, Classes, find_classes, places
 from compress.data.convert.coco_file import Box, Picture, Source, by_folder, read_size
 from deploy.core.errors import UserError
-from deploy.core.image_folder import find_files, image_files
+from deploy.core.image_folder import find_files, image_files, missing
 
 TOLERANCE = 1e-3
 """Shares may leave 0..1 by this much: what tools round. Boxes that reach out so little are cut."""
@@ -35,6 +35,8 @@ def read_yolo(source: Path, names: str | None = None) -> Source:
             unreadable image.
     """
     source = Path(source)
+    if source.is_file() and source.suffix not in (".yaml", ".yml", ".data"):
+        raise UserError(f"{source}: is a file; give the folder of the images, a data.yaml or an obj.data")
     if source.is_file():
         source, names = source.parent, str(source) if names is None else names
     if not source.is_dir():
@@ -91,16 +93,16 @@ def _of_set(name: str, entries: Sequence[str], classes: Classes, notes: list[str
 
 def _listed(file: Path, base: Path) -> list[Path]:
     """The images that a text file names, one a line."""
-    found, missing = [], []
+    found, absent = [], []
     lines = [(number, line.strip()) for number, line in enumerate(_lines(file), start=1) if line.strip()]
     for number, line in lines:
         there = [place for place in places(line, file.parent, base, Path()) if place.is_file()]
         found += [Path(os.path.normpath(place)) for place in there[:1]]
-        missing += [] if there else [(number, line)]
-    if missing:
-        number, line = missing[0]
+        absent += [] if there else [(number, line)]
+    if absent:
+        number, line = absent[0]
         raise UserError(
-            f"{file}:{number}: there is no image {line!r}; {len(missing)} of the {len(lines)} listed are not there "
+            f"{file}:{number}: there is no image {line!r}; {len(absent)} of the {len(lines)} listed are not there "
             "(was the set exported without its images?)"
         )
     return found
@@ -176,12 +178,20 @@ class _Reader:
 def _label_file(image: Path, folder: Path) -> Path | None:
     """The label file of an image: beside it, or with `labels` in the place of `images` in its path."""
     beside = image.with_suffix(".txt")
-    apart = next((file for file in _under_labels(image, folder) if file.is_file()), None)
-    if apart is None or not beside.is_file():
+    apart = next((file for file in _under_labels(image, folder) if _is_there(file)), None)
+    if apart is None or not _is_there(beside):
         return apart or (beside if beside.is_file() else None)
     if apart.read_bytes() != beside.read_bytes():
         raise UserError(f"{image}: has two label files that differ, {apart} and {beside}; remove one of them")
     return apart
+
+
+def _is_there(file: Path) -> bool:
+    if file.is_file():
+        return True
+    if file.is_symlink():
+        raise UserError(f"{file}: {missing(file)}; mend it or remove it")
+    return False
 
 
 def _under_labels(image: Path, folder: Path) -> Iterator[Path]:

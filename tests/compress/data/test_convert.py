@@ -159,6 +159,10 @@ def test_linked_folders_are_read_once(divided: Path, tmp_path: Path, linked: str
 
 
 def test_a_link_to_nothing_is_named(divided: Path, tmp_path: Path) -> None:
+    (divided / "labels" / "val" / "c.txt").rename(tmp_path / "c.txt")
+    (divided / "labels" / "val" / "c.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"labels/val/c\.txt: a link to gone.txt, where nothing is"):
+        read_yolo(divided)
     (divided / "images" / "more").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"images/more: a link to .*gone, where nothing is"):
         read_yolo(divided, "cat,dog")
@@ -222,6 +226,9 @@ def test_bad_yolo_lines_name_file_and_line(tmp_path: Path, line: str, message: s
 def test_other_yolo_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_yolo(tmp_path / "none", "x")
+    text(tmp_path / "set.zip", "")
+    with pytest.raises(UserError, match=r"set\.zip: is a file; give the folder of the images"):
+        read_yolo(tmp_path / "set.zip", "x")
     with pytest.raises(UserError, match="no images in it"):
         read_yolo(tmp_path, "x")
     picture(tmp_path / "images" / "a.png")
@@ -307,6 +314,17 @@ def test_from_where_voc_counts(
     assert says in " ".join(source.notes) and bool(says) == bool(source.notes)
     write(source, tmp_path / "out.json")
     assert boxes_by_name(tmp_path / "out.json")["a.png"][1] == ("cat", found, 0)
+
+
+def test_a_border_that_is_never_reached_and_one_that_is(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    head = "<annotation><filename>a.png</filename>"
+    text(tmp_path / "a.xml", f"{head}<owner><name>Label Studio</name></owner>{box(8, 6, 24, 21)}</annotation>")
+    write(source := read_voc(tmp_path), tmp_path / "out.json")
+    assert boxes_by_name(tmp_path / "out.json")["a.png"] == [("cat", [8, 6, 16, 15], 0)]
+    assert "a.xml is of Label Studio" in source.notes[0]
+    text(tmp_path / "a.xml", f"{head}{box(0, 6, 24, 21)}{box(1, 1, 24, 21)}{box(1, 9, 24, 21)}</annotation>")
+    assert "from 0: 1 of 3 boxes" in (note := read_voc(tmp_path).notes[0]) and "although 2 begin at 1" in note
 
 
 def test_two_files_that_name_one_image(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from compress.data.convert.coco import coco_documents, read_coco
 from compress.data.convert.coco_file import documents, write_documents
 from compress.data.convert.voc import read_voc
 from compress.data.convert.yolo import read_yolo
-from tests.helpers.label_files import boxes_by_name
+from tests.helpers.label_files import boxes_by_name, picture
 from tests.helpers.tool_labels import EXPORTS
 
 
@@ -48,6 +49,16 @@ def test_sets_of_tools(tool: str, tmp_path: Path) -> None:
         ("val.json", 1, 0),
     ]
     assert list(boxes_by_name(made[0].out)) == [export.a] and list(boxes_by_name(made[1].out)) == [export.b]
+
+
+def test_names_of_servers_and_windows(tmp_path: Path) -> None:
+    names = ["/data/local-files/?d=a.png", "/data/upload/3/b%20c.png", "images\\d.png", "x/e.png", "y/e.png"]
+    for name in ("a.png", "b c.png", "images/d.png", "x/e.png", "y/e.png"):
+        picture(tmp_path / name)
+    rows = [{"id": n, "file_name": name, "width": 80, "height": 60} for n, name in enumerate(names)]
+    (tmp_path / "set.json").write_text(json.dumps({"images": rows, "annotations": [], "categories": []}))
+    found = read_coco(tmp_path / "set.json").splits[""]["images"]
+    assert [row["file_name"] for row in found] == ["a.png", "b c.png", "images/d.png", "x/e.png", "y/e.png"]
 
 
 def test_categories_without_boxes_can_be_dropped(tmp_path: Path) -> None:

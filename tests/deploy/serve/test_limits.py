@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from starlette.datastructures import MutableHeaders
 
 from deploy.serve.batching import Ticket
 from deploy.serve.bodies import Bodies
@@ -268,7 +269,7 @@ class Arriving:
     """A request whose body comes when it is told to."""
 
     def __init__(self) -> None:
-        self.headers: dict[str, str] = {}
+        self.headers = MutableHeaders()
         self.chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def stream(self):  # type: ignore[no-untyped-def]

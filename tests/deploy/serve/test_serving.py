@@ -132,7 +132,8 @@ def test_requests_that_are_wrong(http: httpx.Client) -> None:
     assert ask(content=PNG, params={"deadline_ms": 0})[0] == 422
     assert ask(content=PNG, params={"min_score": "nan"})[0] == 422
     assert ask(json={"image": "x"})[0] == 415
-    assert ask(content=PNG, headers={"Content-Encoding": "gzip"})[0] == 415
+    assert ask(content=PNG, headers={"Content-Encoding": "br"})[0] == 415
+    assert ask(content=PNG, headers={"Content-Encoding": "gzip"})[0] == 400
     assert ask(content=b"x", headers={"Content-Type": "multipart/form-data"})[0] == 400
     assert ask(content=b"x" * 9, headers={"Content-Type": "multipart/form-data; boundary=a"})[0] == 400
     assert ask(data={"image": "text"}, files={})[0] in (400, 415)

@@ -220,6 +220,43 @@ def test_the_gate_is_the_limit_given_and_needs_a_reference(
     assert alone[0].map_drop is None and alone[0].agreement is None
 
 
+def test_the_gate_sees_what_training_measured(dataset: tuple[Path, Path], torch_runner: TorchRunner) -> None:
+    runners: dict[str, Runner] = {"torch": torch_runner, "more": torch_runner, "unknown": torch_runner}
+    reached = validate(runners, *dataset, reference="torch")[0].metrics.map
+    expected = {"torch": reached + 0.4, "more": reached + 0.6}
+    rows = validate(runners, *dataset, reference="torch", expected=expected)
+    assert [row.gate for row in rows] == ["pass", "fail", "pass"]
+    assert [row.training_drop for row in rows] == [pytest.approx(0.4), pytest.approx(0.6), None]
+    assert rows[1].map_drop == 0 and f"training measured {reached + 0.6:.2f}" in str(rows[1].diagnosis)
+    reference = validate(runners, *dataset, reference="torch", expected={"torch": reached + 0.6})[0]
+    assert reference.gate == "fail", "the reference has a gate of its own"
+
+
+def test_a_file_that_fails_names_the_pictures_that_differ_most(
+    dataset: tuple[Path, Path], torch_runner: TorchRunner
+) -> None:
+    class BlindTo(Spoiled):
+        """Finds nothing in the k-th image, and nearly what it should in the one before."""
+
+        calls = 0
+
+        def __call__(self, images: np.ndarray) -> DetectionBatch:
+            found, self.calls = self.runner(images), self.calls + 1
+            if self.calls == k:
+                return replace(found, scores=np.maximum(found.scores - 0.01, 0))
+            return replace(found, count=np.zeros_like(found.count)) if self.calls == k + 1 else found
+
+    k = 4
+    runners: dict[str, Runner] = {"torch": torch_runner, "blind": BlindTo(torch_runner, None)}
+    row = validate(runners, *dataset, reference="torch", max_map_drop=0.0, batch_size=1)[1]
+    ids = sorted(image["id"] for image in json.loads(dataset[0].read_text())["images"])
+    names = {image["id"]: image["file_name"] for image in json.loads(dataset[0].read_text())["images"]}
+    assert [(picture["id"], picture["file"]) for picture in row.pictures] == [
+        (i, names[i]) for i in (ids[k], ids[k - 1])
+    ]
+    assert row.pictures[0]["difference"] > 10 * row.pictures[1]["difference"] > 0
+
+
 def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: Path) -> None:
     file, folder = dataset
 
