@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Datasets:
     """Training and validation images of a run, and what identifies them. `train` are those with labels.
 
     canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
-        around a picture, too.
+        around a picture, too. padding: share of it that no picture covers, on average, 0 to 1.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -55,6 +56,7 @@ class Datasets:
     val_split: Split
     identity: dict[str, Any]
     canvas: tuple[int, int]
+    padding: float
     unlabelled: Split | None = None
     has_labels: bool = True
     """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
@@ -118,7 +120,9 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
     identity = _identity(data, train_split, val_split)
-    return Datasets(train, val, train_split, val_split, identity, size, unlabelled, has_labels)
+    return Datasets(
+        train, val, train_split, val_split, identity, size, padding(val, data, size), unlabelled, has_labels
+    )
 
 
 def validation_set(
@@ -146,6 +150,14 @@ def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
     sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+def padding(dataset: CocoDetection, data: Data, canvas: tuple[int, int]) -> float:
+    """Share of the canvas that the images do not cover, on average, 0 to 1."""
+    counts = Counter(dataset.sizes)
+    sizes = {size: fit_size(*size, short=data.eval_short, long=data.long, canvas=canvas) for size in counts}
+    covered = sum(count * sizes[size][0] * sizes[size][1] for size, count in counts.items())
+    return 1 - covered / (counts.total() * canvas[0] * canvas[1])
 
 
 # --- details --------------------------------------------------------------------------------------------

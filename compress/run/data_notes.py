@@ -8,11 +8,13 @@ from pathlib import Path
 from compress.run.data import Datasets
 from deploy.core.same_files import shared
 
+MUCH_PADDING = 0.4
 _NAMED = 5  # pictures that a line names
 
 
 def notes_about(data: Datasets) -> list[str]:
-    """One line a finding about the labels of both sets, and one about validation images that are trained on.
+    """One line a finding about the labels of both sets, one about a canvas that is mostly padding, and one about
+    validation images that are trained on.
 
     Images are compared by content; only files of equal length are opened.
     """
@@ -24,6 +26,12 @@ def notes_about(data: Datasets) -> list[str]:
         if images.dropped
     ]
     lines += [f"note: {split.annotations}: {line}" for split, images in reversed(sets) for line in images.label_notes]
+    if data.padding > MUCH_PADDING:
+        lines.append(
+            f"note: {data.padding:.0%} of the input of the exported files, {data.canvas[0]}x{data.canvas[1]} (height x "
+            "width), is padding on average, which takes time and which the network sees; evaluation uses the same "
+            "(deploy.input_size, docs/deployment.md)"
+        )
     if data.has_labels:
         train, val = ([images.path(index) for index in range(len(images))] for images in (data.train, data.val))
         found = shared(val, train)
