@@ -5,43 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress.run.data import Datasets
+from compress.config.data import Split
+from compress.data.coco import CocoDetection
 from deploy.core.same_files import shared
+
+Set = tuple[Split, CocoDetection]
+"""Where a set of images is, and the set."""
 
 MUCH_PADDING = 0.4
 _NAMED = 5  # pictures that a line names
 
 
-def notes_about(data: Datasets) -> list[str]:
-    """One line a finding about the labels of both sets, one about a canvas that is mostly padding, and one about
-    validation images that are trained on.
+def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
+    """One line a finding about the labels of both sets, and one about validation images that are trained on.
 
-    Images are compared by content; only files of equal length are opened.
+    Images are compared by content; only files of equal length are opened. has_labels: of the training set.
     """
-    sets = [(data.val_split, data.val), *([(data.train_split, data.train)] if data.has_labels else [])]
+    sets = [train, val] if has_labels else [val]
     lines = [
         f"{split.annotations}: annotations left out: {', '.join(f'{n} {why}' for why, n in images.dropped.items())} "
         "(see compress data check)"
-        for split, images in reversed(sets)
+        for split, images in sets
         if images.dropped
     ]
-    lines += [f"note: {split.annotations}: {line}" for split, images in reversed(sets) for line in images.label_notes]
-    if data.padding > MUCH_PADDING:
-        lines.append(
-            f"note: {data.padding:.0%} of the input of the exported files, {data.canvas[0]}x{data.canvas[1]} (height x "
-            "width), is padding on average, which takes time and which the network sees; evaluation uses the same "
-            "(deploy.input_size, docs/deployment.md)"
-        )
-    if data.has_labels:
-        train, val = ([images.path(index) for index in range(len(images))] for images in (data.train, data.val))
-        found = shared(val, train)
+    lines += [f"note: {split.annotations}: {line}" for split, images in sets for line in images.label_notes]
+    if has_labels:
+        known, judged_on = ([images.path(index) for index in range(len(images))] for _, images in sets)
+        found = shared(judged_on, known)
         if found:
             lines.append(
-                f"warning: {len(found)} of {len(val)} validation images are also training images, so mAP is too high: "
-                f"{_names(found)} (compress data check {data.train_split.annotations} --images {data.train_split.images} "
-                f"--against {data.val_split.annotations} --against-images {data.val_split.images} lists them)"
+                f"warning: {len(found)} of {len(judged_on)} validation images are also training images, so mAP is too "
+                f"high: {_names(found)} (compress data check {train[0].annotations} --images {train[0].images} "
+                f"--against {val[0].annotations} --against-images {val[0].images} lists them)"
             )
     return lines
+
+
+def canvas_notes(canvas: tuple[int, int], padding: float) -> list[str]:
+    """One line about a canvas (height, width) of which much is padding, a share from 0 to 1."""
+    if padding <= MUCH_PADDING:
+        return []
+    return [
+        f"note: {padding:.0%} of the input of the exported files, {canvas[0]}x{canvas[1]} (height x width), is padding on "
+        "average, which takes time and which the network sees; evaluation uses the same canvas (deploy.input_size, "
+        "docs/deployment.md)"
+    ]
 
 
 def _names(pairs: Sequence[tuple[Path, Path]]) -> str:

@@ -37,7 +37,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
-from compress.run.data_notes import notes_about
+from compress.run.data_notes import canvas_notes, notes_about
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -236,7 +236,8 @@ class _Run:
             f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
             f"{self.fabric.device.type}",
         )
-        for line in notes_about(data) if self.fabric.is_global_zero else ():
+        sets = (data.train_split, data.train), (data.val_split, data.val)
+        for line in [*notes_about(*sets, data.has_labels), *canvas_notes(data.canvas, data.padding)]:
             say(line, markup=False)
         if data.unlabelled is not None:
             assert recipe.labels is not None
@@ -291,9 +292,8 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs: dict[str, Any] = {"data": self.data.identity, "canvas": self.data.canvas}
-        inputs["weights"] = state_sha256(teacher)
-        inputs |= limit_input(plan.max_detections)
+        how = {"canvas": self.data.canvas, **limit_input(plan.max_detections)}
+        inputs = {"data": self.data.identity, "weights": state_sha256(teacher), **how}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")

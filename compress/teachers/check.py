@@ -94,14 +94,10 @@ def check_teacher(
     note = "" if known == len(val.categories) else f", over the {known} classes that it looks for"
     found = CocoMetrics.from_dict(metrics)
     report(f"teacher {teacher.file}: mAP {map_text(found)} on the validation images{note}")
-    crowded = GroundTruth.of(load_annotations(val.annotations)).crowded_note(max(max_detections, DETECTIONS))
-    if crowded is not None:
-        report(f"note: {crowded}: a perfect teacher stays below 100; deploy.max_detections counts more")
     if found.best_map < min_map:
         raise UserError(
             f"min_map is {min_map:g} and the teacher {teacher.file} reaches {map_text(found)} mAP on "
-            f"{val.annotations}: {'' if crowded is None else 'raise deploy.max_detections, '}take another one, or "
-            "check that its classes and images are these"
+            f"{val.annotations}: {_remedy(val, max_detections)}"
         )
     return metrics
 
@@ -237,6 +233,17 @@ def _detect(teacher: BoxTeacher, samples: Sequence[Sample], max_detections: int)
     if isinstance(teacher, DetectorTeacher) and max_detections > DETECTIONS:
         return teacher.detect(samples, score_threshold=SCORE_THRESHOLD, max_detections=max_detections)
     return teacher.detect(samples, score_threshold=SCORE_THRESHOLD)
+
+
+def _remedy(val: CocoDetection, max_detections: int) -> str:
+    """Say what to do about a teacher that is too weak."""
+    most = GroundTruth.of(load_annotations(val.annotations)).most_of_a_class()
+    if most > max(max_detections, DETECTIONS):
+        return (
+            f"an image there holds {most} objects of a class, more than count: raise deploy.max_detections, or take "
+            "another one"
+        )
+    return "take another one, or check that its classes and images are these"
 
 
 def _differ(own: Preprocessing, shown: Preprocessing, name: str) -> bool:

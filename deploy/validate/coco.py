@@ -24,6 +24,8 @@ from deploy.validate.ground_truth import GroundTruth
 
 Backend = Literal["faster", "pycocotools"]
 
+LARGEST = 1e300
+"""Integers beyond it are no numbers to a box; JSON may have hundreds of digits."""
 DETECTIONS = 100
 """Detections of a class in an image that COCO counts."""
 
@@ -199,7 +201,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (_is_integer(value) and abs(value) < LARGEST)
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {

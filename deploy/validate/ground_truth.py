@@ -16,7 +16,8 @@ from deploy.core.errors import UserError
 @dataclass(frozen=True)
 class GroundTruth:
     """Labelled objects, in the order of the document. Those of an image or category that it does not list are left
-    out. A missing `area` is the box's, a missing `iscrowd` is 0.
+    out. A missing `area` is the box's, a missing `iscrowd` is 0. A box that is not finite has no area here, so that
+    nothing finds it.
 
     Raises UserError for an id beyond 64 bits.
     """
@@ -52,30 +53,26 @@ class GroundTruth:
             if row["image_id"] in image_places and row["category_id"] in category_places
         ]
         n = len(rows)
+        boxes = np.fromiter(chain.from_iterable(row["bbox"] for row in rows), np.float64, 4 * n).reshape(n, 4)
+        areas = np.fromiter((row.get("area", row["bbox"][2] * row["bbox"][3]) for row in rows), np.float64, n)
+        boxes[~np.isfinite(boxes).all(1)] = 0
+        areas[~np.isfinite(areas)] = 0
         return cls(
             image_ids,
             category_ids,
             _names(categories),
             np.fromiter((image_places[row["image_id"]] for row in rows), np.int32, n),
             np.fromiter((category_places[row["category_id"]] for row in rows), np.int32, n),
-            np.fromiter(chain.from_iterable(row["bbox"] for row in rows), np.float64, 4 * n).reshape(n, 4),
-            np.fromiter((row.get("area", row["bbox"][2] * row["bbox"][3]) for row in rows), np.float64, n),
+            boxes,
+            areas,
             np.fromiter((bool(row.get("iscrowd", 0)) for row in rows), np.bool_, n),
         )
 
-    def crowded_note(self, limit: int) -> str | None:
-        """Say how many images hold more objects of a class than the detections that count; None for none."""
+    def most_of_a_class(self) -> int:
+        """Objects of one class in the image that holds most of them, crowds aside."""
         real = ~self.crowd
         pairs = self.images[real].astype(np.int64) * len(self.category_ids) + self.categories[real]
-        kinds, counts = np.unique(pairs, return_counts=True)
-        crowded = counts > limit
-        if not crowded.any():
-            return None
-        images = len(np.unique(kinds[crowded] // len(self.category_ids)))
-        return (
-            f"{images} of {len(self.image_ids)} images hold more than {limit} objects of a class (up to "
-            f"{counts.max()}), and mAP counts {limit} detections of a class in an image"
-        )
+        return int(np.unique(pairs, return_counts=True)[1].max(initial=0))
 
 
 def _ids(section: str, ids: list[int]) -> np.ndarray:

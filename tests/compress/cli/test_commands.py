@@ -79,6 +79,17 @@ def test_the_check_writes_what_it_found(run: Run) -> None:
     assert code == 1 and "images/a.png: image 1: is also in good.json" in out and "1 error" in err
 
 
+def test_labels_that_change_map_are_named_where_it_is_measured(run: Run) -> None:
+    document = json.loads(Path("good.json").read_text())
+    document["annotations"].append({**document["annotations"][0], "id": 2})
+    Path("twice.json").write_text(json.dumps(document))
+    said = "note: twice.json: annotation 2: is annotation 1 once more: same image, category and box\n"
+    code, out, err = run("validate text.onnx --data twice.json --images images")
+    assert (code, out) == (2, said) and "text.onnx" in err
+    code, out, _ = run("pseudo-label none.onnx --images images --out new.json --thresholds-from twice.json")
+    assert (code, out) == (2, said)
+
+
 def test_one_file_becomes_two(run: Run) -> None:
     document = json.loads(Path("good.json").read_text())
     rows = [{**document["images"][0], "id": n, "file_name": f"{n}.png"} for n in range(5)]

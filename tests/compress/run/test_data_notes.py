@@ -16,7 +16,6 @@ from compress.config.deploy import Int8
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.pseudo.images import images_in
-from compress.run.data import Datasets
 from compress.run.data_notes import notes_about
 from compress.run.quantize import Quantizing
 from deploy.core.errors import UserError
@@ -43,14 +42,13 @@ def sets(tmp_path: Path) -> tuple[Split, Split]:
     return train, write(tmp_path / "val", ["v.png", "w.png"], [[i / 4, 1, 9, 9] for i in range(101)], 1)
 
 
-def opened(train: Split, val: Split) -> Datasets:
-    one, two = (CocoDetection(split.annotations, split.images, eval_transform(40, 40)) for split in (train, val))
-    return Datasets(one, two, train, val, {})
+def opened(split: Split) -> tuple[Split, CocoDetection]:
+    return split, CocoDetection(split.annotations, split.images, eval_transform(40, 40))
 
 
 def test_labels_that_cost_accuracy_are_named(sets: tuple[Split, Split]) -> None:
     train, val = sets
-    assert notes_about(opened(train, val)) == [
+    assert notes_about(opened(train), opened(val)) == [
         f"note: {train.annotations}: annotation 2: is annotation 1 once more: same image, category and box",
         f"note: {train.annotations}: category 0: 'root' has no box; nothing teaches it",
         f"note: {val.annotations}: category 0: 'root' has no box; nothing teaches it",
@@ -62,7 +60,7 @@ def test_labels_that_cost_accuracy_are_named(sets: tuple[Split, Split]) -> None:
 def test_validation_images_that_are_trained_on_are_named(sets: tuple[Split, Split]) -> None:
     train, val = sets
     shutil.copy(train.images / "b.png", val.images / "w.png")
-    line = notes_about(opened(train, val))[-1]
+    line = notes_about(opened(train), opened(val))[-1]
     assert line.startswith(
         "warning: 1 of 2 validation images are also training images, so mAP is too high: w.png (= b."
     )

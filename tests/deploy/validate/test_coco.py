@@ -183,6 +183,8 @@ def test_a_file_that_is_no_coco_file_is_one_line(tmp_path: Path, content: bytes 
         ("annotations", "bbox", [1, 2, 3], "bbox must be four numbers [x, y, w, h], found [1, 2, 3]"),
         ("annotations", "bbox", [1, 2, 3, "4"], "bbox must be four numbers"),
         ("annotations", "bbox", 5, "bbox must be four numbers"),
+        ("annotations", "bbox", [1, 2, 10**400, 4], "bbox must be four numbers [x, y, w, h], found [1, 2, 1000"),
+        ("annotations", "area", 10**400, "area must be a number, found 1000"),
         ("annotations", "area", "big", 'area must be a number, found "big"'),
         ("annotations", "iscrowd", 2, "iscrowd must be 0 or 1, found 2"),
     ],
