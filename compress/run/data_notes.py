@@ -46,8 +46,8 @@ def canvas_notes(canvas: tuple[int, int], padding: float) -> list[str]:
     if padding <= MUCH_PADDING:
         return []
     return [
-        f"note: {padding:.0%} of the input of the exported files, {canvas[0]}x{canvas[1]} (height x width), is padding on "
-        "average, which takes time and which the network sees; evaluation uses the same canvas (deploy.input_size, "
+        f"note: {padding:.0%} of the input of the exported files, {canvas[0]}x{canvas[1]} (height x width), is padding "
+        "on average, which takes time and which the network sees; evaluation uses the same canvas (deploy.input_size, "
         "docs/deployment.md)"
     ]
 
