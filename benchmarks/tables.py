@@ -56,6 +56,8 @@ BLOCKS = {
     "vs_mmdet": Block("vs_mmdet", by_case, named("times as fast")),
     "data_path": Block("data_path", by_case, named("throughput")),
     "data_path-ratio": Block("data_path", by_case, named("times as fast")),
+    "pictures": Block("pictures", by_case, named("mAP lost")),
+    "pictures-pixels": Block("pictures", by_case, named("difference")),
     "latency": Block("latency", tables.listing, named("p50", "ratio of p50")),
     "kernels": Block("kernels", by_case, named("times as fast", case="cpu")),
     "quantized-accuracy": Block("quantized", by_case, named("mAP drop", case="accuracy")),
