@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class Datasets:
         to them before the network. val_identity: what a measurement on the validation images depends on.
     digests: of pictures, remembered beside the run folders.
     canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
-        around a picture, too.
+        around a picture, too. padding: share of it that no picture covers, on average, 0 to 1.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -61,6 +62,7 @@ class Datasets:
     val_split: Split
     identity: dict[str, Any]
     canvas: tuple[int, int]
+    padding: float
     val_identity: dict[str, Any] = field(default_factory=dict)
     digests: PictureDigests = field(default_factory=PictureDigests)
     unlabelled: Split | None = None
@@ -145,9 +147,19 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     identity, val_identity = on_first_process(
         fabric, lambda: _identities(data, train if has_labels else None, val, train_split, digests)
     )
-    generated = data.synthetic is not None
     return Datasets(
-        train, val, train_split, val_split, identity, size, val_identity, digests, unlabelled, has_labels, generated
+        train,
+        val,
+        train_split,
+        val_split,
+        identity,
+        size,
+        padding(val, data, size),
+        val_identity,
+        digests,
+        unlabelled,
+        has_labels,
+        generated=data.synthetic is not None,
     )
 
 
@@ -196,6 +208,14 @@ def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
     sizes = [fit_size(*size, short=data.eval_short, long=data.long) for size in set(dataset.sizes)]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     return -(-height // 32) * 32, -(-width // 32) * 32
+
+
+def padding(dataset: CocoDetection, data: Data, canvas: tuple[int, int]) -> float:
+    """Share of the canvas that the images do not cover, on average, 0 to 1."""
+    counts = Counter(dataset.sizes)
+    sizes = {size: fit_size(*size, short=data.eval_short, long=data.long, canvas=canvas) for size in counts}
+    covered = sum(count * sizes[size][0] * sizes[size][1] for size, count in counts.items())
+    return 1 - covered / (counts.total() * canvas[0] * canvas[1])
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
-from compress.run.data_notes import notes_about
+from compress.run.data_notes import canvas_notes, notes_about
 from compress.run.folder import need_whole, working_in, write_recipe
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
@@ -264,7 +264,7 @@ class _Run:
         )
         sets = (data.train_split, data.train), (data.val_split, data.val)
         notes = notes_about(*sets, data.has_labels) if fabric.is_global_zero else []
-        for line in (*notes, *data.about_missing_labels(self.recipe.labels)):
+        for line in (*notes, *canvas_notes(data.canvas, data.padding), *data.about_missing_labels(self.recipe.labels)):
             self.console.print(line, markup=False)
 
     def check_lengths(self, *, distillation: bool) -> None:
@@ -324,9 +324,8 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs: dict[str, Any] = {"data": self.data.val_identity, "canvas": self.data.canvas}
-        inputs["weights"] = state_sha256(teacher)
-        inputs |= limit_input(plan.max_detections)
+        how = {"canvas": self.data.canvas, **limit_input(plan.max_detections)}
+        inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **how}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")
