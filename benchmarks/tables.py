@@ -59,6 +59,7 @@ BLOCKS = {
     "pictures": Block("pictures", by_case, named("mAP lost")),
     "pictures-pixels": Block("pictures", by_case, named("difference")),
     "latency": Block("latency", tables.listing, named("p50", "ratio of p50")),
+    "evaluation": Block("evaluation", tables.listing),
     "kernels": Block("kernels", by_case, named("times as fast", case="cpu")),
     "quantized-accuracy": Block("quantized", by_case, named("mAP drop", case="accuracy")),
     "quantized-speed": Block("quantized", by_case, named("times as fast", "share of end to end", case="speed")),

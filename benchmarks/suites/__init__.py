@@ -50,6 +50,11 @@ SUITES = {
         "15 min a part",
         (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
     ),
+    "evaluation": Suite(
+        "COCO mAP of many detections and classes: time and memory, beside pycocotools",
+        "2 min",
+        ("deploy/core/detection_table.py", "deploy/validate/average_precision.py", "deploy/validate/ground_truth.py"),
+    ),
     "serve": Suite(
         "`compress serve` under load against the raw runtime",
         "25 min (--quick: 2)",
