@@ -136,12 +136,12 @@ def join(out: Path, count: int, total: int) -> Summary | None:
 
 
 def remove(out: Path) -> None:
-    """Remove the parts of a finished file, which a kill may leave; not while another process does."""
-    if not parts_folder(out).is_dir():
-        return
-    with suppress(InUse), locked(parts_folder(out) / "join.lock", str(out)):
-        for path in parts_folder(out).glob("[0-9]*.jsonl"):
-            path.unlink(missing_ok=True)
+    """Remove what a kill left of the parts of a finished file."""
+    for path in parts_folder(out).glob("*.lock"):
+        with suppress(InUse), locked(path, str(out)):
+            pass  # its end removes it
+    for path in parts_folder(out).glob("[0-9]*.jsonl"):
+        path.unlink(missing_ok=True)
     remove_empty(out)
 
 

@@ -40,6 +40,7 @@ def writing(file: Path) -> Iterator[None]:
         yield
         return
     with locked(folder.lock, str(folder.path)):
+        remove_temporaries(folder.path)
         yield
 
 

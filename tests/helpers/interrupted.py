@@ -129,6 +129,9 @@ WORK = {
 }  # fmt: skip
 
 
+ROOM = {"run": 16_000_000, "export": 4_000_000, "pseudo-label": 50_000}
+"""Bytes that each needs for a while beside what it leaves, and some."""
+
 # --- how it is interrupted ------------------------------------------------------------------------------
 
 
@@ -143,7 +146,7 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
     reference = in_child(lambda: command(work.first(at)))
     assert reference.ended == 0, reference
     shutil.copytree(at, whole)
-    most = sum(path.stat().st_size for path in at.rglob("*") if path.is_file()) + 4_000_000
+    most = sum(path.stat().st_size for path in at.rglob("*") if path.is_file()) + ROOM[kind]
     found = []
     for _ in range(count):
         share = chance.random()
@@ -153,7 +156,7 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
             outcome = in_child(lambda: command(work.first(at)), kill_at=1 + int(share * reference.moments))
             allowed = (-signal.SIGKILL,)
         else:
-            with disk(at, before + 100_000 + int(share * (most - before))) as grow:
+            with disk(at, before + 20_000 + int(share * (most - before))) as grow:
                 shutil.copytree(start, at, dirs_exist_ok=True)
                 outcome = in_child(lambda: command(work.first(at)))
                 outcome.wrong += left_wrong(at, start, whole, work)
@@ -184,7 +187,7 @@ def left_wrong(at: Path, start: Path, whole: Path, work: Work) -> list[str]:
             wrong.append(f"{path.name} is neither the old one nor the new one")
         if not path.is_file() and was.is_file():
             wrong.append(f"{path.name} is gone")
-    for path in at.rglob("*.json"):
+    for path in at.rglob("[!.]*.json"):
         try:
             json.loads(path.read_text())
         except ValueError:
@@ -201,7 +204,9 @@ def finish(outcome: Outcome, at: Path, whole: Path, work: Work) -> None:
     for path in work.result(at):
         if not path.is_file() or sha256_of(path) != sha256_of(whole / path.relative_to(at)):
             outcome.wrong.append(f"{path.name} differs at the end")
-    left = [path.name for name in (".*-*", "*.new", "*.old", "*.parts", "*.lock") for path in at.rglob(name)]
+    left = [path.name for name in ("*.new", "*.old", "*.parts", "*.lock") for path in at.rglob(name)]
+    # Whether a file can be written is tried with an empty one.
+    left += [path.name for path in at.rglob(".*-*") if path.is_file() and path.stat().st_size]
     if left:
         outcome.wrong.append(f"left behind: {left}")
 
