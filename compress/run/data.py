@@ -155,7 +155,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         identity,
         size,
         padding(val, data, size),
-        val_identity,
+        val_identity | _canvas_identity(val, data, size),
         digests,
         unlabelled,
         has_labels,
@@ -249,6 +249,13 @@ def _identities(
     if train is not None:
         pictures["train_pictures"] = _pictures(train, digests)
     return described | labels | pictures, measured
+
+
+def _canvas_identity(val: CocoDetection, data: Data, size: tuple[int, int]) -> dict[str, Any]:
+    """What a measurement depends on besides; nothing where every image fills the canvas at its own size, as in records
+    of before there was one."""
+    free = {fit_size(*each, short=data.eval_short, long=data.long) for each in set(val.sizes)}
+    return {} if free == {size} else {"canvas": list(size)}
 
 
 def _pictures(images: CocoDetection, digests: PictureDigests) -> str:

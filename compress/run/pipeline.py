@@ -324,8 +324,7 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        how = {"canvas": self.data.canvas, **limit_input(plan.max_detections)}
-        inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **how}
+        inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **limit_input(plan.max_detections)}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")

@@ -85,7 +85,7 @@ def failures(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in artifacts:
         if row["gate"] == "fail" and row.get("reason"):
             lines.append(f"{row['file']}: {row['reason']}")
-            if row["differs_most"]:
+            if row.get("differs_most"):
                 lines.append(f"{row['file']}: differs most in images {in_words(row['differs_most'])}")
     return lines
 

@@ -28,6 +28,8 @@ from compress.run.artifacts import Checks
 from compress.run.data import validation_set
 from compress.run.evaluation import EvaluationPlan, validate_files
 from compress.run.report import failures
+from compress.teachers.base import DetectorTeacher
+from compress.teachers.check import measure
 from compress.training.evaluate import evaluate
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
@@ -125,6 +127,16 @@ def test_training_lays_pictures_on_the_canvas_of_the_file(
     assert steps.first_difference(detector, val, size, runner, steps.varied_pictures(val)) is None
     loader = eval_loader(val, batch_size=3, workers=0, canvas=size)
     assert {batch.images.shape[2:] for batch in loader} == {size}
+
+
+def test_a_teacher_is_measured_on_the_same_canvas(plan: EvaluationPlan) -> None:
+    detector, val, size = load_teacher_checkpoint("zoo:quickstart")[0].eval(), plan.val, (160, 160)
+    loader = eval_loader(val, batch_size=4, workers=0, canvas=size)
+    expected = evaluate(detector, loader, val, torch.device("cpu")).map
+    names = val.categories
+    teacher = DetectorTeacher(detector, file="a", sha256="b", class_names=names, device=torch.device("cpu"))
+    assert measure(teacher, range(len(names)), val, canvas=size).map == pytest.approx(expected, abs=1e-3)
+    assert measure(teacher, range(len(names)), val).map != pytest.approx(expected, abs=1e-3)
 
 
 # --- six planted differences, each on either side --------------------------------------------------------
