@@ -202,6 +202,7 @@ class Checkpoint(Model):
     ) -> Model:
         """Write an ONNX file and open it; see `compress.export`."""
         from compress.run.artifacts import ArtifactPlan, Checks, make, onnx_files
+        from compress.run.folder import writing
         from compress.run.pipeline import quantizing
         from deploy.core.precisions import PRECISIONS, file_for
 
@@ -229,9 +230,10 @@ class Checkpoint(Model):
             quantizing=quantizing(self._recipe) if quantized and self._recipe is not None else None,
             on_grids=on_grids,
         )
-        for artifact in make(plan):
-            if not artifact.made:
-                raise UserError(artifact.summary)
+        with writing(path):
+            for artifact in make(plan):
+                if not artifact.made:
+                    raise UserError(artifact.summary)
         return open_model(path)
 
     @cached_property

@@ -33,6 +33,9 @@ TEACHER_CHECK = "teacher_check"
 QAD = "qad"
 """Stage in which the student is trained on the grids of its int8 file."""
 
+REPORT = "report"
+"""Stage in which the report is written, from all others."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -86,6 +89,15 @@ class RunFolder:
         """The folder of one of `TRAININGS`."""
         return TrainingFolder(self.path / name)
 
+    def again(self, name: str) -> TrainingFolder:
+        """The folder of a training that will replace a finished one of this name, until it is whole."""
+        return TrainingFolder(self.path / f"{name}.new")
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works in the folder."""
+        return self.path / "run.lock"
+
     def weights(self, name: str = STUDENT) -> Path:
         """The checkpoint that a training leaves: `student.safetensors`."""
         return self.path / f"{name}.safetensors"
@@ -108,8 +120,10 @@ class RunFolder:
         return self.onnx(precision).with_suffix(ENGINE_SUFFIX)
 
     def unfinished(self) -> list[str]:
-        """Trainings that began and left no checkpoint yet."""
-        return [name for name in TRAININGS if self.training(name).last.is_file() and not self.weights(name).is_file()]
+        """Folders, by name, of trainings that began and are not whole yet."""
+        begun = [self.training(name) for name in TRAININGS if not self.weights(name).is_file()]
+        begun += [self.again(name) for name in TRAININGS]
+        return [training.path.name for training in begun if training.last.is_file()]
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Records of manifest.json by stage; a damaged record counts as absent."""
@@ -157,6 +171,8 @@ class Manifest:
         self._run_dir = run_dir
         self._versions = dict(versions)
         self._rows = read_stages(self._path)
+        self.worked: list[str] = []
+        """Stages that this process did; the others were done."""
 
     def stage(
         self,
@@ -180,6 +196,7 @@ class Manifest:
         if row is not None and row["inputs"] == digest and self._intact(row, outputs):
             return row["result"]
         started = time.perf_counter()
+        self.worked.append(name)
         result = run()
         if write:
             self._rows[name] = {
@@ -191,6 +208,10 @@ class Manifest:
             }
             write_json(self._path, {"stages": self._rows})
         return result
+
+    def identity(self) -> dict[str, Any]:
+        """What all stages but the report were made from, and what they left (JSON-able)."""
+        return {name: [row["inputs"], row["outputs"]] for name, row in self._rows.items() if name != REPORT}
 
     def _intact(self, row: dict[str, Any], outputs: Sequence[Path]) -> bool:
         recorded = row["outputs"]

@@ -20,7 +20,8 @@ class Suite:
 
 
 _TRAINING = ("compress/data/*.py", "compress/detectors/**/*.py", "compress/distill/*.py", "compress/training/*.py")
-_RUNNING = ("deploy/core/image.py", "deploy/graph/*.py", "deploy/runtimes/*.py", "compress/export/*.py")
+_PICTURES = ("deploy/core/image.py", "deploy/core/canvas.py")
+_RUNNING = (*_PICTURES, "deploy/graph/*.py", "deploy/runtimes/*.py", "compress/export/*.py")
 
 SUITES = {
     "startup": Suite(
@@ -38,16 +39,26 @@ SUITES = {
         "10 min",
         ("compress/data/coco.py", "compress/data/loader.py", "compress/data/transforms.py", "deploy/core/image.py"),
     ),
+    "pictures": Suite(
+        "what another decoder or resize filter would cost in mAP",
+        "5 min",
+        (*_PICTURES, "compress/detectors/gfl.py"),
+    ),
     "latency": Suite("an ONNX file against PyTorch eager, end to end", "3 min", (*_RUNNING, "deploy/latency/*.py")),
     "quantized": Suite(
         "what FP16 and INT8 cost in mAP and bring in speed",
         "15 min a part",
         (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
     ),
+    "evaluation": Suite(
+        "COCO mAP of many detections and classes: time and memory, beside pycocotools",
+        "2 min",
+        ("deploy/core/detection_table.py", "deploy/validate/average_precision.py", "deploy/validate/ground_truth.py"),
+    ),
     "serve": Suite(
         "`compress serve` under load against the raw runtime",
         "25 min (--quick: 2)",
-        ("deploy/core/image.py", "deploy/runtimes/*.py", "deploy/serve/*.py"),
+        (*_PICTURES, "deploy/runtimes/*.py", "deploy/serve/*.py"),
     ),
     "kernels": Suite(
         "fused operators against eager and compiled PyTorch", "30 min on a CPU", ("kernels/**/*.py", "kernels/csrc/*")

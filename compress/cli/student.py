@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +82,12 @@ def make_files(plan: ArtifactPlan) -> list[Artifact]:
     """Make the files of a plan and say what they are. Ends the command where one cannot be made."""
     from compress.console import open_console
     from compress.run.artifacts import make
+    from compress.run.folder import writing
     from deploy.graph.export import ExportMismatchError
     from deploy.quantize.picture import sensitivity_table, trials_table
 
-    made = []
+    made, files = [], ExitStack()
+    files.enter_context(writing(plan.files[0].path))
     try:
         for artifact in make(plan):
             out, found = artifact.path, artifact.search
@@ -105,6 +108,8 @@ def make_files(plan: ArtifactPlan) -> list[Artifact]:
             made.append(artifact)
     except ExportMismatchError as error:
         gate_failed(f"{plan.checkpoint}: {' '.join(str(error).split())}")
+    finally:
+        files.close()
     return made
 
 

@@ -89,6 +89,8 @@ def validate(
     open_console().print(validation.results_table(results))
     if json_out is not None:
         validation.write_results(json_out, results)
+    for result in results if reference is None else ():
+        _say_what_training_measured(result.name, runners[result.name].card.val_map, result.metrics.map, max_map_drop)
     failed = [result.name for result in results if result.gate == "fail"]
     for result in results:
         if result.diagnosis is not None:
@@ -98,3 +100,12 @@ def validate(
     if failed:
         gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
     next_command("benchmark", *files, "--images", images)
+
+
+def _say_what_training_measured(name: str, trained: float | None, found: float, limit: float) -> None:
+    """Print a line about a file whose mAP is not the one on its card."""
+    if trained is not None and abs(trained - found) > limit:
+        print(
+            f"{name}: its training measured {trained:.2f} mAP on its own validation images; if they are these, the "
+            "difference comes from the canvas, the thresholds or the precision (docs/deployment.md)"
+        )

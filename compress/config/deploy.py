@@ -132,6 +132,8 @@ class Deploy(Settings):
     def _rules(self) -> Deploy:
         if "fp32" not in self.precisions or len(set(self.precisions)) < len(self.precisions):
             raise broken_rule("precisions", "each once, and fp32 among them: the others are compared with it")
+        if self.score_threshold == 1:
+            raise broken_rule("score_threshold", "detections must score more than this, and none scores more than 1")
         if self.candidates < self.max_detections:
             raise broken_rule("candidates", f"{self.candidates} is less than max_detections, {self.max_detections}")
         for precision in (self.engines.precisions or ()) if self.engines is not None else ():

@@ -59,7 +59,8 @@ class Train(Settings):
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the weights, which is then what is evaluated and kept; null: none."""
+    """Decay of the moving average of the weights, which is then what is evaluated and kept; null: none. It grows up to
+    this with the steps, so that a short training has an average, too."""
     precision: Annotated[
         Literal["32", "bf16", "fp16"], BeforeValidator(lambda value: "32" if value == 32 else value)
     ] = "32"

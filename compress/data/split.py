@@ -22,7 +22,7 @@ from typing import Any
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, write_json
 from deploy.core.same_files import FileContents
-from deploy.validate.coco import load_annotations
+from deploy.validate.coco import NO_NUMBERS, load_annotations
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def split(
     with ExitStack() as stack:  # all are written before the first gets its name
         places = {name: stack.enter_context(atomic_path(files[name])) for name in wanted}
         for name, place in places.items():
-            write_json(place, documents[name])
+            _write(place, documents[name], annotations)
     parts = [_part(files[name], documents[name]) for name in wanted]
     return Divided(parts, sum(len(group) for group in groups if len(group) > 1))
 
@@ -167,7 +167,7 @@ def _keys(names: Sequence[str], pattern: str | None) -> list[str | None]:
 
 
 def _draw(seed: int, group: _Group) -> bytes:
-    return hashlib.sha256(f"{seed}:{group[0]}".encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(f"{seed}:{group[0]}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _by_count(order: Sequence[_Group], shares: Mapping[str, float]) -> dict[str, set[str]]:
@@ -239,6 +239,13 @@ def _document(content: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     there = {row["id"] for row in images}
     annotations = [row for row in content["annotations"] if row["image_id"] in there]
     return {**content, "images": images, "annotations": annotations}
+
+
+def _write(place: Path, document: Mapping[str, Any], source: Path) -> None:
+    try:
+        write_json(place, document)
+    except ValueError:
+        raise UserError(f"{source}: {NO_NUMBERS}") from None
 
 
 def _part(file: Path, document: Mapping[str, Any]) -> Part:

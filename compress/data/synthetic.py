@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from compress.data.digests import PictureDigests
 from compress.data.shapes import (
     CLASS_SHAPES,
     CLASS_TEXTURES,
@@ -53,12 +54,24 @@ VERSION = 1
 Style = Literal["plain", "night"]
 
 
-def generate(folder: Path, *, train: int, val: int, size: int, classes: int, seed: int, style: Style = "plain") -> None:
+def generate(
+    folder: Path,
+    *,
+    train: int,
+    val: int,
+    size: int,
+    classes: int,
+    seed: int,
+    style: Style = "plain",
+    digests: PictureDigests | None = None,
+) -> None:
     """Write `train.json`, `val.json` (COCO) and `images/` into `folder`, unless they are there already.
 
     The images are `size` x `size` RGB. The folder appears whole or not at all: it is drawn under a
-    temporary name beside it. A folder of another specification is replaced; a folder that this function
-    did not write is an error.
+    temporary name beside it. A folder of another specification, or in which a file was changed, is replaced; a folder
+    that this function did not write is an error.
+
+    digests: of pictures, with a memory; None: all are read, to see whether they are as they were drawn.
 
     Raises:
         UserError: a number out of range, or `folder` holds something else.
@@ -68,7 +81,7 @@ def generate(folder: Path, *, train: int, val: int, size: int, classes: int, see
     specification: dict[str, Any] = dict(version=VERSION, train=train, val=val, size=size, classes=classes, seed=seed)
     if style != "plain":  # folders from before there were styles stay as they are
         specification["style"] = style
-    if _is_complete(folder, specification):
+    if _is_complete(folder, specification, PictureDigests() if digests is None else digests):
         return
     if folder.exists() and not (folder / "spec.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a synthetic dataset; name another folder or remove it")
@@ -171,17 +184,18 @@ def _file_names(split: str, count: int) -> list[str]:
     return [f"{split}_{index:06d}.png" for index in range(count)]
 
 
-def _is_complete(folder: Path, specification: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, specification: dict[str, Any], digests: PictureDigests) -> bool:
+    names = [name for split in ("train", "val") for name in _file_names(split, specification[split])]
     try:
         written = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         if written["specification"] != specification:
             return False
         if any(sha256_of(folder / name) != digest for name, digest in written["sha256"].items()):
             return False
-        present = set(os.listdir(folder / "images"))
+        drawn = [written["pictures"][name] for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return all(present.issuperset(_file_names(split, specification[split])) for split in ("train", "val"))
+    return digests.of([folder / "images" / name for name in names]) == drawn
 
 
 def _write(folder: Path, specification: dict[str, Any]) -> None:
@@ -189,7 +203,8 @@ def _write(folder: Path, specification: dict[str, Any]) -> None:
     for number, split in enumerate(("train", "val")):
         write_json(folder / f"{split}.json", _write_split(folder, specification, split, number))
     digests = {name: sha256_of(folder / name) for name in ("train.json", "val.json")}
-    write_json(folder / "spec.json", {"specification": specification, "sha256": digests})
+    pictures = {path.name: sha256_of(path) for path in sorted((folder / "images").iterdir())}
+    write_json(folder / "spec.json", {"specification": specification, "sha256": digests, "pictures": pictures})
 
 
 def _write_split(folder: Path, specification: dict[str, Any], split: str, number: int) -> dict[str, Any]:

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from compress.config.deploy import Deploy
+from compress.data.batch import pad_images
+from compress.data.coco import Transform, load_tensor
+from compress.data.transforms import eval_transform
 from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner, marked_for_half
@@ -112,7 +116,22 @@ def torch_runner(
 
 
 def canvases(images: Sequence[Path], card: ModelCard, most: int) -> np.ndarray:
-    """The first images, at most so many, as uint8 [N, 3, H, W] canvases of `card`."""
+    """The first images, at most so many, as uint8 [N, 3, H, W] canvases of `card`. Where the card has the limits of a
+    training, it must lay them as training's evaluation does. Raises UserError."""
     if not images:
         raise UserError("no images to check the export on; give a folder with --images")
-    return np.stack([fit_canvas(load_image(path), card)[0] for path in images[:most]])
+    found = []
+    for path in images[:most]:
+        found.append(fit_canvas(load_image(path), card)[0])
+        if card.short is not None and card.long is not None:
+            _check_canvas(found[-1], path, eval_transform(card.short, card.long, card.input_size), card)
+    return np.stack(found)
+
+
+def _check_canvas(canvas: np.ndarray, path: Path, transform: Transform, card: ModelCard) -> None:
+    image = transform(load_tensor(path), torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool))[0]
+    if not np.array_equal(canvas, pad_images([image], card.input_size)[0].numpy()):
+        raise UserError(
+            f"{path}: the file's reader lays it on another canvas than training's evaluation, to the bit; nothing was "
+            "exported, since other detections would ship than those that were measured"
+        )

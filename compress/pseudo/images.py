@@ -36,10 +36,14 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def sha256(self) -> str:
-        """Hash of ids, names, sizes and lengths of the files (bytes; null if absent), in order.
+    @property
+    def files(self) -> list[Path]:
+        """The image files, in order."""
+        return [self.folder / name for name in self.names]
 
-        Pixels would have to be read, and copies of the same images do not share times: neither is in it.
+    def sha256(self) -> str:
+        """Hash of ids, names, sizes and lengths of the files (bytes; null if absent), in order. What is in the files is
+        not in it: each part of a labelling records that of the pictures that it has labelled.
         """
         digest = hashlib.sha256()
         for entry in zip(self.ids, self.names, self.sizes, strict=True):

@@ -20,6 +20,7 @@ import torch
 from compress import __version__
 from compress.config.teacher import Source
 from compress.console import progress
+from compress.data.digests import PictureDigests, together
 from compress.pseudo import parts
 from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, images_in, read_chunks
 from compress.pseudo.merge import REST, Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
@@ -29,7 +30,8 @@ from compress.teachers.base import BoxTeacher, Sample, View
 from compress.teachers.check import class_lines, described
 from compress.teachers.load import open_teacher
 from deploy.core.errors import LocalUserError, UserError
-from deploy.core.files import need_place, sha256_of
+from deploy.core.files import naming, need_place, sha256_of
+from deploy.core.lock import locked
 from deploy.validate.coco import load_annotations, read_annotations
 
 LOWEST_SCORE = 0.05
@@ -97,6 +99,7 @@ def pseudo_label(
     workers: int = 0,
     skip_unreadable: bool = False,
     resume: bool = False,
+    replace: bool = False,
     quiet: bool = False,
 ) -> Summary | None:
     """Label this shard's images, and write `out` if all other shards have done theirs.
@@ -115,7 +118,8 @@ def pseudo_label(
         device: default: the first GPU, or the one of LOCAL_RANK, or the CPU.
         workers: processes that decode images.
         skip_unreadable: leave out images that cannot be read, and list them in `skipped`; else they are an error.
-        resume: go on with what an interrupted run left.
+        resume: go on with what an interrupted run left; pictures that were exchanged since are labelled anew.
+        replace: an `out` of other pictures or settings stays until it is replaced; else it is an error.
         quiet: print nothing.
 
     Returns:
@@ -125,7 +129,7 @@ def pseudo_label(
         UserError: a teacher, a class, an image or a setting is not usable; `out` is there; parts of another run are.
             LocalUserError for what belongs to this shard.
     """
-    _check_place(out, shard, resume=resume)
+    _check_place(out, shard, resume=resume or replace)
     table = table or {}
     union, teachers = _load(sources, categories, table, device or _default_device())
     for source, teacher in zip(sources, teachers, strict=True):
@@ -143,13 +147,19 @@ def pseudo_label(
     labeller = _Labeller(images, settings, teachers, union, counts, tau, tau_ignore, workers, skip_unreadable)
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
     if out.exists():
-        if parts.header_of(out) != info:
-            raise UserError(f"{out}: already exists, made with other settings; delete it, or name another file")
-        return None
+        if _is_of(parts.header_of(out), info, images):
+            return None
+        if not replace:
+            raise UserError(
+                f"{out}: already exists, made with other settings or of other pictures; delete it, or name another file"
+            )
     document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
-    with _of_this_shard():
+    place = parts.parts_folder(out)
+    with _of_this_shard(), locked(place / f"{shard.index + 1}-of-{shard.count}.lock", str(out)):
         labeller.write_part(out, shard, document, quiet=quiet)
-        return parts.join(out, shard.count, chunk_count(images, settings.batch_size))
+        summary = parts.join(out, shard.count, chunk_count(images, settings.batch_size))
+    parts.remove_empty(out)
+    return summary
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -198,11 +208,17 @@ class _Labeller:
         """Label the chunks of a shard that are not labelled yet, a line of its part file each."""
         numbers = shard.chunks(chunk_count(self.images, self.settings.batch_size))
         name = "pseudo labels" if shard.count == 1 else f"pseudo labels, shard {shard}"
-        done = parts.begin(out, shard, {"document": document})
+        files, size, digests = self.images.files, self.settings.batch_size, PictureDigests()
+
+        def pictures(number: int) -> list[str | None]:
+            return digests.of(files[number * size : (number + 1) * size])
+
+        done = parts.begin(out, shard, {"document": document}, pictures)
         chunks = _read(self.images, numbers[done:], self.settings, self.teachers, self.workers)
-        with open(parts.part_file(out, shard), "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
+        part = parts.part_file(out, shard)
+        with naming(part), open(part, "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
             for number, chunk in zip(numbers[done:], chunks, strict=True):
-                parts.append(file, {"number": number, **self._labelled(chunk)})
+                parts.append(file, {"number": number, "pictures": pictures(number), **self._labelled(chunk)})
                 advance(number // shard.count + 1, len(numbers))
 
     def _labelled(self, chunk: Chunk) -> dict[str, Any]:
@@ -235,6 +251,17 @@ def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
         raise UserError(f"{out}: already exists; delete it, or name another file")
     with _of_this_shard():
         parts.need_fresh(out, shard, resume=resume)
+
+
+def _is_of(written: Any, info: Mapping[str, Any], images: ImageList) -> bool:
+    """Whether a finished file (its `info`) was made with these settings, of the images as they are now."""
+    try:
+        settings = dict(written["pseudo_labels"])
+        pictures = settings.pop(parts.PICTURES)
+    except (TypeError, KeyError, ValueError):
+        return False
+    same = {**written, "pseudo_labels": settings} == info
+    return same and bool(pictures == together(PictureDigests().of(images.files)))
 
 
 @contextmanager

@@ -8,14 +8,18 @@ neither writing nor joining holds more than a chunk in memory, and the result do
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from compress.data.digests import together
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
+
+PICTURES = "pictures_sha256"
+"""Key in `info.pseudo_labels` of a finished file: what its pictures were."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,13 @@ def need_fresh(out: Path, shard: Shard, *, resume: bool) -> None:
         raise UserError(f"{path}: an unfinished run; --resume continues it, or delete {parts_folder(out)}")
 
 
-def begin(out: Path, shard: Shard, header: dict[str, Any]) -> int:
-    """Make the shard's part, or cut an unfinished line off the one that is there. Returns how many chunks it has.
+def begin(
+    out: Path, shard: Shard, header: dict[str, Any], pictures: Callable[[int], list[str | None]] = lambda number: []
+) -> int:
+    """Make the shard's part, or take up the one that is there: an unfinished line is cut off it, and everything from
+    the first chunk on of which a picture was changed since. Returns how many chunks are left.
+
+    pictures: the digests of the pictures of a chunk, as they are now, by its number.
 
     Raises:
         UserError: the part has chunks and another header.
@@ -91,20 +100,23 @@ def begin(out: Path, shard: Shard, header: dict[str, Any]) -> int:
             )
         lines, end = 0, file.tell()
         for line in file:
-            if line.endswith(b"\n"):
-                lines, end = lines + 1, end + len(line)
+            if not line.endswith(b"\n") or not _is_of(line, pictures):
+                break
+            lines, end = lines + 1, end + len(line)
         file.truncate(end)
     return lines
 
 
 def append(file: IO[str], chunk: dict[str, Any]) -> None:
-    """Write one chunk: `number`, `images` and `annotations` (COCO rows, the latter without id), `skipped` names."""
+    """Write one chunk: `number`, `pictures` (their digests), `images` and `annotations` (COCO rows, the latter without
+    id), `skipped` names."""
     file.write(_line(chunk))
     file.flush()
 
 
 def join(out: Path, count: int, total: int) -> Summary | None:
-    """Write `out` from the parts of `count` shards with `total` chunks in all, and delete the parts.
+    """Write `out` from the parts of `count` shards with `total` chunks in all, and delete the parts. Its `info` says
+    what the pictures were (`pictures_sha256`).
 
     Returns None, and leaves everything as it is, while a part is absent or unfinished: another process is at it. Two
     processes that get here at once write the same file.
@@ -130,9 +142,14 @@ def join(out: Path, count: int, total: int) -> Summary | None:
     left = [path for path in parts_folder(out).glob("[0-9]*.jsonl") if not _has_chunk(path)]
     for path in (*paths, *left):
         path.unlink(missing_ok=True)
+    remove_empty(out)
+    return summary
+
+
+def remove_empty(out: Path) -> None:
+    """Remove the folder of the parts if nothing is left in it."""
     with suppress(OSError):  # not empty, or another process was faster
         parts_folder(out).rmdir()
-    return summary
 
 
 def header_of(out: Path) -> Any:
@@ -150,6 +167,15 @@ def header_of(out: Path) -> Any:
 # --- details --------------------------------------------------------------------------------------------
 
 _INFO = '{"info": '
+
+
+def _is_of(line: bytes, pictures: Callable[[int], list[str | None]]) -> bool:
+    """Whether a chunk was labelled on the pictures that are there now; not provable for one of version 0.1."""
+    try:
+        chunk = json.loads(line)
+        return bool(chunk["pictures"] == pictures(chunk["number"]))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _line(value: dict[str, Any]) -> str:
@@ -172,8 +198,12 @@ def _of_division(path: Path, count: int) -> bool:
 def _write(
     file: IO[str], document: dict[str, Any], parts: Sequence[IO[str]], paths: Sequence[Path], total: int
 ) -> Summary:
-    """COCO JSON, one row a line; the parts are read twice, because images stand before annotations."""
-    file.write(f'{_INFO}{json.dumps(document["info"])},\n"categories": {json.dumps(document["categories"])},\n')
+    """COCO JSON, one row a line; the parts are read three times, because what the pictures are stands first, and images
+    stand before annotations."""
+    info = document["info"]
+    digests = (digest for chunk in _chunks(parts, paths, total) for digest in chunk.get("pictures", []))
+    info = info | {"pseudo_labels": info.get("pseudo_labels", {}) | {PICTURES: together(digests)}}
+    file.write(f'{_INFO}{json.dumps(info)},\n"categories": {json.dumps(document["categories"])},\n')
     skipped: list[str] = []
     images = labels = regions = empty = 0
     file.write('"images": [')

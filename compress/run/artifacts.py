@@ -37,6 +37,8 @@ from deploy.tensorrt.network import library, load_tensorrt
 
 NOT_THE_FILE = {"precisions", "int8", "engines", "runners"}
 """Settings of `deploy` that an exported float file does not depend on."""
+MEASURING = ("providers", "max_map_drop", "benchmark")
+"""Others, which version 0.1 nevertheless wrote into its record: at their defaults they are described as it did."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Checks:
     input_size: (height, width) of the canvas in pixels.
     resize_short_long: (short, long) in pixels that an image is not enlarged beyond; None: the canvas alone.
     train: training images, on which the numbers of half precision are measured; None: on `images`.
+    identity: of the contents of the images that are used, for a manifest; None: they cannot change.
     """
 
     images: Sequence[Path]
     input_size: tuple[int, int]
     resize_short_long: tuple[int, int] | None = None
     train: Split | None = None
+    identity: str | None = None
 
     def measured(self) -> tuple[CalibrationImages, str]:
         """Images to measure half precision on, spread evenly, and what they are in words. Training images that are
@@ -332,12 +336,16 @@ def _stage(
 
 def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
     """Everything that shapes a float file of a run."""
-    return {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
+    inputs = {"checkpoint": sha256_of(plan.checkpoint), "deploy": exported_settings(plan.settings, plan.checks)}
+    if plan.checks is not None and plan.checks.identity is not None:
+        inputs["pictures"] = plan.checks.identity
+    return inputs
 
 
 def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]:
     """The settings behind a float file, as the manifest of a run has them."""
     assert checks is not None, "a run checks its files"
+    settings = settings.model_copy(update={key: Deploy.model_fields[key].default for key in MEASURING})
     described = settings.model_dump(mode="json", exclude=NOT_THE_FILE)
     return described | {"input_size": list(checks.input_size), "limits": list(checks.resize_short_long or ())}
 
@@ -345,15 +353,14 @@ def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]
 def _quantized_inputs(plan: ArtifactPlan, file: OnnxFile, how: Quantizing) -> dict[str, Any]:
     settings = how.settings
     if plan.on_grids:
-        grids = sha256_of(grids_file(plan.checkpoint))
-        return {**_inputs(plan), "grids": grids, "int8": settings.model_dump(mode="json")}
+        grids = {"grids": sha256_of(grids_file(plan.checkpoint)), "int8": settings.model_dump(mode="json")}
+        return {**_inputs(plan), **grids, **how.identity(searched=False)}
     described = {
         **_inputs(plan),
         "int8": settings.model_dump(mode="json", exclude={"qad"}),
         "guided": plan.settings.max_map_drop,
+        **how.identity(searched=True),
     }
-    if settings.calibration is not None:
-        described["calibration"] = how.images.sha256
     if file.stage.endswith(TENSORRT):  # the second of two formats
         described["target"] = TENSORRT
     return described

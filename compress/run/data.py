@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from compress.config.data import Data, Split
 from compress.config.pseudo import Labels
 from compress.data import synthetic
 from compress.data.coco import CocoDetection
+from compress.data.digests import RECORD, PictureDigests, together
 from compress.data.label_split import split_labels
 from compress.data.transforms import eval_transform, train_transform
 from compress.manifest import RunFolder
@@ -19,6 +22,7 @@ from compress.training.distributed import on_first_process
 from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.validate.coco import read_annotations
 from deploy.validate.labels import MOST_OBJECTS
 
 
@@ -43,8 +47,11 @@ class DataPlan:
 class Datasets:
     """Training and validation images of a run, and what identifies them. `train` are those with labels.
 
+    identity: everything about the images that a training depends on: labels and pictures of both sets, and what happens
+        to them before the network. val_identity: what a measurement on the validation images depends on.
+    digests: of pictures, remembered beside the run folders.
     canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
-        around a picture, too.
+        around a picture, too. padding: share of it that no picture covers, on average, 0 to 1.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
         `labels` leaves without labels; None: there are none.
     """
@@ -55,13 +62,32 @@ class Datasets:
     val_split: Split
     identity: dict[str, Any]
     canvas: tuple[int, int]
+    padding: float
+    val_identity: dict[str, Any] = field(default_factory=dict)
+    digests: PictureDigests = field(default_factory=PictureDigests)
     unlabelled: Split | None = None
     has_labels: bool = True
     """False where labels.fraction is 0: `train` then are images without labels, of which the classes are known."""
+    generated: bool = False
+    """The images are drawn by the recipe's settings, which say everything about them."""
+
+    def identity_of(self, files: Sequence[Path]) -> str | None:
+        """Identify the contents of validation images; None for generated ones, which cannot change."""
+        return None if self.generated else identity_of_pictures(files, self.digests, self.val_split.annotations)
+
+    def about_missing_labels(self, labels: Labels | None) -> list[str]:
+        """A line about the training images that the recipe's `labels` leaves without labels, where it does."""
+        if self.unlabelled is None or labels is None:
+            return []
+        rest, train = len(read_annotations(self.unlabelled.annotations)["images"]), self.train
+        unseen = [name for name, n in zip(train.categories, train.boxes_by_class, strict=True) if n == 0]
+        none_of = f"; no label is left of {', '.join(unseen)}" if unseen and self.has_labels else ""
+        return [f"labels.fraction {labels.fraction:g}: {rest} more images have no labels{none_of}"]
 
 
-def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]:
-    """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data."""
+def splits(data: Data, runs: Path, *, write: bool = True, digests: PictureDigests | None = None) -> tuple[Split, Split]:
+    """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data, unless
+    they are there as they were drawn."""
     if data.synthetic is None:
         assert data.train is not None and data.val is not None, "the recipe was validated"
         return data.train, data.val
@@ -69,7 +95,7 @@ def splits(data: Data, runs: Path, *, write: bool = True) -> tuple[Split, Split]
     name = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
     if write:
-        synthetic.generate(folder, **settings)
+        synthetic.generate(folder, **settings, digests=digests or picture_digests(runs))
     images = folder / "images"
     return (
         Split(annotations=folder / "train.json", images=images),
@@ -92,7 +118,8 @@ def labelled_split(plan: DataPlan) -> Split:
 def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     """Draw (synthetic) or open the images. Raises UserError for files that cannot be used."""
     data, labels = plan.data, plan.labels
-    on_first_process(fabric, lambda: splits(data, plan.runs))
+    digests = picture_digests(plan.runs)
+    on_first_process(fabric, lambda: splits(data, plan.runs, digests=digests))
     given, val_split = splits(data, plan.runs, write=False)
     train_split, unlabelled = labelled_split(plan), None
     if labels is not None:
@@ -117,8 +144,43 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
     for split, images in ((train_split, train), (val_split, val)):
         if images.num_boxes == 0 and (has_labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
-    identity = _identity(data, train_split, val_split)
-    return Datasets(train, val, train_split, val_split, identity, size, unlabelled, has_labels)
+    identity, val_identity = on_first_process(
+        fabric, lambda: _identities(data, train if has_labels else None, val, train_split, digests)
+    )
+    return Datasets(
+        train,
+        val,
+        train_split,
+        val_split,
+        identity,
+        size,
+        padding(val, data, size),
+        val_identity | _canvas_identity(val, data, size),
+        digests,
+        unlabelled,
+        has_labels,
+        generated=data.synthetic is not None,
+    )
+
+
+def picture_digests(runs: Path) -> PictureDigests:
+    """Digests of pictures, with the memory that all runs of this folder share."""
+    return PictureDigests(runs / RECORD)
+
+
+def identity_of_pictures(files: Sequence[Path], digests: PictureDigests, where: object) -> str:
+    """One digest for the contents of these pictures, in their order.
+
+    Raises UserError, naming `where` they are listed, for one that is not there or cannot be read: what reads it later
+    would end there.
+    """
+    found = digests.of(files)
+    lost = [file for file, digest in zip(files, found, strict=True) if digest is None]
+    if lost:
+        what = "cannot be read" if lost[0].exists() else "is missing"
+        more = f" (and {len(lost) - 1} more of {len(files)})" if len(lost) > 1 else ""
+        raise UserError(f"{lost[0]}: an image of {where}{more}: the file {what}")
+    return together(found)
 
 
 def validation_set(
@@ -148,6 +210,14 @@ def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
     return -(-height // 32) * 32, -(-width // 32) * 32
 
 
+def padding(dataset: CocoDetection, data: Data, canvas: tuple[int, int]) -> float:
+    """Share of the canvas that the images do not cover, on average, 0 to 1."""
+    counts = Counter(dataset.sizes)
+    sizes = {size: fit_size(*size, short=data.eval_short, long=data.long, canvas=canvas) for size in counts}
+    covered = sum(count * sizes[size][0] * sizes[size][1] for size, count in counts.items())
+    return 1 - covered / (counts.total() * canvas[0] * canvas[1])
+
+
 # --- details --------------------------------------------------------------------------------------------
 
 
@@ -159,14 +229,37 @@ def _divide(given: Split, labels: Labels, folder: RunFolder) -> None:
     )
 
 
-def _identity(data: Data, train_split: Split, val_split: Split) -> dict[str, Any]:
+def _identities(
+    data: Data, train: CocoDetection | None, val: CocoDetection, train_split: Split, digests: PictureDigests
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trainings depend on, and what measurements on the validation images depend on. train: None where the
+    training images have no labels; what teachers make of them has its own identity.
+
+    Generated images are what their settings say: a folder with others in it is drawn again.
+    """
     described = data.model_dump(mode="json", exclude={"workers", "cache"})
+    labels = {"train_sha256": sha256_of(train_split.annotations), "val_sha256": sha256_of(val.annotations)}
     if described["synthetic"] is not None:
         described["synthetic"] = _as_before_styles(described["synthetic"])
-    return described | {
-        "train_sha256": sha256_of(train_split.annotations),
-        "val_sha256": sha256_of(val_split.annotations),
-    }
+        generated = described | labels
+        return generated, generated
+    del described["train"], described["val"]  # where they lie does not matter
+    pictures = {"val_pictures": _pictures(val, digests)}
+    measured = {"val_sha256": labels["val_sha256"], **pictures, "limits": [data.eval_short, data.long]}
+    if train is not None:
+        pictures["train_pictures"] = _pictures(train, digests)
+    return described | labels | pictures, measured
+
+
+def _canvas_identity(val: CocoDetection, data: Data, size: tuple[int, int]) -> dict[str, Any]:
+    """What a measurement depends on besides; nothing where every image fills the canvas at its own size, as in records
+    of before there was one."""
+    free = {fit_size(*each, short=data.eval_short, long=data.long) for each in set(val.sizes)}
+    return {} if free == {size} else {"canvas": list(size)}
+
+
+def _pictures(images: CocoDetection, digests: PictureDigests) -> str:
+    return identity_of_pictures([images.path(index) for index in range(len(images))], digests, images.annotations)
 
 
 def _first_difference(train: CocoDetection, val: CocoDetection) -> str:

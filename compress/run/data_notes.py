@@ -12,6 +12,7 @@ from deploy.core.same_files import shared
 Set = tuple[Split, CocoDetection]
 """Where a set of images is, and the set."""
 
+MUCH_PADDING = 0.4
 _NAMED = 5  # pictures that a line names
 
 
@@ -38,6 +39,17 @@ def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
                 f"--against {val[0].annotations} --against-images {val[0].images} lists them)"
             )
     return lines
+
+
+def canvas_notes(canvas: tuple[int, int], padding: float) -> list[str]:
+    """One line about a canvas (height, width) of which much is padding, a share from 0 to 1."""
+    if padding <= MUCH_PADDING:
+        return []
+    return [
+        f"note: {padding:.0%} of the input of the exported files, {canvas[0]}x{canvas[1]} (height x width), is padding "
+        "on average, which takes time and which the network sees; evaluation uses the same canvas (deploy.input_size, "
+        "docs/deployment.md)"
+    ]
 
 
 def _names(pairs: Sequence[tuple[Path, Path]]) -> str:

@@ -40,6 +40,7 @@ class EvaluationPlan:
 
     settings: the gate, providers, benchmark and runners of the user's own.
     split: labelled images that decide; `checks.images` are their files. val: they, as training's evaluation reads them.
+    pictures: identifies their contents; None: they cannot change.
     teacher: a checkpoint whose latency stands beside the student's; None: no teacher is timed.
     categories: id → name, for a teacher that does not say which classes it knows.
     device: where torch runs.
@@ -51,6 +52,7 @@ class EvaluationPlan:
     checks: Checks
     split: Split
     val: CocoDetection
+    pictures: str | None = None
     teacher: str | None = None
     categories: Mapping[int, str] = field(default_factory=dict)
     device: str = "cpu"
@@ -66,13 +68,18 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
         "deploy": exported_settings(plan.settings, plan.checks),
         "trained": {stage: _measured(plan, stage) for stage in (STUDENT, QAD) if stage in plan.folder.stages()},
     }
+    if plan.pictures is not None:
+        inputs["pictures"] = plan.pictures
+    inputs["providers"] = list(plan.settings.providers)
     if plan.settings.runners is not None:
         inputs["runners"] = list(plan.settings.runners)
-    proofs = plan.manifest.stage("validate", inputs, [], lambda: validate_files(plan, opened.runners))
+    gate = {"max_map_drop": plan.settings.max_map_drop}
+    proofs = plan.manifest.stage("validate", inputs | gate, [], lambda: validate_files(plan, opened.runners))
     timed = {**_teacher(plan), **opened.runners}
-    latencies = plan.manifest.stage(
-        "benchmark", {**inputs, "machine": _machine()}, [plan.folder.benchmark], lambda: _benchmark(plan, timed)
-    )
+    inputs |= {"machine": _machine(), "benchmark": plan.settings.benchmark.model_dump(mode="json")}
+    if plan.teacher is not None:
+        inputs["teacher"] = sha256_of(checkpoint_file(plan.teacher))
+    latencies = plan.manifest.stage("benchmark", inputs, [plan.folder.benchmark], lambda: _benchmark(plan, timed))
     rows = [_teacher_row(plan, latencies)] if plan.teacher is not None else []
     for proof in proofs:
         name = proof["name"]

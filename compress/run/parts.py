@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compress.detectors.base import Detector
+from compress.detectors.build import detector_class
 from compress.detectors.weights import state_sha256
 from compress.distill.method import Method
 from compress.distill.weighting import WeightedMethod
@@ -46,6 +47,15 @@ class Parts:
             raise UserError(
                 f"teacher: {_type(self.teacher)} is no Detector and no BoxTeacher: it has no {', '.join(lacking)}"
             )
+
+    def student_class(self, detector: str) -> type[Detector]:
+        """Return the student's class, to ask it for its abilities. detector: what the recipe names."""
+        if self.student is None:
+            return detector_class(detector, "student.detector")
+        made = self.student(2)
+        if not isinstance(made, Detector):
+            raise UserError(f"student: {self.student!r} gives {_type(made)}, no Detector")
+        return type(made)
 
     def method_identity(self) -> dict[str, Any]:
         """Identify own methods that a training depends on, as JSON; empty without them."""

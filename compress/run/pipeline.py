@@ -22,12 +22,14 @@ from compress.config.teacher import Teacher
 from compress.config.train import Train
 from compress.console import open_console
 from compress.data.coco import CocoDetection
+from compress.data.digests import PictureDigests
 from compress.detectors.base import Detector, freeze
-from compress.detectors.build import build_detector, detector_class
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.weights import state_sha256
 from compress.manifest import (
     BASELINE,
+    REPORT,
     STUDENT,
     STUDENT_ON_INT8_GRIDS,
     STUDENT_ON_PSEUDO_LABELS,
@@ -37,7 +39,8 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
-from compress.run.data_notes import notes_about
+from compress.run.data_notes import canvas_notes, notes_about
+from compress.run.folder import need_whole, working_in, write_recipe
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -46,17 +49,16 @@ from compress.run.pseudo_labels import (
     fine_tuning,
     label_images,
     labelling_plan,
-    only_labels,
 )
-from compress.run.teacher import checkpoint_to_show, key_of, match_teacher, open_given
-from compress.run.trainings import Distillation, TrainingPlan, evaluate_on, train
+from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, match_teacher, open_given
+from compress.run.trainings import Distillation, TrainingPlan, check, evaluate_on, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
 from deploy.core.errors import UserError
-from deploy.core.files import sha256_of, write_text
+from deploy.core.files import sha256_of
 from deploy.core.import_path import import_object
-from deploy.validate.coco import CocoMetrics, read_annotations
+from deploy.validate.coco import CocoMetrics
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -73,18 +75,7 @@ def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: P
 
     Raises UserError for bad input; a failed accuracy gate is no error here, it is in report.json.
     """
-    run_dir = distill(recipe, resume=resume, dry_run=dry_run, parts=parts)
-    if not dry_run and is_first_process():
-        kind = _student_class(recipe, Parts() if parts is None else parts)
-        if kind.exportable is not None:
-            name = recipe.student.detector if parts is None or parts.student is None else kind.__name__
-            open_console().print(
-                f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
-                f"its weights are {RunFolder(run_dir).weights()}, its figures stand above"
-            )
-            return run_dir
-        _ship(recipe)
-    return run_dir
+    return _do(recipe, Parts() if parts is None else parts, resume=resume, dry_run=dry_run, ships=True)
 
 
 def distill(
@@ -104,14 +95,21 @@ def distill(
     parts: objects in the place of, or beside, what the recipe names.
 
     Raises:
-        UserError: bad data, a teacher that does not fit or is too weak, a loss that is not finite, or an
-            unfinished run in the folder while `resume` is False.
+        UserError: bad data, a teacher that does not fit or is too weak, a loss that is not finite, an unfinished run in
+            the folder while `resume` is False, or another process that works there.
     """
+    own = Parts() if parts is None else parts
+    return _do(recipe, own, resume=resume, dry_run=dry_run, distillation=distillation)
+
+
+def _do(
+    recipe: Recipe, parts: Parts, *, resume: bool, dry_run: bool, distillation: bool = True, ships: bool = False
+) -> Path:
     from compress.run.dry_run import dry_run as rehearse
 
-    parts = Parts() if parts is None else parts
     fabric = _launch(recipe)
-    problem = recipe.student_problem(_student_class(recipe, parts))
+    kind = parts.student_class(recipe.student.detector)
+    problem = recipe.student_problem(kind)
     if problem is not None:
         raise UserError(": ".join(problem))
     for path in recipe.deploy.runners or ():
@@ -120,28 +118,52 @@ def distill(
         rehearse(recipe, parts, fabric, distillation=distillation)
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
-    _open_folder(recipe, folder, fabric, resume)
-    data = open_data(data_plan(recipe), fabric)
+    with working_in(folder, fabric):
+        if not resume:
+            need_whole(folder, labelling_of(recipe))
+        on_first_process(fabric, lambda: write_recipe(folder, dump_recipe(recipe), whole=False))
+        manifest = Manifest(folder.path, versions())
+        data = open_data(data_plan(recipe), fabric)
+        _train(_Run(recipe, parts, fabric, data, folder, manifest, console, resume), distillation=distillation)
+        if ships and is_first_process():
+            if kind.exportable is None:
+                _ship(recipe, data, manifest)
+            else:
+                name = recipe.student.detector if parts.student is None else kind.__name__
+                console.print(
+                    f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
+                    f"its weights are {folder.weights()}, its figures stand above"
+                )
+        if not manifest.worked:
+            console.print(
+                f"{folder.path}: everything was done already and its inputs are the same; nothing was repeated"
+            )
+    return folder.path
+
+
+def _train(work: _Run, *, distillation: bool) -> None:
+    recipe, data = work.recipe, work.data
     if not data.has_labels and not distillation:
         raise UserError("labels.fraction is 0: without teachers there is nothing to train on")
     labelling = labelling_of(recipe)
     if distillation:
         fine_tune = None if labelling is None else labelling.settings.fine_tune
         check_labelled(len(data.train), recipe.train, baseline=recipe.baseline, fine_tune=fine_tune)
-    work = _Run(recipe, parts, fabric, data, folder, Manifest(folder.path, versions()), console, resume)
     work.describe_data()
+    work.check_lengths(distillation=distillation)
     teacher = pseudo = None
-    if distillation and _has_a_teacher(recipe, parts):
+    if distillation and has_a_teacher(recipe.teacher, recipe.methods, recipe.pseudo_labels, work.parts):
         teacher = work.teacher()
-    elif distillation and parts.methods:
-        raise UserError(f"methods.{next(iter(parts.methods))}: needs a teacher; add the section teacher, or give one")
+    elif distillation and work.parts.methods:
+        name = next(iter(work.parts.methods))
+        raise UserError(f"methods.{name}: needs a teacher; add the section teacher, or give one")
     if distillation and labelling is not None:
-        pseudo = label_images(fabric, labelling, data, work.manifest, console, resume=resume)
+        pseudo = label_images(work.fabric, labelling, data, work.manifest, work.console, resume=work.resume)
     for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
         work.train(plan)
+    on_first_process(work.fabric, lambda: write_recipe(work.folder, dump_recipe(recipe), whole=True))
     if distillation and recipe.deploy.int8.qad is not None:
         work.train_on_int8_grids(teacher)
-    return folder.path
 
 
 def data_plan(recipe: Recipe) -> DataPlan:
@@ -201,7 +223,12 @@ def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadP
         train=recipe.train,
         qad=deploy.int8.qad,
         deploy=deploy,
-        quantizing=Quantizing(deploy.int8, *splits(recipe.data, recipe.runs, write=False)),
+        quantizing=Quantizing(
+            deploy.int8,
+            *splits(recipe.data, recipe.runs, write=False),
+            digests=data.digests,
+            generated=data.generated,
+        ),
         input_size=data.canvas,
         resize_short_long=(recipe.data.eval_short, recipe.data.long),
         distillation=distillation_plan(recipe, parts),
@@ -230,22 +257,28 @@ class _Run:
         return {"data": self.data.identity, "seed": self.recipe.seed, "world_size": self.fabric.world_size}
 
     def describe_data(self) -> None:
-        recipe, data, say = self.recipe, self.data, self.console.print
-        say(
-            f"{recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation "
-            f"images, {len(data.train.categories)} classes, {self.fabric.world_size} process(es) on "
-            f"{self.fabric.device.type}",
+        data, fabric = self.data, self.fabric
+        self.console.print(
+            f"{self.recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation "
+            f"images, {len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
         )
-        for line in notes_about((data.train_split, data.train), (data.val_split, data.val), data.has_labels):
-            say(line, markup=False)
-        if data.unlabelled is not None:
-            assert recipe.labels is not None
-            rest = len(read_annotations(data.unlabelled.annotations)["images"])
-            unseen = [name for name, n in zip(data.train.categories, data.train.boxes_by_class, strict=True) if n == 0]
-            say(
-                f"labels.fraction {recipe.labels.fraction:g}: {rest} more images have no labels"
-                + (f"; no label is left of {', '.join(unseen)}" if unseen and data.has_labels else "")
-            )
+        sets = (data.train_split, data.train), (data.val_split, data.val)
+        notes = notes_about(*sets, data.has_labels) if fabric.is_global_zero else []
+        for line in (*notes, *canvas_notes(data.canvas, data.padding), *data.about_missing_labels(self.recipe.labels)):
+            self.console.print(line, markup=False)
+
+    def check_lengths(self, *, distillation: bool) -> None:
+        """Refuse a training that cannot work before another one takes hours. How many images a student has that also
+        learns from pseudo labels is not known yet."""
+        recipe, plans = self.recipe, []
+        if distillation and recipe.teacher is not None and recipe.teacher.train is not None:
+            plans.append(replace(student_plan(recipe), name=TEACHER, settings=recipe.teacher.train))
+        if not distillation or recipe.pseudo_labels is None:
+            learns = distillation_plan(recipe, self.parts) if distillation else Distillation()
+            plans.append(replace(student_plan(recipe), distillation=learns))
+        for plan in plans:
+            for line in check(plan, len(self.data.train)):
+                self.console.print(line)
 
     def teacher(self) -> Detector:
         """Load or train the teacher, and measure it on the validation images before a student learns from it."""
@@ -266,7 +299,7 @@ class _Run:
             self.data.val,
             self.manifest,
             stage=TEACHER_CHECK,
-            identity=self.data.identity,
+            identity=self.data.val_identity,
             shown=resized_images(self.recipe.data.eval_short, self.recipe.data.long),
             min_map=0.0 if settings is None else settings.min_map,
             report=self.console.print,
@@ -291,9 +324,7 @@ class _Run:
             limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs: dict[str, Any] = {"data": self.data.identity, "canvas": self.data.canvas}
-        inputs["weights"] = state_sha256(teacher)
-        inputs |= limit_input(plan.max_detections)
+        inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **limit_input(plan.max_detections)}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")
@@ -398,8 +429,8 @@ def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
     return split, val, Checks(images, size, resize_short_long, train)
 
 
-def quantizing(recipe: Recipe) -> Quantizing:
-    """Plan what a recipe's int8 files are calibrated on, and searched with if it says so."""
+def quantizing(recipe: Recipe, digests: PictureDigests | None = None) -> Quantizing:
+    """Plan what a recipe's int8 files are calibrated on, and searched with if it says so. digests: of pictures."""
     from compress.run.quantize import Quantizing, Search
 
     train_split, split = splits(recipe.data, recipe.runs)
@@ -407,21 +438,23 @@ def quantizing(recipe: Recipe) -> Quantizing:
     if int8.guided:
         labels, part = labelled_split(data_plan(recipe)), RunFolder(recipe.run_dir).search_split
         search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
-    return Quantizing(int8, train_split, split, search)
+    digests = PictureDigests() if digests is None else digests
+    return Quantizing(int8, train_split, split, search, digests, recipe.data.synthetic is not None)
 
 
-def _ship(recipe: Recipe) -> None:
+def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
+    from compress.export.onnx import SAMPLES
     from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
-    from compress.run.report import ReportPlan, commands, labelled_by_teachers, write_report
+    from compress.run.report import ReportPlan, commands, labelled_by_teachers, show_report, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
-    manifest = Manifest(folder.path, versions())
     split, val, checks = validation_images(recipe)
+    checks = replace(checks, identity=data.identity_of(checks.images[:SAMPLES]))
     labelled = labelled_split(data_plan(recipe))
     made = []
-    for plan in plans_of_a_run(folder, deploy, checks, quantizing(recipe), manifest):
+    for plan in plans_of_a_run(folder, deploy, checks, quantizing(recipe, data.digests), manifest):
         for artifact in make(plan):
             made.append(artifact)
             open_console().print(f"export: {artifact}", markup=False)  # brackets are no styles
@@ -429,7 +462,9 @@ def _ship(recipe: Recipe) -> None:
     teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
-    rows = evaluate(EvaluationPlan(folder, manifest, deploy, checks, split, val, teacher, names, device), made)
+    pictures = data.val_identity.get("val_pictures")
+    judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
+    rows = evaluate(judged, made)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0
@@ -446,54 +481,16 @@ def _ship(recipe: Recipe) -> None:
         commands=commands(folder, split),
         device=device,
     )
-    write_report(report, rows)
+    inputs = {"rows": rows, "stages": manifest.identity(), "name": recipe.name, "commands": list(report.commands)}
+    inputs |= {"versions": versions()}
+    manifest.stage(REPORT, inputs, [folder.report, folder.page], lambda: write_report(report, rows))
+    show_report(folder)
 
 
 def _launch(recipe: Recipe) -> Fabric:
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
     return launch(recipe.train, unused_parameters=ends)
-
-
-def _open_folder(recipe: Recipe, folder: RunFolder, fabric: Fabric, resume: bool) -> None:
-    """Create the folder with its resolved recipe. An unfinished run is only continued when asked to."""
-    unfinished, labelling = folder.unfinished(), labelling_of(recipe)
-    if labelling is not None and labelling.is_unfinished():
-        unfinished.append("the labelling")
-    if unfinished and not resume:
-        raise UserError(
-            f"{folder.path} holds an interrupted run ({unfinished[0]} is unfinished); add --resume to continue it, or "
-            "remove the folder to start again"
-        )
-
-    def create() -> None:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.recipe, dump_recipe(recipe))
-
-    on_first_process(fabric, create)
-
-
-def _student_class(recipe: Recipe, parts: Parts) -> type[Detector]:
-    """Return the student's class, to ask it for its abilities."""
-    if parts.student is not None:
-        made = parts.student(2)
-        if not isinstance(made, Detector):
-            raise UserError(f"student: {parts.student!r} gives a value of type {type(made).__name__}, no Detector")
-        return type(made)
-    return detector_class(recipe.student.detector, "student.detector")
-
-
-def _has_a_teacher(recipe: Recipe, parts: Parts) -> bool:
-    """Whether there is a teacher that a student learns from, or one to train, which may label alone."""
-    if parts.teacher is not None:
-        return True
-    if recipe.teacher is None:
-        return False
-    return (
-        recipe.teacher.train is not None
-        or bool(parts.methods)
-        or not only_labels(recipe.teacher, recipe.methods, recipe.pseudo_labels)
-    )
 
 
 def _describe(record: ModelRecord) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from compress.config.teacher import Source, Teacher
 from compress.config.train import Schedule, Train
 from compress.data.coco import CocoDetection
 from compress.data.concat import ConcatDataset
+from compress.data.digests import together
 from compress.data.transforms import eval_transform
 from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
@@ -163,7 +165,7 @@ def label_images(
             teacher.covers(images.ids if images.listed else None, images.names, images.folder)
     results = []
     for name, images in lists:
-        out, inputs = plan.file(name), _inputs(plan, teachers, images, data)
+        out, inputs = plan.file(name), on_first_process(fabric, partial(_inputs, plan, teachers, images, data))
 
         def label(images: ImageList = images, out: Path = out) -> dict[str, Any]:
             return _label(fabric, plan, data, teachers, images, out, resume=resume)
@@ -323,7 +325,7 @@ def _check_teachers(
             val,
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
-            identity={**data.identity, "limits": [how.short, how.long]},
+            identity={**data.val_identity, "limits": [how.short, how.long]},
             shown=resized_images(how.short, how.long),
             min_map=plan.min_map,
             report=console.print,
@@ -338,11 +340,13 @@ def _inputs(plan: LabellingPlan, teachers: Sequence[BoxTeacher], images: ImageLi
     measured = plan.settings.thresholds == "best_f1"
     return {
         "images": images.sha256(),
+        "pictures": together(data.digests.of(images.files)),
         "teachers": [{"sha256": teacher.sha256, "settings": dict(teacher.settings)} for teacher in teachers],
         "settings": plan.settings.model_dump(mode="json", exclude=elsewhere),
         "limits": [plan.how.short, plan.how.long],
         "categories": sorted(zip(data.train.category_ids, data.train.categories, strict=True)),
         "thresholds_from": sha256_of(data.train_split.annotations) if measured else None,
+        **({"thresholds_from_pictures": data.identity.get("train_pictures")} if measured else {}),
     }
 
 
@@ -361,7 +365,6 @@ def _label(
 
     def prepare() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.unlink(missing_ok=True)  # of other settings
         if not resume:
             shutil.rmtree(parts.parts_folder(out), ignore_errors=True)
 
@@ -382,6 +385,7 @@ def _label(
             workers=plan.workers,
             skip_unreadable=settings.skip_unreadable,
             resume=True,
+            replace=True,
             quiet=not fabric.is_global_zero,
         ),
     )

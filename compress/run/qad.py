@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,13 @@ def distill_quantized(
     taught: what it learns from besides labels (JSON-able). Raises UserError.
     """
     start_file = plan.folder.path / f"{STUDENT_ON_INT8_GRIDS}.start.json"
+    generated = plan.quantizing.generated
     inputs: dict[str, Any] = {
-        "data": data.identity,
+        "data": data.identity if generated else {"limits": list(plan.resize_short_long)},
         "student": sha256_of(plan.student),
         "int8": plan.deploy.int8.model_dump(mode="json", exclude={"qad", "guided", "deciding_images"}),
         "input_size": list(plan.input_size),
+        **on_first_process(fabric, partial(plan.quantizing.identity, searched=False)),
     }
 
     def calibrate() -> None:
@@ -107,6 +110,7 @@ def distill_quantized(
     start = load_grids(start_file)
     settings = qad_schedule(plan.train, plan.qad)
     inputs |= {
+        "data": data.identity,
         "start": start.model_dump(mode="json"),
         "train": settings.model_dump(mode="json", exclude={"devices", "accelerator"}),
         "taught": dict(taught),

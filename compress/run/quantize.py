@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from compress.config.data import Split
 from compress.config.deploy import Int8
 from compress.console import open_console
+from compress.data.digests import PictureDigests, together
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json, write_text
 from deploy.core.precisions import Target
@@ -43,12 +46,15 @@ class Quantizing:
     train, val: images to calibrate on where the settings name none, and images to keep apart from; None: there are
         none.
     search: None: all layers but the last in int8.
+    digests: of pictures. generated: train and val are drawn by their settings, which say everything about them.
     """
 
     settings: Int8
     train: Split | None = None
     val: Split | None = None
     search: Search | None = None
+    digests: PictureDigests = field(default_factory=PictureDigests)
+    generated: bool = False
 
     @cached_property
     def images(self) -> CalibrationImages:
@@ -63,7 +69,7 @@ class Quantizing:
             files = split_files(self.train.annotations, self.train.images)
         if self.val is not None:
             files = _without(files, split_files(self.val.annotations, self.val.images))
-        return choose_images(files, self.settings.images)
+        return choose_images(files, self.settings.images, self.digests)
 
     @cached_property
     def search_split(self) -> Split | None:
@@ -73,13 +79,25 @@ class Quantizing:
         labels = self.search.labels
         if self.search.count is not None:
             assert self.search.part is not None, "a part has a file"
-            labels = write_search_split(labels, self.images, self.search.count, self.search.part)
+            labels = write_search_split(labels, self.images, self.search.count, self.search.part, self.digests)
         if not load_annotations(labels.annotations)["annotations"]:
             raise UserError(f"{labels.annotations}: no boxes to measure mAP on")
-        check_apart(
-            self.images, split_files(labels.annotations, labels.images), "the images that the search is scored on"
-        )
+        scored = split_files(labels.annotations, labels.images)
+        check_apart(self.images, scored, "the images that the search is scored on", self.digests)
         return labels
+
+    def identity(self, *, searched: bool) -> dict[str, Any]:
+        """Identify the pictures that a quantized file depends on, as JSON; empty where the settings say everything
+        about them. searched: it also depends on what the search is scored on, if there is one. Raises UserError as
+        `images` and `search_split` do."""
+        if self.generated and self.settings.calibration is None:
+            return {}
+        found = {"calibration": self.images.sha256}
+        split = self.search_split if searched else None
+        if split is not None:
+            scored = split_files(split.annotations, split.images)
+            found["search"] = together([sha256_of(split.annotations), *self.digests.of(scored)])
+        return found
 
     def check(self) -> None:
         """Look for all images now, before long work. Raises UserError."""
@@ -148,7 +166,9 @@ def split_files(annotations: Path, folder: Path) -> list[Path]:
     return [folder / row["file_name"] for row in load_annotations(annotations)["images"]]
 
 
-def write_search_split(split: Split, calibration: CalibrationImages, count: int, out: Path) -> Split:
+def write_search_split(
+    split: Split, calibration: CalibrationImages, count: int, out: Path, digest: Callable[[Path], str] = sha256_of
+) -> Split:
     """Write to `out` the part of a labelled set that a search is scored on: `count` images spread evenly over those
     with boxes that are not for calibration. Raises UserError when none is left."""
     content = load_annotations(split.annotations)
@@ -156,7 +176,7 @@ def write_search_split(split: Split, calibration: CalibrationImages, count: int,
     labelled = {row["image_id"] for row in content["annotations"]}
     rows = [row for row in content["images"] if row["id"] in labelled]
     spread = [rows[index * len(rows) // (2 * count)] for index in range(2 * count)] if len(rows) > 2 * count else rows
-    free = [row for row in spread if sha256_of(split.images / row["file_name"]) not in taken]
+    free = [row for row in spread if digest(split.images / row["file_name"]) not in taken]
     chosen = free[:: max(1, len(free) // count)][:count]
     if not chosen:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class ReportPlan:
 
 
 def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
-    """Write report.json and report.html, and show their table. artifacts: a row for each file."""
+    """Write report.json and report.html. artifacts: a row for each file."""
     detectors = _detectors(plan)
     pictures = detection_pictures(plan.val, detectors, plan.input_size)
     uncertainty = []
@@ -68,8 +69,13 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
     }
     write_json(plan.folder.report, report)
     build_report(plan.folder.path)
+
+
+def show_report(folder: RunFolder) -> None:
+    """Print the table of a run's report.json, and why files fail the gate."""
+    report = json.loads(folder.report.read_text(encoding="utf-8"))
     open_console().print(summary_table(report))
-    for line in failures(artifacts):
+    for line in failures(report["artifacts"]):
         open_console().print(line, markup=False, soft_wrap=True)
 
 
@@ -79,7 +85,7 @@ def failures(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in artifacts:
         if row["gate"] == "fail" and row.get("reason"):
             lines.append(f"{row['file']}: {row['reason']}")
-            if row["differs_most"]:
+            if row.get("differs_most"):
                 lines.append(f"{row['file']}: differs most in images {in_words(row['differs_most'])}")
     return lines
 

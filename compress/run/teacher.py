@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from compress.config.methods import Methods
+from compress.config.pseudo import PseudoLabels
 from compress.config.teacher import Teacher
 from compress.data.coco import CocoDetection
 from compress.detectors.base import Capability, Detector
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.detectors.weights import state_sha256
 from compress.manifest import TEACHER, RunFolder
+from compress.run.parts import Parts
+from compress.run.pseudo_labels import only_labels
 from compress.run.trainings import Distillation
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
@@ -19,6 +23,15 @@ from deploy.core.errors import UserError
 
 UNNAMED = ("teacher", "teacher.checkpoint", "teacher.custom")
 """Teachers that may leave the names of their classes to the data."""
+
+
+def has_a_teacher(settings: Teacher | None, methods: Methods, pseudo_labels: PseudoLabels | None, parts: Parts) -> bool:
+    """Whether there is a teacher that a student learns from, or one to train, which may label alone."""
+    if parts.teacher is not None:
+        return True
+    if settings is None:
+        return False
+    return settings.train is not None or bool(parts.methods) or not only_labels(settings, methods, pseudo_labels)
 
 
 def key_of(settings: Teacher | None) -> str:

@@ -28,8 +28,10 @@ from compress.distill.method import Method
 from compress.distill.weighting import WeightedMethod
 from compress.manifest import RunFolder, fingerprint
 from compress.run.data import Datasets
+from compress.training.distributed import on_first_process
 from compress.training.evaluate import evaluate
-from compress.training.loop import Training, fit
+from compress.training.loop import Training, check_length, fit, without_effect
+from compress.training.place import place_for, publish, telling_what_stays
 from deploy.core.errors import UserError
 from deploy.validate.coco import DETECTIONS, CocoMetrics
 
@@ -113,14 +115,25 @@ class TrainingPlan:
         return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile)
 
 
+def check(plan: TrainingPlan, images: int) -> list[str]:
+    """Refuse what cannot work on so many images, before other trainings take hours. Returns lines about settings that
+    it is too short for."""
+    settings = plan.settings
+    if settings.batch_size > images:
+        raise UserError(f"{plan.name}: batch_size {settings.batch_size} is more than the {images} training images")
+    batches = images // (settings.batch_size // settings.accumulate)
+    stops = {name: term.stop_epoch for name, term in plan.distillation.methods.enabled().items()}
+    check_length(plan.name, settings, batches, stops)
+    return without_effect(plan.name, settings, batches)
+
+
 def train(
     fabric: Fabric, plan: TrainingPlan, data: Datasets, *, resume: bool = False, max_steps: int | None = None
 ) -> dict[str, Any]:
-    """Do a training and save `<run>/<name>.safetensors`. Returns its figures (JSON-able), and the `canvas` that the
-    validation images lay on."""
-    output = plan.folder.weights(plan.name)
-    if fabric.is_global_zero:
-        output.unlink(missing_ok=True)  # from now on this training is unfinished
+    """Do a training and save `<run>/<name>.safetensors`, where a finished one stays until then. Returns its figures
+    (JSON-able), and the `canvas` that the validation images lay on."""
+    output, identity = plan.folder.weights(plan.name), fingerprint(plan.identity)
+    place = on_first_process(fabric, lambda: place_for(plan.folder, plan.name, identity, resume=resume))
     fabric.seed_everything(plan.seed, verbose=False)
     detector, teacher = plan.detector(len(data.train.categories)), plan.teacher
     if plan.build is not None:
@@ -137,18 +150,23 @@ def train(
         plan.distillation.pass_on(detector, teacher)
     training = Training(
         name=plan.name,
-        folder=plan.folder.training(plan.name),
+        folder=place,
         settings=plan.settings,
         loader=_loader(fabric, plan, data),
         evaluate=lambda d: evaluate_on(d, data, fabric, plan.workers, plan.max_detections),
-        identity=fingerprint(plan.identity),
+        identity=identity,
         teacher=teacher,
         methods=methods,
     )
-    result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
-    if fabric.is_global_zero and result.metrics is not None:
-        save_detector(output, detector, metadata=_record(plan, detector, data, result.metrics.map))
-    fabric.barrier()
+    with telling_what_stays(plan.folder, plan.name, place):
+        result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
+
+    def save() -> None:
+        if result.metrics is not None:
+            save_detector(output, detector, metadata=_record(plan, detector, data, result.metrics.map))
+            publish(plan.folder, plan.name, place)
+
+    on_first_process(fabric, save)
     return {**result.to_dict(), "canvas": list(data.canvas)}
 
 

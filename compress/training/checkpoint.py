@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from compress.manifest import TrainingFolder
+from compress.training.distributed import on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.validate.coco import CocoMetrics
@@ -60,7 +61,8 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Write `last.ckpt`, then remove the weights of evaluations that are not the best any more."""
-        if self._fabric.is_global_zero:
+
+        def write() -> None:
             content = {
                 "modules": {name: module.state_dict() for name, module in self._modules.items()},
                 "optimizer": self._optimizer.state_dict(),
@@ -75,7 +77,8 @@ class Checkpoints:
             for path in self._folder.bests():  # only now: until here a kill goes back to the older one
                 if path != self._folder.best(state.best_step):
                     path.unlink()
-        self._fabric.barrier()
+
+        on_first_process(self._fabric, write)
 
     def restore(self) -> State:
         """Load `last.ckpt` into modules, optimizer and random state. Returns a fresh state where there is no such file,
@@ -113,9 +116,12 @@ class Checkpoints:
         state.evaluated_step = state.step
         if not keep_best or not state.best or metrics.map > state.best["map"]:
             state.best, state.best_step = metrics.to_dict(), state.step
-            if self._fabric.is_global_zero:
+
+            def write() -> None:
                 with atomic_path(self._folder.best(state.best_step)) as temporary:
                     torch.save(weights.state_dict(), temporary)
+
+            on_first_process(self._fabric, write)
 
     def load_best(self, state: State) -> dict[str, Tensor]:
         """Read the weights of the best evaluation. Raises UserError when the file is gone."""

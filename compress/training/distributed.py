@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "fp16": "16-mixed",
 }
 """train.precision → Fabric's name for it."""
+Result = TypeVar("Result")
 
 
 def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
@@ -67,19 +68,21 @@ def is_first_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def on_first_process(fabric: Fabric, work: Callable[[], Any]) -> None:
-    """Run `work` on process 0 while the others wait. What goes wrong is raised on all of them, so that none hangs."""
-    message = None
+def on_first_process(fabric: Fabric, work: Callable[[], Result]) -> Result:
+    """Run `work` on process 0 while the others wait, and return what it returned on all of them. What goes wrong is
+    raised on all of them, so that none hangs."""
+    message = result = None
     if fabric.is_global_zero:
         try:
-            work()
+            result = work()
         except UserError as error:
             message = str(error)
         except OSError as error:
             message = f"{error.filename or 'file'}: {error.strerror or error}"
-    message = fabric.broadcast(message)
+    message, result = fabric.broadcast((message, result))
     if message is not None:
         raise UserError(message)
+    return cast(Result, result)
 
 
 def on_every_process(fabric: Fabric, work: Callable[[], Any]) -> None:

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from compress.console import open_console
 from compress.manifest import TrainingFolder
-from deploy.core.files import write_text
+from deploy.core.files import naming, write_text
 from deploy.validate.coco import CocoMetrics
 
 OBSERVED = ("map", "grad_", "scale_", "variance_")  # how columns that are no losses begin
@@ -50,7 +50,9 @@ class TrainingLog:
             TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self._console, disable=not self._live,
         )  # fmt: skip
         self._task = self._progress.add_task(name, total=total, completed=from_step, text="")
-        self._board = _tensorboard(folder.tensorboard, from_step)
+        self._events = folder.tensorboard
+        with naming(self._events):
+            self._board = _tensorboard(self._events, from_step)
         self._started = self._printed = time.perf_counter()
 
     def start(self) -> None:
@@ -88,9 +90,10 @@ class TrainingLog:
             **observed,
         }
         self._rows.append(row)
-        for key, value in row.items():
-            if key not in ("step", "epoch", "seconds"):
-                self._board.add_scalar(key, value, step)
+        with naming(self._events):
+            for key, value in row.items():
+                if key not in ("step", "epoch", "seconds"):
+                    self._board.add_scalar(key, value, step)
         text = f"loss {loss:.3f}  " + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in losses.items())
         self._progress.update(self._task, completed=step, text=text)
         now = time.perf_counter()
@@ -115,7 +118,8 @@ class TrainingLog:
                 "map75": metrics.map75,
             }
         )
-        self._board.add_scalar("map", metrics.map, step)
+        with naming(self._events):
+            self._board.add_scalar("map", metrics.map, step)
         self._progress.console.print(
             f"{self._name}: step {step}/{self._total}: mAP {metrics.map:.2f}, AP50 {metrics.map50:.2f}",
         )
@@ -126,7 +130,8 @@ class TrainingLog:
         if self._enabled:
             self._progress.stop()
             self._write()
-            self._board.close()
+            with naming(self._events):
+                self._board.close()
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self._rows for key in row))

@@ -71,6 +71,11 @@ class Training:
         """Optimizer steps of the whole training."""
         return self.settings.steps or (self.settings.epochs or 0) * self.epoch_steps
 
+    @property
+    def stops(self) -> dict[str, int | None]:
+        """stop_epoch by method."""
+        return {name: weighted.stop_epoch for name, weighted in self.methods.items()}
+
     def evaluates_at(self, step: int) -> bool:
         """Whether the weights are evaluated after so many steps: at the end, and every `eval_every` epochs."""
         every = self.epoch_steps * (self.settings.eval_every or 0)
@@ -103,7 +108,7 @@ def fit(
     Raises UserError: a loss or gradient is not finite (batches and weights are saved for replay), the warm-up is longer
     than the run, or the checkpoint is damaged or belongs to another recipe.
     """
-    _check_length(training)
+    check_length(training.name, training.settings, len(training.loader), training.stops)
     settings, total, epoch_steps = training.settings, training.total, training.epoch_steps
     reduce = sum_over_processes(fabric)
     learner = Learner(student, training.methods, training.teacher, reduce)
@@ -173,28 +178,52 @@ def fit(
     return FitResult(CocoMetrics.from_dict(state.best) if state.best else None, state.step, state.seconds)
 
 
-# --- details --------------------------------------------------------------------------------------------
+def check_length(name: str, settings: Train, batches: int, stops: Mapping[str, int | None]) -> None:
+    """Refuse a training that cannot work: an epoch without a step, a warm-up without an end, a method that outlives it.
 
-
-def _check_length(training: Training) -> None:
-    """Raises UserError for an epoch without a step, a warm-up without an end, a method that outlives the training."""
-    settings, epoch_steps, total = training.settings, training.epoch_steps, training.total
+    Args:
+        batches: an epoch, parts of a step counted each.
+        stops: stop_epoch by method.
+    """
+    epoch_steps = batches // settings.accumulate
+    total = settings.steps or (settings.epochs or 0) * epoch_steps
     if epoch_steps == 0:
         raise UserError(
-            f"{training.name}: {len(training.loader)} batches an epoch are fewer than accumulate = "
-            f"{settings.accumulate}; lower batch_size or accumulate"
+            f"{name}: {batches} batches an epoch are fewer than accumulate = {settings.accumulate}; lower batch_size "
+            "or accumulate"
         )
     if settings.schedule.warmup_steps >= total:
         raise UserError(
-            f"{training.name}: schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the run's "
-            f"{total} steps; set it to {total // 10}"
+            f"{name}: schedule.warmup_steps {settings.schedule.warmup_steps} leaves nothing of the run's {total} "
+            f"steps; set it to {total // 10}"
         )
-    for name, weighted in training.methods.items():
-        if weighted.stop_epoch is not None and weighted.stop_epoch * epoch_steps > total:
+    for method, stop in stops.items():
+        if stop is not None and stop * epoch_steps > total:
             raise UserError(
-                f"{training.name}: methods.{name}.stop_epoch {weighted.stop_epoch} is after the end of the "
-                f"training ({total / epoch_steps:.1f} epochs); lower it or leave it out"
+                f"{name}: methods.{method}.stop_epoch {stop} is after the end of the training "
+                f"({total / epoch_steps:.1f} epochs); lower it or leave it out"
             )
+
+
+def without_effect(name: str, settings: Train, batches: int) -> list[str]:
+    """Lines about settings that a training is too short for, though it works without them."""
+    epoch_steps = batches // settings.accumulate
+    total = settings.steps or (settings.epochs or 0) * epoch_steps
+    end, schedule, lines = f"after the end ({total / epoch_steps:.1f} epochs)", settings.schedule, []
+    late = [epoch for epoch in schedule.milestones if epoch * epoch_steps >= total]
+    if schedule.name == "multistep" and late:
+        falls = "does not fall" if len(late) == len(schedule.milestones) else "falls less often"
+        lines.append(f"{name}: schedule.milestones {', '.join(map(str, late))}: {end}; the learning rate {falls}")
+    if settings.eval_every is not None and settings.eval_every * epoch_steps > total:
+        lines.append(f"{name}: eval_every {settings.eval_every}: {end}; it is evaluated there alone")
+    if settings.checkpoint_every is not None and settings.checkpoint_every >= total:
+        lines.append(
+            f"{name}: checkpoint_every {settings.checkpoint_every}: {end}; an interrupted training starts again"
+        )
+    return lines
+
+
+# --- details --------------------------------------------------------------------------------------------
 
 
 def _batches_from(loader: DataLoader[Any], position: int) -> Iterator[Batch]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from deploy.core.errors import UserError
 ONNX_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
 """Names of exported files end so; `deploy.runtimes.open.RUNNERS` says what runs each."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk answers that takes nothing more: full, quota, size limit, read-only, broken."""
 
 
 @contextmanager
@@ -34,11 +38,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600; the renamed file should look like any other
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600; the renamed file should look like any other
+            os.replace(temporary, path)
+    except UserError:
+        raise
+    except Exception as error:
+        # Writers in C++ and Rust say "unexpected pos" or the like, without a reason.
+        full = None if isinstance(error, OSError) else _no_room(temporary)
+        if full is None:
+            raise
+        raise OSError(full.errno, full.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the disk that is raised in here the name of the file that was written: Python does not, when a
+    write and not the opening fails."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or Path(os.fsdecode(error.filename)).name.startswith(f".{path.stem}-")
+        if error.errno in NO_ROOM and unnamed:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def need_place(path: Path) -> None:
@@ -61,6 +87,13 @@ def need_place(path: Path) -> None:
     os.unlink(name)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_path` in a folder and below it. Nobody else may write there now."""
+    for path in folder.rglob(".*-*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -78,8 +111,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_TEMPORARY = re.compile(r"\..+-[a-z0-9_]{8}(\.[^.]+)?")
+"""Names that `_make_temporary` gives."""
+
+
 def _make_temporary(path: Path, folder: Path) -> tuple[int, str]:
     return tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder)
+
+
+def _no_room(temporary: Path) -> OSError | None:
+    """Whether the place of a file takes nothing more: what it answers to a little more than it has."""
+    try:
+        with open(temporary, "ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as error:
+        return error if error.errno in NO_ROOM else None
+    return None
 
 
 def _umask() -> int:

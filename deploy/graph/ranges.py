@@ -2,7 +2,8 @@
 
 float16 ends at 65,504 and is exact to eleven bits down to 6.1e-5. ONNX Runtime's CPU provider computes float16 graphs
 in float32, so there an overflow is not seen; here the float32 graph is run with a magnitude of every value as an
-output. The magnitudes are taken inside the graph, so that memory stays what one run needs.
+output. The magnitudes are taken inside the graph, picture by picture, and of large pictures for a part of the values at
+a time, so that memory stays bounded.
 
 Operators that add up many numbers may overflow on the way to a result that fits. Whether a runtime keeps the sum in
 float32 is its own choice, so the sum is measured too: of magnitudes (a convolution, a matrix product, a mean) or of
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from deploy.graph.session import cpu_session
+from deploy.graph.structure import needed_for
 
-_AT_ONCE = 2  # pictures in one run
+_HELD = 400e6  # bytes of values, of one picture, that are in memory together
 _SUMS = ("ReduceSum", "ReduceMean", "ReduceL1")
 _SQUARES = ("ReduceL2", "ReduceSumSquare")
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -60,29 +62,32 @@ def measure(model: onnx.ModelProto, values: Collection[str], images: np.ndarray,
     """
     nodes = [node for node in model.graph.node if set(values).intersection([*node.input, *node.output])]
     constants = constants_of(model.graph)
-    taps = _Taps(model)
-    for name in values:
-        taps.add("largest", name, [("Abs", [name], {})])
-    for node in nodes:
-        taps.add("inside", node.name, _inside(node))
-    divisors = {node.input[_DIVIDES[node.op_type]] for node in nodes if node.op_type in _DIVIDES}
-    for name in sorted(divisors.intersection(values)):
-        zero: _Step = ("Equal", [name, "tap_nothing"], {})
-        taps.add("smallest", name, [zero, ("Where", ["", "tap_infinite", name], {}), ("Abs", [""], {})])
-    found = taps.run(images)
+    found = Magnitudes()
+    for group in _groups(model, values):
+        taps = _Taps(model)
+        for name in group:
+            taps.add("largest", name, [("Abs", [name], {})])
+        for node in nodes:
+            if group.intersection(node.output):
+                taps.add("inside", node.name, _inside(node))
+        for name in sorted(group & {node.input[_DIVIDES[node.op_type]] for node in nodes if node.op_type in _DIVIDES}):
+            zero: _Step = ("Equal", [name, "tap_nothing"], {})
+            taps.add("smallest", name, [zero, ("Where", ["", "tap_infinite", name], {}), ("Abs", [""], {})])
+        taps.run(images, found)
     _leave_out_infinities(model, found, images)
     for node in nodes:
         bound = _bound(node, constants, found.largest)
         if bound is not None:
             found.inside[node.name] = bound
-    taps = _Taps(model)
-    for node in nodes:
-        if node.op_type in _PRODUCTS and found.inside[node.name] >= above:
+    loose = {n.output[0]: n for n in nodes if n.op_type in _PRODUCTS and found.inside[n.name] >= above}
+    for group in _groups(model, loose):
+        taps = _Taps(model)
+        for node in (loose[name] for name in group):
+            del found.inside[node.name]
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             magnitudes = [taps.magnitude(name, constants) for name in node.input]
             taps.add("inside", node.name, [(node.op_type, magnitudes, attributes)])
-    if taps.wanted:
-        found.inside |= taps.run(images).inside
+        taps.run(images, found)
     return found
 
 
@@ -131,15 +136,19 @@ class _Taps:
                 )
         return self._magnitudes.get(name, "")
 
-    def run(self, images: np.ndarray) -> Magnitudes:
-        found = Magnitudes()
+    def run(self, images: np.ndarray, found: Magnitudes) -> None:
+        """Run as much of the graph as the outputs need, picture by picture, and add to `found`."""
+        graph = self.model.graph
+        nodes = needed_for(graph, [value.name for value in graph.output])
+        del graph.node[:]
+        graph.node.extend(nodes)
         session = cpu_session(self.model.SerializeToString())
-        for part in _parts(images):
-            for (what, name), value in zip(self.wanted, session.run(None, {"images": part}), strict=True):
+        for index in range(len(images)):
+            values = session.run(None, {"images": images[index : index + 1]})
+            for (what, name), value in zip(self.wanted, values, strict=True):
                 kept = getattr(found, what)
                 better = min if what == "smallest" else np.fmax
                 kept[name] = float(better(kept.get(name, value), value))
-        return found
 
     def _constant(self, name: str, value: np.ndarray) -> None:
         self.model.graph.initializer.append(numpy_helper.from_array(value, name))
@@ -185,6 +194,24 @@ def _bound(node: onnx.NodeProto, constants: Mapping[str, np.ndarray], largest: M
     return float(np.abs(weight).sum(axis=each).max()) * top(node.input[0]) + bias
 
 
+def _groups(model: onnx.ModelProto, values: Collection[str]) -> Iterator[set[str]]:
+    """The values in the order of the graph, as many at a time as are held in memory together."""
+    shapes = {
+        value.name: value.type.tensor_type.shape.dim for value in shape_inference.infer_shapes(model).graph.value_info
+    }
+    group: set[str] = set()
+    held = 0
+    for name in (name for node in model.graph.node for name in node.output if name in values):
+        size = 4 * math.prod(max(1, dim.dim_value) for dim in shapes.get(name, ()))
+        if group and held + size > _HELD:
+            yield group
+            group, held = set(), 0
+        group.add(name)
+        held += size
+    if group:
+        yield group
+
+
 def _leave_out_infinities(model: onnx.ModelProto, found: Magnitudes, images: np.ndarray) -> None:
     """Values that are infinite on purpose, such as a mask, count by their other elements."""
     for name in [name for name, value in found.largest.items() if not math.isfinite(value)]:
@@ -193,13 +220,8 @@ def _leave_out_infinities(model: onnx.ModelProto, found: Magnitudes, images: np.
         del tapped.graph.output[:]
         tapped.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
         session = cpu_session(tapped.SerializeToString())
-        found.largest[name] = 0.0
-        for part in _parts(images):
-            value = session.run([name], {"images": part})[0]
-            top = np.abs(value[np.isfinite(value)]).max(initial=0.0)
-            found.largest[name] = max(found.largest[name], float(top))
-
-
-def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), _AT_ONCE):
-        yield images[start : start + _AT_ONCE]
+        tops = [0.0]
+        for index in range(len(images)):
+            value = session.run([name], {"images": images[index : index + 1]})[0]
+            tops.append(float(np.abs(value[np.isfinite(value)]).max(initial=0.0)))
+        found.largest[name] = max(tops)

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,15 +49,17 @@ class CalibrationImages:
         return hashlib.sha256("".join(sorted(self.hashes)).encode()).hexdigest()
 
 
-def choose_images(files: Sequence[Path], count: int) -> CalibrationImages:
+def choose_images(files: Sequence[Path], count: int, digest: Callable[[Path], str] = sha256_of) -> CalibrationImages:
     """`count` files spread evenly over `files`, the same ones every time; all of them when there are fewer.
+
+    digest: gives the SHA-256 of a file; one with a memory need not read it.
 
     Of files with equal content one is taken. Raises UserError when there is none.
     """
     if not files:
         raise UserError("no images to calibrate on")
     spread = [files[index * len(files) // count] for index in range(count)] if len(files) > count else list(files)
-    by_content = {sha256_of(file): file for file in reversed(spread)}
+    by_content = {digest(file): file for file in reversed(spread)}
     pairs = sorted(by_content.items(), key=lambda pair: str(pair[1]))
     return CalibrationImages(tuple(file for _, file in pairs), tuple(digest for digest, _ in pairs))
 
@@ -88,10 +90,15 @@ def list_images(source: Path, option: str = "--calibration") -> list[Path]:
     )
 
 
-def check_apart(calibration: CalibrationImages, judged_on: Iterable[Path], what: str = "the validation images") -> None:
-    """Raise UserError when a calibration image is among `judged_on` (compared by content)."""
+def check_apart(
+    calibration: CalibrationImages,
+    judged_on: Iterable[Path],
+    what: str = "the validation images",
+    digest: Callable[[Path], str] = sha256_of,
+) -> None:
+    """Raise UserError when a calibration image is among `judged_on` (compared by content, as `digest` gives it)."""
     own = dict(zip(calibration.hashes, calibration.files, strict=True))
-    common = [(own[digest], file) for file in judged_on if (digest := sha256_of(file)) in own]
+    common = [(own[found], file) for file in judged_on if (found := digest(file)) in own]
     if common:
         raise UserError(
             f"{CALIBRATION_KEY}: {len(common)} of {len(own)} calibration images are among {what}, the first is "

@@ -117,6 +117,9 @@ def evaluate_coco(
     )
 
 
+NO_NUMBERS = "holds NaN or Infinity, which are no JSON (compress data check names the boxes that do)"
+
+
 def read_annotations(path: Path, *, sizes: bool = False, images: Path | None = None) -> dict[str, Any]:
     """Read a COCO detection file and check its shape: three lists of objects with the fields that we use.
 
@@ -193,7 +196,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     "annotations": {"image_id": "integer", "category_id": "integer", "bbox": "box"},
 }
 _SIZES = {"width": "size", "height": "size"}
-_OPTIONAL = {"area": "number", "iscrowd": "flag", "ignore": "flag"}
+_OPTIONAL = {"id": "identifier", "area": "number", "iscrowd": "flag", "ignore": "flag"}
 
 
 def _is_integer(value: Any) -> bool:
@@ -206,8 +209,9 @@ def _is_number(value: Any) -> bool:
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("text", lambda value: isinstance(value, str)),
+    "identifier": ("an integer or text", lambda value: value is None or isinstance(value, int | float | str)),
     "integer": ("an integer", _is_integer),
-    "size": ("a positive integer", lambda value: _is_integer(value) and value > 0),
+    "size": ("a positive integer", lambda value: _is_integer(value) and 0 < value < 2**31),
     "number": ("a number", _is_number),
     "flag": ("0 or 1", lambda value: value in (0, 1)),
     "box": (

@@ -149,7 +149,7 @@ def _annotations(document: Mapping[str, Any]) -> Iterator[Finding]:
     rows = document["annotations"]
     if not rows and document["images"]:
         yield Finding("no-annotations", "annotations", "the list is empty: no image has a box")
-    sizes = {row["id"]: (row.get("width"), row.get("height")) for row in document["images"]}
+    sizes = {row["id"]: _known_size(row) for row in document["images"]}
     categories = {row["id"] for row in document["categories"]}
     for identifier, count in _repeated(row["id"] for row in rows if "id" in row):
         yield Finding("repeated-id", f"annotation {identifier}", f"the id is used {count} times")
@@ -161,7 +161,7 @@ def _annotations(document: Mapping[str, Any]) -> Iterator[Finding]:
         if category not in categories:
             yield Finding("unknown-category", _place(rows, position), f"category_id {category} is not in categories")
         size = sizes.get(image)
-        if size is None:
+        if image not in sizes:
             yield Finding("unknown-image", _place(rows, position), f"image_id {image} is not in images")
         problem = None if _is_inside(box, size) else _box_problem(box, size)
         if problem is None and row.get("area", 1) <= 0:
@@ -173,6 +173,12 @@ def _annotations(document: Mapping[str, Any]) -> Iterator[Finding]:
             if other != position:
                 text = f"is {_place(rows, other)} once more: same image, category and box"
                 yield Finding("box-twice", _place(rows, position), text)
+
+
+def _known_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height), where the document says them."""
+    width, height = image.get("width"), image.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def _place(rows: Any, position: int) -> str:
@@ -199,15 +205,15 @@ def _crowded(document: Mapping[str, Any], max_detections: int) -> Iterator[Findi
             yield Finding("many-objects", f"image {image}", f"holds {count} objects; {', and '.join(said)}")
 
 
-def _is_inside(box: Any, size: tuple[Any, Any] | None) -> bool:
+def _is_inside(box: Any, size: tuple[int, int] | None) -> bool:
     """Whether a box is beyond doubt: nearly all are, and a million is asked."""
-    if size is None or size[0] is None or size[1] is None:
+    if size is None:
         return False
     x, y, w, h = box
     return bool(x >= 0 and y >= 0 and 1 <= w <= size[0] - x and 1 <= h <= size[1] - y)
 
 
-def _box_problem(box: Any, size: tuple[Any, Any] | None) -> str | None:
+def _box_problem(box: Any, size: tuple[int, int] | None) -> str | None:
     x, y, w, h = box
     shown = f"bbox [{x:g}, {y:g}, {w:g}, {h:g}]"
     if not all(math.isfinite(value) for value in box):
@@ -216,7 +222,7 @@ def _box_problem(box: Any, size: tuple[Any, Any] | None) -> str | None:
         return f"{shown} is empty"
     if w < 1 or h < 1:
         return f"{shown} is less than one pixel wide or high; it is left out of training"
-    if size is None or size[0] is None or size[1] is None:
+    if size is None:
         return None
     inside = f"the image of {size[0]}x{size[1]} pixels"
     if x >= size[0] or y >= size[1] or x + w <= 0 or y + h <= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from compress.config.model import Model
@@ -39,3 +40,18 @@ def make(world: Path, out: Path, **options: Any) -> parts.Summary | None:
     images = chosen.pop("images", None) or images_in(world / "images")
     settings = chosen.pop("settings", SMALL)
     return pseudo_label(checkpoints, images, out, settings, **chosen)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """End labelling as Ctrl-C does, after so many chunks."""
+    done = 0
+
+    def append(*arguments: Any) -> None:
+        nonlocal done
+        if done == chunks:
+            raise KeyboardInterrupt
+        done += 1
+        original(*arguments)
+
+    original = parts.append
+    monkeypatch.setattr(parts, "append", append)

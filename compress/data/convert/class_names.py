@@ -145,6 +145,7 @@ def places(name: str, *bases: Path) -> list[Path]:
     Relative to each of the bases; also without `../`, which Roboflow writes before it, and without `data/`, where
     Darknet's own examples keep everything.
     """
+    name = name.replace("\\", "/")
     bare = name
     while bare.startswith(("./", "../")):
         bare = bare.split("/", 1)[1]

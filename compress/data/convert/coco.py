@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from compress.data.convert.coco_file import by_folder, canonical, choose, nearest, read_size
 from deploy.core.errors import UserError
 from deploy.core.image_folder import IMAGE_SUFFIXES, find_files
-from deploy.validate.coco import read_annotations
+from deploy.validate.coco import images_without_size, read_annotations
 
 _ROBOFLOW = "_annotations.coco.json"
 
@@ -80,11 +80,14 @@ def _files(source: Path) -> dict[str, Path]:
         return {"": source}
     if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
-    found = [file for file in find_files(source, (".json",)) if file.name == _ROBOFLOW]
+    files = find_files(source, (".json",))
+    if len(files) == 1:
+        return {"": files[0]}  # reading it says what is wrong with it
+    found = [file for file in files if file.name == _ROBOFLOW]
     sets = by_folder(found, source)
-    if found and all(len(files) == 1 for files in sets.values()):
-        return {name: files[0] for name, files in sets.items()}
-    found = found or [file for file in find_files(source, (".json",)) if _is_coco(file)]
+    if found and all(len(rows) == 1 for rows in sets.values()):
+        return {name: rows[0] for name, rows in sets.items()}
+    found = found or [file for file in files if _is_coco(file)]
     found = [file for file in found if file.name.startswith("instances_")] or found
     if len(found) == 1:
         return {"": found[0]}
@@ -124,16 +127,14 @@ def _place_images(
     file: Path, content: dict[str, Any], folder: Path, places: Mapping[str, list[Path]], notes: list[str]
 ) -> None:
     """Make the file names relative to `folder`, and fill in the sizes."""
-    missing, moved, filled = [], [], 0
+    missing, moved = [], []
+    unsized = images_without_size(content, str(file))
     for row in content["images"]:
         given = row["file_name"]
         path = _find(given, file, folder, places)
         if path is None:
             missing.append(given)
             continue
-        if row.get("width") is None or row.get("height") is None:
-            row["width"], row["height"] = read_size(path)
-            filled += 1
         row["file_name"] = Path(os.path.relpath(path, folder)).as_posix()
         if PurePosixPath(given.replace("\\", "/")).name != path.name or not str(path).endswith(given.lstrip("./")):
             moved.append((given, row["file_name"]))
@@ -142,10 +143,12 @@ def _place_images(
             f"{file}: {len(missing)} of its {len(content['images'])} images are not in {folder}, the first is "
             f"{missing[0]!r}; name their folder with --images"
         )
+    for row in unsized:
+        row["width"], row["height"] = read_size(folder / row["file_name"])
     if moved:
         notes.append(f"{file}: {len(moved)} file names led elsewhere, the first is {moved[0][0]}, now {moved[0][1]}")
-    if filled:
-        notes.append(f"{file}: {filled} images had no size; it was read from their files")
+    if unsized:
+        notes.append(f"{file}: {len(unsized)} images had no size; it was read from their files")
 
 
 def _find(name: str, file: Path, folder: Path, places: Mapping[str, list[Path]]) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, write_json
 from deploy.core.image import image_size
+from deploy.validate.coco import NO_NUMBERS
 
 _OTHER_NAMES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 _SET = re.compile(r"(train|training|val|valid|validation|test|testing)(\d{4})?", re.IGNORECASE)
@@ -124,7 +125,10 @@ def write_documents(
     with ExitStack() as stack:
         places = [(stack.enter_context(atomic_path(file)), content) for file, _, content in files]
         for temporary, content in places:
-            write_json(temporary, content)
+            try:
+                write_json(temporary, content)
+            except ValueError:
+                raise UserError(f"the source of {files[0][0]} {NO_NUMBERS}") from None
     for file, folder, content in files:
         made.append(Converted(file, len(content["images"]), len(content["annotations"]), folder))
     return made

@@ -185,6 +185,8 @@ def _sets(
     for name, members in found.items():
         rows = []
         for member in members:
+            if PurePosixPath(member).suffix.lower() in IMAGE_SUFFIXES:
+                member = member[: -len(PurePosixPath(member).suffix)]
             path = nearest(stems.get(PurePosixPath(member).name, []), PurePosixPath(member)) or named.get(member)
             if path is None:
                 raise UserError(f"{lists / name}.txt: there is no image of the name {member!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from compress.detectors.base import Detector
 from compress.detectors.checkpoints import save_detector
 from compress.distill.weighting import WeightedMethod
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder, fingerprint
+from compress.training.distributed import on_first_process
 from compress.training.loop import Training, fit
+from compress.training.place import place_for, publish, telling_what_stays
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms, load_quantizable
 from deploy.core.errors import UserError
-from deploy.core.files import write_json
+from deploy.core.files import atomic_path, write_json
 from deploy.quantize.grids import Grids
 from deploy.validate.coco import CocoMetrics
 
@@ -73,9 +76,8 @@ def train_quantized(
     Raises:
         UserError: as `compress.training.loop.fit` does, and when the grids are not the student's.
     """
-    output = plan.folder.weights(plan.name)
-    if fabric.is_global_zero:
-        output.unlink(missing_ok=True)  # from now on it is unfinished
+    output, identity = plan.folder.weights(plan.name), fingerprint(plan.identity)
+    place = on_first_process(fabric, lambda: place_for(plan.folder, plan.name, identity, resume=resume))
     seed = plan.seed + 1  # not the images in the order that the student knows
     fabric.seed_everything(seed, verbose=False)
     detector, record = load_quantizable(plan.student)
@@ -97,21 +99,30 @@ def train_quantized(
     )
     training = Training(
         name=plan.name,
-        folder=plan.folder.training(plan.name),
+        folder=place,
         settings=plan.settings,
         loader=loader,
         evaluate=plan.evaluate,
-        identity=fingerprint(plan.identity),
+        identity=identity,
         teacher=teacher,
         methods=methods,
     )
-    result = fit(fabric, network, training, resume=resume, max_steps=max_steps)
-    if fabric.is_global_zero and result.metrics is not None:
-        if isinstance(network, FakeQuantized):
-            write_json(plan.folder.grids(plan.name), network.grids().model_dump(mode="json"))
+    with telling_what_stays(plan.folder, plan.name, place):
+        result = fit(fabric, network, training, resume=resume, max_steps=max_steps)
+
+    def save() -> None:
+        if result.metrics is None:
+            return
         figures = {"val_map": result.metrics.map, "recipe_sha256": plan.recipe_sha256}
-        save_detector(output, detector.to("cpu"), metadata=record.model_copy(update=figures))
-    fabric.barrier()
+        with ExitStack() as stack:  # both are written before one of them gets its name
+            if isinstance(network, FakeQuantized):
+                grids = stack.enter_context(atomic_path(plan.folder.grids(plan.name)))
+                write_json(grids, network.grids().model_dump(mode="json"))
+            weights = stack.enter_context(atomic_path(output))
+            save_detector(weights, detector.to("cpu"), metadata=record.model_copy(update=figures))
+        publish(plan.folder, plan.name, place)
+
+    on_first_process(fabric, save)
     return result.to_dict()
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
+from deploy.core.card import METADATA_KEY
 from tests.helpers.command_line import RECIPE, Run
 
 # ------------------------------------------------------------------------------------- commands on real files
@@ -52,6 +54,19 @@ def test_validate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "next: compress benchmark copy.onnx tiny.onnx --images images"
     assert [row["gate"] for row in json.loads(Path("out.json").read_text())] == ["pass", "pass"]
+
+
+def test_validate_says_what_the_training_of_a_file_measured(
+    run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(exported)
+    model = onnx.load("tiny.onnx")
+    (row,) = (row for row in model.metadata_props if row.key == METADATA_KEY)
+    row.value = json.dumps({**json.loads(row.value), "val_map": 40.0})
+    onnx.save(model, "trained.onnx")
+    code, out, err = run("validate trained.onnx tiny.onnx --data labels.json --images images")
+    assert (code, err) == (0, "") and "trained.onnx: its training measured 40.00 mAP on its own validation" in out
+    assert "tiny.onnx: its training" not in out, "its card does not say"
 
 
 def test_values_that_are_not_finite_fail_the_gate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,16 @@ def test_missing_and_wrong_size_images(document: dict[str, Any], save: Save, tmp
             r"annotations\[0\]: bbox must be four numbers",
         ),
         (
+            '{"images": [], "categories": [], "annotations": '
+            '[{"id": [1], "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]}',
+            r"annotations\[0\]: id must be an integer or text, found \[1\]",
+        ),
+        (
+            '{"annotations": [], "categories": [], "images": '
+            '[{"id": 1, "file_name": "a", "width": 3, "height": 99999999999}]}',
+            r"images\[0\]: height must be a positive integer, found 99999999999",
+        ),
+        (
             '{"images": [], "annotations": [], "categories": [{"id": "1", "name": "x"}]}',
             r"categories\[0\]: id must be an integer, found \"1\"",
         ),

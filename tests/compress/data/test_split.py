@@ -133,6 +133,10 @@ def test_nothing_is_overwritten_or_lost(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"val\.json: is there already; --force replaces it"):
         split(path, tmp_path, {"val": 0.5}, 0)
     assert (tmp_path / "val.json").read_text() == "mine" and not (tmp_path / "train.json").exists()
+    path.write_text(path.read_text().replace('"area": 25', '"area": NaN', 1))
+    with pytest.raises(UserError, match=r"all\.json: holds NaN or Infinity, which are no JSON"):
+        split(path, tmp_path, {"val": 0.5}, 0, force=True)
+    assert (tmp_path / "val.json").read_text() == "mine" and not (tmp_path / "train.json").exists()
     path.rename(tmp_path / "train.json")
     with pytest.raises(UserError, match=r"train\.json: is the file to divide; name another folder"):
         split(tmp_path / "train.json", tmp_path, {"val": 0.5}, 0, force=True)

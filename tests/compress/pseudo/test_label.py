@@ -32,7 +32,7 @@ from compress.pseudo.label import Labelled, Settings
 from compress.pseudo.parts import Shard, part_file, parts_folder
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
-from tests.helpers.random_teacher import make, teacher
+from tests.helpers.random_teacher import interrupt_after, make, teacher
 
 SIZES = [(64, 48), (40, 60), (90, 50), (64, 48), (64, 64), (70, 41), (48, 64), (64, 48), (64, 48), (40, 60), (64, 64)]
 
@@ -116,20 +116,6 @@ def test_any_number_of_shards_makes_the_same_file(world: Path, tmp_path: Path, c
     assert make(world, out, shard=Shard(order[-1], count)) is not None
     assert out.read_bytes() == (world / "whole.json").read_bytes()
     assert not parts_folder(out).exists()
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
-    done = 0
-
-    def append(*arguments: Any) -> None:
-        nonlocal done
-        if done == chunks:
-            raise KeyboardInterrupt
-        done += 1
-        original(*arguments)
-
-    original = parts.append
-    monkeypatch.setattr(parts, "append", append)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

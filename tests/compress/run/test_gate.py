@@ -21,13 +21,15 @@ from compress.data import synthetic
 from compress.data.loader import eval_loader
 from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
 from compress.export.deployable import TorchRunner
-from compress.export.onnx import torch_runner
+from compress.export.onnx import canvases, torch_runner
 from compress.manifest import STUDENT, Manifest, RunFolder
 from compress.run import evaluation, steps
 from compress.run.artifacts import Checks
 from compress.run.data import validation_set
 from compress.run.evaluation import EvaluationPlan, validate_files
 from compress.run.report import failures
+from compress.teachers.base import DetectorTeacher
+from compress.teachers.check import measure
 from compress.training.evaluate import evaluate
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
@@ -43,7 +45,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
     """The end of a run's training: a student that finds something, what training measured of it, and pictures of
     several sizes and ratios, of which some are resized and some are not."""
     folder = tmp_path_factory.mktemp("gate")
-    split = _pictures(folder)
+    split = _pictures(folder, PIECES)
     data = Data(train=split, val=split, short=LIMITS["short"], long=LIMITS["long"])
     val, size = validation_set(split, data, None)
     run = RunFolder(folder / "run")
@@ -60,11 +62,11 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
     return EvaluationPlan(run, manifest, Deploy(candidates=300), checks, split, val)
 
 
-def _pictures(folder: Path) -> Split:
-    synthetic.generate(folder / "data", train=1, val=len(PIECES), size=128, classes=8, seed=3)
+def _pictures(folder: Path, pieces: list[tuple[int, int, int]]) -> Split:
+    synthetic.generate(folder / "data", train=1, val=len(pieces), size=128, classes=8, seed=3)
     document = json.loads((folder / "data" / "val.json").read_text())
     rows, annotations = [], []
-    for row, (height, width, long) in zip(document["images"], PIECES, strict=True):
+    for row, (height, width, long) in zip(document["images"], pieces, strict=True):
         path = folder / "data" / "images" / row["file_name"]
         factor = long / max(height, width)
         size = (round(width * factor), round(height * factor))
@@ -97,6 +99,44 @@ def test_without_a_difference_the_gate_passes(plan: EvaluationPlan) -> None:
     row = judged(plan)
     assert (row["gate"], row["diagnosis"], row["pictures"]) == ("pass", None, [])
     assert row["training_drop"] == pytest.approx(0, abs=0.3) and row["map_drop"] == 0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "limits", "input_size", "expected"),
+    [
+        (PIECES, (64, 96), (64, 64), (64, 64)),
+        (PIECES, (64, 96), (96, 128), (96, 128)),
+        ([(86, 128, 149)], (80, 96), None, (64, 96)),
+    ],
+    ids=["shrunk", "larger", "a side rounded down to the canvas"],
+)
+def test_training_lays_pictures_on_the_canvas_of_the_file(
+    plan: EvaluationPlan,
+    tmp_path: Path,
+    pieces: list[tuple[int, int, int]],
+    limits: tuple[int, int],
+    input_size: tuple[int, int] | None,
+    expected: tuple[int, int],
+) -> None:
+    """The last: 100 x 149 pixels become 64.4 x 96, so 64 x 96, on whose canvas 64 / 100 is the smaller factor."""
+    split = plan.split if pieces is PIECES else _pictures(tmp_path, pieces)
+    val, size = validation_set(split, Data(train=split, val=split, short=limits[0], long=limits[1]), input_size)
+    assert size == expected
+    runner = torch_runner(str(plan.folder.weights()), plan.settings, size, resize_short_long=limits)
+    detector = load_teacher_checkpoint("zoo:quickstart")[0].eval()
+    assert steps.first_difference(detector, val, size, runner, steps.varied_pictures(val)) is None
+    loader = eval_loader(val, batch_size=3, workers=0, canvas=size)
+    assert {batch.images.shape[2:] for batch in loader} == {size}
+
+
+def test_a_teacher_is_measured_on_the_same_canvas(plan: EvaluationPlan) -> None:
+    detector, val, size = load_teacher_checkpoint("zoo:quickstart")[0].eval(), plan.val, (160, 160)
+    loader = eval_loader(val, batch_size=4, workers=0, canvas=size)
+    expected = evaluate(detector, loader, val, torch.device("cpu")).map
+    names = val.categories
+    teacher = DetectorTeacher(detector, file="a", sha256="b", class_names=names, device=torch.device("cpu"))
+    assert measure(teacher, range(len(names)), val, canvas=size).map == pytest.approx(expected, abs=1e-3)
+    assert measure(teacher, range(len(names)), val).map != pytest.approx(expected, abs=1e-3)
 
 
 # --- six planted differences, each on either side --------------------------------------------------------
@@ -157,6 +197,16 @@ def test_a_difference_in_deployment_fails_the_gate_and_is_named(
     assert row["pictures"] and all((plan.split.images / picture["file"]).is_file() for picture in row["pictures"])
     why, pictures = failures([{**row, "file": NAME, "reason": row["diagnosis"], "differs_most": row["pictures"]}])
     assert step in why and f"({row['pictures'][0]['file']})" in pictures
+
+
+def test_an_export_compares_its_canvases_with_those_of_training(
+    plan: EvaluationPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, images = deployed(plan).card, list(plan.checks.images)
+    assert len(canvases(images, card, 16)) == len(PIECES)
+    with_filter(monkeypatch, "deploy.core.canvas.resize")
+    with pytest.raises(UserError, match="another canvas than training"):
+        canvases(images, card, 16)
 
 
 def test_turned_pictures_of_another_size_end_the_validation_and_are_named(

@@ -15,7 +15,7 @@ from compress.data.loader import eval_loader
 from compress.detectors.base import freeze
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.run import pipeline
-from compress.run.data import canvas, open_data
+from compress.run.data import canvas, open_data, padding
 from compress.training.evaluate import evaluate
 from deploy.core.card import card_from_file
 from deploy.core.files import sha256_of
@@ -47,6 +47,10 @@ def test_the_report_has_measured_figures_for_everything(run_dir: Path) -> None:
         assert figures["map"] == stages["teacher_check" if arm == "teacher" else arm]["result"]["metrics"]["map"]
         assert figures["params_m"] > 0.1 and figures["gflops"] > 0.005
     torch_file, onnx_file = report["artifacts"][1:]
+    measured = stages["student"]["result"]
+    assert measured["canvas"] == [64, 64]
+    for file in (torch_file, onnx_file):
+        assert file["training_drop"] == measured["metrics"]["map"] - file["map"] and file["differs_most"] == []
     assert (torch_file["file"], onnx_file["file"]) == ("student.safetensors", "student.onnx")
     assert onnx_file["gate"] == "pass" and abs(onnx_file["map_drop"]) <= 0.1
     assert onnx_file["agreement"] == 1 or onnx_file["agreement"] is None
@@ -111,6 +115,9 @@ def test_the_canvas_holds_every_image(run_dir: Path) -> None:
     val.sizes = [(480, 640)]
     assert canvas(val, wide.data) == (64, 64)  # 48 rounds up to 64
     assert canvas(val, wide.data.model_copy(update={"short": 32})) == (32, 64)
+    assert padding(val, wide.data, (64, 128)) == 1 - 48 * 64 / (64 * 128)
+    val.sizes = [(480, 640), (640, 480), (64, 64)]  # resized: 48 x 64, 64 x 48, 48 x 48
+    assert padding(val, wide.data, (64, 64)) == pytest.approx(1 - (2 * 48 * 64 + 48 * 48) / (3 * 64 * 64))
 
 
 def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from PIL import Image
 
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path, need_place, write_json, write_text
+from deploy.core.files import atomic_path, naming, need_place, remove_temporaries, write_json, write_text
+from tests.helpers.full_disk import no_room
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -51,3 +57,72 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, name: str, says: str) ->
     with pytest.raises(OSError) as failed:
         write_text(path, "content")
     assert str(path) in (failed.value.filename, failed.value.filename2)
+
+
+Writer = Callable[[Path], object]
+
+
+def _torch(path: Path) -> None:
+    import torch
+
+    torch.save({"weights": torch.zeros(100_000)}, path)
+
+
+def _safetensors(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weights": torch.zeros(100_000)}, path)
+
+
+def _onnx(path: Path) -> None:
+    values = onnx.numpy_helper.from_array(np.zeros(100_000, np.float32), "weights")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [], [values])), str(path))
+
+
+WRITERS: dict[str, Writer] = {
+    "last.ckpt": _torch,
+    "student.safetensors": _safetensors,
+    "student.onnx": _onnx,
+    "report.html": lambda path: path.write_text("a" * 400_000),
+    "picture.png": lambda path: Image.effect_noise((700, 700), 60).save(path),
+    "numbers.npy": lambda path: path.write_bytes(bytes(400_000)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_named_with_the_file_whoever_writes(tmp_path: Path, name: str) -> None:
+    """torch and safetensors have words of their own for it, and none of the writers says which file it was."""
+    file = tmp_path / name
+    file.write_text("as it was")
+    with no_room(), pytest.raises(OSError) as failed, atomic_path(file) as temporary:
+        WRITERS[name](temporary)
+    assert (failed.value.filename, failed.value.strerror) == (str(file), "File too large")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and file.read_text() == "as it was"
+
+
+def test_an_error_of_another_kind_stays_itself(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a mistake"), atomic_path(tmp_path / "a.ckpt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("a mistake")
+    with pytest.raises(OSError) as failed, naming(tmp_path / "a.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert failed.value.filename == str(tmp_path / "a.csv")
+    with pytest.raises(FileNotFoundError) as missing, naming(tmp_path / "a.csv"):
+        (tmp_path / "b.csv").read_text()
+    assert missing.value.filename == str(tmp_path / "b.csv")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    left = []
+    for path in (tmp_path / "report.json", tmp_path / "student" / "last.ckpt"):
+        with atomic_path(path) as temporary:
+            left.append(Path(f"{temporary.parent}/{temporary.name}"))
+            temporary.write_text("whole")
+        left[-1].write_text("half")
+    kept = [tmp_path / name for name in (".gitignore", ".my-notes.txt", "report.json", "student/last.ckpt")]
+    for path in kept:
+        path.touch()
+    remove_temporaries(tmp_path)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)

@@ -311,6 +311,9 @@ def test_a_run_trains_exports_and_reports(run_dir: Path) -> None:
     row = next(row for row in report["artifacts"] if row["file"] == "student.qad.onnx")
     assert row["precision"] == "int8+fp32" and row["map"] is not None and row["latency_ms"]["p50"] > 0
     stages = json.loads((run_dir / "manifest.json").read_text())["stages"]
+    assert row["training_drop"] == stages["qad"]["result"]["metrics"]["map"] - row["map"], (
+        "not against the float student"
+    )
     assert {"qad calibration", "qad", "export qad"} <= stages.keys()
     columns = (run_dir / "student.qad" / "metrics.csv").read_text()
     assert "bckd_cls" in columns and "pkd" in columns
