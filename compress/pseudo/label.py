@@ -148,6 +148,7 @@ def pseudo_label(
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
     if out.exists():
         if _is_of(parts.header_of(out), info, images):
+            parts.remove(out)
             return None
         if not replace:
             raise UserError(

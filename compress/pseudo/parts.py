@@ -8,6 +8,7 @@ neither writing nor joining holds more than a chunk in memory, and the result do
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import IO, Any
 
 from compress.data.digests import together
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path
+from deploy.core.files import atomic_path, naming, remove_temporaries
+from deploy.core.lock import InUse, locked
 
 PICTURES = "pictures_sha256"
 """Key in `info.pseudo_labels` of a finished file: what its pictures were."""
@@ -88,6 +90,7 @@ def begin(
         UserError: the part has chunks and another header.
     """
     path = part_file(out, shard)
+    remove_temporaries(path.parent, path.stem)
     if not _has_chunk(path):
         with atomic_path(path) as temporary:
             temporary.write_text(_line(header), encoding="utf-8")
@@ -118,32 +121,28 @@ def join(out: Path, count: int, total: int) -> Summary | None:
     """Write `out` from the parts of `count` shards with `total` chunks in all, and delete the parts. Its `info` says
     what the pictures were (`pictures_sha256`).
 
-    Returns None, and leaves everything as it is, while a part is absent or unfinished: another process is at it. Two
-    processes that get here at once write the same file.
+    Returns None, and leaves everything as it is, while a part is absent or unfinished, or another process joins them.
 
     Raises:
         UserError: parts with different headers, or a damaged one.
     """
-    paths = [part_file(out, Shard(index, count)) for index in range(count)]
-    with ExitStack() as stack:
-        try:
-            files = [stack.enter_context(open(path, encoding="utf-8")) for path in paths]
-        except FileNotFoundError:
-            return None
-        headers = [file.readline() for file in files]
-        for path, text in zip(paths, headers, strict=True):
-            if text != headers[0]:
-                raise UserError(f"{path}: was made with other images, teachers, thresholds or settings than {paths[0]}")
-        for index, file in enumerate(files):
-            if sum(line.endswith("\n") for line in file) < len(Shard(index, count).chunks(total)):
-                return None
-        with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as written:
-            summary = _write(written, json.loads(headers[0])["document"], files, paths, total)
-    left = [path for path in parts_folder(out).glob("[0-9]*.jsonl") if not _has_chunk(path)]
-    for path in (*paths, *left):
-        path.unlink(missing_ok=True)
+    try:
+        with locked(parts_folder(out) / "join.lock", str(out)):
+            summary = _joined(out, count, total)
+    except InUse:
+        return None
     remove_empty(out)
     return summary
+
+
+def remove(out: Path) -> None:
+    """Remove the parts of a finished file, which a kill may leave; not while another process does."""
+    if not parts_folder(out).is_dir():
+        return
+    with suppress(InUse), locked(parts_folder(out) / "join.lock", str(out)):
+        for path in parts_folder(out).glob("[0-9]*.jsonl"):
+            path.unlink(missing_ok=True)
+    remove_empty(out)
 
 
 def remove_empty(out: Path) -> None:
@@ -165,6 +164,32 @@ def header_of(out: Path) -> Any:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _joined(out: Path, count: int, total: int) -> Summary | None:
+    paths = [part_file(out, Shard(index, count)) for index in range(count)]
+    with ExitStack() as stack:
+        try:
+            files = [stack.enter_context(open(path, encoding="utf-8")) for path in paths]
+        except FileNotFoundError:
+            return None
+        headers = [file.readline() for file in files]
+        for path, text in zip(paths, headers, strict=True):
+            if text != headers[0]:
+                raise UserError(f"{path}: was made with other images, teachers, thresholds or settings than {paths[0]}")
+        for index, file in enumerate(files):
+            if sum(line.endswith("\n") for line in file) < len(Shard(index, count).chunks(total)):
+                return None
+        joined = parts_folder(out) / out.name  # a kill leaves nothing beside `out`
+        remove_temporaries(joined.parent, joined.stem)
+        with naming(out), atomic_path(joined) as temporary, open(temporary, "w", encoding="utf-8") as written:
+            summary = _write(written, json.loads(headers[0])["document"], files, paths, total)
+    os.replace(joined, out)
+    left = [path for path in parts_folder(out).glob("[0-9]*.jsonl") if not _has_chunk(path)]
+    for path in (*paths, *left):
+        path.unlink(missing_ok=True)
+    return summary
+
 
 _INFO = '{"info": '
 

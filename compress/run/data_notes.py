@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.config.data import Split
 from compress.data.coco import CocoDetection
+from deploy.core.image import pixel_doubt
 from deploy.core.same_files import shared
 
 Set = tuple[Split, CocoDetection]
@@ -14,12 +15,16 @@ Set = tuple[Split, CocoDetection]
 
 MUCH_PADDING = 0.4
 _NAMED = 5  # pictures that a line names
+_LOOKED_AT = 32  # pictures of a set that are decoded
 
 
 def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
     """One line a finding about the labels of both sets, and one about validation images that are trained on.
 
-    Images are compared by content; only files of equal length are opened. has_labels: of the training set.
+    Images are compared by content; only files of equal length are opened. Some images of each set are decoded, spread
+    evenly over it. has_labels: of the training set.
+
+    Raises UserError for one that cannot be read, as the training would later.
     """
     sets = [train, val] if has_labels else [val]
     lines = [
@@ -29,6 +34,7 @@ def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
         if images.dropped
     ]
     lines += [f"note: {split.annotations}: {line}" for split, images in sets for line in images.label_notes]
+    lines += [line for split, images in sets if (line := _odd_pixels(split, images)) is not None]
     if has_labels:
         known, judged_on = ([images.path(index) for index in range(len(images))] for _, images in sets)
         found = shared(judged_on, known)
@@ -50,6 +56,19 @@ def canvas_notes(canvas: tuple[int, int], padding: float) -> list[str]:
         "on average, which takes time and which the network sees; evaluation uses the same canvas (deploy.input_size, "
         "docs/deployment.md)"
     ]
+
+
+def _odd_pixels(split: Split, images: CocoDetection) -> str | None:
+    count = min(len(images), _LOOKED_AT)
+    sample = [index * len(images) // count for index in range(count)]
+    found = [(index, doubt) for index in sample if (doubt := pixel_doubt(images.image(index).permute(1, 2, 0).numpy()))]
+    if not found:
+        return None
+    index, doubt = found[0]
+    return (
+        f"note: {split.annotations}: {len(found)} of {count} images that were looked at have odd pixels, the first is "
+        f"{images.path(index)}: {doubt}"
+    )
 
 
 def _names(pairs: Sequence[tuple[Path, Path]]) -> str:

@@ -87,9 +87,10 @@ def need_place(path: Path) -> None:
     os.unlink(name)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_path` in a folder and below it. Nobody else may write there now."""
-    for path in folder.rglob(".*-*"):
+def remove_temporaries(folder: Path, stem: str = "*") -> None:
+    """Remove what killed processes left of `atomic_path` in a folder and below it; of files of this stem alone, if one
+    is given. Nobody else may write them now."""
+    for path in folder.rglob(f".{stem}-*"):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 

@@ -23,6 +23,11 @@ from pathlib import Path
 
 from deploy.core.errors import UserError
 
+
+class InUse(UserError):
+    """Another process holds the lock."""
+
+
 _held: set[str] = set()
 """Real paths that this process holds: the system would give a process its own lock a second time."""
 
@@ -31,12 +36,12 @@ _held: set[str] = set()
 def locked(file: Path, what: str) -> Iterator[None]:
     """Hold the lock `file`, which is made with its folder and removed at the end.
 
-    what: is locked, for messages. Raises UserError at once where another process, or this one, holds it.
+    what: is locked, for messages. Raises InUse at once where another process, or this one, holds it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     key = os.path.realpath(file)
     if key in _held:  # before it is opened: closing it would give the lock up
-        raise UserError(f"{what}: is in use by this process already; let that end first")
+        raise InUse(f"{what}: is in use by this process already; let that end first")
     handle = _acquire(file, what)
     _held.add(key)
     try:
@@ -57,7 +62,7 @@ def _acquire(file: Path, what: str) -> int:
             holder = _holder(handle)
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"{what}: is in use{holder}; wait for its end, or take another name") from None
+                raise InUse(f"{what}: is in use{holder}; wait for its end, or take another name") from None
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise OSError(error.errno, error.strerror, str(file)) from error
             print(

@@ -48,6 +48,9 @@ def test_skips_when_whole_and_redraws_when_not(tmp_path: Path) -> None:
     picture.unlink()
     generate(folder, **arguments)
     assert files_of(folder) == first
+    Image.new("RGB", (64, 64)).save(picture)  # another picture of that name
+    generate(folder, **arguments)
+    assert files_of(folder) == first
     (folder / "train.json").write_text("{}")
     generate(folder, **arguments)
     assert files_of(folder) == first

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,36 +142,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(world: Path, tmp_path: Path, mon
         assert seen == list(range(sum(end <= size for end in ends) - 1, 6))  # nothing is done twice
         assert out.read_bytes() == (world / "whole.json").read_bytes()
         out.unlink()
-
-
-SLOWLY = """
-import sys, time
-from pathlib import Path
-from compress.pseudo import parts
-from tests.helpers.random_teacher import make
-append = parts.append
-def slowly(file, chunk):
-    append(file, chunk)
-    time.sleep(60 if chunk["number"] == 3 else 0)
-parts.append = slowly
-make(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
-def test_kill_9(world: Path, tmp_path: Path) -> None:
-    """A process that labels is killed by the kernel; another one goes on."""
-    out = tmp_path / "killed.json"
-    part = part_file(out, Shard(0, 1))
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, str(world), str(out)], cwd=Path(__file__).parents[3])
-    try:
-        while not part.is_file() or part.read_bytes().count(b"\n") < 5:
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.05)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL and not out.exists()
-    make(world, out, resume=True)
-    assert out.read_bytes() == (world / "whole.json").read_bytes()
 
 
 def test_a_part_without_a_chunk_holds_nobody_up(world: Path, tmp_path: Path) -> None:

@@ -57,6 +57,19 @@ def test_labels_that_cost_accuracy_are_named(sets: tuple[Split, Split]) -> None:
     ]
 
 
+def test_pictures_of_one_colour_are_named(sets: tuple[Split, Split]) -> None:
+    train, val = sets
+    Image.new("RGB", (40, 30), (9, 9, 9)).save(train.images / "c.png")
+    line = notes_about(opened(train), opened(val))[-1]
+    assert line.startswith(
+        f"note: {train.annotations}: 1 of 3 images that were looked at have odd pixels, the first is"
+    )
+    assert "c.png: nearly one colour" in line
+    Image.new("RGB", (41, 30)).save(train.images / "c.png")
+    with pytest.raises(UserError, match=r"c\.png: the file is 41x30 pixels, the annotations say 40x30"):
+        notes_about(opened(train), opened(val))
+
+
 def test_validation_images_that_are_trained_on_are_named(sets: tuple[Split, Split]) -> None:
     train, val = sets
     shutil.copy(train.images / "b.png", val.images / "w.png")

@@ -20,7 +20,7 @@ from compress.manifest import fingerprint
 from compress.run import pipeline, trainings
 from compress.run.data import open_data
 from compress.training.learner import Learner
-from compress.training.optimizer import learning_rate
+from compress.training.optimizer import learning_rate, moving_average, ramped
 from deploy.core.errors import UserError
 from tests.helpers import tiny_recipe
 from tests.helpers.training_runs import assert_same, fabric, last_checkpoint, train
@@ -213,3 +213,23 @@ def test_finished_stages_are_skipped(tmp_path: Path) -> None:
     student.write_bytes(b"damaged")
     pipeline.distill(recipe, resume=True)
     load_file(student)
+
+
+def test_a_moving_average_of_a_short_training_is_not_its_first_step() -> None:
+    """The decay of timm's ModelEmaV3 (gamma 1, power 2/3), which a plain loop computes here; at a constant 0.9998 the
+    first value would count for 0.9998^59 = 98.8 %."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = moving_average(module, 0.9998)
+    assert average is not None
+    wanted, share = 0.0, 1.0  # share: of the first value
+    for step in range(60):
+        with torch.no_grad():
+            module.weight.fill_(float(step))
+        average.update_parameters(module)
+        decay = min(0.9998, 1 - (1 + step) ** (-2 / 3)) if step else 0.0
+        wanted, share = decay * wanted + (1 - decay) * step, share * (decay if step else 1)
+    assert share < 1e-4
+    assert float(average.module.weight) == pytest.approx(wanted, rel=1e-5)  # type: ignore[union-attr]
+    assert 40 < wanted < 59
+    assert [round(ramped(0.9998, steps), 4) for steps in (60, 999, 31_621)] == [0.9355, 0.99, 0.999]
+    assert ramped(0.9, 10**6) == 0.9
