@@ -7,7 +7,9 @@ torchvision imports it.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,9 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("tests.helpers")
+
+# An export makes some hundred thousand objects; Python's own thresholds spend an eighth of it looking for garbage.
+gc.set_threshold(50_000, 20, 20)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -34,3 +39,21 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests.helpers.cpu_budget import CpuReport
 
     config.pluginmanager.register(CpuReport(config.getoption("--cpu-report")), "cpu-report")
+
+
+@pytest.fixture(scope="module")
+def few_rounds() -> Iterator[None]:
+    """For tests that export, and are not about suppression."""
+    from tests.helpers.cheap_exports import rounds
+
+    with rounds(4):
+        yield
+
+
+@pytest.fixture(scope="module")
+def converted_once() -> Iterator[None]:
+    """For tests that export one module several times, and are not about the conversion."""
+    from tests.helpers.cheap_exports import conversions
+
+    with conversions():
+        yield

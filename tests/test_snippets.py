@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers import snippets, tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "docs" / "extending.md") if path.is_file()]
 

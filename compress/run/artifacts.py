@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Checks:
     train: Split | None = None
     identity: str | None = None
 
+    @cached_property
     def measured(self) -> tuple[CalibrationImages, str]:
         """Images to measure half precision on, spread evenly, and what they are in words. Training images that are
         not on this machine are not looked for: the file says which ones it was measured on."""
@@ -226,7 +228,7 @@ class _FloatFiles:
 
 def _export(plan: ArtifactPlan, path: Path, precision: str) -> dict[str, Any]:
     assert plan.checks is not None, "an export is checked"
-    measured, words = plan.checks.measured() if PRECISIONS[precision].half else (None, "")
+    measured, words = plan.checks.measured if PRECISIONS[precision].half else (None, "")
     report = export_checkpoint(
         plan.checkpoint,
         path,
@@ -244,12 +246,13 @@ def _export(plan: ArtifactPlan, path: Path, precision: str) -> dict[str, Any]:
 
 
 def _exported(plan: ArtifactPlan, file: OnnxFile) -> Artifact:
-    def inputs() -> dict[str, Any]:
-        assert plan.checks is not None, "an export is checked"
-        half = PRECISIONS[file.precision].half
-        return {**_inputs(plan), **({"measured": plan.checks.measured()[0].sha256} if half else {})}
-
-    found = _stage(plan, file.stage, inputs, [file.path], lambda: _export(plan, file.path, file.precision))
+    found = _stage(
+        plan,
+        file.stage,
+        lambda: {**_inputs(plan), **_measured(plan, file.precision)},
+        [file.path],
+        lambda: _export(plan, file.path, file.precision),
+    )
     summary = (
         f"{found['size_bytes'] / 1e6:.1f} MB; largest difference from torch: score "
         f"{found['max_score_difference']:.1e}, box {found['max_box_difference_px']:.1e} px{found.get('half', '')}"
@@ -342,6 +345,13 @@ def _inputs(plan: ArtifactPlan) -> dict[str, Any]:
     return inputs
 
 
+def _measured(plan: ArtifactPlan, precision: str) -> dict[str, Any]:
+    """The images that shape a float file with float16 in it."""
+    if plan.checks is None or not PRECISIONS[precision].half:
+        return {}
+    return {"measured": plan.checks.measured[0].sha256}
+
+
 def exported_settings(settings: Deploy, checks: Checks | None) -> dict[str, Any]:
     """The settings behind a float file, as the manifest of a run has them."""
     assert checks is not None, "a run checks its files"
@@ -357,6 +367,7 @@ def _quantized_inputs(plan: ArtifactPlan, file: OnnxFile, how: Quantizing) -> di
         return {**_inputs(plan), **grids, **how.identity(searched=False)}
     described = {
         **_inputs(plan),
+        **_measured(plan, PRECISIONS[file.precision].source),
         "int8": settings.model_dump(mode="json", exclude={"qad"}),
         "guided": plan.settings.max_map_drop,
         **how.identity(searched=True),

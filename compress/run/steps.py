@@ -40,6 +40,8 @@ SUPPRESSION_TOLERANCE = 0.02
 """Share of the detections of a picture, weighted by score, that may lack a partner: overlaps within rounding of the
 threshold may fall on either side, because training suppresses in pixels of the file, a file in those of its canvas."""
 PARTNER_IOU = 0.9
+SLIVER = 0.1
+"""Pixels; thinner boxes, of models that have hardly learned, are empty or not by rounding, and are not compared."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of a picture that have an area. boxes: float [n, 4] xyxy pixels of the file; scores [n];
+    """Detections of a picture that are no slivers. boxes: float [n, 4] xyxy pixels of the file; scores [n];
     category_ids: int [n]."""
 
     boxes: np.ndarray
@@ -66,9 +68,9 @@ class Found:
     category_ids: np.ndarray
 
     @classmethod
-    def of(cls, boxes: np.ndarray, scores: np.ndarray, category_ids: np.ndarray) -> Found:
-        """Leave out those without an area."""
-        kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    def of(cls, boxes: np.ndarray, scores: np.ndarray, category_ids: np.ndarray, least: float = SLIVER) -> Found:
+        """Keep those of which width and height are above `least` pixels."""
+        kept = (boxes[:, 2:] - boxes[:, :2] > least).all(1)
         return cls(boxes[kept], scores[kept], category_ids[kept])
 
 
@@ -142,26 +144,27 @@ def in_training(detector: Detector, val: CocoDetection, index: int, canvas: tupl
     prediction = detector(batch.images.to(detector.mean.device))
     dense = prediction.float()
     scores = dense.scores()[0]
-    best = scores.flatten().topk(min(card.candidates + 1, scores.numel())).values
-    beyond = float(best[-1]) if len(best) > card.candidates else 0.0
+    top = scores.flatten().topk(min(card.candidates + 1, scores.numel())).values
+    beyond = float(top[-1]) if len(top) > card.candidates else 0.0
     target = batch.targets[0]
     decoded = detector.decode(
         prediction,
         [_clipped_to_canvas(target.image_size, canvas)],
         score_threshold=max(card.score_threshold, beyond),
         nms_threshold=card.nms_threshold,
-        max_detections=card.max_detections,
+        max_detections=card.candidates,  # of which those without an area leave, and the best stay
     )[0]
     height, width = target.original_size
-    boxes = np.clip(decoded.boxes.cpu().numpy(), 0, (width, height, width, height))
     ids = np.asarray(val.category_ids)[decoded.labels.cpu().numpy()]
+    there = Found.of(decoded.boxes.cpu().numpy(), decoded.scores.cpu().numpy(), ids, least=0.0)
+    boxes = np.clip(there.boxes, 0, (width, height, width, height))[: card.max_detections]
     return Trace(
         pixels=val.image(index).permute(1, 2, 0).numpy(),
         canvas=batch.images[0].numpy(),
         area=target.size,
         scores=scores.cpu().numpy(),
         boxes=detector.decode_boxes(dense)[0].float().cpu().numpy(),
-        found=Found.of(boxes, decoded.scores.cpu().numpy(), ids),
+        found=Found.of(boxes, there.scores[: card.max_detections], there.category_ids[: card.max_detections]),
     )
 
 

@@ -38,6 +38,7 @@ ADDED = float(np.finfo(np.float16).smallest_normal) * 2.0**11
 """A sum that reaches this has no digit for a term that float16 flushes to zero."""
 ROUNDING = 2.0**-10
 _TYPES: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+_SHAPES = ("Shape", "Size")
 _NAMES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 _TERMS = {"Add": (0, 1), "Sub": (0, 1), "Conv": (2,), "ConvTranspose": (2,), "Gemm": (2,)}
 """Operator → the inputs that it adds to others."""
@@ -179,10 +180,10 @@ def _kinds(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _marked(node: onnx.NodeProto, kinds: Mapping[str, int]) -> bool:
-    """A node that computes in the marked type; a Cast out of it takes any."""
+    """A node that computes in the marked type; a Cast out of it takes any, and so does what looks at the shape."""
     if any(kinds.get(name) == MARK for name in node.output):
         return True
-    return node.op_type != "Cast" and any(kinds.get(name) == MARK for name in node.input)
+    return node.op_type not in ("Cast", *_SHAPES) and any(kinds.get(name) == MARK for name in node.input)
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
@@ -240,6 +241,8 @@ def _harmless(
     if name in constants and not constants[name].ndim:
         return False  # a guard, as in x / (norm + 1e-6)
     for node in users.get(name, []):
+        if node.op_type in _SHAPES:
+            continue
         terms = _TERMS.get(node.op_type, ())
         top = max(largest.get(result, np.inf) for result in node.output)  # infinity: it leaves the marked part
         added = all(place in terms for place, value in enumerate(node.input) if value == name) and top >= ADDED

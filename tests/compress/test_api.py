@@ -22,6 +22,8 @@ from deploy.core.errors import UserError
 from deploy.core.image_folder import image_files
 from tests.helpers import tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 ROOT = Path(__file__).parents[2]
 IMPORTED = "print(*sorted({'torch', 'numpy', 'onnxruntime'} & set(sys.modules)))"
 

@@ -25,6 +25,8 @@ from examples.own_method.attention_transfer import AttentionTransfer
 from examples.own_teacher.colours import Colours
 from tests.helpers.server_process import server
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 CENTERS = "examples.own_detector.centers:Centers"
 METHOD = "examples.own_method.attention_transfer:AttentionTransfer"
 RED, BLUE = [220, 30, 30], [30, 60, 220]

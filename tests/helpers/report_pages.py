@@ -69,6 +69,8 @@ def full_report() -> dict[str, Any]:
         "artifacts": [
             one,
             {**one, "file": "student.int8.onnx", "map": 40.0, "map_drop": 5.0, "gate": "fail",
+             "training_drop": 5.25, "reason": "first step that differs: pixels: <b>turned</b>",
+             "differs_most": [{"id": 7, "file": "turned.png", "difference": 2.5}],
              "latency_ms": {"p50": 0.5, "p90": 0.6, "p95": 0.7, "p99": 0.8}},
             {"file": "student.engine", "gate": "not run: no GPU <here>"},
         ],

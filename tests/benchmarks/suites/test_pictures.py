@@ -43,10 +43,10 @@ def test_decoders_agree_and_a_hurried_one_does_not(rows: dict[tuple[str, str], R
     assert furthest["decoded in a hurry"] > 0
 
 
-def test_filters_differ_and_training_s_by_one_level(rows: dict[tuple[str, str], Row]) -> None:
-    assert rows["resized by torchvision", "furthest"].value <= 1
+def test_filters_differ_and_training_s_hardly(rows: dict[tuple[str, str], Row]) -> None:
+    assert rows["resized by torchvision", "furthest"].value <= 2
     for name in ("torchvision, no antialias", "OpenCV, linear", "Pillow, nearest", "Pillow, Lanczos"):
-        assert rows[name, "furthest"].value > 1, name
+        assert rows[name, "furthest"].value > 2, name
 
 
 def test_map_is_that_of_the_detections(rows: dict[tuple[str, str], Row]) -> None:

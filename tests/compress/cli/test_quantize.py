@@ -17,6 +17,8 @@ from compress.detectors.checkpoints import ModelRecord, save_detector
 from deploy.core.card import card_from_file
 from tests.helpers import tiny_recipe
 
+pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -29,6 +29,8 @@ from kernels.ops.iou_loss import giou_loss
 from tests.helpers import tiny_recipe
 from tests.helpers.methods import build
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 K = 3
 SMALL = {"retinanet": {"anchor_scale": 2.0}, "faster_rcnn": {"anchor_scale": 4.0, "head_depth": 0, "roi_samples": 16}}
 
@@ -198,17 +200,23 @@ def settings_of(family: str) -> list[str]:
     return [f"student={one}", f"teacher.model={one}", methods, "teacher.inherit=true", "baseline=true"]
 
 
-@pytest.mark.parametrize(("family", "teacher"), [("fcos", "faster_rcnn"), ("retinanet", "retinanet")])
-def test_a_run_of_another_family_ends_in_a_proven_file(family: str, teacher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "teacher", "precisions"),
+    [
+        ("fcos", "faster_rcnn", ["fp32"]),
+        ("retinanet", "retinanet", ["fp32"]),
+        pytest.param("fcos", "fcos", ["fp32", "fp16"], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_run_of_another_family_ends_in_a_proven_file(
+    family: str, teacher: str, precisions: list[str], tmp_path: Path
+) -> None:
     taught = [settings_of(family)[0], *settings_of(teacher)[1:3]]
-    recipe = tiny_recipe.recipe(
-        tmp_path, *taught, f"deploy.precisions={['fp32', 'fp16'][: 2 if family == 'fcos' else 1]}"
-    )
-    run_dir = pipeline.run(recipe)
+    run_dir = pipeline.run(tiny_recipe.recipe(tmp_path, *taught, f"deploy.precisions={precisions}"))
     report = json.loads((run_dir / "report.json").read_text())
     files = {row["file"]: row for row in report["artifacts"]}
     assert files["student.onnx"]["gate"] == "pass"
-    assert ("student.fp16.onnx" in files) == (family == "fcos")
+    assert ("student.fp16.onnx" in files) == ("fp16" in precisions)
     assert files["student.onnx"]["map"] == pytest.approx(files["student.safetensors"]["map"], abs=0.1)
     assert load_detector(run_dir / "student.safetensors")[1].model.detector == family
 

@@ -42,7 +42,8 @@ def test_full_report_shows_every_part(full_run: Path) -> None:
         "3.0 points above the same student trained from the labels alone",
         "Exported as student.onnx, it answers in 12.5 ms",  # not int8: it is faster but failed its gate
         "11 February 2026, 10:24 UTC",
-        "1 of 3", "1 failed, 1 not run", "no GPU <here>",
+        "1 of 3", "1 failed, 1 not run", "no GPU <here>", "5.25",
+        "first step that differs: pixels: <b>turned</b>; differs most in images 7 (turned.png)",
         "Validation mAP", "Detection loss", "Distillation: bckd_cls",
         "1 of 2 found, 0 extra", "0 of 2 found, 0 extra",
         "The image gone.png was not found",

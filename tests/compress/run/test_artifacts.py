@@ -22,6 +22,8 @@ from deploy.tensorrt import card as engines
 from tests.helpers import tiny_recipe
 from tests.helpers.report_pages import Page
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 OUT = Path("runs/first/student.onnx")
 
 

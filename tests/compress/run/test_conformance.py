@@ -9,6 +9,8 @@ from compress.run.conformance import CHECKS, check_model
 from deploy.core.errors import UserError
 from tests.helpers.broken_centers import FAULTS
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 EXAMPLE = "examples.own_detector.centers:Centers"
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from compress.config.data import Data, Split
 from compress.config.deploy import Deploy
+from compress.config.model import Model
 from compress.data import synthetic
 from compress.data.loader import eval_loader
-from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
+from compress.detectors.build import build_detector, model_of
+from compress.detectors.checkpoints import ModelRecord, load_detector, load_teacher_checkpoint, save_detector
 from compress.export.deployable import TorchRunner
 from compress.export.onnx import canvases, torch_runner
 from compress.manifest import STUDENT, Manifest, RunFolder
@@ -137,6 +139,24 @@ def test_a_teacher_is_measured_on_the_same_canvas(plan: EvaluationPlan) -> None:
     teacher = DetectorTeacher(detector, file="a", sha256="b", class_names=names, device=torch.device("cpu"))
     assert measure(teacher, range(len(names)), val, canvas=size).map == pytest.approx(expected, abs=1e-3)
     assert measure(teacher, range(len(names)), val).map != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["fcos", "retinanet"])
+def test_other_families_take_the_same_steps(family: str, plan: EvaluationPlan, tmp_path: Path) -> None:
+    """Untrained, with classes that are likely everywhere: many boxes, of which some have no area."""
+    names, ids = plan.val.categories, plan.val.category_ids
+    model = Model(detector=family, backbone="resnet18", weights="none", neck_channels=32, head_depth=1)
+    detector = build_detector(model, len(names), 0).eval()
+    torch.nn.init.constant_(
+        next(p for name, p in detector.named_parameters() if name.endswith("cls_logits.bias")), -1.0
+    )
+    record = ModelRecord(model=model_of(detector), num_classes=len(names), class_names=names, category_ids=ids)
+    save_detector(tmp_path / "a.safetensors", detector, metadata=record)
+    size, limits = plan.checks.input_size, plan.checks.resize_short_long
+    runner = torch_runner(str(tmp_path / "a.safetensors"), plan.settings, size, resize_short_long=limits)
+    trace = steps.in_deployment(runner, plan.val, 1)
+    assert len(trace.found.scores) > 10
+    assert steps.first_difference(detector, plan.val, size, runner, [0, 1, 2]) is None
 
 
 # --- six planted differences, each on either side --------------------------------------------------------

@@ -22,6 +22,7 @@ from deploy.core.files import sha256_of
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import evaluate_coco
 from tests.helpers import tiny_recipe
+from tests.helpers.cheap_exports import rounds
 from tests.helpers.training_runs import fabric
 
 
@@ -126,6 +127,7 @@ def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest
     assert not recipe.runs.exists()
 
 
+@rounds(4)
 def test_portrait_photographs_go_through(tmp_path: Path) -> None:
     """Images of several sizes and ratios, none of them the canvas; validation in the original pixels."""
     recipe = tiny_recipe.recipe(tmp_path)

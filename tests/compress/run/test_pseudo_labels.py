@@ -31,6 +31,7 @@ from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from tests.helpers import tiny_recipe
+from tests.helpers.cheap_exports import rounds
 from tests.helpers.random_teacher import teacher
 
 NAMES = class_names(3)
@@ -344,6 +345,7 @@ def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read(alone)["annotations"] == document["annotations"]
 
 
+@rounds(4)
 def test_the_recipes_teacher_labels(tmp_path: Path) -> None:
     """Trained in the run from the labelled images, it labels the others, teaches by its features and is compared."""
     made = tiny_recipe.recipe(

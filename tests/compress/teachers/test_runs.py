@@ -24,6 +24,8 @@ from tests.helpers import tiny_recipe
 from tests.helpers.random_teacher import teacher as random_teacher
 from tests.helpers.teacher_files import CORNERS, PIXELS, constant, deployable, spot, transformers_model
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 NAMES = class_names(3)
 LABELLED = ("labels.fraction=0.5", "pseudo_labels.tau=0.05", "pseudo_labels.tau_ignore=0.02",
             "pseudo_labels.fine_tune=null", "methods.bckd=null")  # fmt: skip

@@ -103,6 +103,7 @@ def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
         assert b'"score"' in file.read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
     shown = compress(PYTHON, "distill", str(tiny_recipe.recipe_file(tmp_path)), "--dry-run")
     assert "everything fits together" in shown and not (tmp_path / "runs").exists()
@@ -115,9 +116,9 @@ def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: P
         "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, "
         "uet: {of: [fgd, bckd]}}"
     )
-    settings = overrides([methods, "train.steps=14"])
+    settings = overrides([methods, "train.steps=10"])
     compress(TORCHRUN, "distill", str(tiny_recipe.recipe_file(tmp_path)), *settings)
     with open(tmp_path / "runs" / "tiny" / "student" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
-    assert [row["mgd"] != "" for row in rows] == [True, False, False]  # steps 1, 10 and 14; an epoch has 6
+    assert [row["mgd"] != "" for row in rows] == [True, False]  # steps 1 and 10; an epoch has 6
     assert all(float(row["fgd_fg"]) > 0 and float(row["grad_fgd"]) > 0 for row in rows)

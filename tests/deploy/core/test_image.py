@@ -92,7 +92,7 @@ def test_letterbox_fits_pads_and_inverts(height: int, width: int, canvas_h: int,
 
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), short=st.integers(1, 120), more=st.integers(0, 120))
-def test_evaluation_has_the_pixels_of_the_file_and_training_those_within_a_level(
+def test_evaluation_has_the_pixels_of_the_file_and_training_those_within_two_levels(
     seed: int, short: int, more: int
 ) -> None:
     random = np.random.default_rng(seed)
@@ -106,7 +106,8 @@ def test_evaluation_has_the_pixels_of_the_file_and_training_those_within_a_level
     assert scale == (width / image.shape[1], height / image.shape[0])
     assert np.array_equal(eval_transform(**limits)(tensor, *none)[0].numpy(), fitted)
     step = train_transform(**limits, flip=0.0)(tensor, *none)[0].numpy()
-    assert step.shape == fitted.shape and np.abs(step.astype(int) - fitted).max() <= 1
+    # each of the two passes rounds, so two ties may add up: in noise, one value of 60 million
+    assert step.shape == fitted.shape and np.abs(step.astype(int) - fitted).max() <= 2
 
 
 @settings(max_examples=60)

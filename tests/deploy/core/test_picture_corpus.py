@@ -181,7 +181,7 @@ def datasets(
         assert np.array_equal(read.image.numpy(), on_canvas), file.kind
         assert np.array_equal(read.original.permute(1, 2, 0).numpy(), found), file.kind
         stepped = trained[index][0].numpy().astype(int)
-        assert np.abs(stepped - on_canvas).max() <= 1, file.kind  # torchvision's kernel
+        assert np.abs(stepped - on_canvas).max() <= 2, file.kind  # torchvision's kernel
         assert photos.size(path.name) == found.shape[1::-1], file.kind
 
 

@@ -16,6 +16,7 @@ from deploy.core.card import card_from_file
 from deploy.core.errors import UserError
 from deploy.graph.export import ExportMismatchError, export_onnx
 from deploy.runtimes.onnx import OnnxRunner
+from tests.helpers.cheap_exports import rounds
 from tests.helpers.tiny_onnx import CARD, SIZE, TinyDetector, deployable, export_tiny, pictures
 
 
@@ -32,6 +33,7 @@ def test_the_file_gives_what_torch_gives_at_every_batch_size(tiny_onnx: Path) ->
         assert (found.boxes.dtype, found.labels.dtype, found.count.dtype) == (np.float32, np.int64, np.int32)
 
 
+@rounds(4)
 def test_the_report_tells_what_was_compared(tmp_path: Path) -> None:
     report = export_tiny(tmp_path / "tiny.onnx", seed=3)
     assert report.batches == (1, 2, 8) and report.images == 8
@@ -82,6 +84,7 @@ class _WrongSelect(Deployable):
         return (out[0], out[1], out[2] * 0, out[3]) if torch.compiler.is_exporting() else out
 
 
+@rounds(4)
 @pytest.mark.parametrize(("kind", "message"), [(_WrongDense, "in score"), (_WrongSelect, "detections")])
 def test_a_file_that_disagrees_with_torch_is_not_written(tmp_path: Path, kind: Any, message: str) -> None:
     path = tmp_path / "model.onnx"
@@ -92,6 +95,7 @@ def test_a_file_that_disagrees_with_torch_is_not_written(tmp_path: Path, kind: A
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@rounds(4)
 def test_a_detector_that_finds_nothing_is_compared_all_the_same(tmp_path: Path) -> None:
     card = CARD.model_copy(update={"score_threshold": 1.0})
     report = export_tiny(tmp_path / "m.onnx", card=card)

@@ -30,6 +30,8 @@ from tests.helpers.harmed_graphs import set_initializer
 from tests.helpers.tensorrt_build import build
 from tests.helpers.tiny_onnx import CARD, TinyDetector, pictures
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 DENSE = ["dense_scores", "dense_boxes"]
 STEM, STEM_BIAS, DOWN, DOWN_BIAS = (
     f"module.detector.{n}" for n in ("stem.weight", "stem.bias", "down.weight", "down.bias")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cheap_exports import tiny_file
 from tests.helpers.red_rectangle_model import write_red_model
 from tests.helpers.server_process import Server, server
-from tests.helpers.tiny_onnx import export_tiny
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,4 @@ def red_server(red_onnx: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector with decoding and suppression in its graph."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
-    export_tiny(path)
-    return path
+    return tiny_file(tmp_path_factory)

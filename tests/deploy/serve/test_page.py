@@ -236,7 +236,7 @@ def test_paste_and_drop(page: Page, red_server: Server) -> None:
 
 def test_the_documents_page(page: Page, red_server: Server) -> None:
     page.open(f"{red_server.url}/docs")
-    page.wait("document.querySelectorAll('.operation').length === 16")
+    page.wait("document.querySelectorAll('.operation').length === 21")
     text = page.run("document.body.innerText")
     assert "/v2/models/{name}/infer" in text and "curl --data-binary @picture.jpg" in text
 

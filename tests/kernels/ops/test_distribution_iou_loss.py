@@ -58,7 +58,7 @@ def test_decoding_of_mmdet(device: torch.device) -> None:
     close(loss.cpu(), float(giou_loss(decoded, truth) @ torch.tensor([1.0, 0.5])))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     shape=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 8, 67])),
     bins=st.sampled_from([2, 5, 17]),
@@ -87,7 +87,7 @@ def test_student_against_teacher(
     )
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     count=st.sampled_from([1, 2, 33]),
     bins=st.sampled_from([2, 17]),

@@ -45,7 +45,7 @@ cases = given(
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
@@ -70,7 +70,7 @@ def test_distance_against_float64(name, chunk, shape, weights, dropout, dtype, l
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_file, "CHUNK", chunk)
@@ -95,7 +95,7 @@ def test_attention_against_float64(name, chunk, shape, weights, dropout, dtype, 
 
 
 @pytest.mark.parametrize(("name", "chunk"), PATHS)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @cases
 def test_both_at_once(name, chunk, shape, weights, dropout, dtype, layouts, device, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Results equal one after the other, and the sum of their gradients (float64 oracles: above)."""
@@ -228,7 +228,10 @@ def test_uncertain_teacher_with_given_masks(combine, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layouts", [("contiguous", "contiguous"), ("channels_last", "channels_last")])
+@pytest.mark.parametrize(
+    "layouts",
+    [("channels_last", "channels_last"), pytest.param(("contiguous", "contiguous"), marks=pytest.mark.exhaustive)],
+)
 def test_compiled_and_whole_graph(layouts: tuple[str, str]) -> None:
     student, teacher = (strided(x, layout) for x, layout in zip(torch.randn(2, 2, 6, 5, 7), layouts, strict=True))
     student.requires_grad_()

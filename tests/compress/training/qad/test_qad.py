@@ -46,6 +46,8 @@ from deploy.quantize.qdq import check_format
 from tests.helpers import tiny_recipe
 from tests.helpers.training_runs import assert_same, fabric
 
+pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+
 SETTINGS = (
     "deploy.int8={images: 6, qad: {steps: 6, lr: 1e-3}}",
     "methods={bckd: {}, pkd: {}}",
