@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from compress.manifest import RunFolder
 from compress.run.pseudo_labels import LabellingPlan
 from compress.training.distributed import on_first_process
+from compress.training.place import remove_replaced
 from deploy.core.errors import UserError
 from deploy.core.files import remove_temporaries, write_text
 from deploy.core.lock import locked
@@ -27,6 +28,7 @@ def working_in(folder: RunFolder, fabric: Fabric) -> Iterator[None]:
         def begin() -> None:
             stack.enter_context(locked(folder.lock, str(folder.path)))
             remove_temporaries(folder.path)
+            remove_replaced(folder)
 
         on_first_process(fabric, begin)
         yield

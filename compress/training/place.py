@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from compress.manifest import RunFolder, TrainingFolder
+from compress.manifest import TRAININGS, RunFolder, TrainingFolder
 from deploy.core.errors import UserError
 
 
@@ -45,6 +45,14 @@ def publish(folder: RunFolder, name: str, place: TrainingFolder) -> None:
         os.rename(first, old)
     os.rename(place.path, first)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_replaced(folder: RunFolder) -> None:
+    """Remove folders that `publish` had replaced when it was killed."""
+    for name in TRAININGS:
+        place = folder.training(name).path
+        if place.is_dir():
+            shutil.rmtree(place.with_name(f"{name}.old"), ignore_errors=True)
 
 
 @contextmanager

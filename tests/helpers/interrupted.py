@@ -142,11 +142,11 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
     at.mkdir(parents=True)
     in_child(lambda: work.start(at))
     shutil.copytree(at, start)
-    before = sum(path.stat().st_size for path in at.rglob("*") if path.is_file())
+    before = size_of(at)
     reference = in_child(lambda: command(work.first(at)))
     assert reference.ended == 0, reference
     shutil.copytree(at, whole)
-    most = sum(path.stat().st_size for path in at.rglob("*") if path.is_file()) + ROOM[kind]
+    most = size_of(at) + ROOM[kind]
     found = []
     for _ in range(count):
         share = chance.random()
@@ -175,6 +175,11 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
         found.append({"share": round(share, 3), **vars(outcome)})
         print(kind, how, json.dumps(found[-1])[:600], file=sys.stderr, flush=True)
     return found
+
+
+def size_of(folder: Path) -> int:
+    """Bytes on a disk that gives out whole pages."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
 
 
 def left_wrong(at: Path, start: Path, whole: Path, work: Work) -> list[str]:

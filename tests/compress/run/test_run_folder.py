@@ -121,6 +121,7 @@ def test_a_new_training_that_is_interrupted_loses_nothing_and_is_continued(
         ):
             train(new)
     load_file(finished / "student.safetensors")
+    (finished / "student.old").mkdir()  # as a kill leaves it that comes after the replacing
     with monkeypatch.context() as patch:
         if moment != "checkpoint":  # all steps are done
             patch.setattr(loop.Learner, "forward", None)
