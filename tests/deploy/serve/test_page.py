@@ -57,6 +57,7 @@ def upload(page: Page, file: Path, boxes: int = 1) -> None:
     page.choose("#file", file)
     page.wait(
         f"document.querySelector('#summary').textContent && document.querySelectorAll('#boxes g').length === {boxes}"
+        " && document.querySelector('#image').naturalWidth > 0"  # it is decoded on its own
     )
 
 
