@@ -129,7 +129,7 @@ WORK = {
 }  # fmt: skip
 
 
-ROOM = {"run": 16_000_000, "export": 4_000_000, "pseudo-label": 50_000}
+ROOM = {"run": 11_000_000, "export": 1_500_000, "pseudo-label": 50_000}
 """Bytes that each needs for a while beside what it leaves, and some."""
 
 # --- how it is interrupted ------------------------------------------------------------------------------
