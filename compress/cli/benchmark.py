@@ -296,7 +296,13 @@ def _scopes(text: str | None, scenario: Scenario) -> list[Any]:
 def _image_files(folder: Path | None, runners: dict[str, Runner]) -> Iterator[list[Path]]:
     """The image files of `folder`, or drawn ones as large as the largest input, for as long as it is open."""
     if folder is not None:
-        yield images_in(folder)
+        from deploy.core.odd_pictures import odd_pictures
+
+        files = images_in(folder)
+        odd = odd_pictures(files)
+        if odd is not None:
+            print(f"note: --images: {odd}")
+        yield files
         return
     import tempfile
 

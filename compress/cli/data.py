@@ -338,9 +338,17 @@ def pseudo_label(
         thresholds = Labelled(flags.thresholds_from, flags.thresholds_root)
         for line in label_notes(load_annotations(flags.thresholds_from), kinds=WHEN_MEASURING):
             print(f"note: {flags.thresholds_from}: {line}")
+    listed = images_in(images, root)
+    if is_rank_zero():
+        from deploy.core.odd_pictures import odd_pictures
+
+        files = [listed.folder / name for name in listed.names]
+        odd = odd_pictures(files, skip_unreadable=True)  # labelling says what to do about those
+        if odd is not None:
+            print(f"note: {images}: {odd}")
     summary = label(
         teachers,
-        images_in(images, root),
+        listed,
         out,
         settings,
         categories=flags.categories,

@@ -62,10 +62,13 @@ def validate(
     max_map_drop = 0.5 if max_map_drop is None else max_map_drop
     need_finite(max_map_drop, "--max-map-drop")
     need_json_place(json_out)
+    from deploy.core.odd_pictures import odd_pictures
     from deploy.validate.coco import load_annotations
     from deploy.validate.labels import WHEN_MEASURING, label_notes
 
-    for line in label_notes(load_annotations(data), kinds=WHEN_MEASURING):
+    truth = load_annotations(data)
+    odd = odd_pictures([images / row["file_name"] for row in truth["images"]])
+    for line in [*label_notes(truth, kinds=WHEN_MEASURING), *([] if odd is None else [odd])]:
         print(f"note: {data}: {line}")
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
     from deploy.runtimes.open import open_runners, runner_name

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from compress.config.data import Split
 from compress.data.coco import CocoDetection
-from deploy.core.image import pixel_doubt
+from deploy.core.odd_pictures import odd_pictures
 from deploy.core.same_files import shared
 
 Set = tuple[Split, CocoDetection]
@@ -15,7 +18,6 @@ Set = tuple[Split, CocoDetection]
 
 MUCH_PADDING = 0.4
 _NAMED = 5  # pictures that a line names
-_LOOKED_AT = 32  # pictures of a set that are decoded
 
 
 def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
@@ -34,7 +36,11 @@ def notes_about(train: Set, val: Set, has_labels: bool = True) -> list[str]:
         if images.dropped
     ]
     lines += [f"note: {split.annotations}: {line}" for split, images in sets for line in images.label_notes]
-    lines += [line for split, images in sets if (line := _odd_pixels(split, images)) is not None]
+    for split, images in sets:
+        files = [images.path(index) for index in range(len(images))]
+        odd = odd_pictures(files, partial(_pixels, images))
+        if odd is not None:
+            lines.append(f"note: {split.annotations}: {odd}")
     if has_labels:
         known, judged_on = ([images.path(index) for index in range(len(images))] for _, images in sets)
         found = shared(judged_on, known)
@@ -58,17 +64,8 @@ def canvas_notes(canvas: tuple[int, int], padding: float) -> list[str]:
     ]
 
 
-def _odd_pixels(split: Split, images: CocoDetection) -> str | None:
-    count = min(len(images), _LOOKED_AT)
-    sample = [index * len(images) // count for index in range(count)]
-    found = [(index, doubt) for index in sample if (doubt := pixel_doubt(images.image(index).permute(1, 2, 0).numpy()))]
-    if not found:
-        return None
-    index, doubt = found[0]
-    return (
-        f"note: {split.annotations}: {len(found)} of {count} images that were looked at have odd pixels, the first is "
-        f"{images.path(index)}: {doubt}"
-    )
+def _pixels(images: CocoDetection, index: int) -> np.ndarray:
+    return images.image(index).permute(1, 2, 0).numpy()
 
 
 def _names(pairs: Sequence[tuple[Path, Path]]) -> str:

@@ -54,12 +54,22 @@ def need_whole(folder: RunFolder, labelling: LabellingPlan | None) -> None:
     if not unfinished:
         return
     name = unfinished[0]
-    otherwise = f"remove {folder.path / name} to keep what was finished before"
-    if not name.endswith(".new"):
-        otherwise = "remove the folder to start again"
+    how, otherwise = "", "remove the folder to start again"
+    if name.endswith(".new"):
+        how, otherwise = " with its recipe", f"remove {folder.path / name} to keep what was finished before"
     raise UserError(
-        f"{folder.path} holds an interrupted run ({name} is unfinished); add --resume to continue it, or {otherwise}"
+        f"{folder.path} holds an interrupted run ({name} is unfinished); add --resume to continue it{how}, "
+        f"or {otherwise}"
     )
+
+
+def about_what_is_left(folder: RunFolder) -> list[str]:
+    """One line for each training that is still unfinished where a run has ended: it has other settings."""
+    return [
+        f"note: {folder.path / name} holds an interrupted training with other settings; its own recipe continues it "
+        "with --resume, and the next run asks for that; or remove the folder"
+        for name in folder.unfinished()
+    ]
 
 
 def write_recipe(folder: RunFolder, text: str, *, whole: bool) -> None:

@@ -40,7 +40,7 @@ from compress.manifest import (
 )
 from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
 from compress.run.data_notes import canvas_notes, notes_about
-from compress.run.folder import need_whole, working_in, write_recipe
+from compress.run.folder import about_what_is_left, need_whole, working_in, write_recipe
 from compress.run.parts import Parts, named_identity
 from compress.run.pseudo_labels import (
     LabellingPlan,
@@ -138,6 +138,8 @@ def _do(
             console.print(
                 f"{folder.path}: everything was done already and its inputs are the same; nothing was repeated"
             )
+        for line in about_what_is_left(folder):
+            console.print(line, markup=False, soft_wrap=True)
     return folder.path
 
 
@@ -265,7 +267,7 @@ class _Run:
         sets = (data.train_split, data.train), (data.val_split, data.val)
         notes = notes_about(*sets, data.has_labels) if fabric.is_global_zero else []
         for line in (*notes, *canvas_notes(data.canvas, data.padding), *data.about_missing_labels(self.recipe.labels)):
-            self.console.print(line, markup=False)
+            self.console.print(line, markup=False, soft_wrap=True)  # with commands that may be copied
 
     def check_lengths(self, *, distillation: bool) -> None:
         """Refuse a training that cannot work before another one takes hours. How many images a student has that also

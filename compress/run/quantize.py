@@ -14,6 +14,7 @@ from compress.console import open_console
 from compress.data.digests import PictureDigests, together
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of, write_json, write_text
+from deploy.core.odd_pictures import odd_pictures
 from deploy.core.precisions import Target
 from deploy.core.progress import Progress
 from deploy.core.same_files import shared
@@ -64,6 +65,9 @@ class Quantizing:
         source = self.settings.calibration
         if source is not None:
             files = list_images(source)
+            odd = odd_pictures(files)
+            if odd is not None:
+                open_console().print(f"note: {CALIBRATION_KEY}: {odd}", markup=False)
         else:
             assert self.train is not None, "without training images the settings name others"
             files = split_files(self.train.annotations, self.train.images)

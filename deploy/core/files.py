@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -61,7 +62,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        unnamed = error.filename is None or Path(os.fsdecode(error.filename)).name.startswith(f".{path.stem}-")
+        unnamed = error.filename is None or Path(os.fsdecode(error.filename)).name.startswith(f".{path.stem}{_MARK}")
         if error.errno in NO_ROOM and unnamed:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -87,10 +88,10 @@ def need_place(path: Path) -> None:
     os.unlink(name)
 
 
-def remove_temporaries(folder: Path, stem: str = "*") -> None:
+def remove_temporaries(folder: Path, stem: str | None = None) -> None:
     """Remove what killed processes left of `atomic_path` in a folder and below it; of files of this stem alone, if one
     is given. Nobody else may write them now."""
-    for path in folder.rglob(f".{stem}-*"):
+    for path in folder.rglob(f".{'*' if stem is None else glob.escape(stem)}{_MARK}*"):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
@@ -112,12 +113,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_TEMPORARY = re.compile(r"\..+-[a-z0-9_]{8}(\.[^.]+)?")
-"""Names that `_make_temporary` gives."""
+_MARK = ".partial-"
+_TEMPORARY = re.compile(rf"\..*{re.escape(_MARK)}[a-z0-9_]{{8}}(\.[^.]+)?")
+"""Names that `_make_temporary` gives, which no file of a user's has by chance."""
 
 
 def _make_temporary(path: Path, folder: Path) -> tuple[int, str]:
-    return tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder)
+    return tempfile.mkstemp(prefix=f".{path.stem}{_MARK}", suffix=path.suffix, dir=folder)
 
 
 def _no_room(temporary: Path) -> OSError | None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.core.boxes import pairwise_iou
-from deploy.core.card import HalfPrecision, ModelCard
+from deploy.core.card import HalfPrecision, ModelCard, card_from_file
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -394,6 +394,9 @@ def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) 
         from deploy.graph.diagnose import first_divergence
     except ModuleNotFoundError as error:
         return f"not run: pip install {error.name}, which reads the values inside ONNX files"
+    here, there = runner.card.input_size, card_from_file(trusted).input_size
+    if here != there:
+        return f"canvas: {here[0]}x{here[1]} (height x width), that of {trusted.name} is {there[0]}x{there[1]}"
     canvases = fit_pictures([load_image(image) for image in images], runner.card).images
     try:
         return str(first_divergence(trusted, file, canvases))

@@ -103,6 +103,24 @@ MOMENTS = {
 }
 
 
+def test_a_recipe_that_is_done_names_the_interrupted_training_of_another(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, before = recipe(tmp_path), digests(finished)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(patch, *MOMENTS["checkpoint"])
+        train(recipe(tmp_path, *NEW))
+    capsys.readouterr()
+    train(old, resume=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"note: {finished}/student.new holds an interrupted training with other settings" in said
+    after = digests(finished)
+    assert {name for name in before if after[name] != before[name]} <= {"recipe.yaml"}  # of another folder
+    assert (finished / "student.new").is_dir()
+    with pytest.raises(UserError, match=r"add --resume to continue it with its recipe, or remove \S+student\.new"):
+        train(old)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_new_training_that_is_interrupted_loses_nothing_and_is_continued(
     tmp_path: Path, finished: Path, whole: Path, moment: str, monkeypatch: pytest.MonkeyPatch

@@ -121,7 +121,10 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
             left.append(Path(f"{temporary.parent}/{temporary.name}"))
             temporary.write_text("whole")
         left[-1].write_text("half")
-    kept = [tmp_path / name for name in (".gitignore", ".my-notes.txt", "report.json", "student/last.ckpt")]
+    kept = [
+        tmp_path / name
+        for name in (".gitignore", ".my-notes.txt", ".vscode-settings.json", "report.json", "student/last.ckpt")
+    ]
     for path in kept:
         path.touch()
     remove_temporaries(tmp_path)

@@ -22,6 +22,9 @@ from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import AGREEMENT_SCORE, results_table, validate, write_results
 from deploy.validate.coco import evaluate_coco
+from tests.helpers.red_rectangle_model import CARD as RED
+from tests.helpers.red_rectangle_model import picture as red_picture
+from tests.helpers.red_rectangle_model import write_red_model
 from tests.helpers.tiny_onnx import CARD, deployable
 
 COUNT = 13  # not a multiple of the batch size
@@ -255,6 +258,22 @@ def test_a_file_that_fails_names_the_pictures_that_differ_most(
         (i, names[i]) for i in (ids[k], ids[k - 1])
     ]
     assert row.pictures[0]["difference"] > 10 * row.pictures[1]["difference"] > 0
+
+
+def test_files_of_two_canvases_are_told_apart_by_them(tmp_path: Path) -> None:
+    Image.fromarray(red_picture((96, 128), (13, 11, 90, 71))).save(tmp_path / "a.png")
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 128, "height": 96}],
+        "categories": [{"id": 7, "name": "red"}, {"id": 9, "name": "large red"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 9, "bbox": [13, 11, 77, 60], "iscrowd": 0}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    write_red_model(tmp_path / "red.onnx")
+    write_red_model(tmp_path / "small.onnx", card=RED.model_copy(update={"input_size": (32, 32)}))
+    runners = {name: OnnxRunner(tmp_path / name) for name in ("red.onnx", "small.onnx")}
+    row = validate(runners, tmp_path / "a.json", tmp_path, reference="red.onnx")[1]
+    assert row.gate == "fail"
+    assert row.diagnosis == "canvas: 32x32 (height x width), that of red.onnx is 96x128"
 
 
 def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: Path) -> None:
