@@ -31,8 +31,7 @@ def interrupted(kind: str, how: str, folder: Path, count: int) -> None:
     tries = json.loads(done.stdout)
     assert len(tries) == count
     assert [(one["share"], one["wrong"]) for one in tries if one["wrong"]] == []
-    ended = {one["ended"] for one in tries}
-    assert ended == {-9} if how == "kill" else 2 in ended
+    assert any(one["ended"] == (-9 if how == "kill" else 2) for one in tries)
 
 
 def test_labelling_that_is_killed(tmp_path: Path) -> None:
