@@ -43,9 +43,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     Path("empty_report/report.json").write_text("{}")
     Path("images").mkdir()
     Path("void").mkdir()
-    Image.new("RGB", (64, 64)).save("images/a.png")
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save("images/a.png")
     Path("other").mkdir()
-    Image.new("RGB", (64, 64), "red").save("other/b.png")
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save("other/b.png")
     boxless = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "a"}], "annotations": []}
     Path("boxless.json").write_text(json.dumps(boxless))
     Path("good.json").write_text(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from compress import __version__, cli
 from deploy.core.errors import LocalUserError, UserError
@@ -88,6 +89,14 @@ def test_labels_that_change_map_are_named_where_it_is_measured(run: Run) -> None
     assert (code, out) == (2, said) and "text.onnx" in err
     code, out, _ = run("pseudo-label none.onnx --images images --out new.json --thresholds-from twice.json")
     assert (code, out) == (2, said)
+
+
+def test_odd_pixels_are_named_where_pictures_are_used(run: Run) -> None:
+    Image.new("RGB", (64, 64)).save("images/a.png")
+    said = "1 of 1 images that were looked at have odd pixels, the first is images/a.png: nearly one colour"
+    for command in ("validate text.onnx --data good.json", "pseudo-label none.onnx --out new.json"):
+        code, out, _ = run(f"{command} --images images")
+        assert code == 2 and said in out and out.startswith("note: ")
 
 
 def test_one_file_becomes_two(run: Run) -> None:
