@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from PIL import Image
 
 from deploy.core.errors import UserError
 from deploy.graph.diagnose import first_divergence
@@ -29,26 +28,12 @@ from tests.helpers.harmed_graphs import (
     swapped_values,
     wrong_weight,
 )
-from tests.helpers.tiny_onnx import SIZE, pictures
+from tests.helpers.tiny_onnx import SIZE, labelled_pictures, pictures
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> tuple[Path, Path]:
-    """Images whose ground truth is what the float file finds."""
-    folder = tmp_path_factory.mktemp("data")
-    images, boxes = [], []
-    found = OnnxRunner(tiny_onnx)(pictures(6, seed=3))
-    for i, picture in enumerate(pictures(6, seed=3)):
-        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": SIZE[1], "height": SIZE[0]})
-        for k in range(6):
-            x1, y1, x2, y2 = found.boxes[i, k].tolist()
-            box = {"image_id": i, "category_id": (2, 4, 9)[found.labels[i, k]], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            boxes.append({**box, "id": len(boxes) + 1, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
-    categories = [{"id": i, "name": n} for i, n in zip((2, 4, 9), "abc", strict=True)]
-    file = folder / "val.json"
-    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
-    return file, folder
+    return labelled_pictures(tiny_onnx, tmp_path_factory.mktemp("data"), seed=3, boxes=6)
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,8 @@ from deploy.quantize.calibrate import choose_images, list_images
 from deploy.quantize.file import Quantizer
 from deploy.quantize.guided import GuidedResult, Sensitivity, Trial, search
 from deploy.quantize.picture import sensitivity_table, trade_off_svg, trials_table
-from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers.harmed_graphs import harmed, log_of_negative
-from tests.helpers.tiny_onnx import SIZE, pictures
+from tests.helpers.tiny_onnx import SIZE, labelled_pictures, pictures
 
 FLOAT_MAP = 40.0
 
@@ -116,21 +115,7 @@ def test_output_layers_are_given_up_last_and_only_within_the_budget(last: float,
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> tuple[Path, Path]:
-    """Images whose ground truth is what the float file finds, so float is near 100 and every error costs."""
-    folder = tmp_path_factory.mktemp("labelled")
-    found = OnnxRunner(tiny_onnx)(pictures(6, seed=11))
-    images, boxes = [], []
-    for i, picture in enumerate(pictures(6, seed=11)):
-        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": SIZE[1], "height": SIZE[0]})
-        for k in range(8):
-            x1, y1, x2, y2 = found.boxes[i, k].tolist()
-            box = {"image_id": i, "category_id": (2, 4, 9)[found.labels[i, k]], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            boxes.append({**box, "id": len(boxes) + 1, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
-    categories = [{"id": i, "name": n} for i, n in zip((2, 4, 9), "abc", strict=True)]
-    file = folder / "labels.json"
-    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
-    return file, folder
+    return labelled_pictures(tiny_onnx, tmp_path_factory.mktemp("labelled"), seed=11, boxes=8)
 
 
 @pytest.fixture(scope="module")
