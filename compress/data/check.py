@@ -16,24 +16,14 @@ from deploy.core.image_folder import missing
 from deploy.core.progress import Progress
 from deploy.core.same_files import FileContents, shared
 from deploy.validate.coco import images_without_size, read_annotations
-from deploy.validate.labels import KINDS, MOST_OBJECTS, Level, label_findings
+from deploy.validate.labels import KINDS, MOST_OBJECTS, Finding, label_findings
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One finding; `str` gives one line with level, file and id."""
+class Problem(Finding):
+    """A finding, and the file that it is in, a JSON or a picture; `str` gives one line with level, file and id."""
 
-    kind: str
-    """A key of `deploy.validate.labels.KINDS`."""
     file: Path
-    where: str
-    """Place in the file, for example `annotation 12`."""
-    message: str
-
-    @property
-    def level(self) -> Level:
-        """error: training would fail, or learn or measure something wrong. note: handled, but worth knowing."""
-        return KINDS[self.kind][0]
 
     def __str__(self) -> str:
         return f"{self.level}: {self.file}: {self.where}: {self.message}"
@@ -111,7 +101,7 @@ def check(
     if against is not None:
         found += _shared(images, document, *against)
     findings = label_findings(document, max_detections=max_detections)
-    found += [Problem(finding.kind, file, finding.where, finding.message) for finding in findings]
+    found += [Problem(finding.kind, finding.where, finding.message, file) for finding in findings]
     order = {kind: place for place, kind in enumerate(sorted(KINDS, key=lambda kind: KINDS[kind][0] == "note"))}
     names = {row["id"]: row["name"] for row in document["categories"]}
     boxes = Counter(names.get(row["category_id"], "?") for row in document["annotations"])
@@ -131,23 +121,23 @@ def _pictures(file: Path, folder: Path, document: dict[str, Any], progress: Prog
         path = folder / entry["file_name"]
         where = f"image {entry['id']}"
         if not path.is_file():
-            return [Problem("no-file", path, where, missing(path) + _elsewhere(folder, entry["file_name"]))]
+            return [Problem("no-file", where, missing(path) + _elsewhere(folder, entry["file_name"]), path)]
         try:
             pixels = load_image(path)
         except UserError as error:
-            return [Problem("unreadable", path, where, str(error).removeprefix(f"{path}: "))]
+            return [Problem("unreadable", where, str(error).removeprefix(f"{path}: "), path)]
         height, width = pixels.shape[:2]
         doubt = pixel_doubt(pixels)
-        found = [] if doubt is None else [Problem("odd-pixels", path, where, doubt)]
+        found = [] if doubt is None else [Problem("odd-pixels", where, doubt, path)]
         if id(entry) in unsized:
             entry["width"], entry["height"] = width, height
             found.append(
-                Problem("no-size", file, where, f"has no width and height; its file is {width}x{height} pixels")
+                Problem("no-size", where, f"has no width and height; its file is {width}x{height} pixels", file)
             )
         elif (height, width) != (entry["height"], entry["width"]):
             declared = f"{entry['width']}x{entry['height']}"
             text = f"the file is {width}x{height} pixels, {file.name} says {declared}"
-            found.append(Problem("other-size", path, where, text))
+            found.append(Problem("other-size", where, text, path))
         return found
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
@@ -173,7 +163,7 @@ def _same_pictures(folder: Path, document: dict[str, Any]) -> Iterator[Problem]:
     for path, identifier in paths.items():
         other = contents.same(path)
         if other is not None and other != path:
-            yield Problem("same-file", path, f"image {identifier}", f"is the same picture as {other}")
+            yield Problem("same-file", f"image {identifier}", f"is the same picture as {other}", path)
 
 
 def _shared(folder: Path, document: dict[str, Any], annotations: Path, images: Path) -> Iterator[Problem]:
@@ -182,5 +172,5 @@ def _shared(folder: Path, document: dict[str, Any], annotations: Path, images: P
     for path, other in shared(identifiers, others):
         text = f"is {other} of {annotations}" if path != other else f"is also in {annotations}"
         yield Problem(
-            "shared", path, f"image {identifiers[path]}", f"{text}: what is learned from must not be measured on"
+            "shared", f"image {identifiers[path]}", f"{text}: what is learned from must not be measured on", path
         )

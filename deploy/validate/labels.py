@@ -65,6 +65,7 @@ class Finding:
 
     @property
     def level(self) -> Level:
+        """error: training would fail, or learn or measure something wrong. note: handled, but worth knowing."""
         return KINDS[self.kind][0]
 
 
