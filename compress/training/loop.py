@@ -64,12 +64,12 @@ class Training:
     @property
     def epoch_steps(self) -> int:
         """Optimizer steps of an epoch."""
-        return len(self.loader) // self.settings.accumulate
+        return steps_of(self.settings, len(self.loader))[0]
 
     @property
     def total(self) -> int:
         """Optimizer steps of the whole training."""
-        return self.settings.steps or (self.settings.epochs or 0) * self.epoch_steps
+        return steps_of(self.settings, len(self.loader))[1]
 
     @property
     def stops(self) -> dict[str, int | None]:
@@ -178,6 +178,12 @@ def fit(
     return FitResult(CocoMetrics.from_dict(state.best) if state.best else None, state.step, state.seconds)
 
 
+def steps_of(settings: Train, batches: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch and of the whole training. batches: an epoch, parts of a step counted each."""
+    epoch_steps = batches // settings.accumulate
+    return epoch_steps, settings.steps or (settings.epochs or 0) * epoch_steps
+
+
 def check_length(name: str, settings: Train, batches: int, stops: Mapping[str, int | None]) -> None:
     """Refuse a training that cannot work: an epoch without a step, a warm-up without an end, a method that outlives it.
 
@@ -185,8 +191,7 @@ def check_length(name: str, settings: Train, batches: int, stops: Mapping[str, i
         batches: an epoch, parts of a step counted each.
         stops: stop_epoch by method.
     """
-    epoch_steps = batches // settings.accumulate
-    total = settings.steps or (settings.epochs or 0) * epoch_steps
+    epoch_steps, total = steps_of(settings, batches)
     if epoch_steps == 0:
         raise UserError(
             f"{name}: {batches} batches an epoch are fewer than accumulate = {settings.accumulate}; lower batch_size "
@@ -207,8 +212,7 @@ def check_length(name: str, settings: Train, batches: int, stops: Mapping[str, i
 
 def without_effect(name: str, settings: Train, batches: int) -> list[str]:
     """Lines about settings that a training is too short for, though it works without them."""
-    epoch_steps = batches // settings.accumulate
-    total = settings.steps or (settings.epochs or 0) * epoch_steps
+    epoch_steps, total = steps_of(settings, batches)
     end, schedule, lines = f"after the end ({total / epoch_steps:.1f} epochs)", settings.schedule, []
     late = [epoch for epoch in schedule.milestones if epoch * epoch_steps >= total]
     if schedule.name == "multistep" and late:
