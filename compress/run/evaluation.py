@@ -7,7 +7,7 @@ measured. What cannot run here is a row with the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,15 @@ def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[
         if step is None:
             raise
         raise UserError(f"{reference}: first step that differs from training: {step}; {error}") from None
-    rows = [result.to_dict() for result in results]
-    verdict = judge(student, deployed, plan.settings, step, lost=rows[0]["gate"] == "fail")
+    own, others = results[0], results[1:]
+    verdict = judge(student, deployed, plan.settings, step, lost=own.gate == "fail")
     if verdict.reason is not None:
-        _fail(rows[0], verdict.reason)
-        rows[0]["pictures"] = verdict.pictures
+        own = replace(_failed(own, verdict.reason), pictures=verdict.pictures)
     if verdict.step is not None:
-        for row in rows[1:]:
-            _fail(row, f"first step that differs: {verdict.step.step}; see {reference}")
-    return rows
+        others = [
+            _failed(result, f"first step that differs: {verdict.step.step}; see {reference}") for result in others
+        ]
+    return [result.to_dict() for result in (own, *others)]
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -185,15 +185,14 @@ def _torch(plan: EvaluationPlan, checkpoint: str) -> Runner:
     )
 
 
-def _fail(row: dict[str, Any], reason: str) -> None:
-    """Let a row fail, for one more reason."""
-    row["gate"] = "fail"
-    row["diagnosis"] = "; ".join(filter(None, (row["diagnosis"], reason)))
+def _failed(result: validate.ArtifactResult, reason: str) -> validate.ArtifactResult:
+    """The result, failed for one more reason."""
+    return replace(result, gate="fail", diagnosis="; ".join(filter(None, (result.diagnosis, reason))))
 
 
 def _measured(plan: EvaluationPlan, stage: str) -> dict[str, Any]:
-    """What training measured: `map`, and the `canvas` that the images lay on (None: recorded by version 0.2, which
-    padded each batch as it needed)."""
+    """What training measured: `map`, and the `canvas` that the images lay on (None: recorded by an earlier build,
+    which padded each batch as it needed)."""
     found = plan.folder.result(stage)
     return {"map": found["metrics"]["map"], "canvas": found.get("canvas")}
 
