@@ -29,6 +29,7 @@ from compress.run.quantize import BudgetError, Quantizing, quantize_file, split_
 from compress.training.qad.export import grids_file, quantize_trained
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of
+from deploy.core.image_folder import spread
 from deploy.core.precisions import PRECISIONS, TENSORRT, Target, file_for, sources
 from deploy.quantize.calibrate import CalibrationImages, choose_images
 from deploy.quantize.file import QuantizeReport
@@ -77,9 +78,8 @@ class Checks:
         not on this machine are not looked for: the file says which ones it was measured on."""
         if self.train is not None and self.train.annotations.is_file():
             files = split_files(self.train.annotations, self.train.images)
-            spread = files[:: max(1, len(files) // MEASURED)][:MEASURED]
-            if all(file.is_file() for file in spread):
-                return choose_images(spread, MEASURED), "training images"
+            if all(file.is_file() for file in spread(files, MEASURED)):
+                return choose_images(files, MEASURED), "training images"
         return choose_images(self.images, MEASURED), "of the images that it was compared on"
 
 

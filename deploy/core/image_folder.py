@@ -6,10 +6,13 @@ image_files(Path("data/images"))     # every picture in it and in the folders be
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from deploy.core.errors import UserError
+
+Item = TypeVar("Item")
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"),
@@ -27,6 +30,12 @@ def image_files(folder: Path, where: str = "") -> list[Path]:
     if not files:
         raise UserError(f"{where}{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return files
+
+
+def spread(files: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, spread evenly over all, in their order; the same ones every time."""
+    count = min(most, len(files))
+    return [files[index * len(files) // count] for index in range(count)]
 
 
 def find_files(folder: Path, suffixes: Collection[str], where: str = "") -> list[Path]:

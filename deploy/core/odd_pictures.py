@@ -9,6 +9,7 @@ import numpy as np
 
 from deploy.core.errors import UserError
 from deploy.core.image import load_image, pixel_doubt
+from deploy.core.image_folder import spread
 
 LOOKED_AT = 32
 
@@ -22,9 +23,8 @@ def odd_pictures(
 
     Raises UserError for one that cannot be read, unless `skip_unreadable`.
     """
-    count = min(len(files), LOOKED_AT)
-    found = []
-    for index in (number * len(files) // count for number in range(count)):
+    looked_at, found = spread(range(len(files)), LOOKED_AT), []
+    for index in looked_at:
         try:
             doubt = pixel_doubt(load_image(files[index]) if read is None else read(index))
         except UserError:
@@ -35,4 +35,4 @@ def odd_pictures(
             found.append(f"{files[index]}: {doubt}")
     if not found:
         return None
-    return f"{len(found)} of {count} images that were looked at have odd pixels, the first is {found[0]}"
+    return f"{len(found)} of {len(looked_at)} images that were looked at have odd pixels, the first is {found[0]}"

@@ -25,7 +25,7 @@ from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.image import load_image
-from deploy.core.image_folder import image_files
+from deploy.core.image_folder import image_files, spread
 from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]
@@ -58,8 +58,7 @@ def choose_images(files: Sequence[Path], count: int, digest: Callable[[Path], st
     """
     if not files:
         raise UserError("no images to calibrate on")
-    spread = [files[index * len(files) // count] for index in range(count)] if len(files) > count else list(files)
-    by_content = {digest(file): file for file in reversed(spread)}
+    by_content = {digest(file): file for file in reversed(spread(files, count))}
     pairs = sorted(by_content.items(), key=lambda pair: str(pair[1]))
     return CalibrationImages(tuple(file for _, file in pairs), tuple(digest for digest, _ in pairs))
 

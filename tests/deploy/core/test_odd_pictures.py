@@ -9,6 +9,7 @@ from PIL import Image
 from compress.config.deploy import Int8
 from compress.run.quantize import Quantizing
 from deploy.core.errors import UserError
+from deploy.core.image_folder import spread
 from deploy.core.odd_pictures import LOOKED_AT, odd_pictures
 
 
@@ -54,3 +55,11 @@ def test_calibration_names_it(pictures: list[Path], capsys: pytest.CaptureFixtur
     assert len(images.files) == 4
     said = " ".join(capsys.readouterr().out.split())
     assert "note: deploy.int8.calibration (--calibration): 1 of 4 images that were looked at have odd pixels" in said
+
+
+@pytest.mark.parametrize(("files", "most"), [(0, 4), (3, 4), (4, 4), (7, 4), (1000, 32)])
+def test_some_of_many_are_spread_over_all(files: int, most: int) -> None:
+    chosen = spread(range(files), most)
+    assert len(chosen) == min(files, most) and chosen == sorted(set(chosen))
+    gaps = np.diff([*chosen, files])
+    assert not chosen or (chosen[0] == 0 and gaps.max() - gaps.min() <= 1)
