@@ -25,7 +25,7 @@ from compress.data.coco import CocoDetection
 from compress.data.digests import PictureDigests
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector
-from compress.detectors.checkpoints import ModelRecord, load_detector
+from compress.detectors.checkpoints import load_detector
 from compress.detectors.weights import state_sha256
 from compress.manifest import (
     BASELINE,
@@ -61,7 +61,7 @@ from deploy.core.import_path import import_object
 from deploy.validate.coco import CocoMetrics
 
 if TYPE_CHECKING:
-    from compress.config.data import Split
+    from compress.config.data import Data, Split
     from compress.run.artifacts import Checks
     from compress.run.qad import QadPlan
     from compress.run.quantize import Quantizing
@@ -329,7 +329,8 @@ class _Run:
         inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **limit_input(plan.max_detections)}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
-        self.console.print(f"teacher: {_describe(record)}, mAP {map_text(found)} on the validation images")
+        kind = " ".join(name for name in (record.model.detector, record.model.backbone) if name)
+        self.console.print(f"teacher: {kind}, mAP {map_text(found)} on the validation images")
         if found.best_map < settings.min_map:
             raise UserError(
                 f"teacher.min_map is {settings.min_map:g} and the teacher reaches {map_text(found)} mAP on "
@@ -422,13 +423,15 @@ class _Run:
 
 def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
     """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
+    train, split = splits(recipe.data, recipe.runs)
+    val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
+    return split, val, _checks(recipe.data, train, val, size)
+
+
+def _checks(data: Data, train: Split, val: CocoDetection, size: tuple[int, int]) -> Checks:
     from compress.run.artifacts import Checks
 
-    train, split = splits(recipe.data, recipe.runs)
-    resize_short_long = (recipe.data.eval_short, recipe.data.long)
-    val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
-    images = [val.path(index) for index in range(len(val))]
-    return split, val, Checks(images, size, resize_short_long, train)
+    return Checks([val.path(index) for index in range(len(val))], size, (data.eval_short, data.long), train)
 
 
 def quantizing(recipe: Recipe, digests: PictureDigests | None = None) -> Quantizing:
@@ -452,7 +455,8 @@ def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, show_report, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
-    split, val, checks = validation_images(recipe)
+    (train, split), val = splits(recipe.data, recipe.runs, write=False), data.val
+    checks = _checks(recipe.data, train, val, data.canvas)
     checks = replace(checks, identity=data.identity_of(checks.images[:SAMPLES]))
     labelled = labelled_split(data_plan(recipe))
     made = []
@@ -493,7 +497,3 @@ def _launch(recipe: Recipe) -> Fabric:
     # The adapters of a method that ends before the training get no gradient from then on.
     ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
     return launch(recipe.train, unused_parameters=ends)
-
-
-def _describe(record: ModelRecord) -> str:
-    return " ".join(name for name in (record.model.detector, record.model.backbone) if name)
