@@ -32,7 +32,7 @@ ROOMS = {
         ("config", "data"),
         ("detectors",),
         ("distill",),
-        ("teachers", "export"),
+        ("teachers", "export", "prune"),
         ("training",),
         ("pseudo", "report"),
         ("run",),
@@ -303,7 +303,7 @@ def test_the_recipe_loads_without_torch() -> None:
 
 # ------------------------------------------------------------------------------------------------------ sizes
 
-MOST = {"compress": (12, 5), "deploy": (9, 2)}  # folders, loose modules (the package's own two files do not count)
+MOST = {"compress": (13, 5), "deploy": (9, 2)}  # folders, loose modules (the package's own two files do not count)
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
 EVERYTHING = ("compress", "deploy", "kernels", "benchmarks", "examples", "docs", "tests")
 LONG_FILES: dict[str, str] = {}

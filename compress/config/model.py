@@ -65,6 +65,8 @@ class Model(Settings):
     torchvision's, 4 and 8."""
     roi_samples: Positive | None = None
     """faster_rcnn: proposals of an image that train the second stage; fewer for small images. null: 512."""
+    widths: dict[str, Annotated[tuple[Positive, ...], Field(strict=False)]] | None = added_later()
+    """Channels that pruned layers have left, [out, in] or of norms [channels], by name; as in a pruned checkpoint."""
     frozen_stages: Annotated[int, Field(ge=-1, le=4)] = Field(default_factory=_whole_unless_pretrained(1, -1))
     """Stages of the backbone that do not train: -1 none, 0 the stem, n the stem and the first n of four.
     Default: 1 with weights, -1 without."""

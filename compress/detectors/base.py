@@ -234,6 +234,21 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))
 
+    def traced(self, images: Tensor) -> Any:
+        """Everything that the network computes for images [B, 3, H, W]: tensors, or dataclasses, lists and mappings of
+        them, which depend on every layer. Pruning follows the gradient back from here. A detector whose second stage is
+        not in `forward` adds it."""
+        return self(images)
+
+    @torch.no_grad()
+    def set_feature_channels(self) -> None:
+        """Set `feature_channels` to what the maps are, after layers lost channels."""
+        was_training = self.training
+        self.eval()  # so that no statistics move
+        images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=next(self.parameters()).device)
+        self.feature_channels = int(self.features(images)[0].shape[1])
+        self.train(was_training)
+
     @torch.no_grad()
     def assign(self, prediction: Any, targets: list[Target], reduce: Reduce | None = None) -> Targets:
         """Ground truth of a batch, where it belongs, and the normalisers that all losses share. Here by ATSS, for heads

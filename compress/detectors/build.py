@@ -17,6 +17,7 @@ from compress.config.model import Model
 from compress.detectors.backbones import build_backbone, build_own_backbone
 from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
+from compress.detectors.widths import resize
 from deploy.core.errors import UserError
 from deploy.core.import_path import call_own, import_object, is_import_path
 
@@ -111,6 +112,12 @@ def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
             **{name: defaults[name] if value is None else value for name, value in given.items()},
         )
     detector.model = model.bare()
+    if model.widths:
+        try:
+            resize(detector, model.widths)
+        except UserError as error:
+            raise UserError(f"{key}.{error}") from None
+        detector.set_feature_channels()
     return detector
 
 

@@ -154,6 +154,14 @@ class FasterRCNN(TorchvisionDetector):
     def predict(self, features: list[Tensor]) -> TwoStagePrediction:
         return TwoStagePrediction(features)
 
+    def traced(self, images: Tensor) -> list[Tensor]:
+        """Both stages; the second looks at the finest map as a whole, which has the channels of all."""
+        size = (int(images.shape[2]), int(images.shape[3]))
+        _, maps = _stage_inputs(self(images), [size] * len(images))
+        objectness, deltas = self.rpn.head(list(maps.values()))
+        pooled = F.adaptive_avg_pool2d(maps["0"], ROI_SIDE)
+        return [*objectness, *deltas, *self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))]
+
     def assign(
         self, prediction: TwoStagePrediction, targets: list[Target], reduce: Reduce | None = None
     ) -> TwoStageTargets:

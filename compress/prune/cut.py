@@ -1,0 +1,36 @@
+"""A detector without some of its channels.
+
+smaller = cut(detector, graph, leaving(order, n))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compress.detectors.base import Detector
+from compress.detectors.build import model_of
+from compress.prune.graph import PruningGraph, cut_group
+
+
+def cut(detector: Detector, graph: PruningGraph, channels: Mapping[str, Tensor]) -> Detector:
+    """A copy of `detector`, its weights inherited, without these channels of the graph's groups (by name, int64).
+
+    Its `model` holds the widths, so that a checkpoint of it can be built again. `graph` is of this detector.
+    """
+    smaller = copy.deepcopy(detector)
+    widths = dict(model_of(detector).widths or {})
+    for group in graph.groups:
+        if group.name in channels:
+            widths |= cut_group(smaller, group, channels[group.name])
+    smaller.model = model_of(detector).model_copy(update={"widths": widths or None})
+    smaller.set_feature_channels()
+    return smaller
+
+
+def shapes_of(detector: Detector) -> Detector:
+    """A copy that holds no numbers, to cut and to count what it would cost."""
+    return copy.deepcopy(detector).to(torch.device("meta"))

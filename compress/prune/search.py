@@ -1,0 +1,131 @@
+"""Pruning to a budget: the detector that loses as little as the budget allows.
+
+pruned = prune(detector, Cut(gflops=0.5), Means(size=(128, 128)))
+pruned.detector, pruned.found, pruned.rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress.config.prune import Cut
+from compress.detectors.base import Capability, Detector
+from compress.detectors.build import model_size
+from compress.prune.cut import cut, shapes_of
+from compress.prune.graph import PruningGraph, pruning_graph
+from compress.prune.importance import Losses, importances
+from compress.prune.order import Block, Drops, blocks, fewest, leaving
+from deploy.core.errors import UserError
+
+Figure = Callable[[Detector], float]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What importances and budgets need to know of the world.
+
+    size: (height, width) of the image whose operations count.
+    losses: of training images; may be gone through several times.
+    latency_ms: measures a detector's file. mean_ap: measures a detector, percent, on training images.
+    drops: of `sensitivity`, where shares are by sensitivity.
+    """
+
+    size: tuple[int, int]
+    losses: Losses = ()
+    latency_ms: Figure | None = None
+    mean_ap: Figure | None = None
+    drops: Drops | None = None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A detector without some of its channels, its weights inherited and not trained since.
+
+    whole, found: the figure of the budget, before and after (GFLOPs, millions of parameters, milliseconds, mAP).
+    rows: name, width and what is left of each group of channels that could leave.
+    """
+
+    detector: Detector
+    whole: float
+    found: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> Pruned:
+    """Cut a detector, which is not changed, until the budget is met.
+
+    seed: of random importances.
+
+    Raises UserError for a detector that cannot be pruned or was pruned before, names to keep that it does not have,
+    importances without images, and a budget that it does not meet even with the fewest channels.
+    """
+    if detector.model is not None and detector.model.widths:
+        raise UserError("prune: this detector was pruned before; prune the whole one, with a smaller budget")
+    figure = _figure(settings, means)
+    whole = figure(detector)
+    rounds = settings.rounds if settings.schedule == "iterative" else 1
+    current = detector
+    for number in range(1, rounds + 1):
+        graph = pruning_graph(current, settings.keep)
+        scores = importances(graph, settings.importance, losses=means.losses, seed=seed)
+        order = blocks(graph, scores, round_to=settings.round_to, shares=settings.shares, drops=means.drops)
+        limit = _limit(settings, whole, number / rounds)
+        n = _meet(current, graph, order, figure, limit, settings)
+        current = cut(current, graph, leaving(order, n))
+    left = {group.name: group.width for group in pruning_graph(current, settings.keep).groups}
+    rows = [
+        {"name": group.name, "width": group.width, "left": left[group.name]}
+        for group in pruning_graph(detector, settings.keep).groups
+    ]
+    return Pruned(current, whole, figure(current), rows)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _figure(settings: Cut, means: Means) -> Figure:
+    """What the budget limits, of a detector."""
+    if settings.budget in ("gflops", "params"):
+        key = {"gflops": "gflops", "params": "params_m"}[settings.budget]
+        return lambda detector: model_size(detector, means.size)[key]
+    figure = means.latency_ms if settings.budget == "latency_ms" else means.mean_ap
+    assert figure is not None, "the caller gives what the budget needs"
+    return figure
+
+
+def _limit(settings: Cut, whole: float, part: float) -> float:
+    """What the budget's figure may be after a part of the rounds; shares are reached in equal steps of their
+    logarithm."""
+    if settings.budget == "max_map_drop":
+        assert settings.max_map_drop is not None
+        return whole - settings.max_map_drop
+    if settings.budget == "latency_ms":
+        assert settings.latency_ms is not None
+        return float(whole * (settings.latency_ms / whole) ** part)
+    share: float = getattr(settings, settings.budget)
+    return float(whole * share**part)
+
+
+def _meet(
+    detector: Detector, graph: PruningGraph, order: Sequence[Block], figure: Figure, limit: float, settings: Cut
+) -> int:
+    """How many blocks of the order must leave (of max_map_drop: may leave)."""
+    needs_numbers = settings.budget in ("latency_ms", "max_map_drop") or Capability.DENSE not in detector.capabilities
+    subject = detector if needs_numbers else shapes_of(detector)
+
+    def figure_without(n: int) -> float:
+        return figure(cut(subject, graph, leaving(order, n)))
+
+    if settings.budget == "max_map_drop":  # the most that may leave: one less than the fewest that are too many
+        too_many = fewest(len(order), lambda n: figure_without(n) < limit)
+        return len(order) if too_many is None else max(0, too_many - 1)
+    found = fewest(len(order), lambda n: figure_without(n) <= limit)
+    if found is None:
+        least = figure_without(len(order))
+        raise UserError(
+            f"prune.{settings.budget}: {getattr(settings, settings.budget):g} asks for {limit:.4g}, and {least:.4g} "
+            f"remain with the fewest channels, {settings.round_to} a layer; ask for more, or keep less"
+        )
+    return found
