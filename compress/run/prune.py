@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.weights import listed, state_sha256
-from compress.prune.graph import pruning_graph
-from compress.prune.importance import FROM_DATA, importances
+from compress.prune.graph import PruningGraph
+from compress.prune.importance import FROM_DATA
+from compress.prune.order import Drops
 from compress.prune.search import Figure, Means, check_whole, prune
 from compress.prune.sensitivity import Sensitivity, sensitivity
 from compress.training.evaluate import detect
@@ -89,16 +90,19 @@ def prune_detector(
     detector = copy.deepcopy(detector).to(plan.device).eval()
     looks = settings.importance in FROM_DATA or settings.shares == "sensitivity" or settings.budget == "max_map_drop"
     images = Images(plan) if looks else None
-    measured = None
-    if settings.shares == "sensitivity":
+    measured: list[Sensitivity] = []
+
+    def drops(graph: PruningGraph, scores: Mapping[str, Tensor]) -> Drops:
         assert images is not None
-        measured = _sensitivity(detector, plan, images, say)
+        measured.append(_sensitivity(detector, graph, scores, plan, images, say))
+        return measured[0].drops
+
     means = Means(
         plan.size,
         losses=() if images is None else images,
         latency_ms=_latency(record, plan) if settings.budget == "latency_ms" else None,
         mean_ap=None if images is None else images.mean_ap,
-        drops=None if measured is None else measured.drops,
+        drops=drops,
     )
     found = prune(detector, settings, means, seed=plan.seed)
     result = {
@@ -107,7 +111,7 @@ def prune_detector(
         "whole": found.whole,
         "found": found.found,
         "rows": found.rows,
-        "sensitivity": None if measured is None or images is None else {"images": len(images), **measured.to_dict()},
+        "sensitivity": {"images": len(images), **measured[0].to_dict()} if images is not None and measured else None,
         "latency": None,
     }
     return found.detector.cpu(), result
@@ -134,8 +138,10 @@ class Images:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[Callable[[Detector], Tensor]]:
-        for number in range(len(self)):
-            yield lambda detector, number=number: self._loss(detector, number)  # type: ignore[misc]
+        with progress("importances") as step:
+            for number in range(len(self)):
+                yield lambda detector, number=number: self._loss(detector, number)  # type: ignore[misc]
+                step(number + 1, len(self))
 
     def mean_ap(self, detector: Detector) -> float:
         """mAP (percent) of a detector in eval mode on these images. Raises UserError where they show no objects."""
@@ -144,7 +150,7 @@ class Images:
         value = evaluate_coco(self._truth, found).map
         if math.isnan(value):
             raise UserError(
-                f"prune.images: {self._file}: no box on the {len(self)} images that are looked at; take more of them"
+                f"prune.images: {len(self)} of {self._file} are looked at, and no box is on them; take more"
             )
         return value
 
@@ -159,9 +165,11 @@ class Images:
 
     def _loss(self, detector: Detector, number: int) -> Tensor:
         batch = collate([self._samples[number]], self._size).to(self._device)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with _training(detector), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._seed)
+        on_gpu = self._device.type == "cuda"
+        with _training(detector), torch.random.fork_rng(devices=[self._device] if on_gpu else []):
+            torch.default_generator.manual_seed(self._seed)
+            if on_gpu:
+                torch.cuda.manual_seed(self._seed)
             prediction = detector(batch.images).float()
             return total_loss(detector.loss(prediction, detector.assign(prediction, batch.targets)))
 
@@ -198,12 +206,15 @@ def _check_images(
         )
 
 
-def _sensitivity(detector: Detector, plan: PruningPlan, images: Images, say: Callable[[str], None]) -> Sensitivity:
-    settings = plan.settings
-    graph = pruning_graph(detector, settings.keep)
-    scores = importances(graph, settings.importance, losses=images, seed=plan.seed)
+def _sensitivity(
+    detector: Detector,
+    graph: PruningGraph,
+    scores: Mapping[str, Tensor],
+    plan: PruningPlan,
+    images: Images,
+    say: Callable[[str], None],
+) -> Sensitivity:
     say(f"sensitivity: mAP of {len(graph.groups)} groups of layers, each cut alone, on {len(images)} training images")
-    identity = images.identity() | {"weights": state_sha256(detector), "versions": versions()}
     with progress("sensitivity") as step:
         return sensitivity(
             graph,
@@ -211,8 +222,8 @@ def _sensitivity(detector: Detector, plan: PruningPlan, images: Images, say: Cal
             detector,
             images.mean_ap,
             store=plan.sensitivities,
-            identity=identity,
-            round_to=settings.round_to,
+            identity=images.identity() | {"weights": state_sha256(detector), "versions": versions()},
+            round_to=plan.settings.round_to,
             progress=step,
         )
 
