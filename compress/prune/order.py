@@ -16,7 +16,8 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from compress.prune.graph import ChannelGroup, PruningGraph
+from compress.prune.graph import PruningGraph
+from compress.prune.groups import ChannelGroup
 
 
 @dataclass(frozen=True)
