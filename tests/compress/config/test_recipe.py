@@ -390,7 +390,6 @@ def test_teachers_from_the_zoo_are_in_it() -> None:
 
 
 # SHA-256 of the repository's recipes by version 0.1, before there were keys for users' own parts and engines.
-RENAMED = {"quickstart_nano": "quickstart"}
 HASHES = {
     "bccd": "995668c1009157faa698d8c44f69e70f6623409038e7df03169875b3020645a5",
     "gfl_r101_gfl_r18_bckd": "fd15550ae6ee44dea15ff806edcdb8244fd27d7a7fd35b0d1df7139c68508572",
@@ -409,12 +408,16 @@ HASHES = {
     "quickstart_nano": "4fd7f556cd0c4bfcdf22d9b117fa245be791d7399138fe8ba436ff490791eb9d",
     "quickstart_teacher": "2f44aa9bb21ef45086095dfee4baf7e5102395b7d83e448a2cf973ba80b851fd",
 }
+RENAMED = {"quickstart_nano": "quickstart"}
+"""What recipes were called when their hash was taken."""
 
 
 def test_recipes_without_later_keys_keep_their_hash() -> None:
     """quickstart_nano was called quickstart; the one of that name now is younger."""
     others = [path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart"]
-    found = {path.stem: load_recipe(path, [f"name={RENAMED[path.stem]}"] if path.stem in RENAMED else []) for path in others}
+    found = {
+        path.stem: load_recipe(path, [f"name={RENAMED[path.stem]}"] if path.stem in RENAMED else []) for path in others
+    }
     assert {name: recipe_sha256(recipe) for name, recipe in found.items()} == HASHES
 
 
