@@ -27,8 +27,8 @@ from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.weights import listed, state_sha256
-from compress.prune.graph import PruningGraph
-from compress.prune.importance import FROM_DATA
+from compress.prune.graph import PruningGraph, pruning_graph
+from compress.prune.importance import FROM_DATA, importances
 from compress.prune.order import Drops
 from compress.prune.search import Figure, Means, check_whole, prune
 from compress.prune.sensitivity import Sensitivity, sensitivity
@@ -115,6 +115,20 @@ def prune_detector(
         "latency": None,
     }
     return found.detector.cpu(), result
+
+
+def measure_sensitivity(
+    detector: Detector, record: ModelRecord, plan: PruningPlan, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure what each group of channels costs alone, and cut nothing: `sensitivity` of `prune_detector`, for a plan
+    with `shares: sensitivity`. Arguments and errors as there."""
+    check_whole(detector)
+    _check_images(plan.settings, plan.images, detector.num_classes, record.class_names)
+    images = Images(plan)
+    detector = copy.deepcopy(detector).to(plan.device).eval()
+    graph = pruning_graph(detector, plan.settings.keep)
+    scores = importances(graph, plan.settings.importance, losses=images, seed=plan.seed)
+    return {"images": len(images), **_sensitivity(detector, graph, scores, plan, images, say).to_dict()}
 
 
 class Images:
