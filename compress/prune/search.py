@@ -61,11 +61,17 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
     seed: of random importances.
 
     Raises UserError for a detector that cannot be pruned or was pruned before, names to keep that it does not have,
-    importances without images, and a budget that it does not meet even with the fewest channels.
+    importances without images, a budget that it does not meet even with the fewest channels, and one of mAP that is all
+    it has.
     """
     check_whole(detector)
     figure = _figure(settings, means)
     whole = figure(detector)
+    if settings.max_map_drop is not None and settings.max_map_drop >= whole:
+        raise UserError(
+            f"prune.max_map_drop: {settings.max_map_drop:g} may be lost, and the whole detector has {whole:.4g} mAP on "
+            "the training images; prune a trained one, or ask for less"
+        )
     rounds = settings.rounds if settings.schedule == "iterative" else 1
     current, drops = detector, None
     widths: dict[str, int] = {}

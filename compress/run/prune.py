@@ -28,7 +28,7 @@ from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.weights import listed, state_sha256
 from compress.prune.graph import PruningGraph, pruning_graph
-from compress.prune.importance import FROM_DATA, importances
+from compress.prune.importance import importances
 from compress.prune.order import Drops
 from compress.prune.search import Figure, Means, check_whole, prune
 from compress.prune.sensitivity import Sensitivity, sensitivity
@@ -42,6 +42,8 @@ from deploy.validate.coco import evaluate_coco, load_annotations
 from deploy.validate.ground_truth import GroundTruth
 
 BATCH = 8
+INSTEAD = {"importance": "group_norm", "shares": "uniform or global", "max_map_drop": "gflops or params"}
+"""What does without labelled images."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class PruningPlan:
     settings: how much leaves it, and which channels.
     size: (height, width) of the canvas: GFLOPs, latency and mAP are of it.
     resize_short_long: limits of pictures on it, as in training's evaluation.
-    images: labelled training images; None: there are none.
+    images: labelled training images, whatever their transform; None: there are none.
     deploy: settings of the exported file whose latency counts.
     sensitivities: JSON file of what was measured so far, written after every layer, so that an interrupted measurement
         goes on.
@@ -88,8 +90,7 @@ def prune_detector(
     check_whole(detector)
     _check_images(settings, plan.images, detector.num_classes, record.class_names)
     detector = copy.deepcopy(detector).to(plan.device).eval()
-    looks = settings.importance in FROM_DATA or settings.shares == "sensitivity" or settings.budget == "max_map_drop"
-    images = Images(plan) if looks else None
+    images = Images(plan) if settings.needs_images is not None else None
     measured: list[Sensitivity] = []
 
     def drops(graph: PruningGraph, scores: Mapping[str, Tensor]) -> Drops:
@@ -111,7 +112,7 @@ def prune_detector(
         "whole": found.whole,
         "found": found.found,
         "rows": found.rows,
-        "sensitivity": {"images": len(images), **measured[0].to_dict()} if images is not None and measured else None,
+        "sensitivity": _figures(measured[0], images) if images is not None and measured else None,
         "latency": None,
     }
     return found.detector.cpu(), result
@@ -122,13 +123,14 @@ def measure_sensitivity(
 ) -> dict[str, Any]:
     """Measure what each group of channels costs alone, and cut nothing: `sensitivity` of `prune_detector`, for a plan
     with `shares: sensitivity`. Arguments and errors as there."""
+    settings = plan.settings
     check_whole(detector)
-    _check_images(plan.settings, plan.images, detector.num_classes, record.class_names)
+    _check_images(settings, plan.images, detector.num_classes, record.class_names)
     images = Images(plan)
     detector = copy.deepcopy(detector).to(plan.device).eval()
-    graph = pruning_graph(detector, plan.settings.keep)
-    scores = importances(graph, plan.settings.importance, losses=images, seed=plan.seed)
-    return {"images": len(images), **_sensitivity(detector, graph, scores, plan, images, say).to_dict()}
+    graph = pruning_graph(detector, settings.keep)
+    scores = importances(graph, settings.importance, losses=images, seed=plan.seed)
+    return _figures(_sensitivity(detector, graph, scores, plan, images, say), images)
 
 
 class Images:
@@ -194,19 +196,11 @@ class Images:
 def _check_images(
     settings: Cut, images: CocoDetection | None, num_classes: int, class_names: tuple[str, ...] | None
 ) -> None:
-    """Refuse settings that look at images, where there are none or only those of other classes."""
-    asking = [
-        (key, value, instead)
-        for key, value, asks, instead in (
-            ("importance", settings.importance, settings.importance in FROM_DATA, "group_norm"),
-            ("shares", settings.shares, settings.shares == "sensitivity", "uniform or global"),
-            ("max_map_drop", settings.max_map_drop, settings.budget == "max_map_drop", "gflops or params"),
-        )
-        if asks
-    ]
-    if not asking:
+    """Refuse settings that look at labels, where there are none or only those of other classes."""
+    key = settings.needs_images
+    if key is None:
         return
-    key, value, instead = asking[0]
+    value, instead = getattr(settings, key), INSTEAD[key]
     if images is None:
         raise UserError(
             f"prune.{key}: {value} needs labelled training images, and there are none; give some, or take {instead}"
@@ -240,6 +234,10 @@ def _sensitivity(
             round_to=plan.settings.round_to,
             progress=step,
         )
+
+
+def _figures(found: Sensitivity, images: Images) -> dict[str, Any]:
+    return {"images": len(images), **found.to_dict()}
 
 
 def _latency(record: ModelRecord, plan: PruningPlan) -> Figure:

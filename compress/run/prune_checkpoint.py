@@ -94,7 +94,6 @@ def prune_checkpoint(plan: CheckpointPruning, say: Callable[[str], None]) -> Pru
     """
     detector, record, cutting = _opened(plan)
     smaller, figures = prune_detector(detector, record, cutting, say)
-    figures["rows"] = _from_the_image_on(detector, figures["rows"])
     maps, count = None, 0
     if cutting.images is not None:
         images = Images(cutting)
@@ -116,8 +115,7 @@ def sensitivity_of(plan: CheckpointPruning, say: Callable[[str], None]) -> dict[
     that stays and the mAP. Raises UserError as `prune_checkpoint`.
     """
     detector, record, cutting = _opened(plan)
-    found = measure_sensitivity(detector, record, cutting, say)
-    return found | {"rows": _from_the_image_on(detector, found["rows"])}
+    return measure_sensitivity(detector, record, cutting, say)
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -140,12 +138,6 @@ def _opened(plan: CheckpointPruning) -> tuple[Detector, ModelRecord, PruningPlan
         sensitivities=plan.sensitivities,
     )
     return detector, record, cutting
-
-
-def _from_the_image_on(detector: Detector, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of layers in the order in which the detector has them, the backbone's first."""
-    places = {name: place for place, (name, _) in enumerate(detector.named_modules())}
-    return sorted(rows, key=lambda row: places[row["name"]])
 
 
 def _labelled(plan: CheckpointPruning, split: Split, record: ModelRecord) -> CocoDetection:

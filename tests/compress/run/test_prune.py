@@ -27,7 +27,7 @@ from compress.prune.cut import cut
 from compress.prune.graph import pruning_graph
 from compress.prune.importance import importances
 from compress.prune.order import blocks, leaving
-from compress.run.prune import Images, PruningPlan, prune_detector
+from compress.run.prune import Images, PruningPlan, measure_sensitivity, prune_detector
 from compress.training.evaluate import evaluate
 from compress.training.learner import Learner, total_loss
 from deploy.core.errors import UserError
@@ -136,11 +136,15 @@ def test_shares_by_sensitivity(
     said: list[str] = []
     _, result = prune_detector(detector, record, plan, said.append)
     found = json.loads(json.dumps(result))["sensitivity"]
+    names = [name for name, _ in detector.named_modules()]
+    assert [row["name"] for row in found["rows"]] == sorted((row["name"] for row in found["rows"]), key=names.index)
     assert found["map"] == result["whole"] and found["images"] == 4
     assert [row["name"] for row in found["rows"]] == [row["name"] for row in result["rows"]]
     assert result["whole"] - 15 <= result["found"]
     assert len({row["left"] / row["width"] for row in result["rows"]}) > 1
     assert len(said) == 1
+
+    assert measure_sensitivity(detector, record, plan, print) == found
 
     measured = []
     monkeypatch.setattr(Images, "mean_ap", lambda self, detector: measured.append(detector) or 50.0)
@@ -189,6 +193,16 @@ def test_images_without_objects(teacher: tuple[Detector, ModelRecord], plan: Pru
     alone = settings(replace(plan, images=some), max_map_drop=1, images=1)
     with pytest.raises(UserError, match=r"^prune\.images: 1 of .*some\.json are looked at, and no box"):
         prune_detector(*teacher, alone, print)
+
+
+@pytest.mark.parametrize("keys", [{"max_map_drop": 2.5}, {"gflops": 0.5, "shares": "sensitivity"}])
+def test_nothing_to_lose(plan: PruningPlan, keys: dict[str, Any]) -> None:
+    """A detector that finds nothing would be cut to nothing, or by no figure at all."""
+    model = Model(backbone="nano", weights="none", neck_channels=32, head_depth=1)
+    key = list(keys)[-1]
+    with pytest.raises(UserError, match=rf"^prune\.{key}: .*prune a trained one"):
+        detector, record = build_detector(model, 8, seed=0), ModelRecord(model=model, num_classes=8)
+        prune_detector(detector, record, settings(plan, **keys, images=1), print)
 
 
 def test_pruned_twice(teacher: tuple[Detector, ModelRecord], plan: PruningPlan) -> None:
