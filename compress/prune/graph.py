@@ -39,6 +39,7 @@ TRACED_SIDE = 128  # pixels; the graph does not depend on it
 class PruningGraph:
     """What can leave a detector.
 
+    groups: in the order in which the detector has their layers, the backbone's first.
     traced: a copy of the detector, in eval mode, all of which has gradients.
     """
 
@@ -91,7 +92,8 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
     if MAPS in keep:
         maps = _map_widths(traced, ())
         groups = passing(groups, lambda some: _map_widths(traced, some) == maps)
-    return PruningGraph(tuple(groups), traced)
+    places = {name: place for place, (name, _) in enumerate(traced.named_modules())}
+    return PruningGraph(tuple(sorted(groups, key=lambda group: places[group.name])), traced)
 
 
 # --- details --------------------------------------------------------------------------------------------
