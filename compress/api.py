@@ -203,7 +203,7 @@ class Checkpoint(Model):
         """Write an ONNX file and open it; see `compress.export`."""
         from compress.run.artifacts import ArtifactPlan, Checks, make, onnx_files
         from compress.run.folder import writing
-        from compress.run.pipeline import quantizing
+        from compress.run.plans import quantizing
         from deploy.core.precisions import PRECISIONS, file_for
 
         if precision not in PRECISIONS:
@@ -239,7 +239,7 @@ class Checkpoint(Model):
     @cached_property
     def _checks(self) -> Checks:
         """The recipe's validation images and the canvas that holds them."""
-        from compress.run.pipeline import validation_images
+        from compress.run.plans import validation_images
 
         assert self._recipe is not None, "looked for where there is a recipe"
         return validation_images(self._recipe)[2]

@@ -21,13 +21,19 @@ from deploy.core.files import ENGINE_SUFFIX, sha256_of, write_json
 
 TEACHER = "teacher"
 BASELINE = "baseline"
+FINE_TUNED = "baseline.pruned"
+"""A pruned student trained from the labels alone, from the weights that the cut left."""
 STUDENT = "student"
 STUDENT_ON_PSEUDO_LABELS = "student.pseudo"
 """The student's training on pseudo labels, if it is fine-tuned afterwards."""
 STUDENT_ON_INT8_GRIDS = "student.qad"
 """The student trained once more, rounded as in its int8 file."""
-TRAININGS = (TEACHER, BASELINE, STUDENT_ON_PSEUDO_LABELS, STUDENT, STUDENT_ON_INT8_GRIDS)
+TRAININGS = (TEACHER, BASELINE, FINE_TUNED, STUDENT_ON_PSEUDO_LABELS, STUDENT, STUDENT_ON_INT8_GRIDS)
 """Trainings that a run may hold, in their order. Each has a folder and a checkpoint of its name."""
+PRUNED = "pruned"
+"""The student as it was cut from a larger detector, before any training: a checkpoint of this name."""
+PRUNE = "prune"
+"""Stage in which it is cut."""
 TEACHER_CHECK = "teacher_check"
 """Stage in which the teacher is measured on the validation images."""
 QAD = "qad"
@@ -101,6 +107,11 @@ class RunFolder:
     def weights(self, name: str = STUDENT) -> Path:
         """The checkpoint that a training leaves: `student.safetensors`."""
         return self.path / f"{name}.safetensors"
+
+    @property
+    def sensitivities(self) -> Path:
+        """How much mAP each layer of the whole student costs when channels leave it."""
+        return self.path / "sensitivities.json"
 
     def grids(self, name: str = STUDENT_ON_INT8_GRIDS) -> Path:
         """The trained grids beside a checkpoint for int8: `student.qad.json`."""

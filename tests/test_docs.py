@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from compress import cli, config
 from compress.config.base import Settings
 from compress.config.methods import Adapted, Methods, Term
+from compress.config.prune import Cut
 from compress.config.recipe import Recipe, TeacherFile, load_recipe
 from compress.config.teacher import BOXES_ALONE, Source
 from deploy.core.errors import UserError
@@ -64,7 +65,7 @@ def test_every_setting_is_in_the_reference() -> None:
     known = [value for module in modules for value in vars(module).values()]
     classes = [c for c in known if isinstance(c, type) and issubclass(c, Settings)]
     documented = {model for _, model in docs.sections(Recipe, "")}
-    made_of = {Settings, Term, Adapted, Source}
+    made_of = {Settings, Term, Adapted, Source, Cut}
     assert documented | made_of == {*classes} - {TeacherFile}
     text = docs.reference()
     for model in documented:

@@ -162,7 +162,7 @@ def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
     train = val = search = None
     if recipe is not None:
         from compress.run.data import labelled_split, splits
-        from compress.run.pipeline import data_plan
+        from compress.run.plans import data_plan
 
         train, val = splits(recipe.data, recipe.runs)
     if flags.max_map_drop is not None and flags.data is not None and student.images is not None:

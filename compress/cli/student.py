@@ -51,7 +51,7 @@ class Student:
         size, files = self.settings.input_size, [] if self.images is None else images_in(self.images)
         recipe, split, train = self.recipe, None, None
         if recipe is not None and (not files or size is None):
-            from compress.run.pipeline import validation_images
+            from compress.run.plans import validation_images
 
             split, _, checks = validation_images(recipe)
             train = None if files else checks.train

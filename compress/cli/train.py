@@ -105,10 +105,17 @@ def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[st
     next_command("benchmark", folder.onnx(), "--batch", "1,8")
 
 
+def _detector_of(recipe: Recipe) -> str:
+    """What kind of detector the student is; a pruned one is of the kind that it is cut from."""
+    from compress.run.plans import with_whole_student
+
+    return with_whole_student(recipe).student.detector
+
+
 def _is_exported(recipe: Recipe) -> bool:
     from compress.detectors.build import detector_class
 
-    return detector_class(recipe.student.detector, "student.detector").exportable is None
+    return detector_class(_detector_of(recipe), "student.detector").exportable is None
 
 
 def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillation: bool) -> None:
@@ -119,7 +126,7 @@ def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillat
         next_command("distill" if distillation else "train", path)
     elif not _is_exported(recipe):
         if is_rank_zero():
-            print(f"weights: {folder.weights()}; a {recipe.student.detector} cannot be exported")
+            print(f"weights: {folder.weights()}; a {_detector_of(recipe)} cannot be exported")
     elif distillation and recipe.deploy.int8.qad is not None:
         next_command("export", folder.weights(STUDENT_ON_INT8_GRIDS), "--precision", "int8")
     else:

@@ -1,10 +1,10 @@
-"""Settings of a detector: family, backbone, neck and head."""
+"""Settings of a detector: family, backbone, neck and head; and of the one that ships, which may be cut from another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule
 from compress.config.families import BACKBONES, FAMILY_FACTS, SPECIAL
 from compress.config.messages import did_you_mean
+from compress.config.prune import Prune
 from deploy.core.import_path import is_import_path
 
 if TYPE_CHECKING:
@@ -74,19 +75,22 @@ class Model(Settings):
     """Keep the backbone's BatchNorm statistics as loaded. Default: true with weights, false without."""
 
     @model_validator(mode="after")
-    def _rules(self) -> Model:
+    def _rules(self) -> Self:
+        self._check()
+        return self
+
+    def _check(self) -> None:
         self._own_part_rules()
         if self.backbone in BACKBONES and not BACKBONES[self.backbone].imagenet and self.weights == "imagenet":
             raise broken_rule("weights", f"{self.backbone} has no ImageNet weights; use none or a file")
         if self.is_own:
-            return self
+            return
         facts = FAMILY_FACTS[self.detector]
         if facts.most_convolutions is not None and self.head_depth > facts.most_convolutions[0]:
             raise broken_rule("head_depth", facts.most_convolutions[1])
         for key, lack in SPECIAL.items():
             if getattr(self, key) is not None and key not in facts.defaults:
                 raise broken_rule(key, f"{self.detector} {lack}; leave it out")
-        return self
 
     def bare(self) -> Model:
         """Return the same architecture with random weights and nothing frozen."""
@@ -123,3 +127,22 @@ class Model(Settings):
                 raise broken_rule("frozen_stages", f"{whose} freezes its stages itself; leave it out")
             if self.norm_eval:
                 raise broken_rule("norm_eval", f"{whose} freezes its statistics itself; leave it out")
+
+
+class Student(Model):
+    """The detector that ships: built from these keys, or with `prune` and nothing else cut from another detector."""
+
+    prune: Prune | None = added_later()
+    """Cut the student from the teacher or from a checkpoint, whose weights it starts with; null: build it."""
+
+    def _check(self) -> None:
+        if self.prune is None:
+            super()._check()
+            return
+        others = sorted(self.model_fields_set - {"prune"})
+        if others:
+            raise broken_rule(others[0], "is that of the detector that prune cuts; leave it out")
+
+    def built(self) -> Model:
+        """What to build, without `prune`."""
+        return Model.model_construct(**{key: getattr(self, key) for key in Model.model_fields})

@@ -51,6 +51,16 @@ class Cut(Settings):
         """The one of `BUDGETS` that is given."""
         return next(key for key in BUDGETS if getattr(self, key) is not None)
 
+    @property
+    def needs_images(self) -> str | None:
+        """The key that cannot do without labelled training images; None: there is no such."""
+        needing = {
+            "importance": self.importance in ("taylor", "fisher"),
+            "shares": self.shares == "sensitivity",
+            "max_map_drop": self.max_map_drop is not None,
+        }
+        return next((key for key, needs in needing.items() if needs), None)
+
     @model_validator(mode="after")
     def _rules(self) -> Cut:
         given = [key for key in BUDGETS if getattr(self, key) is not None]

@@ -26,7 +26,7 @@ from compress.config.deploy import Deploy
 from compress.config.families import FAMILY_FACTS, Abilities, families_with
 from compress.config.messages import problems
 from compress.config.methods import Methods
-from compress.config.model import Model
+from compress.config.model import Model, Student
 from compress.config.pseudo import Labels, PseudoLabels
 from compress.config.teacher import BOXES_ALONE, Source, Teacher
 from compress.config.train import Train
@@ -47,7 +47,7 @@ class Recipe(Settings):
     """The images."""
     labels: Labels | None = None
     """Which training images have labels; null: all."""
-    student: Model
+    student: Student
     """The detector that ships."""
     teacher: Teacher | None = None
     """The detector to learn from."""
@@ -58,7 +58,8 @@ class Recipe(Settings):
     train: Train
     """How the student trains."""
     baseline: bool = False
-    """Also train the same student from the labels alone, to show what distillation and pseudo labels are worth."""
+    """Also train the same student from the labels alone, to show what distillation and pseudo labels are worth. A
+    pruned student has two: the same architecture from random weights, and the pruned weights."""
     deploy: Deploy = Deploy()
     """The exported file."""
 
@@ -72,11 +73,12 @@ class Recipe(Settings):
         whole = not (info.context or {}).get("partial", False)
         self._method_rules(whole=whole)
         self._label_rules(whole=whole)
-        if not self.student.is_own:  # one's own is imported, and asked, when the run begins
+        if not self.student.is_own and self.student.prune is None:  # what is imported, or cut, is asked in the run
             broken = self.student_problem(FAMILY_FACTS[self.student.detector])
             if broken is not None:
                 raise broken_rule(*broken)
         self._training_rules()
+        self._prune_rules(whole=whole)
         return self
 
     def _method_rules(self, *, whole: bool) -> None:
@@ -90,7 +92,7 @@ class Recipe(Settings):
                 f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
                 "pseudo_labels, or another teacher",
             )
-        if self.baseline and not methods and self.pseudo_labels is None and whole:
+        if self.baseline and not methods and self.pseudo_labels is None and self.student.prune is None and whole:
             raise broken_rule("baseline", "needs something to compare with; add a method under methods")
         for name, term in methods.items():
             if term.stop_epoch is not None and term.stop_epoch > (self.train.epochs or term.stop_epoch):
@@ -99,7 +101,7 @@ class Recipe(Settings):
                 )
 
     def _training_rules(self) -> None:
-        trained = {"student": self.student}
+        trained: dict[str, Model] = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model
             for key in ("devices", "accelerator", "precision"):
@@ -114,6 +116,24 @@ class Recipe(Settings):
                 raise broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to -1")
             if model.weights == "none" and model.norm_eval:
                 raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
+
+    def _prune_rules(self, *, whole: bool) -> None:
+        prune, teacher = self.student.prune, self.teacher
+        if prune is None:
+            return
+        if prune.of == "teacher" and whole:
+            if teacher is None:
+                raise broken_rule("student.prune.of", "is teacher, and there is none; name a checkpoint")
+            if teacher.train is None and teacher.checkpoint is None:
+                raise broken_rule(
+                    "student.prune.of",
+                    f"a teacher of another library (teacher.{teacher.given[0]}) cannot be pruned; name a checkpoint",
+                )
+        if teacher is not None and teacher.inherit:
+            raise broken_rule("teacher.inherit", "a pruned student has the whole one's weights already; leave it out")
+        needing = prune.needs_images
+        if needing is not None and self.labels is not None and self.labels.fraction == 0:
+            raise broken_rule(f"student.prune.{needing}", "needs labelled training images, and labels.fraction is 0")
 
     def student_problem(self, abilities: Abilities) -> tuple[str, str] | None:
         """Key and problem of what the recipe asks of its student and a detector of these abilities cannot do."""
@@ -260,11 +280,19 @@ def check_distills(recipe: Recipe, where: object, *, own_methods: bool = False) 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=110)
+    return yaml.dump(_content(recipe), Dumper=Dumper, sort_keys=False, width=110)
 
 
 def recipe_sha256(recipe: Recipe) -> str:
     """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments and written-out defaults do
     not change it."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(_content(recipe), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    """All settings as JSON. A student that is cut has the one key, also where its architecture is known by now."""
+    content = recipe.model_dump(mode="json")
+    if recipe.student.prune is not None:
+        content["student"] = {"prune": content["student"]["prune"]}
+    return content

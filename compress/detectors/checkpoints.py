@@ -246,6 +246,11 @@ ZOO = {
 }
 
 
+def zoo_model(name: str) -> Model:
+    """The architecture of `ZOO[name]`, without its file."""
+    return Model(backbone="resnet101" if "_r101_" in name else "resnet50")
+
+
 PACKAGED = {"quickstart": "quickstart_teacher.safetensors"}
 """Teachers that come with the package, `zoo:<name>`: file names in compress/assets."""
 

@@ -55,7 +55,9 @@ def blocks(
     order: list[Block] = []
     for group in graph.groups:
         order += _of_group(group, scores[group.name], round_to, shares, (drops or {}).get(group.name, ()))
-    return sorted(order, key=lambda block: block.key)  # stable: within a group keys do not fall
+    widths = {group.name: group.width for group in graph.groups}
+    # Of equal keys the smaller loss goes first. Within a group neither falls, and the sorting is stable.
+    return sorted(order, key=lambda block: (block.key, 1 - block.width / widths[block.group]))
 
 
 def leaving(order: Sequence[Block], n: int) -> dict[str, Tensor]:

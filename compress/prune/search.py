@@ -61,8 +61,7 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
     Raises UserError for a detector that cannot be pruned or was pruned before, names to keep that it does not have,
     importances without images, and a budget that it does not meet even with the fewest channels.
     """
-    if detector.model is not None and detector.model.widths:
-        raise UserError("prune: this detector was pruned before; prune the whole one, with a smaller budget")
+    check_whole(detector)
     figure = _figure(settings, means)
     whole = figure(detector)
     rounds = settings.rounds if settings.schedule == "iterative" else 1
@@ -80,6 +79,12 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
         for group in pruning_graph(detector, settings.keep).groups
     ]
     return Pruned(current, whole, figure(current), rows)
+
+
+def check_whole(detector: Detector) -> None:
+    """Raise UserError for a detector that was pruned before."""
+    if detector.model is not None and detector.model.widths:
+        raise UserError("prune: this detector was pruned before; prune the whole one, with a smaller budget")
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -26,8 +26,10 @@ from compress.console import open_console
 from compress.data.synthetic import class_names
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, model_size
-from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord
+from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord, zoo_model
 from compress.manifest import STUDENT, RunFolder
+from compress.prune.search import Means
+from compress.prune.search import prune as prune_to
 from compress.run.data import DataPlan, open_data
 from compress.run.parts import Parts
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
@@ -45,6 +47,8 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
     """Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
+    if recipe.student.prune is not None:
+        recipe = _cut(recipe, len(categories), console)
     inherit = recipe.teacher is not None and recipe.teacher.inherit
     learning = Distillation(recipe.methods, inherit, parts.methods)
     new_student = partial(_student, recipe, parts, len(categories))
@@ -71,7 +75,7 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
             teacher.to(fabric.device)
         plan = TrainingPlan(
             name=STUDENT,
-            model=small.student,
+            model=small.student.built(),
             settings=small.train,
             folder=folder,
             seed=small.seed,
@@ -102,7 +106,24 @@ def _student(recipe: Recipe, parts: Parts, num_classes: int) -> Detector:
     """A new one with random weights."""
     if parts.student is not None:
         return parts.student(num_classes)
-    return build_detector(recipe.student.model_copy(update={"weights": "none"}), num_classes, recipe.seed)
+    return build_detector(recipe.student.built().model_copy(update={"weights": "none"}), num_classes, recipe.seed)
+
+
+def _cut(recipe: Recipe, num_classes: int, console: Console) -> Recipe:
+    """The recipe with a student of the pruned architecture, or of one like it: which channels leave does not matter
+    here, and what only measuring tells is taken for half of the operations."""
+    prune = recipe.student.prune
+    assert prune is not None, "the caller looks"
+    measured = prune.budget in ("latency_ms", "max_map_drop")
+    update = {"importance": "random", "shares": "uniform", "schedule": "once", "latency_ms": None, "max_map_drop": None}
+    cut = prune.model_copy(update={**update, **({"gflops": 0.5} if measured else {})})
+    short = min(recipe.data.eval_short, SHORT_PX) // 32 * 32 or 32
+    found = prune_to(_student(recipe, Parts(), num_classes), cut, Means(size=(short, short)), seed=recipe.seed)
+    assert found.detector.model is not None
+    if measured:
+        console.print(f"dry run: student.prune.{prune.budget} is not measured; half of the operations are cut off")
+    student = recipe.student.model_copy(update={"widths": found.detector.model.widths})
+    return recipe.model_copy(update={"student": student})
 
 
 def _teacher(
@@ -174,8 +195,7 @@ def _source(source: Source, console: Console) -> Source:
 
 
 def _zoo(name: str, classes: int) -> Detector:
-    model = Model(backbone="resnet101" if "_r101_" in name else "resnet50")
-    return freeze(ModelRecord(model=model, num_classes=classes).build())
+    return freeze(ModelRecord(model=zoo_model(name), num_classes=classes).build())
 
 
 def _without_download(model: Model, console: Console, who: str) -> Model:

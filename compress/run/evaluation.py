@@ -76,7 +76,7 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
     gate = {"max_map_drop": plan.settings.max_map_drop}
     proofs = plan.manifest.stage("validate", inputs | gate, [], lambda: validate_files(plan, opened.runners))
     timed = {**_teacher(plan), **opened.runners}
-    inputs |= {"machine": _machine(), "benchmark": plan.settings.benchmark.model_dump(mode="json")}
+    inputs |= {"machine": machine(), "benchmark": plan.settings.benchmark.model_dump(mode="json")}
     if plan.teacher is not None:
         inputs["teacher"] = sha256_of(checkpoint_file(plan.teacher))
     latencies = plan.manifest.stage("benchmark", inputs, [plan.folder.benchmark], lambda: _benchmark(plan, timed))
@@ -118,6 +118,12 @@ def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[
             _failed(result, f"first step that differs: {verdict.step.step}; see {reference}") for result in others
         ]
     return [result.to_dict() for result in (own, *others)]
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine that a latency belongs to."""
+    found = environment()
+    return {"cpu": found["cpu"]["model"], "gpus": [gpu.get("name") for gpu in found["gpus"] or []]}
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -246,12 +252,6 @@ def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
         "latency_batch": single.batch_size,
         "throughput_ips": round(max(cell.throughput_ips.value for cell in cells), 1),
     }
-
-
-def _machine() -> dict[str, Any]:
-    """Describe the machine that a latency belongs to."""
-    found = environment()
-    return {"cpu": found["cpu"]["model"], "gpus": [gpu.get("name") for gpu in found["gpus"] or []]}
 
 
 def _teacher_row(plan: EvaluationPlan, latencies: Mapping[str, Any]) -> dict[str, Any]:

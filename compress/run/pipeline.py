@@ -17,20 +17,18 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from compress.config.recipe import Recipe, dump_recipe, recipe_sha256
+from compress.config.recipe import Recipe, dump_recipe
 from compress.config.teacher import Teacher
 from compress.config.train import Train
 from compress.console import open_console
-from compress.data.coco import CocoDetection
-from compress.data.digests import PictureDigests
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import load_detector
 from compress.detectors.weights import state_sha256
 from compress.manifest import (
     BASELINE,
+    FINE_TUNED,
     REPORT,
-    STUDENT,
     STUDENT_ON_INT8_GRIDS,
     STUDENT_ON_PSEUDO_LABELS,
     TEACHER,
@@ -38,17 +36,27 @@ from compress.manifest import (
     Manifest,
     RunFolder,
 )
-from compress.run.data import DataPlan, Datasets, labelled_split, open_data, splits, validation_set
+from compress.run.data import Datasets, labelled_split, open_data, splits
 from compress.run.data_notes import canvas_notes, notes_about
 from compress.run.folder import about_what_is_left, need_whole, working_in, write_recipe
 from compress.run.parts import Parts, named_identity
+from compress.run.plans import (
+    checks_on,
+    cut_plan,
+    data_plan,
+    distillation_plan,
+    labelling_of,
+    qad_plan,
+    quantizing,
+    student_plan,
+    with_whole_student,
+)
+from compress.run.pruned import PrunedStudent, cut_student, source_of
 from compress.run.pseudo_labels import (
-    LabellingPlan,
     PseudoLabelled,
     check_labelled,
     fine_tuning,
     label_images,
-    labelling_plan,
 )
 from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, check, evaluate_on, train
@@ -61,10 +69,7 @@ from deploy.core.import_path import import_object
 from deploy.validate.coco import CocoMetrics
 
 if TYPE_CHECKING:
-    from compress.config.data import Data, Split
-    from compress.run.artifacts import Checks
-    from compress.run.qad import QadPlan
-    from compress.run.quantize import Quantizing
+    pass
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -107,6 +112,9 @@ def _do(
 ) -> Path:
     from compress.run.dry_run import dry_run as rehearse
 
+    if parts.student is not None and recipe.student.prune is not None:
+        raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
+    recipe = with_whole_student(recipe)
     fabric = _launch(recipe)
     kind = parts.student_class(recipe.student.detector)
     problem = recipe.student_problem(kind)
@@ -161,83 +169,13 @@ def _train(work: _Run, *, distillation: bool) -> None:
         raise UserError(f"methods.{name}: needs a teacher; add the section teacher, or give one")
     if distillation and labelling is not None:
         pseudo = label_images(work.fabric, labelling, data, work.manifest, work.console, resume=work.resume)
+    if recipe.student.prune is not None:
+        work = replace(work, pruned=work.cut(teacher, distillation=distillation))
     for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
         work.train(plan)
     on_first_process(work.fabric, lambda: write_recipe(work.folder, dump_recipe(recipe), whole=True))
     if distillation and recipe.deploy.int8.qad is not None:
         work.train_on_int8_grids(teacher)
-
-
-def data_plan(recipe: Recipe) -> DataPlan:
-    """Plan the images of a recipe's run."""
-    folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
-    return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
-
-
-def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
-    """Plan how a recipe's student learns from its teacher."""
-    inherit = recipe.teacher is not None and recipe.teacher.inherit
-    return Distillation(recipe.methods, inherit, {} if parts is None else parts.methods)
-
-
-def labelling_of(recipe: Recipe) -> LabellingPlan | None:
-    """Plan what teachers label in a recipe's run; None: nothing."""
-    if recipe.pseudo_labels is None:
-        return None
-    return labelling_plan(
-        recipe.pseudo_labels,
-        labels=recipe.labels,
-        data=recipe.data,
-        teacher=recipe.teacher,
-        student=recipe.student,
-        run=RunFolder(recipe.run_dir),
-        max_detections=recipe.deploy.max_detections,
-    )
-
-
-def student_plan(recipe: Recipe, parts: Parts | None = None) -> TrainingPlan:
-    """A recipe's student, trained from the labels alone."""
-    return TrainingPlan(
-        name=STUDENT,
-        model=recipe.student,
-        settings=recipe.train,
-        folder=RunFolder(recipe.run_dir),
-        seed=recipe.seed,
-        workers=recipe.data.workers,
-        recipe_sha256=recipe_sha256(recipe),
-        build=None if parts is None else parts.student,
-        max_detections=recipe.deploy.max_detections,
-    )
-
-
-def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadPlan:
-    """Plan how a recipe's student is trained for int8."""
-    from compress.run.qad import QadPlan
-    from compress.run.quantize import Quantizing
-
-    folder, deploy, pseudo = RunFolder(recipe.run_dir), recipe.deploy, recipe.pseudo_labels
-    assert deploy.int8.qad is not None, "the caller looks"
-    fine_tuned = pseudo is not None and pseudo.fine_tune is not None  # without methods
-    return QadPlan(
-        student=folder.weights(),
-        adapters=folder.training(STUDENT_ON_PSEUDO_LABELS if fine_tuned else STUDENT).last,
-        folder=folder,
-        train=recipe.train,
-        qad=deploy.int8.qad,
-        deploy=deploy,
-        quantizing=Quantizing(
-            deploy.int8,
-            *splits(recipe.data, recipe.runs, write=False),
-            digests=data.digests,
-            generated=data.generated,
-        ),
-        input_size=data.canvas,
-        resize_short_long=(recipe.data.eval_short, recipe.data.long),
-        distillation=distillation_plan(recipe, parts),
-        seed=recipe.seed,
-        workers=recipe.data.workers,
-        recipe_sha256=recipe_sha256(recipe),
-    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +190,7 @@ class _Run:
     manifest: Manifest
     console: Console
     resume: bool
+    pruned: PrunedStudent | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -343,7 +282,25 @@ class _Run:
         classes, student = len(self.data.train.categories), self.recipe.student
         if self.parts.student is not None:
             return self.parts.student(classes)
-        return build_detector(student.model_copy(update={"weights": "none"}), classes, self.recipe.seed)
+        if self.pruned is not None:
+            return build_detector(self.pruned.model, classes, self.recipe.seed)
+        return build_detector(student.built().model_copy(update={"weights": "none"}), classes, self.recipe.seed)
+
+    def cut(self, teacher: Detector | None, *, distillation: bool) -> PrunedStudent:
+        """Cut the student, and look whether it fits its teacher."""
+        recipe, prune = self.recipe, self.recipe.student.prune
+        assert prune is not None, "the caller looks"
+        given = recipe.teacher
+        if prune.of == "teacher" and given is not None and given.train is not None and not distillation:
+            raise UserError("student.prune.of: the run trains the teacher first; use compress distill")
+        plan = cut_plan(recipe, source_of(prune, given, self.folder))
+        pruned = cut_student(self.fabric, plan, self.data, self.manifest, recipe.data.workers, self._say)
+        if teacher is not None:
+            distillation_plan(recipe, self.parts).check(replace(self, pruned=pruned)._new_student(), teacher)
+        return pruned
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def student_trainings(
         self, teacher: Detector | None, pseudo: PseudoLabelled | None, *, distillation: bool
@@ -351,15 +308,17 @@ class _Run:
         """The student's trainings in their order; the last one makes the student. A plan may need the files of the one
         before it."""
         recipe = self.recipe
-        alone = student_plan(recipe, self.parts)
+        alone = student_plan(recipe, self.parts, self.pruned)
         if distillation and recipe.baseline:
-            yield replace(alone, name=BASELINE)
+            yield replace(alone, name=BASELINE, start=None, identity={})
+            if self.pruned is not None and (pseudo is not None or recipe.methods.enabled() or self.parts.methods):
+                yield replace(alone, name=FINE_TUNED)
         first = replace(
             alone,
             teacher=teacher,
             distillation=distillation_plan(recipe, self.parts),
             images=None if pseudo is None else pseudo.images,
-            identity={**self._taught(teacher), **({} if pseudo is None else pseudo.identity)},
+            identity={**alone.identity, **self._taught(teacher), **({} if pseudo is None else pseudo.identity)},
         )
         fine_tune = None if pseudo is None or recipe.pseudo_labels is None else recipe.pseudo_labels.fine_tune
         if fine_tune is None:
@@ -421,32 +380,6 @@ class _Run:
         }
 
 
-def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
-    """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
-    train, split = splits(recipe.data, recipe.runs)
-    val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
-    return split, val, _checks(recipe.data, train, val, size)
-
-
-def _checks(data: Data, train: Split, val: CocoDetection, size: tuple[int, int]) -> Checks:
-    from compress.run.artifacts import Checks
-
-    return Checks([val.path(index) for index in range(len(val))], size, (data.eval_short, data.long), train)
-
-
-def quantizing(recipe: Recipe, digests: PictureDigests | None = None) -> Quantizing:
-    """Plan what a recipe's int8 files are calibrated on, and searched with if it says so. digests: of pictures."""
-    from compress.run.quantize import Quantizing, Search
-
-    train_split, split = splits(recipe.data, recipe.runs)
-    int8, search = recipe.deploy.int8, None
-    if int8.guided:
-        labels, part = labelled_split(data_plan(recipe)), RunFolder(recipe.run_dir).search_split
-        search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
-    digests = PictureDigests() if digests is None else digests
-    return Quantizing(int8, train_split, split, search, digests, recipe.data.synthetic is not None)
-
-
 def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
     from compress.export.onnx import SAMPLES
@@ -456,7 +389,7 @@ def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
     (train, split), val = splits(recipe.data, recipe.runs, write=False), data.val
-    checks = _checks(recipe.data, train, val, data.canvas)
+    checks = checks_on(recipe.data, train, val, data.canvas)
     checks = replace(checks, identity=data.identity_of(checks.images[:SAMPLES]))
     labelled = labelled_split(data_plan(recipe))
     made = []

@@ -82,7 +82,9 @@ def match_teacher(
         if distillation.inherit and len(names) == len(categories):  # then the head's last layer would be copied too
             needing = "teacher.inherit needs"
         if needing:
-            raise UserError(f"{key}: {_difference(names, categories)}; {needing} the same classes in the same order")
+            raise UserError(
+                f"{key}: {class_difference(names, categories)}; {needing} the same classes in the same order"
+            )
     return detector, [categories.index(name) if name in categories else -1 for name in names]
 
 
@@ -98,10 +100,8 @@ def checkpoint_to_show(settings: Teacher, folder: RunFolder, val: CocoDetection)
     return settings.checkpoint if same else None
 
 
-# --- details --------------------------------------------------------------------------------------------
-
-
-def _difference(names: Sequence[str], categories: Sequence[str]) -> str:
+def class_difference(names: Sequence[str], categories: Sequence[str]) -> str:
+    """Say in which way a teacher's classes are not those of the data, which they are not."""
     if not names:
         return "the teacher does not name its classes"
     if len(names) != len(categories):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -29,11 +32,20 @@ def evaluate(
     was_training = detector.training
     detector.eval()
     settings = {"max_detections": max_detections} if max_detections > DETECTIONS else {}
+    tables = detect(detector, loader, dataset.category_ids, device, **settings)
+    detector.train(was_training)
+    return evaluate_coco(dataset.annotations, gather(tables), max_detections=max_detections)
+
+
+@torch.no_grad()
+def detect(
+    detector: Detector, batches: Iterable[Batch], category_ids: Sequence[int], device: torch.device, **settings: Any
+) -> list[DetectionTable]:
+    """What a detector in eval mode finds in each image. settings: of `Detector.decode`."""
     tables: list[DetectionTable] = []
-    for batch in loader:
+    for batch in batches:
         prediction = detector(batch.images.to(device))
         detections = detector.decode(prediction, batch.sizes, **settings)
         for target, found in zip(batch.targets, detections, strict=True):
-            tables.append(found.to_table(target.image_id, dataset.category_ids))
-    detector.train(was_training)
-    return evaluate_coco(dataset.annotations, gather(tables), max_detections=max_detections)
+            tables.append(found.to_table(target.image_id, category_ids))
+    return tables

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 
 from compress.config.recipe import Recipe
-from compress.run import pipeline, trainings
+from compress.run import plans, trainings
 from compress.run.data import open_data
 
 
@@ -18,8 +18,8 @@ def fabric() -> Fabric:
 
 def train(recipe: Recipe, *, max_steps: int | None = None, resume: bool = False, identity: str = "a") -> None:
     f = fabric()
-    plan = replace(pipeline.student_plan(recipe), identity={"of": identity})
-    trainings.train(f, plan, open_data(pipeline.data_plan(recipe), f), resume=resume, max_steps=max_steps)
+    plan = replace(plans.student_plan(recipe), identity={"of": identity})
+    trainings.train(f, plan, open_data(plans.data_plan(recipe), f), resume=resume, max_steps=max_steps)
 
 
 def last_checkpoint(recipe: Recipe) -> dict:

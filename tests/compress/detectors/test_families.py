@@ -21,7 +21,7 @@ from compress.distill.bckd import BCKD
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe, match_levels
 from compress.distill.method import Outputs
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train
 from deploy.core.errors import UserError
@@ -252,9 +252,9 @@ def test_training_goes_on_exactly(tmp_path: Path) -> None:
     for folder, stops in (("a", [None]), ("b", [3, None])):
         recipe = tiny_recipe.recipe(tmp_path / folder, *settings_of("faster_rcnn"), "baseline=false")
         fabric = pipeline._launch(recipe)
-        data = open_data(pipeline.data_plan(recipe), fabric)
+        data = open_data(plans.data_plan(recipe), fabric)
         for stop in stops:
-            train(fabric, pipeline.student_plan(recipe), data, resume=True, max_steps=stop)
+            train(fabric, plans.student_plan(recipe), data, resume=True, max_steps=stop)
         weights.append(load_detector(recipe.run_dir / "student.safetensors")[0].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
     assert whole.student.detector == "faster_rcnn" and isinstance(model("fcos"), nn.Module)

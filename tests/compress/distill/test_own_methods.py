@@ -27,7 +27,7 @@ from compress.distill.level_matching import LevelMatched
 from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
 from compress.distill.weighting import WeightedMethod
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train as train_plan
 from deploy.core.errors import UserError
@@ -108,8 +108,8 @@ def test_it_trains_is_logged_and_resumes_exactly(tmp_path: Path) -> None:
 def train(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
     teacher = freeze(load_detector(Path(recipe.teacher.checkpoint))[0])
-    plan = replace(pipeline.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
-    train_plan(fabric(), plan, open_data(pipeline.data_plan(recipe), fabric()), resume=True, max_steps=stop)
+    plan = replace(plans.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
+    train_plan(fabric(), plan, open_data(plans.data_plan(recipe), fabric()), resume=True, max_steps=stop)
 
 
 class Instance(Method):

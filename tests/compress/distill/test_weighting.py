@@ -23,7 +23,7 @@ from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Method, Outputs
 from compress.distill.uet import UET
 from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train
 from deploy.core.errors import UserError
@@ -136,9 +136,9 @@ def test_composed_methods_resume_exactly(tmp_path: Path) -> None:
 
 def train_taught(recipe: Recipe, stop: int) -> None:
     assert recipe.teacher is not None and recipe.teacher.checkpoint is not None
-    data = open_data(pipeline.data_plan(recipe), fabric())
+    data = open_data(plans.data_plan(recipe), fabric())
     teacher = freeze(load_teacher_checkpoint(recipe.teacher.checkpoint)[0])
-    plan = replace(pipeline.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
+    plan = replace(plans.student_plan(recipe), teacher=teacher, distillation=pipeline.distillation_plan(recipe))
     train(fabric(), plan, data, resume=True, max_steps=stop)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from compress.data.coco import CocoDetection
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run.data import open_data, splits
 from deploy.core.errors import UserError
 from tests.helpers import tiny_recipe
@@ -29,7 +29,7 @@ def test_only_a_part_keeps_its_labels(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (len(labelled["images"]), len(rest["images"]), rest["annotations"]) == (6, 18, [])
     ids = {row["id"] for row in labelled["images"]}
     assert labelled["annotations"] == [row for row in given["annotations"] if row["image_id"] in ids]
-    data = open_data(pipeline.data_plan(recipe), fabric())
+    data = open_data(plans.data_plan(recipe), fabric())
     assert set(data.train.image_ids) == ids and isinstance(data.train, CocoDetection)
     assert len(data.val) == 8 and data.unlabelled is not None
     assert read(folder / "manifest.json")["stages"]["student"]["result"]["steps"] == 3

@@ -14,7 +14,7 @@ from PIL import Image
 from compress.data.loader import eval_loader
 from compress.detectors.base import freeze
 from compress.detectors.checkpoints import load_teacher_checkpoint
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run.data import canvas, open_data, padding
 from compress.training.evaluate import evaluate
 from deploy.core.card import card_from_file
@@ -92,7 +92,7 @@ def test_a_second_run_repeats_nothing(run_dir: Path) -> None:
 
 def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe.recipe(run_dir.parents[1])
-    data = open_data(pipeline.data_plan(recipe), fabric())
+    data = open_data(plans.data_plan(recipe), fabric())
     teacher = freeze(load_teacher_checkpoint(str(run_dir / "teacher.safetensors"))[0])
     loader = eval_loader(data.val, batch_size=3, workers=0)
     fast = evaluate(teacher, loader, data.val, torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, mon
 
 def test_the_canvas_holds_every_image(run_dir: Path) -> None:
     recipe = tiny_recipe.recipe(run_dir.parents[1])
-    val = open_data(pipeline.data_plan(recipe), fabric()).val
+    val = open_data(plans.data_plan(recipe), fabric()).val
     assert canvas(val, recipe.data) == (64, 64)
     val.sizes = [(480, 640), (640, 480)]
     assert canvas(val, recipe.data) == (64, 64)

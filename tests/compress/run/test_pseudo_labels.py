@@ -22,7 +22,7 @@ from compress.pseudo import parts
 from compress.pseudo.images import images_in
 from compress.pseudo.label import Settings as Labelling
 from compress.pseudo.label import pseudo_label
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run import pseudo_labels as stage
 from compress.run.data import Datasets, open_data, splits
 from compress.run.pseudo_labels import PseudoLabelled, fine_tuning
@@ -134,7 +134,7 @@ def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: p
     from tests.helpers.training_runs import fabric
 
     plain = recipe(tmp_path)
-    more_images(tmp_path / "more", plain.run_dir, open_data(pipeline.data_plan(plain), fabric()))
+    more_images(tmp_path / "more", plain.run_dir, open_data(plans.data_plan(plain), fabric()))
     run_dir = pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))
     assert f"{tmp_path / 'more'}: 3 images of the training or validation set are left out" in capsys.readouterr().out
     document = read(RunFolder(run_dir).pseudo_labels / "folder-1.json")
@@ -144,7 +144,7 @@ def test_folders_of_images(tmp_path: Path, seen: list[PseudoLabelled], capsys: p
     assert len(seen[0].images.parts) == 3
     shutil.rmtree(tmp_path / "more")
     (tmp_path / "more").mkdir()
-    split = open_data(pipeline.data_plan(plain), fabric()).val_split
+    split = open_data(plans.data_plan(plain), fabric()).val_split
     shutil.copy(split.images / read(split.annotations)["images"][0]["file_name"], tmp_path / "more" / "again.png")
     with pytest.raises(UserError, match="all its images are training or validation images"):
         pipeline.distill(recipe(tmp_path, f"pseudo_labels.unlabeled=[{tmp_path / 'more'}]"))

@@ -17,7 +17,7 @@ from compress.config.train import Schedule
 from compress.detectors.build import build_detector
 from compress.distill.weighting import TrainingPosition
 from compress.manifest import fingerprint
-from compress.run import pipeline, trainings
+from compress.run import pipeline, plans, trainings
 from compress.run.data import open_data
 from compress.training.learner import Learner
 from compress.training.optimizer import learning_rate, moving_average, ramped
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
 def test_bfloat16_gradients_are_those_of_float32(tmp_path: Path) -> None:
     """Direction of the whole gradient; 64 px makes P6 and P7 maps of one pixel."""
     recipe = tiny_recipe.recipe(tmp_path)
-    data = open_data(pipeline.data_plan(recipe), fabric())
+    data = open_data(plans.data_plan(recipe), fabric())
     batch = next(iter(trainings.train_loader(data.train, batch_size=4, seed=0, workers=0))).to("cpu")
 
     def gradient(half: bool) -> torch.Tensor:
@@ -128,14 +128,14 @@ def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path) -> None:
 
 def test_images_without_boxes_are_refused_before_training(tmp_path: Path) -> None:
     recipe = tiny_recipe.recipe(tmp_path)
-    drawn = open_data(pipeline.data_plan(recipe), fabric()).val_split
+    drawn = open_data(plans.data_plan(recipe), fabric()).val_split
     empty = drawn.model_copy(update={"annotations": tmp_path / "empty.json"})
     empty.annotations.write_text(json.dumps({**json.loads(drawn.annotations.read_text()), "annotations": []}))
     for arm, purpose in (("val", "evaluate on"), ("train", "train on")):
         splits = {"train": drawn, "val": drawn, arm: empty, "synthetic": None}
         data = recipe.data.model_copy(update=splits)
         with pytest.raises(UserError, match=rf"empty.json: it has no box to {purpose}"):
-            open_data(pipeline.data_plan(recipe.model_copy(update={"data": data})), fabric())
+            open_data(plans.data_plan(recipe.model_copy(update={"data": data})), fabric())
 
 
 def test_weight_zero_is_plain_training(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from compress.detectors.checkpoints import load_detector, load_teacher_checkpoin
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable
 from compress.manifest import RunFolder
-from compress.run import pipeline
+from compress.run import pipeline, plans
 from compress.run.data import open_data, splits
 from compress.training.qad.export import load_grids
 from compress.training.qad.fake_quant import (
@@ -373,12 +373,12 @@ def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
 def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
-    data = open_data(pipeline.data_plan(recipe), f)
+    data = open_data(plans.data_plan(recipe), f)
     teacher = freeze(load_teacher_checkpoint(str(run_dir / "teacher.safetensors"))[0])
     start = load_grids(run_dir / "student.qad.start.json")
 
     def train(folder: Path, *, resume: bool = False, max_steps: int | None = None) -> None:
-        plan = replace(pipeline.qad_plan(recipe, data), folder=RunFolder(folder))
+        plan = replace(plans.qad_plan(recipe, data), folder=RunFolder(folder))
         train_quantized(
             f, plan.training(f, data, start, identity={}), teacher=teacher, resume=resume, max_steps=max_steps
         )
@@ -400,8 +400,8 @@ def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
 def test_the_float_control_trains_without_grids(run_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
-    data = open_data(pipeline.data_plan(recipe), f)
-    plan = replace(pipeline.qad_plan(recipe, data), folder=RunFolder(tmp_path))
+    data = open_data(plans.data_plan(recipe), f)
+    plan = replace(plans.qad_plan(recipe, data), folder=RunFolder(tmp_path))
     result = train_quantized(f, plan.training(f, data, None, identity={}, name="control"), teacher=None)
     assert result["steps"] == 6 and not (tmp_path / "control.json").exists()
     load_detector(tmp_path / "control.safetensors")

@@ -1,0 +1,137 @@
+"""Plans that a recipe's sections make: what the rest of this folder is given instead of the recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.config.data import Data, Split
+from compress.config.recipe import Recipe, recipe_sha256
+from compress.data.coco import CocoDetection
+from compress.data.digests import PictureDigests
+from compress.manifest import STUDENT, STUDENT_ON_PSEUDO_LABELS, RunFolder
+from compress.run.data import DataPlan, Datasets, labelled_split, splits, validation_set
+from compress.run.parts import Parts
+from compress.run.pruned import CutPlan, PrunedStudent, whole_student
+from compress.run.pseudo_labels import LabellingPlan, labelling_plan
+from compress.run.trainings import Distillation, TrainingPlan
+
+if TYPE_CHECKING:
+    from compress.run.artifacts import Checks
+    from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
+
+
+def with_whole_student(recipe: Recipe) -> Recipe:
+    """The recipe, with a student that is to be pruned as it is before: its own section says only what it is cut from.
+
+    Raises UserError for a checkpoint that cannot be read.
+    """
+    return recipe.model_copy(update={"student": whole_student(recipe.student, recipe.teacher)})
+
+
+def data_plan(recipe: Recipe) -> DataPlan:
+    """Plan the images of a recipe's run."""
+    folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
+    return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
+
+
+def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
+    """Plan how a recipe's student learns from its teacher."""
+    inherit = recipe.teacher is not None and recipe.teacher.inherit
+    return Distillation(recipe.methods, inherit, {} if parts is None else parts.methods)
+
+
+def labelling_of(recipe: Recipe) -> LabellingPlan | None:
+    """Plan what teachers label in a recipe's run; None: nothing."""
+    if recipe.pseudo_labels is None:
+        return None
+    return labelling_plan(
+        recipe.pseudo_labels,
+        labels=recipe.labels,
+        data=recipe.data,
+        teacher=recipe.teacher,
+        student=recipe.student,
+        run=RunFolder(recipe.run_dir),
+        max_detections=recipe.deploy.max_detections,
+    )
+
+
+def student_plan(recipe: Recipe, parts: Parts | None = None, pruned: PrunedStudent | None = None) -> TrainingPlan:
+    """A recipe's student, trained from the labels alone. pruned: where it starts from, if it was cut."""
+    return TrainingPlan(
+        name=STUDENT,
+        model=recipe.student.built() if pruned is None else pruned.model,
+        start=None if pruned is None else pruned.file,
+        identity={} if pruned is None else pruned.identity,
+        settings=recipe.train,
+        folder=RunFolder(recipe.run_dir),
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        recipe_sha256=recipe_sha256(recipe),
+        build=None if parts is None else parts.student,
+        max_detections=recipe.deploy.max_detections,
+    )
+
+
+def cut_plan(recipe: Recipe, checkpoint: str) -> CutPlan:
+    """Plan how a recipe's student is cut from the detector of this checkpoint."""
+    assert recipe.student.prune is not None, "the caller looks"
+    folder = RunFolder(recipe.run_dir)
+    return CutPlan(recipe.student.prune, checkpoint, folder, recipe.data, recipe.deploy, recipe.seed)
+
+
+def qad_plan(recipe: Recipe, data: Datasets, parts: Parts | None = None) -> QadPlan:
+    """Plan how a recipe's student is trained for int8."""
+    from compress.run.qad import QadPlan
+    from compress.run.quantize import Quantizing
+
+    folder, deploy, pseudo = RunFolder(recipe.run_dir), recipe.deploy, recipe.pseudo_labels
+    assert deploy.int8.qad is not None, "the caller looks"
+    fine_tuned = pseudo is not None and pseudo.fine_tune is not None  # without methods
+    return QadPlan(
+        student=folder.weights(),
+        adapters=folder.training(STUDENT_ON_PSEUDO_LABELS if fine_tuned else STUDENT).last,
+        folder=folder,
+        train=recipe.train,
+        qad=deploy.int8.qad,
+        deploy=deploy,
+        quantizing=Quantizing(
+            deploy.int8,
+            *splits(recipe.data, recipe.runs, write=False),
+            digests=data.digests,
+            generated=data.generated,
+        ),
+        input_size=data.canvas,
+        resize_short_long=(recipe.data.eval_short, recipe.data.long),
+        distillation=distillation_plan(recipe, parts),
+        seed=recipe.seed,
+        workers=recipe.data.workers,
+        recipe_sha256=recipe_sha256(recipe),
+    )
+
+
+def validation_images(recipe: Recipe) -> tuple[Split, CocoDetection, Checks]:
+    """The labelled images that a recipe's files are judged on, and what exports are compared with torch on."""
+    train, split = splits(recipe.data, recipe.runs)
+    val, size = validation_set(split, recipe.data, recipe.deploy.input_size)
+    return split, val, checks_on(recipe.data, train, val, size)
+
+
+def checks_on(data: Data, train: Split, val: CocoDetection, size: tuple[int, int]) -> Checks:
+    """What exported files are compared with torch on."""
+    from compress.run.artifacts import Checks
+
+    return Checks([val.path(index) for index in range(len(val))], size, (data.eval_short, data.long), train)
+
+
+def quantizing(recipe: Recipe, digests: PictureDigests | None = None) -> Quantizing:
+    """Plan what a recipe's int8 files are calibrated on, and searched with if it says so. digests: of pictures."""
+    from compress.run.quantize import Quantizing, Search
+
+    train_split, split = splits(recipe.data, recipe.runs)
+    int8, search = recipe.deploy.int8, None
+    if int8.guided:
+        labels, part = labelled_split(data_plan(recipe)), RunFolder(recipe.run_dir).search_split
+        search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
+    digests = PictureDigests() if digests is None else digests
+    return Quantizing(int8, train_split, split, search, digests, recipe.data.synthetic is not None)

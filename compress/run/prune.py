@@ -1,0 +1,243 @@
+"""A detector cut to a budget: what pruning needs to know of images, files and machine, and what is kept of it.
+
+smaller, result = prune_detector(detector, record, PruningPlan(...), print)
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compress.config.deploy import Deploy
+from compress.config.prune import Cut
+from compress.console import progress
+from compress.data.batch import collate
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform
+from compress.detectors.base import Detector
+from compress.detectors.checkpoints import ModelRecord
+from compress.detectors.weights import listed, state_sha256
+from compress.prune.graph import pruning_graph
+from compress.prune.importance import FROM_DATA, importances
+from compress.prune.search import Figure, Means, check_whole, prune
+from compress.prune.sensitivity import Sensitivity, sensitivity
+from compress.training.evaluate import detect
+from compress.training.learner import total_loss
+from compress.versions import versions
+from deploy.core.detection_table import DetectionTable
+from deploy.core.errors import UserError
+from deploy.core.image_folder import spread
+from deploy.validate.coco import evaluate_coco, load_annotations
+from deploy.validate.ground_truth import GroundTruth
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a detector is cut to, and by what.
+
+    settings: how much leaves it, and which channels.
+    size: (height, width) of the canvas: GFLOPs, latency and mAP are of it.
+    resize_short_long: limits of pictures on it, as in training's evaluation.
+    images: labelled training images; None: there are none.
+    deploy: settings of the exported file whose latency counts.
+    sensitivities: JSON file of what was measured so far, written after every layer, so that an interrupted measurement
+        goes on.
+    """
+
+    settings: Cut
+    size: tuple[int, int]
+    resize_short_long: tuple[int, int]
+    images: CocoDetection | None
+    deploy: Deploy
+    sensitivities: Path
+    seed: int = 0
+    device: str = "cpu"
+
+
+def prune_detector(
+    detector: Detector, record: ModelRecord, plan: PruningPlan, say: Callable[[str], None]
+) -> tuple[Detector, dict[str, Any]]:
+    """Cut a detector, which is not changed, to the budget of the plan.
+
+    Args:
+        record: of the detector's checkpoint.
+        say: takes lines about what is being done.
+
+    Returns the smaller detector, in eval mode on the CPU, its weights inherited, and JSON-able figures: `budget`,
+    `asked`, `whole` and `found` (what was asked for, and its figure before and after: GFLOPs, millions of parameters,
+    milliseconds or mAP), `rows` (`name`, `width` and what is `left` of each group of channels), `sensitivity` (`map`,
+    `images` and `rows` of `name` and `points`, pairs of the share that stays and the mAP; None where it was not asked
+    for), `latency` (what was measured for latency_ms; else None).
+
+    Raises UserError as `compress.prune.search.prune`, and for settings that need images without any.
+    """
+    settings = plan.settings
+    check_whole(detector)
+    _check_images(settings, plan.images, detector.num_classes, record.class_names)
+    detector = copy.deepcopy(detector).to(plan.device).eval()
+    looks = settings.importance in FROM_DATA or settings.shares == "sensitivity" or settings.budget == "max_map_drop"
+    images = Images(plan) if looks else None
+    measured = None
+    if settings.shares == "sensitivity":
+        assert images is not None
+        measured = _sensitivity(detector, plan, images, say)
+    means = Means(
+        plan.size,
+        losses=() if images is None else images,
+        latency_ms=_latency(record, plan) if settings.budget == "latency_ms" else None,
+        mean_ap=None if images is None else images.mean_ap,
+        drops=None if measured is None else measured.drops,
+    )
+    found = prune(detector, settings, means, seed=plan.seed)
+    result = {
+        "budget": settings.budget,
+        "asked": getattr(settings, settings.budget),
+        "whole": found.whole,
+        "found": found.found,
+        "rows": found.rows,
+        "sensitivity": None if measured is None or images is None else {"images": len(images), **measured.to_dict()},
+        "latency": None,
+    }
+    return found.detector.cpu(), result
+
+
+class Images:
+    """Training images, as many as the settings say, spread over all; kept in memory as the network sees them.
+
+    Iterating gives a function from a detector to its scalar loss for each of them: what it trains on, in training mode,
+    but for norms, which use their statistics and do not move them. What a loss draws by chance depends on the seed
+    alone.
+    """
+
+    def __init__(self, plan: PruningPlan) -> None:
+        assert plan.images is not None, "the caller checks"
+        images = copy.copy(plan.images)
+        images.transform = eval_transform(*plan.resize_short_long, plan.size)
+        self._samples = [images[index] for index in spread(range(len(images)), plan.settings.images)]
+        self._file, self._category_ids = images.annotations, images.category_ids
+        self._truth = _truth(images.annotations, {target.image_id for _, target in self._samples})
+        self._size, self._seed, self._device = plan.size, plan.seed, torch.device(plan.device)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[Callable[[Detector], Tensor]]:
+        for number in range(len(self)):
+            yield lambda detector, number=number: self._loss(detector, number)  # type: ignore[misc]
+
+    def mean_ap(self, detector: Detector) -> float:
+        """mAP (percent) of a detector in eval mode on these images. Raises UserError where they show no objects."""
+        batches = (collate(self._samples[first : first + BATCH], self._size) for first in range(0, len(self), BATCH))
+        found = DetectionTable.join(detect(detector, batches, self._category_ids, self._device))
+        value = evaluate_coco(self._truth, found).map
+        if math.isnan(value):
+            raise UserError(
+                f"prune.images: {self._file}: no box on the {len(self)} images that are looked at; take more of them"
+            )
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """What a mAP depends on besides the detector."""
+        digest = hashlib.sha256()
+        for image, target in self._samples:
+            digest.update(f"{target.image_id} {tuple(image.shape)}".encode() + image.contiguous().numpy().tobytes())
+        for column in (self._truth.images, self._truth.categories, self._truth.boxes, self._truth.crowd):
+            digest.update(column.tobytes())
+        return {"images": digest.hexdigest(), "size": self._size, "device": self._device.type}
+
+    def _loss(self, detector: Detector, number: int) -> Tensor:
+        batch = collate([self._samples[number]], self._size).to(self._device)
+        devices = [self._device] if self._device.type == "cuda" else []
+        with _training(detector), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._seed)
+            prediction = detector(batch.images).float()
+            return total_loss(detector.loss(prediction, detector.assign(prediction, batch.targets)))
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _check_images(
+    settings: Cut, images: CocoDetection | None, num_classes: int, class_names: tuple[str, ...] | None
+) -> None:
+    """Refuse settings that look at images, where there are none or only those of other classes."""
+    asking = [
+        (key, value, instead)
+        for key, value, asks, instead in (
+            ("importance", settings.importance, settings.importance in FROM_DATA, "group_norm"),
+            ("shares", settings.shares, settings.shares == "sensitivity", "uniform or global"),
+            ("max_map_drop", settings.max_map_drop, settings.budget == "max_map_drop", "gflops or params"),
+        )
+        if asks
+    ]
+    if not asking:
+        return
+    key, value, instead = asking[0]
+    if images is None:
+        raise UserError(
+            f"prune.{key}: {value} needs labelled training images, and there are none; give some, or take {instead}"
+        )
+    if len(images.categories) != num_classes or class_names not in (None, images.categories):
+        own = str(num_classes) if class_names is None else listed(class_names)
+        raise UserError(
+            f"prune.{key}: {value} looks at labels, and the classes of {images.annotations} "
+            f"({listed(images.categories)}) are not the detector's ({own}); give the images that it was trained on, or "
+            f"take {instead}"
+        )
+
+
+def _sensitivity(detector: Detector, plan: PruningPlan, images: Images, say: Callable[[str], None]) -> Sensitivity:
+    settings = plan.settings
+    graph = pruning_graph(detector, settings.keep)
+    scores = importances(graph, settings.importance, losses=images, seed=plan.seed)
+    say(f"sensitivity: mAP of {len(graph.groups)} groups of layers, each cut alone, on {len(images)} training images")
+    identity = images.identity() | {"weights": state_sha256(detector), "versions": versions()}
+    with progress("sensitivity") as step:
+        return sensitivity(
+            graph,
+            scores,
+            detector,
+            images.mean_ap,
+            store=plan.sensitivities,
+            identity=identity,
+            round_to=settings.round_to,
+            progress=step,
+        )
+
+
+def _latency(record: ModelRecord, plan: PruningPlan) -> Figure:
+    raise NotImplementedError("latency_ms: measured by compress.run.latency_search")
+
+
+def _truth(annotations: Path, image_ids: set[int]) -> GroundTruth:
+    """The labels of some images of a COCO file."""
+    document = dict(load_annotations(annotations))
+    document["images"] = [row for row in document["images"] if row["id"] in image_ids]
+    return GroundTruth.of(document)
+
+
+@contextmanager
+def _training(detector: Detector) -> Iterator[None]:
+    """Training mode, without norms that look at the batch."""
+    before = {module: module.training for module in detector.modules()}
+    detector.train()
+    for module in before:
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -1,0 +1,219 @@
+"""The pruned student of a run: which detector it is cut from, and the cut as a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from compress.config.data import Data
+from compress.config.deploy import Deploy
+from compress.config.model import Model, Student
+from compress.config.prune import Prune
+from compress.config.teacher import Teacher
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform
+from compress.detectors.base import Detector
+from compress.detectors.checkpoints import (
+    ZOO,
+    ModelRecord,
+    checkpoint_file,
+    load_detector,
+    load_teacher_checkpoint,
+    save_detector,
+    zoo_model,
+)
+from compress.detectors.weights import state_sha256
+from compress.manifest import PRUNE, PRUNED, STUDENT, TEACHER, Manifest, RunFolder
+from compress.run.data import Datasets
+from compress.run.evaluation import machine
+from compress.run.prune import PruningPlan, prune_detector
+from compress.run.teacher import class_difference
+from compress.run.trainings import evaluate_on
+from compress.training.distributed import on_first_process
+from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
+
+
+@dataclass(frozen=True)
+class PrunedStudent:
+    """What a training of the pruned student begins with. model: its architecture. file: its weights."""
+
+    model: Model
+    file: Path
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Identify the weights, as JSON."""
+        return {"start": sha256_of(self.file)}
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """Plan of a run's cut.
+
+    prune: the recipe's section. checkpoint: of the whole detector. data, deploy: the recipe's sections.
+    """
+
+    prune: Prune
+    checkpoint: str
+    folder: RunFolder
+    data: Data
+    deploy: Deploy
+    seed: int
+
+
+def whole_student(student: Student, teacher: Teacher | None) -> Student:
+    """The student before anything is cut off it; another than that of the recipe where it is pruned.
+
+    Raises UserError for a checkpoint that cannot be read.
+    """
+    prune = student.prune
+    if prune is None:
+        return student
+    if prune.of == "teacher" and teacher is not None and teacher.train is not None:
+        assert teacher.model is not None, "the recipe was validated"
+        model = teacher.model.bare()
+    else:
+        checkpoint = source_of(prune, teacher, None)
+        name = checkpoint.removeprefix("zoo:")
+        model = zoo_model(name) if name in ZOO else load_whole(checkpoint)[1].model
+    return student.model_copy(update={key: getattr(model, key) for key in Model.model_fields})
+
+
+def source_of(prune: Prune, teacher: Teacher | None, folder: RunFolder | None) -> str:
+    """The checkpoint that a student is cut from. folder: of the run that trains the teacher, if one does."""
+    if prune.of != "teacher":
+        return prune.of
+    if teacher is None or not (teacher.checkpoint or teacher.train):
+        raise UserError("student.prune.of: there is no teacher with a checkpoint; name one")
+    if teacher.checkpoint is not None:
+        return teacher.checkpoint
+    assert folder is not None, "a teacher that the run trains"
+    return str(folder.weights(TEACHER))
+
+
+def load_whole(checkpoint: str, key: str = "student.prune.of") -> tuple[Detector, ModelRecord]:
+    """The detector to cut, and its record. `key` names it in messages. Raises UserError for one that cannot be cut: of
+    quantization-aware training, or pruned before."""
+    try:
+        detector, record = load_teacher_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    path = checkpoint_file(checkpoint)
+    if RunFolder(path.parent).grids(path.stem).is_file():
+        raise UserError(
+            f"{key}: {checkpoint} was trained on the grids of its int8 file, which belong to its layers; prune "
+            f"{path.with_stem(STUDENT).name} and train the pruned one on grids of its own"
+        )
+    if record.model.widths:
+        raise UserError(f"{key}: {checkpoint} was pruned before; prune the whole detector, with a smaller budget")
+    return detector, record
+
+
+def cut_student(
+    fabric: Fabric, plan: CutPlan, data: Datasets, manifest: Manifest, workers: int, say: Callable[[str], None]
+) -> PrunedStudent:
+    """Cut the student, unless it is done, and measure it on the validation images before any training.
+
+    Raises UserError for a detector of other classes, or that cannot be cut as asked.
+    """
+    detector, record = load_whole(plan.checkpoint)
+    _check_classes(plan.checkpoint, record, data.train)
+    output = plan.folder.weights(PRUNED)
+
+    def work() -> dict[str, Any]:
+        record_of_data = _with_classes(record, data.train, plan.checkpoint)
+
+        def make() -> dict[str, Any]:
+            smaller, found = prune_detector(detector.to(fabric.device), record, _pruning(plan, data, fabric), say)
+            save_detector(output, smaller, metadata=record_of_data.model_copy(update={"model": smaller.model}))
+            return found
+
+        found: dict[str, Any] = on_first_process(fabric, make)
+        smaller, saved = load_detector(output)
+        metrics = evaluate_on(smaller.to(fabric.device), data, fabric, workers, plan.deploy.max_detections)
+        measured = saved.model_copy(update={"val_map": metrics.map})
+        on_first_process(fabric, lambda: save_detector(output, smaller, metadata=measured))
+        return {**found, "metrics": metrics.to_dict(), "canvas": list(data.canvas)}
+
+    result = manifest.stage(PRUNE, _inputs(plan, detector, data), [output], work, write=fabric.is_global_zero)
+    say(f"{PRUNED}: {summary(result)}")
+    return PrunedStudent(load_detector(output)[1].model, output)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """Say in a line what a cut left."""
+    unit = {"gflops": "GFLOPs", "params": "M parameters", "latency_ms": "ms", "max_map_drop": "mAP on training images"}
+    what = f"{found['found']:.4g} of {found['whole']:.4g} {unit[found['budget']]}"
+    return f"{what}, mAP {found['metrics']['map']:.2f} before any training"
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _pruning(plan: CutPlan, data: Datasets, fabric: Fabric) -> PruningPlan:
+    limits = (plan.data.eval_short, plan.data.long)
+    images = None
+    if data.has_labels:
+        split = data.train_split
+        images = CocoDetection(
+            split.annotations, split.images, eval_transform(*limits, data.canvas), cache=plan.data.cache
+        )
+    return PruningPlan(
+        settings=plan.prune,
+        size=data.canvas,
+        resize_short_long=limits,
+        images=images,
+        deploy=plan.deploy,
+        sensitivities=plan.folder.sensitivities,
+        seed=plan.seed,
+        device=fabric.device.type,
+    )
+
+
+def _inputs(plan: CutPlan, detector: Detector, data: Datasets) -> dict[str, Any]:
+    """Everything that the cut depends on, as JSON."""
+    prune = plan.prune
+    inputs: dict[str, Any] = {
+        "of": state_sha256(detector),
+        "prune": prune.model_dump(mode="json", exclude={"of"}),
+        "canvas": list(data.canvas),
+        "validation": data.val_identity,
+        "max_detections": plan.deploy.max_detections,
+    }
+    if prune.importance == "random":
+        inputs["seed"] = plan.seed
+    if prune.needs_images is not None or prune.latency_ms is not None:
+        inputs["data"] = data.identity
+    if prune.latency_ms is not None:
+        inputs |= {"machine": machine(), "providers": list(plan.deploy.providers)}
+    return inputs
+
+
+def _check_classes(checkpoint: str, record: ModelRecord, data: CocoDetection) -> None:
+    if record.class_names is None and record.num_classes == len(data.categories):
+        return
+    names = list(record.class_names or ())
+    if names != list(data.categories):
+        raise UserError(
+            f"student.prune.of: {checkpoint}: {class_difference(names, data.categories)}; a pruned student keeps its "
+            "classes, so they must be those of the data in the same order"
+        )
+
+
+def _with_classes(record: ModelRecord, data: CocoDetection, checkpoint: str) -> ModelRecord:
+    """The record of a detector of the data's classes, not measured yet."""
+    return record.model_copy(
+        update={
+            "class_names": data.categories,
+            "category_ids": data.category_ids,
+            "val_map": None,
+            "recipe_sha256": None,
+            "source": f"pruned from {Path(checkpoint).name}",
+        }
+    )
