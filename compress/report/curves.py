@@ -67,7 +67,8 @@ def curves(document: Document) -> list[Curve]:
     level = (f"teacher {teacher.map:.1f}", teacher.map) if teacher and teacher.map is not None else None
     add(
         "Validation mAP",
-        "Dotted: the teacher's final mAP." if level else "Of the checkpoints while training.",
+        ("Dotted: the teacher's final mAP." if level else "Of the checkpoints while training.")
+        + (" At step 0: as it was cut." if models.is_pruned else ""),
         {role: _start(role, document) + metrics[role].columns.get("map", []) for role in roles},
         "mAP, percent",
         level=level,

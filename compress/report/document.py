@@ -283,6 +283,27 @@ class Sensitivity(_Part):
     rows: list[LayerSensitivity]
 
 
+class PruningLatency(_Part):
+    """Files of detectors that were timed, in milliseconds.
+
+    whole_ms, median_ms: of the whole detector and of the one that was found, interval_ms: 95 % of the latter.
+    aa_ratio: 95 % interval of its time divided by its own, which is what noise alone does.
+    trials: GFLOPs and milliseconds of each detector that was looked at.
+    note, warnings: what did not go as it should.
+    """
+
+    asked: float
+    whole_ms: float
+    median_ms: float
+    interval_ms: tuple[float, float]
+    aa_ratio: tuple[float, float]
+    trials: list[tuple[float, float]] = []
+    precision: str = "fp32"
+    providers: list[str] = []
+    note: str | None = None
+    warnings: list[str] = []
+
+
 class Pruning(_Part):
     """How the student was cut, from `of`: the teacher, or a checkpoint.
 
@@ -300,6 +321,7 @@ class Pruning(_Part):
     found: float
     rows: list[PrunedLayer] = []
     sensitivity: Sensitivity | None = None
+    latency: PruningLatency | None = None
 
 
 class Report(_Part):

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.report.document import TEACHER_IN_TORCH, Artifact, Figures, Models
+from compress.manifest import TEACHER
+from compress.report.document import TEACHER_IN_TORCH, Artifact, Figures, Models, Report
 from compress.report.text import figure, milliseconds, percent, ratio, signed
 
 
-def headline(models: Models, artifacts: Sequence[Artifact], validation_images: int | None = None) -> str:
+def first_lines(report: Report) -> str:
     """Say what was compressed and by how much, in sentences made only of measured figures. Of a pruned student: what it
     keeps of the teacher, its fastest file, the same detector without teacher, and how many images say so."""
+    models, artifacts = report.models, report.artifacts
     if models.student is not None and models.is_pruned:
-        words = [_keeps(models.teacher, models.student), _file(artifacts), _without_teacher(models, models.student)]
-        if validation_images:
-            words.append(f"One seed; mAP on {validation_images:,} validation images.")
+        keeps = "keeps" if report.pruning is None or report.pruning.of == TEACHER else "has"
+        words = [_share(models.teacher, models.student, keeps), _file(artifacts), _alone(models, models.student)]
+        if report.validation_images:
+            words.append(f"One seed; mAP on {report.validation_images:,} validation images.")
         return " ".join(filter(None, words))
+    return headline(models, artifacts)
+
+
+def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
+    """Those of a student that is not pruned."""
     teacher, baseline, student = models.teacher, models.baseline, models.student
     if student is None:
         return "This run has no student figures: there is nothing to compare yet."
@@ -117,8 +125,8 @@ def tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
     return row
 
 
-def _keeps(teacher: Figures | None, student: Figures) -> str:
-    """What a pruned student keeps of its teacher: of its operations, or else parameters, and of its mAP."""
+def _share(teacher: Figures | None, student: Figures, keeps: str) -> str:
+    """How much of the teacher's operations, or else parameters, and of its mAP a pruned student has. keeps: a verb."""
     whole, kept = teacher or Figures(), []
     if whole.gflops and student.gflops:
         kept.append(f"{percent(student.gflops / whole.gflops)} of the teacher's operations")
@@ -129,7 +137,7 @@ def _keeps(teacher: Figures | None, student: Figures) -> str:
         kept.append(f"{percent(student.map / whole.map)} of {whose} mAP ({student.map:.1f} of {whole.map:.1f})")
     elif student.map is not None:
         return f"The pruned student reaches {student.map:.1f} mAP."
-    return f"The student keeps {' and '.join(kept)}." if kept else "The student's mAP was not measured."
+    return f"The student {keeps} {' and '.join(kept)}." if kept else "The student's mAP was not measured."
 
 
 def _file(artifacts: Sequence[Artifact]) -> str:
@@ -148,7 +156,7 @@ def _file(artifacts: Sequence[Artifact]) -> str:
     return f"Its file {best.file} {speed} and {change}."
 
 
-def _without_teacher(models: Models, student: Figures) -> str:
+def _alone(models: Models, student: Figures) -> str:
     """The same architecture trained from the labels alone: from random weights, and from those that the cut left."""
     scratch = models.baseline.map if models.baseline else None
     tuned = models.fine_tuned.map if models.fine_tuned else None

@@ -17,7 +17,7 @@ from compress.manifest import BASELINE, FINE_TUNED, TEACHER, RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
 from compress.report.document import Artifact, Document, Models, read_document
-from compress.report.headline import headline, tiles
+from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
 from compress.report.pruning import pruning_section
@@ -46,7 +46,7 @@ def build_report(run_dir: Path) -> Path:
     html = templates.get_template("report.html.j2").render(
         name=report.name,
         created=date(report.created),
-        headline=headline(report.models, report.artifacts, report.validation_images),
+        headline=first_lines(report),
         tiles=tiles(report.models, report.artifacts),
         missing=_missing(document),
         table=model_table(report.models),

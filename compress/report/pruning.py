@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from compress.report.charts import Kept, Series, kept_chart, line_chart
-from compress.report.document import LayerSensitivity, PrunedLayer, Pruning, Report, Sensitivity
+from compress.report.document import LayerSensitivity, PrunedLayer, Pruning, PruningLatency, Report, Sensitivity
 from compress.report.headline import Tile
 from compress.report.text import figure, percent
 
@@ -45,11 +45,21 @@ class SensitivityPart:
 
 
 @dataclass(frozen=True)
+class LatencyPart:
+    """picture: latency of each file that was timed; None: of too few. facts: by name. lines: what went wrong."""
+
+    picture: Markup | None
+    facts: list[tuple[str, str]]
+    lines: list[str]
+
+
+@dataclass(frozen=True)
 class PruningSection:
-    """widths: picture of the channels that are left, in one or two columns. sensitivity: None: not measured."""
+    """widths: picture of the channels that are left, in one or two columns. latency, sensitivity: where measured."""
 
     tiles: list[Tile]
     widths: list[Markup]
+    latency: LatencyPart | None
     sensitivity: SensitivityPart | None
 
 
@@ -58,7 +68,7 @@ def pruning_section(report: Report) -> PruningSection | None:
     found = report.pruning
     if found is None or not found.rows:
         return None
-    return PruningSection(_tiles(report, found), _widths(found.rows), _sensitivity(found))
+    return PruningSection(_tiles(report, found), _widths(found.rows), _latency(found.latency), _sensitivity(found))
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -106,6 +116,32 @@ def _column(rows: Sequence[PrunedLayer]) -> Markup:
         parts.setdefault(part, []).append(Kept(rest or part, row.name, row.width, row.left))
     words = "; ".join(f"{row.name} {row.left} of {row.width}" for row in rows)
     return kept_chart(list(parts.items()), title=f"Channels left. {words}")
+
+
+def _latency(found: PruningLatency | None) -> LatencyPart | None:
+    if found is None:
+        return None
+    runs = f"{found.precision} file" + (f" on {', '.join(found.providers)}" if found.providers else "")
+    facts = [
+        ("Timed", f"the exported {runs}, one image"),
+        ("Asked for", f"{found.asked:g} ms"),
+        ("Found", f"{found.median_ms:.3g} ms, 95 % interval {found.interval_ms[0]:.3g} to {found.interval_ms[1]:.3g}"),
+        ("Whole detector", f"{found.whole_ms:.3g} ms"),
+        ("Noise", f"the same file against itself: {found.aa_ratio[0]:.3f} to {found.aa_ratio[1]:.3f} times as long"),
+        ("Detectors timed", f"{len(found.trials)}"),
+    ]
+    picture = None
+    if len(found.trials) > 1:
+        words = "; ".join(f"{gflops:.3g} GFLOPs {ms:.3g} ms" for gflops, ms in sorted(found.trials))
+        picture = line_chart(
+            [Series("student", sorted(found.trials), "file")],
+            title=f"Latency of files against operations. {words}",
+            x_label="GFLOPs",
+            y_label="median latency, ms",
+            level=(f"asked for {found.asked:g} ms", found.asked),
+            marks=True,
+        )
+    return LatencyPart(picture, facts, [*([found.note] if found.note else []), *found.warnings])
 
 
 def _sensitivity(found: Pruning) -> SensitivityPart | None:

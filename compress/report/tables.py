@@ -197,7 +197,8 @@ def class_table(models: Models) -> ClassTable | None:
         student, reference = per_class.get(STUDENT, {}).get(name), per_class.get(other or "", {}).get(name)
         rows.append((name, bars, _against("map", student, reference, judge=True)))
     roles = [(role, models.titles[role]) for role in per_class]
-    return ClassTable(roles, None if other is None else _named(other, models), rows)
+    against = None if other is None else "labels alone" if other == FINE_TUNED else lower(models.titles[other])
+    return ClassTable(roles, against, rows)
 
 
 def _delta(value: float, *, judge: bool) -> Cell:

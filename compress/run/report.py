@@ -29,7 +29,7 @@ from compress.manifest import (
 )
 from compress.report import build_report, summary_table
 from compress.report.document import parse_report
-from compress.report.headline import headline
+from compress.report.headline import first_lines
 from compress.run.samples import detection_pictures, uncertainty_pictures
 from deploy.core.environment import environment
 from deploy.core.files import write_json
@@ -92,8 +92,7 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
 def show_report(folder: RunFolder) -> None:
     """Print the first lines and the table of a run's report.json, and why files fail the gate."""
     report = json.loads(folder.report.read_text(encoding="utf-8"))
-    found = parse_report(report)
-    open_console().print(headline(found.models, found.artifacts, found.validation_images), markup=False)
+    open_console().print(first_lines(parse_report(report)), markup=False)
     open_console().print(summary_table(report))
     for line in failures(report["artifacts"]):
         open_console().print(line, markup=False, soft_wrap=True)
