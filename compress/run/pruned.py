@@ -16,7 +16,6 @@ from compress.config.model import Model, Student
 from compress.config.prune import Prune
 from compress.config.teacher import Teacher
 from compress.data.coco import CocoDetection
-from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import (
     ZOO,
@@ -157,18 +156,11 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _pruning(plan: CutPlan, data: Datasets, fabric: Fabric) -> PruningPlan:
-    limits = (plan.data.eval_short, plan.data.long)
-    images = None
-    if data.has_labels:
-        split = data.train_split
-        images = CocoDetection(
-            split.annotations, split.images, eval_transform(*limits, data.canvas), cache=plan.data.cache
-        )
     return PruningPlan(
         settings=plan.prune,
         size=data.canvas,
-        resize_short_long=limits,
-        images=images,
+        resize_short_long=(plan.data.eval_short, plan.data.long),
+        images=data.train if data.has_labels else None,
         deploy=plan.deploy,
         sensitivities=plan.folder.sensitivities,
         seed=plan.seed,
@@ -186,7 +178,7 @@ def _inputs(plan: CutPlan, detector: Detector, data: Datasets) -> dict[str, Any]
         "validation": data.val_identity,
         "max_detections": plan.deploy.max_detections,
     }
-    if prune.importance == "random":
+    if prune.importance != "group_norm":  # random numbers, or losses that draw samples
         inputs["seed"] = plan.seed
     if prune.needs_images is not None or prune.latency_ms is not None:
         inputs["data"] = data.identity
