@@ -1,4 +1,4 @@
-"""The report of a pruned student: what was won in the first lines, what is left of each layer, how sensitive they are."""
+"""The report of a pruned student: what was won in the first lines, what is left of each layer, and sensitivities."""
 
 from __future__ import annotations
 

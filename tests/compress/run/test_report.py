@@ -1,4 +1,4 @@
-"""report.json of a run whose student was pruned: its models, and how it was cut, from what the run left in its folder."""
+"""report.json of a run whose student was pruned: its models, and how it was cut, from what the run left behind."""
 
 from __future__ import annotations
 
