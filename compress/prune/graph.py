@@ -24,6 +24,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from compress.config.messages import did_you_mean
 from compress.detectors.base import Capability, Detector
 from compress.detectors.widths import LAYERS, is_depthwise
 from compress.prune.groups import ChannelGroup, Member, remove
@@ -104,14 +105,12 @@ def _kind(detector: Detector) -> str:
 
 
 def _check_names(detector: Detector, keep: Sequence[str]) -> None:
-    known = {name for name, _ in detector.named_modules()}
+    known = [MAPS, *(name for name, _ in detector.named_modules() if name)]
     for name in keep:
-        if name != MAPS and name not in known:
+        if name not in known:
             parts = ", ".join(name for name, _ in detector.named_children())
-            raise UserError(
-                f"prune.keep: {_kind(detector)} has no layer '{name}'; name one of its layers, a part ({parts}), or "
-                f"{MAPS}"
-            )
+            hint = did_you_mean(name, known) or f"; name one of its layers, a part ({parts}), or {MAPS}"
+            raise UserError(f"prune.keep: {_kind(detector)} has no layer '{name}'{hint}")
 
 
 def _with_gradients(value: Any) -> list[Tensor]:
