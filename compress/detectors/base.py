@@ -24,6 +24,7 @@ from compress.detectors.assign import Assignment, atss, unknown_classes
 from compress.detectors.select import select
 from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.detection_table import DetectionTable
+from deploy.core.errors import UserError
 from kernels.common.distribution import distances_to_boxes, integral
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
@@ -242,12 +243,21 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def set_feature_channels(self) -> None:
-        """Set `feature_channels` to what the maps are, after layers lost channels."""
+        """Set `feature_channels` to what the maps are, after layers lost channels.
+
+        Raises UserError where the maps of the levels now differ.
+        """
         was_training = self.training
         self.eval()  # so that no statistics move
         images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=next(self.parameters()).device)
-        self.feature_channels = int(self.features(images)[0].shape[1])
+        found = [int(x.shape[1]) for x in self.features(images)]
         self.train(was_training)
+        if len(set(found)) > 1:
+            raise UserError(
+                f"prune: the maps of {self.family} would have {', '.join(map(str, found))} channels, and must have "
+                "equally many; add maps to prune.keep"
+            )
+        self.feature_channels = found[0]
 
     @torch.no_grad()
     def assign(self, prediction: Any, targets: list[Target], reduce: Reduce | None = None) -> Targets:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from deploy.core.errors import UserError
 
 Widths = Mapping[str, tuple[int, ...]]
-NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
 LAYERS = (nn.Conv2d, nn.Linear, *NORMS)
-"""Types of layers that can lose channels."""
+"""Types of layers that can lose channels. A LayerNorm is none: all its channels are normalised together."""
 
 
 def widths_of(layer: nn.Module) -> tuple[int, ...]:
@@ -33,7 +33,7 @@ def widths_of(layer: nn.Module) -> tuple[int, ...]:
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     assert isinstance(layer, NORMS)
-    return (len(layer.weight),)
+    return (layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features,)
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -55,13 +55,16 @@ def resize(model: nn.Module, widths: Widths) -> None:
         if not isinstance(layer, LAYERS):
             raise UserError(f"widths: the detector has no layer {name!r} that can lose channels")
         found = widths_of(layer)
-        if len(wanted) != len(found) or any(not 1 <= side <= whole for side, whole in zip(wanted, found, strict=True)):
+        fits = len(wanted) == len(found) and all(1 <= side <= whole for side, whole in zip(wanted, found, strict=True))
+        if fits:
+            sides = [torch.arange(side, device="cpu") for side in wanted]
+            try:
+                select(layer, sides[0], sides[1] if len(sides) > 1 else None)
+            except ValueError as error:
+                raise UserError(f"widths: {name}: {error}") from None
+            fits = widths_of(layer) == tuple(wanted)  # a depthwise convolution has one width
+        if not fits:
             raise UserError(f"widths: {name} has {list(found)} channels and cannot be cut to {list(wanted)}")
-        sides = [torch.arange(side, device="cpu") for side in wanted]
-        try:
-            select(layer, sides[0], sides[1] if len(sides) > 1 else None)
-        except ValueError as error:
-            raise UserError(f"widths: {name}: {error}") from None
 
 
 def select(layer: nn.Module, outputs: Tensor | None, inputs: Tensor | None = None) -> None:
@@ -98,7 +101,7 @@ def _select_of_conv(layer: nn.Conv2d, outputs: Tensor | None, inputs: Tensor | N
         layer.groups = layer.out_channels
 
 
-def _select_of_norm(layer: nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm, outputs: Tensor) -> None:
+def _select_of_norm(layer: nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d, outputs: Tensor) -> None:
     if isinstance(layer, nn.GroupNorm):
         size = layer.num_channels // layer.num_groups
         groups = outputs[::size] // size
@@ -106,8 +109,6 @@ def _select_of_norm(layer: nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm, outputs
         if len(outputs) % size or not torch.equal(whole, outputs):
             raise ValueError(f"normalises {size} channels together, which leave together")
         layer.num_channels, layer.num_groups = len(outputs), len(groups)
-    elif isinstance(layer, nn.LayerNorm):
-        layer.normalized_shape = (len(outputs),)
     else:
         layer.num_features = len(outputs)
         for name in ("running_mean", "running_var"):

@@ -53,7 +53,7 @@ class CrossKD(Method):
     the method.
 
     Args:
-        student: the model that will train; its head must be as wide as the teacher's.
+        student: the model that will train; where its features cross, its towers must be as wide as the teacher's.
         teacher: read for the shape of its head only; forward uses `Outputs.detector`.
         weight: factor on all terms.
         cls_weight, reg_weight, giou_weight: of the terms; a term of weight 0 is left out.
@@ -62,8 +62,8 @@ class CrossKD(Method):
         compiled: run the dense classification pass through torch.compile.
 
     Raises:
-        UserError: heads of different width, classes or number of levels, a head without layers, or a split that the
-            towers do not have.
+        UserError: heads of different classes or number of levels, a head without layers, a split that the towers do
+            not have, or towers of different width there.
     """
 
     needs = frozenset({Capability.DENSE, Capability.DISTRIBUTIONS})
@@ -82,9 +82,9 @@ class CrossKD(Method):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        _check_heads(student, teacher)
         split = _split("split", "student", student, split)
         self.teacher_split = _split("teacher_split", "teacher", teacher, teacher_split)
+        _check_heads(student, teacher, split, self.teacher_split)
         self.weights = {
             "crosskd_cls": weight * cls_weight,
             "crosskd_reg": weight * reg_weight,
@@ -229,22 +229,32 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _check_heads(student: GFL, teacher: GFL) -> None:
+def _check_heads(student: GFL, teacher: GFL, split: int, teacher_split: int) -> None:
+    """Refuse models of which one's features, after layer `split` of each tower, do not fit the other's head."""
+    advice = "give the student the teacher's neck_channels"
+    if any(model.model is not None and model.model.widths for model in (student, teacher)):
+        advice = "prune with keep: [head]"
+    towers = ("cls_convs", "reg_convs")
     for what, ours, theirs, advice in (
-        (
-            "channels",
-            student.head.gfl_cls.in_channels,
-            teacher.head.gfl_cls.in_channels,
-            "give the student the teacher's neck_channels",
-        ),
         ("classes", student.num_classes, teacher.num_classes, "train both on the same classes"),
         ("levels", len(student.head.scales), len(teacher.head.scales), "use models with the same pyramid"),
+        *(
+            ("channels", _channels(student, tower, split), _channels(teacher, tower, teacher_split), advice)
+            for tower in towers
+        ),
     ):
         if ours != theirs:
             raise UserError(
                 f"methods.crosskd: the student's head has {ours} {what}, the teacher's has {theirs}, and the student's "
                 f"features must go through the teacher's head; {advice}"
             )
+
+
+def _channels(model: GFL, tower: str, split: int) -> int:
+    """Channels of a tower after layer `split`."""
+    layer = getattr(model.head, tower)[split - 1]
+    assert isinstance(layer, ConvGN)
+    return layer.conv.out_channels
 
 
 def _split(option: str, who: str, model: GFL, split: int | None) -> int:

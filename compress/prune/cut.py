@@ -13,7 +13,8 @@ from torch import Tensor
 
 from compress.detectors.base import Detector
 from compress.detectors.build import model_of
-from compress.prune.graph import PruningGraph, cut_group
+from compress.prune.graph import PruningGraph
+from compress.prune.groups import remove
 
 
 def cut(detector: Detector, graph: PruningGraph, channels: Mapping[str, Tensor]) -> Detector:
@@ -22,10 +23,7 @@ def cut(detector: Detector, graph: PruningGraph, channels: Mapping[str, Tensor])
     Its `model` holds the widths, so that a checkpoint of it can be built again. `graph` is of this detector.
     """
     smaller = copy.deepcopy(detector)
-    widths = dict(model_of(detector).widths or {})
-    for group in graph.groups:
-        if group.name in channels:
-            widths |= cut_group(smaller, group, channels[group.name])
+    widths = dict(model_of(detector).widths or {}) | remove(smaller, graph.groups, channels)
     smaller.model = model_of(detector).model_copy(update={"widths": widths or None})
     smaller.set_feature_channels()
     return smaller

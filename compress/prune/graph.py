@@ -6,6 +6,9 @@
 A channel that leaves is no output of any layer that makes it, no channel of a norm behind these, and no input of any
 layer that reads it. Channels of a residual sum leave all summands; those of a GroupNorm leave with their norm group, so
 that the statistics of the other groups, and with them the function of what stays, do not change.
+
+torch-pruning reads a detector off its gradient, and some of it wrong: channels that are flipped, shuffled or split at
+fixed places, gates of one channel, numbers that are no parameters. So each group is tried, see `trial`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
@@ -21,8 +24,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from compress.detectors.base import Detector
-from compress.detectors.widths import LAYERS, is_depthwise, select, widths_of
+from compress.config.messages import did_you_mean
+from compress.detectors.base import Capability, Detector
+from compress.detectors.widths import LAYERS, is_depthwise
+from compress.prune.groups import ChannelGroup, Member, remove
+from compress.prune.trial import passing, sound, tensors
 from deploy.core.errors import UserError, first_line
 
 MAPS = "maps"
@@ -31,46 +37,11 @@ TRACED_SIDE = 128  # pixels; the graph does not depend on it
 
 
 @dataclass(frozen=True)
-class Member:
-    """One side of a layer that loses channels with its group.
-
-    layer: its name. output: whether its outputs leave (of a norm or a depthwise convolution: its channels).
-    channels: int64 [m], the layer's channels. owners: int64 [m], to which channel of the group each of them belongs.
-    """
-
-    layer: str
-    output: bool
-    channels: Tensor
-    owners: Tensor
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels of which each can leave, or `together` of them at a time.
-
-    name: the layer that makes them, the first of several.
-    width: their number.
-    together: size of the norm groups, which leave as a whole; 1 without GroupNorm.
-    traced: torch-pruning's group of all channels, of the traced copy of the detector.
-    """
-
-    name: str
-    width: int
-    together: int
-    members: tuple[Member, ...]
-    traced: Any
-
-    @property
-    def makers(self) -> list[str]:
-        """Layers whose outputs leave."""
-        return [member.layer for member in self.members if member.output]
-
-
-@dataclass(frozen=True)
 class PruningGraph:
     """What can leave a detector.
 
-    traced: a copy of the detector, in eval mode, whose layers the groups' `traced` refer to; its gradients are free.
+    groups: in the order in which the detector has their layers, the backbone's first.
+    traced: a copy of the detector, in eval mode, all of which has gradients.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -80,16 +51,22 @@ class PruningGraph:
 def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
     """Trace a detector, which is not changed.
 
-    Left out: what the detector predicts, convolutions of several groups (depthwise ones are no such), channels that a
-    parameter outside of the `LAYERS` of `compress.detectors.widths` depends on.
+    Left out: what the detector predicts, convolutions of several groups (depthwise ones are no such), channels that
+    something outside of the `LAYERS` of `compress.detectors.widths` depends on, such as a parameter or a LayerNorm, and
+    all whose leaving would not be what the graph says.
 
     Args:
         keep: names of layers, or of modules with layers inside, whose outputs all stay, as in `named_modules`; `maps`
             for the maps that methods compare.
 
-    Raises UserError for a detector that cannot be traced, and for names that it does not have.
+    Raises UserError for a detector that cannot be traced or gives NaN, and for names that it does not have.
     """
     _check_names(detector, keep)
+    if Capability.DENSE not in detector.capabilities and type(detector).traced is Detector.traced:
+        raise UserError(
+            f"prune: {_kind(detector)} has a second stage that is not traced, so it cannot be pruned; give it the "
+            "method `traced`"
+        )
     traced = copy.deepcopy(detector).requires_grad_(True).eval()
     graph = tp.DependencyGraph()
     images = torch.zeros(1, 3, TRACED_SIDE, TRACED_SIDE, dtype=torch.uint8, device=next(traced.parameters()).device)
@@ -97,7 +74,11 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
         warnings.simplefilter("ignore")  # about parameters outside of layers, which `_can_leave` looks at
         try:
             graph.build_dependency(
-                traced, images, forward_fn=lambda model, x: model.traced(x), output_transform=_tensors, verbose=False
+                traced,
+                images,
+                forward_fn=lambda model, x: model.traced(x),
+                output_transform=_with_gradients,
+                verbose=False,
             )
             found = list(graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)))
         except Exception as error:  # whatever a model of somebody's own makes torch-pruning meet
@@ -106,23 +87,14 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
             ) from error
     names = {module: name for name, module in traced.named_modules()}
     groups = [_plain(graph, group, names) for group in found if _can_leave(graph, group, names)]
+    groups = [group for group in groups if _in_whole_norm_groups(traced, group)]
+    groups = sound(traced, groups, TRACED_SIDE)
     groups = [group for group in groups if not any(_inside(maker, keep) for maker in group.makers)]
     if MAPS in keep:
-        maps = _map_widths(traced, None)
-        groups = [group for group in groups if _map_widths(traced, group) == maps]
-    return PruningGraph(tuple(groups), traced)
-
-
-def cut_group(model: nn.Module, group: ChannelGroup, leaving: Tensor) -> dict[str, tuple[int, ...]]:
-    """Take these channels of a group, int64 indices, out of a model in place. Each group at most once: its channels are
-    numbered as they were. Returns the widths of the layers that it changed."""
-    widths = {}
-    for member in group.members:
-        layer = model.get_submodule(member.layer)
-        kept = member.channels[~torch.isin(member.owners, leaving)].sort().values
-        select(layer, kept if member.output else None, None if member.output else kept)
-        widths[member.layer] = widths_of(layer)
-    return widths
+        maps = _map_widths(traced, ())
+        groups = passing(groups, lambda some: _map_widths(traced, some) == maps)
+    places = {name: place for place, (name, _) in enumerate(traced.named_modules())}
+    return PruningGraph(tuple(sorted(groups, key=lambda group: places[group.name])), traced)
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -133,27 +105,16 @@ def _kind(detector: Detector) -> str:
 
 
 def _check_names(detector: Detector, keep: Sequence[str]) -> None:
-    known = {name for name, _ in detector.named_modules()}
+    known = [MAPS, *(name for name, _ in detector.named_modules() if name)]
     for name in keep:
-        if name != MAPS and name not in known:
+        if name not in known:
             parts = ", ".join(name for name, _ in detector.named_children())
-            raise UserError(
-                f"prune.keep: {_kind(detector)} has no layer '{name}'; name one of its layers, a part ({parts}), or "
-                f"{MAPS}"
-            )
+            hint = did_you_mean(name, known) or f"; name one of its layers, a part ({parts}), or {MAPS}"
+            raise UserError(f"prune.keep: {_kind(detector)} has no layer '{name}'{hint}")
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors with a gradient in dataclasses, lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value] if value.grad_fn is not None else []
-    if is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, field.name) for field in fields(value)]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+def _with_gradients(value: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors(value) if tensor.grad_fn is not None]
 
 
 def _can_leave(graph: tp.DependencyGraph, group: Any, names: Mapping[nn.Module, str]) -> bool:
@@ -197,18 +158,30 @@ def _plain(graph: tp.DependencyGraph, group: Any, names: Mapping[nn.Module, str]
                 torch.tensor(item.root_idxs, dtype=torch.int64),
             )
         )
-    return ChannelGroup(members[0].layer, len(group[0].idxs), together, tuple(members), group)
+    return ChannelGroup(members[0].layer, len(group[0].idxs), together, tuple(members))
+
+
+def _in_whole_norm_groups(traced: Detector, group: ChannelGroup) -> bool:
+    """Whether channels that leave together are whole groups of every GroupNorm, and others stay."""
+    for member in group.members:
+        layer = traced.get_submodule(member.layer)
+        if isinstance(layer, nn.GroupNorm):
+            block = torch.full((layer.num_channels,), -1)
+            block[member.channels] = member.owners // group.together
+            of_norm_group = block.view(layer.num_groups, -1)
+            if bool((of_norm_group != of_norm_group[:, :1]).any()):
+                return False
+    return group.together < group.width and group.width % group.together == 0
 
 
 def _inside(layer: str, keep: Sequence[str]) -> bool:
     return any(layer == name or layer.startswith(f"{name}.") for name in keep)
 
 
-def _map_widths(traced: Detector, group: ChannelGroup | None) -> list[int]:
-    """Channels of the maps, after some of a group left. Shapes alone are computed."""
+def _map_widths(traced: Detector, groups: Sequence[ChannelGroup]) -> list[int]:
+    """Channels of the maps, after some of these groups left. Shapes alone are computed."""
     model = copy.deepcopy(traced).to("meta")
-    if group is not None:
-        cut_group(model, group, torch.arange(group.together))
+    remove(model, groups, {group.name: torch.arange(group.together) for group in groups})
     images = torch.zeros(1, 3, TRACED_SIDE, TRACED_SIDE, dtype=torch.uint8, device="meta")
     with torch.no_grad():
         return [int(x.shape[1]) for x in model.features(images)]

@@ -1,4 +1,4 @@
-"""How much each channel matters, by torch-pruning's group importances: one figure for all layers that lose the channel.
+"""How much each channel matters: one figure for all layers that lose it, the sum over their weights.
 
 Each is divided by the mean of its group, so that figures of different groups can be compared.
 """
@@ -6,13 +6,14 @@ Each is divided by the mean of its group, so that figures of different groups ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor
 
 from compress.detectors.base import Detector
 from compress.prune.graph import PruningGraph
+from compress.prune.groups import ChannelGroup
 from deploy.core.errors import UserError
 
 Losses = Iterable[Callable[[Detector], Tensor]]
@@ -26,40 +27,58 @@ def importances(graph: PruningGraph, kind: str, *, losses: Losses = (), seed: in
     """Score the channels of every group: name → float [width], mean 1, higher for what should stay.
 
     Args:
-        kind: group_norm: squared weights of all layers of the group (DepGraph, eq. 4, without its sparse training).
-            taylor: |weight × gradient| (Molchanov et al., CVPR 2019). fisher: weight² × mean squared gradient of single
-            images, the diagonal of the empirical Fisher matrix (optimal brain damage). random: to compare with.
+        kind: group_norm: weight² (DepGraph, eq. 4, without its sparse training). taylor: |weight × mean gradient|
+            (Molchanov et al., CVPR 2019). fisher: weight² × mean squared gradient of single images, the diagonal of the
+            empirical Fisher matrix (optimal brain damage). random: to compare with.
         losses: of training images, for taylor and fisher.
         seed: of random.
 
-    Raises UserError for taylor or fisher without images or of a loss that is not finite.
+    Raises UserError for taylor or fisher without images, a loss that is not finite, and scores that are not.
     """
-    if kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        scores = {group.name: torch.rand(group.width, generator=generator) for group in graph.groups}
-        return {name: score / score.mean() for name, score in scores.items()}
+    generator = torch.Generator().manual_seed(seed)
     if kind in FROM_DATA:
         _gradients(graph.traced, kind, losses)
-    score = {
-        "group_norm": tp.importance.GroupMagnitudeImportance,
-        "taylor": tp.importance.GroupTaylorImportance,
-        "fisher": tp.importance.GroupHessianImportance,
-    }[kind]()
-    found = {group.name: score(group.traced).float() for group in graph.groups}
+    scores = {}
+    for group in graph.groups:
+        score = torch.rand(group.width, generator=generator) if kind == "random" else _sums(graph.traced, group, kind)
+        if not score.isfinite().all():
+            raise UserError(
+                f"prune.importance: {kind} of {group.name} is not finite; prune a detector that trained well, or take "
+                "random"
+            )
+        # A group without any gradient (a part that no loss sees) has no order: all its channels count alike.
+        scores[group.name] = score / score.mean() if score.mean() > 0 else torch.ones_like(score)
     graph.traced.zero_grad(set_to_none=True)
-    # A group without any gradient (a part that no loss sees) has no order: all its channels count alike.
-    return {name: torch.nan_to_num(value, nan=1.0) for name, value in found.items()}
+    return scores
 
 
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _gradients(model: Detector, kind: str, losses: Losses) -> None:
-    """Leave in `grad` the mean gradient over the images (taylor) or the mean squared gradient (fisher).
+@torch.no_grad()
+def _sums(model: Detector, group: ChannelGroup, kind: str) -> Tensor:
+    """Sums over the weights of all layers that lose a channel, norms among them: float32 [width] on the CPU.
 
-    torch-pruning's own accumulation of squared gradients keeps those of the last image alone (1.6.1), so it is done
-    here.
+    torch-pruning 1.6.1 has such importances, too. Its fisher keeps the gradients of the last image alone, its taylor
+    leaves out norms and, behind a flattened map, gives channels the figures of others; see findings/.
     """
+    total = torch.zeros(group.width)
+    for member in group.members:
+        weight: Any = getattr(model.get_submodule(member.layer), "weight", None)
+        if weight is None or (weight.grad is None and kind in FROM_DATA):
+            continue
+        if kind == "group_norm":
+            values = weight.square()
+        else:
+            values = (weight * weight.grad).abs() if kind == "taylor" else weight.square() * weight.grad
+        if values.dim() > 1:  # of a convolution or a fully connected layer
+            values = values.transpose(0, 0 if member.output else 1).flatten(1).sum(1)
+        total.index_add_(0, member.owners, values.cpu().float()[member.channels])
+    return total
+
+
+def _gradients(model: Detector, kind: str, losses: Losses) -> None:
+    """Leave in `grad` the mean gradient over the images (taylor) or the mean squared gradient (fisher)."""
     parameters = dict(model.named_parameters())
     sums: Mapping[str, Tensor] = {name: torch.zeros_like(value) for name, value in parameters.items()}
     count = 0
