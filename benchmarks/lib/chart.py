@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH, ROW, TOP = 700, 26, 56
 BLUE, ORANGE, GREY = "#1f6f8b", "#c2410c", "#555"
-COLOURS = ("#555", "#1f6f8b", "#2e7d32", "#7b3fa0", "#c2410c", "#b8860b")
+COLOURS = ("#555", "#1f6f8b", "#2e7d32", "#7b3fa0", "#c2410c", "#b8860b", "#d81b60", "#111")
 CURVES = 320  # height of the area of curves
 STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 

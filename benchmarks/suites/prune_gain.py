@@ -104,9 +104,9 @@ def chosen(groups: list[Group], names: str | None) -> list[Group]:
 
 
 def hand_on(finished: list[RunFolder], folder: RunFolder) -> None:
-    """Give a run the cut and the check of the teacher of finished ones of its group, which depend on neither method nor
-    seed. A run does a stage itself whose inputs differ."""
-    for other in finished:
+    """Give a run the cut and the check of the teacher of finished ones of its group, the last first: those of its seed,
+    on which the cut may depend. A run does a stage itself whose inputs differ."""
+    for other in reversed(finished):
         theirs, own = other.stages(), folder.stages()
         more = {name: theirs[name] for name in (PRUNE, TEACHER_CHECK) if name in theirs and name not in own}
         if not more:
