@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.weights import listed, state_sha256
 from compress.prune.graph import pruning_graph
 from compress.prune.importance import FROM_DATA, importances
-from compress.prune.search import Figure, Means, check_whole, prune
+from compress.prune.search import Means, Pruned, check_whole, prune
 from compress.prune.sensitivity import Sensitivity, sensitivity
+from compress.run.latency_search import LatencyPlan, latency_result, latency_search
 from compress.training.evaluate import detect
 from compress.training.learner import total_loss
 from compress.versions import versions
@@ -96,11 +97,10 @@ def prune_detector(
     means = Means(
         plan.size,
         losses=() if images is None else images,
-        latency_ms=_latency(record, plan) if settings.budget == "latency_ms" else None,
         mean_ap=None if images is None else images.mean_ap,
         drops=None if measured is None else measured.drops,
     )
-    found = prune(detector, settings, means, seed=plan.seed)
+    found, latency = _prune(detector, record, plan, means, say)
     result = {
         "budget": settings.budget,
         "asked": getattr(settings, settings.budget),
@@ -108,7 +108,7 @@ def prune_detector(
         "found": found.found,
         "rows": found.rows,
         "sensitivity": None if measured is None or images is None else {"images": len(images), **measured.to_dict()},
-        "latency": None,
+        "latency": latency,
     }
     return found.detector.cpu(), result
 
@@ -217,8 +217,18 @@ def _sensitivity(detector: Detector, plan: PruningPlan, images: Images, say: Cal
         )
 
 
-def _latency(record: ModelRecord, plan: PruningPlan) -> Figure:
-    raise NotImplementedError("latency_ms: measured by compress.run.latency_search")
+def _prune(
+    detector: Detector, record: ModelRecord, plan: PruningPlan, means: Means, say: Callable[[str], None]
+) -> tuple[Pruned, dict[str, Any] | None]:
+    """The pruned detector, and for latency_ms what was measured."""
+    settings = plan.settings
+    if settings.latency_ms is None:
+        return prune(detector, settings, means, seed=plan.seed), None
+    files = [] if plan.images is None else [plan.images.path(index) for index in range(len(plan.images))]
+    how = LatencyPlan(plan.size, plan.resize_short_long, files, plan.deploy, settings.precision, plan.seed)
+    with latency_search(detector, record, how, say) as search:
+        found = prune(detector, settings, replace(means, latency=search), seed=plan.seed)
+        return found, latency_result(search, found.detector, settings.latency_ms, how)
 
 
 def _truth(annotations: Path, image_ids: set[int]) -> GroundTruth:
