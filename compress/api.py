@@ -236,6 +236,43 @@ class Checkpoint(Model):
                     raise UserError(artifact.summary)
         return open_model(path)
 
+    def prune(
+        self,
+        settings: Mapping[str, Any],
+        annotations: str | Path | None = None,
+        images: str | Path | None = None,
+        *,
+        out: str | Path | None = None,
+        force: bool = False,
+    ) -> Checkpoint:
+        """Write a checkpoint with fewer channels, which keeps the weights of those that stay, and open it. Nothing is
+        trained: mAP falls until something teaches it.
+
+        Args:
+            settings: as of a recipe's `student.prune` without `of`, such as `{"gflops": 0.5, "importance": "taylor"}`.
+            annotations, images: a COCO JSON of training images and their folder, for settings that look at such.
+            out: default: this one's name with `.pruned.safetensors`. force: replace a file that is there.
+
+        Raises UserError for settings that cannot be, a budget that cannot be met, and a checkpoint that was pruned
+        before or trained on the grids of its int8 file.
+        """
+        from compress.config.data import Split
+        from compress.config.prune import read_cut
+        from compress.run.prune_checkpoint import CheckpointPruning, beside, need_new_file, prune_checkpoint
+
+        if (annotations is None) != (images is None):
+            raise UserError("annotations, images: belong together; give both, or none")
+        path = beside(str(self.path)) if out is None else Path(out)
+        need_new_file(path, str(self.path), force=force)
+        size = self.card.input_size
+        short, long = self.card.short or min(size), self.card.long or max(size)
+        labels = None
+        if annotations is not None and images is not None:
+            labels = Split(annotations=Path(annotations), images=Path(images))
+        plan = CheckpointPruning(str(self.path), path, read_cut(settings), size, (short, long), self._settings, labels)
+        made = prune_checkpoint(plan, print)
+        return Checkpoint(made.path, recipe=self._recipe, input_size=size)
+
     @cached_property
     def _checks(self) -> Checks:
         """The recipe's validation images and the canvas that holds them."""

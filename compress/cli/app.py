@@ -34,7 +34,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-IN_HELP = ("train", "data", "check_model", "export", "quantize", "build", "validate", "benchmark", "serve", "doctor")
+IN_HELP = (
+    "train",
+    "data",
+    "check_model",
+    "prune",
+    "export",
+    "quantize",
+    "build",
+    "validate",
+    "benchmark",
+    "serve",
+    "doctor",
+)
 """Groups in the order in which `--help` shows them; others follow by name."""
 
 _modules = {found.name for found in iter_modules([str(Path(__file__).parent)])} - {"app"}

@@ -62,15 +62,17 @@ class Student:
 
 
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
-    """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint."""
-    if path.suffix not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
+    """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint; beside `zoo:NAME` there
+    is none."""
+    published = str(path).startswith("zoo:")
+    if not published and path.suffix not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
         raise UserError(f"{path}: is no checkpoint; give a student.safetensors")
     if images is not None:
         need_folder(images, "--images")
     given = {"input_size": _height_width(input_size), **vars(thresholds)}
     recipe_file = path.parent / "recipe.yaml"
     recipe = None
-    if recipe_file.is_file():
+    if not published and recipe_file.is_file():
         from compress.config.recipe import load_recipe
 
         recipe = load_recipe(recipe_file, partial=True)  # the run may have had parts that were objects

@@ -117,7 +117,7 @@ def _message(item: Any, key: Key, root: type[BaseModel]) -> str:
         hint = f"did you mean {meant}?" if meant else f"known here: {known}"
         return f"unknown key; {hint}"
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
+        choices = re.findall(r"'([^']*)'", context["expected"]) or re.findall(r"\d+", context["expected"])
         hint = did_you_mean(str(value), choices) or ""
         return f"{value!r} is not one of {', '.join(choices)}{hint}"
     if kind in _NEEDED:

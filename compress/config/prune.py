@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from compress.config.base import Positive, Settings, broken_rule
+from compress.config.messages import problems
+from compress.config.yaml_document import Document
+from deploy.core.errors import UserError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 BUDGETS = ("gflops", "params", "latency_ms", "max_map_drop")
@@ -77,3 +82,20 @@ class Prune(Cut):
 
     of: str = "teacher"
     """`teacher`, or a checkpoint: FILE.safetensors, an mmdet FILE.pth or `zoo:NAME`."""
+
+
+def read_cut(values: Mapping[str, Any]) -> Cut:
+    """Check settings that come from a Python program or a command line, by the rules of recipes.
+
+    Raises UserError with a line for each problem, `prune.KEY: problem`.
+    """
+    document = Document(None)
+    data = {"prune": document.take(values)}
+    if document.problems:
+        raise UserError("\n".join(f"prune.{line}" for line in document.problems))
+    section = create_model("Section", __base__=Settings, prune=(Cut, ...))
+    try:
+        found: Cut = section.model_validate_json(json.dumps(data)).prune  # type: ignore[attr-defined]
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error, data, document, section))) from None
+    return found

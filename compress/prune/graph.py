@@ -24,10 +24,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from compress.config.messages import did_you_mean
 from compress.detectors.base import Capability, Detector
 from compress.detectors.widths import LAYERS, is_depthwise
 from compress.prune.groups import ChannelGroup, Member, remove
-from compress.prune.trial import sound, tensors
+from compress.prune.trial import passing, sound, tensors
 from deploy.core.errors import UserError, first_line
 
 MAPS = "maps"
@@ -39,6 +40,7 @@ TRACED_SIDE = 128  # pixels; the graph does not depend on it
 class PruningGraph:
     """What can leave a detector.
 
+    groups: in the order in which the detector has their layers, the backbone's first.
     traced: a copy of the detector, in eval mode, all of which has gradients.
     """
 
@@ -57,7 +59,7 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
         keep: names of layers, or of modules with layers inside, whose outputs all stay, as in `named_modules`; `maps`
             for the maps that methods compare.
 
-    Raises UserError for a detector that cannot be traced, and for names that it does not have.
+    Raises UserError for a detector that cannot be traced or gives NaN, and for names that it does not have.
     """
     _check_names(detector, keep)
     if Capability.DENSE not in detector.capabilities and type(detector).traced is Detector.traced:
@@ -89,9 +91,10 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
     groups = sound(traced, groups, TRACED_SIDE)
     groups = [group for group in groups if not any(_inside(maker, keep) for maker in group.makers)]
     if MAPS in keep:
-        maps = _map_widths(traced, None)
-        groups = [group for group in groups if _map_widths(traced, group) == maps]
-    return PruningGraph(tuple(groups), traced)
+        maps = _map_widths(traced, ())
+        groups = passing(groups, lambda some: _map_widths(traced, some) == maps)
+    places = {name: place for place, (name, _) in enumerate(traced.named_modules())}
+    return PruningGraph(tuple(sorted(groups, key=lambda group: places[group.name])), traced)
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -102,14 +105,12 @@ def _kind(detector: Detector) -> str:
 
 
 def _check_names(detector: Detector, keep: Sequence[str]) -> None:
-    known = {name for name, _ in detector.named_modules()}
+    known = [MAPS, *(name for name, _ in detector.named_modules() if name)]
     for name in keep:
-        if name != MAPS and name not in known:
+        if name not in known:
             parts = ", ".join(name for name, _ in detector.named_children())
-            raise UserError(
-                f"prune.keep: {_kind(detector)} has no layer '{name}'; name one of its layers, a part ({parts}), or "
-                f"{MAPS}"
-            )
+            hint = did_you_mean(name, known) or f"; name one of its layers, a part ({parts}), or {MAPS}"
+            raise UserError(f"prune.keep: {_kind(detector)} has no layer '{name}'{hint}")
 
 
 def _with_gradients(value: Any) -> list[Tensor]:
@@ -177,11 +178,10 @@ def _inside(layer: str, keep: Sequence[str]) -> bool:
     return any(layer == name or layer.startswith(f"{name}.") for name in keep)
 
 
-def _map_widths(traced: Detector, group: ChannelGroup | None) -> list[int]:
-    """Channels of the maps, after some of a group left. Shapes alone are computed."""
+def _map_widths(traced: Detector, groups: Sequence[ChannelGroup]) -> list[int]:
+    """Channels of the maps, after some of these groups left. Shapes alone are computed."""
     model = copy.deepcopy(traced).to("meta")
-    if group is not None:
-        remove(model, [group], {group.name: torch.arange(group.together)})
+    remove(model, groups, {group.name: torch.arange(group.together) for group in groups})
     images = torch.zeros(1, 3, TRACED_SIDE, TRACED_SIDE, dtype=torch.uint8, device="meta")
     with torch.no_grad():
         return [int(x.shape[1]) for x in model.features(images)]

@@ -43,8 +43,8 @@ def importances(graph: PruningGraph, kind: str, *, losses: Losses = (), seed: in
         score = torch.rand(group.width, generator=generator) if kind == "random" else _sums(graph.traced, group, kind)
         if not score.isfinite().all():
             raise UserError(
-                f"prune.importance: {kind} of {group.name} is not finite, nor then are its weights or gradients; prune "
-                "a detector that trained well"
+                f"prune.importance: {kind} of {group.name} is not finite; prune a detector that trained well, or take "
+                "random"
             )
         # A group without any gradient (a part that no loss sees) has no order: all its channels count alike.
         scores[group.name] = score / score.mean() if score.mean() > 0 else torch.ones_like(score)

@@ -176,8 +176,12 @@ class LatencySearch:
     def _fewest(self, asked: float, known: _Known, order: Sequence[Block], multiple: int) -> Sequence[Block] | None:
         """The fewest blocks of an order that must leave, of those that were tried; None: all are too few."""
         tried: dict[int, Trial] = {}
-        slow, fast = 0, len(order) + 1  # too slow, fast enough: the first is known to be, the second is beyond the end
-        while fast - slow > 1 and len(tried) < _MOST:
+        while True:
+            # Anew each time, since the whole detector's time is known better with each measurement.
+            fast = min((n for n in tried if self._fits(tried[n], asked)), default=len(order) + 1)
+            slow = max((n for n in tried if n < fast), default=0)
+            if fast - slow == 1 or len(tried) == _MOST:
+                break
             if fast in tried and self._ms(tried[fast]) >= asked * (1 - _NOISE):
                 n = fast - 1  # does one block more fit?
             elif len(tried) < _MOST // 2:
@@ -185,7 +189,6 @@ class LatencySearch:
             else:
                 n = len(order) if fast > len(order) else (slow + fast) // 2
             tried[n] = known.measure(order[:n], multiple)
-            slow, fast = (slow, n) if self._fits(tried[n], asked) else (n, fast)
         if fast > len(order):
             return None
         if slow in tried and fast - slow == 1:

@@ -44,6 +44,7 @@ def blocks(
     round_to: int = 8,
     shares: str = "uniform",
     drops: Drops | None = None,
+    whole: Mapping[str, int] | None = None,
 ) -> list[Block]:
     """Order what can leave. The least important channels of a group go first; a group keeps at least one block.
 
@@ -52,12 +53,14 @@ def blocks(
         round_to: widths of groups that lose channels are multiples of this. Groups of no more stay whole.
         shares: uniform: all groups lose the same share. global: the least important channels of all groups go first.
             sensitivity: the group goes first that loses the least mAP by it, by `drops`.
+        whole: widths of the groups of which shares are counted, before any cut; None: those of the graph.
     """
+    widths = {group.name: group.width for group in graph.groups} | dict(whole or {})
     order: list[Block] = []
     for group in graph.groups:
-        order += _of_group(group, scores[group.name], round_to, shares, (drops or {}).get(group.name, ()))
-    widths = {group.name: group.width for group in graph.groups}
-    # Of equal keys the smaller loss goes first. Within a group neither falls, and the sorting is stable.
+        points = (drops or {}).get(group.name, ())
+        order += _of_group(group, scores[group.name], round_to, shares, points, widths[group.name])
+    # Of equal keys the smaller share goes first. Within a group neither falls, and the sorting is stable.
     return sorted(order, key=lambda block: (block.key, 1 - block.width / widths[block.group]))
 
 
@@ -87,7 +90,7 @@ def fewest(most: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def _of_group(
-    group: ChannelGroup, score: Tensor, round_to: int, shares: str, drops: Sequence[tuple[float, float]]
+    group: ChannelGroup, score: Tensor, round_to: int, shares: str, drops: Sequence[tuple[float, float]], whole: int
 ) -> list[Block]:
     step, width = lcm(round_to, group.together), group.width
     # Norm groups leave as a whole: by the mean score of their channels.
@@ -97,7 +100,7 @@ def _of_group(
     found, gone, least = [], 0, 0.0
     for left in range((width - 1) // step * step, 0, -step):
         leave = channels[gone : width - left]
-        share = (width - left) / width
+        share = 1 - left / whole
         key = {
             "uniform": share,
             "global": float(score[leave].mean()),

@@ -33,14 +33,14 @@ class Means:
     size: (height, width) of the image whose operations count.
     losses: of training images; may be gone through several times.
     latency: measures files of detectors. mean_ap: measures a detector, percent, on training images.
-    drops: of `sensitivity`, where shares are by sensitivity.
+    drops: measures, by `sensitivity`, where shares are by it: takes the detector's graph and its scores.
     """
 
     size: tuple[int, int]
     losses: Losses = ()
     latency: LatencySearch | None = None
     mean_ap: Figure | None = None
-    drops: Drops | None = None
+    drops: Callable[[PruningGraph, Mapping[str, Tensor]], Drops] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,42 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
     seed: of random importances.
 
     Raises UserError for a detector that cannot be pruned or was pruned before, names to keep that it does not have,
-    importances without images, and a budget that it does not meet even with the fewest channels.
+    importances without images, a budget that it does not meet even with the fewest channels, and one of mAP that is all
+    it has.
     """
     check_whole(detector)
     figure = _figure(settings, means)
     whole = figure(detector)
+    if settings.max_map_drop is not None and settings.max_map_drop >= whole:
+        raise UserError(
+            f"prune.max_map_drop: {settings.max_map_drop:g} may be lost, and the whole detector has {whole:.4g} mAP on "
+            "the training images; prune a trained one, or ask for less"
+        )
     rounds = settings.rounds if settings.schedule == "iterative" else 1
-    current = detector
+    current, drops = detector, None
+    widths: dict[str, int] = {}
+    left: dict[str, int] = {}
     for number in range(1, rounds + 1):
         graph = pruning_graph(current, settings.keep)
         scores = importances(graph, settings.importance, losses=means.losses, seed=seed)
-        order_of = partial(_order, graph, scores, settings, means)
+        if number == 1:
+            widths = {group.name: group.width for group in graph.groups}
+            left = dict(widths)
+            if settings.shares == "sensitivity":
+                assert means.drops is not None, "the caller gives what the shares need"
+                drops = means.drops(graph, scores)
+        order_of = partial(_order, graph, scores, settings, drops, widths)
         limit = _limit(settings, whole, number / rounds)
         if settings.budget == "latency_ms":
-            assert means.latency is not None
-            rough = number < rounds
+            assert means.latency is not None, "the caller gives what the budget needs"
             cuts = Cuts(current, graph, means.size)
-            leave = means.latency.meet(limit, cuts, order_of, round_to=settings.round_to, rough=rough)
+            leave = means.latency.meet(limit, cuts, order_of, round_to=settings.round_to, rough=number < rounds)
         else:
             order = order_of(settings.round_to)
             leave = order[: _meet(current, graph, order, figure, limit, settings)]
         current = cut(current, graph, leaving(leave, len(leave)))
-    left = {group.name: group.width for group in pruning_graph(current, settings.keep).groups}
-    rows = [
-        {"name": group.name, "width": group.width, "left": left[group.name]}
-        for group in pruning_graph(detector, settings.keep).groups
-    ]
+        left |= {block.group: block.width for block in leave}
+    rows = [{"name": name, "width": width, "left": left[name]} for name, width in widths.items()]
     return Pruned(current, whole, figure(current), rows)
 
 
@@ -115,9 +125,14 @@ def _figure(settings: Cut, means: Means) -> Figure:
 
 
 def _order(
-    graph: PruningGraph, scores: Mapping[str, Tensor], settings: Cut, means: Means, round_to: int
+    graph: PruningGraph,
+    scores: Mapping[str, Tensor],
+    settings: Cut,
+    drops: Drops | None,
+    whole: Mapping[str, int],
+    round_to: int,
 ) -> list[Block]:
-    return blocks(graph, scores, round_to=round_to, shares=settings.shares, drops=means.drops)
+    return blocks(graph, scores, round_to=round_to, shares=settings.shares, drops=drops, whole=whole)
 
 
 def _limit(settings: Cut, whole: float, part: float) -> float:

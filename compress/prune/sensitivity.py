@@ -23,6 +23,7 @@ from compress.manifest import fingerprint
 from compress.prune.cut import cut
 from compress.prune.graph import PruningGraph
 from compress.prune.order import Block, Drops, blocks, leaving
+from deploy.core.errors import UserError
 from deploy.core.files import write_json
 from deploy.core.progress import Progress
 
@@ -88,6 +89,8 @@ def sensitivity(
         identity: what the mAP depends on besides, JSON-able: weights, images, how they are shown.
         round_to: as in `blocks`.
         progress: is called with (groups done, groups).
+
+    Raises UserError for a detector without any mAP, of which none can be lost.
     """
     order = blocks(graph, scores, round_to=round_to)
     by_group = {group.name: [block for block in order if block.group == group.name] for group in graph.groups}
@@ -97,6 +100,11 @@ def sensitivity(
     if known is None:
         known = {"key": key, "map": mean_ap(detector), "rows": {}}
         write_json(store, known)
+    if known["map"] == 0:
+        raise UserError(
+            "prune.shares: sensitivity compares losses of mAP, and the whole detector has none on these images; prune "
+            "a trained one, or take uniform"
+        )
     rows = known["rows"]
     for done, (name, width) in enumerate(widths.items()):
         if progress is not None:

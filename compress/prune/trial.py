@@ -7,7 +7,7 @@ which a wrong guess about which channel is which makes something else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress.detectors.base import Detector
 from compress.prune.groups import ChannelGroup, leaving_members, remove
+from deploy.core.errors import UserError
 
 TOLERANCE = 1e-5  # of the largest output; float32 rounds to 1e-6 of it
 
@@ -23,18 +24,23 @@ TOLERANCE = 1e-5  # of the largest output; float32 rounds to 1e-6 of it
 def sound(detector: Detector, groups: Sequence[ChannelGroup], side: int) -> list[ChannelGroup]:
     """Those of the groups whose first channels (as many as leave together) can leave.
 
-    Tries all at once, and halves where that fails. side: of the image, pixels.
+    side: of the image, pixels. Raises UserError for a detector that gives NaN.
     """
     images = torch.randint(0, 256, (1, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     model = copy.deepcopy(detector).cpu()  # GPUs may round to ten bits
+    with torch.no_grad():
+        if any(bool(x.isnan().any()) for x in tensors(model.traced(images))):
+            raise UserError(f"prune: {detector.family} gives NaN for an image of noise; prune one that trained well")
 
-    def tried(some: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-        if not some or _agree(model, some, images):
-            return list(some)
-        half = len(some) // 2
-        return tried(some[:half]) + tried(some[half:]) if half else []
+    return passing(groups, lambda some: _agree(model, some, images))
 
-    return tried(groups)
+
+def passing(groups: Sequence[ChannelGroup], test: Callable[[Sequence[ChannelGroup]], bool]) -> list[ChannelGroup]:
+    """The groups that pass a test, which is put to all at once, and to halves of those that fail."""
+    if not groups or test(groups):
+        return list(groups)
+    half = len(groups) // 2
+    return passing(groups[:half], test) + passing(groups[half:], test) if half else []
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Charts as inline SVG whose colours come from the page's style sheet, so they follow light and dark.
 
-Public: `line_chart`, `scatter_chart`, `range_chart`. Each returns safe Markup: text that comes from
+Public: `line_chart`, `scatter_chart`, `range_chart`, `kept_chart`. Each returns safe Markup: text that comes from
 files goes through `Markup.format`, which escapes it. Coordinates are user units of the viewBox, WIDTH wide.
 """
 
@@ -21,7 +21,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """`kind` is the CSS class that gives colour and dash: teacher, baseline, student, or s0 to s5 for anything else."""
+    """`kind` is the CSS class that gives colour and dash: that of a model, s0 to s5 for anything else, or rest for
+    lines that are not told apart."""
 
     kind: str
     points: Sequence[Point]
@@ -46,6 +47,16 @@ class Range:
     values: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """One row of a chart of what is kept: so many of so many. `name` is the whole name, `label` the one to show."""
+
+    label: str
+    name: str
+    whole: int
+    left: int
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -55,9 +66,11 @@ def line_chart(
     level: tuple[str, float] | None = None,
     marks: bool = False,
     logarithmic: bool = False,
+    from_zero: bool = True,
     most_points: int = 160,
 ) -> Markup:
-    """Lines over a common x axis, y from 0. Longer series are drawn as means of equal runs of points.
+    """Lines over a common x axis, y from 0 or from the lowest value. Longer series are drawn as means of equal runs of
+    points.
 
     `level` is a labelled horizontal line of the teacher; `marks` draws each point; `logarithmic` is for values above 0.
     """
@@ -72,7 +85,7 @@ def line_chart(
         to_y = _log_scale(min(ys), max(ys), HEIGHT - _BOTTOM, _TOP)
         y_label += ", logarithmic"
     else:
-        y_ticks = round_ticks(min(0, *ys), max(*ys, 1e-9), 5)
+        y_ticks = round_ticks(min([0, *ys] if from_zero else ys), max(*ys, 1e-9), 5)
         to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     parts = [_axes([t for t in x_ticks if t <= x_end], y_ticks, to_x, to_y, x_label, y_label)]
     if level:
@@ -193,6 +206,33 @@ def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
             for v in r.values[1:]
         ]
     return _svg(parts, height, title)
+
+
+def kept_chart(parts: Sequence[tuple[str, Sequence[Kept]]], *, title: str) -> Markup:
+    """Rows under headings: a pale bar for the whole, over it the share of it that is left, both in numbers beside."""
+    row, bars, wide = 20, 168, WIDTH - 92 - 168
+    drawn, y = [], 4.0
+    for heading, rows in parts:
+        drawn.append(Markup('<text class="label heading" x="0" y="{}">{}</text>').format(y + 14, _shorten(heading, 40)))
+        y += row + 2
+        for kept in rows:
+            words = f"{kept.left} of {kept.whole}"
+            drawn.append(
+                Markup(
+                    '<g><title>{}: {}</title><text x="0" y="{}">{}</text>'
+                    '<rect class="bar whole" x="{}" y="{}" width="{:.1f}" height="11" rx="2"/>'
+                    '<rect class="bar student" x="{}" y="{}" width="{:.1f}" height="11" rx="2"/>'
+                    '<text class="label" x="{}" y="{}" text-anchor="end">{}</text></g>'
+                ).format(
+                    *(kept.name, words, y + 13, _shorten(kept.label, 22)),
+                    *(bars, y + 4, float(wide)),
+                    *(bars, y + 4, max(wide * kept.left / kept.whole, 1)),
+                    *(WIDTH, y + 13, words),
+                )
+            )
+            y += row
+        y += 8
+    return _svg(drawn, y, title)
 
 
 def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:

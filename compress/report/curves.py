@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from compress.manifest import BASELINE, FINE_TUNED, STUDENT
 from compress.report.charts import Series, line_chart
-from compress.report.document import ROLES, Document, Metrics
+from compress.report.document import Document, Metrics
 
 DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
 _KNOWN_COLUMNS = {
@@ -35,8 +36,10 @@ class Curve:
 
 def curves(document: Document) -> list[Curve]:
     """mAP and detection loss first, then the parts of the loss, then what the methods add."""
-    metrics = document.metrics
-    roles: list[str] = [a for a in ("baseline", "student") if a in metrics] or [a for a in ROLES if a in metrics]
+    metrics, models = document.metrics, document.report.models
+    titles = models.titles
+    compared = [role for role in (BASELINE, FINE_TUNED, STUDENT) if role in titles and role in metrics]
+    roles = compared or [role for role in titles if role in metrics]
     drawn: list[Curve] = []
 
     def add(
@@ -44,7 +47,7 @@ def curves(document: Document) -> list[Curve]:
     ) -> None:
         colours = (f"s{index % _LINE_COLOURS}" for index in range(len(columns)))
         series = [
-            Series(name if name in ROLES else colour, points, name)
+            Series(name.replace(".", "-") if name in titles else colour, points, name)
             for (name, points), colour in zip(columns.items(), colours, strict=True)
             if points
         ]
@@ -56,16 +59,17 @@ def curves(document: Document) -> list[Curve]:
                     title,
                     note,
                     chart,
-                    [(s.kind, s.label.capitalize() if s.label in ROLES else s.label) for s in series],
+                    [(s.kind, titles.get(s.label, s.label)) for s in series],
                 )
             )
 
-    teacher = document.report.models.teacher
+    teacher = models.teacher
     level = (f"teacher {teacher.map:.1f}", teacher.map) if teacher and teacher.map is not None else None
     add(
         "Validation mAP",
-        "Dotted: the teacher's final mAP." if level else "Of the checkpoints while training.",
-        {a: metrics[a].columns.get("map", []) for a in roles},
+        ("Dotted: the teacher's final mAP." if level else "Of the checkpoints while training.")
+        + (" At step 0: as it was cut." if models.is_pruned else ""),
+        {role: _start(role, document) + metrics[role].columns.get("map", []) for role in roles},
         "mAP, percent",
         level=level,
         marks=True,
@@ -94,6 +98,15 @@ def curves(document: Document) -> list[Curve]:
         for column in single:
             add(f"Distillation: {column}", "", {"student": student.columns[column]}, "loss")
     return drawn
+
+
+def _start(role: str, document: Document) -> list[tuple[float, float]]:
+    """The mAP before any training, where it begins with the weights that a cut left."""
+    pruned, pseudo = document.report.models.pruned, document.report.pseudo_labels
+    again = role == STUDENT and pseudo is not None and pseudo.first_stage_map is not None
+    if role not in (FINE_TUNED, STUDENT) or again or pruned is None or pruned.map is None:
+        return []
+    return [(0.0, pruned.map)]
 
 
 def _far_apart(lines: Sequence[Sequence[tuple[float, float]]]) -> bool:

@@ -13,15 +13,27 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
+from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER, RunFolder
 from deploy.core.errors import UserError, one_line
 
-ROLES = (TEACHER, BASELINE, STUDENT)
-"""The models that are compared."""
+ROLES = (TEACHER, PRUNED, BASELINE, FINE_TUNED, STUDENT)
+"""Models that a report may hold, in the order that they are shown in."""
+TITLES = {role: role.capitalize() for role in (TEACHER, BASELINE, STUDENT)}
+"""What a run without pruning compares."""
+TITLES_OF_PRUNED = {
+    TEACHER: "Teacher",
+    PRUNED: "Pruned, not trained",
+    BASELINE: "From scratch",
+    FINE_TUNED: "Pruned, labels alone",
+    STUDENT: "Student",
+}
+"""What a run compares whose student is a pruned detector."""
+TEACHER_IN_TORCH = "teacher (torch)"
+"""`file` of the artifact row with the teacher's latency."""
 
 
 def _finite(value: Any) -> Any:
@@ -35,7 +47,7 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 class _Part(BaseModel):
     """Keys that this page does not show are allowed: report.json may hold more than is drawn."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
 
 class Figures(_Part):
@@ -53,9 +65,29 @@ class Figures(_Part):
 
 
 class Models(_Part):
+    """pruned: the student as it was cut, before any training. baseline: the student's architecture from random weights,
+    labels alone. fine_tuned: the cut detector, labels alone."""
+
     teacher: Figures | None = None
+    pruned: Figures | None = None
     baseline: Figures | None = None
+    fine_tuned: Annotated[Figures | None, Field(alias=FINE_TUNED)] = None
     student: Figures | None = None
+
+    def of(self, role: str) -> Figures | None:
+        """Figures of one of `ROLES`; None: it is not in this run."""
+        found: Figures | None = getattr(self, "fine_tuned" if role == FINE_TUNED else role)
+        return found
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the student is a pruned detector."""
+        return self.pruned is not None
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Role → what it is called, for the models that this run compares."""
+        return TITLES_OF_PRUNED if self.is_pruned else TITLES
 
 
 class Latency(_Part):
@@ -228,13 +260,79 @@ class PseudoLabels(_Part):
     first_stage_map: Number = None
 
 
+class PrunedLayer(_Part):
+    """Channels that leave together, by the layer that makes them: their number, and how many are left."""
+
+    name: str
+    width: Annotated[int, Field(ge=1)]
+    left: Annotated[int, Field(ge=0)]
+
+
+class LayerSensitivity(_Part):
+    """points: share of the channels that stays, 0 to 1, and the mAP then, percent, with all other layers whole."""
+
+    name: str
+    points: list[tuple[float, float]]
+
+
+class Sensitivity(_Part):
+    """mAP (percent, on so many training images) of the whole detector, and with fewer channels in one layer."""
+
+    map: float
+    images: int
+    rows: list[LayerSensitivity]
+
+
+class PruningLatency(_Part):
+    """Files of detectors that were timed, in milliseconds.
+
+    whole_ms, median_ms: of the whole detector and of the one that was found, interval_ms: 95 % of the latter.
+    aa_ratio: 95 % interval of its time divided by its own, which is what noise alone does.
+    trials: GFLOPs and milliseconds of each detector that was looked at.
+    note, warnings: what did not go as it should.
+    """
+
+    asked: float
+    whole_ms: float
+    median_ms: float
+    interval_ms: tuple[float, float]
+    aa_ratio: tuple[float, float]
+    trials: list[tuple[float, float]] = []
+    precision: str = "fp32"
+    providers: list[str] = []
+    note: str | None = None
+    warnings: list[str] = []
+
+
+class Pruning(_Part):
+    """How the student was cut, from `of`: the teacher, or a checkpoint.
+
+    budget: the key of the recipe; asked: its value; whole, found: what it limits, before and after (GFLOPs, millions of
+    parameters, milliseconds, mAP in percent on training images). importance, shares, schedule: as in the recipe.
+    """
+
+    of: str = TEACHER
+    importance: str = ""
+    shares: str = ""
+    schedule: str = ""
+    budget: Literal["gflops", "params", "latency_ms", "max_map_drop"]
+    asked: float
+    whole: float
+    found: float
+    rows: list[PrunedLayer] = []
+    sensitivity: Sensitivity | None = None
+    latency: PruningLatency | None = None
+
+
 class Report(_Part):
-    """report.json; name and models make it one, the rest may be absent."""
+    """report.json; name and models make it one, the rest may be absent. validation_images: that all mAP are of."""
 
     name: Annotated[str, Field(min_length=1)]
     models: Models
     created: str = ""
     classes: list[str] = []
+    validation_images: int | None = None
+    pruning: Pruning | None = None
     artifacts: list[Artifact] = []
     pseudo_labels: PseudoLabels | None = None
     environment: dict[str, Any] = {}

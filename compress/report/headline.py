@@ -1,16 +1,30 @@
-"""Head of the page: one to three sentences and five tiles, made only of measured figures."""
+"""Head of the page: one to four sentences and five tiles, made only of measured figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.report.document import Artifact, Figures, Models
-from compress.report.text import figure, milliseconds, ratio, signed
+from compress.manifest import TEACHER
+from compress.report.document import TEACHER_IN_TORCH, Artifact, Figures, Models, Report
+from compress.report.text import figure, milliseconds, percent, ratio, signed
+
+
+def first_lines(report: Report) -> str:
+    """Say what was compressed and by how much, in sentences made only of measured figures. Of a pruned student: what it
+    keeps of the teacher, its fastest file, the same detector without teacher, and how many images say so."""
+    models, artifacts = report.models, report.artifacts
+    if models.student is not None and models.is_pruned:
+        keeps = "keeps" if report.pruning is None or report.pruning.of == TEACHER else "has"
+        words = [_share(models.teacher, models.student, keeps), _file(artifacts), _alone(models, models.student)]
+        if report.validation_images:
+            words.append(f"One seed; mAP on {report.validation_images:,} validation images.")
+        return " ".join(filter(None, words))
+    return headline(models, artifacts)
 
 
 def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
-    """Say what was compressed and by how much, in one to three sentences made only of measured figures."""
+    """Those of a student that is not pruned."""
     teacher, baseline, student = models.teacher, models.baseline, models.student
     if student is None:
         return "This run has no student figures: there is nothing to compare yet."
@@ -74,6 +88,9 @@ def tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
             row[0] = Tile("Student mAP", figure(student.map, 1), "", f"{signed(gain, 1)} over the baseline", tone)
         else:
             row[0] = Tile("Student mAP", figure(student.map, 1), "", "no baseline to compare with")
+        if models.is_pruned and teacher.map:
+            note = f"{percent(student.map / teacher.map)} of the teacher's {teacher.map:.1f}"
+            row[0] = Tile("Student mAP", figure(student.map, 1), "", note)
     for label, unit, big, small in (
         ("Parameters", "M", teacher.params_m, student.params_m),
         ("Compute", "GFLOPs", teacher.gflops, student.gflops),
@@ -106,6 +123,55 @@ def tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
             )
         )
     return row
+
+
+def _share(teacher: Figures | None, student: Figures, keeps: str) -> str:
+    """How much of the teacher's operations, or else parameters, and of its mAP a pruned student has. keeps: a verb."""
+    whole, kept = teacher or Figures(), []
+    if whole.gflops and student.gflops:
+        kept.append(f"{percent(student.gflops / whole.gflops)} of the teacher's operations")
+    elif whole.params_m and student.params_m:
+        kept.append(f"{percent(student.params_m / whole.params_m)} of the teacher's parameters")
+    if whole.map and student.map is not None:
+        whose = "its" if kept else "the teacher's"
+        kept.append(f"{percent(student.map / whole.map)} of {whose} mAP ({student.map:.1f} of {whole.map:.1f})")
+    elif student.map is not None:
+        return f"The pruned student reaches {student.map:.1f} mAP."
+    return f"The student {keeps} {' and '.join(kept)}." if kept else "The student's mAP was not measured."
+
+
+def _file(artifacts: Sequence[Artifact]) -> str:
+    """The fastest file that passed its gate, against the teacher in PyTorch."""
+    best = fastest(artifacts)
+    if best is None or best.p50 is None:
+        return "No file passed its gate with a measured latency." if artifacts else ""
+    teacher = next((a.p50 for a in artifacts if a.file == TEACHER_IN_TORCH), None)
+    speed = f"answers in {milliseconds(best.p50)} (median)"
+    if teacher:
+        times = f"{milliseconds(best.p50)} against {milliseconds(teacher)}, medians of one image"
+        speed = f"is {teacher / best.p50:.1f} times as fast as the teacher in PyTorch ({times})"
+    if best.map_drop is None:
+        return f"Its file {best.file} {speed}."
+    change = f"{'loses' if best.map_drop > -0.05 else 'gains'} {abs(best.map_drop):.1f} mAP in the conversion"
+    return f"Its file {best.file} {speed} and {change}."
+
+
+def _alone(models: Models, student: Figures) -> str:
+    """The same architecture trained from the labels alone: from random weights, and from those that the cut left."""
+    scratch = models.baseline.map if models.baseline else None
+    tuned = models.fine_tuned.map if models.fine_tuned else None
+    reached = [] if scratch is None else [f"trained from scratch on the same labels reaches {scratch:.1f}"]
+    if tuned is not None:
+        reached.append(f"pruned and fine-tuned on labels alone {'' if reached else 'reaches '}{tuned:.1f}")
+    if not reached:
+        return ""
+    words = f"The same small detector {', '.join(reached)}"
+    if tuned is None or student.map is None:
+        return f"{words}."
+    gain = round(student.map - tuned, 1)
+    if gain == 0:
+        return f"{words}: distillation makes no difference."
+    return f"{words}: distillation {'adds' if gain > 0 else 'costs'} {abs(gain):.1f}."
 
 
 def fastest(artifacts: Sequence[Artifact]) -> Artifact | None:

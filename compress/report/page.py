@@ -13,15 +13,16 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress.manifest import RunFolder
+from compress.manifest import BASELINE, FINE_TUNED, TEACHER, RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
-from compress.report.document import ROLES, Artifact, Document, Models, read_document
-from compress.report.headline import headline, tiles
+from compress.report.document import Artifact, Document, Models, read_document
+from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
-from compress.report.tables import artifact_row, class_rows, engine_row, model_rows, more_than_usual, pseudo_labels
-from compress.report.text import date, flat
+from compress.report.pruning import pruning_section
+from compress.report.tables import artifact_row, class_table, engine_row, model_table, more_than_usual, pseudo_labels
+from compress.report.text import date, flat, lower
 from deploy.core.files import write_text
 
 
@@ -45,20 +46,21 @@ def build_report(run_dir: Path) -> Path:
     html = templates.get_template("report.html.j2").render(
         name=report.name,
         created=date(report.created),
-        headline=headline(report.models, report.artifacts),
+        headline=first_lines(report),
         tiles=tiles(report.models, report.artifacts),
         missing=_missing(document),
-        roles=[role for role in ROLES if getattr(report.models, role)],
-        model_rows=model_rows(report.models),
+        table=model_table(report.models),
+        pruned=report.models.is_pruned,
+        pruning=pruning_section(report),
         pseudo=pseudo_labels(report),
         artifacts=[artifact_row(a) for a in report.artifacts],
         limit=more_than_usual(report.artifacts),
         engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
         trade=_trade_chart(report.models, report.artifacts),
-        levels=any(f and f.map is not None for f in (report.models.teacher, report.models.baseline)),
+        levels=any(f and f.map is not None for f in map(report.models.of, _levels(report.models))),
         latency=_latency_chart(report.artifacts),
         curves=curves(document),
-        classes=class_rows(report.models),
+        classes=class_table(report.models),
         pictures=draw_pictures(document, photos),
         uncertainty=draw_uncertainty(document, photos),
         min_score=MIN_SCORE,
@@ -77,7 +79,7 @@ def _missing(document: Document) -> list[str]:
     words = []
     if models.teacher is None:
         words.append("No teacher: report.json holds no teacher figures, so nothing is compared with one.")
-    if models.baseline is None:
+    if models.baseline is None and models.fine_tuned is None:
         words.append(
             "No baseline: the same student without distillation was not trained, so the gain from "
             "distillation is not known."
@@ -91,6 +93,11 @@ def _missing(document: Document) -> list[str]:
     return words
 
 
+def _levels(models: Models) -> tuple[str, str]:
+    """Models whose mAP is a line. A student from random weights is too far from a pruned one for one axis."""
+    return TEACHER, FINE_TUNED if models.is_pruned else BASELINE
+
+
 def _trade_chart(models: Models, artifacts: Sequence[Artifact]) -> Markup | None:
     spots = [
         Spot(a.file, a.p50, a.map, {"pass": "pass", "fail": "fail"}.get(a.gate, "notrun"))
@@ -100,9 +107,9 @@ def _trade_chart(models: Models, artifacts: Sequence[Artifact]) -> Markup | None
     if not spots:
         return None
     levels = [
-        (role, f"{role} {figures.map:.1f}", figures.map)
-        for role in ("teacher", "baseline")
-        if (figures := getattr(models, role)) and figures.map is not None
+        (role.replace(".", "-"), f"{lower(models.titles[role])} {figures.map:.1f}", figures.map)
+        for role in _levels(models)
+        if (figures := models.of(role)) and figures.map is not None
     ]
     words = "; ".join(f"{s.label}: {s.x:.2f} ms, {s.y:.1f} mAP" for s in spots)
     return scatter_chart(

@@ -17,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from compress.manifest import BASELINE, STUDENT, TEACHER
 from compress.report.document import Box, Document, Picture, Report
 from deploy.core.boxes import iou
 from deploy.core.errors import UserError
@@ -27,12 +28,7 @@ MIN_SCORE = 0.3  # weaker detections are left out of the drawing
 MATCH_IOU = 0.5
 _COLOURS = 10  # classes .k0 … .k9 of the style sheet
 _MOST_TAGS = 12  # more boxes than this in one panel: colours and tool tips only, no text on the picture
-_PANELS = (
-    ("ground_truth", "Ground truth"),
-    ("teacher", "Teacher"),
-    ("baseline", "Baseline"),
-    ("student", "Student"),
-)
+_PANELS = ("ground_truth", TEACHER, BASELINE, STUDENT)
 
 
 @dataclass(frozen=True)
@@ -102,10 +98,12 @@ def _draw(picture: Picture, document: Document, photos: Photos) -> DrawnPicture:
     except PhotoError as error:
         return DrawnPicture(name, str(error), [], [])
 
-    drawn_boxes = [b for key, _ in _PANELS for b in _shown(key, getattr(picture, key) or ())]
+    drawn_boxes = [b for key in _PANELS for b in _shown(key, getattr(picture, key) or ())]
     kinds = class_kinds(drawn_boxes, document.report)
     panels: list[Panel] = []
-    for key, title in _PANELS:
+    titles = {"ground_truth": "Ground truth", **document.report.models.titles}
+    for key in _PANELS:
+        title = titles[key]
         boxes: list[Box] | None = getattr(picture, key)
         if boxes is None:
             what = "No ground truth recorded." if key == "ground_truth" else f"No {key} detections recorded."

@@ -6,8 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from compress.report.document import ROLES, Artifact, Engine, Figures, Layers, Models, Report
-from compress.report.text import figure, ratio, signed
+from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER
+from compress.report.document import (
+    Artifact,
+    Engine,
+    Figures,
+    Layers,
+    Models,
+    Report,
+)
+from compress.report.text import figure, lower, ratio, signed
 
 
 @dataclass(frozen=True)
@@ -18,32 +26,60 @@ class Cell:
     tone: str = ""
 
 
-def model_rows(models: Models) -> list[tuple[str, dict[str, Cell]]]:
-    """(metric, cells by column): the three roles, then the student against baseline and teacher."""
-    rows = []
-    limit = more_than_usual([models.teacher, models.baseline, models.student])
-    for label, key, digits in (
+@dataclass(frozen=True)
+class ModelTable:
+    """columns: names of the figures. rows: role, title and cells; no cells: the run has no such model. comparisons:
+    title and cells of the student against another model."""
+
+    columns: list[str]
+    rows: list[tuple[str, str, list[Cell]]]
+    comparisons: list[tuple[str, list[Cell]]]
+
+
+def model_table(models: Models) -> ModelTable | None:
+    """A row for each model, then the student against those that it is compared with; None without any model."""
+    if not any(models.of(role) for role in models.titles):
+        return None
+    limit = more_than_usual(models.of(role) for role in models.titles)
+    columns = [
         ("mAP", "map", 1),
         *([(f"mAP at {limit}", "map_at_max", 1)] if limit else []),
         ("AP50", "map50", 1),
         ("AP75", "map75", 1),
         ("Params, M", "params_m", 2),
         ("GFLOPs", "gflops", 2),
-    ):
-        values = {role: getattr(getattr(models, role), key) if getattr(models, role) else None for role in ROLES}
-        cells = {role: Cell(figure(values[role], digits)) for role in ROLES}
-        for other in ("baseline", "teacher"):
-            value, reference = values["student"], values[other]
-            if value is None or reference is None:
-                cells["vs_" + other] = Cell("–")
-            elif key.startswith("map"):
-                cells["vs_" + other] = _delta(value - reference, judge=other == "baseline")
-            elif reference > 0 and value > 0:
-                cells["vs_" + other] = Cell("same" if value == reference else ratio(reference, value))
-            else:
-                cells["vs_" + other] = Cell("–")
-        rows.append((label, cells))
-    return rows
+    ]
+    rows, comparisons = [], []
+    for role, title in models.titles.items():
+        figures = models.of(role)
+        cells = [Cell(figure(getattr(figures, key), digits)) for _, key, digits in columns] if figures else []
+        rows.append((role, title, cells))
+    student = models.student
+    for role in (BASELINE, FINE_TUNED, TEACHER):
+        other = models.of(role)
+        if student is None or other is None:
+            continue
+        judge = role != TEACHER
+        cells = [_against(key, getattr(student, key), getattr(other, key), judge=judge) for _, key, _ in columns]
+        comparisons.append((f"Student against {_named(role, models)}", cells))
+    return ModelTable([name for name, _, _ in columns], rows, comparisons)
+
+
+def _named(role: str, models: Models) -> str:
+    """A model that the student is compared with, within a sentence."""
+    if models.is_pruned and role != TEACHER:
+        return {BASELINE: "the one from scratch", FINE_TUNED: "the one on labels alone"}[role]
+    return lower(models.titles[role])
+
+
+def _against(key: str, value: float | None, reference: float | None, *, judge: bool) -> Cell:
+    if value is None or reference is None:
+        return Cell("–")
+    if key.startswith("map"):
+        return _delta(value - reference, judge=judge)
+    if reference > 0 and value > 0:
+        return Cell("same" if value == reference else ratio(reference, value))
+    return Cell("–")
 
 
 def more_than_usual(figures: Iterable[Figures | Artifact | None]) -> int | None:
@@ -127,30 +163,42 @@ def _formats(layers: Layers) -> str:
     return ", ".join(f"{share:.0%} {name}" for name, share in shares) or "–"
 
 
-def class_rows(models: Models) -> list[dict[str, Any]]:
-    """A row a class, best student AP first (the teacher's or baseline's where there is no student)."""
+@dataclass(frozen=True)
+class ClassTable:
+    """roles: (role, title) of the bars of each class. against: title of the model that the student is compared with;
+    None: there is none. rows: name, (role, AP, its text) for each bar, difference."""
+
+    roles: list[tuple[str, str]]
+    against: str | None
+    rows: list[tuple[str, list[tuple[str, float | None, str]], Cell]]
+
+
+def class_table(models: Models) -> ClassTable | None:
+    """A row a class, best student AP first (that of another model where there is no student); None without any. The
+    student is compared with the model that learned like it, but for the teacher."""
     per_class: dict[str, dict[str, float | None]] = {
-        role: figures.per_class for role in ROLES if (figures := getattr(models, role)) and figures.per_class
+        role: figures.per_class
+        for role in models.titles
+        if role != PRUNED and (figures := models.of(role)) and figures.per_class
     }
     names = list(dict.fromkeys(name for figures in per_class.values() for name in figures))
-    order = per_class.get("student") or next(iter(per_class.values()), {})
+    if not names:
+        return None
+    order = per_class.get(STUDENT) or next(iter(per_class.values()))
 
     def rank(name: str) -> float:
         value = order.get(name)
         return 1.0 if value is None else -value
 
+    other = next((role for role in (FINE_TUNED, BASELINE) if role in per_class), None)
     rows = []
     for name in sorted(names, key=rank):
         bars = [(role, figures.get(name), figure(figures.get(name), 1)) for role, figures in per_class.items()]
-        student, baseline = per_class.get("student", {}).get(name), per_class.get("baseline", {}).get(name)
-        rows.append(
-            {
-                "name": name,
-                "bars": bars,
-                "delta": Cell("–") if student is None or baseline is None else _delta(student - baseline, judge=True),
-            }
-        )
-    return rows
+        student, reference = per_class.get(STUDENT, {}).get(name), per_class.get(other or "", {}).get(name)
+        rows.append((name, bars, _against("map", student, reference, judge=True)))
+    roles = [(role, models.titles[role]) for role in per_class]
+    against = None if other is None else "labels alone" if other == FINE_TUNED else lower(models.titles[other])
+    return ClassTable(roles, against, rows)
 
 
 def _delta(value: float, *, judge: bool) -> Cell:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from compress.report.document import ROLES, parse_report
-from compress.report.text import figure
+from compress.manifest import STUDENT
+from compress.report.document import parse_report
+from compress.report.text import figure, lower
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:
-    """Teacher, baseline, student and every artifact of a report.json, a row each.
+    """Teacher, baseline, student, what else a pruned student is compared with, and every artifact of a report.json, a
+    row each.
 
     A dash is a figure that was not measured or does not apply. Raises UserError for a malformed report.
     """
@@ -21,21 +24,25 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table = Table(
         title=Text(document.name),
         caption="mAP in percent · drop in points of mAP, below the reference and below training · – not measured",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that it fits into 80 columns
+        pad_edge=False,
+        show_edge=False,
         title_style="bold",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True, overflow="fold")
-    for name in ("mAP", "drop", "training", "params M", "GFLOPs", "p50 ms", "p99 ms"):
+    for name in ("mAP", "drop", "drop,\ntrain", "params\nM", "GFLOPs", "p50\nms", "p99\nms"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("gate")
-    for role in ROLES:
-        figures = getattr(document.models, role)
+    table.add_column("gate", min_width=7)
+    for role, title in document.models.titles.items():
+        figures = document.models.of(role)
         if figures is None:
-            table.add_row(Text(role), *["–"] * 7, Text("not in this run", style="dim"))
+            table.add_row(Text(lower(title)), *["–"] * 7, Text("not in this run", style="dim"))
         else:
             table.add_row(
-                Text(role, style="bold" if role == "student" else ""),
+                Text(lower(title), style="bold" if role == STUDENT else ""),
                 figure(figures.map, 1),
                 "–",
                 "–",

@@ -18,6 +18,16 @@ def signed(value: float, digits: int) -> str:
     return text if float(text) == 0 else ("+" if value > 0 else "−") + text
 
 
+def lower(title: str) -> str:
+    """`pruned, labels alone`: a title within a sentence."""
+    return title[:1].lower() + title[1:]
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """`49 %` for 0.49, which no line break divides."""
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
 def ratio(big: float, small: float) -> str:
     """Say how much smaller, or larger, the second is."""
     return f"{big / small:.1f}× smaller" if big >= small else f"{small / big:.1f}× larger"

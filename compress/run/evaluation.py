@@ -19,6 +19,7 @@ from compress.detectors.checkpoints import checkpoint_file, load_detector, load_
 from compress.export.deployable import TorchRunner
 from compress.export.onnx import torch_runner
 from compress.manifest import QAD, STUDENT, TEACHER_CHECK, Manifest, RunFolder
+from compress.report.document import TEACHER_IN_TORCH
 from compress.run.artifacts import Artifact, Checks, exported_settings
 from compress.run.gate import TrainedStudent, judge, step_by_step
 from deploy import latency, validate
@@ -30,7 +31,6 @@ from deploy.core.files import sha256_of
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
 
-TEACHER = "teacher (torch)"
 MAP_FIGURES = ("map", "max_detections", "map_at_max", "mar_at_max")
 
 
@@ -224,7 +224,7 @@ def _teacher(plan: EvaluationPlan) -> dict[str, Runner]:
     if reason is not None:
         open_console().print(f"benchmark: without the teacher, which cannot be exported: {reason}")
         return {}
-    return {TEACHER: _torch(plan, plan.teacher)}
+    return {TEACHER_IN_TORCH: _torch(plan, plan.teacher)}
 
 
 def _benchmark(plan: EvaluationPlan, timed: dict[str, Runner]) -> dict[str, Any]:
@@ -257,12 +257,12 @@ def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
 def _teacher_row(plan: EvaluationPlan, latencies: Mapping[str, Any]) -> dict[str, Any]:
     assert plan.teacher is not None
     return {
-        "file": TEACHER,
+        "file": TEACHER_IN_TORCH,
         "precision": "fp32",
         "size_mb": round(checkpoint_file(plan.teacher).stat().st_size / 1e6, 2),
         "map": plan.folder.result(TEACHER_CHECK)["metrics"]["map"],
         "gate": "not run: the teacher does not ship",
-        **latencies.get(TEACHER, {}),
+        **latencies.get(TEACHER_IN_TORCH, {}),
     }
 
 

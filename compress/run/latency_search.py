@@ -103,6 +103,7 @@ def latency_search(
             images,
             Path(folder),
             seed=plan.seed,
+            clock=HOST_CLOCK,
         )
         yield LatencySearch(stopwatch, say)
 
@@ -142,8 +143,8 @@ class FileStopwatch:
         images: Sequence[Path],
         folder: Path,
         *,
-        seed: int = 0,
-        clock: Clock = HOST_CLOCK,
+        seed: int,
+        clock: Clock,
     ) -> None:
         self.readings: list[Reading] = []
         self._write, self._open, self._folder, self._clock = write, open_file, folder, clock

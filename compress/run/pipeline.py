@@ -419,6 +419,7 @@ def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
         pseudo_labels=pseudo,
         commands=commands(folder, split),
         device=device,
+        prune=recipe.student.prune,
     )
     inputs = {"rows": rows, "stages": manifest.identity(), "name": recipe.name, "commands": list(report.commands)}
     inputs |= {"versions": versions()}

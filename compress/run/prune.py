@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +27,9 @@ from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.weights import listed, state_sha256
-from compress.prune.graph import pruning_graph
-from compress.prune.importance import FROM_DATA, importances
+from compress.prune.graph import PruningGraph, pruning_graph
+from compress.prune.importance import importances
+from compress.prune.order import Drops
 from compress.prune.search import Means, Pruned, check_whole, prune
 from compress.prune.sensitivity import Sensitivity, sensitivity
 from compress.run.latency_search import LatencyPlan, latency_result, latency_search
@@ -42,6 +43,8 @@ from deploy.validate.coco import evaluate_coco, load_annotations
 from deploy.validate.ground_truth import GroundTruth
 
 BATCH = 8
+INSTEAD = {"importance": "group_norm", "shares": "uniform or global", "max_map_drop": "gflops or params"}
+"""What does without labelled images."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class PruningPlan:
     settings: how much leaves it, and which channels.
     size: (height, width) of the canvas: GFLOPs, latency and mAP are of it.
     resize_short_long: limits of pictures on it, as in training's evaluation.
-    images: labelled training images; None: there are none.
+    images: labelled training images, whatever their transform; None: there are none.
     deploy: settings of the exported file whose latency counts.
     sensitivities: JSON file of what was measured so far, written after every layer, so that an interrupted measurement
         goes on.
@@ -88,17 +91,19 @@ def prune_detector(
     check_whole(detector)
     _check_images(settings, plan.images, detector.num_classes, record.class_names)
     detector = copy.deepcopy(detector).to(plan.device).eval()
-    looks = settings.importance in FROM_DATA or settings.shares == "sensitivity" or settings.budget == "max_map_drop"
-    images = Images(plan) if looks else None
-    measured = None
-    if settings.shares == "sensitivity":
+    images = Images(plan) if settings.needs_images is not None else None
+    measured: list[Sensitivity] = []
+
+    def drops(graph: PruningGraph, scores: Mapping[str, Tensor]) -> Drops:
         assert images is not None
-        measured = _sensitivity(detector, plan, images, say)
+        measured.append(_sensitivity(detector, graph, scores, plan, images, say))
+        return measured[0].drops
+
     means = Means(
         plan.size,
         losses=() if images is None else images,
         mean_ap=None if images is None else images.mean_ap,
-        drops=None if measured is None else measured.drops,
+        drops=drops,
     )
     found, latency = _prune(detector, record, plan, means, say)
     result = {
@@ -107,10 +112,25 @@ def prune_detector(
         "whole": found.whole,
         "found": found.found,
         "rows": found.rows,
-        "sensitivity": None if measured is None or images is None else {"images": len(images), **measured.to_dict()},
+        "sensitivity": _figures(measured[0], images) if images is not None and measured else None,
         "latency": latency,
     }
     return found.detector.cpu(), result
+
+
+def measure_sensitivity(
+    detector: Detector, record: ModelRecord, plan: PruningPlan, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure what each group of channels costs alone, and cut nothing: `sensitivity` of `prune_detector`, for a plan
+    with `shares: sensitivity`. Arguments and errors as there."""
+    settings = plan.settings
+    check_whole(detector)
+    _check_images(settings, plan.images, detector.num_classes, record.class_names)
+    images = Images(plan)
+    detector = copy.deepcopy(detector).to(plan.device).eval()
+    graph = pruning_graph(detector, settings.keep)
+    scores = importances(graph, settings.importance, losses=images, seed=plan.seed)
+    return _figures(_sensitivity(detector, graph, scores, plan, images, say), images)
 
 
 class Images:
@@ -134,8 +154,10 @@ class Images:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[Callable[[Detector], Tensor]]:
-        for number in range(len(self)):
-            yield lambda detector, number=number: self._loss(detector, number)  # type: ignore[misc]
+        with progress("importances") as step:
+            for number in range(len(self)):
+                yield lambda detector, number=number: self._loss(detector, number)  # type: ignore[misc]
+                step(number + 1, len(self))
 
     def mean_ap(self, detector: Detector) -> float:
         """mAP (percent) of a detector in eval mode on these images. Raises UserError where they show no objects."""
@@ -144,7 +166,7 @@ class Images:
         value = evaluate_coco(self._truth, found).map
         if math.isnan(value):
             raise UserError(
-                f"prune.images: {self._file}: no box on the {len(self)} images that are looked at; take more of them"
+                f"prune.images: {len(self)} of {self._file} are looked at, and no box is on them; take more"
             )
         return value
 
@@ -159,9 +181,11 @@ class Images:
 
     def _loss(self, detector: Detector, number: int) -> Tensor:
         batch = collate([self._samples[number]], self._size).to(self._device)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with _training(detector), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._seed)
+        on_gpu = self._device.type == "cuda"
+        with _training(detector), torch.random.fork_rng(devices=[self._device] if on_gpu else []):
+            torch.default_generator.manual_seed(self._seed)
+            if on_gpu:
+                torch.cuda.manual_seed(self._seed)
             prediction = detector(batch.images).float()
             return total_loss(detector.loss(prediction, detector.assign(prediction, batch.targets)))
 
@@ -172,19 +196,11 @@ class Images:
 def _check_images(
     settings: Cut, images: CocoDetection | None, num_classes: int, class_names: tuple[str, ...] | None
 ) -> None:
-    """Refuse settings that look at images, where there are none or only those of other classes."""
-    asking = [
-        (key, value, instead)
-        for key, value, asks, instead in (
-            ("importance", settings.importance, settings.importance in FROM_DATA, "group_norm"),
-            ("shares", settings.shares, settings.shares == "sensitivity", "uniform or global"),
-            ("max_map_drop", settings.max_map_drop, settings.budget == "max_map_drop", "gflops or params"),
-        )
-        if asks
-    ]
-    if not asking:
+    """Refuse settings that look at labels, where there are none or only those of other classes."""
+    key = settings.needs_images
+    if key is None:
         return
-    key, value, instead = asking[0]
+    value, instead = getattr(settings, key), INSTEAD[key]
     if images is None:
         raise UserError(
             f"prune.{key}: {value} needs labelled training images, and there are none; give some, or take {instead}"
@@ -198,12 +214,15 @@ def _check_images(
         )
 
 
-def _sensitivity(detector: Detector, plan: PruningPlan, images: Images, say: Callable[[str], None]) -> Sensitivity:
-    settings = plan.settings
-    graph = pruning_graph(detector, settings.keep)
-    scores = importances(graph, settings.importance, losses=images, seed=plan.seed)
+def _sensitivity(
+    detector: Detector,
+    graph: PruningGraph,
+    scores: Mapping[str, Tensor],
+    plan: PruningPlan,
+    images: Images,
+    say: Callable[[str], None],
+) -> Sensitivity:
     say(f"sensitivity: mAP of {len(graph.groups)} groups of layers, each cut alone, on {len(images)} training images")
-    identity = images.identity() | {"weights": state_sha256(detector), "versions": versions()}
     with progress("sensitivity") as step:
         return sensitivity(
             graph,
@@ -211,10 +230,14 @@ def _sensitivity(detector: Detector, plan: PruningPlan, images: Images, say: Cal
             detector,
             images.mean_ap,
             store=plan.sensitivities,
-            identity=identity,
-            round_to=settings.round_to,
+            identity=images.identity() | {"weights": state_sha256(detector), "versions": versions()},
+            round_to=plan.settings.round_to,
             progress=step,
         )
+
+
+def _figures(found: Sensitivity, images: Images) -> dict[str, Any]:
+    return {"images": len(images), **found.to_dict()}
 
 
 def _prune(

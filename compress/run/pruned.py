@@ -16,7 +16,6 @@ from compress.config.model import Model, Student
 from compress.config.prune import Prune
 from compress.config.teacher import Teacher
 from compress.data.coco import CocoDetection
-from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import (
     ZOO,
@@ -35,6 +34,7 @@ from compress.run.prune import PruningPlan, prune_detector
 from compress.run.teacher import class_difference
 from compress.run.trainings import evaluate_on
 from compress.training.distributed import on_first_process
+from compress.training.qad.export import grids_file, load_grids
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 
@@ -97,21 +97,22 @@ def source_of(prune: Prune, teacher: Teacher | None, folder: RunFolder | None) -
     return str(folder.weights(TEACHER))
 
 
-def load_whole(checkpoint: str, key: str = "student.prune.of") -> tuple[Detector, ModelRecord]:
-    """The detector to cut, and its record. `key` names it in messages. Raises UserError for one that cannot be cut: of
-    quantization-aware training, or pruned before."""
+def load_whole(checkpoint: str, key: str | None = "student.prune.of") -> tuple[Detector, ModelRecord]:
+    """The detector to cut, and its record. `key` names it in messages; None: the checkpoint does. Raises UserError for
+    one that cannot be cut: of quantization-aware training, or pruned before."""
+    where = "" if key is None else f"{key}: "
     try:
         detector, record = load_teacher_checkpoint(checkpoint)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"{where}{error}") from error
     path = checkpoint_file(checkpoint)
-    if RunFolder(path.parent).grids(path.stem).is_file():
+    if _has_grids(path):
         raise UserError(
-            f"{key}: {checkpoint} was trained on the grids of its int8 file, which belong to its layers; prune "
+            f"{where}{checkpoint}: was trained on the grids of its int8 file, which belong to its layers; prune "
             f"{path.with_stem(STUDENT).name} and train the pruned one on grids of its own"
         )
     if record.model.widths:
-        raise UserError(f"{key}: {checkpoint} was pruned before; prune the whole detector, with a smaller budget")
+        raise UserError(f"{where}{checkpoint}: was pruned before; prune the whole detector, with a smaller budget")
     return detector, record
 
 
@@ -156,19 +157,21 @@ def summary(found: dict[str, Any]) -> str:
 # --- details --------------------------------------------------------------------------------------------
 
 
+def _has_grids(path: Path) -> bool:
+    """Whether a checkpoint is one of quantization-aware training."""
+    try:
+        load_grids(grids_file(path))
+    except UserError:  # no such file, or somebody's own JSON
+        return False
+    return True
+
+
 def _pruning(plan: CutPlan, data: Datasets, fabric: Fabric) -> PruningPlan:
-    limits = (plan.data.eval_short, plan.data.long)
-    images = None
-    if data.has_labels:
-        split = data.train_split
-        images = CocoDetection(
-            split.annotations, split.images, eval_transform(*limits, data.canvas), cache=plan.data.cache
-        )
     return PruningPlan(
         settings=plan.prune,
         size=data.canvas,
-        resize_short_long=limits,
-        images=images,
+        resize_short_long=(plan.data.eval_short, plan.data.long),
+        images=data.train if data.has_labels else None,
         deploy=plan.deploy,
         sensitivities=plan.folder.sensitivities,
         seed=plan.seed,
@@ -186,7 +189,7 @@ def _inputs(plan: CutPlan, detector: Detector, data: Datasets) -> dict[str, Any]
         "validation": data.val_identity,
         "max_detections": plan.deploy.max_detections,
     }
-    if prune.importance == "random":
+    if prune.importance != "group_norm":  # random numbers, or losses that draw samples
         inputs["seed"] = plan.seed
     if prune.needs_images is not None or prune.latency_ms is not None:
         inputs["data"] = data.identity

@@ -9,14 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.config.data import Split
+from compress.config.prune import Prune
 from compress.config.pseudo import FineTune
 from compress.console import open_console, progress
 from compress.data.coco import CocoDetection
 from compress.detectors.base import Capability, Detector
 from compress.detectors.build import model_size
 from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
-from compress.manifest import BASELINE, STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, TEACHER_CHECK, RunFolder
+from compress.manifest import (
+    BASELINE,
+    FINE_TUNED,
+    PRUNE,
+    PRUNED,
+    STUDENT,
+    STUDENT_ON_PSEUDO_LABELS,
+    TEACHER,
+    TEACHER_CHECK,
+    RunFolder,
+)
 from compress.report import build_report, summary_table
+from compress.report.document import parse_report
+from compress.report.headline import first_lines
 from compress.run.samples import detection_pictures, uncertainty_pictures
 from deploy.core.environment import environment
 from deploy.core.files import write_json
@@ -34,6 +47,7 @@ class ReportPlan:
     pseudo_labels: what teachers labelled, for report.json; None: nothing.
     commands: that make this run and use its files.
     device: where torch runs.
+    prune: how the student was cut; None: it was not.
     """
 
     name: str
@@ -45,12 +59,14 @@ class ReportPlan:
     pseudo_labels: Mapping[str, Any] | None
     commands: Sequence[str]
     device: str = "cpu"
+    prune: Prune | None = None
 
 
 def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json and report.html. artifacts: a row for each file."""
     detectors = _detectors(plan)
-    pictures = detection_pictures(plan.val, detectors, plan.input_size)
+    drawn = {name: detectors[name] for name in (TEACHER, BASELINE, STUDENT) if name in detectors}
+    pictures = detection_pictures(plan.val, drawn, plan.input_size)
     uncertainty = []
     if TEACHER in detectors and Capability.DENSE in detectors[TEACHER].capabilities:
         with progress("uncertainty") as step:
@@ -60,6 +76,8 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "classes": list(plan.val.categories),
         "models": _models(plan, detectors),
+        "pruning": _pruning(plan, detectors),
+        "validation_images": len(plan.val),
         "artifacts": list(artifacts),
         "pseudo_labels": plan.pseudo_labels,
         "environment": environment(),
@@ -72,8 +90,9 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
 
 
 def show_report(folder: RunFolder) -> None:
-    """Print the table of a run's report.json, and why files fail the gate."""
+    """Print the first lines and the table of a run's report.json, and why files fail the gate."""
     report = json.loads(folder.report.read_text(encoding="utf-8"))
+    open_console().print(first_lines(parse_report(report)), markup=False)
     open_console().print(summary_table(report))
     for line in failures(report["artifacts"]):
         open_console().print(line, markup=False, soft_wrap=True)
@@ -122,25 +141,41 @@ def commands(folder: RunFolder, split: Split) -> list[str]:
 
 
 def _detectors(plan: ReportPlan) -> dict[str, Detector]:
+    """Every detector of the run that is there; of a pruned student also those that it is compared with."""
     stages = plan.folder.stages()
     found = {} if plan.teacher is None else {TEACHER: load_teacher_checkpoint(plan.teacher)[0]}
-    for name in (BASELINE, STUDENT):
-        if plan.folder.weights(name).is_file() and name in stages:
+    for name in (BASELINE, STUDENT) if plan.prune is None else (PRUNED, BASELINE, FINE_TUNED, STUDENT):
+        if plan.folder.weights(name).is_file() and _stage(name) in stages:
             found[name] = load_detector(plan.folder.weights(name))[0]
     return found
 
 
+def _stage(name: str) -> str:
+    """The row of the manifest with a model's figures."""
+    return {TEACHER: TEACHER_CHECK, PRUNED: PRUNE}.get(name, name)
+
+
 def _models(plan: ReportPlan, detectors: Mapping[str, Detector]) -> dict[str, Any]:
-    """Figures of the teacher, the baseline and the student."""
+    """Figures of the models."""
     stages = plan.folder.stages()
     models = {}
     if plan.has_teacher and TEACHER not in detectors and TEACHER_CHECK in stages:
         models[TEACHER] = dict(stages[TEACHER_CHECK]["result"]["metrics"])
     for name, detector in detectors.items():
-        result = stages[TEACHER_CHECK if name == TEACHER else name]["result"]
+        result = stages[_stage(name)]["result"]
         models[name] = {**result["metrics"], **model_size(detector, plan.input_size)}
         if "seconds" in result:
             models[name]["train_seconds"] = result["seconds"]
     if STUDENT_ON_PSEUDO_LABELS in stages and STUDENT in models:
         models[STUDENT]["train_seconds"] += stages[STUDENT_ON_PSEUDO_LABELS]["result"]["seconds"]
     return models
+
+
+def _pruning(plan: ReportPlan, detectors: Mapping[str, Detector]) -> dict[str, Any] | None:
+    """How the student was cut, its layers in their order; None where it was not."""
+    if plan.prune is None or PRUNED not in detectors:
+        return None
+    settings = plan.prune.model_dump(mode="json", include={"of", "importance", "shares", "round_to", "schedule"})
+    found = {key: value for key, value in plan.folder.result(PRUNE).items() if key not in ("metrics", "canvas")}
+    order = {name: index for index, (name, _) in enumerate(detectors[PRUNED].named_modules())}
+    return settings | found | {"rows": sorted(found["rows"], key=lambda row: order[row["name"]])}

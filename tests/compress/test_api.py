@@ -100,6 +100,24 @@ def test_the_file_is_validated_and_measured(run: api.Run, exported: Any) -> None
     assert report.cells[0].latency_ms["p50"].value > 0
 
 
+def test_a_checkpoint_is_pruned(run: api.Run) -> None:
+    out = run.folder / "small.safetensors"
+    small = run.student.prune({"params": 0.6}, out=out)
+    assert small.path == out and small.card.input_size == (64, 64)
+    assert small.card.class_names == run.student.card.class_names and small.card.val_map is None
+    assert out.stat().st_size < 0.65 * run.student.path.stat().st_size
+    assert len(small.detect(images(run)[0]).class_names) == 3
+    for settings, says in (
+        ({"params": 1}, r"prune.params: must be less than 1, got 1"),
+        ({"params": 0.5, "importances": "taylor"}, r"prune.importances: unknown key; did you mean importance\?"),
+        ({"params": 0.5, "importance": "taylor"}, r"prune.importance: taylor needs labelled training images"),
+    ):
+        with pytest.raises(UserError, match=says):
+            run.student.prune(settings, out=run.folder / "other.safetensors")
+    with pytest.raises(UserError, match=r"small.safetensors: is there already"):
+        run.student.prune({"params": 0.6}, out=out)
+
+
 def test_a_checkpoint_is_opened_by_its_suffix(run: api.Run, tmp_path: Path) -> None:
     path = run.folder / "student.safetensors"
     model = compress.open(path)

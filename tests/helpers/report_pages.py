@@ -87,3 +87,42 @@ def write_run(folder: Path, report: dict[str, Any]) -> Path:
     least = {"name": folder.name, "models": {}}
     (folder / "report.json").write_text(json.dumps({**least, **report}), encoding="utf-8")
     return folder
+
+
+def pruned_report() -> dict[str, Any]:
+    """The report of a run whose student was cut from its teacher, with sensitivities of eight layers."""
+    report = full_report()
+    models, one = report["models"], report["artifacts"][0]
+    rows = [("backbone.stem.0", 32, 24), ("backbone.stage1.0", 64, 32), ("neck.fpn.0", 96, 96), ("head.conv<0>", 96, 8)]
+    layers = [f"layer{index}" for index in range(7)] + ["head.conv<0>"]
+    points = [[[0.75, 75 - index], [0.5, 74 - 2 * index], [0.25, 70.25 - 4 * index]] for index in range(8)]
+    points[0] = points[0][:2]
+    small = {"params_m": 1.0, "gflops": 0.335}
+    return {
+        **report,
+        "models": {
+            "teacher": {**models["teacher"], "map": 76.5, "params_m": 2.2, "gflops": 0.683},
+            "pruned": {**models["student"], **small, "map": 3.25},
+            "baseline": {**models["baseline"], **small, "map": 21.0},
+            "baseline.pruned": {**models["baseline"], **small, "map": 71.4},
+            "student": {**models["student"], **small, "map": 73.9},
+        },
+        "artifacts": [
+            {"file": "teacher (torch)", "gate": "not run: the teacher does not ship", "latency_ms": {"p50": 8.16}},
+            {**one, "file": "student.safetensors", "map": 73.9, "map_drop": None, "latency_ms": {"p50": 5.1}},
+            {**one, "map": 73.9, "map_drop": 0.0, "latency_ms": {"p50": 1.91, "p99": 3.0}},
+            {**one, "file": "student.int8.onnx", "map": 73.7, "map_drop": 0.2, "latency_ms": {"p50": 1.02, "p99": 2.5}},
+        ],
+        "pictures": [],
+        "validation_images": 300,
+        "pruning": {
+            "of": "teacher", "importance": "taylor", "shares": "sensitivity", "schedule": "once",
+            "budget": "gflops", "asked": 0.5, "whole": 0.683, "found": 0.335,
+            "rows": [{"name": name, "width": width, "left": left} for name, width, left in rows],
+            "sensitivity": {
+                "map": 75.5, "images": 128,
+                "rows": [{"name": name, "points": found} for name, found in zip(layers, points, strict=True)],
+            },
+            "latency": None,
+        },
+    }  # fmt: skip
