@@ -241,6 +241,18 @@ class Detector(nn.Module):
         not in `forward` adds it."""
         return self(images)
 
+    def counted(self, images: Tensor) -> None:
+        """Compute what one inference of images [B, 3, H, W] computes, in eval mode, for its operations to be counted.
+
+        A second stage is counted with the proposals that it finds, whose number depends on the weights. A detector
+        with one overrides this with a fixed number, so that equal architectures count the same; then it is also
+        counted without its weights, on the device `meta`.
+        """
+        prediction = self(images)
+        if Capability.DENSE not in self.capabilities:  # the rest of the network comes with the boxes
+            size = (int(images.shape[2]), int(images.shape[3]))
+            self.decode(prediction, [ImageSize(size, size)] * len(images))
+
     @torch.no_grad()
     def set_feature_channels(self) -> None:
         """Set `feature_channels` to what the maps are, after layers lost channels.

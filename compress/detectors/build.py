@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.config.families import FAMILY_FACTS, FamilyFacts
 from compress.config.model import Model
 from compress.detectors.backbones import build_backbone, build_own_backbone
-from compress.detectors.base import Capability, Detector, ImageSize
+from compress.detectors.base import Detector
 from compress.detectors.gfl import GFL
 from compress.detectors.widths import resize
 from deploy.core.errors import UserError, first_line
@@ -178,15 +178,13 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
 
 
 def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
-    """`params_m` (millions) and `gflops` of one image of `size` (height, width). A multiply-add is two FLOPs. Of a
-    detector in two stages with the proposals of an empty image."""
+    """`params_m` (millions) and `gflops` of one image of `size` (height, width). A multiply-add is two FLOPs. What is
+    computed says `Detector.counted`: of Faster R-CNN with as many proposals as it looks at most in evaluation."""
     was_training = detector.training
     detector.eval()
     images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=next(detector.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        prediction = detector(images)
-        if Capability.DENSE not in detector.capabilities:  # the rest of its network comes with the boxes
-            detector.decode(prediction, [ImageSize(size, size)])
+        detector.counted(images)
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compress.detectors.base import Detector
+from compress.detectors.base import Capability, Detector
 from compress.detectors.build import model_of
 from compress.prune.graph import PruningGraph
 from compress.prune.groups import remove
@@ -30,5 +30,8 @@ def cut(detector: Detector, graph: PruningGraph, channels: Mapping[str, Tensor])
 
 
 def shapes_of(detector: Detector) -> Detector:
-    """A copy that holds no numbers, to cut and to count what it would cost."""
+    """A copy that holds no numbers, to cut and to count what it would cost; the detector itself where that depends on
+    them."""
+    if Capability.DENSE not in detector.capabilities and type(detector).counted is Detector.counted:
+        return detector
     return copy.deepcopy(detector).to(torch.device("meta"))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from compress.detectors.base import Capability, Detector
+from compress.detectors.base import Detector
 from compress.detectors.build import model_size
 from compress.prune.cut import cut, shapes_of
 from compress.prune.graph import PruningGraph
@@ -76,7 +76,7 @@ class Cuts:
 
     def __init__(self, detector: Detector, graph: PruningGraph, size: tuple[int, int]) -> None:
         self._detector, self._graph, self._size = detector, graph, size
-        self._counted = shapes_of(detector) if Capability.DENSE in detector.capabilities else detector
+        self._counted = shapes_of(detector)
 
     def smaller(self, blocks: Sequence[Block]) -> Detector:
         return cut(self._detector, self._graph, leaving(blocks, len(blocks)))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.config.prune import Cut
-from compress.detectors.base import Capability, Detector
+from compress.detectors.base import Detector
 from compress.detectors.build import model_size
 from compress.prune.cut import cut, shapes_of
 from compress.prune.graph import PruningGraph, pruning_graph
@@ -152,8 +152,7 @@ def _meet(
     detector: Detector, graph: PruningGraph, order: Sequence[Block], figure: Figure, limit: float, settings: Cut
 ) -> int:
     """How many blocks of the order must leave (of max_map_drop: may leave)."""
-    needs_numbers = settings.budget == "max_map_drop" or Capability.DENSE not in detector.capabilities
-    subject = detector if needs_numbers else shapes_of(detector)
+    subject = detector if settings.budget == "max_map_drop" else shapes_of(detector)
 
     def figure_without(n: int) -> float:
         return figure(cut(subject, graph, leaving(order, n)))

@@ -162,6 +162,16 @@ class FasterRCNN(TorchvisionDetector):
         pooled = F.adaptive_avg_pool2d(maps["0"], ROI_SIDE)
         return [*objectness, *deltas, *self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))]
 
+    def counted(self, images: Tensor) -> None:
+        """Both stages; the second with as many proposals as it looks at most in evaluation. Pooling them is no
+        operation that counts."""
+        size = (int(images.shape[2]), int(images.shape[3]))
+        _, maps = _stage_inputs(self(images), [size] * len(images))
+        self.rpn.head(list(maps.values()))
+        finest, proposals = maps["0"], len(images) * self.rpn.post_nms_top_n()
+        pooled = finest.new_zeros(proposals, finest.shape[1], ROI_SIDE, ROI_SIDE)
+        self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+
     def assign(
         self, prediction: TwoStagePrediction, targets: list[Target], reduce: Reduce | None = None
     ) -> TwoStageTargets:

@@ -18,9 +18,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from compress.data.batch import Batch, Target, collate
 from compress.detectors.backbones import build_backbone
 from compress.detectors.base import Detector
+from compress.detectors.build import model_size
 from compress.detectors.gfl import GFL
 from compress.detectors.torchvision.dense import BETWEEN, FCOS, RetinaNet, TorchvisionDense
 from compress.detectors.torchvision.two_stage import FasterRCNN
+from compress.prune.cut import shapes_of
 from deploy.core.errors import UserError
 
 K = 3
@@ -260,6 +262,23 @@ def test_the_loss_of_two_processes_is_that_of_their_batch() -> None:
     parts = [ours.loss(p, found) for p, found in zip(predictions, plain, strict=True)]
     for name, value in whole.items():
         assert float((parts[0][name] + parts[1][name]) / 2) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_operations_of_faster_rcnn_do_not_depend_on_its_weights() -> None:
+    """By hand: 4 x 32 more proposals of the fully connected layers, whatever the proposals of these weights are."""
+    size = (64, 64)
+    found = {}
+    for samples, seed in ((32, 0), (32, 1), (64, 0)):
+        torch.manual_seed(seed)
+        backbone = build_backbone("nano", weights="none", frozen_stages=-1, norm_eval=False)
+        built = FasterRCNN.build(
+            K, backbone, neck_channels=32, head_depth=0, anchor_scale=2.0, roi_samples=samples
+        ).eval()
+        found[samples, seed] = model_size(built, size)["gflops"]
+    assert found[32, 0] == found[32, 1] and found[64, 0] == model_size(shapes_of(built), size)["gflops"]
+    C, wide = 32, 128
+    flops = 2 * 128 * (C * 49 * wide + wide * wide + wide * (K + 1) + wide * 4 * (K + 1))
+    assert found[64, 0] - found[32, 0] == pytest.approx(flops / 1e9, abs=1e-4)
 
 
 def test_deeper_heads_and_wrong_questions() -> None:
