@@ -40,7 +40,8 @@ class Cut(Settings):
     round_to: Literal[8, 16, 32] = 8
     """Widths of layers that lose channels are multiples of this; layers of no more stay whole."""
     schedule: Literal["once", "iterative"] = "once"
-    """iterative: in several cuts, before each of which importances are asked anew; gflops, params or latency_ms."""
+    """iterative: in several cuts, before each of which importances are asked anew; gflops, params or latency_ms. Shares
+    by sensitivity are measured once, before the first."""
     rounds: Annotated[int, Field(ge=2)] = 4
     """Cuts of schedule iterative."""
     keep: tuple[str, ...] = ()
@@ -74,6 +75,11 @@ class Cut(Settings):
             raise broken_rule("", f"needs exactly one of {', '.join(BUDGETS)}; {what}")
         if self.schedule == "iterative" and self.max_map_drop is not None:
             raise broken_rule("schedule", "iterative is for gflops, params and latency_ms; leave it out")
+        # A resolved recipe names every key, so only another value than the default was asked for.
+        if self.schedule == "once" and self.rounds != type(self).model_fields["rounds"].default:
+            raise broken_rule("rounds", "is of schedule iterative; give schedule: iterative, or leave it out")
+        if self.latency_ms is None and self.precision != type(self).model_fields["precision"].default:
+            raise broken_rule("precision", "is of the file whose latency counts; give latency_ms, or leave it out")
         return self
 
 

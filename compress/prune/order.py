@@ -33,6 +33,9 @@ class Block:
     key: float
 
 
+NEAR = 0.95
+"""What costs this part of a limit, or more, is near enough to look no further."""
+
 Drops = Mapping[str, Sequence[tuple[float, float]]]
 """For a group: shares of its channels that leave, ascending, and the mAP lost by each alone."""
 
@@ -86,7 +89,41 @@ def fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
+def most_that_fits(
+    order: Sequence[Block], cost: Callable[[Sequence[Block]], float], limit: float
+) -> Sequence[Block] | None:
+    """The blocks that leave so that what stays costs at most `limit`, and little less; None if all are too few.
+
+    The first n of the order, n as small as fits. Where one block of a wide group takes that far below the limit, two
+    others are tried: blocks that left are given back, the last ones first, each that fits; and blocks of other groups
+    leave in the place of that one. The one that costs most is taken.
+    """
+    n = fewest(len(order), lambda n: cost(order[:n]) <= limit)
+    if n is None or n == 0 or cost(order[:n]) >= limit * NEAR:
+        return None if n is None else order[:n]
+    others = [*order[: n - 1], *(block for block in order[n:] if block.group != order[n - 1].group)]
+    m = fewest(len(others), lambda m: cost(others[:m]) <= limit)
+    found = [_given_back(order[:n], cost, limit)]
+    if m is not None:
+        found.append(_given_back(others[:m], cost, limit))
+    return max(found, key=cost)  # the first of equal ones
+
+
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _given_back(leave: Sequence[Block], cost: Callable[[Sequence[Block]], float], limit: float) -> Sequence[Block]:
+    """What still has to leave after all that fits was given back, of each group the last blocks."""
+    needed, stays = set[str](), list(leave)
+    for block in reversed(leave):
+        if block.group in needed:
+            continue
+        less = [other for other in stays if other is not block]
+        if cost(less) <= limit:
+            stays = less
+        else:
+            needed.add(block.group)
+    return stays
 
 
 def _of_group(

@@ -20,10 +20,12 @@ from compress.prune.cut import cut, shapes_of
 from compress.prune.graph import PruningGraph, pruning_graph
 from compress.prune.importance import Losses, importances
 from compress.prune.latency import Cuts, LatencySearch
-from compress.prune.order import Block, Drops, blocks, fewest, leaving
+from compress.prune.order import Block, Drops, blocks, fewest, leaving, most_that_fits
 from deploy.core.errors import UserError
 
 Figure = Callable[[Detector], float]
+MUCH_LESS = 0.9
+"""A found share below this part of the asked one is told."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Pruned:
 
     whole, found: the figure of the budget, before and after (GFLOPs, millions of parameters, milliseconds, mAP).
     rows: name, width and what is left of each group of channels that could leave.
+    note: a line on a share that is much smaller than asked for; None: there is nothing to say.
     """
 
     detector: Detector
     whole: float
     found: float
     rows: list[dict[str, Any]] = field(default_factory=list)
+    note: str | None = None
 
 
 def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> Pruned:
@@ -62,9 +66,9 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
 
     seed: of random importances.
 
-    Raises UserError for a detector that cannot be pruned or was pruned before, names to keep that it does not have,
-    importances without images, a budget that it does not meet even with the fewest channels, and one of mAP that is all
-    it has.
+    Raises UserError for a detector that cannot be pruned or was pruned before, names to keep that it does not have or
+    that leave nothing to cut, importances without images, a budget that it does not meet even with the fewest channels,
+    and one of mAP that is all it has or that the first channels already cost.
     """
     check_whole(detector)
     figure = _figure(settings, means)
@@ -84,6 +88,8 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
         if number == 1:
             widths = {group.name: group.width for group in graph.groups}
             left = dict(widths)
+            if not blocks(graph, scores, round_to=settings.round_to):
+                raise UserError(_nothing_to_cut(settings))
             if settings.shares == "sensitivity":
                 assert means.drops is not None, "the caller gives what the shares need"
                 drops = means.drops(graph, scores)
@@ -95,11 +101,12 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
             leave = means.latency.meet(limit, cuts, order_of, round_to=settings.round_to, rough=number < rounds)
         else:
             order = order_of(settings.round_to)
-            leave = order[: _meet(current, graph, order, figure, limit, settings)]
+            leave = _meet(current, graph, order, figure, limit, settings)
         current = cut(current, graph, leaving(leave, len(leave)))
         left |= {block.group: block.width for block in leave}
     rows = [{"name": name, "width": width, "left": left[name]} for name, width in widths.items()]
-    return Pruned(current, whole, figure(current), rows)
+    found = figure(current)
+    return Pruned(current, whole, found, rows, _gap(settings, whole, found))
 
 
 def check_whole(detector: Detector) -> None:
@@ -122,6 +129,25 @@ def _figure(settings: Cut, means: Means) -> Figure:
     figure = means.mean_ap
     assert figure is not None, "the caller gives what the budget needs"
     return figure
+
+
+def _nothing_to_cut(settings: Cut) -> str:
+    if settings.keep:
+        return f"prune.keep: {', '.join(settings.keep)} and what depends on them are all that could be cut; keep less"
+    return f"prune: no layer can lose channels and stay a multiple of {settings.round_to} wide, so nothing can be cut"
+
+
+def _gap(settings: Cut, whole: float, found: float) -> str | None:
+    """A line on a share of gflops or params that is much smaller than asked for."""
+    if settings.budget not in ("gflops", "params"):
+        return None
+    asked: float = getattr(settings, settings.budget)
+    if found >= MUCH_LESS * asked * whole:
+        return None
+    return (
+        f"{found / whole:.0%} of {settings.budget} stay where {asked:.0%} were asked for: channels leave by "
+        f"{settings.round_to} or more at once, and no cut that was tried comes nearer"
+    )
 
 
 def _order(
@@ -150,21 +176,27 @@ def _limit(settings: Cut, whole: float, part: float) -> float:
 
 def _meet(
     detector: Detector, graph: PruningGraph, order: Sequence[Block], figure: Figure, limit: float, settings: Cut
-) -> int:
-    """How many blocks of the order must leave (of max_map_drop: may leave)."""
+) -> Sequence[Block]:
+    """The blocks that must leave (of max_map_drop: may leave)."""
     subject = detector if settings.budget == "max_map_drop" else shapes_of(detector)
 
-    def figure_without(n: int) -> float:
-        return figure(cut(subject, graph, leaving(order, n)))
+    def figure_of(leave: Sequence[Block]) -> float:
+        return figure(cut(subject, graph, leaving(leave, len(leave))))
 
     if settings.budget == "max_map_drop":  # the most that may leave: one less than the fewest that are too many
-        too_many = fewest(len(order), lambda n: figure_without(n) < limit)
-        return len(order) if too_many is None else max(0, too_many - 1)
-    found = fewest(len(order), lambda n: figure_without(n) <= limit)
-    if found is None:
-        least = figure_without(len(order))
+        too_many = fewest(len(order), lambda n: figure_of(order[:n]) < limit)
+        found = len(order) if too_many is None else max(0, too_many - 1)
+        if found == 0:
+            raise UserError(
+                f"prune.max_map_drop: already the first channels cost more than {settings.max_map_drop:g} mAP on the "
+                "training images, so nothing may leave; allow more"
+            )
+        return order[:found]
+    leave = most_that_fits(order, figure_of, limit)
+    if leave is None:
+        least = figure_of(order)
         raise UserError(
             f"prune.{settings.budget}: {getattr(settings, settings.budget):g} asks for {limit:.4g}, and {least:.4g} "
             f"remain with the fewest channels, {settings.round_to} a layer; ask for more, or keep less"
         )
-    return found
+    return leave

@@ -83,7 +83,8 @@ def prune_detector(
     `asked`, `whole` and `found` (what was asked for, and its figure before and after: GFLOPs, millions of parameters,
     milliseconds or mAP), `rows` (`name`, `width` and what is `left` of each group of channels), `sensitivity` (`map`,
     `images` and `rows` of `name` and `points`, pairs of the share that stays and the mAP; None where it was not asked
-    for), `latency` (what was measured for latency_ms; else None).
+    for), `latency` (what was measured for latency_ms; else None), `note` (a line, where much less is left than asked
+    for; else None).
 
     Raises UserError as `compress.prune.search.prune`, and for settings that need images without any.
     """
@@ -114,7 +115,10 @@ def prune_detector(
         "rows": found.rows,
         "sensitivity": _figures(measured[0], images) if images is not None and measured else None,
         "latency": latency,
+        "note": found.note,
     }
+    if found.note is not None:
+        say(f"note: {found.note}")
     return found.detector.cpu(), result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from compress.detectors.base import Detector
 from compress.prune.graph import PruningGraph
 from compress.prune.groups import ChannelGroup
-from compress.prune.order import Block, blocks, fewest, leaving
+from compress.prune.order import Block, blocks, fewest, leaving, most_that_fits
 
 NOTHING = Detector()
 
@@ -120,3 +121,29 @@ def test_channels_of_the_first_blocks(n: int) -> None:
     order = [Block("a", torch.tensor([3, 1]), 2, 0.1), Block("a", torch.tensor([0]), 1, 0.2)]
     found = leaving(order, n)
     assert {name: channels.tolist() for name, channels in found.items()} == [{}, {"a": [3, 1]}, {"a": [3, 1, 0]}][n]
+
+
+@pytest.mark.parametrize(
+    ("costs", "limit", "left", "cost"),
+    [
+        ("a6 c10 b40 a6 c10", 50, "c10 b40", 50),  # a's 6 are given back
+        ("b60 a10 c10 a20 c15", 50, "a10 c10 a20 c15", 45),  # instead of b, whose 60 leave 40
+        ("b60 a10 c10 a20 c15", 41, "b60", 40),  # near enough
+        ("a30 b60 a5", 30, "a30 b60", 10),  # nothing comes nearer: with a's 30, 40 are too many
+        ("a5 b5", 80, None, None),
+    ],
+)
+def test_a_wide_block_does_not_waste_the_budget(costs: str, limit: float, left: str | None, cost: float | None) -> None:
+    """By hand, of blocks that cost 100 together with what always stays; each letter is a group."""
+    order = [Block(word[0], torch.tensor([place]), 0, 0.0) for place, word in enumerate(costs.split())]
+    words = {int(block.channels): word for block, word in zip(order, costs.split(), strict=True)}
+
+    def figure(leave: Sequence[Block]) -> float:
+        return 100.0 - sum(int(words[int(block.channels)][1:]) for block in leave)
+
+    found = most_that_fits(order, figure, limit)
+    if left is None:
+        assert found is None
+    else:
+        assert found is not None and figure(found) == cost
+        assert [words[int(block.channels)] for block in found] == left.split()

@@ -212,3 +212,31 @@ def test_pruned_twice(teacher: tuple[Detector, ModelRecord], plan: PruningPlan) 
     smaller = cut(detector, graph, leaving(blocks(graph, importances(graph, "group_norm")), 1))
     with pytest.raises(UserError, match=r"^prune: this detector was pruned before"):
         prune_detector(smaller, record, replace(settings(plan, max_map_drop=1), images=None), print)
+
+
+def test_first_channels_that_cost_too_much(
+    teacher: tuple[Detector, ModelRecord], plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No unpruned detector is called pruned. The mAP here is 50 for the whole one, and nothing for any other."""
+    monkeypatch.setattr(Images, "mean_ap", lambda self, each: 0.0 if each.model.widths else 50.0)
+    with pytest.raises(UserError, match=r"^prune\.max_map_drop: already the first channels cost more than 2 .*more$"):
+        prune_detector(*teacher, settings(plan, max_map_drop=2, keep=FEW, images=1), print)
+
+
+def test_a_budget_is_met_closely_or_it_is_said(
+    teacher: tuple[Detector, ModelRecord], plan: PruningPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    close = settings(plan, gflops=0.9, keep=FEW)
+    result = prune_detector(*teacher, close, said.append)[1]
+    assert 0.95 * 0.9 < result["found"] / result["whole"] <= 0.9 and result["note"] is None and not said
+    monkeypatch.setattr("compress.prune.search.MUCH_LESS", 1.0)  # a step of channels is never exact
+    note = prune_detector(*teacher, close, said.append)[1]["note"]
+    assert note.startswith(f"{result['found'] / result['whole']:.0%} of gflops stay where 90% were asked for: channels")
+    assert said == [f"note: {note}"]
+
+
+def test_all_is_kept(teacher: tuple[Detector, ModelRecord], plan: PruningPlan) -> None:
+    everything = ("backbone", "neck", "head")
+    with pytest.raises(UserError, match=r"^prune\.keep: backbone, neck, head and .*; keep less$"):
+        prune_detector(*teacher, settings(plan, gflops=0.5, keep=everything), print)
