@@ -110,8 +110,9 @@ class RunFolder:
 
     @property
     def sensitivities(self) -> Path:
-        """How much mAP each layer of the whole student costs when channels leave it."""
-        return self.path / "sensitivities.json"
+        """How much mAP each layer of the whole student costs when channels leave it; the name that `compress prune`
+        gives it beside the teacher's checkpoint, so that each takes what the other measured."""
+        return self.path / f"{TEACHER}.sensitivities.json"
 
     def grids(self, name: str = STUDENT_ON_INT8_GRIDS) -> Path:
         """The trained grids beside a checkpoint for int8: `student.qad.json`."""

@@ -78,46 +78,54 @@ def sensitivity(
     identity: Mapping[str, Any],
     round_to: int = 8,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Measure every group of the graph that can lose channels, the least important ones by `scores` first.
 
     Args:
         graph: of `detector`.
         mean_ap: measures a detector, percent.
-        store: JSON file, written after every group. What it holds of an equal measurement is not measured again; one of
-            another measurement, or a damaged one, is replaced.
+        store: JSON file, written after every group. A group is not measured again that it holds with the same blocks,
+            whatever the other groups; a file of another `identity`, or a damaged one, is replaced.
         identity: what the mAP depends on besides, JSON-able: weights, images, how they are shown.
         round_to: as in `blocks`.
-        progress: is called with (groups done, groups).
+        progress: is called with (groups done, groups), first with those measured before.
+        say: takes a line about those.
 
     Raises UserError for a detector without any mAP, of which none can be lost.
     """
     order = blocks(graph, scores, round_to=round_to)
     by_group = {group.name: [block for block in order if block.group == group.name] for group in graph.groups}
     widths = {group.name: group.width for group in graph.groups if by_group[group.name]}
-    key = fingerprint({"identity": identity, "shares": SHARES, "blocks": [_plain(block) for block in order]})
+    key = fingerprint({"identity": identity, "shares": SHARES, "rows": "by blocks"})
+    row_keys = {name: fingerprint({"blocks": [_plain(block) for block in by_group[name]]}) for name in widths}
     known = _read(store, key)
     if known is None:
         known = {"key": key, "map": mean_ap(detector), "rows": {}}
         write_json(store, known)
     if known["map"] == 0:
         raise UserError(
-            "prune.shares: sensitivity compares losses of mAP, and the whole detector has none on these images; prune "
-            "a trained one, or take uniform"
+            "prune.shares: what a layer's channels are worth is a loss of mAP, and the whole detector has none on "
+            "these images; give a trained one, or cut this one by other shares, such as uniform"
         )
     rows = known["rows"]
-    for done, (name, width) in enumerate(widths.items()):
+    missing = [name for name in widths if row_keys[name] not in rows]
+    before = len(widths) - len(missing)
+    if before and say is not None:
+        say(f"sensitivity: {before} of {len(widths)} measured before")
+    for done, name in enumerate(missing, start=before):
         if progress is not None:
             progress(done, len(widths))
-        if name not in rows:
-            rows[name] = [
-                [by_group[name][n - 1].width / width, mean_ap(cut(detector, graph, leaving(by_group[name], n)))]
-                for n in _tried(by_group[name], width)
-            ]
-            write_json(store, known)
+        points = [
+            [by_group[name][n - 1].width / widths[name], mean_ap(cut(detector, graph, leaving(by_group[name], n)))]
+            for n in _tried(by_group[name], widths[name])
+        ]
+        rows[row_keys[name]] = {"name": name, "points": points}
+        write_json(store, known)
     if progress is not None:
         progress(len(widths), len(widths))
-    return Sensitivity(known["map"], tuple(Row(name, tuple((s, v) for s, v in rows[name])) for name in widths))
+    found = {name: rows[row_keys[name]]["points"] for name in widths}
+    return Sensitivity(known["map"], tuple(Row(name, tuple((s, v) for s, v in found[name])) for name in widths))
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -139,7 +147,10 @@ def _read(store: Path, key: str) -> dict[str, Any] | None:
         content = json.loads(store.read_text(encoding="utf-8"))
         if content["key"] != key:
             return None
-        rows = {str(name): [[float(s), float(v)] for s, v in points] for name, points in content["rows"].items()}
+        rows = {
+            str(blocks): {"name": str(row["name"]), "points": [[float(s), float(v)] for s, v in row["points"]]}
+            for blocks, row in content["rows"].items()
+        }
         return {"key": key, "map": float(content["map"]), "rows": rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -34,6 +34,8 @@ TITLES_OF_PRUNED = {
 """What a run compares whose student is a pruned detector."""
 TEACHER_IN_TORCH = "teacher (torch)"
 """`file` of the artifact row with the teacher's latency."""
+STUDENT_IN_TORCH = f"{STUDENT}.safetensors"
+"""`file` of the artifact row of the student in PyTorch."""
 
 
 def _finite(value: Any) -> Any:
@@ -86,8 +88,11 @@ class Models(_Part):
 
     @property
     def titles(self) -> dict[str, str]:
-        """Role → what it is called, for the models that this run compares."""
-        return TITLES_OF_PRUNED if self.is_pruned else TITLES
+        """Role → what it is called, for the models that this run compares. A pruned student that learns from labels
+        alone has no second one of its kind, so that row stands only where there is one."""
+        if not self.is_pruned:
+            return TITLES
+        return {role: title for role, title in TITLES_OF_PRUNED.items() if role != FINE_TUNED or self.fine_tuned}
 
 
 class Latency(_Part):
@@ -325,7 +330,8 @@ class Pruning(_Part):
 
 
 class Report(_Part):
-    """report.json; name and models make it one, the rest may be absent. validation_images: that all mAP are of."""
+    """report.json; name and models make it one, the rest may be absent. validation_images: that all mAP are of.
+    methods: of distillation; None: an earlier build did not say."""
 
     name: Annotated[str, Field(min_length=1)]
     models: Models
@@ -334,6 +340,7 @@ class Report(_Part):
     validation_images: int | None = None
     pruning: Pruning | None = None
     artifacts: list[Artifact] = []
+    methods: list[str] | None = None
     pseudo_labels: PseudoLabels | None = None
     environment: dict[str, Any] = {}
     commands: list[str] = []

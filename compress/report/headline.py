@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.manifest import TEACHER
-from compress.report.document import TEACHER_IN_TORCH, Artifact, Figures, Models, Report
+from compress.report.document import STUDENT_IN_TORCH, TEACHER_IN_TORCH, Artifact, Figures, Models, Report
 from compress.report.text import figure, milliseconds, percent, ratio, signed
 
 
@@ -16,7 +16,7 @@ def first_lines(report: Report) -> str:
     models, artifacts = report.models, report.artifacts
     if models.student is not None and models.is_pruned:
         keeps = "keeps" if report.pruning is None or report.pruning.of == TEACHER else "has"
-        words = [_share(models.teacher, models.student, keeps), _file(artifacts), _alone(models, models.student)]
+        words = [_share(models.teacher, models.student, keeps), _file(artifacts), _alone(report, models.student)]
         if report.validation_images:
             words.append(f"One seed; mAP on {report.validation_images:,} validation images.")
         return " ".join(filter(None, words))
@@ -136,19 +136,25 @@ def _share(teacher: Figures | None, student: Figures, keeps: str) -> str:
         whose = "its" if kept else "the teacher's"
         kept.append(f"{percent(student.map / whole.map)} of {whose} mAP ({student.map:.1f} of {whole.map:.1f})")
     elif student.map is not None:
-        return f"The pruned student reaches {student.map:.1f} mAP."
+        reaches = f"reaches {student.map:.1f} mAP"
+        return f"The student {keeps} {kept[0]} and {reaches}." if kept else f"The pruned student {reaches}."
     return f"The student {keeps} {' and '.join(kept)}." if kept else "The student's mAP was not measured."
 
 
 def _file(artifacts: Sequence[Artifact]) -> str:
-    """The fastest file that passed its gate, against the teacher in PyTorch."""
+    """The fastest file that passed its gate, against the teacher in PyTorch; and the student there, whose factor is the
+    cut's alone."""
     best = fastest(artifacts)
     if best is None or best.p50 is None:
         return "No file passed its gate with a measured latency." if artifacts else ""
-    teacher = next((a.p50 for a in artifacts if a.file == TEACHER_IN_TORCH), None)
+    teacher, student = (
+        next((a.p50 for a in artifacts if a.file == file), None) for file in (TEACHER_IN_TORCH, STUDENT_IN_TORCH)
+    )
     speed = f"answers in {milliseconds(best.p50)} (median)"
     if teacher:
         times = f"{milliseconds(best.p50)} against {milliseconds(teacher)}, medians of one image"
+        if student and best.file != STUDENT_IN_TORCH:
+            times += f"; in PyTorch the student is {teacher / student:.1f} times as fast"
         speed = f"is {teacher / best.p50:.1f} times as fast as the teacher in PyTorch ({times})"
     if best.map_drop is None:
         return f"Its file {best.file} {speed}."
@@ -156,8 +162,10 @@ def _file(artifacts: Sequence[Artifact]) -> str:
     return f"Its file {best.file} {speed} and {change}."
 
 
-def _alone(models: Models, student: Figures) -> str:
-    """The same architecture trained from the labels alone: from random weights, and from those that the cut left."""
+def _alone(report: Report, student: Figures) -> str:
+    """The same architecture trained from the labels alone: from random weights, and from those that the cut left; and
+    what the rest adds to the latter."""
+    models = report.models
     scratch = models.baseline.map if models.baseline else None
     tuned = models.fine_tuned.map if models.fine_tuned else None
     reached = [] if scratch is None else [f"trained from scratch on the same labels reaches {scratch:.1f}"]
@@ -169,9 +177,19 @@ def _alone(models: Models, student: Figures) -> str:
     if tuned is None or student.map is None:
         return f"{words}."
     gain = round(student.map - tuned, 1)
+    what, several = _taught_by(report)
+    s = "" if several else "s"
     if gain == 0:
-        return f"{words}: distillation makes no difference."
-    return f"{words}: distillation {'adds' if gain > 0 else 'costs'} {abs(gain):.1f}."
+        return f"{words}: {what} make{s} no difference."
+    return f"{words}: {what} {'add' if gain > 0 else 'cost'}{s} {abs(gain):.1f}."
+
+
+def _taught_by(report: Report) -> tuple[str, bool]:
+    """What the student learned from besides labels, and whether the word is a plural."""
+    labelled = report.pseudo_labels is not None
+    if labelled and report.methods is not None:
+        return "distillation and pseudo labels" if report.methods else "pseudo labels", True
+    return "the teacher" if labelled else "distillation", False
 
 
 def fastest(artifacts: Sequence[Artifact]) -> Artifact | None:

@@ -135,7 +135,7 @@ def _do(
         _train(_Run(recipe, parts, fabric, data, folder, manifest, console, resume), distillation=distillation)
         if ships and is_first_process():
             if kind.exportable is None:
-                _ship(recipe, data, manifest)
+                _ship(recipe, parts, data, manifest)
             else:
                 name = recipe.student.detector if parts.student is None else kind.__name__
                 console.print(
@@ -380,7 +380,7 @@ class _Run:
         }
 
 
-def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
+def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> None:
     """Make the files, validate and measure them, and write the report. One process, after training."""
     from compress.export.onnx import SAMPLES
     from compress.run.artifacts import make, plans_of_a_run
@@ -397,8 +397,10 @@ def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
         for artifact in make(plan):
             made.append(artifact)
             open_console().print(f"export: {artifact}", markup=False)  # brackets are no styles
-    learns = bool(recipe.methods.enabled())
-    teacher = None if recipe.teacher is None or not learns else checkpoint_to_show(recipe.teacher, folder, val)
+    prune, teacher = recipe.student.prune, None
+    measured = has_a_teacher(recipe.teacher, recipe.methods, recipe.pseudo_labels, parts)
+    if recipe.teacher is not None and parts.teacher is None and (measured or (prune and prune.of == TEACHER)):
+        teacher = checkpoint_to_show(recipe.teacher, folder, val)
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
     pictures = data.val_identity.get("val_pictures")
@@ -415,11 +417,12 @@ def _ship(recipe: Recipe, data: Datasets, manifest: Manifest) -> None:
         val=val,
         input_size=checks.input_size,
         teacher=teacher,
-        has_teacher=recipe.teacher is not None and learns,
+        has_teacher=measured,
         pseudo_labels=pseudo,
         commands=commands(folder, split),
         device=device,
-        prune=recipe.student.prune,
+        prune=prune,
+        methods=(*recipe.methods.enabled(), *parts.methods),
     )
     inputs = {"rows": rows, "stages": manifest.identity(), "name": recipe.name, "commands": list(report.commands)}
     inputs |= {"versions": versions()}

@@ -237,6 +237,7 @@ def _sensitivity(
             identity=images.identity() | {"weights": state_sha256(detector), "versions": versions()},
             round_to=plan.settings.round_to,
             progress=step,
+            say=say,
         )
 
 

@@ -43,7 +43,8 @@ class ReportPlan:
 
     input_size: (height, width) that the models' operations are counted at.
     teacher: the checkpoint that is drawn beside the student; None: there is none, or it is of another library.
-    has_teacher: the student learned from one, drawn or not.
+    has_teacher: one was measured in this run, drawn or not.
+    methods: that the student learned by.
     pseudo_labels: what teachers labelled, for report.json; None: nothing.
     commands: that make this run and use its files.
     device: where torch runs.
@@ -60,6 +61,7 @@ class ReportPlan:
     commands: Sequence[str]
     device: str = "cpu"
     prune: Prune | None = None
+    methods: Sequence[str] = ()
 
 
 def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
@@ -79,6 +81,7 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
         "pruning": _pruning(plan, detectors),
         "validation_images": len(plan.val),
         "artifacts": list(artifacts),
+        "methods": list(plan.methods),
         "pseudo_labels": plan.pseudo_labels,
         "environment": environment(),
         "commands": list(plan.commands),
@@ -144,10 +147,17 @@ def _detectors(plan: ReportPlan) -> dict[str, Detector]:
     """Every detector of the run that is there; of a pruned student also those that it is compared with."""
     stages = plan.folder.stages()
     found = {} if plan.teacher is None else {TEACHER: load_teacher_checkpoint(plan.teacher)[0]}
-    for name in (BASELINE, STUDENT) if plan.prune is None else (PRUNED, BASELINE, FINE_TUNED, STUDENT):
+    for name in _compared(plan):
         if plan.folder.weights(name).is_file() and _stage(name) in stages:
             found[name] = load_detector(plan.folder.weights(name))[0]
     return found
+
+
+def _compared(plan: ReportPlan) -> tuple[str, ...]:
+    if plan.prune is None:
+        return BASELINE, STUDENT
+    alone = () if not plan.methods and plan.pseudo_labels is None else (FINE_TUNED,)  # else the student is that
+    return PRUNED, BASELINE, *alone, STUDENT
 
 
 def _stage(name: str) -> str:
@@ -162,7 +172,8 @@ def _models(plan: ReportPlan, detectors: Mapping[str, Detector]) -> dict[str, An
     if plan.has_teacher and TEACHER not in detectors and TEACHER_CHECK in stages:
         models[TEACHER] = dict(stages[TEACHER_CHECK]["result"]["metrics"])
     for name, detector in detectors.items():
-        result = stages[_stage(name)]["result"]
+        measured = name != TEACHER or (plan.has_teacher and TEACHER_CHECK in stages)
+        result = stages[_stage(name)]["result"] if measured else {"metrics": {}}
         models[name] = {**result["metrics"], **model_size(detector, plan.input_size)}
         if "seconds" in result:
             models[name]["train_seconds"] = result["seconds"]

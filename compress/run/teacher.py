@@ -89,8 +89,8 @@ def match_teacher(
 
 
 def checkpoint_to_show(settings: Teacher, folder: RunFolder, val: CocoDetection) -> str | None:
-    """The checkpoint of the teacher that a student learned from, to time it and to draw what it finds; None for one of
-    another library or of other classes, which is measured before the training and not again."""
+    """The checkpoint of the teacher that a student learned or was cut from, to time it and to draw what it finds; None
+    for one of another library or of other classes, which is measured before the training and not again."""
     if settings.train is not None:
         return str(folder.weights(TEACHER))
     if settings.checkpoint is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -64,9 +65,11 @@ Measure = Callable[..., Sensitivity]
 
 @pytest.fixture
 def measure(detector: Detector, graph: PruningGraph, scores: dict[str, Tensor], tmp_path: Path) -> Measure:
-    def measured(meter: Meter, *, images: str = "a", round_to: int = 8) -> Sensitivity:
-        store, identity, some = tmp_path / "sensitivity.json", {"images": images}, _only(graph, *SOME)
-        return sensitivity(some, scores, detector, meter, store=store, identity=identity, round_to=round_to)
+    def measured(
+        meter: Meter, *, images: str = "a", round_to: int = 8, names: tuple[str, ...] = SOME, **told: Any
+    ) -> Sensitivity:
+        store, identity, some = tmp_path / "sensitivity.json", {"images": images}, _only(graph, *names)
+        return sensitivity(some, scores, detector, meter, store=store, identity=identity, round_to=round_to, **told)
 
     return measured
 
@@ -98,12 +101,24 @@ def test_an_interrupted_measurement_goes_on(detector: Detector, measure: Measure
     with pytest.raises(KeyboardInterrupt):  # in the third group
         measure(Meter(detector, most=1 + done + 1))
     stored = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert list(stored["rows"]) == [row.name for row in expected.rows[:2]]
-    rest = Meter(detector)
-    assert measure(rest) == expected
+    assert [row["name"] for row in stored["rows"].values()] == [row.name for row in expected.rows[:2]]
+    rest, steps, lines = Meter(detector), list[tuple[int, int]](), list[str]()
+    assert measure(rest, progress=lambda *step: steps.append(step), say=lines.append) == expected
+    assert steps == [(2, 4), (3, 4), (4, 4)] and lines == ["sensitivity: 2 of 4 measured before"]
     assert len(rest.asked) == len(whole.asked) - 1 - done
     nothing = Meter(detector, most=0)
     assert measure(nothing) == expected
+
+
+def test_only_groups_that_are_cut_otherwise_are_measured_again(detector: Detector, measure: Measure) -> None:
+    some = measure(Meter(detector), names=SOME[:2])
+    rest, coarse = Meter(detector), Meter(detector)
+    expected = measure(rest)
+    assert {row.name: row for row in some.rows}.items() <= {row.name: row for row in expected.rows}.items()
+    assert len(rest.asked) == sum(len(row.points) for row in expected.rows if row not in some.rows)
+    measure(coarse, round_to=16)
+    nothing = Meter(detector, most=0)
+    assert coarse.asked and measure(nothing) == expected and measure(nothing, names=SOME[1:3]).map == 60
 
 
 def test_measurements_of_something_else_are_replaced(detector: Detector, measure: Measure, tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def test_first_lines_say_what_was_won() -> None:
     assert lines({}) == (
         "The student keeps 49 % of the teacher's operations and 97 % of its mAP (73.9 of 76.5). Its file "
         "student.int8.onnx is 8.0 times as fast as the teacher in PyTorch (1.02 ms against 8.16 ms, medians of one "
-        "image) and loses 0.2 mAP in the conversion. The same small detector trained from scratch on the same labels "
-        "reaches 21.0, pruned and fine-tuned on labels alone 71.4: distillation adds 2.5. One seed; mAP on 300 "
-        "validation images."
+        "image; in PyTorch the student is 1.6 times as fast) and loses 0.2 mAP in the conversion. The same small "
+        "detector trained from scratch on the same labels reaches 21.0, pruned and fine-tuned on labels alone 71.4: "
+        "distillation adds 2.5. One seed; mAP on 300 validation images."
     )
 
 
@@ -65,13 +65,45 @@ def test_first_lines_say_what_was_lost_and_leave_out_what_was_not_measured() -> 
     assert "labels reaches 21.0. One" in lines({"models": {"baseline.pruned": None}})
     assert "detector pruned and fine-tuned on labels alone reaches 71.4: " in lines({"models": {"baseline": None}})
     assert lines({"models": {"teacher": None}}).startswith("The pruned student reaches 73.9 mAP. Its file")
+    for value in (0, None):
+        teacher = {"map": value, "gflops": 0.683}
+        begin = "The student keeps 49 % of the teacher's operations and reaches 73.9 mAP. Its"
+        assert lines({"models": {"teacher": teacher}}).startswith(begin)
     assert lines({"models": {"student": student(None)}}).startswith("The student keeps 49 % of the teacher's oper")
     files = pruned_report()["artifacts"]
     assert "file student.int8.onnx answers in 1.02 ms (median) and loses" in lines({"artifacts": files[1:]})
+    assert "medians of one image) and" in lines({"artifacts": [files[0], *files[2:]]})
+    assert "student.safetensors is 1.6 times as fast as the teacher in PyTorch (5.10 ms against 8.16 ms, " in lines(
+        {"artifacts": files[:2]}
+    )
     assert "No file passed its gate" in lines({"artifacts": [{**files[2], "gate": "fail"}]})
     assert "gains 0.3 mAP" in lines({"artifacts": [{**files[3], "map_drop": -0.3}]})
     other = {**pruned_report()["pruning"], "of": "another.safetensors"}
     assert lines({"pruning": other}).startswith("The student has 49 % of the teacher's operations and 97 % of its mAP")
+
+
+@pytest.mark.parametrize(
+    ("methods", "labelled", "says"),
+    [
+        (["fgd"], False, "distillation adds 2.5."),
+        ([], True, "pseudo labels add 2.5."),
+        (["fgd"], True, "distillation and pseudo labels add 2.5."),
+        (None, False, "distillation adds 2.5."),
+        (None, True, "the teacher adds 2.5."),
+    ],
+)
+def test_first_lines_say_what_the_gain_is_of(methods: list[str] | None, labelled: bool, says: str) -> None:
+    pseudo = {"labelled_images": 1, "images": 2, "labels": 3, "regions": 4}
+    assert f"labels alone 71.4: {says}" in lines({"methods": methods, "pseudo_labels": pseudo if labelled else None})
+
+
+def test_a_student_on_labels_alone_has_no_row_for_another(tmp_path: Path) -> None:
+    report = pruned_report()
+    del report["models"]["baseline.pruned"]
+    html, _ = page_of(tmp_path, report)
+    assert [row[0] for row in rows_of(section(html, "models"))[1:5]] == [
+        "Teacher", "Pruned, not trained", "From scratch", "Student",
+    ]  # fmt: skip
 
 
 def test_page_compares_the_models_and_draws_their_curves(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.manifest import BASELINE, FINE_TUNED, PRUNE, PRUNED, STUDENT, Manifest, RunFolder
 from compress.prune.search import Means, prune
 from compress.report.document import read_document
-from compress.run.report import ReportPlan, write_report
+from compress.run.report import ReportPlan, _detectors, _models, write_report
 
 FIGURES = {"map": 50.0, "per_class": {}}
 
@@ -47,7 +48,7 @@ def test_a_pruned_students_cut_and_models_are_in_the_report(tmp_path: Path, val:
     }  # fmt: skip
     for name in (PRUNED, BASELINE, FINE_TUNED, STUDENT):
         save(folder, name, found.detector, manifest, cut if name == PRUNED else {"metrics": FIGURES, "seconds": 1.5})
-    plan = ReportPlan("run", folder, val, (64, 64), None, False, None, (), prune=Prune(gflops=0.5))
+    plan = ReportPlan("run", folder, val, (64, 64), None, False, None, (), prune=Prune(gflops=0.5), methods=["fgd"])
     write_report(plan, [])
     report = read_document(folder.path).report
     assert report.validation_images == 2 and report.pruning is not None
@@ -57,6 +58,11 @@ def test_a_pruned_students_cut_and_models_are_in_the_report(tmp_path: Path, val:
     assert [row.name for row in report.pruning.rows] == sorted((row["name"] for row in found.rows), key=order.index)
     assert (report.pruning.of, report.pruning.importance) == ("teacher", "group_norm")
     assert set(report.pictures[0].model_dump(exclude_none=True)) == {"image", "ground_truth", BASELINE, STUDENT}
+
+    alone = replace(plan, teacher=str(folder.weights(BASELINE)), methods=())  # a teacher that was cut, not measured
+    models = _models(alone, _detectors(alone))
+    assert list(models) == ["teacher", PRUNED, BASELINE, STUDENT]
+    assert "map" not in models["teacher"] and models["teacher"]["gflops"] == pytest.approx(found.found)
 
     write_report(ReportPlan("run", folder, val, (64, 64), None, False, None, ()), [])  # the recipe prunes no longer
     report = read_document(folder.path).report
