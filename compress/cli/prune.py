@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from compress.run.prune_checkpoint import CheckpointPruning, PrunedCheckpoint
 
 commands = typer.Typer()
-ZOO = "zoo:"
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,9 @@ def prune(
     the defaults.
     """
     settings = _settings(budget, flags, of_images, sensitivity=sensitivity)
-    if not checkpoint.startswith(ZOO):
+    from compress.config.teacher import ZOO_PREFIX
+
+    if not checkpoint.startswith(ZOO_PREFIX):
         need_file(Path(checkpoint))
     if Path(checkpoint).suffix in (ONNX_SUFFIX, ENGINE_SUFFIX):
         raise UserError(

@@ -58,8 +58,9 @@ class Recipe(Settings):
     train: Train
     """How the student trains."""
     baseline: bool = False
-    """Also train the same student from the labels alone, to show what distillation and pseudo labels are worth. A
-    pruned student has two: the same architecture from random weights, and the pruned weights."""
+    """Also train the same student from the labels alone, to show what distillation and pseudo labels are worth. Of
+    a pruned student: the same architecture from random weights; and where there are methods or pseudo labels, also the
+    pruned weights. Without either, the pruned student is itself what the labels alone make of them."""
     deploy: Deploy = Deploy()
     """The exported file."""
 

@@ -12,10 +12,13 @@ from compress.config.base import Fraction, ImportPath, Options, Positive, Settin
 from compress.config.model import Model
 from compress.config.train import Train
 
+ZOO_PREFIX = "zoo:"
+"""What the name of a published checkpoint begins with, in the place of a file's."""
+
 
 def checkpoint_name(name: str) -> str:
     """Return `name` if it can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
-    if not (name.startswith("zoo:") and len(name) > 4) and Path(name).suffix not in (".safetensors", ".pth"):
+    if not (name.startswith(ZOO_PREFIX) and name != ZOO_PREFIX) and Path(name).suffix not in (".safetensors", ".pth"):
         raise PydanticCustomError(
             "rule",
             "{problem}",

@@ -28,10 +28,9 @@ from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord, zoo_model
 from compress.manifest import STUDENT, RunFolder
-from compress.prune.search import Means
-from compress.prune.search import prune as prune_to
 from compress.run.data import DataPlan, open_data
 from compress.run.parts import Parts
+from compress.run.pruned import check_source, rehearse_cut
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
 from compress.run.teacher import key_of, match_teacher, open_given
@@ -48,7 +47,7 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
     console = open_console(quiet=not fabric.is_global_zero)
     categories = _categories(recipe, console)
     if recipe.student.prune is not None:
-        recipe = _cut(recipe, len(categories), console)
+        recipe = _cut(recipe, categories, console, distillation=distillation)
     inherit = recipe.teacher is not None and recipe.teacher.inherit
     learning = Distillation(recipe.methods, inherit, parts.methods)
     new_student = partial(_student, recipe, parts, len(categories))
@@ -109,21 +108,17 @@ def _student(recipe: Recipe, parts: Parts, num_classes: int) -> Detector:
     return build_detector(recipe.student.built().model_copy(update={"weights": "none"}), num_classes, recipe.seed)
 
 
-def _cut(recipe: Recipe, num_classes: int, console: Console) -> Recipe:
-    """The recipe with a student of the pruned architecture, or of one like it: which channels leave does not matter
-    here, and what only measuring tells is taken for half of the operations."""
-    prune = recipe.student.prune
+def _cut(recipe: Recipe, categories: dict[int, str], console: Console, *, distillation: bool) -> Recipe:
+    """The recipe with a student of the pruned architecture, or of one like it."""
+    prune, data = recipe.student.prune, recipe.data
     assert prune is not None, "the caller looks"
-    measured = prune.budget in ("latency_ms", "max_map_drop")
-    update = {"importance": "random", "shares": "uniform", "schedule": "once", "latency_ms": None, "max_map_drop": None}
-    cut = prune.model_copy(update={**update, **({"gflops": 0.5} if measured else {})})
-    short = min(recipe.data.eval_short, SHORT_PX) // 32 * 32 or 32
-    found = prune_to(_student(recipe, Parts(), num_classes), cut, Means(size=(short, short)), seed=recipe.seed)
-    assert found.detector.model is not None
-    if measured:
-        console.print(f"dry run: student.prune.{prune.budget} is not measured; half of the operations are cut off")
-    student = recipe.student.model_copy(update={"widths": found.detector.model.widths})
-    return recipe.model_copy(update={"student": student})
+    if data.train is None or data.train.annotations.is_file():  # otherwise COCO's classes stand in, which say nothing
+        check_source(prune, recipe.teacher, list(categories.values()), distillation=distillation)
+    side = min(data.eval_short, SHORT_PX) // 32 * 32 or 32
+    model = rehearse_cut(recipe.student, len(categories), (side, side), recipe.seed)
+    if prune.budget in ("latency_ms", "max_map_drop"):
+        console.print(f"dry run: student.prune.{prune.budget} is not measured; half of what can leave is cut off")
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"widths": model.widths})})
 
 
 def _teacher(

@@ -51,7 +51,7 @@ from compress.run.plans import (
     student_plan,
     with_whole_student,
 )
-from compress.run.pruned import PrunedStudent, cut_student, source_of
+from compress.run.pruned import PrunedStudent, check_source, cut_student, rehearse_cut, source_of
 from compress.run.pseudo_labels import (
     PseudoLabelled,
     check_labelled,
@@ -161,6 +161,7 @@ def _train(work: _Run, *, distillation: bool) -> None:
         check_labelled(len(data.train), recipe.train, baseline=recipe.baseline, fine_tune=fine_tune)
     work.describe_data()
     work.check_lengths(distillation=distillation)
+    work.check_cut(distillation=distillation)
     teacher = pseudo = None
     if distillation and has_a_teacher(recipe.teacher, recipe.methods, recipe.pseudo_labels, work.parts):
         teacher = work.teacher()
@@ -170,7 +171,7 @@ def _train(work: _Run, *, distillation: bool) -> None:
     if distillation and labelling is not None:
         pseudo = label_images(work.fabric, labelling, data, work.manifest, work.console, resume=work.resume)
     if recipe.student.prune is not None:
-        work = replace(work, pruned=work.cut(teacher, distillation=distillation))
+        work = replace(work, pruned=work.cut(teacher))
     for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
         work.train(plan)
     on_first_process(work.fabric, lambda: write_recipe(work.folder, dump_recipe(recipe), whole=True))
@@ -220,6 +221,14 @@ class _Run:
         for plan in plans:
             for line in check(plan, len(self.data.train)):
                 self.console.print(line)
+
+    def check_cut(self, *, distillation: bool) -> None:
+        """Refuse a cut that cannot be made before a teacher trains or labels for hours."""
+        recipe, data = self.recipe, self.data
+        if recipe.student.prune is None:
+            return
+        check_source(recipe.student.prune, recipe.teacher, data.train.categories, distillation=distillation)
+        rehearse_cut(recipe.student, len(data.train.categories), data.canvas, recipe.seed)
 
     def teacher(self) -> Detector:
         """Load or train the teacher, and measure it on the validation images before a student learns from it."""
@@ -286,14 +295,11 @@ class _Run:
             return build_detector(self.pruned.model, classes, self.recipe.seed)
         return build_detector(student.built().model_copy(update={"weights": "none"}), classes, self.recipe.seed)
 
-    def cut(self, teacher: Detector | None, *, distillation: bool) -> PrunedStudent:
+    def cut(self, teacher: Detector | None) -> PrunedStudent:
         """Cut the student, and look whether it fits its teacher."""
         recipe, prune = self.recipe, self.recipe.student.prune
         assert prune is not None, "the caller looks"
-        given = recipe.teacher
-        if prune.of == "teacher" and given is not None and given.train is not None and not distillation:
-            raise UserError("student.prune.of: the run trains the teacher first; use compress distill")
-        plan = cut_plan(recipe, source_of(prune, given, self.folder))
+        plan = cut_plan(recipe, source_of(prune, recipe.teacher, self.folder))
         pruned = cut_student(self.fabric, plan, self.data, self.manifest, recipe.data.workers, self._say)
         if teacher is not None:
             distillation_plan(recipe, self.parts).check(replace(self, pruned=pruned)._new_student(), teacher)

@@ -14,6 +14,7 @@ from typing import Any
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.config.prune import Cut
+from compress.config.teacher import ZOO_PREFIX
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
@@ -21,11 +22,9 @@ from compress.detectors.build import model_of, model_size
 from compress.detectors.checkpoints import NATIVE_SUFFIX, ModelRecord, save_detector
 from compress.run.folder import writing
 from compress.run.prune import Images, PruningPlan, measure_sensitivity, prune_detector
-from compress.run.pruned import load_whole
+from compress.run.pruned import NOT_TRAINED, load_whole, pruned_from
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES, need_place
-
-ZOO = "zoo:"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class PrunedCheckpoint:
 
 def beside(checkpoint: str) -> Path:
     """`runs/first/teacher.pth` → `runs/first/teacher.pruned.safetensors`; of a zoo's, in the working directory."""
-    return Path(checkpoint.removeprefix(ZOO)).with_name(f"{_stem(checkpoint)}.pruned{NATIVE_SUFFIX}")
+    return Path(checkpoint.removeprefix(ZOO_PREFIX)).with_name(f"{_stem(checkpoint)}.pruned{NATIVE_SUFFIX}")
 
 
 def need_new_file(out: Path, checkpoint: str, *, force: bool) -> None:
@@ -98,9 +97,7 @@ def prune_checkpoint(plan: CheckpointPruning, say: Callable[[str], None]) -> Pru
     if cutting.images is not None:
         images = Images(cutting)
         maps, count = (images.mean_ap(detector), images.mean_ap(smaller)), len(images)
-    checkpoint = plan.checkpoint
-    name = checkpoint if checkpoint.startswith(ZOO) else Path(checkpoint).name
-    described = {"model": model_of(smaller), "val_map": None, "recipe_sha256": None, "source": name}
+    described = {"model": model_of(smaller), "source": pruned_from(plan.checkpoint)} | NOT_TRAINED
     with writing(plan.out):
         save_detector(plan.out, smaller, metadata=ModelRecord.model_validate(dict(record) | described))
     sizes = model_size(detector, plan.size), model_size(smaller, plan.size)
@@ -122,7 +119,7 @@ def sensitivity_of(plan: CheckpointPruning, say: Callable[[str], None]) -> dict[
 
 
 def _stem(checkpoint: str) -> str:
-    path = Path(checkpoint.removeprefix(ZOO))
+    path = Path(checkpoint.removeprefix(ZOO_PREFIX))
     return path.stem if path.suffix in CHECKPOINT_SUFFIXES else path.name
 
 

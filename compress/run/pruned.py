@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,12 @@ from compress.config.data import Data
 from compress.config.deploy import Deploy
 from compress.config.model import Model, Student
 from compress.config.prune import Prune
-from compress.config.teacher import Teacher
+from compress.config.teacher import ZOO_PREFIX, Teacher
 from compress.data.coco import CocoDetection
 from compress.detectors.base import Detector
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import (
+    COCO_CATEGORIES,
     ZOO,
     ModelRecord,
     checkpoint_file,
@@ -28,8 +32,15 @@ from compress.detectors.checkpoints import (
 )
 from compress.detectors.weights import state_sha256
 from compress.manifest import PRUNE, PRUNED, STUDENT, TEACHER, Manifest, RunFolder
+from compress.prune.cut import cut
+from compress.prune.graph import pruning_graph
+from compress.prune.importance import importances
+from compress.prune.order import blocks, leaving
+from compress.prune.search import Means, check_whole
+from compress.prune.search import prune as prune_to
 from compress.run.data import Datasets
 from compress.run.evaluation import machine
+from compress.run.parts import named_identity
 from compress.run.prune import PruningPlan, prune_detector
 from compress.run.teacher import class_difference
 from compress.run.trainings import evaluate_on
@@ -37,6 +48,9 @@ from compress.training.distributed import on_first_process
 from compress.training.qad.export import grids_file, load_grids
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+
+NOT_TRAINED: dict[str, Any] = {"val_map": None, "recipe_sha256": None}
+"""What the record of a detector says that was just cut."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +89,11 @@ def whole_student(student: Student, teacher: Teacher | None) -> Student:
     prune = student.prune
     if prune is None:
         return student
-    if prune.of == "teacher" and teacher is not None and teacher.train is not None:
-        assert teacher.model is not None, "the recipe was validated"
+    if _is_trained_first(prune, teacher):
+        assert teacher is not None and teacher.model is not None, "the recipe was validated"
         model = teacher.model.bare()
     else:
-        checkpoint = source_of(prune, teacher, None)
-        name = checkpoint.removeprefix("zoo:")
-        model = zoo_model(name) if name in ZOO else load_whole(checkpoint)[1].model
+        model = _record_of(source_of(prune, teacher, None)).model
     return student.model_copy(update={key: getattr(model, key) for key in Model.model_fields})
 
 
@@ -95,6 +107,48 @@ def source_of(prune: Prune, teacher: Teacher | None, folder: RunFolder | None) -
         return teacher.checkpoint
     assert folder is not None, "a teacher that the run trains"
     return str(folder.weights(TEACHER))
+
+
+def check_source(prune: Prune, teacher: Teacher | None, categories: Sequence[str], *, distillation: bool) -> None:
+    """Raise UserError, before anything long begins, for a checkpoint to cut that has other classes than the data, or
+    that there will not be because no teacher is trained. Nothing is downloaded."""
+    if not _is_trained_first(prune, teacher):
+        checkpoint = source_of(prune, teacher, None)
+        _check_classes(checkpoint, _record_of(checkpoint), categories)
+    elif not distillation:
+        raise UserError("student.prune.of: the run trains the teacher first; use compress distill")
+
+
+def rehearse_cut(student: Student, num_classes: int, size: tuple[int, int], seed: int) -> Model:
+    """The architecture of a cut, or one like it, found before there are weights: channels leave at random, and of a
+    budget that only measuring tells, half of what can leave does.
+
+    Args:
+        student: of `whole_student`.
+        size: (height, width) of the image whose operations count.
+
+    Raises UserError for names to keep that the detector does not have, one that cannot be cut, and a share of GFLOPs or
+    parameters that it does not reach with the fewest channels: how many these are is no matter of the weights.
+    """
+    prune = student.prune
+    assert prune is not None, "the caller looks"
+    whole = build_detector(student.built().model_copy(update={"weights": "none"}), num_classes, seed).eval()
+    with _naming_the_recipe():
+        if prune.budget in ("gflops", "params"):
+            at_random = {"importance": "random", "shares": "uniform", "schedule": "once"}
+            smaller = prune_to(whole, prune.model_copy(update=at_random), Means(size), seed=seed).detector
+        else:
+            check_whole(whole)
+            graph = pruning_graph(whole, prune.keep)
+            order = blocks(graph, importances(graph, "random", seed=seed), round_to=prune.round_to)
+            smaller = cut(whole, graph, leaving(order, len(order) // 2))
+    assert smaller.model is not None, "what is built has one"
+    return smaller.model
+
+
+def pruned_from(checkpoint: str) -> str:
+    """Say where the weights of a detector come from that was cut from this checkpoint."""
+    return f"pruned from {checkpoint if checkpoint.startswith(ZOO_PREFIX) else Path(checkpoint).name}"
 
 
 def load_whole(checkpoint: str, key: str | None = "student.prune.of") -> tuple[Detector, ModelRecord]:
@@ -124,14 +178,15 @@ def cut_student(
     Raises UserError for a detector of other classes, or that cannot be cut as asked.
     """
     detector, record = load_whole(plan.checkpoint)
-    _check_classes(plan.checkpoint, record, data.train)
+    _check_classes(plan.checkpoint, record, data.train.categories)
     output = plan.folder.weights(PRUNED)
 
     def work() -> dict[str, Any]:
         record_of_data = _with_classes(record, data.train, plan.checkpoint)
 
         def make() -> dict[str, Any]:
-            smaller, found = prune_detector(detector.to(fabric.device), record, _pruning(plan, data, fabric), say)
+            with _naming_the_recipe():
+                smaller, found = prune_detector(detector.to(fabric.device), record, _pruning(plan, data, fabric), say)
             save_detector(output, smaller, metadata=record_of_data.model_copy(update={"model": smaller.model}))
             return found
 
@@ -142,7 +197,7 @@ def cut_student(
         on_first_process(fabric, lambda: save_detector(output, smaller, metadata=measured))
         return {**found, "metrics": metrics.to_dict(), "canvas": list(data.canvas)}
 
-    result = manifest.stage(PRUNE, _inputs(plan, detector, data), [output], work, write=fabric.is_global_zero)
+    result = manifest.stage(PRUNE, _inputs(plan, detector, record, data), [output], work, write=fabric.is_global_zero)
     say(f"{PRUNED}: {summary(result)}")
     return PrunedStudent(load_detector(output)[1].model, output)
 
@@ -155,6 +210,29 @@ def summary(found: dict[str, Any]) -> str:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _is_trained_first(prune: Prune, teacher: Teacher | None) -> bool:
+    """Whether the detector to cut is a teacher that the run trains."""
+    return prune.of == "teacher" and teacher is not None and teacher.train is not None
+
+
+def _record_of(checkpoint: str) -> ModelRecord:
+    """The record of a checkpoint to cut. mmdet's need not be here: they are known."""
+    name = checkpoint.removeprefix(ZOO_PREFIX)
+    if name not in ZOO:
+        return load_whole(checkpoint)[1]
+    names = tuple(COCO_CATEGORIES.values())
+    return ModelRecord(model=zoo_model(name), num_classes=len(names), class_names=names)
+
+
+@contextmanager
+def _naming_the_recipe() -> Iterator[None]:
+    """Name the recipe's key in errors about a setting: `prune.keep: …` is about student.prune.keep."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^prune\b", "student.prune", str(error), flags=re.MULTILINE)) from error
 
 
 def _has_grids(path: Path) -> bool:
@@ -179,7 +257,7 @@ def _pruning(plan: CutPlan, data: Datasets, fabric: Fabric) -> PruningPlan:
     )
 
 
-def _inputs(plan: CutPlan, detector: Detector, data: Datasets) -> dict[str, Any]:
+def _inputs(plan: CutPlan, detector: Detector, record: ModelRecord, data: Datasets) -> dict[str, Any]:
     """Everything that the cut depends on, as JSON."""
     prune = plan.prune
     inputs: dict[str, Any] = {
@@ -188,6 +266,7 @@ def _inputs(plan: CutPlan, detector: Detector, data: Datasets) -> dict[str, Any]
         "canvas": list(data.canvas),
         "validation": data.val_identity,
         "max_detections": plan.deploy.max_detections,
+        **named_identity("named_model", record.model.own_parts()),
     }
     if prune.importance != "group_norm":  # random numbers, or losses that draw samples
         inputs["seed"] = plan.seed
@@ -198,14 +277,15 @@ def _inputs(plan: CutPlan, detector: Detector, data: Datasets) -> dict[str, Any]
     return inputs
 
 
-def _check_classes(checkpoint: str, record: ModelRecord, data: CocoDetection) -> None:
-    if record.class_names is None and record.num_classes == len(data.categories):
+def _check_classes(checkpoint: str, record: ModelRecord, categories: Sequence[str]) -> None:
+    if record.class_names is None and record.num_classes == len(categories):
         return
-    names = list(record.class_names or ())
-    if names != list(data.categories):
+    names = list(record.class_names or [""] * record.num_classes)
+    if names != list(categories):
+        different = class_difference(names, categories, "the checkpoint")
         raise UserError(
-            f"student.prune.of: {checkpoint}: {class_difference(names, data.categories)}; a pruned student keeps its "
-            "classes, so they must be those of the data in the same order"
+            f"student.prune.of: {checkpoint}: {different}; a pruned student keeps its classes, so they must be those "
+            "of the data in the same order"
         )
 
 
@@ -215,8 +295,7 @@ def _with_classes(record: ModelRecord, data: CocoDetection, checkpoint: str) -> 
         update={
             "class_names": data.categories,
             "category_ids": data.category_ids,
-            "val_map": None,
-            "recipe_sha256": None,
-            "source": f"pruned from {Path(checkpoint).name}",
+            "source": pruned_from(checkpoint),
+            **NOT_TRAINED,
         }
     )

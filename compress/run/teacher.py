@@ -100,11 +100,11 @@ def checkpoint_to_show(settings: Teacher, folder: RunFolder, val: CocoDetection)
     return settings.checkpoint if same else None
 
 
-def class_difference(names: Sequence[str], categories: Sequence[str]) -> str:
-    """Say in which way a teacher's classes are not those of the data, which they are not."""
+def class_difference(names: Sequence[str], categories: Sequence[str], subject: str = "the teacher") -> str:
+    """Say in which way classes are not those of the data, which they are not. subject: whose they are."""
     if not names:
-        return "the teacher does not name its classes"
+        return f"{subject} does not name its classes"
     if len(names) != len(categories):
-        return f"the teacher knows {len(names)} classes, the data has {len(categories)}"
+        return f"{subject} knows {len(names)} classes, the data has {len(categories)}"
     label = next(index for index, (theirs, ours) in enumerate(zip(names, categories, strict=True)) if theirs != ours)
-    return f"the teacher calls label {label} {names[label]!r}, the data calls it {categories[label]!r}"
+    return f"{subject} calls label {label} {names[label]!r}, the data calls it {categories[label]!r}"

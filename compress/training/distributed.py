@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from compress.config.train import Train
@@ -23,6 +25,9 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "fp16": "16-mixed",
 }
 """train.precision → Fabric's name for it."""
+LONGEST_WAIT = timedelta(hours=24)
+"""How long processes wait for each other before they give up: process 0 alone measures what a cut costs, which may take
+hours, where torch's own limit is 10 or 30 minutes. So one that hangs, rather than ends, is noticed as late."""
 Result = TypeVar("Result")
 
 
@@ -39,13 +44,13 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
         raise UserError(
             f"train.devices is {train.devices}, and torchrun started {started} processes; add --devices {started}"
         )
-    strategy = "ddp_find_unused_parameters_true" if unused_parameters else "ddp"
+    several = DDPStrategy(timeout=LONGEST_WAIT, find_unused_parameters=unused_parameters)
     try:
         fabric = Fabric(
             accelerator=train.accelerator,
             devices=train.devices,
             precision=PRECISIONS[train.precision],
-            strategy="auto" if train.devices == 1 else strategy,
+            strategy="auto" if train.devices == 1 else several,
         )
     except Exception as error:
         raise UserError(

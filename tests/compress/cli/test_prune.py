@@ -93,7 +93,7 @@ def test_the_file_is_a_checkpoint_of_fewer_channels(small: Path) -> None:
     whole, before = load_detector(small.with_name("whole.safetensors"))
     pruned, after = load_detector(small)
     assert after.class_names == before.class_names and after.category_ids == (1, 2, 3)
-    assert (after.val_map, after.recipe_sha256, after.source) == (None, None, "whole.safetensors")
+    assert (after.val_map, after.recipe_sha256, after.source) == (None, None, "pruned from whole.safetensors")
     assert after.model.widths and after.model.model_copy(update={"widths": None}) == before.model
     assert 0.3 < model_size(pruned, (64, 64))["gflops"] / model_size(whole, (64, 64))["gflops"] <= 0.5
     columns, left = (model.state_dict()["head.gfl_cls.weight"].transpose(0, 1) for model in (whole, pruned))
