@@ -148,14 +148,16 @@ def prune(
         need_json_place(out, "--out")
         need_new_file(out, checkpoint, force=force)
     size, limits = _size(student, of_images)
-    labels = _labels(student, of_images, _needing(settings, sensitivity=sensitivity))
+    needed = _needing(settings, sensitivity=sensitivity)
+    labels = _labels(student, of_images, needed)
     deploy = student.settings
     if flags.provider is not None:
         deploy = deploy.model_copy(update={"providers": tuple(provider_names(flags.provider))})
-    plan = CheckpointPruning(checkpoint, out, settings, size, limits, deploy, labels)
+    optional = needed is None and of_images.data is None
+    plan = CheckpointPruning(checkpoint, out, settings, size, limits, deploy, labels, optional)
     if settings.shares == "sensitivity":
         need_place(plan.sensitivities)
-    with _options_named():
+    with _options_named(sensitivity=sensitivity):
         if sensitivity:
             _show_sensitivity(plan, sensitivity_of(plan, print))
             next_command("prune", checkpoint, "--gflops", 0.5, "--shares", "sensitivity", *_given(flags, of_images))
@@ -247,12 +249,16 @@ def _labels(student: Student, flags: ImageFlags, needed: str | None) -> Split | 
 
 
 @contextmanager
-def _options_named() -> Iterator[None]:
-    """Name the option in errors about a setting: `prune.round_to: …` is about --round-to."""
+def _options_named(*, sensitivity: bool = False) -> Iterator[None]:
+    """Name the option in errors about a setting: `prune.round_to: …` is about --round-to. sensitivity: nothing is cut,
+    so that `prune.shares` is about --sensitivity."""
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"^prune\.(\w+)", lambda m: _option(m[1]), str(error), flags=re.MULTILINE)) from None
+        text = str(error)
+        if sensitivity:
+            text = re.sub(r"^prune\.shares\b", "--sensitivity", text, flags=re.MULTILINE)
+        raise UserError(re.sub(r"^prune\.(\w+)", lambda m: _option(m[1]), text, flags=re.MULTILINE)) from None
 
 
 def _option(key: str) -> str:

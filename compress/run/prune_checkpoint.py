@@ -6,7 +6,8 @@ made.sizes, made.maps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class CheckpointPruning:
 
     checkpoint: FILE.safetensors, an mmdet FILE.pth or zoo:NAME. out: the file to write.
     size, resize_short_long, deploy: as of `PruningPlan`.
-    labels: training images, of which `settings.images` are looked at; None: none are.
+    labels: training images, of which `settings.images` are looked at; None: none are. optional: only mAP is measured on
+        them, which is left out, with a line saying why, where they are of no use.
     """
 
     checkpoint: str
@@ -43,6 +45,7 @@ class CheckpointPruning:
     resize_short_long: tuple[int, int]
     deploy: Deploy
     labels: Split | None = None
+    optional: bool = False
 
     @property
     def sensitivities(self) -> Path:
@@ -91,12 +94,13 @@ def prune_checkpoint(plan: CheckpointPruning, say: Callable[[str], None]) -> Pru
     Raises UserError for a file that is no checkpoint, one that was pruned before or trained on the grids of its int8
     file, images that are missing or of other classes, and as `prune_detector`.
     """
-    detector, record, cutting = _opened(plan)
+    detector, record, cutting = _opened(plan, say)
     smaller, figures = prune_detector(detector, record, cutting, say)
     maps, count = None, 0
     if cutting.images is not None:
-        images = Images(cutting)
-        maps, count = (images.mean_ap(detector), images.mean_ap(smaller)), len(images)
+        with _may_be_of_no_use(plan, say):
+            images = Images(cutting)
+            maps, count = (images.mean_ap(detector), images.mean_ap(smaller)), len(images)
     described = {"model": model_of(smaller), "source": pruned_from(plan.checkpoint)} | NOT_TRAINED
     with writing(plan.out):
         save_detector(plan.out, smaller, metadata=ModelRecord.model_validate(dict(record) | described))
@@ -111,7 +115,7 @@ def sensitivity_of(plan: CheckpointPruning, say: Callable[[str], None]) -> dict[
     Returns `map` of the whole detector, `images`, and `rows` of `name` and `points`, pairs of the share of the channels
     that stays and the mAP. Raises UserError as `prune_checkpoint`.
     """
-    detector, record, cutting = _opened(plan)
+    detector, record, cutting = _opened(plan, say)
     return measure_sensitivity(detector, record, cutting, say)
 
 
@@ -123,9 +127,12 @@ def _stem(checkpoint: str) -> str:
     return path.stem if path.suffix in CHECKPOINT_SUFFIXES else path.name
 
 
-def _opened(plan: CheckpointPruning) -> tuple[Detector, ModelRecord, PruningPlan]:
+def _opened(plan: CheckpointPruning, say: Callable[[str], None]) -> tuple[Detector, ModelRecord, PruningPlan]:
     detector, record = load_whole(plan.checkpoint, None)
-    images = None if plan.labels is None else _labelled(plan, plan.labels, record)
+    images = None
+    if plan.labels is not None:
+        with _may_be_of_no_use(plan, say):
+            images = _labelled(plan, plan.labels, record)
     cutting = PruningPlan(
         settings=plan.settings,
         size=plan.size,
@@ -135,6 +142,17 @@ def _opened(plan: CheckpointPruning) -> tuple[Detector, ModelRecord, PruningPlan
         sensitivities=plan.sensitivities,
     )
     return detector, record, cutting
+
+
+@contextmanager
+def _may_be_of_no_use(plan: CheckpointPruning, say: Callable[[str], None]) -> Iterator[None]:
+    """Take an error of the images for a note, where they are optional."""
+    try:
+        yield
+    except UserError as error:
+        if not plan.optional:
+            raise
+        say(f"note: mAP is not measured: {error}")
 
 
 def _labelled(plan: CheckpointPruning, split: Split, record: ModelRecord) -> CocoDetection:

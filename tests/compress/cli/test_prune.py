@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from compress import cli
+from compress.config.data import Split
 from compress.config.model import Model
 from compress.config.prune import read_cut
 from compress.config.teacher import Source
@@ -179,6 +180,24 @@ def test_a_run_says_size_and_images(tmp_path: Path, world: Path, capsys: pytest.
     assert code_of(f"prune {file} --params 0.5") == 0
     assert "GFLOPs, 64 x 64" in capsys.readouterr().out
     assert file.with_name("teacher.pruned.safetensors").is_file()
+    val = Split(annotations=world / "shapes" / "val.json", images=world / "shapes" / "images")
+    train = Split(annotations=world / "renamed.json", images=val.images)
+    data = recipe.data.model_copy(update={"synthetic": None, "train": train, "val": val})
+    write_text(recipe.run_dir / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": data})))
+    assert code_of(f"prune {file} --params 0.5 --force") == 0
+    out = capsys.readouterr().out
+    assert f"note: mAP is not measured: {train.annotations}: its label 1 is 'crate'" in out and "mAP before" not in out
+    assert code_of(f"prune {file} --params 0.5 --force --importance taylor") == 2
+
+
+def test_the_sensitivity_of_a_detector_without_map(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"prune student.safetensors --sensitivity --keep backbone --keep neck {SIZE} {DATA} --data-images 1"
+    (world / "student.safetensors").write_bytes((world / "whole.safetensors").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Images, "mean_ap", lambda *_: 0.0)
+        assert code_of(line) == 2
+    said = capsys.readouterr().err
+    assert "error: --sensitivity: what a layer's channels are worth is a loss of mAP" in said and "--shares" not in said
 
 
 # ---------------------------------------------------------------------------------------------- what takes the file
