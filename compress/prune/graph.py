@@ -118,21 +118,20 @@ def _with_gradients(value: Any) -> list[Tensor]:
 
 
 def _can_leave(graph: tp.DependencyGraph, group: Any, names: Mapping[nn.Module, str]) -> bool:
-    """Whether some layer reads the channels, and all layers that lose them are of a kind that can."""
-    read = False
+    """Whether some layer reads the channels, and nothing that loses them is of a kind that cannot."""
+    read, width = False, len(group[0].idxs)
     for item in group:
         layer = item.dep.target.module
-        if isinstance(layer, nn.Parameter) or None in item.root_idxs:
+        if None in item.root_idxs:
             return False
-        if layer not in names:  # an operation, not a layer
-            continue
-        if not isinstance(layer, LAYERS):
-            if any(True for _ in layer.parameters()):
+        if isinstance(layer, LAYERS) and layer in names:
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not is_depthwise(layer):
                 return False
-            continue
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not is_depthwise(layer):
-            return False
-        read = read or (isinstance(layer, nn.Conv2d | nn.Linear) and not _is_output(graph, item, layer))
+            read = read or (isinstance(layer, nn.Conv2d | nn.Linear) and not _is_output(graph, item, layer))
+        else:  # an operation has no parameters; weights of summands and of activations are few
+            parameters = [layer] if isinstance(layer, nn.Parameter) else layer.parameters()
+            if any(parameter.numel() >= width for parameter in parameters):
+                return False
     return read
 
 

@@ -29,7 +29,7 @@ def sound(detector: Detector, groups: Sequence[ChannelGroup], side: int) -> list
     images = torch.randint(0, 256, (1, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     model = copy.deepcopy(detector).cpu()  # GPUs may round to ten bits
     with torch.no_grad():
-        if any(bool(x.isnan().any()) for x in tensors(model.traced(images))):
+        if any(bool(x.isnan().any()) for x in _outputs(model, images)):
             raise UserError(f"prune: {detector.family} gives NaN for an image of noise; prune one that trained well")
 
     return passing(groups, lambda some: _agree(model, some, images))
@@ -68,9 +68,9 @@ def _agree(model: Detector, groups: Sequence[ChannelGroup], images: Tensor) -> b
             if not member.output:
                 layer: Any = unread.get_submodule(member.layer)
                 layer.weight[:, gone] = 0
-        expected = tensors(unread.traced(images))
+        expected = _outputs(unread, images)
         remove(smaller, groups, channels)
-        found = tensors(smaller.traced(images))
+        found = _outputs(smaller, images)
     except Exception:  # whatever a model of somebody's own does with fewer channels
         return False
     return len(found) == len(expected) and all(
@@ -78,3 +78,7 @@ def _agree(model: Detector, groups: Sequence[ChannelGroup], images: Tensor) -> b
         for a, b in zip(found, expected, strict=True)
         if b.numel()
     )
+
+
+def _outputs(model: Detector, images: Tensor) -> list[Tensor]:
+    return [x for x in tensors(model.traced(images)) if x.is_floating_point()]

@@ -95,6 +95,31 @@ class Concatenated(Plain):
         return result
 
 
+class Summed(Plain):
+    """Two layers beside each other, and a third one added to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.d, self.b = block(C, 16), block(C, 24), block(C, 40), block(40, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(torch.cat((self.a(x), self.c(x)), 1) + self.d(x))
+        return result
+
+
+class Weighted(Plain):
+    """Summands with learned weights, one for all channels, and an activation with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.weight, self.act = block(C, 48, 1), nn.Parameter(torch.ones(2)), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.relu() / self.weight.relu().sum()
+        result: Tensor = self.b(self.act(weight[0] * self.a(x) + weight[1] * self.c(x)))
+        return result
+
+
 class NormOverTwo(Plain):
     """GroupNorm over a concatenation, whose groups are those of its parts."""
 
@@ -297,6 +322,8 @@ class Parametrized(Plain):
 MIDDLES: dict[str, tuple[type[Plain], set[str]]] = {
     "Plain": (Plain, {"a", "b"}),
     "Concatenated": (Concatenated, {"a", "b", "c"}),
+    "Summed": (Summed, {"a", "b", "c", "d"}),
+    "Weighted": (Weighted, {"a", "b", "c"}),
     "NormOverTwo": (NormOverTwo, {"a", "b", "c", "norm"}),
     "NormAcross": (NormAcross, {"b"}),
     "Depthwise": (Depthwise, {"a", "b", "c"}),

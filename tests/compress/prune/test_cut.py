@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from compress.detectors.base import Detector, ImageSize
 from compress.detectors.build import build_detector, model_of
+from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.widths import LAYERS, widths_of
 from compress.prune.cut import cut, shapes_of
 from compress.prune.graph import PruningGraph, pruning_graph
@@ -72,14 +74,16 @@ def test_the_second_stage_is_the_masked_one() -> None:
         torch.testing.assert_close(found[0].boxes, found[1].boxes, rtol=0, atol=0.1)
 
 
-def test_the_example_detector_can_be_pruned() -> None:
+def test_the_example_detector_can_be_pruned(tmp_path: Path) -> None:
+    """And comes back from its file."""
     torch.manual_seed(0)
     whole: Detector = lively(Centers(3, width=32)).eval()
     smaller = pruned(whole)
     assert_masked(whole, smaller)
-    again = build_detector(model_of(smaller), 3, seed=0)
-    again.load_state_dict(smaller.state_dict())
+    save_detector(tmp_path / "a.safetensors", smaller, metadata=ModelRecord(model=model_of(smaller), num_classes=3))
+    again, _ = load_detector(tmp_path / "a.safetensors")
     assert again.feature_channels == smaller.feature_channels < 32
+    assert all(torch.equal(a, b) for a, b in zip(outputs(again, pictures()), outputs(smaller, pictures()), strict=True))
 
 
 @pytest.mark.parametrize("middle", MIDDLES)
