@@ -3,7 +3,7 @@
     python -m benchmarks distill_gain cpu                   # every method on the preset `cpu`, 3 seeds
     python -m benchmarks distill_gain cpu --table uet       # another table of the preset
     python -m benchmarks distill_gain cpu --table families  # other detectors, each with its own teacher and baseline
-    python -m benchmarks distill_gain recipes/quickstart.yaml --seeds 0,1,2,3,4
+    python -m benchmarks distill_gain recipes/quickstart_nano.yaml --seeds 0,1,2,3,4
 
 A preset is a folder of `benchmarks/presets`: `student.yaml` (a recipe), `teacher.yaml` (how its teacher is trained,
 once for all) and `arms.yaml` (tables of arms; an arm is a list of settings for the recipe). A table may have groups of

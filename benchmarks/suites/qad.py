@@ -1,6 +1,6 @@
 """Gain of quantization-aware distillation: how much of int8's loss of mAP it gives back, over seeds.
 
-    python -m benchmarks qad                                    # recipes/quickstart.yaml, seeds 0, 1, 2
+    python -m benchmarks qad                                    # recipes/quickstart_nano.yaml, seeds 0, 1, 2
     python -m benchmarks qad RECIPE --seeds 0,1,2 --layers outputs-float --set deploy.int8.qad.steps=300
 
 For every seed: the recipe's student is distilled (or taken from an earlier run, those of `distill_gain`
@@ -47,7 +47,7 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import validate
 
-DEFAULT = ROOT / "recipes" / "quickstart.yaml"
+DEFAULT = ROOT / "recipes" / "quickstart_nano.yaml"
 NOISE = 0.1
 """mAP points. A smaller loss is chance, and a share of it says nothing."""
 FLOAT, CONTROL, PTQ, QAD = "float", "float, trained on", "int8 PTQ", "int8 QAD"

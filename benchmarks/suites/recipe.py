@@ -1,6 +1,6 @@
 """Results of one `compress run`: mAP, size and latency of every model and file, from its report.
 
-    python -m benchmarks recipe recipes/quickstart.yaml
+    python -m benchmarks recipe recipes/quickstart_nano.yaml
     python -m benchmarks recipe recipes/bccd.yaml --set train.steps=500
 
 Runs the recipe, or resumes it: a finished run is only read.

@@ -18,7 +18,7 @@ from compress.detectors.backbones import build_backbone, build_own_backbone
 from compress.detectors.base import Capability, Detector, ImageSize
 from compress.detectors.gfl import GFL
 from compress.detectors.widths import resize
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import call_own, import_object, is_import_path
 
 
@@ -115,9 +115,12 @@ def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
     if model.widths:
         try:
             resize(detector, model.widths)
+            detector.set_feature_channels()
+            detector.traced(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=detector.mean.device))
         except UserError as error:
             raise UserError(f"{key}.{error}") from None
-        detector.set_feature_channels()
+        except Exception as error:  # whatever a layer says of channels that it does not have
+            raise UserError(f"{key}.widths: the layers do not fit together ({first_line(error)})") from error
     return detector
 
 

@@ -421,6 +421,8 @@ def _one_line(error: ValidationError) -> str:
     """List all problems in one line; keys as they stand in the file."""
     lines = []
     for problem in error.errors(include_url=False):
+        if problem["type"] == "default_factory_not_called":  # follows from another key's problem
+            continue
         keys = [str(key) for key in problem["loc"] if key != "model"]
         if problem["type"] == "rule":  # of a model's settings, which says its key
             keys += problem["ctx"]["key"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from compress.detectors.build import model_size
 from compress.prune.cut import cut, shapes_of
 from compress.prune.graph import PruningGraph, pruning_graph
 from compress.prune.importance import Losses, importances
+from compress.prune.latency import Cuts, LatencySearch
 from compress.prune.order import Block, Drops, blocks, fewest, leaving
 from deploy.core.errors import UserError
 
@@ -30,13 +32,13 @@ class Means:
 
     size: (height, width) of the image whose operations count.
     losses: of training images; may be gone through several times.
-    latency_ms: measures a detector's file. mean_ap: measures a detector, percent, on training images.
+    latency: measures files of detectors. mean_ap: measures a detector, percent, on training images.
     drops: measures, by `sensitivity`, where shares are by it: takes the detector's graph and its scores.
     """
 
     size: tuple[int, int]
     losses: Losses = ()
-    latency_ms: Figure | None = None
+    latency: LatencySearch | None = None
     mean_ap: Figure | None = None
     drops: Callable[[PruningGraph, Mapping[str, Tensor]], Drops] | None = None
 
@@ -85,11 +87,17 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
             if settings.shares == "sensitivity":
                 assert means.drops is not None, "the caller gives what the shares need"
                 drops = means.drops(graph, scores)
-        order = blocks(graph, scores, round_to=settings.round_to, shares=settings.shares, drops=drops, whole=widths)
+        order_of = partial(_order, graph, scores, settings, drops, widths)
         limit = _limit(settings, whole, number / rounds)
-        n = _meet(current, graph, order, figure, limit, settings)
-        current = cut(current, graph, leaving(order, n))
-        left |= {block.group: block.width for block in order[:n]}
+        if settings.budget == "latency_ms":
+            assert means.latency is not None, "the caller gives what the budget needs"
+            cuts = Cuts(current, graph, means.size)
+            leave = means.latency.meet(limit, cuts, order_of, round_to=settings.round_to, rough=number < rounds)
+        else:
+            order = order_of(settings.round_to)
+            leave = order[: _meet(current, graph, order, figure, limit, settings)]
+        current = cut(current, graph, leaving(leave, len(leave)))
+        left |= {block.group: block.width for block in leave}
     rows = [{"name": name, "width": width, "left": left[name]} for name, width in widths.items()]
     return Pruned(current, whole, figure(current), rows)
 
@@ -108,9 +116,23 @@ def _figure(settings: Cut, means: Means) -> Figure:
     if settings.budget in ("gflops", "params"):
         key = {"gflops": "gflops", "params": "params_m"}[settings.budget]
         return lambda detector: model_size(detector, means.size)[key]
-    figure = means.latency_ms if settings.budget == "latency_ms" else means.mean_ap
+    if settings.budget == "latency_ms":
+        assert means.latency is not None, "the caller gives what the budget needs"
+        return means.latency.ms
+    figure = means.mean_ap
     assert figure is not None, "the caller gives what the budget needs"
     return figure
+
+
+def _order(
+    graph: PruningGraph,
+    scores: Mapping[str, Tensor],
+    settings: Cut,
+    drops: Drops | None,
+    whole: Mapping[str, int],
+    round_to: int,
+) -> list[Block]:
+    return blocks(graph, scores, round_to=round_to, shares=settings.shares, drops=drops, whole=whole)
 
 
 def _limit(settings: Cut, whole: float, part: float) -> float:
@@ -130,7 +152,7 @@ def _meet(
     detector: Detector, graph: PruningGraph, order: Sequence[Block], figure: Figure, limit: float, settings: Cut
 ) -> int:
     """How many blocks of the order must leave (of max_map_drop: may leave)."""
-    needs_numbers = settings.budget in ("latency_ms", "max_map_drop") or Capability.DENSE not in detector.capabilities
+    needs_numbers = settings.budget == "max_map_drop" or Capability.DENSE not in detector.capabilities
     subject = detector if needs_numbers else shapes_of(detector)
 
     def figure_without(n: int) -> float:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from compress.detectors.weights import listed, state_sha256
 from compress.prune.graph import PruningGraph, pruning_graph
 from compress.prune.importance import importances
 from compress.prune.order import Drops
-from compress.prune.search import Figure, Means, check_whole, prune
+from compress.prune.search import Means, Pruned, check_whole, prune
 from compress.prune.sensitivity import Sensitivity, sensitivity
+from compress.run.latency_search import LatencyPlan, latency_result, latency_search
 from compress.training.evaluate import detect
 from compress.training.learner import total_loss
 from compress.versions import versions
@@ -101,11 +102,10 @@ def prune_detector(
     means = Means(
         plan.size,
         losses=() if images is None else images,
-        latency_ms=_latency(record, plan) if settings.budget == "latency_ms" else None,
         mean_ap=None if images is None else images.mean_ap,
         drops=drops,
     )
-    found = prune(detector, settings, means, seed=plan.seed)
+    found, latency = _prune(detector, record, plan, means, say)
     result = {
         "budget": settings.budget,
         "asked": getattr(settings, settings.budget),
@@ -113,7 +113,7 @@ def prune_detector(
         "found": found.found,
         "rows": found.rows,
         "sensitivity": _figures(measured[0], images) if images is not None and measured else None,
-        "latency": None,
+        "latency": latency,
     }
     return found.detector.cpu(), result
 
@@ -240,8 +240,18 @@ def _figures(found: Sensitivity, images: Images) -> dict[str, Any]:
     return {"images": len(images), **found.to_dict()}
 
 
-def _latency(record: ModelRecord, plan: PruningPlan) -> Figure:
-    raise NotImplementedError("latency_ms: measured by compress.run.latency_search")
+def _prune(
+    detector: Detector, record: ModelRecord, plan: PruningPlan, means: Means, say: Callable[[str], None]
+) -> tuple[Pruned, dict[str, Any] | None]:
+    """The pruned detector, and for latency_ms what was measured."""
+    settings = plan.settings
+    if settings.latency_ms is None:
+        return prune(detector, settings, means, seed=plan.seed), None
+    files = [] if plan.images is None else [plan.images.path(index) for index in range(len(plan.images))]
+    how = LatencyPlan(plan.size, plan.resize_short_long, files, plan.deploy, settings.precision, plan.seed)
+    with latency_search(detector, record, how, say) as search:
+        found = prune(detector, settings, replace(means, latency=search), seed=plan.seed)
+        return found, latency_result(search, found.detector, settings.latency_ms, how)
 
 
 def _truth(annotations: Path, image_ids: set[int]) -> GroundTruth:

@@ -144,16 +144,22 @@ def _search(
 # ------------------------------------------------------------------------------------------- comparisons
 
 
+def ratio_in_turn(base: Blocks, other: Blocks, percents: Sequence[float], *, seed: int) -> list[Estimate]:
+    """Each percentile of `other` over that of `base`. Round i of both was measured together."""
+    size = join_size(np.log([np.median(b) / np.median(a) for a, b in zip(base, other, strict=True)]))
+    times = draw_blocks(-(-len(base) // size), seed)
+    pairs = [[np.concatenate(x[i : i + size]) for i in range(0, len(x), size)] for x in (base, other)]
+    draws = weighted_percentiles(pairs[1], times, percents) / weighted_percentiles(pairs[0], times, percents)
+    value = np.percentile(np.concatenate(other), percents) / np.percentile(np.concatenate(base), percents)
+    return [interval(float(value[i]), draws[:, i], len(times[0])) for i in range(len(percents))]
+
+
 def compare_in_turn(
     base: Blocks, other: Blocks, percents: Sequence[float], *, tolerance: float, seed: int, figures: int = 1
 ) -> list[tuple[Estimate, float, float]]:
     """Compare each percentile: other over base, two-sided p-value of no difference, and one-sided p-value of other
     being slower by at most `tolerance` (a share). Round i of both was measured together, in random order.
     figures: how many will be judged together; more need smaller p-values, so more swaps."""
-    size = join_size(np.log([np.median(b) / np.median(a) for a, b in zip(base, other, strict=True)]))
-    times = draw_blocks(-(-len(base) // size), seed)
-    pairs = [[np.concatenate(x[i : i + size]) for i in range(0, len(x), size)] for x in (base, other)]
-    draws = weighted_percentiles(pairs[1], times, percents) / weighted_percentiles(pairs[0], times, percents)
     swap = np.random.default_rng(seed).integers(0, 2, (max(SWAPS, SWAPS_A_FIGURE * figures), len(base)))
     swap = np.concatenate([np.zeros((1, len(base)), swap.dtype), swap])  # the first row is what was measured
 
@@ -167,10 +173,9 @@ def compare_in_turn(
     # Equal up to rounding counts as at least as extreme: that can only make the test more careful.
     two_sided = (np.abs(same) >= np.abs(same[0]) - 1e-12).mean(axis=0)
     one_sided = (slower >= slower[0] - 1e-12).mean(axis=0)
-    ratio = np.exp(same[0])
     return [
-        (interval(float(ratio[i]), draws[:, i], len(times[0])), float(two_sided[i]), float(one_sided[i]))
-        for i in range(len(percents))
+        (ratio, float(two_sided[i]), float(one_sided[i]))
+        for i, ratio in enumerate(ratio_in_turn(base, other, percents, seed=seed))
     ]
 
 

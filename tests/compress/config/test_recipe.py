@@ -405,13 +405,20 @@ HASHES = {
     "gfl_r101_gfl_r50_ld_main": "d62955ab1557df921d536e7dd6b1fbf6881a677cbf263638abaf06ddd5bc6e7e",
     "gfl_r101_gfl_r50_tid": "b8aba308c27dfff35f094d128fa3123acdf0ba8d3e1b37335b878e3dd3beaf35",
     "gfl_r101_gfl_r50_uet_fgd": "470806888beda842a518a11e899a1dfc0e9ec2b7d8c8aa5f7a49c2ceb20cabd4",
-    "quickstart": "4fd7f556cd0c4bfcdf22d9b117fa245be791d7399138fe8ba436ff490791eb9d",
+    "quickstart_nano": "4fd7f556cd0c4bfcdf22d9b117fa245be791d7399138fe8ba436ff490791eb9d",
     "quickstart_teacher": "2f44aa9bb21ef45086095dfee4baf7e5102395b7d83e448a2cf973ba80b851fd",
 }
+RENAMED = {"quickstart_nano": "quickstart"}
+"""What recipes were called when their hash was taken."""
 
 
 def test_recipes_without_later_keys_keep_their_hash() -> None:
-    assert {path.stem: recipe_sha256(load_recipe(path)) for path in RECIPES.rglob("*.yaml")} == HASHES
+    """quickstart_nano was called quickstart; the one of that name now is younger."""
+    others = [path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart"]
+    found = {
+        path.stem: load_recipe(path, [f"name={RENAMED[path.stem]}"] if path.stem in RENAMED else []) for path in others
+    }
+    assert {name: recipe_sha256(recipe) for name, recipe in found.items()} == HASHES
 
 
 # ------------------------------------------------------------------------------------------- dictionaries

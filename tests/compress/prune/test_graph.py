@@ -128,7 +128,7 @@ def test_kept_maps_are_as_wide_as_before(family: str) -> None:
 def test_a_prefix_of_a_name_is_another_layer(whole: Detector, graph: PruningGraph) -> None:
     """`backbone.stage1` is a part; `backbone.stage` is nothing."""
     with pytest.raises(
-        UserError, match=r"^prune\.keep: gfl has no layer 'backbone\.stage'; name one of its layers, a "
+        UserError, match=r"^prune\.keep: gfl has no layer 'backbone\.stage'; did you mean backbone\.stage4\?"
     ):
         pruning_graph(whole, ["backbone.stage"])
     assert len(pruning_graph(whole, ["backbone.stage1", "head"]).groups) == len(graph.groups) - 2 - 4

@@ -1,0 +1,260 @@
+"""Latency of exported files as a budget of pruning: each detector that is looked at is exported, opened by the runner
+that will run it, and timed beside the whole detector's file.
+
+    with latency_search(detector, record, plan, print) as search:
+        search.ms(detector)
+
+The machine is never the same twice, so what counts is the ratio to the whole detector's file, in rounds that go through
+both in random order, and what it is multiplied by is that file's median over the whole search. A file is opened twice:
+the two sessions' times are taken together, and their ratio says what noise alone does.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from compress.config.deploy import Deploy
+from compress.detectors.base import Detector
+from compress.detectors.build import exportable_families, model_of
+from compress.detectors.checkpoints import NATIVE_SUFFIX, ModelRecord, save_detector
+from compress.export.onnx import export_checkpoint
+from compress.prune.latency import LatencySearch, Timing
+from deploy.core.errors import UserError
+from deploy.core.files import ONNX_SUFFIX
+from deploy.core.image_folder import spread
+from deploy.core.precisions import PRECISIONS
+from deploy.latency.clock import HOST_CLOCK, Clock
+from deploy.latency.measure import make_tasks, quiet_collector, run_slice, warm_up
+from deploy.latency.results import Estimate, Reading, Scope
+from deploy.latency.scopes import Task, read_pool
+from deploy.latency.statistics import ratio_in_turn
+from deploy.latency.telemetry import Telemetry, troubles
+from deploy.quantize.calibrate import choose_images
+from deploy.quantize.file import Quantizer
+from deploy.runtimes.base import Runner
+from deploy.runtimes.open import open_runner
+
+SCOPE: Scope = "h2d+compute+d2h"
+"""The figure that a report calls a file's latency."""
+CHECKED, IMAGES = 2, 8  # images that files are checked on; that they are calibrated and timed on
+CERTAIN = 0.01
+"""Timing goes on until the ratio's interval reaches no further than this share to each side."""
+_ROUNDS, _SECONDS = 15, 1.5  # of each session, before the interval is looked at
+_MOST_REPEATS, _LONGEST = 4, 30.0  # the latter in seconds
+_WARM_UP = 2.0
+
+
+@dataclass(frozen=True)
+class LatencyPlan:
+    """Plan of the files whose latency counts.
+
+    size: (height, width) of the canvas.
+    resize_short_long: limits of pictures on it.
+    images: files of training images, on which files are checked, calibrated and timed; none: on noise, and int8 files
+        cannot be made.
+    deploy: settings of the files, and where they run.
+    """
+
+    size: tuple[int, int]
+    resize_short_long: tuple[int, int]
+    images: Sequence[Path]
+    deploy: Deploy
+    precision: str = "fp32"
+    seed: int = 0
+
+
+@contextmanager
+def latency_search(
+    detector: Detector, record: ModelRecord, plan: LatencyPlan, say: Callable[[str], None]
+) -> Iterator[LatencySearch]:
+    """The search for detectors that are as fast as asked.
+
+    Args:
+        record: of the detector's checkpoint.
+        say: takes a line about each file.
+
+    Raises UserError for detectors that cannot be exported, and int8 files without training images.
+    """
+    if detector.exportable is not None:
+        raise UserError(
+            f"prune.latency_ms: {detector.family} cannot be exported: {detector.exportable}; take gflops or params, or "
+            f"a {exportable_families()} detector"
+        )
+    if PRECISIONS[plan.precision].quantized and not plan.images:
+        raise UserError(
+            f"prune.precision: {plan.precision} is calibrated on training images, and there are none; give some, or "
+            "take fp32"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        images = spread(plan.images, IMAGES) or _noise(Path(folder), plan.size)
+        stopwatch = FileStopwatch(
+            partial(_write, record=record, plan=plan, images=images),
+            partial(open_runner, providers=plan.deploy.providers),
+            images,
+            Path(folder),
+            seed=plan.seed,
+            clock=HOST_CLOCK,
+        )
+        yield LatencySearch(stopwatch, say)
+
+
+def latency_result(search: LatencySearch, found: Detector, asked: float, plan: LatencyPlan) -> dict[str, Any]:
+    """What was measured, JSON-able, times in milliseconds: `asked`; `whole_ms`, the whole detector's file; `median_ms`
+    and `interval_ms` (95 %) of the file of `found`; `aa_ratio`, the interval of this file's time over its own;
+    `trials`, pairs of GFLOPs and milliseconds; `multiple` that widths are of; `precision`, `providers`; `note` and
+    `warnings`, lines on what did not go as it should."""
+    watch = search.stopwatch
+    timing, whole = watch.timing(found), watch.whole_ms
+    return {
+        "asked": asked,
+        "whole_ms": round(whole, 4),
+        "median_ms": round(timing.ratio.value * whole, 4),
+        "interval_ms": _interval(timing.ratio, whole),
+        "aa_ratio": _interval(timing.again, 1.0),
+        "trials": [[trial.gflops, round(trial.timing.ratio.value * whole, 4)] for trial in search.trials],
+        "multiple": search.multiple,
+        "precision": plan.precision,
+        "providers": list(plan.deploy.providers),
+        "note": search.note,
+        "warnings": troubles(watch.readings) if isinstance(watch, FileStopwatch) else [],
+    }
+
+
+class FileStopwatch:
+    """Measures files of detectors, the first one's beside each.
+
+    write: makes the file of a detector at a path. open_file: gives its runner. images: that are run on, in turn.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Detector, Path], None],
+        open_file: Callable[[Path], Runner],
+        images: Sequence[Path],
+        folder: Path,
+        *,
+        seed: int,
+        clock: Clock,
+    ) -> None:
+        self.readings: list[Reading] = []
+        self._write, self._open, self._folder, self._clock = write, open_file, folder, clock
+        self._encoded = read_pool(images)
+        self._rng, self._seed = np.random.default_rng(seed), seed
+        self._whole: Runner | None = None
+        self._whole_ms: list[float] = []
+        self._timings: dict[str, Timing] = {}
+
+    @property
+    def whole_ms(self) -> float:
+        """Median milliseconds of the whole detector's file: of as many runs, between which minutes may lie."""
+        return float(np.median(self._whole_ms))
+
+    def timing(self, detector: Detector) -> Timing:
+        """Of a detector's file; that of the first, and whole, one against itself."""
+        key = json.dumps(model_of(detector).widths, sort_keys=True)
+        if key not in self._timings:
+            self._timings[key] = self._measure(detector)
+        return self._timings[key]
+
+    def _measure(self, detector: Detector) -> Timing:
+        path = self._folder / f"{len(self._timings)}{ONNX_SUFFIX}"
+        self._write(detector, path)
+        own = [self._open(path), self._open(path)]
+        whole = self._whole or own[0]
+        runners = {"whole": whole, **{f"own {i}": runner for i, runner in enumerate(own) if runner is not whole}}
+        tasks = {
+            name: make_tasks([runner], SCOPE, self._encoded, 1, self._clock)[0] for name, runner in runners.items()
+        }
+        times: dict[str, list[np.ndarray]] = {name: [] for name in tasks}
+        begun, repeats = self._clock.now(), 0
+        while True:
+            self._run(tasks, times, warm=not repeats)
+            repeats += 1
+            self._whole_ms.append(float(np.median(np.concatenate(times["whole"][-_ROUNDS:]))))
+            timing = self._timing(times)
+            if _reach(timing.ratio if self._whole else timing.again) <= CERTAIN:
+                break
+            if repeats == _MOST_REPEATS or self._clock.now() - begun > _LONGEST:
+                break
+        self._whole = whole
+        return timing
+
+    def _run(self, tasks: Mapping[str, Task], times: Mapping[str, list[np.ndarray]], *, warm: bool) -> None:
+        with Telemetry() as telemetry, quiet_collector():
+            if warm:
+                for task in tasks.values():
+                    warm_up([task], 1, _WARM_UP, self._clock)
+            telemetry.read()
+            for _ in range(_ROUNDS):
+                for name in self._rng.permutation(list(tasks)).tolist():
+                    found = run_slice([tasks[name]], 1, _SECONDS / _ROUNDS, self._clock)
+                    times[name].append(np.asarray(found.samples_ms))
+                telemetry.read()
+        self.readings += telemetry.readings[1:]
+
+    def _timing(self, times: Mapping[str, Sequence[np.ndarray]]) -> Timing:
+        names = [name for name in times if name != "whole"]
+        if len(names) == 1:  # the whole detector's
+            again = ratio_in_turn(times["whole"], times[names[0]], [50.0], seed=self._seed)[0]
+            return Timing(Estimate(value=1.0), again)
+        own = [np.concatenate(parts) for parts in zip(*(times[name] for name in names), strict=True)]
+        ratio = ratio_in_turn(times["whole"], own, [50.0], seed=self._seed)[0]
+        return Timing(ratio, ratio_in_turn(times[names[0]], times[names[1]], [50.0], seed=self._seed)[0])
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _write(detector: Detector, path: Path, *, record: ModelRecord, plan: LatencyPlan, images: Sequence[Path]) -> None:
+    """The file of a detector as it would ship, of the plan's precision, checked at batch 1 and 2 alone."""
+    checkpoint = path.with_suffix(NATIVE_SUFFIX)
+    names = record.class_names or tuple(map(str, range(record.num_classes)))
+    ids = record.category_ids or tuple(range(record.num_classes))
+    described = {"model": model_of(detector), "class_names": names, "category_ids": ids}
+    save_detector(checkpoint, detector, metadata=record.model_copy(update=described))
+    kind, int8 = PRECISIONS[plan.precision], plan.deploy.int8
+    source = path.with_suffix(f".float{ONNX_SUFFIX}") if kind.quantized else path
+    export_checkpoint(
+        checkpoint,
+        source,
+        plan.deploy.model_copy(update={"max_batch": CHECKED}),
+        input_size=plan.size,
+        images=images[:CHECKED],
+        resize_short_long=plan.resize_short_long,
+        precision=kind.source,
+        measured=images,
+    )
+    if kind.quantized:
+        chosen = choose_images(images, IMAGES)
+        quantizer = Quantizer(source, chosen, int8.target, method=int8.method, reduce_range=int8.reduce_range)
+        quantizer.save(path, max_batch=CHECKED)
+
+
+def _noise(folder: Path, size: tuple[int, int]) -> list[Path]:
+    """A picture where there is none."""
+    path = folder / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return [path]
+
+
+def _reach(estimate: Estimate) -> float:
+    """How far the interval reaches to a side, as a share."""
+    if estimate.low is None or estimate.high is None:
+        return float("inf")
+    return max(estimate.high / estimate.value - 1, 1 - estimate.low / estimate.value)
+
+
+def _interval(estimate: Estimate, factor: float) -> list[float] | None:
+    if estimate.low is None or estimate.high is None:
+        return None
+    return [round(estimate.low * factor, 4), round(estimate.high * factor, 4)]
