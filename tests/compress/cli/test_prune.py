@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from compress.config.teacher import Source
 from compress.data.synthetic import generate
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.run import prune_checkpoint
 from compress.run.prune import Images
 from compress.run.prune_checkpoint import beside
 from compress.teachers.load import open_teacher
@@ -166,6 +169,36 @@ def test_the_sensitivity_is_shown_and_kept(
     monkeypatch.setattr(Images, "mean_ap", measured)
     assert code_of(line) == 0
     assert "head.cls_convs.0.conv" in capsys.readouterr().out
+
+
+def test_latency_is_shown_with_what_is_uncertain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With times that are made up: how they are measured is tested elsewhere."""
+    cut = prune_checkpoint.prune_detector
+
+    def timed(detector: Any, record: Any, plan: Any, say: Any) -> Any:
+        assert (plan.settings.latency_ms, plan.settings.precision) == (3.0, "fp16")
+        assert plan.deploy.providers == ("cuda", "cpu")
+        smaller, figures = cut(detector, record, replace(plan, settings=read_cut({"params": 0.9})), say)
+        latency = {
+            "asked": 3.0,
+            "whole_ms": 4.0,
+            "median_ms": 2.9,
+            "interval_ms": [2.8, 2.95],
+            "aa_ratio": [0.99, 1.02],
+        }
+        return smaller, figures | {"latency": latency | {"precision": "fp16", "note": "odd", "warnings": ["hot"]}}
+
+    monkeypatch.setattr(prune_checkpoint, "prune_detector", timed)
+    line = f"prune whole.safetensors --latency-ms 3 --precision fp16 --provider cuda,cpu {SIZE}"
+    assert code_of(f"{line} --out {tmp_path}/fast.safetensors") == 0
+    out = capsys.readouterr().out
+    (row,) = (row.split() for row in out.splitlines() if "fp16 file, median latency" in row)
+    assert row[-8:] == ["4.00", "ms", "│", "2.90", "ms", "│", "72%", "│"]
+    assert "95 % interval 2.80 to 2.95 ms" in out and "0.990 to 1.020" in out
+    assert "note: odd\nnote: hot\n" in out
+    assert out.splitlines()[-1].endswith('latency_ms: 3.0, precision: "fp16"}}\'')
 
 
 def test_a_run_says_size_and_images(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
