@@ -23,6 +23,7 @@ from deploy.core.files import write_text
 README = ROOT / "benchmarks" / "README.md"
 METHODS = ROOT / "docs" / "methods"
 INDEX = METHODS / "README.md"
+PRUNING = ROOT / "docs" / "pruning.md"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks {suite}`."
 
 
@@ -81,6 +82,9 @@ GAINS = {  # block of a page of docs/methods: case of distill_gain
     METHODS / "uet.md": {"ablation": "cpu-uet"},
 }
 
+PRUNED = {"figures": "cpu", "photographs": "bccd"}  # block of docs/pruning.md: case of prune_gain
+AXES = {"gflops": ("GFLOPs", "GFLOPs"), "latency": ("int8 p50", "milliseconds of the int8 file, p50")}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Write every document and picture anew; say which figures are old."""
@@ -103,6 +107,7 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
     """Path -> text of everything that is made from the results."""
     made = {README: readme(rows)}
     made |= {page: method_page(page, rows) for page in sorted(METHODS.glob("*.md"))}
+    made[PRUNING] = pruning_page(rows)
     made |= pictures(rows)
     return made
 
@@ -135,6 +140,25 @@ def method_page(page: Path, rows: Sequence[Row]) -> str:
     if page == INDEX:
         text = with_gains(text, results.of(rows, "distill_gain", "cpu-methods"))
     return text
+
+
+def pruning_page(rows: Sequence[Row]) -> str:
+    """docs/pruning.md with the table and the pictures of each case of `prune_gain`."""
+    text = PRUNING.read_text(encoding="utf-8")
+    for name, case in PRUNED.items():
+        shown = results.of(rows, "prune_gain", case)
+        text = filled(text, name, pruned(shown, case) if shown else NOT_MEASURED.format(suite=f"prune_gain {case}"))
+    return text
+
+
+def pruned(rows: Sequence[Row], case: str) -> str:
+    seeds = ", ".join(map(str, arm_results(rows)[0].maps))
+    head = (
+        f"{tables.origin(rows, code_of('prune_gain'))} Seeds {seeds}: mean and standard deviation; gains are paired "
+        "with training from the labels alone, with the 95 % interval of their mean."
+    )
+    shown = [f"![mAP against {AXES[axis][1]}](../benchmarks/results/prune_gain-{case}-{axis}.svg)" for axis in AXES]
+    return "\n\n".join([head, tables.pruned_table(rows), *shown])
 
 
 def arms(rows: Sequence[Row], method: str | None) -> str:
@@ -191,6 +215,11 @@ def pictures(rows: Sequence[Row]) -> dict[Path, str]:
     for case in ("cpu", "bccd"):
         if shown := results.of(rows, "pseudo_gain", case):
             made[RESULTS / f"pseudo_gain-{case}.svg"] = tables.student_picture(shown, f"pseudo labels, {case}")
+    for case in PRUNED.values():
+        if shown := results.of(rows, "prune_gain", case):
+            for axis, (metric, label) in AXES.items():
+                picture = tables.pruned_picture(shown, f"pruned students, {case}", metric, label)
+                made[RESULTS / f"prune_gain-{case}-{axis}.svg"] = picture
     if shown := results.of(rows, "kernels", "cuda"):
         made[RESULTS / "kernels-cuda.svg"] = tables.share_picture(shown, "fused operators on a GPU")
     return made

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.lib import chart
 from benchmarks.lib.age import OF_THIS_CODE, age
-from benchmarks.lib.gains import ArmResult, Summary, arm_results, summary
+from benchmarks.lib.gains import BASELINE, ArmResult, Summary, arm_results, summary
 from benchmarks.lib.results import Row, is_met
+
+TEACHER = "teacher"
+"""The variant of the teacher in a case of `prune_gain`."""
 
 
 def origin(rows: Sequence[Row], fingerprint: str) -> str:
@@ -89,6 +92,64 @@ def arm_picture(rows: Sequence[Row], name: str) -> str:
     ]
     legend = "dot: one seed; diamond: mean; line: 95 % interval of the mean, cut at the edge"
     return chart.dots(f"{name}: gain in mAP over the baseline ({baselines})", legend, lines, signed=True)
+
+
+def pruned_table(rows: Sequence[Row]) -> str:
+    """A case of `prune_gain`: a line an arm; sizes stand in the first line of an architecture, the teacher is last."""
+    lines = [["student", "GFLOPs", "p50 of int8, ms", "mAP as cut", "trained with", "mAP", "gain", "95 % interval"]]
+    before = ""
+    for arm in arm_results(rows):
+        group, how = group_of(arm.name, rows)
+        facts = ["", "", "", ""] if group == before else _architecture(group, rows)
+        low_high = arm.gain.interval
+        lines.append([
+            *facts,
+            how,
+            plus_minus(arm.map),
+            "" if arm.is_baseline else f"{arm.gain.mean:+.2f}",
+            "" if arm.is_baseline or low_high is None else f"{low_high[0]:+.2f} to {low_high[1]:+.2f}",
+        ])  # fmt: skip
+        before = group
+    teacher = [f"{row.value:.2f}" for row in rows if (row.variant, row.metric) == (TEACHER, "mAP")]
+    lines.append([*_architecture(TEACHER, rows), "", *teacher, "", ""])
+    return markdown(lines, "|---|---:|---:|---:|---|---:|---:|---|")
+
+
+def pruned_picture(rows: Sequence[Row], name: str, metric: str, x_label: str) -> str:
+    """mAP against a figure of the architectures: a line a method of the pruned ones, and the others as points."""
+    x = {row.variant: row.value for row in rows if row.metric == metric}
+    pruned = {row.variant for row in rows if row.metric == "mAP before training"}
+    points: dict[tuple[str, bool], list[tuple[float, float, float | None]]] = {}
+    for arm in arm_results(rows):
+        group, how = group_of(arm.name, rows)
+        key = (how, True) if group in pruned else (f"{group}, {how}", False)
+        points.setdefault(key, []).append((x[group], arm.map.mean, arm.map.stdev))
+    found = [chart.Curve(label, placed, joined) for (label, joined), placed in points.items()]
+    found += [
+        chart.Curve(f"{TEACHER}, whole", [(x[TEACHER], row.value, None)], joined=False)
+        for row in rows
+        if (row.variant, row.metric) == (TEACHER, "mAP")
+    ]
+    seeds = len(arm_results(rows)[0].maps)
+    legend = f"mean of {seeds} seeds, bar: standard deviation; diamond: not pruned"
+    return chart.curves(f"{name}: mAP against {x_label}", legend, x_label, found)
+
+
+def group_of(name: str, rows: Iterable[Row]) -> tuple[str, str]:
+    """The architecture and the method in the name of an arm of `prune_gain`."""
+    group = next(row.variant for row in rows if row.metric == "GFLOPs" and name.startswith(f"{row.variant} "))
+    how = name.removeprefix(f"{group} ")
+    return group, "labels alone" if how == BASELINE else how
+
+
+def _architecture(variant: str, rows: Sequence[Row]) -> list[str]:
+    own = {row.metric: row for row in rows if row.variant == variant}
+    return [
+        variant,
+        f"{own['GFLOPs'].value:.3f}" if "GFLOPs" in own else "",
+        cell(own["int8 p50"]).replace(" ms", "") if "int8 p50" in own else "",
+        cell(own["mAP before training"]) if "mAP before training" in own else "",
+    ]
 
 
 def student_table(rows: Sequence[Row]) -> str:

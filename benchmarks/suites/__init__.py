@@ -71,6 +71,11 @@ SUITES = {
     "distill_gain": Suite(
         "what distillation gains over plain training, over seeds", "2 h on two cores (preset cpu)", _TRAINING
     ),
+    "prune_gain": Suite(
+        "what distillation gives back to a pruned detector, over seeds",
+        "1 h of one core (preset cpu)",
+        (*_TRAINING, "compress/prune/*.py"),
+    ),
     "pseudo_gain": Suite(
         "what pseudo labels are worth, over seeds", "40 min (preset cpu)", (*_TRAINING, "compress/pseudo/*.py")
     ),

@@ -22,27 +22,28 @@ another seed: nothing was chosen on the images of the tables. The case cpu-tunin
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.lib import options
 from benchmarks.lib.gains import BASELINE
 from benchmarks.lib.results import Case, Row
 from benchmarks.lib.tables import arm_table
-from benchmarks.lib.trainings import PRESETS, Arm, Group, arm_recipe, rows_of_training, train_teacher
-from compress.config.recipe import Recipe, load_recipe
-from compress.manifest import STUDENT, TEACHER_CHECK, RunFolder
+from benchmarks.lib.trainings import (
+    Arm,
+    arm_recipe,
+    last_of_groups,
+    preset_arms,
+    preset_table,
+    rows_of_training,
+    run_all,
+    teacher_row,
+    told,
+)
+from compress.config.recipe import load_recipe
 from deploy.core.errors import UserError
-from deploy.core.files import sha256_of
-
-TUNING_DATA = 5  # added to the data's seed by --tune
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +61,9 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
     path, arms, common = read_plan(args)
     jobs = [(path, arm, seed, common) for seed in args.seeds for arm in arms]
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for arm, seed, figures in run_all(jobs, args.jobs):
-        found[arm, seed] = figures
-        print(f"{arm}, seed {seed}: mAP {figures['map']:.2f} ({figures['seconds']:.0f} s of training)", flush=True)
+    for done in run_all(jobs, args.jobs):
+        found[done[:2]] = done[2]
+        print(told(done), flush=True)
     rows: list[Row] = []
     for arm in arms:
         for seed in sorted(args.seeds):
@@ -86,100 +87,15 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--arms and --set make another table than the preset's; name it with --label")
 
 
-def last_of_groups(arms: list[Arm]) -> list[Arm]:
-    """The last arm of each group that has a teacher."""
-    return list({arm.group: arm for arm in arms if not arm.alone}.values())
-
-
-def teacher_row(arm: Arm, recipe: Recipe) -> Row:
-    """mAP of the group's teacher on the students' validation images, and which file it is, if it is one."""
-    value = RunFolder(recipe.run_dir).result(TEACHER_CHECK)["metrics"]["map"]
-    checkpoint = recipe.teacher.checkpoint if recipe.teacher is not None else None
-    file = Path(checkpoint) if checkpoint is not None else None
-    notes = f"sha256 {sha256_of(file)}" if file is not None and file.is_file() else ""
-    return Row(f"{arm.group} teacher".strip(), "mAP", round(value, 3), notes=notes)
-
-
 def read_plan(args: argparse.Namespace) -> tuple[Path, list[Arm], tuple[str, ...]]:
     """The recipe, the arms (the baseline first) and the settings that they share."""
-    common = tuple(args.set)
     if args.preset.suffix:
-        return args.preset, [Arm(BASELINE, (), alone=True), Arm("distilled", ())], common
-    folder = PRESETS / args.preset
-    if not (folder / "arms.yaml").is_file():
-        names = ", ".join(sorted(path.name for path in PRESETS.iterdir()))
-        raise UserError(f"{args.preset}: neither a preset ({names}) nor a .yaml recipe")
-    recipe_path = folder / "student.yaml"
-    tables = yaml.safe_load((folder / "arms.yaml").read_text(encoding="utf-8"))
-    if args.table not in tables:
-        raise UserError(f"{folder.name}: no table {args.table}; it has {', '.join(tables)}")
-    groups = read_table(tables[args.table])
+        return args.preset, [Arm(BASELINE, (), alone=True), Arm("distilled", ())], tuple(args.set)
+    groups = preset_table(args.preset.name, args.table)
     if args.arms:
         wanted = args.arms.split(",")
         if unknown := set(wanted) - {arm.name for group in groups for arm in group.arms}:
             raise UserError(f"no arm {', '.join(sorted(unknown))} in table {args.table}")
         groups = [replace(g, arms=tuple(arm for arm in g.arms if arm.name in wanted)) for g in groups]
         groups = [group for group in groups if group.arms]
-    if args.tune:
-        recipe = load_recipe(recipe_path, common)
-        if recipe.data.synthetic is None:
-            raise UserError(f"{folder.name}: --tune needs synthetic data, which can be drawn anew")
-        common = (
-            *common,
-            f"data.synthetic.seed={recipe.data.synthetic.seed + TUNING_DATA}",
-            f"name={recipe.name}-tune",
-        )
-    for group in groups:  # a mistake in the last one should not show up after an hour
-        for arm in group.arms:
-            load_recipe(recipe_path, [*common, *group.student, "teacher.checkpoint=t.safetensors", *arm.settings])
-    arms = []
-    for group in groups:
-        own = group.student
-        if (folder / "teacher.yaml").is_file():
-            teacher = train_teacher(folder / "teacher.yaml", args.set, group.teacher)
-            own = (*own, f"teacher.checkpoint={teacher}")
-        arms.append(Arm(f"{group.name} {BASELINE}".strip(), own, alone=True, group=group.name))
-        arms += [replace(arm, settings=(*own, *arm.settings)) for arm in group.arms]
-    return recipe_path, arms, common
-
-
-def read_table(table: dict[str, Any]) -> list[Group]:
-    """The groups of a table of arms.yaml; one without a name where it has only arms."""
-    if all(isinstance(settings, list) for settings in table.values()):
-        return [Group("", (), (), tuple(Arm(name, tuple(settings)) for name, settings in table.items()))]
-    return [
-        Group(
-            name,
-            tuple(group["student"]),
-            tuple(group["teacher"]),
-            tuple(Arm(f"{name} {arm}", tuple(settings), group=name) for arm, settings in group["arms"].items()),
-        )
-        for name, group in table.items()
-    ]
-
-
-def run_all(jobs: list[tuple[Path, Arm, int, tuple[str, ...]]], at_a_time: int) -> Any:
-    """Yield (arm, seed, figures) as they come."""
-    if at_a_time == 1:
-        for job in jobs:
-            yield train(*job)
-        return
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that start now
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(at_a_time, mp_context=context) as pool:
-        first = pool.submit(train, *jobs[0])  # draws the images: the others must not do it at the same time
-        yield first.result()
-        for future in concurrent.futures.as_completed([pool.submit(train, *job) for job in jobs[1:]]):
-            yield future.result()
-
-
-def train(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> tuple[str, int, dict[str, Any]]:
-    """Train one arm with one seed, or read what an earlier call measured."""
-    from compress.run.pipeline import distill
-
-    recipe = arm_recipe(path, arm, seed, common)
-    run_dir = distill(recipe, resume=True, distillation=not arm.alone)
-    result = RunFolder(run_dir).result(STUDENT)
-    figures = {key: round(result["metrics"][key], 3) for key in ("map", "map50", "map75")}
-    return arm.name, seed, figures | {"seconds": result["seconds"]}
+    return preset_arms(args.preset.name, groups, args.set, tune=args.tune)

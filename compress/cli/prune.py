@@ -14,10 +14,10 @@ import typer
 
 from compress.cli.exits import next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import ThresholdFlags, need_file, need_json_place, refuse, values_of
+from compress.cli.options import ThresholdFlags, need_file, need_json_place, provider_names, refuse, values_of
 from compress.cli.student import Student, read_student
 from deploy.core.errors import UserError
-from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, need_place
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -73,6 +73,12 @@ class CutFlags:
     precision: Annotated[
         Literal["fp32", "fp16", "int8"] | None,
         typer.Option("--precision", help="File whose latency counts. Default: fp32."),
+    ] = None
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            "--provider", metavar="NAME,NAME", help="Where ONNX Runtime runs it. Default: the recipe's, or cpu."
+        ),
     ] = None
 
 
@@ -141,12 +147,13 @@ def prune(
         need_json_place(out, "--out")
         need_new_file(out, checkpoint, force=force)
     size, limits = _size(student, of_images)
-    needing = settings.needs_images
-    needing = "--sensitivity" if sensitivity else None if needing is None else _option(needing)
-    labels = _labels(student, of_images, needing)
-    plan = CheckpointPruning(checkpoint, out, settings, size, limits, student.settings, labels)
+    labels = _labels(student, of_images, _needing(settings, sensitivity=sensitivity))
+    deploy = student.settings
+    if flags.provider is not None:
+        deploy = deploy.model_copy(update={"providers": tuple(provider_names(flags.provider))})
+    plan = CheckpointPruning(checkpoint, out, settings, size, limits, deploy, labels)
     if settings.shares == "sensitivity":
-        need_json_place(plan.sensitivities, "--out")
+        need_place(plan.sensitivities)
     with _options_named():
         if sensitivity:
             _show_sensitivity(plan, sensitivity_of(plan, print))
@@ -164,7 +171,7 @@ def _settings(budget: BudgetFlags, flags: CutFlags, of_images: ImageFlags, *, se
 
     budgets, given = values_of(budget), values_of(flags)
     if sensitivity:
-        others = {option: given[option] for option in ("--shares", "--schedule", "--precision")}
+        others = {option: given[option] for option in ("--shares", "--schedule", "--precision", "--provider")}
         refuse(budgets | others, "is about a cut, and --sensitivity makes none; leave it out")
         given["--gflops"], given["--shares"] = 0.5, "sensitivity"  # settings have a budget, of which nothing comes
     asked = [option for option, value in budgets.items() if value is not None]
@@ -172,11 +179,20 @@ def _settings(budget: BudgetFlags, flags: CutFlags, of_images: ImageFlags, *, se
         what = f"{' and '.join(asked)} are given" if asked else "none is given"
         raise UserError(f"needs exactly one of {', '.join(budgets)}, or --sensitivity; {what}")
     if budget.latency_ms is None:
-        refuse({"--precision": flags.precision}, "is about the file whose latency counts; give --latency-ms, or none")
+        of_file = {option: given[option] for option in ("--precision", "--provider")}
+        refuse(of_file, "is about the file whose latency counts; give --latency-ms, or leave it out")
     given |= {option: value for option, value in budgets.items() if value is not None}
     given["--images"] = of_images.data_images
+    del given["--provider"]  # of the file, no setting of the cut
     with _options_named():
         return read_cut({_key(option): value for option, value in given.items() if value is not None})
+
+
+def _needing(settings: Cut, *, sensitivity: bool) -> str | None:
+    """The option that cannot do without labelled images; None: there is no such."""
+    calibrates = settings.latency_ms is not None and settings.precision == "int8"
+    key = settings.needs_images or ("precision" if calibrates else None)
+    return "--sensitivity" if sensitivity else None if key is None else _option(key)
 
 
 def _size(student: Student, flags: ImageFlags) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -267,14 +283,24 @@ def _show(plan: CheckpointPruning, made: PrunedCheckpoint) -> None:
     ):
         before, after = (size[key] for size in made.sizes)
         figures.add_row(name, form.format(before), form.format(after), f"{after / before:.0%}")
-    if made.figures["budget"] == "latency_ms":
-        before, after = made.figures["whole"], made.figures["found"]
-        figures.add_row("latency, median", f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.0%}")
+    latency = made.figures["latency"]
+    if latency is not None:
+        before, after = latency["whole_ms"], latency["median_ms"]
+        name = f"{latency['precision']} file, median latency"
+        figures.add_row(name, f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.0%}")
     if made.maps is not None:
         figures.add_row(f"mAP before training, {made.images} images", *(f"{value:.2f}" for value in made.maps))
     console = open_console()
     console.print(layers)
     console.print(figures)
+    if latency is not None:
+        (low, high), (least, most) = latency["interval_ms"], latency["aa_ratio"]
+        print(
+            f"latency: 95 % interval {low:.2f} to {high:.2f} ms, where {latency['asked']:g} ms are asked for; the file "
+            f"against itself: {least:.3f} to {most:.3f} of its time"
+        )
+        for line in filter(None, [latency["note"], *latency["warnings"]]):
+            print(f"note: {line}")
     size = plan.out.stat().st_size / 1e6
     print(f"{plan.out}: {size:.1f} MB; in a recipe, which cuts and teaches it: student: {_in_a_recipe(plan)}")
 

@@ -47,8 +47,8 @@ class CheckpointPruning:
 
     @property
     def sensitivities(self) -> Path:
-        """What was measured of each layer, beside the file: `teacher.sensitivities.json`, whatever the file's name."""
-        return self.out.with_name(f"{_stem(self.checkpoint)}.sensitivities.json")
+        """What was measured of each layer, beside the checkpoint: `runs/first/teacher.sensitivities.json`."""
+        return beside(self.checkpoint).with_name(f"{_stem(self.checkpoint)}.sensitivities.json")
 
 
 @dataclass(frozen=True)

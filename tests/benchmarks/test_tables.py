@@ -179,3 +179,33 @@ def test_pictures_of_gains() -> None:
     drawn = ElementTree.fromstring(tables.arm_picture(MADE_UP, "cpu-methods"))
     assert len(drawn.findall(".//{*}circle")) == 12
     assert any("cpu-methods: gain in mAP over the baseline (20.00)" in (text.text or "") for text in drawn.iter())
+
+
+PRUNED = [
+    *arm("keep 0.5 baseline", 40.0, 41.0, 42.0),
+    *arm("keep 0.5 BCKD", 42.0, 43.5, 45.0),
+    *arm("nano baseline", 10.0, 11.0, 12.0),
+    *(
+        Row(variant, metric, value, unit)
+        for variant, *values in (("keep 0.5", 0.13, 1.5, 4.2), ("nano", 0.11, 1.25), ("teacher", 0.26, 2.5))
+        for value, (metric, unit) in zip(
+            values, (("GFLOPs", ""), ("int8 p50", "ms"), ("mAP before training", "")), strict=False
+        )
+    ),
+    Row("teacher", "mAP", 50.0),
+]
+
+
+def test_pruned_students_and_those_that_were_built_small() -> None:
+    table = lines_of(tables.pruned_table(PRUNED))
+    assert table[2:] == [
+        ["keep 0.5", "0.130", "1.50", "4.20", "labels alone", "41.00 ± 1.00", "", ""],
+        # Gains of 2.0, 2.5 and 3.0: 2.5 ± 4.303 * 0.5 / sqrt(3).
+        ["", "", "", "", "BCKD", "43.50 ± 1.50", "+2.50", "+1.26 to +3.74"],
+        ["nano", "0.110", "1.25", "", "labels alone", "11.00 ± 1.00", "", ""],
+        ["teacher", "0.260", "2.50", "", "", "50.00", "", ""],
+    ]
+    drawn = ElementTree.fromstring(tables.pruned_picture(PRUNED, "title", "int8 p50", "milliseconds"))
+    texts = {text.text for text in drawn.iter() if text.text}
+    assert {"labels alone", "BCKD", "nano, labels alone", "teacher, whole", "title: mAP against milliseconds"} <= texts
+    assert len(drawn.findall("{*}polyline")) == 2, "a line a method of the pruned ones"

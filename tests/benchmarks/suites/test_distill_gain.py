@@ -10,8 +10,7 @@ import yaml
 from benchmarks.__main__ import main
 from benchmarks.lib.gains import BASELINE
 from benchmarks.lib.results import read
-from benchmarks.lib.trainings import PRESETS, Arm, arm_recipe
-from benchmarks.suites.distill_gain import read_table
+from benchmarks.lib.trainings import PRESETS, Arm, arm_recipe, read_table
 from compress.config.recipe import load_recipe
 from tests.helpers import tiny_recipe
 
