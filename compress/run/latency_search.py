@@ -5,8 +5,9 @@ that will run it, and timed beside the whole detector's file.
         search.ms(detector)
 
 The machine is never the same twice, so what counts is the ratio to the whole detector's file, in rounds that go through
-both in random order, and what it is multiplied by is that file's median over the whole search. A file is opened twice:
-the two sessions' times are taken together, and their ratio says what noise alone does.
+both in random order, and what it is multiplied by is that file's median over the whole search. Two sessions of one file
+differ, too, by some percent: each is opened several times, twice at once, and the ratio of these two says what noise
+alone does.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from deploy.core.precisions import PRECISIONS
 from deploy.latency.clock import HOST_CLOCK, Clock
 from deploy.latency.measure import make_tasks, quiet_collector, run_slice, warm_up
 from deploy.latency.results import Estimate, Reading, Scope
-from deploy.latency.scopes import Task, read_pool
+from deploy.latency.scopes import read_pool
 from deploy.latency.statistics import ratio_in_turn
 from deploy.latency.telemetry import Telemetry, troubles
 from deploy.quantize.calibrate import choose_images
@@ -49,9 +50,8 @@ SCOPE: Scope = "h2d+compute+d2h"
 CHECKED, IMAGES = 2, 8  # images that files are checked on; that they are calibrated and timed on
 CERTAIN = 0.01
 """Timing goes on until the ratio's interval reaches no further than this share to each side."""
-_ROUNDS, _SECONDS = 15, 1.5  # of each session, before the interval is looked at
-_MOST_REPEATS, _LONGEST = 4, 30.0  # the latter in seconds
-_WARM_UP = 2.0
+_ROUNDS, _SECONDS, _WARM_UP = 10, 1.0, 2.0  # of a session, the last in seconds at most
+_FEWEST, _MOST, _LONGEST = 2, 6, 30.0  # sessions after one another, and seconds after which there is no other
 
 
 @dataclass(frozen=True)
@@ -150,66 +150,62 @@ class FileStopwatch:
         self._write, self._open, self._folder, self._clock = write, open_file, folder, clock
         self._encoded = read_pool(images)
         self._rng, self._seed = np.random.default_rng(seed), seed
-        self._whole: Runner | None = None
+        self._whole: Path | None = None
         self._whole_ms: list[float] = []
         self._timings: dict[str, Timing] = {}
 
     @property
     def whole_ms(self) -> float:
-        """Median milliseconds of the whole detector's file: of as many runs, between which minutes may lie."""
+        """Median milliseconds of the whole detector's file: of all sessions, between which minutes may lie."""
         return float(np.median(self._whole_ms))
 
     def timing(self, detector: Detector) -> Timing:
         """Of a detector's file; that of the first, and whole, one against itself."""
         key = json.dumps(model_of(detector).widths, sort_keys=True)
         if key not in self._timings:
-            self._timings[key] = self._measure(detector)
+            path = self._folder / f"{len(self._timings)}{ONNX_SUFFIX}"
+            self._write(detector, path)
+            self._timings[key] = self._measure(path)
+            self._whole = self._whole or path
         return self._timings[key]
 
-    def _measure(self, detector: Detector) -> Timing:
-        path = self._folder / f"{len(self._timings)}{ONNX_SUFFIX}"
-        self._write(detector, path)
-        own = [self._open(path), self._open(path)]
-        whole = self._whole or own[0]
-        runners = {"whole": whole, **{f"own {i}": runner for i, runner in enumerate(own) if runner is not whole}}
-        tasks = {
-            name: make_tasks([runner], SCOPE, self._encoded, 1, self._clock)[0] for name, runner in runners.items()
-        }
-        times: dict[str, list[np.ndarray]] = {name: [] for name in tasks}
-        begun, repeats = self._clock.now(), 0
-        while True:
-            self._run(tasks, times, warm=not repeats)
-            repeats += 1
-            self._whole_ms.append(float(np.median(np.concatenate(times["whole"][-_ROUNDS:]))))
-            timing = self._timing(times)
-            if _reach(timing.ratio if self._whole else timing.again) <= CERTAIN:
-                break
-            if repeats == _MOST_REPEATS or self._clock.now() - begun > _LONGEST:
-                break
-        self._whole = whole
-        return timing
-
-    def _run(self, tasks: Mapping[str, Task], times: Mapping[str, list[np.ndarray]], *, warm: bool) -> None:
+    def _measure(self, path: Path) -> Timing:
+        files = {"first": path, "second": path} | ({} if self._whole is None else {"whole": self._whole})
+        times: dict[str, list[np.ndarray]] = {name: [] for name in files}
+        begun, sessions = self._clock.now(), 0
         with Telemetry() as telemetry, quiet_collector():
-            if warm:
-                for task in tasks.values():
-                    warm_up([task], 1, _WARM_UP, self._clock)
+            while True:
+                self._session(files, times, telemetry)
+                sessions += 1
+                timing = self._timing(times)
+                certain = _reach(timing.ratio if self._whole else timing.again) <= CERTAIN
+                late = sessions == _MOST or self._clock.now() - begun > _LONGEST
+                if sessions >= _FEWEST and (certain or late):
+                    self.readings += telemetry.readings
+                    return timing
+
+    def _session(self, files: Mapping[str, Path], times: dict[str, list[np.ndarray]], telemetry: Telemetry) -> None:
+        """Open all, and go through them in rounds."""
+        tasks = {
+            name: make_tasks([self._open(path)], SCOPE, self._encoded, 1, self._clock)[0]
+            for name, path in files.items()
+        }
+        for task in tasks.values():
+            warm_up([task], 1, _WARM_UP, self._clock)
+        for _ in range(_ROUNDS):
+            for name in self._rng.permutation(list(tasks)).tolist():
+                found = run_slice([tasks[name]], 1, _SECONDS / _ROUNDS, self._clock)
+                times[name].append(np.asarray(found.samples_ms))
             telemetry.read()
-            for _ in range(_ROUNDS):
-                for name in self._rng.permutation(list(tasks)).tolist():
-                    found = run_slice([tasks[name]], 1, _SECONDS / _ROUNDS, self._clock)
-                    times[name].append(np.asarray(found.samples_ms))
-                telemetry.read()
-        self.readings += telemetry.readings[1:]
+        whole = "first" if self._whole is None else "whole"
+        self._whole_ms.append(float(np.median(np.concatenate(times[whole][-_ROUNDS:]))))
 
     def _timing(self, times: Mapping[str, Sequence[np.ndarray]]) -> Timing:
-        names = [name for name in times if name != "whole"]
-        if len(names) == 1:  # the whole detector's
-            again = ratio_in_turn(times["whole"], times[names[0]], [50.0], seed=self._seed)[0]
+        again = ratio_in_turn(times["first"], times["second"], [50.0], seed=self._seed)[0]
+        if self._whole is None:
             return Timing(Estimate(value=1.0), again)
-        own = [np.concatenate(parts) for parts in zip(*(times[name] for name in names), strict=True)]
-        ratio = ratio_in_turn(times["whole"], own, [50.0], seed=self._seed)[0]
-        return Timing(ratio, ratio_in_turn(times[names[0]], times[names[1]], [50.0], seed=self._seed)[0])
+        both = [np.concatenate(parts) for parts in zip(times["first"], times["second"], strict=True)]
+        return Timing(ratio_in_turn(times["whole"], both, [50.0], seed=self._seed)[0], again)
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,15 @@ from deploy.core.errors import UserError
 from tests.helpers.fake_runners import FakeClock, FakeRunner, small_images
 
 SIZE = (64, 64)
+
+
+@pytest.fixture(autouse=True)
+def frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Garbage is looked for before every slice of time, here without the objects of all tests so far."""
+    monkeypatch.setattr(searching, "quiet_collector", nullcontext)
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def tiny(family: str = "gfl") -> Detector:
@@ -136,7 +147,7 @@ def test_prune_meets_a_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_one_real_file(few_rounds: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without training images: it is timed on noise, here not for long."""
     monkeypatch.setattr(searching, "_SECONDS", 0.1)
-    monkeypatch.setattr(searching, "_MOST_REPEATS", 1)
+    monkeypatch.setattr(searching, "_MOST", 2)
     detector = tiny()
     plan = LatencyPlan(SIZE, SIZE, [], Deploy(candidates=100))
     with latency_search(detector, record(detector), plan, lambda line: None) as search:
