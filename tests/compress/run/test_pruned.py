@@ -57,9 +57,7 @@ def test_a_cut_that_cannot_be_made_is_refused_before_the_teacher_trains(
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_training_alone_has_no_teacher_to_cut(tmp_path: Path, dry_run: bool) -> None:
     recipe = tiny_recipe.recipe(tmp_path, "student={prune: {gflops: 0.5}}")
-    with pytest.raises(
-        UserError, match=r"^student\.prune\.of: the run trains the teacher first; use compress"
-    ):
+    with pytest.raises(UserError, match=r"^student\.prune\.of: the run trains the teacher first; use compress"):
         pipeline.distill(recipe, dry_run=dry_run, distillation=False)
 
 
