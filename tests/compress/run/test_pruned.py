@@ -92,5 +92,5 @@ def test_processes_wait_long_for_one_that_measures(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(distributed, "Fabric", fabric)
     monkeypatch.setattr(distributed, "DDPStrategy", dict)
-    distributed.launch(Train(steps=1, batch_size=2, devices=2), unused_parameters=True)
+    distributed.launch(Train(steps=1000, batch_size=2, devices=2), unused_parameters=True)
     assert given["strategy"]["timeout"] > timedelta(hours=6) and given["strategy"]["find_unused_parameters"]
