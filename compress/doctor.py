@@ -25,6 +25,7 @@ from deploy.core.errors import first_line
 
 TRAIN = (
     "torch",
+    "torch-pruning",
     "torchvision",
     "lightning",
     "safetensors",
