@@ -200,7 +200,7 @@ def test_nothing_to_lose(plan: PruningPlan, keys: dict[str, Any]) -> None:
     """A detector that finds nothing would be cut to nothing, or by no figure at all."""
     model = Model(backbone="nano", weights="none", neck_channels=32, head_depth=1)
     key = list(keys)[-1]
-    with pytest.raises(UserError, match=rf"^prune\.{key}: .*give a trained one"):
+    with pytest.raises(UserError, match=rf"^prune\.{key}: .*(give|prune) a trained one"):
         detector, record = build_detector(model, 8, seed=0), ModelRecord(model=model, num_classes=8)
         prune_detector(detector, record, settings(plan, **keys, images=1), print)
 
