@@ -51,7 +51,7 @@ METHODS = {
 }
 STEPS = 6
 REFUSED = "refused"
-RTOL = 1e-6
+RTOL = 5e-6  # 1.7e-6 lie between an AMD EPYC and an Intel Xeon, both with AVX512
 ATOL = 1e-7
 """A rounding of float32 at 1. Terms near zero are sums and differences of probabilities, their logarithms and overlaps,
 which are of that size: their own last digits are roundings of these."""
