@@ -314,6 +314,7 @@ class Pruning(_Part):
 
     budget: the key of the recipe; asked: its value; whole, found: what it limits, before and after (GFLOPs, millions of
     parameters, milliseconds, mAP in percent on training images). importance, shares, schedule: as in the recipe.
+    note: where much less is left than asked for.
     """
 
     of: str = TEACHER
@@ -325,6 +326,7 @@ class Pruning(_Part):
     whole: float
     found: float
     rows: list[PrunedLayer] = []
+    note: str | None = None
     sensitivity: Sensitivity | None = None
     latency: PruningLatency | None = None
 

@@ -79,7 +79,8 @@ def _missing(document: Document) -> list[str]:
     words = []
     if models.teacher is None:
         words.append("No teacher: report.json holds no teacher figures, so nothing is compared with one.")
-    if models.baseline is None and models.fine_tuned is None:
+    taught = report.methods != [] or report.pseudo_labels is not None
+    if taught and models.baseline is None and models.fine_tuned is None:
         words.append(
             "No baseline: the same student without distillation was not trained, so the gain from "
             "distillation is not known."

@@ -55,9 +55,11 @@ class LatencyPart:
 
 @dataclass(frozen=True)
 class PruningSection:
-    """widths: picture of the channels that are left, in one or two columns. latency, sensitivity: where measured."""
+    """note: where much less is left than asked for. widths: picture of the channels that are left, in one or two
+    columns. latency, sensitivity: where measured."""
 
     tiles: list[Tile]
+    note: str | None
     widths: list[Markup]
     latency: LatencyPart | None
     sensitivity: SensitivityPart | None
@@ -68,7 +70,9 @@ def pruning_section(report: Report) -> PruningSection | None:
     found = report.pruning
     if found is None or not found.rows:
         return None
-    return PruningSection(_tiles(report, found), _widths(found.rows), _latency(found.latency), _sensitivity(found))
+    return PruningSection(
+        _tiles(report, found), found.note, _widths(found.rows), _latency(found.latency), _sensitivity(found)
+    )
 
 
 # --- details --------------------------------------------------------------------------------------------

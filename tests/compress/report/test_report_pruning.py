@@ -142,6 +142,19 @@ def test_page_shows_what_is_left_of_each_layer(tmp_path: Path) -> None:
     assert "Latency of the candidates" not in part
 
 
+def test_page_says_that_a_budget_was_not_met_closely(tmp_path: Path) -> None:
+    report = pruned_report()
+    report["pruning"]["note"] = "30% of gflops stay where <50%> were asked for"
+    assert "30% of gflops stay where &lt;50%&gt; were asked for." in section(page_of(tmp_path, report)[0], "pruning")
+
+
+def test_only_what_was_taught_lacks_a_baseline(tmp_path: Path) -> None:
+    report = pruned_report()
+    del report["models"]["baseline.pruned"], report["models"]["baseline"]
+    assert "No baseline:" in page_of(tmp_path, report | {"methods": ["fgd"]})[1].text
+    assert "No baseline:" not in page_of(tmp_path, report | {"methods": []})[1].text
+
+
 def test_page_shows_the_most_sensitive_layers_first(tmp_path: Path) -> None:
     html, _ = page_of(tmp_path, pruned_report())
     part = section(html, "pruning")
