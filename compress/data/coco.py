@@ -167,6 +167,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         )
         return image, target
 
+    def network_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) that each image has after `transform`, at most; pixels."""
+        largest: dict[tuple[int, int], tuple[int, int]] = {
+            size: self.transform.largest(*size)  # type: ignore[attr-defined]  # those of compress.data.transforms
+            for size in set(self.sizes)
+        }
+        return [largest[size] for size in self.sizes]
+
     def name(self, index: int) -> str:
         """The image's `file_name`."""
         return self._names[index]

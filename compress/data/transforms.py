@@ -78,6 +78,10 @@ class _Train:
             image, boxes = horizontal_flip(image, boxes)
         return image, F.clamp_bounding_boxes(boxes).as_subclass(Tensor), ignore
 
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size gets at most; the zoom leaves the frame as it is."""
+        return fit_size(height, width, short=self.high, long=self.long)
+
 
 @dataclass(frozen=True)
 class _Eval:
@@ -86,9 +90,13 @@ class _Eval:
     canvas: tuple[int, int] | None
 
     def __call__(self, image: Tensor, boxes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = fit_size(image.shape[1], image.shape[2], short=self.short, long=self.long, canvas=self.canvas)
+        size = self.largest(image.shape[1], image.shape[2])
         moved = _as_boxes(F.resize(_wrap(boxes, image), list(size)))
         return resize_exactly(image, size), F.clamp_bounding_boxes(moved).as_subclass(Tensor), ignore
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size gets."""
+        return fit_size(height, width, short=self.short, long=self.long, canvas=self.canvas)
 
 
 def resize_exactly(image: Tensor, size: tuple[int, int]) -> Tensor:

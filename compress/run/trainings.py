@@ -19,6 +19,7 @@ from compress.config.train import Train
 from compress.console import open_console
 from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
+from compress.data.views import Views
 from compress.detectors.base import Capability, Detector
 from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, check_described, load_detector, save_detector
@@ -197,6 +198,7 @@ def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[An
         workers=plan.workers,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        views=None if plan.settings.views is None else Views(plan.settings.views, plan.seed),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compress.data.batch import Batch
 from compress.detectors.base import Detector, Reduce
 from compress.distill.method import Outputs
+from compress.distill.teacher_outputs import looked_at, run_teacher
 from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
 from deploy.core.errors import UserError
 
@@ -38,10 +39,9 @@ class Learner(nn.Module):
         prediction = self.student.predict(features)
         factors = {name: method.factor(position) for name, method in self._weighted()}
         teacher_outputs = None
-        if teacher is not None and any(factors.values()):
-            with torch.no_grad():
-                teacher_features = teacher.features(batch.images)
-                teacher_outputs = Outputs(teacher_features, teacher.predict(teacher_features), teacher)
+        active = [weighted.method for name, weighted in self._weighted() if factors[name]]
+        if teacher is not None and active:
+            teacher_outputs = run_teacher(teacher, batch.images, looked_at(active))
         with torch.autocast(batch.images.device.type, enabled=False):
             prediction = prediction.float()
             targets = self.student.assign(prediction, batch.targets, self._reduce)

@@ -16,6 +16,7 @@ from compress.config.deploy import Qad
 from compress.config.train import Optimizer, Schedule, Train
 from compress.data.concat import TrainingImages
 from compress.data.loader import train_loader
+from compress.data.views import Views
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import save_detector
 from compress.distill.weighting import WeightedMethod
@@ -96,6 +97,7 @@ def train_quantized(
         workers=plan.workers,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        views=None if plan.settings.views is None else Views(plan.settings.views, plan.seed),  # the views it knows
     )
     training = Training(
         name=plan.name,
