@@ -28,7 +28,11 @@ from tests.helpers.training_runs import assert_same, fabric, last_checkpoint, tr
 
 @pytest.mark.parametrize(
     "extra",
-    [(), ("train.accumulate=2", "train.optimizer.name=adamw"), ("train.eval_every=1", "train.steps=18")],
+    [
+        (),
+        ("train.accumulate=2", "train.optimizer.name=adamw", "student.head_norm=batch", "student.head_depth=1"),
+        ("train.eval_every=1", "train.steps=18"),
+    ],
     ids=["plain", "accumulate", "best"],
 )
 def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
