@@ -188,13 +188,15 @@ def test_a_network_on_grids_computes_what_its_file_computes(
     """Its weights are rounded before the factors of the levels, those of the file behind them."""
     student, _ = load_quantizable(checkpoint)
     grids = quantizer.grids(keep_float)
+    halves = [grid.model_copy(update={"scale": grid.scale / 2}) for grid in grids.activations]  # ranges that cut much
+    grids = grids.model_copy(update={"activations": tuple(halves)})
     levels = {call[0] for grid in grids.activations for call in grid.taken_by if call[0].startswith("head.cls_convs")}
     assert levels == {f"head.cls_convs.0.conv.{level}" for level in range(5)}
     fold_batch_norms(student)
     network = FakeQuantized(student, grids).eval()
-    file = dense_outputs(quantizer.graph(keep_float), quantizer.canvases)
+    file = dense_outputs(quantizer.graph(trained=grids), quantizer.canvases)
     own, exact = (output_error(file, _dense(model, quantizer.card, quantizer.canvases)) for model in (network, student))
-    assert max(own) < 0.01 and sum(own) < 0.35 * sum(exact)
+    assert max(own) < 0.05 and sum(own) < 0.35 * sum(exact)
     network.train()
     assert not any(each.training for m in network.modules() if isinstance(m, LevelNorm) for each in m)
 
