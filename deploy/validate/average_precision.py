@@ -1,7 +1,6 @@
 """COCO precision and recall on arrays, in memory that is bounded.
 
-The figures are those of faster-coco-eval 1.8.0 to the last bit. pycocotools adds 2.2e-16 to a denominator, so that its
-perfect detector reaches 99.99999999999997.
+The figures are those of pycocotools 2.0.11 to the last bit, where it gives any.
 
 Rows are sorted once by class, image and score. Groups, the detections of a class in an image, are matched some thousand
 rows at a time, the first of every group at once, then the second of every group, and so on; what stays of a row are two
@@ -25,23 +24,27 @@ IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Pixels of all, small, medium and large objects, both ends included."""
+FEW = (1, 10)
+"""Numbers of detections of a class in an image for which COCO asks no more than the recall."""
 ROWS = 1 << 14  # detections that are matched at a time
 PAIRS = 1 << 16  # pairs whose IoU is computed at a time
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Precision [10 IoUs, 101 recalls, k classes, 4 areas, limits] and recall [10, k, 4, limits], 0..1; -1 where there
-    is no object of that class and size."""
+    """Precision [10 IoUs, 101 recalls, k classes, 4 areas, limits], recall [10, k, 4, limits], and recall of all sizes
+    with FEW detections [10, k, 2]; 0..1, -1 where there is no object of that class and size."""
 
     precision: np.ndarray
     recall: np.ndarray
+    recall_of_few: np.ndarray
 
     @classmethod
     def empty(cls, classes: int, limits: int) -> Curves:
         """Nothing but -1."""
         shape = (classes, len(AREAS), limits)
-        return cls(np.full((len(IOUS), len(RECALLS), *shape), -1.0), np.full((len(IOUS), *shape), -1.0))
+        shapes = (len(IOUS), len(RECALLS), *shape), (len(IOUS), *shape), (len(IOUS), classes, len(FEW))
+        return cls(*(np.full(shape, -1.0) for shape in shapes))
 
 
 def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> Curves:
@@ -58,9 +61,12 @@ def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> 
     np.add.at(counts, objects.groups // max(len(truth.image_ids), 1), ~objects.ignored)
     for k in np.flatnonzero(counts.any(1)):
         category = slice(bounds[k], bounds[k + 1])
+        places = _places_in_runs(rows.groups[category])
         best_first = np.argsort(-table.scores[rows.numbers[category]], kind="stable")
+        if counts[k, 0]:
+            found.recall_of_few[:, k] = _recall_of_few(hit, category, places, int(counts[k, 0]))
         for m, limit in enumerate(limits):
-            ranked = best_first[_places_in_runs(rows.groups[category])[best_first] < limit]
+            ranked = best_first[places[best_first] < limit]
             for a in np.flatnonzero(counts[k]):
                 for t in range(len(IOUS)):
                     bit = (int(a), t)
@@ -87,9 +93,16 @@ def _curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndar
     """
     places = np.flatnonzero(hits)
     right = np.arange(1, len(places) + 1, dtype=np.float64)
-    precision = right / np.cumsum(counted, dtype=np.int32)[places]
+    # what pycocotools adds against a division by 0 makes the first of all 2.2e-16 less than 1
+    precision = right / (np.cumsum(counted, dtype=np.int32)[places] + np.spacing(1))
     best_from_here = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     return best_from_here[np.searchsorted(right / objects, RECALLS)], len(places) / objects
+
+
+def _recall_of_few(hit: _Bits, category: slice, places: np.ndarray, objects: int) -> np.ndarray:
+    """Recall [10 IoUs, 2] with FEW detections. places: of the rows within their groups, best first."""
+    found = [[hit.column(category, 0, t)[places < limit].sum() for limit in FEW] for t in range(len(IOUS))]
+    return np.array(found) / objects
 
 
 # ----------------------------------------------------------------------------------------------------
