@@ -18,6 +18,7 @@ from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.validate import average_precision
+from deploy.validate.analysis import analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco
 from deploy.validate.collected import Collected
 from deploy.validate.ground_truth import GroundTruth
@@ -90,6 +91,7 @@ def test_order_of_images_and_size_of_pieces_change_no_bit(monkeypatch: pytest.Mo
         with monkeypatch.context() as small:
             small.setattr(average_precision, "ROWS", 3)
             small.setattr(average_precision, "PAIRS", 2)
+            small.setattr(average_precision, "CELLS", 20)
             assert evaluate_coco(document, rows).to_dict() == whole
 
 
@@ -215,6 +217,7 @@ def test_memory_grows_with_detections_and_not_with_images_times_classes() -> Non
         columns = GroundTruth.of(document)
         evaluate_coco(columns, collected.table())
         detection_ece(columns, collected.table())
+        analyse(columns, collected.table(), image_slices(columns, document["images"]))
         dense = tracemalloc.get_traced_memory()[1]
         del collected, columns
         tracemalloc.reset_peak()
