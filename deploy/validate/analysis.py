@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from deploy.core.detection_table import DetectionTable
-from deploy.validate.average_precision import matched_at_half
-from deploy.validate.coco import evaluate_coco
+from deploy.validate.average_precision import curves, matched_at_half
+from deploy.validate.coco import DETECTIONS, percent
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.tide import TideErrors, tide_errors
 
@@ -53,7 +53,7 @@ class Analysis:
 def analyse(truth: GroundTruth, table: DetectionTable, slices: Mapping[str, np.ndarray]) -> Analysis:
     """Look at finite detections of images and categories of `truth`. slices: by name, which of its images: bool [i]."""
     return Analysis(
-        tide_errors(truth, table),
+        tide_errors(truth, table, DETECTIONS),
         [_on_slice(truth, table, name, chosen) for name, chosen in slices.items()],
         confusion(truth, table),
     )
@@ -80,7 +80,7 @@ def confusion(truth: GroundTruth, table: DetectionTable) -> list[tuple[str | Non
     left out."""
     blind = replace(truth, category_ids=np.zeros(1, np.int64), categories=np.zeros_like(truth.categories))
     shown = np.flatnonzero(table.scores.astype(np.float64) >= SHOWN_SCORE)
-    one_class = replace(table, category_ids=np.zeros_like(table.category_ids))
+    one_class = replace(table, category_ids=np.broadcast_to(np.int64(0), len(table)))
     found = matched_at_half(blind, one_class, shown)
     nothing = len(truth.category_ids)
     classes = np.searchsorted(truth.category_ids, table.category_ids[found.rows])
@@ -99,7 +99,5 @@ def confusion(truth: GroundTruth, table: DetectionTable) -> list[tuple[str | Non
 
 def _on_slice(truth: GroundTruth, table: DetectionTable, name: str, chosen: np.ndarray) -> Slice:
     rows = chosen[np.searchsorted(truth.image_ids, table.image_ids)]
-    part = DetectionTable(
-        table.image_ids[rows], table.category_ids[rows], table.boxes[rows], table.scores[rows], table.corners
-    )
-    return Slice(name, int(chosen.sum()), evaluate_coco(truth.of_images(chosen), part).map)
+    found = curves(truth.of_images(chosen), table, [DETECTIONS], np.flatnonzero(rows).astype(np.int32))
+    return Slice(name, int(chosen.sum()), percent(found.precision[:, :, :, 0]))

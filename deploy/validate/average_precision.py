@@ -48,13 +48,16 @@ class Curves:
         return cls(*(np.full(shape, -1.0) for shape in shapes))
 
 
-def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> Curves:
-    """Match detections with objects as COCO does. limits: how many detections of a class in an image count.
+def curves(
+    truth: GroundTruth, table: DetectionTable, limits: Sequence[int], chosen: np.ndarray | None = None
+) -> Curves:
+    """Match detections with objects as COCO does. limits: how many detections of a class in an image count. chosen:
+    numbers of the rows that are looked at; None: all.
 
     The rows are finite and of images and categories of `truth`.
     """
     objects = _Objects(truth)
-    rows = _Rows(truth, table, np.arange(len(table), dtype=_kind(len(table))), max(limits))
+    rows = _Rows(truth, table, chosen, max(limits))
     hit, skip, _ = _match(objects, rows)
     found = Curves.empty(len(truth.category_ids), len(limits))
     bounds = np.searchsorted(rows.groups, np.arange(len(truth.category_ids) + 1) * len(truth.image_ids))
@@ -89,12 +92,11 @@ def matched_at_half(
 ) -> Matched:
     """Match detections with objects of any size. chosen: numbers of the rows that are looked at; None: all. limit: how
     many of a class in an image."""
-    chosen = np.arange(len(table)) if chosen is None else chosen
     objects, rows = _Objects(truth), _Rows(truth, table, chosen, limit)
     _, skip, found = _match(objects, rows)
     counted = ~skip.columns(slice(0, len(rows)), 0)[:, 0]
-    found = found[counted]
-    return Matched(rows.numbers[counted], np.where(found < 0, -1, objects.order[found]))
+    places = np.append(objects.order, -1).astype(np.int32)  # -1 is the last
+    return Matched(rows.numbers[counted], places[found[counted]])
 
 
 def curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,8 +147,11 @@ class _Rows:
     numbers: of the rows in the table. groups: as of the objects.
     """
 
-    def __init__(self, truth: GroundTruth, table: DetectionTable, chosen: np.ndarray, limit: int | None = None) -> None:
+    def __init__(
+        self, truth: GroundTruth, table: DetectionTable, chosen: np.ndarray | None, limit: int | None = None
+    ) -> None:
         self.table = table
+        chosen = np.arange(len(table), dtype=_kind(len(table))) if chosen is None else chosen
         groups = np.searchsorted(truth.category_ids, table.category_ids[chosen])
         groups = groups.astype(_kind(len(truth.category_ids) * len(truth.image_ids)), copy=False)
         groups *= len(truth.image_ids)

@@ -115,22 +115,22 @@ def evaluate_coco(
     precision, recall = found.precision[..., 0], found.recall[..., 0]  # [IoU, recall, class, area], [IoU, class, area]
     more = len(limits) > 1
     return CocoMetrics(
-        map=_percent(precision[:, :, :, 0]),
-        map50=_percent(precision[0, :, :, 0]),
-        map75=_percent(precision[5, :, :, 0]),
-        map_small=_percent(precision[:, :, :, 1]),
-        map_medium=_percent(precision[:, :, :, 2]),
-        map_large=_percent(precision[:, :, :, 3]),
-        mar100=_percent(recall[:, :, 0]),
-        mar1=_percent(found.recall_of_few[:, :, 0]),
-        mar10=_percent(found.recall_of_few[:, :, 1]),
-        mar_small=_percent(recall[:, :, 1]),
-        mar_medium=_percent(recall[:, :, 2]),
-        mar_large=_percent(recall[:, :, 3]),
-        per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(truth.names)},
+        map=percent(precision[:, :, :, 0]),
+        map50=percent(precision[0, :, :, 0]),
+        map75=percent(precision[5, :, :, 0]),
+        map_small=percent(precision[:, :, :, 1]),
+        map_medium=percent(precision[:, :, :, 2]),
+        map_large=percent(precision[:, :, :, 3]),
+        mar100=percent(recall[:, :, 0]),
+        mar1=percent(found.recall_of_few[:, :, 0]),
+        mar10=percent(found.recall_of_few[:, :, 1]),
+        mar_small=percent(recall[:, :, 1]),
+        mar_medium=percent(recall[:, :, 2]),
+        mar_large=percent(recall[:, :, 3]),
+        per_class={name: percent(precision[:, :, k, 0]) for k, name in enumerate(truth.names)},
         max_detections=max_detections if more else None,
-        map_at_max=_percent(found.precision[:, :, :, 0, 1]) if more else None,
-        mar_at_max=_percent(found.recall[:, :, 0, 1]) if more else None,
+        map_at_max=percent(found.precision[:, :, :, 0, 1]) if more else None,
+        mar_at_max=percent(found.recall[:, :, 0, 1]) if more else None,
     )
 
 
@@ -295,7 +295,7 @@ def _backend(name: Backend) -> Callable[[GroundTruth, DetectionTable, Sequence[i
     raise UserError(f"unknown COCO evaluator '{name}': choose 'faster' or 'pycocotools'")
 
 
-def _percent(values: np.ndarray) -> float:
+def percent(values: np.ndarray) -> float:
     """Mean of the entries that exist (the evaluators mark "no ground truth" with -1), in percent."""
     present = values[values > -1]
     return float(present.mean() * 100.0) if present.size else math.nan

@@ -75,7 +75,7 @@ class TideErrors:
         return ", ".join(said) or "nothing"
 
 
-def tide_errors(truth: GroundTruth, table: DetectionTable, limit: int = 100) -> TideErrors | None:
+def tide_errors(truth: GroundTruth, table: DetectionTable, limit: int) -> TideErrors | None:
     """Errors of finite detections of images and categories of `truth`; None without an object that counts. limit:
     detections of a class in an image that count."""
     found = matched_at_half(truth, table, limit=limit)
@@ -116,8 +116,8 @@ class _Ranking:
 
     def __init__(self, truth: GroundTruth, table: DetectionTable, found: Matched) -> None:
         self.classes = np.searchsorted(truth.category_ids, table.category_ids[found.rows]).astype(np.int32)
-        images = table.image_ids[found.rows]
-        self.order = np.lexsort((found.rows, images, -table.scores[found.rows]))
+        order = np.lexsort((found.rows, table.image_ids[found.rows], -table.scores[found.rows]))
+        self.order = order.astype(found.rows.dtype)
         self.objects = np.bincount(truth.categories[truth.counts], minlength=len(truth.category_ids))
 
     def ap50(self, right: np.ndarray, kept: np.ndarray, classes: np.ndarray, objects: np.ndarray) -> float:
@@ -135,7 +135,7 @@ class _Ranking:
 def _explained(truth: GroundTruth, table: DetectionTable, found: Matched) -> tuple[np.ndarray, np.ndarray]:
     """The kind of each detection, a place in _WRONG, and the object that it is about; right ones have len(_WRONG)."""
     kinds = np.full(len(found.rows), len(_WRONG), np.int8)
-    targets = np.zeros(len(found.rows), np.int64)
+    targets = np.zeros(len(found.rows), np.int32)
     counted = np.flatnonzero(truth.counts)
     counted = counted[np.argsort(truth.images[counted], kind="stable")]
     images, boxes = truth.images[counted], truth.boxes[counted]

@@ -39,7 +39,7 @@ def crowded_set(seed: int) -> Set:
 
 def errors(case: Set) -> TideErrors:
     document, rows = case
-    found = tide_errors(GroundTruth.of(document), DetectionTable.from_rows(rows))
+    found = tide_errors(GroundTruth.of(document), DetectionTable.from_rows(rows), 100)
     assert found is not None
     return found
 
@@ -85,7 +85,9 @@ def test_a_crowd_is_no_object_and_what_matches_it_is_no_error() -> None:
     document = truth({"bbox": A}, {"bbox": B, "iscrowd": 1})
     found = errors((document, [row(A), row(B, 0.95), row([210, 40, 9, 9], 0.7)]))
     assert {name: error.count for name, error in found.errors.items() if error.count} == {}
-    assert tide_errors(GroundTruth.of(truth({"bbox": B, "iscrowd": 1})), DetectionTable.from_rows([row(B)])) is None
+    assert (
+        tide_errors(GroundTruth.of(truth({"bbox": B, "iscrowd": 1})), DetectionTable.from_rows([row(B)]), 100) is None
+    )
 
 
 def test_confused_classes_are_those_of_the_definition() -> None:

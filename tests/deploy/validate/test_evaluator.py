@@ -209,15 +209,21 @@ def test_memory_grows_with_detections_and_not_with_images_times_classes() -> Non
         rng.uniform(0, 50, (100, 4)).astype(np.float32), rng.random(100).astype(np.float32), rng.integers(0, 3, 100),
         ("a", "b", "c"), (0, 1, 2),
     )  # fmt: skip
+
+    def everything(labels: GroundTruth, table: DetectionTable) -> None:
+        """What `validate` asks of the detections of a file."""
+        evaluate_coco(labels, table)
+        detection_ece(labels, table)
+        analyse(labels, table, image_slices(labels, document["images"]))
+
+    everything(GroundTruth.of(document), DetectionTable.from_rows([row(A)]))  # what NumPy imports on the way
     tracemalloc.start()
     try:
         collected = Collected()
         for image in range(images):
             collected.add(image, found)
         columns = GroundTruth.of(document)
-        evaluate_coco(columns, collected.table())
-        detection_ece(columns, collected.table())
-        analyse(columns, collected.table(), image_slices(columns, document["images"]))
+        everything(columns, collected.table())
         dense = tracemalloc.get_traced_memory()[1]
         del collected, columns
         tracemalloc.reset_peak()
