@@ -129,11 +129,12 @@ def open(
     """A detector in a file, ready to look at pictures: an exported `.onnx`, a TensorRT `.engine`, or a checkpoint.
 
     Args:
-        providers: where ONNX Runtime runs an exported file, in order of preference: `cpu`, `cuda`, `tensorrt`.
+        providers: where ONNX Runtime runs an exported file, in order of preference: `cpu`, `cuda`, `tensorrt`; or
+            `openvino` (or `openvino-gpu`, `openvino-npu`), which is a runtime of its own.
         input_size: of a checkpoint: see `export`.
         device: of a checkpoint: where torch runs it.
         runner: a user's own runner to open the file with, as a class or an import path `package.module:MyRunner`.
-        options: of exported files: `threads`, `allow_fallback`, `tensorrt`, `cuda_graph`
+        options: of exported files: `threads`, `allow_fallback`, `tensorrt`, `openvino`, `cuda_graph`
             (`deploy.runtimes.open.open_runner`).
 
     Exported files need no torch. Raises UserError for everything that keeps the file from running.
@@ -251,14 +252,21 @@ class Checkpoint(Model):
         Args:
             settings: as of a recipe's `student.prune` without `of`, such as `{"gflops": 0.5, "importance": "taylor"}`.
             annotations, images: a COCO JSON of training images and their folder, for settings that look at such.
+                Default: those of the recipe.yaml beside this checkpoint.
             out: default: this one's name with `.pruned.safetensors`. force: replace a file that is there.
 
-        Raises UserError for settings that cannot be, a budget that cannot be met, and a checkpoint that was pruned
-        before or trained on the grids of its int8 file.
+        Raises UserError for settings that cannot be, or that need images without any, a budget that cannot be met, and
+        a checkpoint that was pruned before or trained on the grids of its int8 file.
         """
         from compress.config.data import Split
         from compress.config.prune import read_cut
-        from compress.run.prune_checkpoint import CheckpointPruning, beside, need_new_file, prune_checkpoint
+        from compress.run.prune_checkpoint import (
+            CheckpointPruning,
+            beside,
+            need_new_file,
+            prune_checkpoint,
+            training_labels,
+        )
 
         if (annotations is None) != (images is None):
             raise UserError("annotations, images: belong together; give both, or none")
@@ -266,10 +274,14 @@ class Checkpoint(Model):
         need_new_file(path, str(self.path), force=force)
         size = self.card.input_size
         short, long = self.card.short or min(size), self.card.long or max(size)
-        labels = None
+        cut, given = read_cut(settings), None
         if annotations is not None and images is not None:
-            labels = Split(annotations=Path(annotations), images=Path(images))
-        plan = CheckpointPruning(str(self.path), path, read_cut(settings), size, (short, long), self._settings, labels)
+            given = Split(annotations=Path(annotations), images=Path(images))
+        needed = None if cut.needs_pictures is None else f"prune.{cut.needs_pictures}"
+        labels = training_labels(self._recipe, given, needed, print)
+        optional = needed is None and given is None
+        limits, checkpoint = (short, long), str(self.path)
+        plan = CheckpointPruning(checkpoint, path, cut, size, limits, self._settings, labels, optional)
         made = prune_checkpoint(plan, print)
         return Checkpoint(made.path, recipe=self._recipe, input_size=size)
 

@@ -192,9 +192,8 @@ def _settings(budget: BudgetFlags, flags: CutFlags, of_images: ImageFlags, *, se
 
 
 def _needing(settings: Cut, *, sensitivity: bool) -> str | None:
-    """The option that cannot do without labelled images; None: there is no such."""
-    calibrates = settings.latency_ms is not None and settings.precision == "int8"
-    key = settings.needs_images or ("precision" if calibrates else None)
+    """The option that cannot do without images; None: there is no such."""
+    key = settings.needs_pictures
     return "--sensitivity" if sensitivity else None if key is None else _option(key)
 
 
@@ -216,36 +215,22 @@ def _size(student: Student, flags: ImageFlags) -> tuple[tuple[int, int], tuple[i
 
 
 def _labels(student: Student, flags: ImageFlags, needed: str | None) -> Split | None:
-    """The training images to look at: those of the options, or the run's. needed: what cannot do without; where
-    nothing needs them, the run's may lie on another machine."""
+    """The training images to look at: those of the options, or the run's."""
     from compress.config.data import Split
+    from compress.run.prune_checkpoint import training_labels
 
-    recipe = student.recipe
+    given = None
     if flags.data is not None or flags.images is not None:
         if flags.data is None or flags.images is None:
-            given, other = ("--data", "--images") if flags.images is None else ("--images", "--data")
-            raise UserError(f"{given}: needs {other} beside it, COCO JSON and the folder of its images")
+            there, other = ("--data", "--images") if flags.images is None else ("--images", "--data")
+            raise UserError(f"{there}: needs {other} beside it, COCO JSON and the folder of its images")
         need_file(flags.data)
-        if needed and recipe is not None and recipe.data.val is not None:
-            val = recipe.data.val.annotations
-            if val.exists() and val.samefile(flags.data):
-                raise UserError(f"--data: {flags.data} is the run's validation set; {needed} takes training images")
-        return Split(annotations=flags.data, images=flags.images)
-    if recipe is None:
+        given = Split(annotations=flags.data, images=flags.images)
+    elif student.recipe is None:
         if needed:
             raise UserError(f"{needed}: looks at labelled training images; give --data and --images")
         refuse({"--data-images": flags.data_images}, "belongs to --data, which is not given")
-        return None
-    from compress.run.data import labelled_split, splits
-    from compress.run.plans import data_plan
-
-    labels = labelled_split(data_plan(recipe))
-    if needed:
-        splits(recipe.data, recipe.runs)  # draws generated ones
-    elif not labels.annotations.is_file():
-        print(f"note: mAP is not measured: {labels.annotations}, the run's training labels, is not here")
-        return None
-    return labels
+    return training_labels(student.recipe, given, needed, print)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class Deploy(Settings):
     max_batch: Positive = 8
     """Largest batch that the file is checked with."""
     providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = ("cpu",)
-    """Where ONNX Runtime runs the file for validation and benchmark."""
+    """Where the files run for validation and benchmark: in ONNX Runtime, by preference; or in OpenVINO, named alone."""
     max_map_drop: Weight = 0.5
     """The gate: largest loss of mAP (points) against the student in PyTorch, and against what training measured."""
     benchmark: Benchmark = Benchmark()

@@ -67,6 +67,12 @@ class Cut(Settings):
         }
         return next((key for key, needs in needing.items() if needs), None)
 
+    @property
+    def needs_pictures(self) -> str | None:
+        """The key that cannot do without training images, with labels or for the calibration of an int8 file."""
+        calibrated = self.latency_ms is not None and self.precision == "int8"
+        return self.needs_images or ("precision" if calibrated else None)
+
     @model_validator(mode="after")
     def _rules(self) -> Cut:
         given = [key for key in BUDGETS if getattr(self, key) is not None]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import Count, Positive, Settings, Weight, broken_rule
+from compress.config.base import Count, Positive, Settings, Weight, added_later, broken_rule
 
 
 class Optimizer(Settings):
@@ -65,6 +65,9 @@ class Train(Settings):
         Literal["32", "bf16", "fp16"], BeforeValidator(lambda value: "32" if value == 32 else value)
     ] = "32"
     """Mixed precision of the network; losses are always float32."""
+    views: Positive | None = added_later()
+    """Give each picture so many fixed augmentations, which the epochs go through in turn; null: another one at every
+    visit. `teacher.cache` needs it."""
     accumulate: Positive = 1
     """Parts that a batch is split into to save memory. Gradients add up; each part has its own normaliser."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None

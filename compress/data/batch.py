@@ -53,6 +53,8 @@ class Target:
     trained as background. None: there is none."""
     unlabeled_classes: Tensor | None = None
     """int64 [k], labels that no teacher looked for in this image: neither there nor absent. None: none."""
+    key: str | None = None
+    """What `compress.data.views.picture_key` calls the network image, where it was asked for."""
 
     @property
     def image_size(self) -> ImageSize:
@@ -126,8 +128,7 @@ def pad_images(images: Sequence[Tensor], canvas: tuple[int, int] | None = None) 
     Every pixel is written once, straight into the batch's memory, which is channels-last because decoders
     and the resize kernel make such images.
     """
-    smallest = (_round_up(max(image.shape[1] for image in images)), _round_up(max(image.shape[2] for image in images)))
-    shape = (len(images), 3, *(canvas or smallest))
+    shape = (len(images), 3, *(canvas or smallest_canvas([(image.shape[1], image.shape[2]) for image in images])))
     batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     if torch.utils.data.get_worker_info() is not None:
         batch.share_memory_()  # before it is filled: else the way to the main process copies every pixel
@@ -140,5 +141,7 @@ def pad_images(images: Sequence[Tensor], canvas: tuple[int, int] | None = None) 
     return batch
 
 
-def _round_up(side: int) -> int:
-    return -(-side // STRIDE) * STRIDE
+def smallest_canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width), multiples of 32, that hold images of all these sizes."""
+    height, width = (-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes, strict=True))
+    return height, width

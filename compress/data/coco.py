@@ -167,6 +167,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         )
         return image, target
 
+    def network_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) that each image has after `transform`, at most; pixels."""
+        largest: dict[tuple[int, int], tuple[int, int]] = {
+            size: self.transform.largest(*size)  # type: ignore[attr-defined]  # those of compress.data.transforms
+            for size in set(self.sizes)
+        }
+        return [largest[size] for size in self.sizes]
+
+    def outcomes(self) -> float:
+        """How many different images `transform` can make of one; infinity: countless."""
+        return self.transform.outcomes()  # type: ignore[attr-defined]
+
     def name(self, index: int) -> str:
         """The image's `file_name`."""
         return self._names[index]

@@ -22,6 +22,14 @@ class TrainingImages(Protocol):
 
     def __len__(self) -> int: ...
 
+    def network_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) that each image has after its transform, at most; pixels."""
+        ...
+
+    def outcomes(self) -> float:
+        """How many different images the transform can make of one; infinity: countless."""
+        ...
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]: ...
 
 
@@ -40,6 +48,12 @@ class ConcatDataset(Dataset[tuple[Tensor, Target]]):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def network_sizes(self) -> list[tuple[int, int]]:
+        return [size for part in self.parts for size in part.network_sizes()]
+
+    def outcomes(self) -> float:
+        return max(part.outcomes() for part in self.parts)
 
     @property
     def num_boxes(self) -> int:

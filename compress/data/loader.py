@@ -7,6 +7,7 @@ batches that one rank alone would see.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from compress.data.batch import Batch, Target, collate
 from compress.data.coco import CocoDetection
 from compress.data.concat import TrainingImages
+from compress.data.views import Canvases, Views, epoch_of_views, picture_key
 from deploy.core.errors import LocalUserError, UserError
 
 
@@ -30,6 +32,8 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     group_aspect: bool = True,
+    views: Views | None = None,
+    keys: bool = False,
 ) -> DataLoader[Batch]:
     """An endless loader: iterating runs on from one epoch into the next. `len` is the steps of one epoch.
 
@@ -38,6 +42,8 @@ def train_loader(
     Args:
         batch_size: images of one step over all ranks; each rank gets `batch_size / world_size` of them.
         group_aspect: put wide and tall images into different batches, so that less padding is computed on.
+        views: give every image so many fixed augmentations, see `compress.data.views`; groups wide and tall ones.
+        keys: with views, tell each target what its network image is (`Target.key`).
 
     Raises:
         UserError: `batch_size` does not divide by `world_size`, or exceeds the number of images.
@@ -49,8 +55,10 @@ def train_loader(
         rank=rank,
         world_size=world_size,
         group_aspect=group_aspect,
+        views=views,
     )
-    return _Loader(_Guarded(dataset), batch_sampler=sampler, **_options(workers))
+    canvas = None if views is None else Canvases.for_all(dataset)
+    return _Loader(_Guarded(dataset), batch_sampler=sampler, **_options(workers, canvas, keys=keys))
 
 
 def eval_loader(
@@ -80,6 +88,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     Each epoch is a new permutation. With `group_aspect` it is cut into batches of wide and of tall images,
     the two remainders are joined, and the batches are shuffled. An epoch has
     `len(aspect_ratios) // batch_size` steps; what is left over is left out, another part in every epoch.
+    With `views` see `compress.data.views`.
     """
 
     def __init__(
@@ -91,6 +100,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         group_aspect: bool = True,
+        views: Views | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(
@@ -100,7 +110,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         self._tall = np.asarray(aspect_ratios) < 1
         if batch_size > len(self._tall):
             raise UserError(f"train.batch_size: {batch_size} is more than the {len(self._tall)} training images")
-        self._batch_size, self._seed, self._group = batch_size, seed, group_aspect
+        self._batch_size, self._seed, self._group, self._views = batch_size, seed, group_aspect, views
         share = batch_size // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
         self._start = (0, 0)
@@ -125,6 +135,8 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
     def epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
         """The global batches of one epoch, before they are shared out among ranks."""
+        if self._views is not None:
+            return epoch_of_views(self._tall, epoch, batch_size=self._batch_size, seed=self._seed, views=self._views)
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._tall))
         seeds = random.integers(2**63, size=len(order))
@@ -168,15 +180,21 @@ class _Loader(DataLoader[Batch]):
 
 
 def _collate(
-    samples: list[tuple[Tensor, Target]] | UserError, canvas: tuple[int, int] | None = None
+    samples: list[tuple[Tensor, Target]] | UserError, canvas: tuple[int, int] | Canvases | None, keys: bool
 ) -> Batch | UserError:
-    return samples if isinstance(samples, UserError) else collate(samples, canvas)
+    if isinstance(samples, UserError):
+        return samples
+    if isinstance(canvas, Canvases):
+        canvas = canvas.of(samples[0][1].original_size)  # all are wide, or all tall
+        if keys:
+            samples = [(image, replace(target, key=picture_key(image, canvas))) for image, target in samples]
+    return collate(samples, canvas)
 
 
-def _options(workers: int, canvas: tuple[int, int] | None = None) -> dict[str, Any]:
+def _options(workers: int, canvas: tuple[int, int] | Canvases | None = None, *, keys: bool = False) -> dict[str, Any]:
     return dict(
         num_workers=workers,
-        collate_fn=partial(_collate, canvas=canvas),
+        collate_fn=partial(_collate, canvas=canvas, keys=keys),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         # Starting an iteration draws a worker seed; from its own generator, the global state stays as it was.

@@ -78,6 +78,16 @@ class _Train:
             image, boxes = horizontal_flip(image, boxes)
         return image, F.clamp_bounding_boxes(boxes).as_subclass(Tensor), ignore
 
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size gets at most; the zoom leaves the frame as it is."""
+        return fit_size(height, width, short=self.high, long=self.long)
+
+    def outcomes(self) -> float:
+        """How many different images this can make of one; infinity: countless."""
+        if self.distort is not None or self.zoom is not None:
+            return math.inf
+        return (self.high - self.low + 1) * (2 if 0 < self.flip < 1 else 1)
+
 
 @dataclass(frozen=True)
 class _Eval:
@@ -86,9 +96,16 @@ class _Eval:
     canvas: tuple[int, int] | None
 
     def __call__(self, image: Tensor, boxes: Tensor, ignore: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = fit_size(image.shape[1], image.shape[2], short=self.short, long=self.long, canvas=self.canvas)
+        size = self.largest(image.shape[1], image.shape[2])
         moved = _as_boxes(F.resize(_wrap(boxes, image), list(size)))
         return resize_exactly(image, size), F.clamp_bounding_boxes(moved).as_subclass(Tensor), ignore
+
+    def largest(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size gets."""
+        return fit_size(height, width, short=self.short, long=self.long, canvas=self.canvas)
+
+    def outcomes(self) -> float:
+        return 1
 
 
 def resize_exactly(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -38,7 +38,7 @@ from compress.config.methods import Crosskd
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction, decode_level
 from compress.detectors.gfl import GFL, ConvGN
-from compress.distill.method import BuildContext, Method, Outputs
+from compress.distill.method import BOTH, BuildContext, Method, Outputs
 from deploy.core.errors import UserError
 from kernels.ops.binary_kd_loss import binary_kd_loss
 from kernels.ops.iou_loss import giou_loss
@@ -101,6 +101,10 @@ class CrossKD(Method):
             tap = _Tap(len(student.head.scales))
             weakref.finalize(self, layer.gn.register_forward_hook(tap).remove)
             self._taps.append(tap)
+
+    @property
+    def looks_at(self) -> frozenset[Capability]:
+        return BOTH  # the statistics of the teacher's towers come from its maps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {name: value.sum() for name, value in self.by_level(student, teacher).items()}

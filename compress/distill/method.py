@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction, Detector, Targets, decode_level
 
+BOTH = frozenset({Capability.FEATURES, Capability.DENSE})
+"""All that a teacher's `Outputs` have."""
+
 
 @dataclass
 class Outputs:
     """Features and predictions of a model for a batch.
 
     features: pyramid maps, a level each [B, C, h, w].
-    prediction: of the dense head; without one (Faster R-CNN), nothing that a method can use.
+    prediction: of the dense head; without one (Faster R-CNN), nothing that a method can use. Of the teacher only
+        where a method looks at it (`Method.looks_at`).
     detector: the model itself, for methods that run parts of it again.
     targets: the student's assignment and normalisers (None for the teacher).
     certainty: of the teacher, weights [B, h, w] a level with mean 1 over the batch, constant; a method multiplies
@@ -41,6 +45,13 @@ class Method(nn.Module, ABC):
     """
 
     needs: frozenset[Capability] = frozenset()
+
+    @property
+    def looks_at(self) -> frozenset[Capability]:
+        """What it reads of the teacher's outputs: FEATURES for the maps, DENSE for all that the head gives. A method
+        that says nothing about its needs is given both."""
+        head = frozenset({Capability.DENSE}) if self.needs - {Capability.FEATURES} else frozenset()
+        return self.needs & {Capability.FEATURES} | head or BOTH
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -70,6 +70,12 @@ class UET(Method):
         self.passes = 0
         self._observed: dict[str, Tensor] = {}
 
+    @property
+    def looks_at(self) -> frozenset[Capability]:
+        """The maps; the predictions of a host that compares logits are drawn from them."""
+        maps = frozenset({Capability.FEATURES})
+        return maps if self.on_logits else maps | self.host.looks_at
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.host(student, self.sample(teacher), batch)
 

@@ -41,11 +41,13 @@ class PruningGraph:
     """What can leave a detector.
 
     groups: in the order in which the detector has their layers, the backbone's first.
+    whole: names of groups that cannot leave, because without some of their channels the detector gave something else.
     traced: a copy of the detector, in eval mode, all of which has gradients.
     """
 
     groups: tuple[ChannelGroup, ...]
     traced: Detector
+    whole: tuple[str, ...] = ()
 
 
 def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
@@ -88,13 +90,14 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
     names = {module: name for name, module in traced.named_modules()}
     groups = [_plain(graph, group, names) for group in found if _can_leave(graph, group, names)]
     groups = [group for group in groups if _in_whole_norm_groups(traced, group)]
-    groups = sound(traced, groups, TRACED_SIDE)
-    groups = [group for group in groups if not any(_inside(maker, keep) for maker in group.makers)]
+    tried = [group for group in groups if not any(_inside(maker, keep) for maker in group.makers)]
+    groups = sound(traced, tried, TRACED_SIDE)
+    stay = tuple(group.name for group in tried if group not in groups)
     if MAPS in keep:
         maps = _map_widths(traced, ())
         groups = passing(groups, lambda some: _map_widths(traced, some) == maps)
     places = {name: place for place, (name, _) in enumerate(traced.named_modules())}
-    return PruningGraph(tuple(sorted(groups, key=lambda group: places[group.name])), traced)
+    return PruningGraph(tuple(sorted(groups, key=lambda group: places[group.name])), traced, stay)
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Pruned:
     whole, found: the figure of the budget, before and after (GFLOPs, millions of parameters, milliseconds, mAP).
     rows: name, width and what is left of each group of channels that could leave.
     note: a line on a share that is much smaller than asked for; None: there is nothing to say.
+    whole_layers: of `PruningGraph.whole`.
     """
 
     detector: Detector
@@ -59,6 +60,7 @@ class Pruned:
     found: float
     rows: list[dict[str, Any]] = field(default_factory=list)
     note: str | None = None
+    whole_layers: tuple[str, ...] = ()
 
 
 def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> Pruned:
@@ -82,12 +84,14 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
     current, drops = detector, None
     widths: dict[str, int] = {}
     left: dict[str, int] = {}
+    stay: tuple[str, ...] = ()
     for number in range(1, rounds + 1):
         graph = pruning_graph(current, settings.keep)
         scores = importances(graph, settings.importance, losses=means.losses, seed=seed)
         if number == 1:
             widths = {group.name: group.width for group in graph.groups}
             left = dict(widths)
+            stay = graph.whole
             if not blocks(graph, scores, round_to=settings.round_to):
                 raise UserError(_nothing_to_cut(settings))
             if settings.shares == "sensitivity":
@@ -106,7 +110,7 @@ def prune(detector: Detector, settings: Cut, means: Means, *, seed: int = 0) -> 
         left |= {block.group: block.width for block in leave}
     rows = [{"name": name, "width": width, "left": left[name]} for name, width in widths.items()]
     found = figure(current)
-    return Pruned(current, whole, found, rows, _gap(settings, whole, found))
+    return Pruned(current, whole, found, rows, _gap(settings, whole, found), stay)
 
 
 def check_whole(detector: Detector) -> None:

@@ -37,7 +37,7 @@ from compress.training.evaluate import detect
 from compress.training.learner import total_loss
 from compress.versions import versions
 from deploy.core.detection_table import DetectionTable
-from deploy.core.errors import UserError
+from deploy.core.errors import UserError, first_line
 from deploy.core.image_folder import spread
 from deploy.validate.coco import evaluate_coco, load_annotations
 from deploy.validate.ground_truth import GroundTruth
@@ -84,14 +84,15 @@ def prune_detector(
     milliseconds or mAP), `rows` (`name`, `width` and what is `left` of each group of channels), `sensitivity` (`map`,
     `images` and `rows` of `name` and `points`, pairs of the share that stays and the mAP; None where it was not asked
     for), `latency` (what was measured for latency_ms; else None), `note` (a line, where much less is left than asked
-    for; else None).
+    for; else None), `whole_layers` (names of groups that keep all channels, since without some of them the detector
+    would compute something else).
 
     Raises UserError as `compress.prune.search.prune`, and for settings that need images without any.
     """
     settings = plan.settings
     check_whole(detector)
     _check_images(settings, plan.images, detector.num_classes, record.class_names)
-    detector = copy.deepcopy(detector).to(plan.device).eval()
+    detector = _copied(detector).to(plan.device).eval()
     images = Images(plan) if settings.needs_images is not None else None
     measured: list[Sensitivity] = []
 
@@ -116,7 +117,13 @@ def prune_detector(
         "sensitivity": _figures(measured[0], images) if images is not None and measured else None,
         "latency": latency,
         "note": found.note,
+        "whole_layers": list(found.whole_layers),
     }
+    if found.whole_layers:
+        say(
+            f"note: {listed(found.whole_layers)} keep all channels: without some of them the detector would compute "
+            "something else"
+        )
     if found.note is not None:
         say(f"note: {found.note}")
     return found.detector.cpu(), result
@@ -131,7 +138,7 @@ def measure_sensitivity(
     check_whole(detector)
     _check_images(settings, plan.images, detector.num_classes, record.class_names)
     images = Images(plan)
-    detector = copy.deepcopy(detector).to(plan.device).eval()
+    detector = _copied(detector).to(plan.device).eval()
     graph = pruning_graph(detector, settings.keep)
     scores = importances(graph, settings.importance, losses=images, seed=plan.seed)
     return _figures(_sensitivity(detector, graph, scores, plan, images, say), images)
@@ -195,6 +202,16 @@ class Images:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _copied(detector: Detector) -> Detector:
+    try:
+        return copy.deepcopy(detector)
+    except Exception as error:  # whatever a model of somebody's own holds: a lock, a file, a generator
+        raise UserError(
+            f"prune: {detector.family} cannot be copied ({first_line(error)}), so it cannot be pruned; give it what "
+            "copy.deepcopy takes"
+        ) from error
 
 
 def _check_images(

@@ -15,13 +15,16 @@ from typing import Any
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.config.prune import Cut
+from compress.config.recipe import Recipe
 from compress.config.teacher import ZOO_PREFIX
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.build import model_of, model_size
 from compress.detectors.checkpoints import NATIVE_SUFFIX, ModelRecord, save_detector
+from compress.run.data import labelled_split, splits
 from compress.run.folder import writing
+from compress.run.plans import data_plan
 from compress.run.prune import Images, PruningPlan, measure_sensitivity, prune_detector
 from compress.run.pruned import NOT_TRAINED, load_whole, pruned_from
 from deploy.core.errors import UserError
@@ -86,6 +89,35 @@ def need_new_file(out: Path, checkpoint: str, *, force: bool) -> None:
         raise UserError(f"{out}: is there already; give another name, or --force (in Python force=True) to replace it")
 
 
+def training_labels(
+    recipe: Recipe | None, given: Split | None, needed: str | None, say: Callable[[str], None]
+) -> Split | None:
+    """The training images to look at: those that are given, or the run's, which are drawn where they are generated.
+
+    Args:
+        recipe: beside the checkpoint, if there is one.
+        needed: the setting that cannot do without images, as it is called where it was given; None: they would only
+            show mAP, and the run's may lie on another machine.
+
+    Raises UserError where none are found for a setting that needs them, and for the run's validation set.
+    """
+    if given is not None:
+        if recipe is not None and needed and _same_file(given, splits(recipe.data, recipe.runs, write=False)[1]):
+            raise UserError(f"{given.annotations}: is the run's validation set; {needed} takes training images")
+        return given
+    if recipe is None:
+        if needed:
+            raise UserError(f"{needed}: looks at labelled training images, and none are given")
+        return None
+    labels = labelled_split(data_plan(recipe))
+    if needed:
+        splits(recipe.data, recipe.runs)
+    elif not labels.annotations.is_file():
+        say(f"note: mAP is not measured: {labels.annotations}, the run's training labels, is not here")
+        return None
+    return labels
+
+
 def prune_checkpoint(plan: CheckpointPruning, say: Callable[[str], None]) -> PrunedCheckpoint:
     """Write the pruned detector, its weights inherited; the file is whole or absent, and replaces one of its name.
 
@@ -120,6 +152,10 @@ def sensitivity_of(plan: CheckpointPruning, say: Callable[[str], None]) -> dict[
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _same_file(one: Split, other: Split) -> bool:
+    return one.annotations.exists() and other.annotations.exists() and one.annotations.samefile(other.annotations)
 
 
 def _stem(checkpoint: str) -> str:

@@ -405,7 +405,7 @@ def _diagnosis(runner: Runner, trusted: Path | None, files: Mapping[int, Path], 
 def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) -> str:
     file = readable_file(runner)
     if file is None:
-        return "not run: only ONNX files can be compared value by value"
+        return "not run: only ONNX files in ONNX Runtime can be compared value by value"
     if trusted is None:
         return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
     try:

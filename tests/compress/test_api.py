@@ -110,10 +110,14 @@ def test_a_checkpoint_is_pruned(run: api.Run) -> None:
     for settings, says in (
         ({"params": 1}, r"prune.params: must be less than 1, got 1"),
         ({"params": 0.5, "importances": "taylor"}, r"prune.importances: unknown key; did you mean importance\?"),
-        ({"params": 0.5, "importance": "taylor"}, r"prune.importance: taylor needs labelled training images"),
     ):
         with pytest.raises(UserError, match=says):
             run.student.prune(settings, out=run.folder / "other.safetensors")
+    val = next(run.folder.parent.rglob("val.json"))
+    by_images = {"params": 0.6, "importance": "taylor"}
+    with pytest.raises(UserError, match=r"val.json: is the run's validation set; prune.importance takes training imag"):
+        run.student.prune(by_images, val, val.parent / "images", out=run.folder / "other.safetensors")
+    assert run.student.prune(by_images, out=run.folder / "by_images.safetensors").path.is_file()
     with pytest.raises(UserError, match=r"small.safetensors: is there already"):
         run.student.prune({"params": 0.6}, out=out)
 

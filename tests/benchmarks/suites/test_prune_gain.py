@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ from benchmarks.lib.trainings import PRESETS, Group
 from benchmarks.suites import prune_gain
 from benchmarks.suites.prune_gain import chosen
 from deploy.core.errors import UserError
-
-pytestmark = pytest.mark.usefixtures("few_rounds")
+from tests.helpers.cheap_exports import tiny_file
 
 ARMS = """
 prune:
@@ -41,7 +41,10 @@ deploy: {{score_threshold: 0.0, candidates: 100}}
 
 
 def test_from_the_command_line_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "presets" / "tiny"
     folder.mkdir(parents=True)
@@ -66,6 +69,8 @@ def test_from_the_command_line_and_again(
     monkeypatch.undo()
     monkeypatch.setattr("benchmarks.lib.trainings.PRESETS", folder.parent)
     monkeypatch.chdir(tmp_path)
+    exported = tiny_file(tmp_path_factory)  # in the place of two exports; what is quantized and timed is a real file
+    monkeypatch.setattr(prune_gain, "export_checkpoint", lambda _weights, out, *_, **__: shutil.copy(exported, out))
     assert main([*words, "--groups", "keep 0.5"]) == 0
     assert "step 2/2" not in capsys.readouterr().out, "finished arms are not trained again"
     again = read(out)

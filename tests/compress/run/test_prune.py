@@ -31,6 +31,7 @@ from compress.run.prune import Images, PruningPlan, measure_sensitivity, prune_d
 from compress.training.evaluate import evaluate
 from compress.training.learner import Learner, total_loss
 from deploy.core.errors import UserError
+from tests.helpers.own_layers import Between
 
 SIDE = 96
 FEW = ("head", "neck", "backbone.stage1", "backbone.stage2", "backbone.stem")  # what stays, so that little is measured
@@ -234,6 +235,29 @@ def test_a_budget_is_met_closely_or_it_is_said(
     note = prune_detector(*teacher, close, said.append)[1]["note"]
     assert note.startswith(f"{result['found'] / result['whole']:.0%} of gflops stay where 90% were asked for: channels")
     assert said == [f"note: {note}"]
+
+
+def test_layers_that_must_stay_whole_are_named(plan: PruningPlan) -> None:
+    """`middle.a`, whose channels are flipped before they are read; where it is kept anyway, nothing is said."""
+    detector = Between(8, middle="Flipped").eval()
+    record, said = ModelRecord(model=Model(detector="tests.helpers.own_layers:Between"), num_classes=8), list[str]()
+    found = prune_detector(detector, record, settings(plan, params=0.8), said.append)[1]
+    assert found["whole_layers"] == ["middle.a.0"]
+    assert said == [
+        "note: middle.a.0 keep all channels: without some of them the detector would compute something else"
+    ]
+    kept = prune_detector(detector, record, settings(plan, params=0.9, keep=("middle.a",)), said.append)[1]
+    assert kept["whole_layers"] == [] and len(said) == 1
+
+
+def test_what_cannot_be_copied_is_one_line(plan: PruningPlan) -> None:
+    detector = Between(8)
+    detector.rows = (row for row in ())
+    record = ModelRecord(model=Model(detector="tests.helpers.own_layers:Between"), num_classes=8)
+    with pytest.raises(
+        UserError, match=r"^prune: .* cannot be copied \(.*generator.*\), so it cannot be pruned; give it"
+    ):
+        prune_detector(detector, record, settings(plan, params=0.8), print)
 
 
 def test_all_is_kept(teacher: tuple[Detector, ModelRecord], plan: PruningPlan) -> None:

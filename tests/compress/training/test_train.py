@@ -28,8 +28,12 @@ from tests.helpers.training_runs import assert_same, fabric, last_checkpoint, tr
 
 @pytest.mark.parametrize(
     "extra",
-    [(), ("train.accumulate=2", "train.optimizer.name=adamw"), ("train.eval_every=1", "train.steps=18")],
-    ids=["plain", "accumulate", "best"],
+    [
+        (),
+        ("train.accumulate=2", "train.optimizer.name=adamw", "train.views=2"),
+        ("train.eval_every=1", "train.steps=18"),
+    ],
+    ids=["plain", "accumulate and views", "best"],
 )
 def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
     whole, parts = tiny_recipe.recipe(tmp_path / "a", *extra), tiny_recipe.recipe(tmp_path / "b", *extra)
