@@ -235,7 +235,7 @@ class Checkpoint(Model):
             for artifact in make(plan):
                 if not artifact.made:
                     raise UserError(artifact.summary)
-        return open_model(path)
+        return open_model(path, PRECISIONS[precision].providers[:1] or "cpu")
 
     def prune(
         self,

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.core.card import ModelCard
+from deploy.core.card import METADATA_KEY, ModelCard, network_precision, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 from deploy.core.import_path import call_own, import_object
+from deploy.core.onnx_scan import scan_onnx
+from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
 from deploy.runtimes.providers import OPENVINO, PROVIDERS, Provider
 
@@ -148,7 +150,8 @@ def open_runner(
 
 
 def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **options: Any) -> dict[str, Runner]:
-    """A runner for each file by its name; a file that several of the providers can run has one on each of them.
+    """A runner for each file by its name; a file that several of the providers can run has one on each of them. One of
+    a precision that only some of them compute in has none on the others.
 
     Raises UserError as `open_runner` does, and for a file that is given twice.
     """
@@ -159,7 +162,7 @@ def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **o
     return {
         runner_name(file, provider, providers): open_runner(file, (provider,), **options)
         for file in files
-        for provider in (providers if runner_kind(file).has_providers else providers[:1])
+        for provider in (_able(file, providers) if runner_kind(file).has_providers else providers[:1])
     }
 
 
@@ -234,6 +237,15 @@ def readable_file(runner: Runner) -> Path | None:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
+    """The providers that compute in the file's precision; all where none does, of which opening it says why."""
+    if len(providers) == 1 or not set(OPENVINO) & set(providers):  # ONNX Runtime's are all alike in this
+        return providers
+    card = parse_card(scan_onnx(file).metadata.get(METADATA_KEY), str(file))
+    kind = PRECISIONS.get(network_precision(card.precision))
+    return [name for name in providers if kind is None or not kind.providers or name in kind.providers] or providers
 
 
 def _check_useful(option: str, argument: str, files: Sequence[Path], providers: Sequence[str]) -> None:

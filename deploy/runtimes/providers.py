@@ -6,6 +6,7 @@ because the question is the same one: `--provider cpu,openvino` runs a file in b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "openvino-gpu", "openvino-npu"]
@@ -21,3 +22,18 @@ OPENVINO: dict[str, str] = {"openvino": "CPU", "openvino-gpu": "GPU", "openvino-
 PROVIDERS = (*ONNX_RUNTIME, *OPENVINO)
 ON_CPU: tuple[Provider, ...] = ("cpu", "openvino")
 """Those that compute with the threads of the CPU."""
+
+
+def openings(providers: Sequence[str]) -> list[tuple[str, ...]]:
+    """What of a list is opened together: ONNX Runtime's providers, in order of preference, where the first one stands;
+    each device of OpenVINO alone.
+
+    openings(["cuda", "openvino", "cpu"])  # [("cuda", "cpu"), ("openvino",)]
+    """
+    together = tuple(name for name in providers if name not in OPENVINO)
+    found: list[tuple[str, ...]] = []
+    for name in providers:
+        opened = (name,) if name in OPENVINO else together
+        if opened not in found:
+            found.append(opened)
+    return found

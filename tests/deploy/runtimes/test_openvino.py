@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from deploy.quantize.file import Quantizer
 from deploy.runtimes import openvino as runtime
 from deploy.runtimes.base import DetectionBatch
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.runtimes.open import open_runner
+from deploy.runtimes.open import RUNNERS, open_runner, open_runners
 from deploy.runtimes.openvino import OpenVINO, OpenVINORunner
+from deploy.serve.triton_repo import write_triton_model
+from deploy.tensorrt.card import claimed_precision, remedy
 from tests.helpers.tiny_onnx import pictures
 
 
@@ -137,6 +140,22 @@ def test_it_is_asked_for_by_name(openvino: Any, tiny_onnx: Path) -> None:
     for device in missing:
         with pytest.raises(UserError, match=f"OpenVINO finds no device {device} here; it finds "):
             open_runner(tiny_onnx, (f"openvino-{device.lower()}",))
+
+
+def test_a_bf16_file_is_opened_where_it_can_be(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = with_precision(tiny_onnx, tmp_path / "tiny.bf16.onnx", "bf16")
+    opened = []
+    kind = RUNNERS[".onnx"]
+    note = replace(kind, open=lambda path, providers, **_: opened.append((path.name, *providers)))
+    monkeypatch.setitem(RUNNERS, ".onnx", note)
+    open_runners([tiny_onnx, half], ["cpu", "openvino"])
+    assert opened == [("tiny.onnx", "cpu"), ("tiny.onnx", "openvino"), ("tiny.bf16.onnx", "openvino")]
+    with pytest.raises(UserError, match=r"tiny.bf16.onnx: the server's ONNX Runtime does not compute in bfloat16"):
+        write_triton_model(tmp_path / "models", half)
+    claim = claimed_precision("tiny.onnx", card_from_file(half))
+    assert claim == "bf16" and remedy(claim, card_from_file(half)).endswith("build from that one")
 
 
 def test_what_it_cannot_open_is_one_line(openvino: Any, tiny_onnx: Path, tmp_path: Path) -> None:
