@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.data.batch import Batch
-from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detector
+from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detector, Reduce
 from compress.distill.method import Outputs
 from compress.distill.teacher_outputs import Parts, run_teacher, unasked_features, unasked_prediction
 from deploy.core.errors import UserError
@@ -122,9 +122,11 @@ class TeacherCache:
             prediction = unpacked(joined([entry[Capability.DENSE] for entry in entries], device), self.teacher)
         return Outputs(features, prediction, self.teacher)
 
-    def summary(self) -> str:
-        """A line about what was read and made by this process."""
-        return f"teacher.cache: {self.folder}: {self.read} read, {self.made} made by the teacher"
+    def summary(self, reduce: Reduce | None) -> str:
+        """A line about what was read and made by all processes. reduce: sums over them."""
+        counts = torch.tensor([self.read, self.made], device=next(self.teacher.parameters()).device)
+        read, made = (counts if reduce is None else reduce(counts)).tolist()
+        return f"teacher.cache: {self.folder}: {read} read, {made} made by the teacher"
 
     def need_room(self, canvases: Mapping[tuple[int, int], int], views: float, visits: int, parts: Parts) -> None:
         """Refuse a training whose entries would fill the disk.
@@ -321,7 +323,7 @@ def _free(folder: Path) -> int:
 
 
 def _count_in(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("*/*.safetensors"))
+    return sum(1 for path in folder.glob("*/*.safetensors") if not path.name.startswith("."))  # nothing half-written
 
 
 def _gib(size: float) -> str:
