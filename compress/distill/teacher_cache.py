@@ -202,11 +202,11 @@ class TeacherCache:
         try:
             with safe_open(path, "pt") as file:
                 classes = file.get_tensor("classes") if "classes" in file.keys() else None  # noqa: SIM118  # no dict
-                entry = Entry(file.get_tensor("values"), classes, file.metadata()["layout"])
-                written = file.metadata()["crc32"]
+                written, layout = file.metadata()["crc32 layout"].split(" ", 1)
+                entry = Entry(file.get_tensor("values"), classes, layout)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             self._report(f"teacher.cache: {path}: damaged ({type(error).__name__}); it is made again")
             return None
         if written != _checksum(entry):
@@ -223,7 +223,8 @@ class TeacherCache:
                 raise OSError(errno.ENOSPC, "less than 1 GiB is free")
             with atomic_path(path) as temporary:
                 tensors = {"values": entry.values} | ({} if entry.classes is None else {"classes": entry.classes})
-                save_file(tensors, temporary, metadata={"layout": entry.layout, "crc32": _checksum(entry)})
+                # One key, because several come in a random order: equal entries are equal files.
+                save_file(tensors, temporary, metadata={"crc32 layout": f"{_checksum(entry)} {entry.layout}"})
         except OSError as error:
             self._full = True
             self._report(
