@@ -48,7 +48,7 @@ SUITES = {
     "quantized": Suite(
         "what FP16 and INT8 cost in mAP and bring in speed",
         "15 min a part",
-        (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
+        (*_RUNNING, "compress/detectors/level_norm.py", "deploy/quantize/*.py", "deploy/validate/*.py"),
     ),
     "evaluation": Suite(
         "COCO mAP of many detections and classes: time and memory, beside other evaluators",
