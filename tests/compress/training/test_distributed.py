@@ -131,13 +131,13 @@ def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
-    """Adapters and context blocks, masks that differ between the processes, one method that ends early; started by
-    torchrun."""
+    """Adapters and context blocks, masks that differ between the processes, one method that ends early, BatchNorm in
+    the head; started by torchrun."""
     methods = (
         "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, "
         "uet: {of: [fgd, bckd]}}"
     )
-    settings = overrides([methods, "train.steps=10"])
+    settings = overrides([methods, "train.steps=10", "student.head_norm=batch", "student.head_depth=1"])
     compress(TORCHRUN, "distill", str(tiny_recipe.recipe_file(tmp_path)), *settings)
     with open(tmp_path / "runs" / "tiny" / "student" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
