@@ -71,6 +71,8 @@ BLOCKS = {
         "pseudo_memory", by_metric, named("peak", "peak before the first image", "seconds", "growth")
     ),
     "method_cost": Block("method_cost", by_metric),
+    "teacher_cache": Block("teacher_cache", tables.listing),
+    "view_gain": Block("view_gain", tables.listing, named("against free augmentation")),
     "serve": Block("serve", tables.listing, lambda row: bool(row.bar) or row.case == "slow"),
     "serve-throughput": Block("serve", by_case, named("throughput", case="saturation")),
     "serve-curve": Block("serve", by_metric, lambda row: row.case == "curve" and row.metric != "capacity"),

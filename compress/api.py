@@ -129,11 +129,12 @@ def open(
     """A detector in a file, ready to look at pictures: an exported `.onnx`, a TensorRT `.engine`, or a checkpoint.
 
     Args:
-        providers: where ONNX Runtime runs an exported file, in order of preference: `cpu`, `cuda`, `tensorrt`.
+        providers: where ONNX Runtime runs an exported file, in order of preference: `cpu`, `cuda`, `tensorrt`; or
+            `openvino` (or `openvino-gpu`, `openvino-npu`), which is a runtime of its own.
         input_size: of a checkpoint: see `export`.
         device: of a checkpoint: where torch runs it.
         runner: a user's own runner to open the file with, as a class or an import path `package.module:MyRunner`.
-        options: of exported files: `threads`, `allow_fallback`, `tensorrt`, `cuda_graph`
+        options: of exported files: `threads`, `allow_fallback`, `tensorrt`, `openvino`, `cuda_graph`
             (`deploy.runtimes.open.open_runner`).
 
     Exported files need no torch. Raises UserError for everything that keeps the file from running.
@@ -234,7 +235,7 @@ class Checkpoint(Model):
             for artifact in make(plan):
                 if not artifact.made:
                     raise UserError(artifact.summary)
-        return open_model(path)
+        return open_model(path, PRECISIONS[precision].providers[:1] or "cpu")
 
     def prune(
         self,

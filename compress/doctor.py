@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -49,6 +49,7 @@ DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13
 INSTALL_TRAIN = "pip install 'compress-detectors[train]'"
 INSTALL_SERVE = "pip install 'compress-detectors[serve]'"
+INSTALL_OPENVINO = "pip install 'compress-detectors[openvino]'"
 
 # One Identity node, float32 [1], opset 17: the smallest model that makes a provider show whether it starts.
 _IDENTITY_ONNX = bytes.fromhex(
@@ -83,6 +84,7 @@ def examine() -> list[Finding]:
         check_onnxruntime(installed, driver),
         *check_providers(installed),
         check_tensorrt(installed),
+        check_openvino(installed, _openvino_devices() if "openvino" in installed else []),
         check_serve(installed),
         check_optional("triton", installed, "comes with torch on Linux; only GPU kernels need it"),
     ]
@@ -271,6 +273,21 @@ def check_tensorrt(installed: Mapping[str, str]) -> Finding:
     return Finding("tensorrt", version)
 
 
+def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str) -> Finding:
+    """Check that OpenVINO, if installed, is of a version that we know, and starts. devices: that it finds, or why it
+    does not start."""
+    version = installed.get("openvino")
+    if version is None:
+        remedy = f"only --provider openvino needs it: {INSTALL_OPENVINO}"
+        return Finding("openvino", "not installed", "absent", remedy)
+    if _release(version) < (2026, 4):
+        return Finding("openvino", f"{version} is older than 2026.4", "broken", INSTALL_OPENVINO)
+    if isinstance(devices, str):
+        remedy = f"pip install --force-reinstall 'openvino=={version}'"
+        return Finding("openvino", f"{version} does not start: {devices}", "broken", remedy)
+    return Finding("openvino", f"{version}; finds {', '.join(devices) or 'no device'}")
+
+
 def check_optional(name: str, installed: Mapping[str, str], remedy: str) -> Finding:
     """A package that can be absent."""
     if name in installed:
@@ -299,6 +316,16 @@ def _nvidia_smi() -> str | None:
         return None
     lines = [", driver ".join(line.rsplit(", ", 1)) for line in answer.splitlines()]
     return "; ".join(lines) or None
+
+
+def _openvino_devices() -> list[str] | str:
+    """The devices, or why OpenVINO does not start."""
+    try:
+        import openvino
+
+        return list(openvino.Core().available_devices)
+    except Exception as error:  # a lost library raises ImportError, a broken plugin RuntimeError
+        return first_line(error)
 
 
 def _torch_sees_cuda() -> bool | None:

@@ -132,9 +132,11 @@ def open_model(
     """An exported `.onnx` file, or a TensorRT `.engine` with its card, ready to look at pictures. Needs no torch.
 
     Args:
-        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`.
+        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`; or `openvino` (or
+            `openvino-gpu`, `openvino-npu`), which is a runtime of its own.
         runner: a user's own runner, as a class or an import path `package.module:MyRunner`.
-        options: `threads`, `allow_fallback`, `tensorrt`, `cuda_graph` of `deploy.runtimes.open.open_runner`.
+        options: `threads`, `allow_fallback`, `tensorrt`, `openvino`, `cuda_graph` of
+            `deploy.runtimes.open.open_runner`.
 
     Raises UserError for everything that keeps the file from running.
     """

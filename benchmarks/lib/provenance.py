@@ -14,7 +14,8 @@ from benchmarks.lib.results import ROOT
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "numpy", "pillow", "simplejpeg", "onnx", "onnxruntime", "onnxruntime-gpu",
-    "pycocotools", "faster-coco-eval", "mmdet", "mmcv", "mmengine", "opencv-python",
+    "openvino", "pycocotools", "faster-coco-eval", "hotcoco", "ultrafast-pycocotools", "vernier", "mmdet", "mmcv",
+    "mmengine", "opencv-python",
 )  # fmt: skip
 
 

@@ -51,8 +51,8 @@ SUITES = {
         (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
     ),
     "evaluation": Suite(
-        "COCO mAP of many detections and classes: time and memory, beside pycocotools",
-        "2 min",
+        "COCO mAP of many detections and classes: time and memory, beside other evaluators",
+        "6 min",
         ("deploy/core/detection_table.py", "deploy/validate/average_precision.py", "deploy/validate/ground_truth.py"),
     ),
     "serve": Suite(
@@ -68,6 +68,7 @@ SUITES = {
         "10 min",
         ("compress/detectors/gfl.py", "compress/distill/*.py", "kernels/**/*.py"),
     ),
+    "teacher_cache": Suite("a step with the teacher's outputs from disk, beside a plain one", "5 min", _TRAINING),
     "distill_gain": Suite(
         "what distillation gains over plain training, over seeds", "2 h on two cores (preset cpu)", _TRAINING
     ),
@@ -76,6 +77,7 @@ SUITES = {
         "1 h of one core (preset cpu)",
         (*_TRAINING, "compress/prune/*.py"),
     ),
+    "view_gain": Suite("what a fixed number of augmentations costs, over seeds", "1 h of one core", _TRAINING),
     "pseudo_gain": Suite(
         "what pseudo labels are worth, over seeds", "40 min (preset cpu)", (*_TRAINING, "compress/pseudo/*.py")
     ),

@@ -205,7 +205,7 @@ def _student(backbone: str, size: int, folder: Path, photographs: list[bytes]) -
     out = folder / f"{backbone}_{size}.onnx"
     if not out.is_file():
         export_onnx(module, card, out, samples=samples, max_batch=2)
-    files = {"fp32": out, "int8 cpu": file_for(out, "int8"), "int8 cpu, outputs too": file_for(out, "all.int8")}
+    files = {"fp32": out, "int8 cpu": file_for(out, "int8"), "int8 cpu, outputs too": out.with_suffix(".all.int8.onnx")}
     for name, kept in (("int8 cpu", None), ("int8 cpu, outputs too", ())):
         if not files[name].is_file():
             photos = sorted((folder / "photographs").glob("*.jpg"))

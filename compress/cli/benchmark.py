@@ -25,6 +25,7 @@ from compress.cli.options import (
     provider_names,
 )
 from deploy.core.errors import UserError
+from deploy.runtimes.providers import ON_CPU
 
 if TYPE_CHECKING:
     from deploy.latency import BenchmarkReport
@@ -144,7 +145,7 @@ def benchmark(
     from deploy.core.environment import usable_cores
     from deploy.runtimes.open import open_runners
 
-    if sessions > 1 and opening.threads is None and "cpu" in providers:
+    if sessions > 1 and opening.threads is None and set(ON_CPU) & set(providers):
         opening = replace(opening, threads=max(1, usable_cores() // sessions))
         print(f"--threads: {opening.threads} for each of {sessions} sessions")
     options = opening.arguments(artifacts, providers, max_batch=max(sizes))

@@ -29,7 +29,7 @@ Providers = Annotated[
     typer.Option(
         "--provider",
         metavar="NAME,NAME",
-        help="Where ONNX Runtime runs: cpu, cuda, tensorrt. Several: on each of them.",
+        help="Where .onnx files run: cpu, cuda, tensorrt; openvino, openvino-gpu, openvino-npu. Several: on each.",
     ),
 ]
 JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
@@ -114,7 +114,9 @@ class RunnerFlags:
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
     ] = False
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime on the CPU.")] = None
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of ONNX Runtime and OpenVINO, on the CPU.")
+    ] = None
     trt_cache: Annotated[
         Path | None,
         typer.Option(
@@ -127,6 +129,14 @@ class RunnerFlags:
         bool,
         typer.Option("--ep-context", help="TensorRT provider: keep the compiled model, and open it when it is there."),
     ] = False
+    openvino_streams: Annotated[
+        int | None,
+        typer.Option("--openvino-streams", min=1, help="OpenVINO: images at the same time. Default: 1, the fastest."),
+    ] = None
+    openvino_cache: Annotated[
+        Path | None,
+        typer.Option("--openvino-cache", metavar="DIR", help="OpenVINO: keep compiled networks there. Default: none."),
+    ] = None
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Engines: launch all work of a batch with one call.")
     ] = False
@@ -140,6 +150,8 @@ class RunnerFlags:
             providers,
             trt_cache=self.trt_cache,
             ep_context=self.ep_context,
+            openvino_streams=self.openvino_streams,
+            openvino_cache=self.openvino_cache,
             cuda_graph=self.cuda_graph,
             max_batch=max_batch,
         )

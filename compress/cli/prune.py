@@ -75,9 +75,7 @@ class CutFlags:
     ] = None
     provider: Annotated[
         str | None,
-        typer.Option(
-            "--provider", metavar="NAME,NAME", help="Where ONNX Runtime runs it. Default: the recipe's, or cpu."
-        ),
+        typer.Option("--provider", metavar="NAME,NAME", help="Where it runs. Default: the recipe's, or cpu."),
     ] = None
 
 

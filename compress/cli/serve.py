@@ -52,7 +52,12 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
     provider: Annotated[
-        str, typer.Option("--provider", metavar="NAME,NAME", help="cpu, cuda, tensorrt, in order of preference.")
+        str,
+        typer.Option(
+            "--provider",
+            metavar="NAME,NAME",
+            help="cpu, cuda, tensorrt, in order of preference; or openvino, openvino-gpu, openvino-npu.",
+        ),
     ] = "cpu",
     opening: RunnerFlags = RunnerFlags(),
     queue: QueueFlags = QueueFlags(),

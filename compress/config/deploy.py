@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from compress.config.base import Fraction, ImportPath, Positive, Settings, Weight, added_later, broken_rule
 from deploy.core.card import CANDIDATES, MAX_CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
-from deploy.core.precisions import PrecisionName, Target
+from deploy.core.precisions import PRECISIONS, PrecisionName, Target
 from deploy.runtimes.providers import Provider
 from deploy.tensorrt.card import EngineOptions
 
@@ -93,8 +93,8 @@ class Deploy(Settings):
     """The exported files and the gate that they must pass."""
 
     precisions: Annotated[tuple[PrecisionName, ...], Field(min_length=1)] = ("fp32",)
-    """Files to write: student.onnx, student.fp16.onnx, student.int8.onnx, student.mixed.onnx (int8 layers, the rest
-    fp16, for TensorRT)."""
+    """Files to write: student.onnx, student.fp16.onnx, student.bf16.onnx (fp32, computed in bfloat16 by OpenVINO),
+    student.int8.onnx, student.mixed.onnx (int8 layers, the rest fp16, for TensorRT)."""
     int8: Int8 = Int8()
     """How int8 and mixed files are made."""
 
@@ -118,7 +118,8 @@ class Deploy(Settings):
     max_batch: Positive = 8
     """Largest batch that the file is checked with."""
     providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = ("cpu",)
-    """Where ONNX Runtime runs the file for validation and benchmark."""
+    """Where the files run for validation and benchmark: the first of ONNX Runtime's that comes up, and each of
+    OpenVINO's, so that [cpu, openvino] measures every file in both."""
     max_map_drop: Weight = 0.5
     """The gate: largest loss of mAP (points) against the student in PyTorch, and against what training measured."""
     benchmark: Benchmark = Benchmark()
@@ -139,6 +140,14 @@ class Deploy(Settings):
         for precision in (self.engines.precisions or ()) if self.engines is not None else ():
             if precision not in self.precisions:
                 raise broken_rule("engines.precisions", f"{precision} is not in deploy.precisions; add it there")
+            if PRECISIONS[precision].computed is not None:
+                raise broken_rule("engines.precisions", f"{precision} is no format of TensorRT; leave it out")
+        for precision in self.precisions:
+            places = PRECISIONS[precision].providers
+            if places and not set(places) & set(self.providers):
+                raise broken_rule("precisions", f"{precision} runs on {', '.join(places)}; add one to deploy.providers")
+        if len(set(self.providers)) < len(self.providers):
+            raise broken_rule("providers", "names one twice")
         if self.runners is not None and len(set(self.runners)) < len(self.runners):
             raise broken_rule("runners", "names a runner twice")
         return self

@@ -38,12 +38,16 @@ class Abilities(Protocol):
     def ignores_regions(self) -> bool: ...
 
 
-SPECIAL = {"anchor_scale": "has no anchors to scale", "roi_samples": "has no second stage"}
+SPECIAL = {
+    "head_norm": "has no head with BatchNorm",
+    "anchor_scale": "has no anchors to scale",
+    "roi_samples": "has no second stage",
+}
 """Keys of a model that not every family takes, and why one may not."""
 
 FAMILY_FACTS = {
-    "gfl": FamilyFacts(quantizable=True, weights_labels=True),
-    "fcos": FamilyFacts(),
+    "gfl": FamilyFacts({"head_norm": "group"}, quantizable=True, weights_labels=True),
+    "fcos": FamilyFacts({"head_norm": "group"}),
     "retinanet": FamilyFacts(
         {"anchor_scale": 4.0}, most_convolutions=(4, "torchvision's RetinaNet has at most 4 convolutions in a tower")
     ),

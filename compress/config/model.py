@@ -57,10 +57,13 @@ class Model(Settings):
     weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
     """Start of the backbone: torchvision's ImageNet weights, random, or a file with such weights."""
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
-    """Channels of the pyramid and the head (a multiple of 32; the head's GroupNorm takes 8 channels a group)."""
+    """Channels of the pyramid and the head (a multiple of 32; a GroupNorm in the head takes 8 channels a group)."""
     head_depth: Annotated[int, Field(ge=0)] = 4
     """3x3 convolutions in each of the head's two towers (retinanet: at most 4). faster_rcnn: before its fully connected
     layer; 0: two fully connected layers and no convolutions."""
+    head_norm: Literal["group", "batch"] = added_later("group")
+    """gfl, fcos: norm behind the head's convolutions. batch: BatchNorm with statistics of each level, which files do
+    without: faster, above all in int8, and padding does not move detections."""
     anchor_scale: Annotated[float, Field(gt=0)] | None = None
     """retinanet, faster_rcnn: side of the smallest anchor of a level in its strides; smaller for small objects. null:
     torchvision's, 4 and 8."""
@@ -89,7 +92,7 @@ class Model(Settings):
         if facts.most_convolutions is not None and self.head_depth > facts.most_convolutions[0]:
             raise broken_rule("head_depth", facts.most_convolutions[1])
         for key, lack in SPECIAL.items():
-            if getattr(self, key) is not None and key not in facts.defaults:
+            if getattr(self, key) != type(self).model_fields[key].default and key not in facts.defaults:
                 raise broken_rule(key, f"{self.detector} {lack}; leave it out")
 
     def bare(self) -> Model:
@@ -114,7 +117,7 @@ class Model(Settings):
             if self.options is not None:
                 raise broken_rule("options", f"is for a detector of your own; {self.detector} has settings by name")
         else:
-            for key in ("neck_channels", "head_depth", "anchor_scale", "roi_samples"):
+            for key in ("neck_channels", "head_depth", *SPECIAL):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise broken_rule(key, "is for the built-in detectors; give it to your own under options")
         if self.backbone_options is not None and not own_backbone:

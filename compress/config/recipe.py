@@ -79,6 +79,7 @@ class Recipe(Settings):
             if broken is not None:
                 raise broken_rule(*broken)
         self._training_rules()
+        self._cache_rules(whole=whole)
         self._prune_rules(whole=whole)
         return self
 
@@ -117,6 +118,19 @@ class Recipe(Settings):
                 raise broken_rule(f"{key}.frozen_stages", "would freeze random weights; set it to -1")
             if model.weights == "none" and model.norm_eval:
                 raise broken_rule(f"{key}.norm_eval", "would freeze unset statistics; set it to false")
+
+    def _cache_rules(self, *, whole: bool) -> None:
+        if self.teacher is None or self.teacher.cache is None:
+            return
+        if self.train.views is None:
+            raise broken_rule(
+                "teacher.cache", "needs train.views: without them no augmentation comes twice; set train.views: 8"
+            )
+        if not self.methods.enabled() and whole:
+            raise broken_rule("teacher.cache", "is not used: no method learns from the teacher; leave it out")
+        cwd = self.methods.cwd
+        if self.teacher.cache_classes is not None and cwd is not None and cwd.on == "logits":
+            raise broken_rule("teacher.cache_classes", "methods.cwd on logits compares all classes; leave it out")
 
     def _prune_rules(self, *, whole: bool) -> None:
         prune, teacher = self.student.prune, self.teacher

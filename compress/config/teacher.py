@@ -316,6 +316,12 @@ class Teacher(Source):
     inherit: bool = False
     """Start the student's neck and head from the teacher's, where the shapes agree (as published for FGD and MGD)."""
 
+    cache: Path | None = added_later()
+    """Keep what the methods look at of the teacher's outputs in this folder, in half precision: it then runs once for
+    each view of a picture, in all runs. null: it runs in every step. Needs `train.views`."""
+    cache_classes: Positive | None = added_later()
+    """Class logits that the cache keeps of each place, the largest so many; the others share one value. null: all."""
+
     @model_validator(mode="after")
     def _rules(self) -> Teacher:
         if not self.given and self.train is None:
@@ -328,4 +334,6 @@ class Teacher(Source):
             raise broken_rule("train", "needs teacher.model, the detector to train")
         if self.inherit and self.given and self.checkpoint is None and self.custom is None:
             raise broken_rule("inherit", f"needs a teacher of this project, not teacher.{self.given[0]}")
+        if self.cache_classes is not None and self.cache is None:
+            raise broken_rule("cache_classes", "belongs to cache, which is not given")
         return self

@@ -175,6 +175,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         }
         return [largest[size] for size in self.sizes]
 
+    def outcomes(self) -> float:
+        """How many different images `transform` can make of one; infinity: countless."""
+        return self.transform.outcomes()  # type: ignore[attr-defined]
+
     def name(self, index: int) -> str:
         """The image's `file_name`."""
         return self._names[index]

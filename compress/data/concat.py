@@ -26,6 +26,10 @@ class TrainingImages(Protocol):
         """(height, width) that each image has after its transform, at most; pixels."""
         ...
 
+    def outcomes(self) -> float:
+        """How many different images the transform can make of one; infinity: countless."""
+        ...
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]: ...
 
 
@@ -47,6 +51,9 @@ class ConcatDataset(Dataset[tuple[Tensor, Target]]):
 
     def network_sizes(self) -> list[tuple[int, int]]:
         return [size for part in self.parts for size in part.network_sizes()]
+
+    def outcomes(self) -> float:
+        return max(part.outcomes() for part in self.parts)
 
     @property
     def num_boxes(self) -> int:

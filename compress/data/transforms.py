@@ -82,6 +82,12 @@ class _Train:
         """(height, width) that an image of this size gets at most; the zoom leaves the frame as it is."""
         return fit_size(height, width, short=self.high, long=self.long)
 
+    def outcomes(self) -> float:
+        """How many different images this can make of one; infinity: countless."""
+        if self.distort is not None or self.zoom is not None:
+            return math.inf
+        return (self.high - self.low + 1) * (2 if 0 < self.flip < 1 else 1)
+
 
 @dataclass(frozen=True)
 class _Eval:
@@ -97,6 +103,9 @@ class _Eval:
     def largest(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that an image of this size gets."""
         return fit_size(height, width, short=self.short, long=self.long, canvas=self.canvas)
+
+    def outcomes(self) -> float:
+        return 1
 
 
 def resize_exactly(image: Tensor, size: tuple[int, int]) -> Tensor:

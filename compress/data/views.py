@@ -10,6 +10,7 @@ and tall pictures never share a batch, and each of the two kinds has one canvas,
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -43,6 +44,15 @@ class Canvases:
         found = self.tall if original[0] > original[1] else self.wide
         assert found is not None, "the dataset has such a picture"
         return found
+
+    def counts(self, dataset: TrainingImages) -> dict[Size, int]:
+        """How many pictures of `dataset` lie on each canvas."""
+        tall = int((dataset.aspect_ratios < 1).sum())
+        counts: Counter[Size] = Counter()
+        for canvas, count in ((self.tall, tall), (self.wide, len(dataset) - tall)):
+            if canvas is not None:
+                counts[canvas] += count
+        return counts
 
     @classmethod
     def for_all(cls, dataset: TrainingImages) -> Canvases:
@@ -87,6 +97,11 @@ def epoch_of_views(
             seen[index] += 1
         batches.append(batch)
     return batches
+
+
+def different(views: int, outcomes: float) -> float:
+    """How many of so many views differ, on average, where an augmentation has so many outcomes, all as likely."""
+    return views if math.isinf(outcomes) else outcomes * (1 - (1 - 1 / outcomes) ** views)
 
 
 def picture_key(image: Tensor, canvas: Size) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from compress.config.model import Model
 from compress.detectors.backbones import build_backbone, build_own_backbone
 from compress.detectors.base import Detector
 from compress.detectors.gfl import GFL
+from compress.detectors.level_norm import LevelNorm
 from compress.detectors.widths import resize
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import call_own, import_object, is_import_path
@@ -159,8 +161,9 @@ def _backbone(model: Model, key: str) -> nn.Module | None:
 
 
 def inherit(student: Detector, teacher: Detector) -> list[str]:
-    """Copy the layers of the teacher's neck and head whose weights have the student's shapes. Returns the keys; empty
-    when no convolution fits, and then nothing is copied."""
+    """Copy the layers of the teacher's neck and head whose weights have the student's shapes; the factors and biases of
+    a GroupNorm to the BatchNorm of every level. Returns the keys; empty when no convolution fits, and then nothing is
+    copied."""
     student_state, teacher_state = student.state_dict(), teacher.state_dict()
 
     def fits(key: str) -> bool:
@@ -170,6 +173,12 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
         layer = key.rpartition(".")[0]
         return f"{layer}.weight" if f"{layer}.weight" in teacher_state else key
 
+    for name, norm in student.named_modules():
+        if isinstance(norm, LevelNorm):  # the factors and biases of a GroupNorm there fit every level
+            of_all = name.removesuffix("bn") + "gn" if name.endswith(".bn") else name
+            for level, key in product(range(len(norm)), ("weight", "bias")):
+                if f"{of_all}.{key}" in teacher_state:
+                    teacher_state[f"{name}.{level}.{key}"] = teacher_state[f"{of_all}.{key}"]
     keys = [key for key in teacher_state if not key.startswith("backbone.") and fits(key) and fits(weight_of(key))]
     if not any(key.endswith("weight") and teacher_state[key].dim() == 4 for key in keys):
         return []

@@ -55,8 +55,8 @@ class ModelRecord(BaseModel):
     source: where the weights came from, for a converted checkpoint.
 
     In the file the settings of the model stand beside the others. Version 2 knows users' own parts, by import path
-    with their options, version 3 the widths of a pruned one. A model without such is written as version 1 was: byte
-    for byte, and readable by 0.1.
+    with their options, version 3 the widths of a pruned one, version 4 BatchNorm in the head. A model without such is
+    written as version 1 was: byte for byte, and readable by 0.1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,8 +75,8 @@ class ModelRecord(BaseModel):
         if not isinstance(fields, dict) or "model" in fields:
             return fields
         fields = dict(fields)
-        if fields.pop("schema_version", 1) not in (1, 2, 3):
-            raise ValueError("schema_version: Input should be 1, 2 or 3; a newer version wrote this file")
+        if fields.pop("schema_version", 1) not in (1, 2, 3, 4):
+            raise ValueError("schema_version: Input should be 1, 2, 3 or 4; a newer version wrote this file")
         model = {key: fields.pop(key) for key in ARCHITECTURE if key in fields}
         for key, known in (("detector", FAMILIES), ("backbone", BACKBONES)):
             value = model.get(key)
@@ -106,9 +106,14 @@ class ModelRecord(BaseModel):
         """The text in the file's header."""
         model = self.model.model_dump(mode="json", include=set(ARCHITECTURE))
         others = self.model_dump(mode="json", exclude={"model"})
-        first = {"schema_version": 3 if self.model.widths else 2 if self.has_own_parts else 1}
+        first = {"schema_version": self._schema_version()}
         first |= {key: model.pop(key) for key in ("detector", "backbone")} | {"num_classes": others.pop("num_classes")}
         return json.dumps(first | model | others, ensure_ascii=False, separators=(",", ":"))
+
+    def _schema_version(self) -> int:
+        if self.model.head_norm != "group":
+            return 4
+        return 3 if self.model.widths else 2 if self.has_own_parts else 1
 
     def build(self) -> Detector:
         """The model with random weights, nothing frozen, in training mode.

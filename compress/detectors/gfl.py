@@ -28,6 +28,7 @@ from compress.detectors.base import (
     Targets,
     decode_level,
 )
+from compress.detectors.level_norm import LevelNorm, at_level
 from kernels.common.distribution import boxes_to_distances, distribution_focal_loss
 from kernels.ops.distribution_iou_loss import distribution_iou_loss
 from kernels.ops.quality_focal_loss import quality_focal_loss
@@ -46,6 +47,7 @@ class GFL(Detector):
         backbone: gives C3, C4, C5 of normalised images.
         neck_channels: width of the pyramid and the head, a multiple of 8 (the groups of GroupNorm).
         head_depth: convolutions in each of the two towers.
+        head_norm: behind each of them, `group` or `batch`.
         compiled: run the dense loss passes through torch.compile.
     """
 
@@ -64,6 +66,7 @@ class GFL(Detector):
         *,
         neck_channels: int = 256,
         head_depth: int = 4,
+        head_norm: str = "group",
         compiled: bool = False,
     ) -> None:
         super().__init__()
@@ -74,13 +77,13 @@ class GFL(Detector):
         self.compiled = compiled
         self.backbone = backbone
         self.neck = FPN(backbone.out_channels, neck_channels)
-        self.head = GFLHead(num_classes, neck_channels, head_depth)
+        self.head = GFLHead(num_classes, neck_channels, head_depth, head_norm)
         self.set_normalisation()
 
     @classmethod
-    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int) -> GFL:
+    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int, head_norm: str) -> GFL:
         """Make one with fresh neck and head; see the constructor."""
-        return cls(num_classes, backbone, neck_channels=neck_channels, head_depth=head_depth)
+        return cls(num_classes, backbone, neck_channels=neck_channels, head_depth=head_depth, head_norm=head_norm)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """uint8 RGB images [B, 3, H, W] → P3..P7, each float [B, neck_channels, h, w]."""
@@ -191,10 +194,10 @@ def _in_float32(conv: nn.Module, x: Tensor) -> Tensor:
 class GFLHead(nn.Module):
     """Two towers shared by all levels, a joint class-quality branch and a distribution branch."""
 
-    def __init__(self, num_classes: int, channels: int, depth: int) -> None:
+    def __init__(self, num_classes: int, channels: int, depth: int, norm: str) -> None:
         super().__init__()
-        self.cls_convs = nn.ModuleList(ConvGN(channels) for _ in range(depth))
-        self.reg_convs = nn.ModuleList(ConvGN(channels) for _ in range(depth))
+        self.cls_convs = nn.ModuleList(ConvNorm(channels, norm) for _ in range(depth))
+        self.reg_convs = nn.ModuleList(ConvNorm(channels, norm) for _ in range(depth))
         self.gfl_cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.gfl_reg = nn.Conv2d(channels, 4 * (REG_MAX + 1), 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in STRIDES)
@@ -208,27 +211,42 @@ class GFLHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, distribution = [], []
-        for x, scale in zip(features, self.scales, strict=True):
+        for level, (x, scale) in enumerate(zip(features, self.scales, strict=True)):
             classes = sides = x
             for conv in self.cls_convs:
-                classes = conv(classes)
+                classes = conv(classes, level)
             for conv in self.reg_convs:
-                sides = conv(sides)
+                sides = conv(sides, level)
             logits.append(self.gfl_cls(classes))
             distribution.append(scale(self.gfl_reg(sides)))
         return logits, distribution
 
 
-class ConvGN(nn.Module):
-    """3×3 convolution without bias, GroupNorm, ReLU. 8 channels a group: mmdet's 32 groups at 256 channels."""
+class ConvNorm(nn.Module):
+    """3×3 convolution without bias, norm, ReLU, for maps [B, channels, h, w] of any level.
 
-    def __init__(self, channels: int) -> None:
+    norm: `group` (8 channels a group: mmdet's 32 groups at 256 channels) or `batch` (`LevelNorm`).
+    """
+
+    def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.gn = nn.GroupNorm(channels // GROUP_WIDTH, channels)
+        if norm == "batch":
+            self.bn = LevelNorm(channels)
+        else:
+            self.gn = nn.GroupNorm(channels // GROUP_WIDTH, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gn(self.conv(x)))
+    @property
+    def norm(self) -> nn.Module:
+        """The norm, which runs once a level."""
+        return self.gn if hasattr(self, "gn") else self.bn
+
+    def normalised(self, x: Tensor, level: int) -> Tensor:
+        """What the ReLU takes."""
+        return at_level((self.conv, self.norm), x, level)
+
+    def forward(self, x: Tensor, level: int) -> Tensor:
+        return F.relu(self.normalised(x, level))
 
 
 class Scale(nn.Module):

@@ -1,8 +1,8 @@
 """CrossKD: cross-head knowledge distillation (Wang et al., CVPR 2024).
 
-The student's head features, taken from a late layer of each tower after convolution and GroupNorm and before the
-ReLU, are scaled like the teacher's and go through the rest of the teacher's head. These cross-head predictions z_x,
-d_x imitate the teacher's z_t, d_t; the student's own predictions see the ground truth alone.
+The student's head features, taken from a late layer of each tower after convolution and norm and before the ReLU, are
+scaled like the teacher's and go through the rest of the teacher's head. These cross-head predictions z_x, d_x imitate
+the teacher's z_t, d_t; the student's own predictions see the ground truth alone.
 
     align(s) = (s - mean s) / (std s + 1e-6) * std t + mean t
     L_cls = sum_i v_i * sum_c BCE(z_x, sigmoid(z_t)) * |sigmoid(z_x) - sigmoid(z_t)| / A
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from compress.config.methods import Crosskd
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction, decode_level
-from compress.detectors.gfl import GFL, ConvGN
+from compress.detectors.gfl import GFL, ConvNorm
 from compress.distill.method import BOTH, BuildContext, Method, Outputs
 from deploy.core.errors import UserError
 from kernels.ops.binary_kd_loss import binary_kd_loss
@@ -97,9 +97,9 @@ class CrossKD(Method):
         self._taps = []
         for tower in (student.head.cls_convs, student.head.reg_convs):
             layer = tower[split - 1]
-            assert isinstance(layer, ConvGN)
+            assert isinstance(layer, ConvNorm)
             tap = _Tap(len(student.head.scales))
-            weakref.finalize(self, layer.gn.register_forward_hook(tap).remove)
+            weakref.finalize(self, layer.norm.register_forward_hook(tap).remove)
             self._taps.append(tap)
 
     @property
@@ -143,8 +143,8 @@ def cross_head(cls_maps: list[Tensor], reg_maps: list[Tensor], teacher: Outputs,
     logits, distribution = [], []
     for level, scale in enumerate(head.scales):
         features = teacher.features[level].float()
-        classes = _rest(head.cls_convs, cls_maps[level].float(), features, split)
-        sides = _rest(head.reg_convs, reg_maps[level].float(), features, split)
+        classes = _rest(head.cls_convs, cls_maps[level].float(), features, split, level)
+        sides = _rest(head.reg_convs, reg_maps[level].float(), features, split, level)
         logits.append(_frozen(head.gfl_cls, classes))
         distribution.append(_frozen(scale, _frozen(head.gfl_reg, sides)))
     return DensePrediction(logits, distribution, teacher.prediction.strides)
@@ -204,25 +204,25 @@ def side_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_x, log_t, reduction="none", log_target=True).sum((1, 2))
 
 
-def _rest(tower: nn.ModuleList, student: Tensor, teacher_features: Tensor, split: int) -> Tensor:
+def _rest(tower: nn.ModuleList, student: Tensor, teacher_features: Tensor, split: int, level: int) -> Tensor:
     """Align the student's map with the teacher's of layer `split`, then run the teacher's later layers on it."""
     with torch.no_grad():
         teacher_map = teacher_features
         for layer in tower[: split - 1]:
-            teacher_map = layer(teacher_map)
+            teacher_map = layer(teacher_map, level)
         last = tower[split - 1]
-        assert isinstance(last, ConvGN)
-        teacher_map = last.gn(last.conv(teacher_map))
+        assert isinstance(last, ConvNorm)
+        teacher_map = last.normalised(teacher_map, level)
     x = F.relu(align_scale(student, teacher_map))
     for layer in tower[split:]:
-        x = _frozen(layer, x)
+        x = _frozen(layer, x, level)
     return x
 
 
-def _frozen(layer: nn.Module, x: Tensor) -> Tensor:
+def _frozen(layer: nn.Module, *inputs: Tensor | int) -> Tensor:
     """Run a layer whose parameters get no gradient."""
     parameters = {name: value.detach() for name, value in layer.named_parameters()}
-    result: Tensor = torch.func.functional_call(layer, parameters, (x,))
+    result: Tensor = torch.func.functional_call(layer, parameters, inputs)
     return result
 
 
@@ -257,7 +257,7 @@ def _check_heads(student: GFL, teacher: GFL, split: int, teacher_split: int) -> 
 def _channels(model: GFL, tower: str, split: int) -> int:
     """Channels of a tower after layer `split`."""
     layer = getattr(model.head, tower)[split - 1]
-    assert isinstance(layer, ConvGN)
+    assert isinstance(layer, ConvNorm)
     return layer.conv.out_channels
 
 

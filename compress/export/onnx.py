@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from compress.data.coco import Transform, load_tensor
 from compress.data.transforms import eval_transform
 from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
+from compress.detectors.level_norm import folded
 from compress.export.deployable import Deployable, TorchRunner, marked_for_half
 from compress.versions import versions
 from deploy.core.canvas import fit_canvas
@@ -56,12 +58,13 @@ def export_checkpoint(
     """
     kind = PRECISIONS[precision]
     runner = torch_runner(str(checkpoint), settings, input_size, resize_short_long=resize_short_long)
+    module = cast(Deployable, folded(runner.module))
     return export_onnx(
-        marked_for_half(runner.module) if kind.half else runner.module,
+        marked_for_half(module) if kind.half else module,
         runner.card,
         out,
         samples=canvases(images, runner.card, SAMPLES),
-        reference=runner.module if kind.half else None,
+        reference=runner.module,
         measured_on=canvases(measured or images, runner.card, MEASURED) if kind.half else None,
         max_batch=settings.max_batch,
         score_tolerance=kind.score_tolerance,

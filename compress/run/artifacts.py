@@ -31,6 +31,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of
 from deploy.core.image_folder import spread
 from deploy.core.precisions import PRECISIONS, TENSORRT, Target, file_for, sources
+from deploy.graph.precision import compute_in
 from deploy.quantize.calibrate import CalibrationImages, choose_images
 from deploy.quantize.file import QuantizeReport
 from deploy.quantize.guided import GuidedResult
@@ -146,7 +147,7 @@ def onnx_files(
         kind, path = PRECISIONS[name], file_for(out, name)
         format_ = None if not kind.quantized else target if target in kind.targets else kind.targets[0]
         stage = "export" if name == "fp32" else f"export {name}"
-        engine = path.with_suffix(ENGINE_SUFFIX) if name in engines else None
+        engine = path.with_suffix(ENGINE_SUFFIX) if name in engines and kind.computed is None else None
         fits = format_ in (None, TENSORRT)
         files.append(OnnxFile(path, name, format_, engine if fits else None, stage))
         if engine is not None and not fits:
@@ -203,6 +204,8 @@ def make(plan: ArtifactPlan) -> Iterator[Artifact]:
                 artifact = _quantized(plan, file, floats)
                 made += [file] if artifact.made else []
                 yield artifact
+            elif PRECISIONS[file.precision].computed is not None:
+                yield _computed(plan, file, floats)
     for file in made:
         if file.engine is not None and plan.engines is not None:
             yield _built(plan, plan.engines, file, file.engine)
@@ -289,6 +292,22 @@ def _quantized(plan: ArtifactPlan, file: OnnxFile, floats: _FloatFiles) -> Artif
         text.removeprefix(f"{file.path.name}, "),
         search=searches[0] if searches else None,
     )
+
+
+def _computed(plan: ArtifactPlan, file: OnnxFile, floats: _FloatFiles) -> Artifact:
+    """A float file that a runtime computes in another format than its graph has. It is not compared with torch: its
+    source was, and what the format costs depends on the machine that runs it."""
+    kind = PRECISIONS[file.precision]
+    assert kind.computed is not None, "make asks for no other"
+    number_format = kind.computed
+
+    def work() -> dict[str, Any]:
+        compute_in(number_format, floats[kind.source], file.path)
+        return {}
+
+    _stage(plan, file.stage, lambda: _inputs(plan), [file.path], work)
+    size = file.path.stat().st_size / 1e6
+    return Artifact(file.path, file.precision, f"{size:.1f} MB; {kind.what}: compress validate says what that costs")
 
 
 def _in_words(report: QuantizeReport, scales: str = "") -> str:

@@ -28,8 +28,10 @@ from deploy.core.card import network_precision
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
-from deploy.runtimes.open import open_runner
+from deploy.runtimes.open import open_runner, runner_kind
+from deploy.runtimes.providers import OPENVINO, openings
 
 MAP_FIGURES = ("map", "max_detections", "map_at_max", "mar_at_max")
 
@@ -149,26 +151,38 @@ def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
         gate = artifact.gate
         if gate is None and artifact.engine is not None and cuda_driver.gpu() is None:
             gate = "not run: no GPU"
-        if gate is None:
-            try:
-                runner = open_runner(artifact.path, plan.settings.providers)
-            except UserError as error:
-                if artifact.engine is None:
-                    raise
-                gate = f"not run: {error}"
         if gate is not None:
             opened.idle.append({"file": name, "precision": artifact.precision, **facts, "gate": gate})
             continue
-        opened.runners[name], opened.files[name] = runner, artifact.path
-        opened.shipped.add(name)
-        if facts:
-            opened.facts[name] = facts
+        for place, providers in enumerate(_places(artifact, plan.settings.providers)):
+            called = name if place == 0 else f"{name} ({providers[0]})"
+            try:
+                runner = open_runner(artifact.path, providers)
+            except UserError as error:
+                if artifact.engine is None and providers[0] not in OPENVINO:
+                    raise
+                opened.idle.append(
+                    {"file": called, "precision": artifact.precision, **facts, "gate": f"not run: {error}"}
+                )
+                continue
+            opened.runners[called], opened.files[called] = runner, artifact.path
+            opened.shipped.add(called)
+            if facts:
+                opened.facts[called] = facts
     exported = plan.folder.onnx()
     for path in plan.settings.runners or ():
         name = f"{exported.name} ({path.rpartition(':')[2]})"
         opened.runners[name] = open_runner(exported, runner=path)
         opened.files[name] = exported
     return opened
+
+
+def _places(artifact: Artifact, providers: Sequence[str]) -> list[tuple[str, ...]]:
+    """The providers that an artifact is opened with, each time it is."""
+    if not runner_kind(artifact.path).has_providers:
+        return [tuple(providers)]
+    able = PRECISIONS[artifact.precision].providers
+    return [names for names in openings(providers) if not able or names[0] in able]
 
 
 def _facts(artifact: Artifact) -> dict[str, Any]:

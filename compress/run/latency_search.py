@@ -44,6 +44,7 @@ from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
+from deploy.runtimes.providers import openings
 
 SCOPE: Scope = "h2d+compute+d2h"
 """The figure that a report calls a file's latency."""
@@ -89,6 +90,11 @@ def latency_search(
         raise UserError(
             f"prune.latency_ms: {detector.family} cannot be exported: {detector.exportable}; take gflops or params, or "
             f"a {exportable_families()} detector"
+        )
+    if len(openings(plan.deploy.providers)) > 1:
+        raise UserError(
+            "prune.latency_ms: is measured in one runtime, and deploy.providers names several: "
+            f"{', '.join(plan.deploy.providers)}; leave one"
         )
     if PRECISIONS[plan.precision].quantized and not plan.images:
         raise UserError(

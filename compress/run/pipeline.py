@@ -59,7 +59,7 @@ from compress.run.pseudo_labels import (
     label_images,
 )
 from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, match_teacher, open_given
-from compress.run.trainings import Distillation, TrainingPlan, check, evaluate_on, train
+from compress.run.trainings import Distillation, TrainingPlan, check, evaluate_on, need_room, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
@@ -165,6 +165,7 @@ def _train(work: _Run, *, distillation: bool) -> None:
     teacher = pseudo = None
     if distillation and has_a_teacher(recipe.teacher, recipe.methods, recipe.pseudo_labels, work.parts):
         teacher = work.teacher()
+        work.check_room_of_cache(teacher)
     elif distillation and work.parts.methods:
         name = next(iter(work.parts.methods))
         raise UserError(f"methods.{name}: needs a teacher; add the section teacher, or give one")
@@ -286,6 +287,15 @@ class _Run:
             )
         return teacher
 
+    def check_room_of_cache(self, teacher: Detector) -> None:
+        """Refuse a cache of the teacher that would fill the disk before a baseline trains for hours. How many images
+        pseudo labels add is not known yet; the student's training looks again."""
+        learns = distillation_plan(self.recipe, self.parts)
+        cache = learns.open_cache(teacher, self.recipe.train.precision)
+        if cache is not None:
+            methods = learns.check(self._new_student(), teacher)
+            on_first_process(self.fabric, lambda: need_room(cache, self.recipe.train, self.data.train, methods))
+
     def _new_student(self) -> Detector:
         """The student before its training, without weights that would have to be downloaded."""
         classes, student = len(self.data.train.categories), self.recipe.student
@@ -381,6 +391,7 @@ class _Run:
             "methods": distillation.methods.model_dump(mode="json"),
             "inherit": distillation.inherit,
             "teacher": state_sha256(teacher),
+            **distillation.cache_identity(),
             **named_identity("named_methods", {f"methods.{path}": path for path in distillation.methods.own}),
             **self.parts.method_identity(),
         }

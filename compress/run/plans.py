@@ -37,8 +37,11 @@ def data_plan(recipe: Recipe) -> DataPlan:
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
     """Plan how a recipe's student learns from its teacher."""
-    inherit = recipe.teacher is not None and recipe.teacher.inherit
-    return Distillation(recipe.methods, inherit, {} if parts is None else parts.methods)
+    own = {} if parts is None else parts.methods
+    if recipe.teacher is None:
+        return Distillation(recipe.methods, own=own)
+    teacher = recipe.teacher
+    return Distillation(recipe.methods, teacher.inherit, own, teacher.cache, teacher.cache_classes)
 
 
 def labelling_of(recipe: Recipe) -> LabellingPlan | None:

@@ -66,6 +66,7 @@ class QadPlan:
             images=data.train,
             evaluate=lambda detector: evaluate_on(detector, data, fabric, self.workers, self.deploy.max_detections),
             build_methods=lambda student, teacher: self.distillation.build(student, teacher, seed=self.seed),
+            open_cache=lambda teacher: self.distillation.open_cache(teacher, self.train.precision),
             adapters=self.adapters,
             name=name,
             seed=self.seed,

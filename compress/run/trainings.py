@@ -19,19 +19,22 @@ from compress.config.train import Train
 from compress.console import open_console
 from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
-from compress.data.views import Views
+from compress.data.views import Canvases, Views, different
 from compress.detectors.base import Capability, Detector
 from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, check_described, load_detector, save_detector
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
 from compress.distill.method import Method
+from compress.distill.teacher_cache import TeacherCache
+from compress.distill.teacher_outputs import looked_at
 from compress.distill.weighting import WeightedMethod
 from compress.manifest import RunFolder, fingerprint
 from compress.run.data import Datasets
+from compress.run.parts import describe as describe_part
 from compress.training.distributed import on_first_process
 from compress.training.evaluate import evaluate
-from compress.training.loop import Training, check_length, fit, without_effect
+from compress.training.loop import Training, check_length, fit, steps_of, without_effect
 from compress.training.place import place_for, publish, telling_what_stays
 from deploy.core.errors import UserError
 from deploy.validate.coco import DETECTIONS, CocoMetrics
@@ -45,11 +48,14 @@ class Distillation:
 
     methods: the recipe's section. own: methods that are there as objects; a training works on copies.
     inherit: start the student's neck and head from the teacher's.
+    cache: folder of the teacher's outputs; None: it runs in every step. cache_classes: see `TeacherCache`.
     """
 
     methods: Methods = field(default_factory=Methods)
     inherit: bool = False
     own: Mapping[str, Method | WeightedMethod] = field(default_factory=dict)
+    cache: Path | None = None
+    cache_classes: int | None = None
 
     @property
     def names(self) -> list[str]:
@@ -61,6 +67,25 @@ class Distillation:
     ) -> dict[str, WeightedMethod]:
         """The methods, with fresh adapters. Raises UserError where teacher, student and methods do not fit."""
         return build_methods(self.methods, student, teacher, seed=seed, compiled=compiled, own=self.own)
+
+    def cache_identity(self) -> dict[str, Any]:
+        """Identify how the teacher's outputs are rounded on their way through a cache, as JSON; empty without one."""
+        return {} if self.cache is None else {"teacher_cache": {"classes": self.cache_classes}}
+
+    def open_cache(self, teacher: Detector, precision: str) -> TeacherCache | None:
+        """The teacher's cache, if it has one. precision: as `train.precision`."""
+        if self.cache is None:
+            return None
+        described = describe_part(teacher)
+        described["settings"].pop("compiled", None)  # of its loss
+        identity = {
+            "teacher": described,
+            "model": None if teacher.model is None else teacher.model.model_dump(mode="json", exclude_none=True),
+            "mean": teacher.mean.flatten().tolist(),
+            "std": teacher.std.flatten().tolist(),
+            "precision": precision,
+        }
+        return TeacherCache(self.cache, teacher, identity, classes=self.cache_classes, report=_say)
 
     def pass_on(self, student: Detector, teacher: Detector) -> None:
         """Let the student inherit, where it should. Raises UserError where nothing fits."""
@@ -149,18 +174,26 @@ def train(
             if note is not None and fabric.is_global_zero:
                 open_console().print(f"{plan.name}: {note}")
         plan.distillation.pass_on(detector, teacher)
+    cache = None if teacher is None or not methods else plan.distillation.open_cache(teacher, plan.settings.precision)
+    loader = _loader(fabric, plan, data, keys=cache is not None)
+    if cache is not None:
+        images = data.train if plan.images is None else plan.images
+        on_first_process(fabric, lambda: need_room(cache, plan.settings, images, methods))
     training = Training(
         name=plan.name,
         folder=place,
         settings=plan.settings,
-        loader=_loader(fabric, plan, data),
+        loader=loader,
         evaluate=lambda d: evaluate_on(d, data, fabric, plan.workers, plan.max_detections),
         identity=identity,
         teacher=teacher,
         methods=methods,
+        cache=cache,
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
+    if cache is not None:
+        _say(cache.summary())
 
     def save() -> None:
         if result.metrics is not None:
@@ -169,6 +202,18 @@ def train(
 
     on_first_process(fabric, save)
     return {**result.to_dict(), "canvas": list(data.canvas)}
+
+
+def need_room(
+    cache: TeacherCache, settings: Train, images: TrainingImages, methods: Mapping[str, WeightedMethod]
+) -> None:
+    """Raise UserError where a training would fill the disk with its teacher's outputs."""
+    assert settings.views is not None, "the recipe was validated"
+    batches = len(images) // (settings.batch_size // settings.accumulate)
+    visits = steps_of(settings, batches)[1] * settings.batch_size
+    parts = looked_at(weighted.method for weighted in methods.values())
+    views = different(settings.views, images.outcomes())
+    cache.need_room(Canvases.for_all(images).counts(images), views, visits, parts)
 
 
 def evaluate_on(
@@ -190,7 +235,7 @@ def evaluate_on(
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[Any]:
+def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets, *, keys: bool) -> DataLoader[Any]:
     return train_loader(
         data.train if plan.images is None else plan.images,
         batch_size=plan.settings.batch_size // plan.settings.accumulate,
@@ -199,7 +244,12 @@ def _loader(fabric: Fabric, plan: TrainingPlan, data: Datasets) -> DataLoader[An
         rank=fabric.global_rank,
         world_size=fabric.world_size,
         views=None if plan.settings.views is None else Views(plan.settings.views, plan.seed),
+        keys=keys,
     )
+
+
+def _say(line: str) -> None:
+    open_console().print(line, markup=False, soft_wrap=True)
 
 
 def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float | None) -> ModelRecord:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compress.data.batch import Batch
 from compress.detectors.base import Detector, Reduce
 from compress.distill.method import Outputs
+from compress.distill.teacher_cache import TeacherCache
 from compress.distill.teacher_outputs import looked_at, run_teacher
 from compress.distill.weighting import TrainingPosition, WeightedMethod, gradient_norm
 from deploy.core.errors import UserError
@@ -19,16 +20,24 @@ class Learner(nn.Module):
     """The student and the methods' adapters; its forward pass is the whole loss.
 
     The teacher is kept out of the module tree: it has no gradient, goes to no checkpoint and stays in eval mode.
+
+    cache: of the teacher, which then runs only for what is not in it.
     """
 
     def __init__(
-        self, student: Detector, methods: Mapping[str, WeightedMethod], teacher: Detector | None, reduce: Reduce | None
+        self,
+        student: Detector,
+        methods: Mapping[str, WeightedMethod],
+        teacher: Detector | None,
+        reduce: Reduce | None,
+        cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.methods = nn.ModuleDict(methods)
         self._teacher = (teacher,)
         self._reduce = reduce
+        self._cache = cache
         self.detection_norm: Tensor
         self.register_buffer("detection_norm", torch.zeros(()), persistent=False)
 
@@ -41,7 +50,11 @@ class Learner(nn.Module):
         teacher_outputs = None
         active = [weighted.method for name, weighted in self._weighted() if factors[name]]
         if teacher is not None and active:
-            teacher_outputs = run_teacher(teacher, batch.images, looked_at(active))
+            parts = looked_at(active)
+            if self._cache is None:
+                teacher_outputs = run_teacher(teacher, batch.images, parts)
+            else:
+                teacher_outputs = self._cache(batch, parts)
         with torch.autocast(batch.images.device.type, enabled=False):
             prediction = prediction.float()
             targets = self.student.assign(prediction, batch.targets, self._reduce)

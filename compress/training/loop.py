@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from compress.config.train import Train
 from compress.data.batch import Batch
 from compress.detectors.base import Detector, Reduce
+from compress.distill.teacher_cache import TeacherCache
 from compress.distill.weighting import TrainingPosition, WeightedMethod
 from compress.manifest import TrainingFolder
 from compress.training.checkpoint import Checkpoints, State
@@ -49,7 +50,7 @@ class Training:
             settings.batch_size / (devices * accumulate).
         evaluate: gives the validation metrics of a detector; called on every process.
         identity: hash of everything that shapes the result; a checkpoint of another identity is not resumed.
-        teacher, methods: what the student learns from besides the labels.
+        teacher, methods: what the student learns from besides the labels. cache: of the teacher, if it has one.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Training:
     identity: str
     teacher: Detector | None = None
     methods: Mapping[str, WeightedMethod] = field(default_factory=dict)
+    cache: TeacherCache | None = None
 
     @property
     def epoch_steps(self) -> int:
@@ -111,7 +113,7 @@ def fit(
     check_length(training.name, training.settings, len(training.loader), training.stops)
     settings, total, epoch_steps = training.settings, training.total, training.epoch_steps
     reduce = sum_over_processes(fabric)
-    learner = Learner(student, training.methods, training.teacher, reduce)
+    learner = Learner(student, training.methods, training.teacher, reduce, training.cache)
     optimizer = build_optimizer(learner, settings.optimizer)
     rate = learning_rate(settings.schedule, total, epoch_steps)
     fabric_learner, fabric_optimizer = fabric.setup(learner, optimizer)

@@ -99,7 +99,8 @@ class ModelCard(BaseModel):
     max_detections: int = Field(default=MAX_DETECTIONS, ge=1)
     candidates: int = Field(default=CANDIDATES, ge=1)
     precision: dict[str, str] = {}
-    """Number format of each part as the graph has it, for example `{"backbone": "int8", "head": "fp32+int8"}`."""
+    """Number format of each part as the graph has it, for example `{"backbone": "int8", "head": "fp32+int8"}`; `bf16`
+    of all parts: the graph is in float32, and computed in bfloat16 by a runtime that can."""
     quantization: Quantization | None = None
     """None for a file without int8 layers."""
     half: HalfPrecision | None = None

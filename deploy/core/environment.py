@@ -15,6 +15,7 @@ PACKAGES = (
     "simplejpeg",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "torch",
     "torchvision",

@@ -13,7 +13,7 @@ from typing import Literal
 
 from deploy.core.files import ONNX_SUFFIX
 
-PrecisionName = Literal["fp32", "fp16", "int8", "mixed"]
+PrecisionName = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 """The keys of `PRECISIONS`, where a type is asked for."""
 Target = Literal["cpu", "tensorrt"]
 """Whose format a quantized file is in."""
@@ -30,6 +30,8 @@ class Precision:
     suffix: between the student's name and `.onnx`.
     targets: the formats that it can be quantized in, the usual one first; none: it is a float file.
     half: the network computes in float16.
+    computed: the format that the runtime is told to compute in, where the graph is that of `source`; None: the graph's.
+    providers: where such a file runs (`deploy.runtimes.providers`); none named: everywhere.
     several_formats: its convolutions and matrix products are of several formats, and no one of them has to prevail.
     score_tolerance: largest difference from torch that the export check allows.
     box_tolerance_px: the same for boxes, in pixels; None: `box_tolerance` holds.
@@ -41,6 +43,8 @@ class Precision:
     suffix: str
     targets: tuple[Target, ...] = ()
     half: bool = False
+    computed: str | None = None
+    providers: tuple[str, ...] = ()
     several_formats: bool = False
     score_tolerance: float = 1e-3
     box_tolerance_px: float | None = 0.25
@@ -66,6 +70,13 @@ PRECISIONS: dict[str, Precision] = {
         score_tolerance=0.01,
         box_tolerance_px=None,
         box_tolerance=0.005,
+    ),
+    "bf16": Precision(
+        "the fp32 file, computed in bfloat16 by OpenVINO",
+        source="fp32",
+        suffix=".bf16",
+        computed="bf16",
+        providers=("openvino", "openvino-gpu", "openvino-npu"),
     ),
     "int8": Precision("int8 layers, the rest in float32", source="fp32", suffix=".int8", targets=("cpu", TENSORRT)),
     "mixed": Precision(

@@ -1,11 +1,16 @@
-"""Number formats that an ONNX graph really computes in. The card's `precision` comes from here, never from a wish."""
+"""Number formats that an ONNX graph really computes in. The card's `precision` comes from here, never from a wish; one
+that its runtime chooses, bfloat16, is written by `compute_in`."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import onnx
 from onnx import TensorProto, shape_inference
 
-from deploy.core.card import METADATA_KEY, PROCESSING, ModelCard
+from deploy.core.card import METADATA_KEY, PROCESSING, ModelCard, parse_card
+from deploy.core.files import atomic_path
+from deploy.core.onnx_scan import scan_onnx
 from deploy.graph.structure import Structure, part_of, structure_of
 
 _CONVERTING = ("Cast", "QuantizeLinear", "DequantizeLinear")
@@ -40,6 +45,16 @@ def precisions(model: onnx.ModelProto) -> dict[str, str]:
 def set_card(model: onnx.ModelProto, card: ModelCard) -> None:
     """Replace the card of `model`."""
     onnx.helper.set_model_props(model, {METADATA_KEY: card.model_dump_json()})
+
+
+def compute_in(number_format: str, source: Path, out: Path) -> None:
+    """Write the file at `source` with a card that has every part computed in another format. The graph is the same: a
+    runtime that cannot compute so refuses the file."""
+    model = onnx.load(str(source))
+    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    set_card(model, card.model_copy(update={"precision": dict.fromkeys(card.precision, number_format)}))
+    with atomic_path(out) as temporary:
+        onnx.save(model, str(temporary))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -198,6 +198,7 @@ def shared_settings(streams: Streams, encoded: Encoded) -> dict[str, Any]:
         "input_size": {name: list(runner.card.input_size) for name, runner in first.items()},
         "precision": {name: dict(runner.card.precision) for name, runner in first.items()},
         "threads": {name: getattr(runner, "threads", None) for name, runner in first.items()},
+        "runtime": {name: dict(runner.settings) for name, runner in first.items() if hasattr(runner, "settings")},
     }
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import onnxruntime
 
 from deploy.core import cuda_driver
-from deploy.core.card import METADATA_KEY, card_from_session, parse_card
+from deploy.core.card import METADATA_KEY, card_from_session, network_precision, parse_card
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images
-from deploy.runtimes.providers import PROVIDERS
+from deploy.runtimes.providers import ONNX_RUNTIME
 
 _OUTPUTS = ["boxes", "scores", "labels", "count"]
 
@@ -63,10 +63,10 @@ class OnnxRunner:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         file, settings = path, dict[str, str]()
-        if "tensorrt" in providers and PROVIDERS["tensorrt"] in onnxruntime.get_available_providers():
+        if "tensorrt" in providers and ONNX_RUNTIME["tensorrt"] in onnxruntime.get_available_providers():
             file, settings = _tensorrt_settings(path, tensorrt or TensorRTProvider(), device)
         self._session = _open(file, providers, threads, device, settings)
-        names = {value: key for key, value in PROVIDERS.items()}
+        names = {value: key for key, value in ONNX_RUNTIME.items()}
         self.active_providers = tuple(names.get(name, name) for name in self._session.get_providers())
         missing = [name for name in providers if name not in self.active_providers]
         if missing and not allow_fallback:
@@ -79,6 +79,10 @@ class OnnxRunner:
             self.card = card_from_session(self._session, str(path))
         else:
             self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+        if network_precision(self.card.precision) == "bf16":
+            raise UserError(
+                f"{path}: ONNX Runtime would compute it in float32, not bfloat16: --provider openvino runs it"
+            )
         self.path = path
         self.threads = threads
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
@@ -208,21 +212,21 @@ def _open(
     path: Path, providers: Sequence[str], threads: int | None, device: int, tensorrt: dict[str, str]
 ) -> onnxruntime.InferenceSession:
     if not providers:
-        raise UserError(f"{path}: no provider given: choose from {', '.join(PROVIDERS)}")
+        raise UserError(f"{path}: no provider given: choose from {', '.join(ONNX_RUNTIME)}")
     for name in providers:
-        if name not in PROVIDERS:
-            raise UserError(f"unknown provider '{name}': choose from {', '.join(PROVIDERS)}")
+        if name not in ONNX_RUNTIME:
+            raise UserError(f"unknown provider '{name}': choose from {', '.join(ONNX_RUNTIME)}")
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
     available = onnxruntime.get_available_providers()
     on_gpu = {"device_id": str(device)}
     settings: dict[str, dict[str, str]] = {"cpu": {}, "cuda": on_gpu, "tensorrt": {**on_gpu, **tensorrt}}
-    wanted = [(PROVIDERS[name], settings[name]) for name in providers if PROVIDERS[name] in available]
+    wanted = [(ONNX_RUNTIME[name], settings[name]) for name in providers if ONNX_RUNTIME[name] in available]
     options = session_options(threads)
     onnxruntime.set_default_logger_severity(4)  # a provider that fails to load is reported by us, in one line
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return onnxruntime.InferenceSession(str(path), options, providers=wanted or [(PROVIDERS["cpu"], {})])
+            return onnxruntime.InferenceSession(str(path), options, providers=wanted or [(ONNX_RUNTIME["cpu"], {})])
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     finally:

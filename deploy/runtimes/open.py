@@ -1,5 +1,7 @@
 """Opening of a file by a runner of its kind: the table of runtimes, by the suffix of the files that they run.
 
+An `.onnx` file has two, and the provider says which: `deploy.runtimes.providers`.
+
 A new runtime is a module with a runner (`deploy.runtimes.base.Runner`) and a row here. A user's own needs no row:
 `open_runner(path, runner="pkg.module:MyRunner")`.
 """
@@ -11,15 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.core.card import ModelCard
+from deploy.core.card import METADATA_KEY, ModelCard, network_precision, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 from deploy.core.import_path import call_own, import_object
+from deploy.core.onnx_scan import scan_onnx
+from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
-from deploy.runtimes.providers import Provider
+from deploy.runtimes.providers import OPENVINO, PROVIDERS, Provider
 
 if TYPE_CHECKING:
     from deploy.runtimes.onnx import TensorRTProvider
+    from deploy.runtimes.openvino import OpenVINO
 
 OwnRunner = str | Callable[[Path], Runner]
 """A user's own runner: an import path, or the class itself. It is called with the path of the file."""
@@ -31,8 +36,8 @@ class Option:
 
     refusal: str | None = None
     """What to say to a user who gives it where it would do nothing; None: it is taken as a default for all files."""
-    provider: Provider | None = None
-    """The provider that it is for; None: it does not depend on one."""
+    providers: tuple[Provider, ...] = ()
+    """The providers that it is for; none: it does not depend on one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,16 @@ class RunnerKind:
     """The arguments of `open_runner` that are for these files alone."""
 
 
-def _open_onnx(path: Path, providers: Sequence[str], **options: Any) -> Runner:
+def _open_onnx(path: Path, providers: Sequence[str], *, openvino: OpenVINO | None, **options: Any) -> Runner:
+    for name in providers:
+        if name not in PROVIDERS:
+            raise UserError(f"unknown provider '{name}': choose from {', '.join(PROVIDERS)}")
+        if name in OPENVINO and len(providers) > 1:
+            raise UserError(f"provider '{name}': is a runtime of its own, which falls back on no other: give it alone")
+    if providers and providers[0] in OPENVINO:
+        from deploy.runtimes.openvino import OpenVINORunner
+
+        return OpenVINORunner(path, OPENVINO[providers[0]], threads=options["threads"], settings=openvino)
     from deploy.runtimes.onnx import OnnxRunner
 
     return OnnxRunner(path, providers, **options)
@@ -64,7 +78,7 @@ def _open_engine(path: Path, providers: Sequence[str], **options: Any) -> Runner
 
 RUNNERS: dict[str, RunnerKind] = {
     ONNX_SUFFIX: RunnerKind(
-        "ONNX Runtime",
+        "ONNX Runtime or OpenVINO",
         _open_onnx,
         has_providers=True,
         readable=True,
@@ -72,7 +86,11 @@ RUNNERS: dict[str, RunnerKind] = {
             "allow_fallback": Option(),
             "threads": Option(),
             "tensorrt": Option(
-                "is about .onnx files on the TensorRT provider; give one and --provider tensorrt", "tensorrt"
+                "is about .onnx files on the TensorRT provider; give one and --provider tensorrt", ("tensorrt",)
+            ),
+            "openvino": Option(
+                "is about .onnx files in OpenVINO; give one and --provider openvino",
+                ("openvino", "openvino-gpu", "openvino-npu"),
             ),
         },
     ),
@@ -96,18 +114,22 @@ def open_runner(
     allow_fallback: bool = False,
     threads: int | None = None,
     tensorrt: TensorRTProvider | None = None,
+    openvino: OpenVINO | None = None,
     cuda_graph: bool = False,
     runner: OwnRunner | None = None,
 ) -> Runner:
-    """A runner for the file at `path`, in the runtime of its suffix: `.onnx` in ONNX Runtime, `.engine` in TensorRT.
+    """A runner for the file at `path`, in the runtime of its suffix: `.onnx` in ONNX Runtime or OpenVINO, `.engine` in
+    TensorRT.
 
     What is for the files of another suffix is not looked at, so that a command opens all its files alike.
 
     Args:
-        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`.
+        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`; or one of OpenVINO,
+            alone: `openvino`, `openvino-gpu`, `openvino-npu`.
         allow_fallback: ONNX Runtime may continue on another provider when one does not come up.
-        threads: of ONNX Runtime on the CPU; None: one a core.
+        threads: of ONNX Runtime or OpenVINO on the CPU; None: one a core.
         tensorrt: settings of ONNX Runtime's TensorRT provider.
+        openvino: settings of OpenVINO.
         cuda_graph: of an engine: record the work of a batch size, and launch it with one call.
         runner: a user's own runner to open it with, whatever its suffix.
 
@@ -117,12 +139,19 @@ def open_runner(
     if runner is not None:
         return _open_own(path, runner)
     kind = runner_kind(path)
-    options = {"allow_fallback": allow_fallback, "threads": threads, "tensorrt": tensorrt, "cuda_graph": cuda_graph}
+    options = {
+        "allow_fallback": allow_fallback,
+        "threads": threads,
+        "tensorrt": tensorrt,
+        "openvino": openvino,
+        "cuda_graph": cuda_graph,
+    }
     return kind.open(path, providers, **{name: value for name, value in options.items() if name in kind.options})
 
 
 def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **options: Any) -> dict[str, Runner]:
-    """A runner for each file by its name; a file that several of the providers can run has one on each of them.
+    """A runner for each file by its name; a file that several of the providers can run has one on each of them. One of
+    a precision that only some of them compute in has none on the others.
 
     Raises UserError as `open_runner` does, and for a file that is given twice.
     """
@@ -133,7 +162,7 @@ def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **o
     return {
         runner_name(file, provider, providers): open_runner(file, (provider,), **options)
         for file in files
-        for provider in (providers if runner_kind(file).has_providers else providers[:1])
+        for provider in (_able(file, providers) if runner_kind(file).has_providers else providers[:1])
     }
 
 
@@ -149,6 +178,8 @@ def runner_options(
     *,
     trt_cache: Path | None = None,
     ep_context: bool = False,
+    openvino_streams: int | None = None,
+    openvino_cache: Path | None = None,
     cuda_graph: bool = False,
     max_batch: int = 32,
 ) -> dict[str, Any]:
@@ -157,6 +188,8 @@ def runner_options(
     Args:
         trt_cache: folder of the engines that the TensorRT provider builds; None: its default.
         ep_context: keep that provider's optimised model there too, built for batches up to `max_batch`.
+        openvino_streams: images that OpenVINO computes at the same time; None: one.
+        openvino_cache: folder of the networks that it compiled; None: it keeps none.
         cuda_graph: record the work of an engine as a CUDA graph.
 
     Raises UserError for an option that would do nothing with these files on these providers.
@@ -164,6 +197,8 @@ def runner_options(
     for option, argument, given in (
         ("--trt-cache", "tensorrt", trt_cache is not None),
         ("--ep-context", "tensorrt", ep_context),
+        ("--openvino-streams", "openvino", openvino_streams is not None),
+        ("--openvino-cache", "openvino", openvino_cache is not None),
         ("--cuda-graph", "cuda_graph", cuda_graph),
     ):
         if given:
@@ -174,6 +209,10 @@ def runner_options(
 
         cache = trt_cache or TensorRTProvider.cache
         options["tensorrt"] = TensorRTProvider(cache, ep_context=ep_context, max_batch=max_batch)
+    if openvino_streams is not None or openvino_cache is not None:
+        from deploy.runtimes.openvino import OpenVINO
+
+        options["openvino"] = OpenVINO(openvino_streams or OpenVINO.streams, openvino_cache)
     return options
 
 
@@ -200,10 +239,19 @@ def readable_file(runner: Runner) -> Path | None:
 # ----------------------------------------------------------------------------------------------------
 
 
+def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
+    """The providers that compute in the file's precision; all where none does, of which opening it says why."""
+    if len(providers) == 1 or not set(OPENVINO) & set(providers):  # ONNX Runtime's are all alike in this
+        return providers
+    card = parse_card(scan_onnx(file).metadata.get(METADATA_KEY), str(file))
+    kind = PRECISIONS.get(network_precision(card.precision))
+    return [name for name in providers if kind is None or not kind.providers or name in kind.providers] or providers
+
+
 def _check_useful(option: str, argument: str, files: Sequence[Path], providers: Sequence[str]) -> None:
     rule = next(kind.options[argument] for kind in RUNNERS.values() if argument in kind.options)
     takes_it = any(argument in RUNNERS[file.suffix].options for file in files if file.suffix in RUNNERS)
-    if not takes_it or (rule.provider is not None and rule.provider not in providers):
+    if not takes_it or (rule.providers and not set(rule.providers) & set(providers)):
         raise UserError(f"{option}: {rule.refusal}")
 
 

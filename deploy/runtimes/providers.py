@@ -1,14 +1,39 @@
-"""Execution providers on which ONNX Runtime can run a file."""
+"""Where an `.onnx` file can run: the execution providers of ONNX Runtime, and the devices of OpenVINO.
+
+OpenVINO is a runtime of its own here, not ONNX Runtime's provider of that name. Its devices stand in the same list
+because the question is the same one: `--provider cpu,openvino` runs a file in both.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "openvino-gpu", "openvino-npu"]
 
-PROVIDERS: dict[str, str] = {
+ONNX_RUNTIME: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
 """Name in options and recipes → ONNX Runtime's name."""
+OPENVINO: dict[str, str] = {"openvino": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
+"""Name in options and recipes → OpenVINO's name of the device."""
+PROVIDERS = (*ONNX_RUNTIME, *OPENVINO)
+ON_CPU: tuple[Provider, ...] = ("cpu", "openvino")
+"""Those that compute with the threads of the CPU."""
+
+
+def openings(providers: Sequence[str]) -> list[tuple[str, ...]]:
+    """What of a list is opened together: ONNX Runtime's providers, in order of preference, where the first one stands;
+    each device of OpenVINO alone.
+
+    openings(["cuda", "openvino", "cpu"])  # [("cuda", "cpu"), ("openvino",)]
+    """
+    together = tuple(name for name in providers if name not in OPENVINO)
+    found: list[tuple[str, ...]] = []
+    for name in providers:
+        opened = (name,) if name in OPENVINO else together
+        if opened not in found:
+            found.append(opened)
+    return found

@@ -17,7 +17,7 @@ from typing import Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.core import cuda_driver
-from deploy.core.card import ModelCard
+from deploy.core.card import ModelCard, network_precision
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of, write_text
 from deploy.core.precisions import PRECISIONS, PrecisionName
@@ -216,6 +216,8 @@ def claimed_precision(name: str, model: ModelCard | None = None) -> PrecisionNam
         return None
     if model.quantization is not None:
         return "int8"
+    if network_precision(model.precision) == "bf16":
+        return "bf16"
     return "fp16" if any("fp16" in formats for formats in model.precision.values()) else "fp32"
 
 
@@ -247,6 +249,8 @@ def contradiction(claim: PrecisionName | None, network: Layers, layers: Layers |
 def remedy(claim: PrecisionName | None, model: ModelCard) -> str:
     """Remedy for an ONNX file that is not the `claim` it makes (`contradiction`)."""
     quantization = model.quantization
+    if claim is not None and PRECISIONS[claim].computed is not None:
+        return f"it is the {PRECISIONS[claim].source} file for another runtime: build from that one"
     if claim == "int8" and quantization is not None and quantization.guided_map_drop is not None:
         kept = len(quantization.float_layers)
         return (

@@ -38,6 +38,7 @@ from deploy.runtimes.pictures import (
     load_batches,
     picture_detections,
 )
+from deploy.validate.analysis import Analysis, analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
 from deploy.validate.collected import Collected
 from deploy.validate.differences import most_different
@@ -100,12 +101,15 @@ class ArtifactResult:
     """What the file's card says about its float16."""
     note: str | None = None
     """What this machine cannot see of the file; None: nothing."""
+    analysis: Analysis | None = None
+    """Errors by kind, mAP on slices of the images, and confused classes."""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types: NaN becomes None."""
         agreement = None if self.agreement is None else _without_nan(asdict(self.agreement))
         half = None if self.half is None else self.half.model_dump(mode="json")
-        rest = {"metrics": self.metrics.to_dict(), "agreement": agreement, "half": half}
+        analysis = None if self.analysis is None else self.analysis.to_dict()
+        rest = {"metrics": self.metrics.to_dict(), "agreement": agreement, "half": half, "analysis": analysis}
         return {**_without_nan(asdict(self)), **rest}
 
 
@@ -146,13 +150,17 @@ def validate(
 
     files = {row["id"]: Path(images) / row["file_name"] for row in rows}
     outcomes = detect_all(runners, files, batch_size, progress, sizes=sizes_of(rows))
-    metrics, calibration = {}, {}
+    slices = image_slices(truth, rows)
+    measured = {}
     for name, runner in runners.items():
         table = outcomes[name].detections.table()
-        metrics[name] = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
-        calibration[name] = detection_ece(truth, table)
+        measured[name] = _Measured(
+            evaluate_coco(truth, table, max_detections=runner.card.max_detections),
+            detection_ece(truth, table),
+            analyse(truth, table, slices),
+        )
     bars = _Bars(reference, expected or {}, max_map_drop)
-    return _compared(runners, files, outcomes, metrics, calibration, bars)
+    return _compared(runners, files, outcomes, measured, bars)
 
 
 def results_table(results: list[ArtifactResult]) -> Table:
@@ -274,12 +282,20 @@ class _Bars:
     max_map_drop: float
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What the detections of a runner are worth."""
+
+    metrics: CocoMetrics
+    d_ece: float
+    analysis: Analysis
+
+
 def _compared(
     runners: Mapping[str, Runner],
     files: Mapping[int, Path],
     outcomes: Mapping[str, Outcome],
-    metrics: Mapping[str, CocoMetrics],
-    calibration: Mapping[str, float],
+    measured: Mapping[str, _Measured],
     bars: _Bars,
 ) -> list[ArtifactResult]:
     """The results of `validate` with their gates, and for those that fail the reasons."""
@@ -289,12 +305,13 @@ def _compared(
     sound: list[str] = []  # what loses no more than allowed against the reference
     for name, runner in runners.items():
         outcome = outcomes[name]
-        drop = None if reference is None else metrics[reference].map - metrics[name].map
+        metrics = measured[name].metrics
+        drop = None if reference is None else measured[reference].metrics.map - metrics.map
         gate = "fail" if outcome.spoiled else _gate(drop, bars.max_map_drop, bool(base and base.spoiled))
         if gate == "pass":
             sound.append(name)
         trained = bars.expected.get(name)
-        training_drop = None if trained is None else trained - metrics[name].map
+        training_drop = None if trained is None else trained - metrics.map
         against_training = "not run" if training_drop is None else _gate(training_drop, bars.max_map_drop)
         if against_training == "fail" or (gate == NO_REFERENCE and training_drop is not None):
             gate = against_training
@@ -303,8 +320,8 @@ def _compared(
                 name=name,
                 backend=runner.backend,
                 precision=dict(runner.card.precision),
-                metrics=metrics[name],
-                d_ece=calibration[name],
+                metrics=metrics,
+                d_ece=measured[name].d_ece,
                 map_drop=drop,
                 agreement=None if base is None else _agreement(base.detections, outcome.detections),
                 gate=gate,
@@ -313,6 +330,7 @@ def _compared(
                 training_drop=training_drop,
                 half=runner.card.half,
                 note=_unseen(runner),
+                analysis=measured[name].analysis,
             )
         )
     trusted = _graph_to_trust(runners, sound, reference)
@@ -400,7 +418,7 @@ def _diagnosis(runner: Runner, trusted: Path | None, files: Mapping[int, Path], 
 def _first_divergence(runner: Runner, trusted: Path | None, images: list[Path]) -> str:
     file = readable_file(runner)
     if file is None:
-        return "not run: only ONNX files can be compared value by value"
+        return "not run: only ONNX files in ONNX Runtime can be compared value by value"
     if trusted is None:
         return "not run: no float ONNX file of the same network passed; add one, as the reference or an artifact"
     try:

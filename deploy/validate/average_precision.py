@@ -1,7 +1,6 @@
 """COCO precision and recall on arrays, in memory that is bounded.
 
-The figures are those of faster-coco-eval 1.8.0 to the last bit. pycocotools adds 2.2e-16 to a denominator, so that its
-perfect detector reaches 99.99999999999997.
+The figures are those of pycocotools 2.0.11 to the last bit, where it gives any.
 
 Rows are sorted once by class, image and score. Groups, the detections of a class in an image, are matched some thousand
 rows at a time, the first of every group at once, then the second of every group, and so on; what stays of a row are two
@@ -19,89 +18,125 @@ import numpy as np
 
 from deploy.core.boxes import intersection, share, xyxy
 from deploy.core.detection_table import DetectionTable
-from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.ground_truth import AREA, GroundTruth
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
+AREAS = (AREA, (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Pixels of all, small, medium and large objects, both ends included."""
+FEW = (1, 10)
+"""Numbers of detections of a class in an image for which COCO asks no more than the recall."""
 ROWS = 1 << 14  # detections that are matched at a time
 PAIRS = 1 << 16  # pairs whose IoU is computed at a time
+CELLS = 1 << 16  # detections times thresholds that are summed up at a time
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Precision [10 IoUs, 101 recalls, k classes, 4 areas, limits] and recall [10, k, 4, limits], 0..1; -1 where there
-    is no object of that class and size."""
+    """Precision [10 IoUs, 101 recalls, k classes, 4 areas, limits], recall [10, k, 4, limits], and recall of all sizes
+    with FEW detections [10, k, 2]; 0..1, -1 where there is no object of that class and size."""
 
     precision: np.ndarray
     recall: np.ndarray
+    recall_of_few: np.ndarray
 
     @classmethod
     def empty(cls, classes: int, limits: int) -> Curves:
         """Nothing but -1."""
         shape = (classes, len(AREAS), limits)
-        return cls(np.full((len(IOUS), len(RECALLS), *shape), -1.0), np.full((len(IOUS), *shape), -1.0))
+        shapes = (len(IOUS), len(RECALLS), *shape), (len(IOUS), *shape), (len(IOUS), classes, len(FEW))
+        return cls(*(np.full(shape, -1.0) for shape in shapes))
 
 
-def curves(truth: GroundTruth, table: DetectionTable, limits: Sequence[int]) -> Curves:
-    """Match detections with objects as COCO does. limits: how many detections of a class in an image count.
+def curves(
+    truth: GroundTruth, table: DetectionTable, limits: Sequence[int], chosen: np.ndarray | None = None
+) -> Curves:
+    """Match detections with objects as COCO does. limits: how many detections of a class in an image count. chosen:
+    numbers of the rows that are looked at; None: all.
 
     The rows are finite and of images and categories of `truth`.
     """
     objects = _Objects(truth)
-    rows = _Rows(truth, table, np.arange(len(table), dtype=_kind(len(table))), max(limits))
-    hit, skip = _match(objects, rows)
+    rows = _Rows(truth, table, chosen, max(limits))
+    hit, skip, _ = _match(objects, rows)
     found = Curves.empty(len(truth.category_ids), len(limits))
     bounds = np.searchsorted(rows.groups, np.arange(len(truth.category_ids) + 1) * len(truth.image_ids))
     counts = np.zeros((len(truth.category_ids), len(AREAS)), np.int64)
     np.add.at(counts, objects.groups // max(len(truth.image_ids), 1), ~objects.ignored)
     for k in np.flatnonzero(counts.any(1)):
         category = slice(bounds[k], bounds[k + 1])
+        places = _places_in_runs(rows.groups[category])
         best_first = np.argsort(-table.scores[rows.numbers[category]], kind="stable")
+        if counts[k, 0]:
+            found.recall_of_few[:, k] = _recall_of_few(hit, category, places, int(counts[k, 0]))
         for m, limit in enumerate(limits):
-            ranked = best_first[_places_in_runs(rows.groups[category])[best_first] < limit]
+            ranked = bounds[k] + best_first[places[best_first] < limit]
             for a in np.flatnonzero(counts[k]):
-                for t in range(len(IOUS)):
-                    bit = (int(a), t)
-                    hits, counted = hit.column(category, *bit)[ranked], ~skip.column(category, *bit)[ranked]
-                    precision, recall = _curve(hits, counted, int(counts[k, a]))
-                    found.precision[t, :, k, a, m], found.recall[t, k, a, m] = precision, recall
+                hits, counted = hit.columns(ranked, int(a)), ~skip.columns(ranked, int(a))
+                precision, recall = curve(hits, counted, int(counts[k, a]))
+                found.precision[:, :, k, a, m], found.recall[:, k, a, m] = precision, recall
     return found
 
 
-def right_at_half(truth: GroundTruth, table: DetectionTable, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [n] of the detections that count at an IoU of 0.5, and whether each is right: bool [n]. chosen: numbers of
-    the rows that are looked at."""
-    rows = _Rows(truth, table, chosen)
-    hit, skip = _match(_Objects(truth), rows)
-    everything = slice(0, len(rows))
-    counted = ~skip.column(everything, 0, 0)
-    return table.scores[rows.numbers[counted]].astype(np.float64), hit.column(everything, 0, 0)[counted]
+@dataclass(frozen=True)
+class Matched:
+    """Detections that count at an IoU of 0.5, by class, image and score. rows: their numbers in the table [n]. objects:
+    of the object that each has found, in the order of the ground truth; -1: it is wrong."""
+
+    rows: np.ndarray
+    objects: np.ndarray
 
 
-def _curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndarray, float]:
-    """Precision at each of RECALLS, and the last recall.
+def matched_at_half(
+    truth: GroundTruth, table: DetectionTable, chosen: np.ndarray | None = None, limit: int | None = None
+) -> Matched:
+    """Match detections with objects of any size. chosen: numbers of the rows that are looked at; None: all. limit: how
+    many of a class in an image."""
+    objects, rows = _Objects(truth), _Rows(truth, table, chosen, limit)
+    _, skip, found = _match(objects, rows)
+    counted = ~skip.columns(slice(0, len(rows)), 0)[:, 0]
+    places = np.append(objects.order, -1).astype(np.int32)  # -1 is the last
+    return Matched(rows.numbers[counted], places[found[counted]])
 
-    hits: bool [n], the detection, best first, has found an object that counts. counted: bool [n], it counts at all.
+
+def curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision at each of RECALLS [m, 101], and the last recall [m].
+
+    hits: bool [n, m], the detection, best first, has found an object that counts. counted: bool [n, m], it counts at
+    all. objects: how many there are.
     """
-    places = np.flatnonzero(hits)
-    right = np.arange(1, len(places) + 1, dtype=np.float64)
-    precision = right / np.cumsum(counted, dtype=np.int32)[places]
-    best_from_here = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    return best_from_here[np.searchsorted(right / objects, RECALLS)], len(places) / objects
+    hit_of_recall = np.searchsorted(np.arange(1, objects + 1) / objects, RECALLS)
+    precision = np.zeros((hits.shape[1], len(RECALLS)))
+    width = max(1, CELLS // max(1, len(hits)))
+    for start in range(0, hits.shape[1], width):
+        part = slice(start, start + width)
+        right = np.cumsum(hits[:, part], axis=0, dtype=np.int32)
+        # what pycocotools adds against a division by 0 makes the first of all 2.2e-16 less than 1
+        share_right = right / (np.cumsum(counted[:, part], axis=0, dtype=np.int32) + np.spacing(1))
+        best_from_here = np.maximum.accumulate(share_right[::-1])[::-1]
+        column, row = np.nonzero(hits[:, part].T)
+        of_hit = np.zeros((right.shape[1], objects))
+        of_hit[column, right[row, column] - 1] = best_from_here[row, column]
+        precision[part] = of_hit[:, hit_of_recall]
+    return precision, hits.sum(0) / objects
+
+
+def _recall_of_few(hit: _Bits, category: slice, places: np.ndarray, objects: int) -> np.ndarray:
+    """Recall [10 IoUs, 2] with FEW detections. places: of the rows within their groups, best first."""
+    hits = hit.columns(category, 0)
+    return np.stack([hits[places < limit].sum(0) for limit in FEW], 1) / objects
 
 
 # ----------------------------------------------------------------------------------------------------
 
 
 class _Objects:
-    """The ground truth, sorted by class and image. groups: int64 [n], class times number of images plus image.
-    ignored: bool [n, area], does not count there."""
+    """The ground truth, sorted by class and image. order: places in the ground truth. groups: int64 [n], class times
+    number of images plus image. ignored: bool [n, area], does not count there."""
 
     def __init__(self, truth: GroundTruth) -> None:
         groups = truth.categories.astype(np.int64) * len(truth.image_ids) + truth.images
-        order = np.argsort(groups, kind="stable")
+        self.order = order = np.argsort(groups, kind="stable")
         self.groups, self.boxes, self.crowd = groups[order], truth.boxes[order], truth.crowd[order]
         self.ignored = _outside(truth.areas[order]) | self.crowd[:, None]
 
@@ -112,8 +147,11 @@ class _Rows:
     numbers: of the rows in the table. groups: as of the objects.
     """
 
-    def __init__(self, truth: GroundTruth, table: DetectionTable, chosen: np.ndarray, limit: int | None = None) -> None:
+    def __init__(
+        self, truth: GroundTruth, table: DetectionTable, chosen: np.ndarray | None, limit: int | None = None
+    ) -> None:
         self.table = table
+        chosen = np.arange(len(table), dtype=_kind(len(table))) if chosen is None else chosen
         groups = np.searchsorted(truth.category_ids, table.category_ids[chosen])
         groups = groups.astype(_kind(len(truth.category_ids) * len(truth.image_ids)), copy=False)
         groups *= len(truth.image_ids)
@@ -152,15 +190,19 @@ class _Bits:
         """values: bool [rows, area, IoU]."""
         self._packed[rows] = np.packbits(values.reshape(len(values), -1), axis=1)
 
-    def column(self, rows: slice, area: int, iou: int) -> np.ndarray:
-        byte, bit = divmod(area * len(IOUS) + iou, 8)
-        return (self._packed[rows, byte] >> (7 - bit) & 1).astype(bool)
+    def columns(self, rows: slice | np.ndarray, area: int) -> np.ndarray:
+        """Of some rows and one area: bool [n, IoU]."""
+        start = area * len(IOUS)
+        first, end = start // 8, (start + len(IOUS) + 7) // 8
+        bits = np.unpackbits(self._packed[rows, first:end], axis=1)
+        return bits[:, start - 8 * first :][:, : len(IOUS)].view(bool)
 
 
-def _match(objects: _Objects, rows: _Rows) -> tuple[_Bits, _Bits]:
+def _match(objects: _Objects, rows: _Rows) -> tuple[_Bits, _Bits, np.ndarray]:
     """hit: the row has found an object that counts. skip: it does not count itself, because it has found an object that
-    does not count, or none and has another size."""
+    does not count, or none and has another size. found: int32 [n], its object of any size at the first IoU, or -1."""
     hit, skip = _Bits(len(rows)), _Bits(len(rows))
+    found = np.full(len(rows), -1, np.int32)
     for part in rows.parts():
         boxes = rows.table.xywh(rows.numbers[part])
         shape = (len(boxes), len(AREAS), len(IOUS))
@@ -169,18 +211,22 @@ def _match(objects: _Objects, rows: _Rows) -> tuple[_Bits, _Bits]:
         groups = rows.groups[part]
         first = np.searchsorted(objects.groups, groups)
         count = np.searchsorted(objects.groups, groups, side="right") - first
-        _match_part(objects, groups, _overlaps(boxes, objects, first, count), hits, skips)
+        pairs = overlaps(boxes, objects.boxes, objects.crowd, first, count, IOUS[0])
+        _match_part(objects, groups, pairs, hits, skips, found[part])
         hit.put(part, hits)
         skip.put(part, skips)
-    return hit, skip
+    return hit, skip, found
 
 
 Overlaps = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Row of the part int64 [e], object int64 [e] and IoU float64 [e] of pairs that reach the first threshold."""
+"""Row int64 [e], object int64 [e] and IoU float64 [e] of pairs."""
 
 
-def _overlaps(boxes: np.ndarray, objects: _Objects, first: np.ndarray, count: np.ndarray) -> Overlaps:
-    """Compare every row i with the objects first[i] to first[i] + count[i]; pairs by row, IoU and object ascending."""
+def overlaps(
+    boxes: np.ndarray, objects: np.ndarray, crowd: np.ndarray, first: np.ndarray, count: np.ndarray, least: float
+) -> Overlaps:
+    """Compare every box i (xywh) with the objects first[i] to first[i] + count[i]; pairs with an IoU of `least` or
+    more, by row, IoU and object ascending."""
     found: list[Overlaps] = []
     ends = np.cumsum(count)
     start = 0
@@ -190,17 +236,21 @@ def _overlaps(boxes: np.ndarray, objects: _Objects, first: np.ndarray, count: np
         row = np.repeat(np.arange(start, end), count[start:end])
         item = np.arange(len(row)) - np.repeat(ends[start:end] - count[start:end] - before, count[start:end])
         item += np.repeat(first[start:end], count[start:end])
-        iou = _iou(boxes[row], objects.boxes[item], objects.crowd[item])
-        near = iou >= IOUS[0]
+        iou = _iou(boxes[row], objects[item], crowd[item])
+        near = iou >= least
         found.append((row[near], item[near], iou[near]))
         start = end
+    if not found:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
     row, item, iou = (np.concatenate([part[i] for part in found]) for i in range(3))
     order = np.lexsort((item, iou, row))
     return row[order], item[order], iou[order]
 
 
-def _match_part(objects: _Objects, groups: np.ndarray, pairs: Overlaps, hits: np.ndarray, skips: np.ndarray) -> None:
-    """Write into `hits` and `skips`, bool [rows, area, IoU], which pairs are matches.
+def _match_part(
+    objects: _Objects, groups: np.ndarray, pairs: Overlaps, hits: np.ndarray, skips: np.ndarray, found: np.ndarray
+) -> None:
+    """Write into `hits` and `skips`, bool [rows, area, IoU], and `found` which pairs are matches.
 
     COCO lets the rows of a group choose one after the other, best score first: the free object of the largest IoU, of
     equal ones the last, and one that does not count only if none does that counts. Crowds stay free.
@@ -229,6 +279,8 @@ def _match_part(objects: _Objects, groups: np.ndarray, pairs: Overlaps, hits: np
         uncounted = objects.ignored[chosen, area]
         where = (r[heads][place], area, threshold)
         hits[where], skips[where] = ~uncounted, uncounted
+        usual = (area == 0) & (threshold == 0)
+        found[r[heads][place[usual]]] = chosen[usual]
 
 
 def _iou(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray) -> np.ndarray:

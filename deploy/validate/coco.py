@@ -1,7 +1,7 @@
 """COCO mean average precision of a list of detections.
 
-`evaluate_coco(annotations, results)` gives the usual figures in percent. `faster`, the default, is this project's own
-(`average_precision`); `pycocotools` is the reference, which the tests compare it with.
+`evaluate_coco(annotations, results)` gives COCO's twelve figures in percent. `faster`, the default, is this project's
+own (`average_precision`); `pycocotools` is the reference, whose bits the tests compare it with.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ LARGEST = 1e300
 """Integers beyond it are no numbers to a box; JSON may have hundreds of digits."""
 DETECTIONS = 100
 """Detections of a class in an image that COCO counts."""
+FIGURES = (
+    *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
+    *("mar1", "mar10", "mar100", "mar_small", "mar_medium", "mar_large"),
+)
+"""Fields of `CocoMetrics` in the order of COCO's summary."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class CocoMetrics:
     """COCO box metrics in percent (0..100). A figure is NaN where no ground truth of its kind exists.
 
     `map` averages IoU 0.50:0.05:0.95 with 100 detections of a class in an image; `map_small`, `map_medium`, `map_large`
-    split the ground truth at 32² and 96² pixels; `mar100` is the mean recall with 100 detections.
+    split the ground truth at 32² and 96² pixels; `mar1`, `mar10` and `mar100` are the mean recall with so many
+    detections, `mar_small`, `mar_medium` and `mar_large` that of objects of a size with 100. Results of older versions
+    have no other recall than `mar100`.
     `per_class` maps the category name to its AP; two categories of one name are told apart by their id.
     `max_detections`, if more than 100 were asked for; then `map_at_max` and `mar_at_max` are mAP and mean recall with
     so many, None otherwise.
@@ -48,6 +55,11 @@ class CocoMetrics:
     map_medium: float
     map_large: float
     mar100: float
+    mar1: float = math.nan
+    mar10: float = math.nan
+    mar_small: float = math.nan
+    mar_medium: float = math.nan
+    mar_large: float = math.nan
     per_class: dict[str, float] = field(default_factory=dict)
     max_detections: int | None = None
     map_at_max: float | None = None
@@ -103,17 +115,22 @@ def evaluate_coco(
     precision, recall = found.precision[..., 0], found.recall[..., 0]  # [IoU, recall, class, area], [IoU, class, area]
     more = len(limits) > 1
     return CocoMetrics(
-        map=_percent(precision[:, :, :, 0]),
-        map50=_percent(precision[0, :, :, 0]),
-        map75=_percent(precision[5, :, :, 0]),
-        map_small=_percent(precision[:, :, :, 1]),
-        map_medium=_percent(precision[:, :, :, 2]),
-        map_large=_percent(precision[:, :, :, 3]),
-        mar100=_percent(recall[:, :, 0]),
-        per_class={name: _percent(precision[:, :, k, 0]) for k, name in enumerate(truth.names)},
+        map=percent(precision[:, :, :, 0]),
+        map50=percent(precision[0, :, :, 0]),
+        map75=percent(precision[5, :, :, 0]),
+        map_small=percent(precision[:, :, :, 1]),
+        map_medium=percent(precision[:, :, :, 2]),
+        map_large=percent(precision[:, :, :, 3]),
+        mar100=percent(recall[:, :, 0]),
+        mar1=percent(found.recall_of_few[:, :, 0]),
+        mar10=percent(found.recall_of_few[:, :, 1]),
+        mar_small=percent(recall[:, :, 1]),
+        mar_medium=percent(recall[:, :, 2]),
+        mar_large=percent(recall[:, :, 3]),
+        per_class={name: percent(precision[:, :, k, 0]) for k, name in enumerate(truth.names)},
         max_detections=max_detections if more else None,
-        map_at_max=_percent(found.precision[:, :, :, 0, 1]) if more else None,
-        mar_at_max=_percent(found.recall[:, :, 0, 1]) if more else None,
+        map_at_max=percent(found.precision[:, :, :, 0, 1]) if more else None,
+        mar_at_max=percent(found.recall[:, :, 0, 1]) if more else None,
     )
 
 
@@ -278,7 +295,7 @@ def _backend(name: Backend) -> Callable[[GroundTruth, DetectionTable, Sequence[i
     raise UserError(f"unknown COCO evaluator '{name}': choose 'faster' or 'pycocotools'")
 
 
-def _percent(values: np.ndarray) -> float:
+def percent(values: np.ndarray) -> float:
     """Mean of the entries that exist (the evaluators mark "no ground truth" with -1), in percent."""
     present = values[values > -1]
     return float(present.mean() * 100.0) if present.size else math.nan

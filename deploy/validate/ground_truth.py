@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from deploy.core.detection_table import LARGEST_ID
 from deploy.core.errors import UserError
+
+AREA = (0.0, 1e10)
+"""Pixels of an object of any size, both ends included."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,19 @@ class GroundTruth:
             areas,
             np.fromiter((bool(row.get("iscrowd", 0)) for row in rows), np.bool_, n),
         )
+
+    @property
+    def counts(self) -> np.ndarray:
+        """bool [n], the object counts where those of all sizes do: it is no crowd, and its area is one."""
+        low, high = AREA
+        return ~self.crowd & (self.areas >= low) & (self.areas <= high)
+
+    def of_images(self, chosen: np.ndarray) -> GroundTruth:
+        """The same with some of its images, bool [i], and their objects."""
+        objects = chosen[self.images]
+        places = np.cumsum(chosen, dtype=np.int32) - 1
+        columns = {name: getattr(self, name)[objects] for name in ("categories", "boxes", "areas", "crowd")}
+        return replace(self, image_ids=self.image_ids[chosen], images=places[self.images[objects]], **columns)
 
     def most_of_a_class(self) -> int:
         """Objects of one class in the image that holds most of them, crowds aside."""

@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from deploy.core.detection_table import DetectionTable
-from deploy.validate.average_precision import Curves
+from deploy.validate.average_precision import FEW, Curves
 from deploy.validate.ground_truth import GroundTruth
 
 
@@ -42,11 +42,12 @@ def reference_curves(truth: GroundTruth, table: DetectionTable, limits: Sequence
         evaluation.cocoGt, evaluation.cocoDt = labelled, detected
         evaluation.params.catIds = [0]
         evaluation.params.imgIds = np.union1d(truth.images[objects], images[rows]).tolist()
-        evaluation.params.maxDets = list(limits)
+        evaluation.params.maxDets = [*FEW, *limits]
         evaluation.evaluate()
         evaluation.accumulate()
-        found.precision[:, :, k] = evaluation.eval["precision"][:, :, 0]
-        found.recall[:, k] = evaluation.eval["recall"][:, 0]
+        found.precision[:, :, k] = evaluation.eval["precision"][:, :, 0, :, len(FEW) :]
+        found.recall[:, k] = evaluation.eval["recall"][:, 0, :, len(FEW) :]
+        found.recall_of_few[:, k] = evaluation.eval["recall"][:, 0, 0, : len(FEW)]
     return found
 
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from deploy.core.detection_table import DetectionTable
-from deploy.validate.average_precision import right_at_half
+from deploy.validate.average_precision import matched_at_half
 from deploy.validate.ground_truth import GroundTruth
 
 MIN_SCORE, BINS = 0.3, 20
@@ -21,7 +21,8 @@ MIN_SCORE, BINS = 0.3, 20
 
 def detection_ece(truth: GroundTruth, table: DetectionTable) -> float:
     """D-ECE in 0..1 of finite detections of images and categories of `truth`; NaN without a score ≥ 0.3."""
-    scores, right = right_at_half(truth, table, np.flatnonzero(table.scores.astype(np.float64) >= MIN_SCORE))
+    found = matched_at_half(truth, table, np.flatnonzero(table.scores.astype(np.float64) >= MIN_SCORE))
+    scores, right = table.scores[found.rows].astype(np.float64), found.objects >= 0
     if not len(scores):
         return math.nan
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)

@@ -136,7 +136,7 @@ def test_a_checkpoint_is_opened_by_its_suffix(run: api.Run, tmp_path: Path) -> N
         without.export()
     with pytest.raises(UserError, match=r"int8: there is no .*recipe.yaml to take calibration images from"):
         without.export(precision="int8", images=images(run))
-    with pytest.raises(UserError, match="precision: 'fp8' is none of fp32, fp16, int8, mixed"):
+    with pytest.raises(UserError, match="precision: 'fp8' is none of fp32, fp16, bf16, int8, mixed"):
         without.export(precision="fp8")
 
 

@@ -100,6 +100,10 @@ def test_the_lists_are_those_of_pyproject() -> None:
         (doctor.check_tensorrt({"tensorrt": "10.2.0"}), "broken", "10.2.0", "known bad"),
         (doctor.check_tensorrt({"tensorrt": "8.6.1"}), "broken", "8.6.1", "tensorrt>=10.3"),
         (doctor.check_tensorrt({}), "absent", "not installed", "compress-detectors[trt]"),
+        (doctor.check_openvino({"openvino": "2026.4.1"}, ["CPU", "GPU"]), "ok", "2026.4.1; finds CPU, GPU", ""),
+        (doctor.check_openvino({"openvino": "2025.3.0"}, ["CPU"]), "broken", "older than 2026.4", "[openvino]"),
+        (doctor.check_openvino({"openvino": "2026.4.1"}, "no library"), "broken", "does not start: no library", "pip"),
+        (doctor.check_openvino({}, []), "absent", "not installed", "compress-detectors[openvino]"),
     ],
 )
 def test_states(finding: Finding, state: str, says: str, remedy: str) -> None:

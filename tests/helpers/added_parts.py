@@ -100,7 +100,7 @@ def precision(recipe: Recipe) -> None:
 def runtime() -> None:
     file = Path("student.xml")
     file.touch()
-    assert runner_kind(file).name == "OpenVINO"
+    assert runner_kind(file).name == "OpenVINO IR"
     try:
         open_runner(file)
     except UserError as error:

@@ -6,7 +6,8 @@ and the numbers are those of its models, but for two things. Padding is the mean
 detections are selected with our settings unless others are given: score above 0.05, IoU 0.6, 100 an image, as in the
 exported file.
 
-Built for training here, heads are those of torchvision's newer models: GroupNorm in both, and RetinaNet's box loss is
+Built for training here, heads are those of torchvision's newer models: GroupNorm in both (FCOS: or BatchNorm, see
+`level_norm`), and RetinaNet's box loss is
 GIoU, as in retinanet_resnet50_fpn_v2. torchvision normalises FCOS's losses by the positives of a process; here by those
 of all processes, so that the loss does not depend on their number. RetinaNet's are normalised image by image.
 
@@ -43,6 +44,7 @@ from compress.detectors.base import (
     Reduce,
     Targets,
 )
+from compress.detectors.level_norm import LevelNorm, at_level
 from compress.detectors.select import PRE_NMS
 from compress.detectors.torchvision.parts import (
     IMAGENET,
@@ -224,9 +226,9 @@ class FCOSMaps(FCOSHead):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Logits [B, K, h, w], sides [B, 4, h, w] (in strides) and centerness [B, 1, h, w] of each level."""
         classes, boxes = self.classification_head, self.regression_head
-        towers = [boxes.conv(x) for x in features]
+        towers = [at_level(boxes.conv, x, level) for level, x in enumerate(features)]
         return (
-            [classes.cls_logits(classes.conv(x)) for x in features],
+            [classes.cls_logits(at_level(classes.conv, x, level)) for level, x in enumerate(features)],
             [F.relu(boxes.bbox_reg(x)) for x in towers],
             [boxes.bbox_ctrness(x) for x in towers],
         )
@@ -241,13 +243,15 @@ class FCOS(TorchvisionDense):
     radius = 1.5  # of the centre of a box, in strides: where locations may be positive
 
     @classmethod
-    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int) -> FCOS:
-        """Make one with fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower."""
+    def build(
+        cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int, head_norm: str
+    ) -> FCOS:
+        """Make one with fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower.
+        head_norm: behind each of them, `group` or `batch`."""
+        norm = LevelNorm if head_norm == "batch" else group_norm
         head = FCOSHead(neck_channels, 1, num_classes, 0)
-        head.classification_head = FCOSClassificationHead(
-            neck_channels, 1, num_classes, head_depth, norm_layer=group_norm
-        )
-        head.regression_head = FCOSRegressionHead(neck_channels, 1, head_depth, norm_layer=group_norm)
+        head.classification_head = FCOSClassificationHead(neck_channels, 1, num_classes, head_depth, norm_layer=norm)
+        head.regression_head = FCOSRegressionHead(neck_channels, 1, head_depth, norm_layer=norm)
         neck = Pyramid.build(backbone.out_channels, neck_channels, LastLevelP6P7(neck_channels, neck_channels))
         around_zero = AnchorGenerator(tuple((stride,) for stride in STRIDES), ((1.0,),) * len(STRIDES)).cell_anchors
         return cls(num_classes, backbone, neck, FCOSMaps(head), around_zero)

@@ -33,6 +33,7 @@ from compress.config.families import families_with
 from compress.detectors.base import DensePrediction
 from compress.detectors.checkpoints import ModelRecord, load_detector
 from compress.detectors.gfl import GFL
+from compress.detectors.level_norm import LevelNorm, normed
 from deploy.core.errors import UserError
 from deploy.quantize.grids import Call, Grids
 
@@ -57,8 +58,15 @@ def fold_batch_norms(detector: GFL) -> None:
     What is left of the norm is frozen and adds its bias: mean 0, deviation 1, factor 1. The detector computes the same
     (in eval mode) and keeps its parameters' names and shapes; its weights are now those of the exported graph. The
     backbone's norms stay in eval mode from here on, and the rest of it trains, stages that were frozen included.
+
+    The norms of a head's levels share their convolution and stay as they are, in eval mode too. Rounding is the same:
+    a weight's grid is that of its channel, so that a factor of the channel may be applied before or after it.
     """
     detector.backbone.freeze(-1, norm_eval=True)
+    for module in detector.modules():
+        if isinstance(module, LevelNorm):
+            module.frozen = True
+            module.train(module.training)
     convolutions = {name: m for name, m in detector.named_modules() if isinstance(m, nn.Conv2d)}
     norms = {id(m.running_mean): m for m in detector.modules() if isinstance(m, _BatchNorm)}
     for mean, name in _trace(detector).norms:
@@ -152,6 +160,33 @@ class FakeQuantized(GFL):
 # ---------------------------------------------------------------------------------------------------- where
 
 
+class _Layers:
+    """The convolutions of a detector, and how often each has run.
+
+    names: by the id of the weight. per_level: those in front of a `LevelNorm`, of which the file has one a level.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.names: dict[int, str] = {}
+        self.per_level: dict[int, str] = {}
+        for name, module in detector.named_modules():
+            if isinstance(module, nn.Conv2d):
+                self.names[id(module.weight)] = name
+        for parent in detector.modules():
+            for (_, conv), _ in normed(parent):
+                self.per_level[id(conv.weight)] = self.names.pop(id(conv.weight))
+        self.calls: dict[int, int] = {}
+
+    def call(self, weight: Tensor) -> Call | None:
+        """The use of a layer that begins now; None for a weight that is none of these."""
+        key = id(weight)
+        count = self.calls.get(key, 0)
+        self.calls[key] = count + 1
+        if key in self.per_level:
+            return f"{self.per_level[key]}.{count}", 0
+        return (self.names[key], count) if key in self.names else None
+
+
 @dataclass
 class _Trace:
     """Record of what a detector computes, as numbers of operations: (part, count of the float results in it)."""
@@ -170,9 +205,9 @@ _Place = tuple[str, int]
 
 
 class _Tracing(TorchFunctionMode):
-    def __init__(self, trace: _Trace, part: str, names: dict[int, str], features: list[Tensor]) -> None:
+    def __init__(self, trace: _Trace, part: str, layers: _Layers, features: list[Tensor]) -> None:
         super().__init__()
-        self.trace, self.part, self.names = trace, part, names
+        self.trace, self.part, self.layers = trace, part, layers
         self.count = 0
         self.origin: dict[int, _Place] = {}  # id of a tensor → the last operation that gave it
         self.levels = {id(x): level for level, x in enumerate(features)}
@@ -188,9 +223,8 @@ class _Tracing(TorchFunctionMode):
         place = (self.part, self.count)
         self.count += 1
         self.alive += [args, result]
-        if func is F.conv2d and id(args[1]) in self.names:
-            name = self.names[id(args[1])]
-            call = (name, sum(known[0] == name for known in self.trace.makers))
+        call = self.layers.call(args[1]) if func is F.conv2d else None
+        if call is not None:
             self.trace.makers[call] = place
             self.trace.sources[call] = self.origin.get(id(args[0]))
             if id(args[0]) in self.levels:
@@ -199,20 +233,21 @@ class _Tracing(TorchFunctionMode):
         elif func is F.batch_norm and id(args[0]) in self.convolved:
             call = self.convolved[id(args[0])]
             self.trace.makers[call] = place
-            self.trace.norms.append((id(args[1]), call[0]))
+            if call[0] in self.layers.names.values():
+                self.trace.norms.append((id(args[1]), call[0]))
         self.origin[id(result)] = place
         return result
 
 
 @torch.no_grad()
 def _trace(detector: GFL) -> _Trace:
-    names = {id(m.weight): name for name, m in detector.named_modules() if isinstance(m, nn.Conv2d)}
+    layers = _Layers(detector)
     was_training, trace = detector.training, _Trace()
     detector.eval()
     images = torch.zeros(1, 3, *_TRACED, dtype=torch.uint8, device=detector.mean.device)
-    with _Tracing(trace, "features", names, []):
+    with _Tracing(trace, "features", layers, []):
         features = GFL.features(detector, images)
-    with _Tracing(trace, "predict", names, features):
+    with _Tracing(trace, "predict", layers, features):
         GFL.predict(detector, features)
     detector.train(was_training)
     return trace
@@ -265,22 +300,18 @@ class _Rounding(TorchFunctionMode):
         super().__init__()
         self.part, self.plan, self.limit = part, network._plan, network._start.weight_limit
         self.activations, (self.low, self.high) = network._start.activations, network._start.integers
-        self.names = {id(m.weight): name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+        self.layers = _Layers(network)
         self.theta, self.start = network.theta, network.start
         self.count = 0
-        self.calls: dict[str, int] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.conv2d and id(args[1]) in self.names:
-            name = self.names[id(args[1])]
-            call = (name, self.calls.get(name, 0))
-            self.calls[name] = call[1] + 1
-            if call in self.plan.inputs:
-                if _grid_of(args[0]) != self.plan.inputs[call]:
-                    raise RuntimeError(f"{name}, call {call[1]}: its input was not rounded for it")
-                args = (args[0], round_weight(args[1], self.limit), *args[2:])
+        call = self.layers.call(args[1]) if func is F.conv2d else None
+        if call is not None and call in self.plan.inputs:
+            if _grid_of(args[0]) != self.plan.inputs[call]:
+                raise RuntimeError(f"{call[0]}, call {call[1]}: its input was not rounded for it")
+            args = (args[0], round_weight(args[1], self.limit), *args[2:])
         result = func(*args, **(kwargs or {}))
         if not _counts(result):
             return result

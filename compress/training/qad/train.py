@@ -19,6 +19,7 @@ from compress.data.loader import train_loader
 from compress.data.views import Views
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import save_detector
+from compress.distill.teacher_cache import TeacherCache
 from compress.distill.weighting import WeightedMethod
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder, fingerprint
 from compress.training.distributed import on_first_process
@@ -40,8 +41,9 @@ class QadTraining:
     settings: see `qad_schedule`.
     folder: where `<name>.safetensors` and `<name>.json` go.
     images, evaluate: what it trains on, and what gives the validation metrics of a detector.
-    build_methods: gives the methods for (student, teacher). adapters: `last.ckpt` of a training by the same methods,
-        whose own weights they go on with; where that file is not there, or None, they start anew.
+    build_methods: gives the methods for (student, teacher). open_cache: gives the cache of a teacher, or None.
+    adapters: `last.ckpt` of a training by the same methods, whose own weights they go on with; where that file is not
+        there, or None, they start anew.
     identity: everything that shapes the result (JSON-able), `start` included.
     recipe_sha256: for the checkpoint's record.
     """
@@ -53,6 +55,7 @@ class QadTraining:
     images: TrainingImages
     evaluate: Callable[[Detector], CocoMetrics]
     build_methods: Callable[[Detector, Detector], Mapping[str, WeightedMethod]]
+    open_cache: Callable[[Detector], TeacherCache | None] = lambda teacher: None
     adapters: Path | None = None
     name: str = STUDENT_ON_INT8_GRIDS
     seed: int = 0
@@ -90,6 +93,7 @@ def train_quantized(
         methods = plan.build_methods(network, teacher)
         if plan.adapters is not None:
             _restore_adapters(nn.ModuleDict(methods), plan.adapters)
+    cache = None if teacher is None or not methods else plan.open_cache(teacher)
     loader = train_loader(
         plan.images,
         batch_size=plan.settings.batch_size // plan.settings.accumulate,
@@ -97,7 +101,8 @@ def train_quantized(
         workers=plan.workers,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
-        views=None if plan.settings.views is None else Views(plan.settings.views, plan.seed),  # the views it knows
+        views=None if plan.settings.views is None else Views(plan.settings.views, plan.seed),  # those it knows
+        keys=cache is not None,
     )
     training = Training(
         name=plan.name,
@@ -108,6 +113,7 @@ def train_quantized(
         identity=identity,
         teacher=teacher,
         methods=methods,
+        cache=cache,
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, network, training, resume=resume, max_steps=max_steps)

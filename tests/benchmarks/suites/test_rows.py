@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.lib.measure import Timing
 from benchmarks.lib.results import Row, is_met
-from benchmarks.suites import method_cost, recipe, vs_mmdet
+from benchmarks.suites import method_cost, recipe, teacher_cache, view_gain, vs_mmdet
 from benchmarks.suites.kernels import fpn
 
 
@@ -81,3 +81,35 @@ def test_a_report_becomes_rows() -> None:
         (name, "mAP"): 20.4, (name, "mAP drop"): 0.1, (name, "size"): 2.9, (name, "p50"): 1.2, (name, "p99"): 3.3,
     }  # fmt: skip
     assert [row.notes for row in rows if row.variant == name and row.metric == "mAP"] == ["gate: pass"]
+
+
+def test_a_step_with_a_cache_is_compared_with_the_plain_one_of_its_round() -> None:
+    """A machine that becomes twice as slow changes no ratio."""
+    times = {
+        "plain": [(100, 110), (200, 220), (100, 90)],
+        "teacher": [(180, 220), (360, 440), (180, 180)],
+        "cache": [(110, 132), (220, 264), (110, 108)],
+    }
+    found = {name: [teacher_cache.Block(cpu, wall, 0.0) for cpu, wall in blocks] for name, blocks in times.items()}
+    rows = teacher_cache.rows(found)
+    ratios = {
+        (row.variant, row.metric): (round(row.value, 6), is_met(row)) for row in rows if row.metric.endswith("of plain")
+    }
+    assert ratios == {
+        ("teacher", "CPU time of plain"): (1.8, None),
+        ("teacher", "wall time of plain"): (2.0, None),
+        ("cache", "CPU time of plain"): (1.1, True),
+        ("cache", "wall time of plain"): (1.2, False),
+    }
+
+
+def test_views_against_free_augmentation() -> None:
+    maps = {"free baseline": [20.0, 21.0, 22.0], "2 views": [18.0, 19.5, 20.5], "8 views": [19.5, 21.0, 22.0]}
+    rows = [Row(arm, "mAP", value, seed=seed) for arm, values in maps.items() for seed, value in enumerate(values)]
+    found = {row.variant: row for row in view_gain.differences(rows)}
+    assert [(found[arm].value, is_met(found[arm])) for arm in ("2 views", "8 views")] == [
+        (-1.667, False),
+        (-0.167, True),
+    ]
+    low, high = found["8 views"].low, found["8 views"].high
+    assert found["8 views"].bar == ">= -1.000" and low is not None and high is not None and low < -0.167 < high

@@ -156,7 +156,7 @@ from tests.helpers.command_line import Run
         ("export text.safetensors --max-map-drop 0", "--max-map-drop: is about int8 files; add --precision fp32,int8"),
         ("export good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
         ("quantize good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
-        ("export text.safetensors --images images --precision ''", "--precision: '' is none of fp32, fp16, int8"),
+        ("export text.safetensors --images images --precision ''", "--precision: '' is none of fp32, fp16, bf16, int8"),
         ("export text.safetensors --target cpu", "--target: is about int8 files; add --precision fp32,int8"),
         # known before the export: text.safetensors is never opened
         *(

@@ -140,6 +140,14 @@ def test_one_problem_of_an_own_part_is_one_line(load: Load, old: str, new: str, 
     assert problems(load, OWN.replace(old, new, 1)) == [line]
 
 
+def test_bf16_needs_a_provider_that_computes_it(load: Load) -> None:
+    assert OWN.count("precisions: [fp32, fp16]") == 1
+    text = OWN.replace("precisions: [fp32, fp16]", "precisions: [fp32, fp16, bf16]")
+    (line,) = problems(load, text)
+    assert line.endswith("bf16 runs on openvino, openvino-gpu, openvino-npu; add one to deploy.providers")
+    assert load(text.replace("bf16]", "bf16]\n  providers: [cpu, openvino]")).deploy.providers == ("cpu", "openvino")
+
+
 def test_methods_of_your_own_need_a_teacher(load: Load) -> None:
     text = OWN.replace("  bckd: {}\n", "").replace("teacher:\n  custom:", "# ")
     assert problems(load, text) == ["r.yaml:8: methods.mypkg.losses:MyLoss: needs a teacher; add the section teacher"]

@@ -284,6 +284,11 @@ def test_overrides(load: Load) -> None:
             "r.yaml:2: data: needs train and val, or synthetic; there is no train and val",
         ),
         ("teacher=null", "r.yaml:15: methods.bckd: needs a teacher; add the section teacher"),
+        (
+            "teacher.cache=kept",
+            "--set teacher.cache: needs train.views: without them no augmentation comes twice; set train.views: 8",
+        ),
+        ("teacher.cache_classes=8", "--set teacher.cache_classes: belongs to cache, which is not given"),
     ],
 )
 def test_a_wrong_override_is_one_line(load: Load, override: str, line: str) -> None:
@@ -295,6 +300,16 @@ def test_baseline_needs_a_method(load: Load) -> None:
     assert problems(load, TEXT, "methods=null") == ["--set methods: needs a section of keys, got None"]
     lines = problems(load, TEXT, "methods={}", "baseline=true")
     assert lines == ["--set baseline: needs something to compare with; add a method under methods"]
+
+
+def test_a_cache_of_the_teacher_needs_a_method_that_reads_it(load: Load) -> None:
+    cached = (TEXT, "teacher.cache=kept", "train.views=4")
+    assert load(*cached).teacher.cache == Path("kept")
+    assert "views:" not in dump_recipe(load())
+    lines = problems(load, *cached, "methods={}")
+    assert lines == ["--set teacher.cache: is not used: no method learns from the teacher; leave it out"]
+    lines = problems(load, *cached, "methods.cwd={on: logits}", "teacher.cache_classes=2")
+    assert lines == ["--set teacher.cache_classes: methods.cwd on logits compares all classes; leave it out"]
 
 
 # ------------------------------------------------------------------------------------- dump, hash, repository

@@ -15,9 +15,10 @@ from compress.manifest import RunFolder, fingerprint
 from compress.run import pipeline
 from compress.run.artifacts import Checks, exported_settings, onnx_files
 from deploy.core import cuda_driver
-from deploy.core.card import card_from_file
+from deploy.core.card import card_from_file, network_precision
 from deploy.core.precisions import PRECISIONS, PrecisionName, Target, file_for, sources
 from deploy.runtimes.onnx import OnnxRunner
+from deploy.runtimes.providers import PROVIDERS, openings
 from deploy.tensorrt import card as engines
 from tests.helpers import tiny_recipe
 from tests.helpers.report_pages import Page
@@ -58,7 +59,8 @@ def test_one_list_of_precisions() -> None:
     assert {target for kind in PRECISIONS.values() for target in kind.targets} == set(get_args(Target))
     for name, kind in PRECISIONS.items():
         assert PRECISIONS[kind.source].source == kind.source, name
-        assert kind.quantized == (kind.source != name)
+        assert (kind.quantized or kind.computed is not None) == (kind.source != name)
+        assert set(kind.providers) <= set(PROVIDERS)
         assert engines.claimed_precision(file_for(OUT, name).name) == (None if name == "fp32" else name)
 
 
@@ -69,6 +71,7 @@ def test_one_list_of_precisions() -> None:
         (["int8"], None, [], [("student.int8.onnx", "cpu", None)]),
         (["int8", "mixed"], "cpu", [], [("student.int8.onnx", "cpu", None), ("student.mixed.onnx", "tensorrt", None)]),
         (["fp16"], None, ["fp16"], [("student.fp16.onnx", None, "student.fp16.engine")]),
+        (["bf16"], None, ["bf16"], [("student.bf16.onnx", None, None)]),
         (["int8"], "tensorrt", ["int8"], [("student.int8.onnx", "tensorrt", "student.int8.engine")]),
         (
             ["int8"],
@@ -84,6 +87,12 @@ def test_an_engine_is_built_of_a_file_in_its_format(
     files = onnx_files(OUT, precisions, target, wanted)
     assert [(f.path.name, f.target, f.engine.name if f.engine else None) for f in files] == expected
     assert len({file.stage for file in files}) == len(files)
+
+
+def test_what_is_opened_together() -> None:
+    assert openings(["cuda", "openvino", "cpu"]) == [("cuda", "cpu"), ("openvino",)]
+    assert openings(["openvino", "openvino-gpu"]) == [("openvino",), ("openvino-gpu",)]
+    assert openings(["cpu"]) == [("cpu",)]
 
 
 def test_float_files_that_quantized_ones_need() -> None:
@@ -132,6 +141,26 @@ def test_a_run_builds_engines_and_reports_their_cards(folder: Path) -> None:
     before = run.manifest.read_text()
     ship(folder, *settings)
     assert run.manifest.read_text() == before, "a second run builds nothing"
+
+
+def test_a_run_measures_in_onnx_runtime_and_in_openvino(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row a runtime; a bf16 file has one in OpenVINO alone. What cannot run says why, and the rest goes on."""
+    settings = ("deploy.precisions=[fp32,bf16]", "deploy.providers=[cpu,openvino]")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        _, rows = ship(folder, *settings)
+    missing = "not run: openvino is not installed: pip install 'compress-detectors[openvino]'"
+    assert [rows[name]["gate"] for name in ("student.onnx (openvino)", "student.bf16.onnx")] == [missing] * 2
+    assert rows["student.onnx"]["gate"] == "pass" and rows["student.onnx"]["backend"] == "onnxruntime cpu"
+    pytest.importorskip("openvino", reason="openvino is not installed: the extra openvino has it")
+    run, rows = ship(folder, *settings)
+    row, half = rows["student.onnx (openvino)"], rows["student.bf16.onnx"]
+    assert (row["gate"], row["backend"], row["precision"]) == ("pass", "openvino cpu", "fp32")
+    assert row["map"] == pytest.approx(rows["student.onnx"]["map"], abs=0.05) and row["latency_ms"]["p50"] > 0
+    assert half["precision"] == "bf16" and "student.bf16.onnx (openvino)" not in rows
+    assert "bfloat16, which the CPU here does not have" in half["gate"] or half["backend"] == "openvino cpu"
+    assert network_precision(card_from_file(run.path / "student.bf16.onnx").precision) == "bf16"
+    assert row["file"] in Page(run.page.read_text()).text
 
 
 def test_a_runner_of_ones_own_is_a_row(folder: Path) -> None:

@@ -70,7 +70,28 @@ def losses(run: Path) -> list[dict[str, float]]:
 def test_two_processes_equal_one(one: Path, tmp_path: Path, launcher: list[str]) -> None:
     settings = start_from(one.parents[1] / "nano.pth")
     compress(launcher, "distill", str(tiny_recipe.recipe_file(tmp_path)), *overrides(settings))
-    two = tmp_path / "runs" / "tiny"
+    assert_equal(one, tmp_path / "runs" / "tiny")
+
+
+def test_two_processes_equal_one_with_a_cache_of_the_teacher(one: Path, tmp_path: Path) -> None:
+    """Both fill one; each entry of theirs is there once, with the same bits."""
+    settings = [*start_from(one.parents[1] / "nano.pth"), "train.views=2", "data.photometric=true"]
+    settings = [setting for setting in settings if not setting.startswith("teacher.")]
+    settings += ["teacher.model=null", "teacher.train=null", f"teacher.checkpoint={one / 'teacher.safetensors'}"]
+    here, there = (f"teacher.cache={tmp_path / name}" for name in ("one", "two"))
+    alone = pipeline.distill(tiny_recipe.recipe(tmp_path / "alone", *settings, here))
+    shown = compress(PYTHON, "distill", str(tiny_recipe.recipe_file(tmp_path)), *overrides([*settings, there]))
+    assert shown.count("0 read, 20 made by the teacher") == 2
+    assert_equal(alone, tmp_path / "runs" / "tiny")
+    kept = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("one", "two")
+    ]
+    assert len(kept[0]) == 40 and kept[0] == kept[1]
+
+
+def assert_equal(one: Path, two: Path) -> None:
+    """Losses and weights of two runs, up to the order of sums."""
     assert len(losses(one)) == 2  # steps 1 and 10
     for a, b in zip(losses(one), losses(two), strict=True):
         assert a.keys() == b.keys()
@@ -110,13 +131,13 @@ def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
-    """Adapters and context blocks, masks that differ between the processes, one method that ends early; started by
-    torchrun."""
+    """Adapters and context blocks, masks that differ between the processes, one method that ends early, BatchNorm in
+    the head; started by torchrun."""
     methods = (
         "methods={bckd: {weight: auto}, fgd: {adapter: always, weight: auto}, mgd: {stop_epoch: 1}, "
         "uet: {of: [fgd, bckd]}}"
     )
-    settings = overrides([methods, "train.steps=10"])
+    settings = overrides([methods, "train.steps=10", "student.head_norm=batch", "student.head_depth=1"])
     compress(TORCHRUN, "distill", str(tiny_recipe.recipe_file(tmp_path)), *settings)
     with open(tmp_path / "runs" / "tiny" / "student" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]

@@ -18,6 +18,7 @@ from compress.distill.method import Method, Outputs
 from compress.distill.weighting import TrainingPosition
 from compress.training.learner import Learner
 from deploy.core.errors import UserError
+from tests.helpers.teacher_passes import Passes
 
 MODEL = Model(backbone="nano", weights="none", neck_channels=32, head_depth=1)
 
@@ -32,24 +33,6 @@ def batch() -> Batch:
     boxes = torch.tensor([[4.0, 4, 40, 50]])
     target = Target(boxes, torch.tensor([1]), torch.tensor([False]), None, 0, (64, 64), (64, 64))
     return Batch(images, [target, target])
-
-
-class Passes:
-    """Counts calls of a teacher's parts."""
-
-    def __init__(self, teacher: Detector) -> None:
-        self.features = self.head = 0
-        features, predict = teacher.features, teacher.predict
-
-        def counted_features(images: Tensor) -> list[Tensor]:
-            self.features += 1
-            return features(images)
-
-        def counted_head(maps: list[Tensor]) -> Any:
-            self.head += 1
-            return predict(maps)
-
-        teacher.features, teacher.predict = counted_features, counted_head  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -67,9 +50,9 @@ class Passes:
 )
 def test_the_head_runs_only_where_a_method_looks(methods: dict[str, Any], features: int, head: int) -> None:
     student, teacher = models()
-    passes = Passes(teacher)
     learner = Learner(student, build_methods(Methods.model_validate(methods), student, teacher), teacher, None)
-    losses = learner(batch(), TrainingPosition(step=7, total=20, steps_per_epoch=5))
+    with Passes(teacher) as passes:
+        losses = learner(batch(), TrainingPosition(step=7, total=20, steps_per_epoch=5))
     assert (passes.features, passes.head) == (features, head)
     assert all(torch.isfinite(value) for value in losses.values())
 
@@ -86,5 +69,5 @@ def test_a_method_that_looks_without_asking_is_told_so() -> None:
     learner = Learner(
         student, build_methods(Methods(), student, teacher, own={"mine": LooksWithoutAsking()}), teacher, None
     )
-    with pytest.raises(UserError, match=r"add Capability\.DENSE to the method's `needs`"):
+    with pytest.raises(UserError, match=r"predictions and does not say so; add Capability\.DENSE to its"):
         learner(batch(), TrainingPosition(1, 20, 5))

@@ -31,9 +31,9 @@ from tests.helpers.training_runs import assert_same, fabric, last_checkpoint, tr
     [
         (),
         ("train.accumulate=2", "train.optimizer.name=adamw", "train.views=2"),
-        ("train.eval_every=1", "train.steps=18"),
+        ("train.eval_every=1", "train.steps=18", "student.head_norm=batch", "student.head_depth=1"),
     ],
-    ids=["plain", "accumulate and views", "best"],
+    ids=["plain", "accumulate and views", "best, BatchNorm in the head"],
 )
 def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
     whole, parts = tiny_recipe.recipe(tmp_path / "a", *extra), tiny_recipe.recipe(tmp_path / "b", *extra)

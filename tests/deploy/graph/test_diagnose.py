@@ -156,5 +156,5 @@ def test_without_a_float_file_that_passed_it_says_why(dataset: tuple[Path, Path]
 
     results = validate({"a": Wrapped(0), "b": Wrapped(5)}, *dataset, reference="a")  # type: ignore[dict-item]
     assert results[1].gate == "fail" and results[1].diagnosis == (
-        "not run: only ONNX files can be compared value by value"
+        "not run: only ONNX files in ONNX Runtime can be compared value by value"
     )

@@ -49,7 +49,7 @@ def test_each_file_gets_the_options_of_its_runtime(tmp_path: Path, monkeypatch: 
     files = [tmp_path / "m.onnx", tmp_path / "m.engine"]
     runners = open_runners(files, ("cuda", "cpu"), threads=2, cuda_graph=True)
     assert list(runners) == [f"{files[0]} (cuda)", f"{files[0]} (cpu)", str(files[1])]
-    onnx = {"allow_fallback": False, "threads": 2, "tensorrt": None}
+    onnx = {"allow_fallback": False, "threads": 2, "tensorrt": None, "openvino": None}
     assert opened == {"m.onnx": (("cpu",), onnx), "m.engine": (("cuda",), {"cuda_graph": True})}
 
 
@@ -58,6 +58,8 @@ def test_each_file_gets_the_options_of_its_runtime(tmp_path: Path, monkeypatch: 
     [
         ([ONNX], ("cpu",), {"ep_context": True}, "--ep-context: is about .onnx files on the TensorRT provider"),
         ([ENGINE], ("tensorrt",), {"trt_cache": Path("c")}, "--trt-cache: is about .onnx files on the TensorRT"),
+        ([ONNX], ("cpu",), {"openvino_streams": 2}, "--openvino-streams: is about .onnx files in OpenVINO"),
+        ([ENGINE], ("openvino",), {"openvino_cache": Path("c")}, "--openvino-cache: is about .onnx files in OpenVINO"),
         ([ONNX], ("tensorrt",), {"cuda_graph": True}, "--cuda-graph: is about engines, and none is given"),
     ],
 )
@@ -66,7 +68,7 @@ def test_options_that_would_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=refusal):
         runner_options(files, providers, **options)
-    assert runner_options([ONNX, ENGINE], ("tensorrt",), **options) != {}
+    assert runner_options([ONNX, ENGINE], ("tensorrt", "openvino-gpu"), **options) != {}
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path, tiny_onnx: Path) -> None:

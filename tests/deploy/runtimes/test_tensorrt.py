@@ -24,7 +24,7 @@ from deploy.runtimes import tensorrt
 from deploy.runtimes.base import DetectionBatch
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.runtimes.open import open_runner
-from deploy.runtimes.providers import PROVIDERS
+from deploy.runtimes.providers import ONNX_RUNTIME
 from deploy.tensorrt.build import build_engine
 from deploy.tensorrt.card import EngineOptions, TensorSpec, write_engine_card
 from tests.helpers import tensorrt_rig
@@ -334,8 +334,8 @@ def test_a_real_engine_gives_what_onnxruntime_gives(
 @tensorrt_rig.needs_device
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_bound_inputs_give_what_the_cpu_gives(tiny_onnx: Path, reference: OnnxRunner, provider: str) -> None:
-    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
-        pytest.skip(f"this build of ONNX Runtime has no {PROVIDERS[provider]}")
+    if ONNX_RUNTIME[provider] not in onnxruntime.get_available_providers():
+        pytest.skip(f"this build of ONNX Runtime has no {ONNX_RUNTIME[provider]}")
     if provider == "tensorrt" and ctypes.util.find_library("nvinfer") is None:
         pytest.skip("TensorRT's library, libnvinfer, is not installed")
     runner = OnnxRunner(tiny_onnx, (provider, "cpu"))  # a provider that is there and does not come up is a failure

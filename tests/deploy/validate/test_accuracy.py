@@ -346,7 +346,7 @@ def test_what_is_not_finite_is_no_detection_and_fails_the_gate(
     assert bad.metrics.to_dict() == fewer.metrics.to_dict() and 0 < bad.metrics.map < good.metrics.map
     assert bad.agreement == fewer.agreement
     assert bad.diagnosis is not None and bad.diagnosis.startswith("4 of 4 images have values that are not finite")
-    assert bad.diagnosis.endswith("not run: only ONNX files can be compared value by value")
+    assert bad.diagnosis.endswith("not run: only ONNX files in ONNX Runtime can be compared value by value")
 
     against_bad = validate(runners, *dataset, reference="bad", max_map_drop=100.0, limit=4)
     assert [row.gate for row in against_bad] == [

@@ -18,33 +18,15 @@ from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.validate import average_precision
+from deploy.validate.analysis import analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco
 from deploy.validate.collected import Collected
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.score_calibration import detection_ece
 from tests.helpers import coco_definition
+from tests.helpers.coco_sets import RLE, A, B, grid, random_set, row, truth
 
 BACKENDS = ["faster", "pycocotools"]
-A, B = [20.0, 30.0, 40.0, 40.0], [200.0, 30.0, 40.0, 40.0]
-
-
-def truth(*boxes: dict[str, Any], images: int = 1, categories: int = 1) -> dict[str, Any]:
-    return {
-        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(images)],
-        "categories": [{"id": k, "name": f"class {k}"} for k in range(categories)],
-        "annotations": [{"id": n, "image_id": 0, "category_id": 0, **box} for n, box in enumerate(boxes)],
-    }
-
-
-def row(box: list[float], score: float = 0.9, image: int = 0, category: int = 0) -> dict[str, Any]:
-    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
-
-
-def grid(count: int) -> list[list[float]]:
-    return [[20.0 * (n % 40), 20.0 * (n // 40), 16.0, 16.0] for n in range(count)]
-
-
-RLE = {"counts": "0", "size": [300, 300]}
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], float | None]] = {
     "ids from 0": (truth({"bbox": A}, {"bbox": B}), [row(A), row(B)], 100),
     "ids that repeat": (truth({"bbox": A, "id": 7}, {"bbox": B, "id": 7}), [row(A), row(B)], 100),
@@ -61,8 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], float | None]] = {
     "wrong beside a crowd": (truth({"bbox": A}, {"bbox": B, "iscrowd": 1}), [row([200, 30, 90, 90]), row(A, 0.5)], 50),
     "no detections": (truth({"bbox": A}), [], 0),
     "no objects": (truth(), [row(A)], None),
-    "images without objects": (truth({"bbox": A}, images=3), [row(A), row(B, 0.95, 1), row(B, 0.99, 2)], 100 / 3),
-    "a class without objects": (truth({"bbox": A}, categories=2), [row(A), row(A, 0.95, category=1)], 100),
+    "images without objects": (
+        truth({"bbox": A}, images=range(3)), [row(A), row(B, 0.95, 1), row(B, 0.99, 2)], 100 / 3,
+    ),
+    "a class without objects": (truth({"bbox": A}, categories=range(2)), [row(A), row(A, 0.95, category=1)], 100),
     "no width": (truth({"bbox": A}, {"bbox": [60, 60, 0, 9]}), [row(A), row([60, 60, 0, 9])], 100 * 51 / 101),
     "negative area": (truth({"bbox": A}, {"bbox": B, "area": -1}), [row(A, 0.5), row(B)], 100),
     "ignore is not read": (truth({"bbox": A}, {"bbox": B, "ignore": 1}), [row(A)], 100 * 51 / 101),
@@ -80,24 +64,6 @@ def test_where_evaluators_differ_the_definition_decides(name: str, backend: Any)
         assert defined == (None if wanted is None else pytest.approx(wanted, abs=1e-9))
     found = evaluate_coco(document, rows, backend=backend).to_dict()
     assert found["map"] == (None if defined is None else pytest.approx(defined, abs=1e-9))
-
-
-def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Boxes on a coarse grid, so that overlaps tie, and scores of one digit; crowds; areas that are not the box's."""
-    rng = np.random.default_rng(seed)
-    boxes: list[dict[str, Any]] = []
-    rows = []
-    for image in (4, 0, 9):
-        for _ in range(int(rng.integers(1, 9))):
-            box = (rng.integers([0, 0, 1, 1], [8, 8, 12, 12]) * 8).tolist()
-            boxes.append({"image_id": image, "category_id": int(rng.integers(2)), "bbox": box})
-            boxes[-1] |= {"iscrowd": int(rng.random() < 0.15), "area": box[2] * box[3] * float(rng.choice([0.5, 1]))}
-        for _ in range(int(rng.integers(1, 14))):
-            near = boxes[int(rng.integers(len(boxes)))]["bbox"]
-            shifted = (np.array(near) + rng.integers(-1, 2, 4) * 4).clip(0).tolist()
-            rows.append(row(shifted, float(rng.integers(1, 6)) / 10, image, int(rng.integers(2))))
-    document = truth(*boxes, categories=2)
-    return {**document, "images": [{"id": i, "file_name": f"{i}.png"} for i in (4, 0, 9)]}, rows
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -125,12 +91,8 @@ def test_order_of_images_and_size_of_pieces_change_no_bit(monkeypatch: pytest.Mo
         with monkeypatch.context() as small:
             small.setattr(average_precision, "ROWS", 3)
             small.setattr(average_precision, "PAIRS", 2)
+            small.setattr(average_precision, "CELLS", 20)
             assert evaluate_coco(document, rows).to_dict() == whole
-
-
-def test_an_area_of_32_squared_is_small_and_medium() -> None:
-    found = evaluate_coco(truth({"bbox": [0, 0, 32, 32]}), [row([0, 0, 32, 32])]).to_dict()
-    assert (found["map_small"], found["map_medium"], found["map_large"]) == (100, 100, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -150,7 +112,9 @@ def test_more_than_100_detections_have_figures_of_their_own(backend: Any) -> Non
 
 
 def test_the_most_crowded_image_is_found() -> None:
-    document = truth(*({"bbox": box} for box in grid(150)), {"bbox": A, "category_id": 1}, images=3, categories=2)
+    document = truth(
+        *({"bbox": box} for box in grid(150)), {"bbox": A, "category_id": 1}, images=range(3), categories=range(2)
+    )
     assert GroundTruth.of(document).most_of_a_class() == 150
     document["annotations"][0]["iscrowd"] = 1
     assert GroundTruth.of(document).most_of_a_class() == 149
@@ -240,23 +204,30 @@ def test_memory_grows_with_detections_and_not_with_images_times_classes() -> Non
     """tracemalloc counts what NumPy holds. Before, a picture took 120 kB, and a pair of image and class 1 kB."""
     rng = np.random.default_rng(0)
     images = 655  # 65,500 rows: just below a power of two, to which the columns grow
-    document = truth({"bbox": A}, images=images, categories=3)
+    document = truth({"bbox": A}, images=range(images), categories=range(3))
     found = Detections(
         rng.uniform(0, 50, (100, 4)).astype(np.float32), rng.random(100).astype(np.float32), rng.integers(0, 3, 100),
         ("a", "b", "c"), (0, 1, 2),
     )  # fmt: skip
+
+    def everything(labels: GroundTruth, table: DetectionTable) -> None:
+        """What `validate` asks of the detections of a file."""
+        evaluate_coco(labels, table)
+        detection_ece(labels, table)
+        analyse(labels, table, image_slices(labels, document["images"]))
+
+    everything(GroundTruth.of(document), DetectionTable.from_rows([row(A)]))  # what NumPy imports on the way
     tracemalloc.start()
     try:
         collected = Collected()
         for image in range(images):
             collected.add(image, found)
         columns = GroundTruth.of(document)
-        evaluate_coco(columns, collected.table())
-        detection_ece(columns, collected.table())
+        everything(columns, collected.table())
         dense = tracemalloc.get_traced_memory()[1]
         del collected, columns
         tracemalloc.reset_peak()
-        document = truth({"bbox": A}, images=1000, categories=300)
+        document = truth({"bbox": A}, images=range(1000), categories=range(300))
         start = tracemalloc.get_traced_memory()[0]
         evaluate_coco(document, [row(A, image=n, category=n % 300) for n in range(1000)])
         sparse = tracemalloc.get_traced_memory()[1] - start
