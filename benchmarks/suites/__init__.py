@@ -48,7 +48,17 @@ SUITES = {
     "quantized": Suite(
         "what FP16 and INT8 cost in mAP and bring in speed",
         "15 min a part",
-        (*_RUNNING, "compress/detectors/level_norm.py", "deploy/quantize/*.py", "deploy/validate/*.py"),
+        (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
+    ),
+    "int8_head": Suite(
+        "what BatchNorm in the head and the form for the CPU bring to int8 files in speed",
+        "10 min",
+        (*_RUNNING, "compress/detectors/level_norm.py", "deploy/quantize/*.py"),
+    ),
+    "openvino": Suite(
+        "OpenVINO against ONNX Runtime and PyTorch eager",
+        "15 min",
+        (*_RUNNING, "deploy/core/precisions.py", "deploy/quantize/*.py"),
     ),
     "evaluation": Suite(
         "COCO mAP of many detections and classes: time and memory, beside other evaluators",

@@ -1,7 +1,6 @@
 """Cost in accuracy and gain in speed of FP16 and INT8, in ONNX Runtime on the CPU.
 
     python -m benchmarks quantized speed
-    python -m benchmarks quantized head
     python -m benchmarks quantized accuracy --name bccd --checkpoint student.safetensors --train train.json \
         --val val.json --images FOLDER --size 256 320 --limits 240 320
 
@@ -10,9 +9,6 @@ variants: everything in int8, output layers included (*all*); output layers in f
 guided search with a budget of 0.5 points (*guided*), which decides on training images that are not for calibration.
 `speed`: students with random weights, all cases of a size in turn (see `measure`); int8 with its output
 layers in float, which is the default, and with them in int8, which the guided search takes where it may.
-`head`: int8 files for `cpu` of a ResNet-18 student with GroupNorm in its head as `quantize` alone makes them, and with
-what followed: the form for the CPU (`deploy.quantize.cpu_form`), and BatchNorm in the head. Once with 200 scores above
-the threshold, and once with the thousand that suppression takes at most.
 """
 
 from __future__ import annotations
@@ -23,33 +19,26 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
 
 from benchmarks.lib import options
+from benchmarks.lib.exported_student import end_to_end, exported_student
 from benchmarks.lib.measure import Call, Timing, interleave
-from benchmarks.lib.photographs import CLASSES, write_photographs
+from benchmarks.lib.photographs import write_photographs
 from benchmarks.lib.results import Case, Row, cost_bar
 from compress.config.data import Split
 from compress.config.deploy import Deploy
-from compress.detectors.backbones import build_backbone
-from compress.detectors.gfl import GFL
-from compress.detectors.level_norm import LevelNorm, folded
-from compress.export.deployable import Deployable, TorchRunner
+from compress.export.deployable import TorchRunner
 from compress.export.onnx import export_checkpoint
 from compress.run.quantize import split_files, write_search_split
-from deploy.core.canvas import fit_canvas, to_original
-from deploy.core.card import ModelCard, network_precision
+from deploy.core.canvas import fit_canvas
+from deploy.core.card import network_precision
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image, read_image_bytes
-from deploy.core.precisions import file_for
-from deploy.graph.export import export_onnx
 from deploy.graph.structure import BOXES, SCORES
-from deploy.quantize import qdq
 from deploy.quantize.calibrate import check_apart, choose_images
 from deploy.quantize.file import Quantizer
 from deploy.quantize.guided import search
@@ -61,10 +50,9 @@ CALIBRATION, BUDGET = 128, 0.5
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("part", choices=("speed", "accuracy", "head"))
+    parser.add_argument("part", choices=("speed", "accuracy"))
     options.threads(parser, 2)
     options.repeats(parser, 9)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[320, 512], help="head: sides of the input")
     parser.add_argument("--exports", type=Path, help="folder to keep the exported files in, or to take them from")
     accuracy = parser.add_argument_group("accuracy, which needs all but --limits")
     accuracy.add_argument("--name", help="of the data")
@@ -80,11 +68,6 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
         if args.part == "speed":
             yield Case(
                 f"speed, {args.threads} thread{'s' * (args.threads > 1)}", _speed(args, args.exports or Path(folder))
-            )
-            return
-        if args.part == "head":
-            yield Case(
-                f"head, {args.threads} thread{'s' * (args.threads > 1)}", _heads(args, args.exports or Path(folder))
             )
             return
         missing = [
@@ -164,7 +147,7 @@ def _speed(args: argparse.Namespace, folder: Path) -> list[Row]:
     photographs = [read_image_bytes(path) for path in sorted((folder / "photographs").glob("*.jpg"))]
     rows: list[Row] = []
     for backbone, size in (("resnet18", 320), ("resnet50", 320), ("resnet18", 512)):
-        files, eager = _student(backbone, size, folder, photographs)
+        files, eager = exported_student(backbone, size, folder, photographs)
         timings = interleave(_calls(files, eager, photographs[0], args.threads), repeats=args.repeats)
         label = f"{backbone} at {size}"
         rows += [timing.row(f"{label}: {name}") for name, timing in timings.items()]
@@ -183,7 +166,7 @@ def _calls(files: dict[str, Path], eager: TorchRunner, photograph: bytes, thread
         cases[f"model, {name}"] = lambda session=session: _ignore(session.run(None, {"images": canvas}))
     runners: dict[str, Runner] = {name: OnnxRunner(path, threads=threads) for name, path in files.items()}
     for name, runner in {**runners, "torch eager": eager}.items():
-        cases[f"end to end, {name}"] = lambda runner=runner: _end_to_end(runner, photograph)
+        cases[f"end to end, {name}"] = lambda runner=runner: end_to_end(runner, photograph)
     return cases
 
 
@@ -206,104 +189,6 @@ def _speed_ratios(label: str, timings: dict[str, Timing], *, with_suppression: b
     return made
 
 
-def _student(backbone: str, size: int, folder: Path, photographs: list[bytes]) -> tuple[dict[str, Path], TorchRunner]:
-    """Exported files by precision, and the torch module with the same weights."""
-    torch.manual_seed(0)
-    detector = GFL(CLASSES, build_backbone(backbone, weights="none")).eval()
-    names = [f"class {i}" for i in range(CLASSES)]
-    card = ModelCard(name=backbone, class_names=names, category_ids=list(range(CLASSES)), input_size=(size, size))
-    samples = np.stack([fit_canvas(decode_image(data), card)[0] for data in photographs])
-    _spread(detector, torch.from_numpy(samples[:1]))
-    module = Deployable.from_card(detector, card)
-    out = folder / f"{backbone}_{size}.onnx"
-    if not out.is_file():
-        export_onnx(module, card, out, samples=samples, max_batch=2)
-    files = {"fp32": out, "int8 cpu": file_for(out, "int8"), "int8 cpu, outputs too": out.with_suffix(".all.int8.onnx")}
-    for name, kept in (("int8 cpu", None), ("int8 cpu, outputs too", ())):
-        if not files[name].is_file():
-            photos = sorted((folder / "photographs").glob("*.jpg"))
-            Quantizer(out, choose_images(photos, len(photos)), "cpu").save(files[name], kept, max_batch=2)
-    return files, TorchRunner(module, card)
-
-
-# -------------------------------------------------------------------------------------------------- head
-
-BEFORE = "GroupNorm, as quantized"
-
-
-def _heads(args: argparse.Namespace, folder: Path) -> list[Row]:
-    (folder / "photographs").mkdir(exist_ok=True, parents=True)
-    write_photographs(folder / "photographs", 8)
-    photographs = sorted((folder / "photographs").glob("*.jpg"))
-    rows: list[Row] = []
-    for size in args.sizes:
-        for passing in (200, 1000):
-            files = _head_files(size, passing, folder, photographs)
-            card = OnnxRunner(files[BEFORE]).card
-            canvas = fit_canvas(decode_image(read_image_bytes(photographs[0])), card)[0][None]
-            cases: dict[str, Call] = {}
-            for name, path in files.items():
-                session = _session(path.read_bytes(), args.threads)
-                cases[name] = lambda session=session, canvas=canvas: _ignore(session.run(None, {"images": canvas}))
-            timings = interleave(cases, repeats=args.repeats)
-            label = f"resnet18 at {size}, {passing} candidates"
-            rows += [timing.row(f"{label}: {name}") for name, timing in timings.items()]
-            for name in list(files)[1:]:
-                bar = "<= 0.8" if (size, passing, name) == (320, 200, "BatchNorm") else ""
-                ratio = timings[name].ms / timings[BEFORE].ms
-                rows.append(Row(f"{label}: {name} over {BEFORE}", "share of the time", ratio, "×", bar=bar))
-    return rows
-
-
-def _head_files(size: int, passing: int, folder: Path, photographs: list[Path]) -> dict[str, Path]:
-    """Int8 files by name, the first as they were before their form for the CPU."""
-    files = {}
-    for norm, name in (("group", "GroupNorm"), ("batch", "BatchNorm")):
-        whole = folder / f"{norm}_{size}_{passing}.onnx"
-        if not whole.is_file():
-            _export_head(norm, size, passing, whole, photographs)
-        quantizer = Quantizer(whole, choose_images(photographs, len(photographs)), "cpu")
-        if norm == "group":
-            files[BEFORE] = file_for(whole, "before.int8")
-            with mock.patch.object(qdq, "for_cpu"):
-                quantizer.save(files[BEFORE], max_batch=2)
-        files[name], files[f"{name}, outputs too"] = file_for(whole, "int8"), file_for(whole, "all.int8")
-        quantizer.save(files[name], max_batch=2)
-        quantizer.save(files[f"{name}, outputs too"], (), max_batch=2)
-    return files
-
-
-def _export_head(norm: str, size: int, passing: int, out: Path, photographs: list[Path]) -> None:
-    """Export a student of random weights, its BatchNorms with the statistics of the photographs."""
-    torch.manual_seed(0)
-    detector = GFL(CLASSES, build_backbone("resnet18", weights="none"), head_norm=norm).eval()
-    names = [f"class {i}" for i in range(CLASSES)]
-    card = ModelCard(name=norm, class_names=names, category_ids=list(range(CLASSES)), input_size=(size, size))
-    samples = np.stack([fit_canvas(decode_image(read_image_bytes(path)), card)[0] for path in photographs])
-    for norms in (module for module in detector.modules() if isinstance(module, LevelNorm)):
-        for layer in norms.train():
-            layer.momentum = None  # the mean of what it sees
-    with torch.no_grad():
-        detector(torch.from_numpy(samples))
-    _spread(detector.eval(), torch.from_numpy(samples[:1]), passing)
-    module = folded(Deployable.from_card(detector, card))
-    export_onnx(module, card, out, samples=samples, max_batch=2)
-
-
-@torch.no_grad()
-def _spread(detector: GFL, image: torch.Tensor, passing: int = 1000) -> None:
-    """Make so many (location, class) pairs pass the score threshold, so that suppression has work to do."""
-    head = detector.head.gfl_cls
-    assert head.bias is not None
-
-    def logits() -> torch.Tensor:
-        return torch.cat([level.flatten() for level in detector(image).logits])
-
-    head.weight.mul_(1.5 / logits().std())
-    head.bias.zero_()
-    head.bias.fill_(float(np.log(0.05 / 0.95) - logits().topk(passing).values[-1]))
-
-
 def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
 
@@ -316,14 +201,6 @@ def _until_dense(path: Path) -> bytes:
     )
     content: bytes = model.SerializeToString()
     return content
-
-
-def _end_to_end(runner: Runner, data: bytes) -> None:
-    """Bytes of an image file to boxes in its pixels."""
-    pixels = decode_image(data)
-    canvas, scale = fit_canvas(pixels, runner.card)
-    found = runner(canvas[None])
-    to_original(found.boxes[0, : int(found.count[0])], scale, pixels.shape[:2])
 
 
 def _ignore(_: Any) -> None:
