@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.lib.photographs import CLASSES
 from compress.detectors.backbones import build_backbone
@@ -56,7 +57,9 @@ def student(
     card = ModelCard(name=backbone, class_names=names, category_ids=list(range(CLASSES)), input_size=(size, size))
     samples = np.stack([fit_canvas(decode_image(data), card)[0] for data in photographs])
     norms = [module for module in detector.modules() if isinstance(module, LevelNorm)]
-    for layer in (layer for norm in norms for layer in norm.train()):
+    for norm in norms:
+        norm.train()
+    for layer in (layer for norm in norms for layer in norm.modules() if isinstance(layer, nn.BatchNorm2d)):
         layer.momentum = None  # the mean of what it sees
     if norms:
         with torch.no_grad():

@@ -3,7 +3,7 @@
     python -m benchmarks int8_head
 
 GFL students with a ResNet-18 of random weights in ONNX Runtime, the network with its suppression, all files of a size
-in turn (see `measure`). The first is GroupNorm as `deploy.quantize` alone makes it; all others have the form for the CPU
+in turn (see `measure`). The first is GroupNorm as `deploy.quantize` alone makes it; all others have the form for it
 (`deploy.quantize.cpu_form`). *Outputs too* has the output layers in int8, which the guided search takes where it may.
 Once with 200 (location, class) pairs above the score threshold, and once with a thousand, all that suppression takes.
 """
@@ -87,4 +87,8 @@ def _rows(size: int, candidates: int, folder: Path, args: argparse.Namespace) ->
 
 def _call(path: Path, canvas: object, threads: int) -> Call:
     session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, {"images": canvas})
+
+    def call() -> None:
+        session.run(None, {"images": canvas})
+
+    return call
