@@ -125,6 +125,11 @@ class TrainingLog:
         )
         self._write()
 
+    def say(self, line: str) -> None:
+        """Show a line that is no history."""
+        if self._enabled:
+            self._console.print(line, markup=False, soft_wrap=True)
+
     def stop(self) -> None:
         """End the progress display and write everything."""
         if self._enabled:

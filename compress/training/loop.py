@@ -175,6 +175,8 @@ def fit(
             checkpoints.save(state)
     checkpoints.save(state)
     log.stop()
+    if training.cache is not None:
+        log.say(training.cache.summary(reduce))
     if state.best:
         student.load_state_dict(checkpoints.load_best(state))
     return FitResult(CocoMetrics.from_dict(state.best) if state.best else None, state.step, state.seconds)
