@@ -94,6 +94,9 @@ def validate(
         validation.write_results(json_out, results)
     for result in results if reference is None else ():
         _say_what_training_measured(result.name, runners[result.name].card.val_map, result.metrics.map, max_map_drop)
+    for result in results:
+        if result.analysis is not None and result.analysis.errors is not None:
+            print(f"{result.name}: points of AP50 lost to errors (TIDE): {result.analysis.errors.in_words()}")
     failed = [result.name for result in results if result.gate == "fail"]
     for result in results:
         if result.diagnosis is not None:

@@ -157,10 +157,35 @@ class Half(_Part):
     float32: dict[str, str] = {}
 
 
+class ErrorCost(_Part):
+    """points: of AP50 that mending a kind of error gains. count: detections or objects."""
+
+    points: Number = None
+    count: int = 0
+
+
+class Slice(_Part):
+    """mAP on some of the images, in percent."""
+
+    name: str
+    images: int
+    map: Number = None
+
+
+class Analysis(_Part):
+    """errors: by kind. confusion: class of an object (None: no object), class of the detection (None: not found) and
+    how often."""
+
+    errors: dict[str, ErrorCost] | None = None
+    slices: list[Slice] = []
+    confusion: list[tuple[str | None, str | None, int]] = []
+
+
 class Artifact(_Part):
     """One exported file. `map` in percent, `map_drop` in points of it below the reference, `training_drop` below what
     training measured for these weights; `agreement` a share, 0 to 1; `map_at_max` as of a model; `engine` of a file
-    that TensorRT built. `reason`: why the gate fails; `differs_most`: the pictures that show it."""
+    that TensorRT built. `reason`: why the gate fails; `differs_most`: the pictures that show it. `map_small` and so on:
+    of objects of a size; `analysis`: what an mAP does not say."""
 
     file: str
     backend: str = ""
@@ -180,6 +205,10 @@ class Artifact(_Part):
     differs_most: list[Different] = []
     half: Half | None = None
     note: str | None = None
+    map_small: Number = None
+    map_medium: Number = None
+    map_large: Number = None
+    analysis: Analysis | None = None
 
     @field_validator("gate")
     @classmethod

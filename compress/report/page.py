@@ -17,6 +17,7 @@ from compress.manifest import BASELINE, FINE_TUNED, TEACHER, RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
 from compress.report.document import Artifact, Document, Models, read_document
+from compress.report.errors import errors_section
 from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
@@ -61,6 +62,7 @@ def build_report(run_dir: Path) -> Path:
         latency=_latency_chart(report.artifacts),
         curves=curves(document),
         classes=class_table(report.models),
+        errors=errors_section(report),
         pictures=draw_pictures(document, photos),
         uncertainty=draw_uncertainty(document, photos),
         min_score=MIN_SCORE,

@@ -33,7 +33,7 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, runner_kind
 from deploy.runtimes.providers import OPENVINO, openings
 
-MAP_FIGURES = ("map", "max_detections", "map_at_max", "mar_at_max")
+MAP_FIGURES = ("map", "map_small", "map_medium", "map_large", "max_detections", "map_at_max", "mar_at_max")
 
 
 @dataclass(frozen=True)
@@ -294,5 +294,5 @@ def _row(proof: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "gate": proof["gate"],
         "reason": proof["diagnosis"],
         "differs_most": proof["pictures"],
-        **{key: proof[key] for key in ("half", "note") if proof.get(key) is not None},
+        **{key: proof[key] for key in ("half", "note", "analysis") if proof.get(key) is not None},
     }

@@ -53,7 +53,10 @@ def test_validate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
     code, out, err = run(line)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "next: compress benchmark copy.onnx tiny.onnx --images images"
-    assert [row["gate"] for row in json.loads(Path("out.json").read_text())] == ["pass", "pass"]
+    rows = json.loads(Path("out.json").read_text())
+    assert [row["gate"] for row in rows] == ["pass", "pass"]
+    assert "copy.onnx: points of AP50 lost to errors (TIDE): " in out
+    assert rows[0]["analysis"] == rows[1]["analysis"] and rows[0]["analysis"]["errors"] is not None
 
 
 def test_validate_says_what_the_training_of_a_file_measured(

@@ -51,6 +51,7 @@ def test_the_report_has_measured_figures_for_everything(run_dir: Path) -> None:
     assert measured["canvas"] == [64, 64]
     for file in (torch_file, onnx_file):
         assert file["training_drop"] == measured["metrics"]["map"] - file["map"] and file["differs_most"] == []
+        assert file["analysis"]["errors"]["missed"]["count"] >= 0 and file["analysis"]["slices"]
     assert (torch_file["file"], onnx_file["file"]) == ("student.safetensors", "student.onnx")
     assert onnx_file["gate"] == "pass" and abs(onnx_file["map_drop"]) <= 0.1
     assert onnx_file["agreement"] == 1 or onnx_file["agreement"] is None
