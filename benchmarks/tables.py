@@ -64,6 +64,10 @@ BLOCKS = {
     "kernels": Block("kernels", by_case, named("times as fast", case="cpu")),
     "quantized-accuracy": Block("quantized", by_case, named("mAP drop", case="accuracy")),
     "quantized-speed": Block("quantized", by_case, named("times as fast", "share of end to end", case="speed")),
+    "openvino-accuracy": Block(
+        "openvino", by_case, named("mAP", "mAP drop", "mAP below ONNX Runtime's", case="accuracy")
+    ),
+    "openvino-speed": Block("openvino", by_case, lambda row: bool(row.bar) and row.case.startswith("speed")),
     "qad": Block("qad", tables.by_seed),
     "pseudo": Block("pseudo_gain", tables.student_table, lambda row: row.case == "cpu"),
     "pseudo-cells": Block("pseudo_gain", tables.student_table, lambda row: row.case == "bccd"),

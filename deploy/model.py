@@ -16,7 +16,14 @@ from deploy.core.image import Picture, read_picture
 from deploy.core.image_folder import image_files
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import OwnRunner, open_runner
-from deploy.runtimes.pictures import check_outputs, fit_pictures, load_batches, picture_detections
+from deploy.runtimes.pictures import (
+    Fitted,
+    canvases_of,
+    check_outputs,
+    fit_picture,
+    load_batches,
+    picture_detections,
+)
 
 if TYPE_CHECKING:
     from deploy.latency import BenchmarkReport
@@ -75,11 +82,12 @@ class Model:
         if isinstance(pictures, str | Path):
             pictures = image_files(Path(pictures))
 
-        def load(picture: Picture) -> tuple[np.ndarray, Path | None]:
-            return read_picture(picture), Path(picture) if isinstance(picture, str | Path) else None
+        def load(picture: Picture) -> tuple[Fitted, Path | None]:
+            path = Path(picture) if isinstance(picture, str | Path) else None
+            return fit_picture(read_picture(picture), self.card), path
 
         for batch in load_batches(pictures, load, batch_size):
-            canvases = fit_pictures([pixels for pixels, _ in batch], self.card)
+            canvases = canvases_of([fitted for fitted, _ in batch])
             found = self.runner(canvases.images)
             check_outputs(self.name, found, len(batch))
             for detections, (_, path) in zip(picture_detections(found, canvases, self.card), batch, strict=True):

@@ -50,6 +50,11 @@ SUITES = {
         "15 min a part",
         (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
     ),
+    "openvino": Suite(
+        "OpenVINO against ONNX Runtime and PyTorch eager",
+        "15 min",
+        (*_RUNNING, "deploy/core/precisions.py", "deploy/quantize/*.py"),
+    ),
     "evaluation": Suite(
         "COCO mAP of many detections and classes: time and memory, beside other evaluators",
         "6 min",

@@ -20,28 +20,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
 
 from benchmarks.lib import options
+from benchmarks.lib.exported_student import end_to_end, exported_student
 from benchmarks.lib.measure import Call, Timing, interleave
-from benchmarks.lib.photographs import CLASSES, write_photographs
+from benchmarks.lib.photographs import write_photographs
 from benchmarks.lib.results import Case, Row, cost_bar
 from compress.config.data import Split
 from compress.config.deploy import Deploy
-from compress.detectors.backbones import build_backbone
-from compress.detectors.gfl import GFL
-from compress.export.deployable import Deployable, TorchRunner
+from compress.export.deployable import TorchRunner
 from compress.export.onnx import export_checkpoint
 from compress.run.quantize import split_files, write_search_split
-from deploy.core.canvas import fit_canvas, to_original
-from deploy.core.card import ModelCard, network_precision
+from deploy.core.canvas import fit_canvas
+from deploy.core.card import network_precision
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image, read_image_bytes
-from deploy.core.precisions import file_for
-from deploy.graph.export import export_onnx
 from deploy.graph.structure import BOXES, SCORES
 from deploy.quantize.calibrate import check_apart, choose_images
 from deploy.quantize.file import Quantizer
@@ -151,7 +147,7 @@ def _speed(args: argparse.Namespace, folder: Path) -> list[Row]:
     photographs = [read_image_bytes(path) for path in sorted((folder / "photographs").glob("*.jpg"))]
     rows: list[Row] = []
     for backbone, size in (("resnet18", 320), ("resnet50", 320), ("resnet18", 512)):
-        files, eager = _student(backbone, size, folder, photographs)
+        files, eager = exported_student(backbone, size, folder, photographs)
         timings = interleave(_calls(files, eager, photographs[0], args.threads), repeats=args.repeats)
         label = f"{backbone} at {size}"
         rows += [timing.row(f"{label}: {name}") for name, timing in timings.items()]
@@ -170,7 +166,7 @@ def _calls(files: dict[str, Path], eager: TorchRunner, photograph: bytes, thread
         cases[f"model, {name}"] = lambda session=session: _ignore(session.run(None, {"images": canvas}))
     runners: dict[str, Runner] = {name: OnnxRunner(path, threads=threads) for name, path in files.items()}
     for name, runner in {**runners, "torch eager": eager}.items():
-        cases[f"end to end, {name}"] = lambda runner=runner: _end_to_end(runner, photograph)
+        cases[f"end to end, {name}"] = lambda runner=runner: end_to_end(runner, photograph)
     return cases
 
 
@@ -193,40 +189,6 @@ def _speed_ratios(label: str, timings: dict[str, Timing], *, with_suppression: b
     return made
 
 
-def _student(backbone: str, size: int, folder: Path, photographs: list[bytes]) -> tuple[dict[str, Path], TorchRunner]:
-    """Exported files by precision, and the torch module with the same weights."""
-    torch.manual_seed(0)
-    detector = GFL(CLASSES, build_backbone(backbone, weights="none")).eval()
-    names = [f"class {i}" for i in range(CLASSES)]
-    card = ModelCard(name=backbone, class_names=names, category_ids=list(range(CLASSES)), input_size=(size, size))
-    samples = np.stack([fit_canvas(decode_image(data), card)[0] for data in photographs])
-    _spread(detector, torch.from_numpy(samples[:1]))
-    module = Deployable.from_card(detector, card)
-    out = folder / f"{backbone}_{size}.onnx"
-    if not out.is_file():
-        export_onnx(module, card, out, samples=samples, max_batch=2)
-    files = {"fp32": out, "int8 cpu": file_for(out, "int8"), "int8 cpu, outputs too": out.with_suffix(".all.int8.onnx")}
-    for name, kept in (("int8 cpu", None), ("int8 cpu, outputs too", ())):
-        if not files[name].is_file():
-            photos = sorted((folder / "photographs").glob("*.jpg"))
-            Quantizer(out, choose_images(photos, len(photos)), "cpu").save(files[name], kept, max_batch=2)
-    return files, TorchRunner(module, card)
-
-
-@torch.no_grad()
-def _spread(detector: GFL, image: torch.Tensor) -> None:
-    """Make a thousand (location, class) pairs pass the score threshold, so that suppression has work to do."""
-    head = detector.head.gfl_cls
-    assert head.bias is not None
-
-    def logits() -> torch.Tensor:
-        return torch.cat([level.flatten() for level in detector(image).logits])
-
-    head.weight.mul_(1.5 / logits().std())
-    head.bias.zero_()
-    head.bias.fill_(float(np.log(0.05 / 0.95) - logits().topk(1000).values[-1]))
-
-
 def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
 
@@ -239,14 +201,6 @@ def _until_dense(path: Path) -> bytes:
     )
     content: bytes = model.SerializeToString()
     return content
-
-
-def _end_to_end(runner: Runner, data: bytes) -> None:
-    """Bytes of an image file to boxes in its pixels."""
-    pixels = decode_image(data)
-    canvas, scale = fit_canvas(pixels, runner.card)
-    found = runner(canvas[None])
-    to_original(found.boxes[0, : int(found.count[0])], scale, pixels.shape[:2])
 
 
 def _ignore(_: Any) -> None:

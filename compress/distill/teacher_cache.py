@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.data.batch import Batch
-from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detector
+from compress.detectors.base import REG_MAX, Capability, DensePrediction, Detector, Reduce
 from compress.distill.method import Outputs
 from compress.distill.teacher_outputs import Parts, run_teacher, unasked_features, unasked_prediction
 from deploy.core.errors import UserError
@@ -122,9 +122,11 @@ class TeacherCache:
             prediction = unpacked(joined([entry[Capability.DENSE] for entry in entries], device), self.teacher)
         return Outputs(features, prediction, self.teacher)
 
-    def summary(self) -> str:
-        """A line about what was read and made by this process."""
-        return f"teacher.cache: {self.folder}: {self.read} read, {self.made} made by the teacher"
+    def summary(self, reduce: Reduce | None) -> str:
+        """A line about what was read and made by all processes. reduce: sums over them."""
+        counts = torch.tensor([self.read, self.made], device=next(self.teacher.parameters()).device)
+        read, made = (counts if reduce is None else reduce(counts)).tolist()
+        return f"teacher.cache: {self.folder}: {read} read, {made} made by the teacher"
 
     def need_room(self, canvases: Mapping[tuple[int, int], int], views: float, visits: int, parts: Parts) -> None:
         """Refuse a training whose entries would fill the disk.
@@ -200,11 +202,11 @@ class TeacherCache:
         try:
             with safe_open(path, "pt") as file:
                 classes = file.get_tensor("classes") if "classes" in file.keys() else None  # noqa: SIM118  # no dict
-                entry = Entry(file.get_tensor("values"), classes, file.metadata()["layout"])
-                written = file.metadata()["crc32"]
+                written, layout = file.metadata()["crc32 layout"].split(" ", 1)
+                entry = Entry(file.get_tensor("values"), classes, layout)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             self._report(f"teacher.cache: {path}: damaged ({type(error).__name__}); it is made again")
             return None
         if written != _checksum(entry):
@@ -221,7 +223,8 @@ class TeacherCache:
                 raise OSError(errno.ENOSPC, "less than 1 GiB is free")
             with atomic_path(path) as temporary:
                 tensors = {"values": entry.values} | ({} if entry.classes is None else {"classes": entry.classes})
-                save_file(tensors, temporary, metadata={"layout": entry.layout, "crc32": _checksum(entry)})
+                # One key, because several come in a random order: equal entries are equal files.
+                save_file(tensors, temporary, metadata={"crc32 layout": f"{_checksum(entry)} {entry.layout}"})
         except OSError as error:
             self._full = True
             self._report(
@@ -321,7 +324,7 @@ def _free(folder: Path) -> int:
 
 
 def _count_in(folder: Path) -> int:
-    return sum(1 for _ in folder.glob("*/*.safetensors"))
+    return sum(1 for path in folder.glob("*/*.safetensors") if not path.name.startswith("."))  # nothing half-written
 
 
 def _gib(size: float) -> str:

@@ -290,6 +290,8 @@ class _Run:
     def check_room_of_cache(self, teacher: Detector) -> None:
         """Refuse a cache of the teacher that would fill the disk before a baseline trains for hours. How many images
         pseudo labels add is not known yet; the student's training looks again."""
+        if self.folder.weights().is_file():  # it may be finished, and need no cache any more
+            return
         learns = distillation_plan(self.recipe, self.parts)
         cache = learns.open_cache(teacher, self.recipe.train.precision)
         if cache is not None:

@@ -192,8 +192,6 @@ def train(
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
-    if cache is not None:
-        _say(cache.summary())
 
     def save() -> None:
         if result.metrics is not None:

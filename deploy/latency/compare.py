@@ -148,6 +148,10 @@ _CIRCUMSTANCES: list[tuple[str, Callable[[BenchmarkReport], Any]]] = [
     ("the CPU governor", _cpu("governor")),
     ("the GPU", _gpus),
     ("the packages", lambda report: report.environment.get("packages")),
+    (
+        "what the runtime was set to",
+        lambda report: sorted({str(v) for v in report.settings.get("runtime", {}).values()}),
+    ),
     ("the number of threads", lambda report: sorted({str(v) for v in report.settings.get("threads", {}).values()})),
     ("the input size", lambda report: sorted({str(v) for v in report.settings.get("input_size", {}).values()})),
     ("the set of images", lambda report: report.settings.get("images_sha256")),

@@ -35,11 +35,28 @@ class Canvases:
     sizes: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A picture on a canvas: uint8 [3, H, W], its scale, and the (height, width) of the picture."""
+
+    canvas: np.ndarray
+    scale: tuple[float, float]
+    size: tuple[int, int]
+
+
+def fit_picture(pixels: np.ndarray, card: ModelCard) -> Fitted:
+    """A picture uint8 [h, w, 3] RGB on a canvas of the card's input size, as the card says."""
+    return Fitted(*fit_canvas(pixels, card), (int(pixels.shape[0]), int(pixels.shape[1])))
+
+
+def canvases_of(fitted: Sequence[Fitted]) -> Canvases:
+    """A batch of pictures that were fitted to the same canvas."""
+    return Canvases(np.stack([x.canvas for x in fitted]), [x.scale for x in fitted], [x.size for x in fitted])
+
+
 def fit_pictures(pictures: Sequence[np.ndarray], card: ModelCard) -> Canvases:
     """Pictures uint8 [h, w, 3] RGB on canvases of the card's input size, as the card says."""
-    fitted = [fit_canvas(picture, card) for picture in pictures]
-    sizes = [(int(picture.shape[0]), int(picture.shape[1])) for picture in pictures]
-    return Canvases(np.stack([canvas for canvas, _ in fitted]), [scale for _, scale in fitted], sizes)
+    return canvases_of([fit_picture(picture, card) for picture in pictures])
 
 
 def picture_detections(found: DetectionBatch, canvases: Canvases, card: ModelCard) -> list[Detections]:

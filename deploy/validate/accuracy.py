@@ -29,8 +29,11 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
 from deploy.runtimes.pictures import (
     Canvases,
+    Fitted,
+    canvases_of,
     check_outputs,
     finite_values,
+    fit_picture,
     fit_pictures,
     load_batches,
     picture_detections,
@@ -211,7 +214,8 @@ def detect_all(
     *,
     sizes: Mapping[int, tuple[int, int]] | None = None,
 ) -> dict[str, Outcome]:
-    """Run every runner over the same images (id → file), each of which is decoded once.
+    """Run every runner over the same images (id → file), each of which is decoded once, and laid once on each kind of
+    canvas that the runners take, while they run on those before it.
 
     sizes: (height, width) that the images must have, of those where it is known.
 
@@ -220,8 +224,9 @@ def detect_all(
     """
     outcomes = {name: Outcome() for name in runners}
     known = {} if sizes is None else sizes
+    cards = {_canvas_of(runner.card): runner.card for runner in runners.values()}
 
-    def load(item: tuple[int, Path]) -> tuple[int, np.ndarray]:
+    def load(item: tuple[int, Path]) -> tuple[int, dict[_Canvas, Fitted]]:
         pixels = load_image(item[1])
         (height, width), wanted = pixels.shape[:2], known.get(item[0])
         if wanted is not None and (height, width) != wanted:
@@ -229,12 +234,13 @@ def detect_all(
                 f"{item[1]}: the file is {width}x{height} pixels, the annotations say {wanted[1]}x{wanted[0]}; "
                 "their boxes are of another picture"
             )
-        return item[0], pixels
+        return item[0], {canvas: fit_picture(pixels, card) for canvas, card in cards.items()}
 
     done = 0
     for batch in load_batches(files.items(), load, batch_size):
+        together = {canvas: canvases_of([fitted[canvas] for _, fitted in batch]) for canvas in cards}
         for name, runner in runners.items():
-            canvases = fit_pictures([pixels for _, pixels in batch], runner.card)
+            canvases = together[_canvas_of(runner.card)]
             start = time.perf_counter()
             found = runner(canvases.images)
             outcomes[name].seconds += time.perf_counter() - start
@@ -258,6 +264,13 @@ def prepare(path: Path, card: ModelCard) -> tuple[np.ndarray, Canvases]:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+_Canvas = tuple[tuple[int, int], tuple[int, int, int], int | None, int | None]
+
+
+def _canvas_of(card: ModelCard) -> _Canvas:
+    """All that `fit_canvas` looks at: cards that agree in it share their canvases."""
+    return card.input_size, card.pad_color, card.short, card.long
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_every_suite_parses(name: str) -> None:
     parser = argparse.ArgumentParser()
     suite.add_options(parser)
     options.common(parser)
-    needed = {"quantized": ["speed"], "recipe": ["recipes/quickstart_nano.yaml"]}.get(name, [])
+    needed = {"quantized": ["speed"], "openvino": ["speed"], "recipe": ["recipes/quickstart_nano.yaml"]}.get(name, [])
     assert parser.parse_args([*needed, "--strict", "--label", "x"]).label == "x"
     assert suite.__doc__ and callable(suite.run)
 

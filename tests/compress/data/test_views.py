@@ -18,7 +18,7 @@ from compress.data.batch import Batch
 from compress.data.coco import CocoDetection
 from compress.data.loader import TrainSampler, train_loader
 from compress.data.transforms import train_transform
-from compress.data.views import Views
+from compress.data.views import Views, different
 
 EPOCHS = 12
 
@@ -88,6 +88,13 @@ def test_what_is_seen_of_a_view_is_the_same_whoever_shares_its_batch(dataset: Co
         assert torch.equal(batch.images, torch.cat([first.images, second.images]))
         keys = [[target.key for target in part.targets] for part in (batch, again, first, second)]
         assert keys[0] == keys[1] == keys[2] + keys[3]
+
+
+def test_how_many_views_differ() -> None:
+    """An image and its mirror image: of two views half of the pairs differ."""
+    assert train_transform(64, 64).outcomes() == 2 and train_transform((60, 64), 64, flip=1.0).outcomes() == 5
+    assert (different(2, 2), different(1, 2), different(5, 1)) == (1.5, 1, 1)
+    assert different(8, train_transform(64, 64, photometric=True).outcomes()) == 8
 
 
 def test_views_are_of_their_seed_and_the_order_is_not(dataset: CocoDetection) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 import deploy
 from deploy.core.card import METADATA_KEY, card_from_file
 from deploy.core.errors import UserError
+from deploy.latency.measure import shared_settings
 from deploy.quantize.calibrate import CalibrationImages, choose_images
 from deploy.quantize.file import Quantizer
 from deploy.runtimes import openvino as runtime
@@ -83,6 +84,8 @@ def test_settings_are_what_runs(openvino: Any, tiny_onnx: Path, tmp_path: Path) 
     }
     assert runner.settings == json.loads(json.dumps(runner.settings)) == usual
     assert (runner.backend, runner.on_cpu, runner.threads) == ("openvino cpu", True, 1)
+    recorded = shared_settings({"a": [runner], "b": [OnnxRunner(tiny_onnx, threads=1)]}, [(tiny_onnx, b"")])
+    assert recorded["runtime"] == {"a": usual}
     cache = tmp_path / "cache"
     runner = OpenVINORunner(tiny_onnx, threads=2, settings=OpenVINO(streams=2, cache=cache))
     assert runner.settings["num_streams"] == 2 and runner.settings["performance_hint"] == "THROUGHPUT"

@@ -18,10 +18,12 @@ from deploy.core.canvas import letterbox, to_original
 from deploy.core.card import HalfPrecision, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
+from deploy.runtimes import pictures
 from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate.accuracy import AGREEMENT_SCORE, results_table, validate, write_results
+from deploy.validate.accuracy import AGREEMENT_SCORE, detect_all, results_table, validate, write_results
 from deploy.validate.coco import evaluate_coco
+from tests.helpers.fake_runners import TINY_CARD, FakeClock, FakeRunner, small_images
 from tests.helpers.red_rectangle_model import CARD as RED
 from tests.helpers.red_rectangle_model import picture as red_picture
 from tests.helpers.red_rectangle_model import write_red_model
@@ -274,6 +276,23 @@ def test_files_of_two_canvases_are_told_apart_by_them(tmp_path: Path) -> None:
     row = validate(runners, tmp_path / "a.json", tmp_path, reference="red.onnx")[1]
     assert row.gate == "fail"
     assert row.diagnosis == "canvas: 32x32 (height x width), that of red.onnx is 96x128"
+
+
+def test_runners_of_one_canvas_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is resized once for each kind of canvas, whatever the number of runners, and each gets its own kind."""
+    fitted: list[tuple[int, int]] = []
+    fit = pictures.fit_canvas
+    monkeypatch.setattr(
+        pictures, "fit_canvas", lambda pixels, card: (fitted.append(card.input_size), fit(pixels, card))[1]
+    )
+    runners: dict[str, Runner] = {}
+    for name, size in (("a", (32, 32)), ("b", (32, 32)), ("c", (32, 64))):
+        runners[name] = FakeRunner(FakeClock(), lambda images: 1.0)
+        runners[name].card = TINY_CARD.model_copy(update={"input_size": size})
+    files = dict(enumerate(small_images(tmp_path)))
+    outcomes = detect_all(runners, files, 3)
+    assert sorted(fitted) == [(32, 32)] * len(files) + [(32, 64)] * len(files)
+    assert all(len(outcome.detections.table().scores) == len(files) for outcome in outcomes.values())
 
 
 def test_wrong_inputs_are_one_line_errors(dataset: tuple[Path, Path], tmp_path: Path) -> None:
