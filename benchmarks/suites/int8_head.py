@@ -81,7 +81,7 @@ def _rows(size: int, candidates: int, folder: Path, args: argparse.Namespace) ->
     for name in list(cases)[1:]:
         bar = "<= 0.8" if (size, name) == (320, "BatchNorm") else ""
         ratio = timings[name].ms / timings[BEFORE].ms
-        rows.append(Row(f"{label}: {name} over {BEFORE}", "share of the time", ratio, "×", bar=bar))
+        rows.append(Row(f"{label}: {name} over {BEFORE}", "share of the time", ratio, bar=bar))
     return rows
 
 
