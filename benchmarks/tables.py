@@ -63,6 +63,7 @@ BLOCKS = {
     "evaluation": Block("evaluation", tables.listing),
     "kernels": Block("kernels", by_case, named("times as fast", case="cpu")),
     "quantized-accuracy": Block("quantized", by_case, named("mAP drop", case="accuracy")),
+    "int8_head": Block("int8_head", by_case, named("share of the time")),
     "quantized-speed": Block("quantized", by_case, named("times as fast", "share of end to end", case="speed")),
     "openvino-accuracy": Block(
         "openvino", by_case, named("mAP", "mAP drop", "mAP below ONNX Runtime's", case="accuracy")
@@ -84,7 +85,13 @@ BLOCKS = {
 }
 
 GAINS = {  # block of a page of docs/methods: case of distill_gain
-    INDEX: {"figures": "cpu-methods", "photographs": "bccd-methods", "families": "cpu-families"},
+    INDEX: {
+        "figures": "cpu-methods",
+        "photographs": "bccd-methods",
+        "families": "cpu-families",
+        "head_norm": "cpu-head_norm",
+        "head_norm-photographs": "bccd-head_norm",
+    },
     METHODS / "uet.md": {"ablation": "cpu-uet"},
 }
 

@@ -50,6 +50,11 @@ SUITES = {
         "15 min a part",
         (*_RUNNING, "deploy/quantize/*.py", "deploy/validate/*.py"),
     ),
+    "int8_head": Suite(
+        "what BatchNorm in the head and the form for the CPU bring to int8 files in speed",
+        "10 min",
+        (*_RUNNING, "compress/detectors/level_norm.py", "deploy/quantize/*.py"),
+    ),
     "openvino": Suite(
         "OpenVINO against ONNX Runtime and PyTorch eager",
         "15 min",

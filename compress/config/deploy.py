@@ -37,7 +37,7 @@ class Int8(Settings):
     """Settings of int8 files."""
 
     target: Target = "cpu"
-    """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly."""
+    """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly; OpenVINO runs both."""
     calibration: Path | None = None
     """Folder of images, or COCO JSON beside its images, that the ranges come from; null: the training images."""
     images: Positive = 128

@@ -32,7 +32,7 @@ from compress.distill.weighting import WeightedMethod
 from compress.manifest import RunFolder, fingerprint
 from compress.run.data import Datasets
 from compress.run.parts import describe as describe_part
-from compress.training.distributed import on_first_process, sum_over_processes
+from compress.training.distributed import on_first_process
 from compress.training.evaluate import evaluate
 from compress.training.loop import Training, check_length, fit, steps_of, without_effect
 from compress.training.place import place_for, publish, telling_what_stays
@@ -192,10 +192,6 @@ def train(
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
-    if cache is not None:
-        line = cache.summary(sum_over_processes(fabric))
-        if fabric.is_global_zero:
-            _say(line)
 
     def save() -> None:
         if result.metrics is not None:

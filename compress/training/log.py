@@ -125,10 +125,12 @@ class TrainingLog:
         )
         self._write()
 
-    def stop(self) -> None:
-        """End the progress display and write everything."""
+    def stop(self, last_line: str | None = None) -> None:
+        """End the progress display, show a line if there is one, and write everything."""
         if self._enabled:
             self._progress.stop()
+            if last_line is not None:
+                self._console.print(last_line, markup=False, soft_wrap=True)
             self._write()
             with naming(self._events):
                 self._board.close()

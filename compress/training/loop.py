@@ -174,7 +174,7 @@ def fit(
         if state.step % (settings.checkpoint_every or epoch_steps) == 0 and state.step < stop:
             checkpoints.save(state)
     checkpoints.save(state)
-    log.stop()
+    log.stop(None if training.cache is None else training.cache.summary(reduce))
     if state.best:
         student.load_state_dict(checkpoints.load_best(state))
     return FitResult(CocoMetrics.from_dict(state.best) if state.best else None, state.step, state.seconds)

@@ -10,6 +10,8 @@ output, or ONNX Runtime has no integer kernel for it; a ReLU becomes the zero po
 
 ONNX Runtime's integer convolution for uint8 × int8 adds pairs of products in 16 bits on x86 processors without VNNI
 instructions, and saturates. There the weights are kept to 7 bits (`reduce_range`).
+
+At last a `cpu` graph is changed to what runs faster there with the same results (`deploy.quantize.cpu_form`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from onnx import numpy_helper, shape_inference
 
 from deploy.core.errors import UserError
 from deploy.graph.structure import Layer, Structure, structure_of
+from deploy.quantize.cpu_form import for_cpu
 from deploy.quantize.grids import Grid, as_override
 
 Target = Literal["tensorrt", "cpu"]
@@ -94,6 +97,8 @@ def quantize(
         logging.root.setLevel(level)
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
     del result.graph.value_info[:]
+    if target == "cpu":
+        for_cpu(result)
     return result
 
 

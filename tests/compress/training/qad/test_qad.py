@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress import cli
 from compress.config.recipe import Recipe
+from compress.data.loader import train_loader
+from compress.data.views import Views
 from compress.detectors.backbones import build_backbone
 from compress.detectors.base import freeze
 from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
@@ -44,6 +47,7 @@ from deploy.quantize.file import Quantizer, dense_outputs, output_error
 from deploy.quantize.grids import Grids
 from deploy.quantize.qdq import check_format
 from tests.helpers import tiny_recipe
+from tests.helpers.teacher_passes import Passes
 from tests.helpers.training_runs import assert_same, fabric
 
 pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
@@ -55,8 +59,8 @@ SETTINGS = (
 )
 
 
-def recipe_in(folder: Path) -> Recipe:
-    return tiny_recipe.recipe(folder, *SETTINGS)
+def recipe_in(folder: Path, *more: str) -> Recipe:
+    return tiny_recipe.recipe(folder, *SETTINGS, *more)
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +399,23 @@ def test_resume_is_exact(run_dir: Path, tmp_path: Path) -> None:
     assert_same(*last)
     grids = [load_grids(tmp_path / name / "student.qad.json") for name in ("whole", "parts")]
     assert grids[0] == grids[1] == load_grids(run_dir / "student.qad.json")
+
+
+def test_it_shares_views_and_cache_with_the_student(run_dir: Path, tmp_path: Path) -> None:
+    """What the teacher says in the first steps is kept under keys that the student's training has, too."""
+    recipe = recipe_in(run_dir.parents[1], "train.views=1", f"teacher.cache={tmp_path / 'cache'}")
+    f = fabric()
+    data = open_data(plans.data_plan(recipe), f)
+    teacher = freeze(load_teacher_checkpoint(str(run_dir / "teacher.safetensors"))[0])
+    plan = replace(plans.qad_plan(recipe, data), folder=RunFolder(tmp_path))
+    training = plan.training(f, data, load_grids(run_dir / "student.qad.start.json"), identity={})
+    with Passes(teacher) as passes:
+        train_quantized(f, training, teacher=teacher, max_steps=2)
+    assert passes.features == passes.head == 8
+    loader = train_loader(data.train, batch_size=4, seed=recipe.seed, workers=0, views=Views(1, recipe.seed), keys=True)
+    of_student = {target.key for batch in islice(loader, len(loader)) for target in batch.targets}
+    kept = {path.stem for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(kept) == 8 and kept < of_student
 
 
 def test_the_float_control_trains_without_grids(run_dir: Path, tmp_path: Path) -> None:
