@@ -147,8 +147,11 @@ def _read(store: Path, key: str) -> dict[str, Any] | None:
     """An equal measurement, whole or a part of it. Raises UserError for JSON that was never one."""
     try:
         content = json.loads(store.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content and "key" not in content:
-            raise UserError(f"{store}: holds something else than what layers are worth; move it away, or rename it")
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(content, dict) and content and "key" not in content:
+        raise UserError(f"{store}: holds something else than what layers are worth; move it away, or rename it")
+    try:
         if content["key"] != key:
             return None
         rows = {
@@ -156,5 +159,5 @@ def _read(store: Path, key: str) -> dict[str, Any] | None:
             for blocks, row in content["rows"].items()
         }
         return {"key": key, "map": float(content["map"]), "rows": rows}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
