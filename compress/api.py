@@ -260,13 +260,8 @@ class Checkpoint(Model):
         """
         from compress.config.data import Split
         from compress.config.prune import read_cut
-        from compress.run.prune_checkpoint import (
-            CheckpointPruning,
-            beside,
-            need_new_file,
-            prune_checkpoint,
-            training_labels,
-        )
+        from compress.run.plans import training_labels
+        from compress.run.prune_checkpoint import CheckpointPruning, beside, need_new_file, prune_checkpoint
 
         if (annotations is None) != (images is None):
             raise UserError("annotations, images: belong together; give both, or none")

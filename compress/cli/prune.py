@@ -17,7 +17,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import ThresholdFlags, need_file, need_json_place, provider_names, refuse, values_of
 from compress.cli.student import Student, read_student
 from deploy.core.errors import UserError
-from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, need_place
+from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -153,8 +153,6 @@ def prune(
         deploy = deploy.model_copy(update={"providers": tuple(provider_names(flags.provider))})
     optional = needed is None and of_images.data is None
     plan = CheckpointPruning(checkpoint, out, settings, size, limits, deploy, labels, optional)
-    if settings.shares == "sensitivity":
-        need_place(plan.sensitivities)
     with _options_named(sensitivity=sensitivity):
         if sensitivity:
             _show_sensitivity(plan, sensitivity_of(plan, print))
@@ -215,7 +213,7 @@ def _size(student: Student, flags: ImageFlags) -> tuple[tuple[int, int], tuple[i
 def _labels(student: Student, flags: ImageFlags, needed: str | None) -> Split | None:
     """The training images to look at: those of the options, or the run's."""
     from compress.config.data import Split
-    from compress.run.prune_checkpoint import training_labels
+    from compress.run.plans import training_labels
 
     given = None
     if flags.data is not None or flags.images is not None:

@@ -134,6 +134,7 @@ class LatencySearch:
                 )
             self.say(f"latency: the file of the whole detector takes {whole:.4g} ms")
         if self.multiple is None:
+            self._check_reach(asked, known, order_of(round_to), round_to)
             self.multiple = self._multiple(asked, known, order_of, round_to)
         for multiple in dict.fromkeys((self.multiple, round_to)):
             self.multiple, order = multiple, order_of(multiple)
@@ -143,11 +144,7 @@ class LatencySearch:
             if found is not None:
                 self.note = self._gap(asked, known.measure(found, multiple), multiple)
                 return found
-        least = self.trials[-1]
-        raise UserError(
-            f"prune.latency_ms: {asked:g} ms are asked for, and {self._ms(least):.4g} ms remain with the fewest "
-            f"channels, {round_to} a layer; ask for more, or keep less"
-        )
+        raise self._too_slow(asked, known.measure(order_of(round_to), round_to), round_to)
 
     # --- details ----------------------------------------------------------------------------------------
 
@@ -158,6 +155,20 @@ class LatencySearch:
         ratio = trial.timing.ratio
         noise = 0.0 if ratio.low is None else min(_NOISE, 1 - ratio.low / ratio.value)
         return self._ms(trial) <= asked * (1 + noise)
+
+    def _check_reach(self, asked: float, known: _Known, order: Sequence[Block], round_to: int) -> None:
+        """Measure the detector with the fewest channels first, where much is asked of it: if it is not fast enough,
+        nothing is, and if it is, the line to it is known at both ends."""
+        if asked < self.stopwatch.whole_ms / 2:
+            least = known.measure(order, round_to)
+            if not self._fits(least, asked):
+                raise self._too_slow(asked, least, round_to)
+
+    def _too_slow(self, asked: float, least: Trial, round_to: int) -> UserError:
+        return UserError(
+            f"prune.latency_ms: {asked:g} ms are asked for, and {self._ms(least):.4g} ms remain with the fewest "
+            f"channels, {round_to} a layer; ask for more, or keep less"
+        )
 
     def _multiple(self, asked: float, known: _Known, order_of: OrderOf, round_to: int) -> int:
         """2 x round_to, if a step of round_to costs less than half of what its operations cost elsewhere."""

@@ -86,13 +86,13 @@ def sensitivity(
         graph: of `detector`.
         mean_ap: measures a detector, percent.
         store: JSON file, written after every group. A group is not measured again that it holds with the same blocks,
-            whatever the other groups; a file of another `identity`, or a damaged one, is replaced.
+            whatever the other groups; a file of another `identity`, or a damaged one, is replaced, which `say` is told.
         identity: what the mAP depends on besides, JSON-able: weights, images, how they are shown.
         round_to: as in `blocks`.
         progress: is called with (groups done, groups), first with those measured before.
         say: takes a line about those.
 
-    Raises UserError for a detector without any mAP, of which none can be lost.
+    Raises UserError for a detector without any mAP, of which none can be lost, and a store that is another file.
     """
     order = blocks(graph, scores, round_to=round_to)
     by_group = {group.name: [block for block in order if block.group == group.name] for group in graph.groups}
@@ -101,6 +101,8 @@ def sensitivity(
     row_keys = {name: fingerprint({"blocks": [_plain(block) for block in by_group[name]]}) for name in widths}
     known = _read(store, key)
     if known is None:
+        if say is not None and store.exists():
+            say(f"note: {store} was measured with other weights, images or settings, or is damaged, and is replaced")
         known = {"key": key, "map": mean_ap(detector), "rows": {}}
         write_json(store, known)
     if known["map"] == 0:
@@ -142,9 +144,14 @@ def _plain(block: Block) -> list[Any]:
 
 
 def _read(store: Path, key: str) -> dict[str, Any] | None:
-    """An equal measurement, whole or a part of it."""
+    """An equal measurement, whole or a part of it. Raises UserError for JSON that was never one."""
     try:
         content = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(content, dict) and content and "key" not in content:
+        raise UserError(f"{store}: holds something else than what layers are worth; move it away, or rename it")
+    try:
         if content["key"] != key:
             return None
         rows = {
@@ -152,5 +159,5 @@ def _read(store: Path, key: str) -> dict[str, Any] | None:
             for blocks, row in content["rows"].items()
         }
         return {"key": key, "map": float(content["map"]), "rows": rows}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

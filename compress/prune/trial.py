@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # of the largest output; float32 rounds to 1e-6 of it
 
 
 def sound(detector: Detector, groups: Sequence[ChannelGroup], side: int) -> list[ChannelGroup]:
-    """Those of the groups whose first channels (as many as leave together) can leave.
+    """Those of the groups of which channels can leave, each group's whatever leaves the others.
 
     side: of the image, pixels. Raises UserError for a detector that gives NaN.
     """
@@ -32,15 +32,24 @@ def sound(detector: Detector, groups: Sequence[ChannelGroup], side: int) -> list
         if any(bool(x.isnan().any()) for x in _outputs(model, images)):
             raise UserError(f"prune: {detector.family} gives NaN for an image of noise; prune one that trained well")
 
-    return passing(groups, lambda some: _agree(model, some, images))
+    rounds = [_leaving(groups, number) for number in range(max(1, (len(groups) - 1).bit_length()))]
+    return passing(groups, lambda some: all(_agree(model, some, channels, images) for channels in rounds))
 
 
-def passing(groups: Sequence[ChannelGroup], test: Callable[[Sequence[ChannelGroup]], bool]) -> list[ChannelGroup]:
-    """The groups that pass a test, which is put to all at once, and to halves of those that fail."""
-    if not groups or test(groups):
-        return list(groups)
+def passing(
+    groups: Sequence[ChannelGroup],
+    test: Callable[[Sequence[ChannelGroup]], bool],
+    kept: Sequence[ChannelGroup] = (),
+) -> list[ChannelGroup]:
+    """The groups that pass a test together with `kept`, which pass it; all at once, or halves one after the other, so
+    that what is given has always passed together."""
+    together = [*kept, *groups]
+    if not groups or test(together):
+        return together
+    if len(groups) == 1:
+        return list(kept)
     half = len(groups) // 2
-    return passing(groups[:half], test) + passing(groups[half:], test) if half else []
+    return passing(groups[half:], test, passing(groups[:half], test, kept))
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -59,9 +68,18 @@ def tensors(value: Any) -> list[Tensor]:
 # --- details --------------------------------------------------------------------------------------------
 
 
+def _leaving(groups: Sequence[ChannelGroup], number: int) -> dict[str, Tensor]:
+    """Channels that leave in a round: the first that leave together, or the next, by a digit of the group's place in
+    binary. Any two groups lose other ones in some round, which shows those that must lose the same."""
+    channels = {}
+    for place, group in enumerate(groups):
+        second = place >> number & 1 and group.width > group.together
+        channels[group.name] = torch.arange(group.together) + (group.together if second else 0)
+    return channels
+
+
 @torch.no_grad()
-def _agree(model: Detector, groups: Sequence[ChannelGroup], images: Tensor) -> bool:
-    channels = {group.name: torch.arange(group.together) for group in groups}
+def _agree(model: Detector, groups: Sequence[ChannelGroup], channels: Mapping[str, Tensor], images: Tensor) -> bool:
     unread, smaller = copy.deepcopy(model), copy.deepcopy(model)
     try:
         for member, gone in leaving_members(groups, channels):

@@ -74,6 +74,12 @@ class LatencyPlan:
     seed: int = 0
 
 
+def timed_settings(deploy: Deploy, precision: str) -> dict[str, Any]:
+    """The settings of `deploy` that a timed file depends on, and where it runs; as JSON."""
+    others = {"precisions", "engines", "runners", "max_map_drop", "benchmark", "max_batch"}
+    return deploy.model_dump(mode="json", exclude=others if PRECISIONS[precision].quantized else others | {"int8"})
+
+
 @contextmanager
 def latency_search(
     detector: Detector, record: ModelRecord, plan: LatencyPlan, say: Callable[[str], None]
@@ -218,7 +224,8 @@ class FileStopwatch:
 
 
 def _write(detector: Detector, path: Path, *, record: ModelRecord, plan: LatencyPlan, images: Sequence[Path]) -> None:
-    """The file of a detector as it would ship, of the plan's precision, checked at batch 1 and 2 alone."""
+    """The file of a detector as it would ship, of the plan's precision, but checked at batch 1 and 2 alone; an int8 one
+    is calibrated on few images and has no layers that a guided search would leave in float."""
     checkpoint = path.with_suffix(NATIVE_SUFFIX)
     names = record.class_names or tuple(map(str, range(record.num_classes)))
     ids = record.category_ids or tuple(range(record.num_classes))

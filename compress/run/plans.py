@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from compress.config.data import Data, Split
@@ -14,6 +15,7 @@ from compress.run.parts import Parts
 from compress.run.pruned import CutPlan, PrunedStudent, whole_student
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan
 from compress.run.trainings import Distillation, TrainingPlan
+from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
     from compress.run.artifacts import Checks
@@ -33,6 +35,37 @@ def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
     folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
     return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
+
+
+def training_labels(
+    recipe: Recipe | None, given: Split | None, needed: str | None, say: Callable[[str], None]
+) -> Split | None:
+    """The training images that a cut looks at: those that are given, or the run's, which are drawn where they are
+    generated.
+
+    Args:
+        recipe: beside the checkpoint, if there is one.
+        needed: the setting that cannot do without images, as it is called where it was given; None: they would only
+            show mAP, and the run's may lie on another machine.
+
+    Raises UserError where none are found for a setting that needs them, and for the run's validation set.
+    """
+    if given is not None:
+        if recipe is not None and _same_file(given, splits(recipe.data, recipe.runs, write=False)[1]):
+            what = needed or "a cut"
+            raise UserError(f"{given.annotations}: is the run's validation set; {what} takes training images")
+        return given
+    if recipe is None:
+        if needed:
+            raise UserError(f"{needed}: looks at labelled training images, and none are given")
+        return None
+    labels = labelled_split(data_plan(recipe))
+    if needed:
+        splits(recipe.data, recipe.runs)
+    elif not labels.annotations.is_file():
+        say(f"note: mAP is not measured: {labels.annotations}, the run's training labels, is not here")
+        return None
+    return labels
 
 
 def distillation_plan(recipe: Recipe, parts: Parts | None = None) -> Distillation:
@@ -138,3 +171,7 @@ def quantizing(recipe: Recipe, digests: PictureDigests | None = None) -> Quantiz
         search = Search(labels, recipe.deploy.max_map_drop, int8.deciding_images, part)
     digests = PictureDigests() if digests is None else digests
     return Quantizing(int8, train_split, split, search, digests, recipe.data.synthetic is not None)
+
+
+def _same_file(one: Split, other: Split) -> bool:
+    return one.annotations.exists() and other.annotations.exists() and one.annotations.samefile(other.annotations)

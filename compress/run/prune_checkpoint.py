@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.config.prune import Cut
-from compress.config.recipe import Recipe
 from compress.config.teacher import ZOO_PREFIX
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.build import model_of, model_size
 from compress.detectors.checkpoints import NATIVE_SUFFIX, ModelRecord, save_detector
-from compress.run.data import labelled_split, splits
 from compress.run.folder import writing
-from compress.run.plans import data_plan
 from compress.run.prune import Images, PruningPlan, measure_sensitivity, prune_detector
 from compress.run.pruned import NOT_TRAINED, load_whole, pruned_from
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES, need_place
+from deploy.core.image_folder import spread
 
 
 @dataclass(frozen=True)
@@ -89,35 +87,6 @@ def need_new_file(out: Path, checkpoint: str, *, force: bool) -> None:
         raise UserError(f"{out}: is there already; give another name, or --force (in Python force=True) to replace it")
 
 
-def training_labels(
-    recipe: Recipe | None, given: Split | None, needed: str | None, say: Callable[[str], None]
-) -> Split | None:
-    """The training images to look at: those that are given, or the run's, which are drawn where they are generated.
-
-    Args:
-        recipe: beside the checkpoint, if there is one.
-        needed: the setting that cannot do without images, as it is called where it was given; None: they would only
-            show mAP, and the run's may lie on another machine.
-
-    Raises UserError where none are found for a setting that needs them, and for the run's validation set.
-    """
-    if given is not None:
-        if recipe is not None and needed and _same_file(given, splits(recipe.data, recipe.runs, write=False)[1]):
-            raise UserError(f"{given.annotations}: is the run's validation set; {needed} takes training images")
-        return given
-    if recipe is None:
-        if needed:
-            raise UserError(f"{needed}: looks at labelled training images, and none are given")
-        return None
-    labels = labelled_split(data_plan(recipe))
-    if needed:
-        splits(recipe.data, recipe.runs)
-    elif not labels.annotations.is_file():
-        say(f"note: mAP is not measured: {labels.annotations}, the run's training labels, is not here")
-        return None
-    return labels
-
-
 def prune_checkpoint(plan: CheckpointPruning, say: Callable[[str], None]) -> PrunedCheckpoint:
     """Write the pruned detector, its weights inherited; the file is whole or absent, and replaces one of its name.
 
@@ -126,16 +95,15 @@ def prune_checkpoint(plan: CheckpointPruning, say: Callable[[str], None]) -> Pru
     Raises UserError for a file that is no checkpoint, one that was pruned before or trained on the grids of its int8
     file, images that are missing or of other classes, and as `prune_detector`.
     """
-    detector, record, cutting = _opened(plan, say)
+    detector, record, cutting, images = _opened(plan, say)
     smaller, figures = prune_detector(detector, record, cutting, say)
-    maps, count = None, 0
-    if cutting.images is not None:
-        with _may_be_of_no_use(plan, say):
-            images = Images(cutting)
-            maps, count = (images.mean_ap(detector), images.mean_ap(smaller)), len(images)
     described = {"model": model_of(smaller), "source": pruned_from(plan.checkpoint)} | NOT_TRAINED
     with writing(plan.out):
         save_detector(plan.out, smaller, metadata=ModelRecord.model_validate(dict(record) | described))
+    maps, count = None, 0
+    if images is not None:
+        with _may_be_of_no_use(plan, say):
+            maps, count = (images.mean_ap(detector), images.mean_ap(smaller)), len(images)
     sizes = model_size(detector, plan.size), model_size(smaller, plan.size)
     return PrunedCheckpoint(plan.out, figures, sizes, maps, count)
 
@@ -147,15 +115,11 @@ def sensitivity_of(plan: CheckpointPruning, say: Callable[[str], None]) -> dict[
     Returns `map` of the whole detector, `images`, and `rows` of `name` and `points`, pairs of the share of the channels
     that stays and the mAP. Raises UserError as `prune_checkpoint`.
     """
-    detector, record, cutting = _opened(plan, say)
+    detector, record, cutting, _ = _opened(plan, say)
     return measure_sensitivity(detector, record, cutting, say)
 
 
 # --- details --------------------------------------------------------------------------------------------
-
-
-def _same_file(one: Split, other: Split) -> bool:
-    return one.annotations.exists() and other.annotations.exists() and one.annotations.samefile(other.annotations)
 
 
 def _stem(checkpoint: str) -> str:
@@ -163,21 +127,34 @@ def _stem(checkpoint: str) -> str:
     return path.stem if path.suffix in CHECKPOINT_SUFFIXES else path.name
 
 
-def _opened(plan: CheckpointPruning, say: Callable[[str], None]) -> tuple[Detector, ModelRecord, PruningPlan]:
+def _opened(
+    plan: CheckpointPruning, say: Callable[[str], None]
+) -> tuple[Detector, ModelRecord, PruningPlan, Images | None]:
+    """What is cut and how, and the images that its mAP is measured on."""
     detector, record = load_whole(plan.checkpoint, None)
-    images = None
-    if plan.labels is not None:
-        with _may_be_of_no_use(plan, say):
-            images = _labelled(plan, plan.labels, record)
+    if plan.settings.shares == "sensitivity":
+        need_place(plan.sensitivities)
     cutting = PruningPlan(
         settings=plan.settings,
         size=plan.size,
         resize_short_long=plan.resize_short_long,
-        images=images,
+        images=None,
         deploy=plan.deploy,
         sensitivities=plan.sensitivities,
     )
-    return detector, record, cutting
+    images = None
+    if plan.labels is not None:
+        with _may_be_of_no_use(plan, say):
+            cutting = replace(cutting, images=_labelled(plan, plan.labels, record))
+            images = _with_boxes(cutting)
+    return detector, record, cutting, images
+
+
+def _with_boxes(plan: PruningPlan) -> Images:
+    """The images of a plan. Raises UserError where there is no mAP on them, before anything long begins."""
+    images = Images(plan)
+    images.need_boxes()
+    return images
 
 
 @contextmanager
@@ -192,7 +169,7 @@ def _may_be_of_no_use(plan: CheckpointPruning, say: Callable[[str], None]) -> It
 
 
 def _labelled(plan: CheckpointPruning, split: Split, record: ModelRecord) -> CocoDetection:
-    """Open the images, all of which must be there and have the checkpoint's classes."""
+    """Open the images, which must have the checkpoint's classes and, those that are looked at, be there."""
     images = CocoDetection(split.annotations, split.images, eval_transform(*plan.resize_short_long, plan.size))
     problem = _other_classes(record, images.categories)
     if problem is not None:
@@ -201,9 +178,10 @@ def _labelled(plan: CheckpointPruning, split: Split, record: ModelRecord) -> Coc
         )
     if images.num_boxes == 0:
         raise UserError(f"{split.annotations}: it has no box to measure mAP on")
-    lost = [path for path in map(images.path, range(len(images))) if not path.is_file()]
+    looked_at = spread(range(len(images)), plan.settings.images)
+    lost = [path for path in map(images.path, looked_at) if not path.is_file()]
     if lost:
-        more = f" (and {len(lost) - 1} more of {len(images)})" if len(lost) > 1 else ""
+        more = f" (and {len(lost) - 1} more of {len(looked_at)})" if len(lost) > 1 else ""
         raise UserError(f"{lost[0]}: an image of {split.annotations}{more}: the file is missing")
     return images
 

@@ -40,6 +40,7 @@ from compress.prune.search import Means, check_whole
 from compress.prune.search import prune as prune_to
 from compress.run.data import Datasets
 from compress.run.evaluation import machine
+from compress.run.latency_search import timed_settings
 from compress.run.parts import named_identity
 from compress.run.prune import PruningPlan, prune_detector
 from compress.run.teacher import class_difference
@@ -273,7 +274,7 @@ def _inputs(plan: CutPlan, detector: Detector, record: ModelRecord, data: Datase
     if prune.needs_images is not None or prune.latency_ms is not None:
         inputs["data"] = data.identity
     if prune.latency_ms is not None:
-        inputs |= {"machine": machine(), "providers": list(plan.deploy.providers)}
+        inputs |= {"machine": machine(), "file": timed_settings(plan.deploy, prune.precision)}
     return inputs
 
 

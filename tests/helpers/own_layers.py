@@ -319,6 +319,19 @@ class Parametrized(Plain):
         nn.utils.parametrizations.weight_norm(self.a[0])  # type: ignore[arg-type]
 
 
+class Coupled(Plain):
+    """Two layers that must lose the same channels, which gradients do not show: one of them is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.c = block(C, 48, 1), block(48, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        result: Tensor = self.b(self.a(x) * gate.detach().sigmoid()) + self.c(gate)
+        return result
+
+
 MIDDLES: dict[str, tuple[type[Plain], set[str]]] = {
     "Plain": (Plain, {"a", "b"}),
     "Concatenated": (Concatenated, {"a", "b", "c"}),
@@ -337,6 +350,7 @@ MIDDLES: dict[str, tuple[type[Plain], set[str]]] = {
     "Flipped": (Flipped, {"b"}),
     "PixelShuffled": (PixelShuffled, {"b"}),
     "Gated": (Gated, {"b"}),
+    "Coupled": (Coupled, {"b", "c"}),
     "Averaged": (Averaged, {"b"}),
     "Scaled": (Scaled, set()),
     "InGroups": (InGroups, {"b"}),

@@ -233,6 +233,17 @@ def test_the_sensitivity_of_a_detector_without_map(world: Path, capsys: pytest.C
     assert "error: --sensitivity: what a layer's channels are worth is a loss of mAP" in said and "--shares" not in said
 
 
+def test_images_without_objects_are_told_before_anything_is_cut(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((world / "shapes" / "train.json").read_text())
+    content["annotations"] = [dict(content["annotations"][0], image_id=content["images"][-1]["id"])]
+    (world / "few.json").write_text(json.dumps(content))
+    monkeypatch.setattr(prune_checkpoint, "prune_detector", lambda *_: pytest.fail("cut"))
+    assert code_of(f"prune whole.safetensors {CUT} --data few.json --images shapes/images --data-images 1") == 2
+    assert "1 of few.json are looked at, and no box is on them" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- what takes the file
 
 

@@ -144,7 +144,9 @@ def test_what_cannot_be_met_is_one_line() -> None:
     machine = Machine(speed(8), chain.widths)
     least = machine.ms(dict.fromkeys(WIDTHS, 8))
     with pytest.raises(UserError, match=r"^prune\.latency_ms: 1\.5 ms are asked for, and .* remain") as too_fast:
-        search(chain, machine)[0].meet(1.5, chain, chain.order_of, round_to=8)  # type: ignore[arg-type]
+        found = search(chain, machine)[0]
+        found.meet(1.5, chain, chain.order_of, round_to=8)  # type: ignore[arg-type]
+    assert [trial.multiple for trial in found.trials] == [1, 8], "the whole one and the narrowest, no other"
     assert f"{least:.4g} ms remain with the fewest channels, 8 a layer" in str(too_fast.value)
     with pytest.raises(UserError, match=r"^prune\.latency_ms: 50 ms .*: nothing needs to be cut; ask for less$"):
         search(chain, machine)[0].meet(50, chain, chain.order_of, round_to=8)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from compress.prune.graph import PruningGraph, pruning_graph
 from compress.prune.importance import importances
 from compress.prune.order import blocks, leaving
 from compress.prune.sensitivity import Row, Sensitivity, sensitivity
+from deploy.core.errors import UserError
 
 WIDE, NARROW = "backbone.stage3.1.widen.0", "backbone.stage3.1.narrow.0"
 WIDTHS = {WIDE: 144, NARROW: 96}
@@ -134,6 +135,14 @@ def test_measurements_of_something_else_are_replaced(detector: Detector, measure
         store.write_text(damaged)
         anew = Meter(detector)
         assert measure(anew) == expected and len(anew.asked) == len(first.asked)
+
+
+def test_a_file_of_somebody_else_is_left_alone(detector: Detector, measure: Measure, tmp_path: Path) -> None:
+    store = tmp_path / "sensitivity.json"
+    store.write_text('{"mine": [1, 2]}')
+    with pytest.raises(UserError, match=r"sensitivity\.json: holds something else than what layers are worth; move it"):
+        measure(Meter(detector))
+    assert store.read_text() == '{"mine": [1, 2]}'
 
 
 def test_drops_are_no_gains_and_do_not_fall() -> None:

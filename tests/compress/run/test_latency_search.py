@@ -17,7 +17,7 @@ from compress.detectors.base import Detector
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import ModelRecord
 from compress.run import latency_search as searching
-from compress.run.latency_search import FileStopwatch, LatencyPlan, latency_search
+from compress.run.latency_search import FileStopwatch, LatencyPlan, latency_search, timed_settings
 from compress.run.prune import PruningPlan, prune_detector
 from deploy.core.errors import UserError
 from tests.helpers.fake_runners import FakeClock, FakeRunner, small_images
@@ -154,6 +154,16 @@ def test_one_real_file(few_rounds: None, monkeypatch: pytest.MonkeyPatch) -> Non
         assert search.ms(detector) > 0
         again = search.stopwatch.timing(detector).again
     assert again.low is not None and again.high is not None and again.low <= again.value <= again.high
+
+
+def test_a_cut_depends_on_the_settings_of_the_timed_file() -> None:
+    """Others do not make it again."""
+    plain = timed_settings(Deploy(), "fp32")
+    assert timed_settings(Deploy(candidates=300), "fp32") != plain
+    assert timed_settings(Deploy(max_map_drop=2, max_batch=4, precisions=("fp32", "int8")), "fp32") == plain
+    percentile = Deploy.model_validate({"int8": {"method": "percentile"}})
+    assert timed_settings(percentile, "fp32") == plain
+    assert timed_settings(percentile, "int8") != timed_settings(Deploy(), "int8")
 
 
 @pytest.mark.exhaustive
