@@ -81,7 +81,9 @@ class GFL(Detector):
         self.set_normalisation()
 
     @classmethod
-    def build(cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int, head_norm: str) -> GFL:
+    def build(
+        cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int, head_norm: str = "group"
+    ) -> GFL:
         """Make one with fresh neck and head; see the constructor."""
         return cls(num_classes, backbone, neck_channels=neck_channels, head_depth=head_depth, head_norm=head_norm)
 

@@ -244,7 +244,7 @@ class FCOS(TorchvisionDense):
 
     @classmethod
     def build(
-        cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int, head_norm: str
+        cls, num_classes: int, backbone: Backbone, *, neck_channels: int, head_depth: int, head_norm: str = "group"
     ) -> FCOS:
         """Make one with fresh neck and head. neck_channels: a multiple of 32. head_depth: convolutions of a tower.
         head_norm: behind each of them, `group` or `batch`."""

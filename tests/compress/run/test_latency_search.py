@@ -148,6 +148,7 @@ def test_one_real_file(few_rounds: None, monkeypatch: pytest.MonkeyPatch) -> Non
     """Without training images: it is timed on noise, here not for long."""
     monkeypatch.setattr(searching, "_SECONDS", 0.1)
     monkeypatch.setattr(searching, "_MOST", 2)
+    monkeypatch.setattr(searching, "_WARM_UP", 0.1)
     detector = tiny()
     plan = LatencyPlan(SIZE, SIZE, [], Deploy(candidates=100))
     with latency_search(detector, record(detector), plan, lambda line: None) as search:
