@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -104,7 +105,8 @@ def read_cut(values: Mapping[str, Any]) -> Cut:
     document = Document(None)
     data = {"prune": document.take(values)}
     if document.problems:
-        raise UserError("\n".join(f"prune.{line}" for line in document.problems))
+        of_keys = [f"prune{'.' if re.match(r'[^ :]+: ', line) else ': '}{line}" for line in document.problems]
+        raise UserError("\n".join(of_keys))
     section = create_model("Section", __base__=Settings, prune=(Cut, ...))
     try:
         found: Cut = section.model_validate_json(json.dumps(data)).prune  # type: ignore[attr-defined]

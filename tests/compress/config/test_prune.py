@@ -28,3 +28,16 @@ def test_a_resolved_cut_reads_back() -> None:
     """It names every key, also those that were not given."""
     found = read_cut({"gflops": 0.5})
     assert read_cut(found.model_dump(mode="json")) == found == Cut(gflops=0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({1: 0.5}, "prune: a key must be a word, got 1"),
+        ({"gflops": object()}, "prune.gflops: needs text, a number"),
+    ],
+)
+def test_what_no_recipe_can_hold_names_its_place(values: dict[Any, Any], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read_cut(values)
+    assert str(refused.value).startswith(line)
