@@ -86,12 +86,14 @@ def test_half_a_detector_trains_and_comes_back_from_its_file(family: str, backbo
     loaded, again = load_detector(tmp_path / "half.safetensors")
     assert again == record and again.model.widths == model_of(smaller).widths and again.class_names == NAMES
     assert loaded.feature_channels == smaller.feature_channels < 32
-    loaded_outputs, ours = outputs(loaded, pictures(2)), outputs(smaller, pictures(2))
-    assert all(torch.equal(a, b) for a, b in zip(loaded_outputs, ours, strict=True))
+    weights = smaller.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+    # Of the same weights in another order in memory, PyTorch's convolutions round otherwise.
+    torch.testing.assert_close(outputs(loaded, pictures(2)), outputs(smaller, pictures(2)), rtol=1e-5, atol=1e-6)
     sizes = [ImageSize((SIZE, SIZE), (SIZE, SIZE))] * 2
     with torch.no_grad():
         for a, b in zip(*(x.decode(x(pictures(2)), sizes) for x in (loaded, smaller)), strict=True):
-            assert torch.equal(a.boxes, b.boxes) and torch.equal(a.scores, b.scores)
+            torch.testing.assert_close((a.boxes, a.scores), (b.boxes, b.scores), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
