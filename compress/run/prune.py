@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,22 +169,19 @@ class Images:
                 yield lambda detector, number=number: self._loss(detector, number)  # type: ignore[misc]
                 step(number + 1, len(self))
 
-    def need_boxes(self) -> None:
+    def need_objects(self) -> None:
         """Raise UserError where the images show no objects, so that there is no mAP on them."""
-        if not len(self._truth.boxes):
-            raise self._no_box()
+        if not self._truth.counts.any():
+            raise UserError(
+                f"prune.images: {len(self)} of {self._file} are looked at, and no box is on them; take more"
+            )
 
     def mean_ap(self, detector: Detector) -> float:
         """mAP (percent) of a detector in eval mode on these images. Raises UserError where they show no objects."""
+        self.need_objects()
         batches = (collate(self._samples[first : first + BATCH], self._size) for first in range(0, len(self), BATCH))
         found = DetectionTable.join(detect(detector, batches, self._category_ids, self._device))
-        value = evaluate_coco(self._truth, found).map
-        if math.isnan(value):
-            raise self._no_box()
-        return value
-
-    def _no_box(self) -> UserError:
-        return UserError(f"prune.images: {len(self)} of {self._file} are looked at, and no box is on them; take more")
+        return evaluate_coco(self._truth, found).map
 
     def identity(self) -> dict[str, Any]:
         """What a mAP depends on besides the detector."""

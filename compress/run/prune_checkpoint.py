@@ -146,15 +146,10 @@ def _opened(
     if plan.labels is not None:
         with _may_be_of_no_use(plan, say):
             cutting = replace(cutting, images=_labelled(plan, plan.labels, record))
-            images = _with_boxes(cutting)
+            looked_at = Images(cutting)
+            looked_at.need_objects()  # before anything long begins
+            images = looked_at
     return detector, record, cutting, images
-
-
-def _with_boxes(plan: PruningPlan) -> Images:
-    """The images of a plan. Raises UserError where there is no mAP on them, before anything long begins."""
-    images = Images(plan)
-    images.need_boxes()
-    return images
 
 
 @contextmanager

@@ -237,7 +237,9 @@ def test_images_without_objects_are_told_before_anything_is_cut(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = json.loads((world / "shapes" / "train.json").read_text())
-    content["annotations"] = [dict(content["annotations"][0], image_id=content["images"][-1]["id"])]
+    some, (first, *_, last) = content["annotations"][0], content["images"]
+    crowd = some | {"id": 2, "image_id": first["id"], "iscrowd": 1}
+    content["annotations"] = [some | {"id": 1, "image_id": last["id"]}, crowd]
     (world / "few.json").write_text(json.dumps(content))
     monkeypatch.setattr(prune_checkpoint, "prune_detector", lambda *_: pytest.fail("cut"))
     assert code_of(f"prune whole.safetensors {CUT} --data few.json --images shapes/images --data-images 1") == 2
