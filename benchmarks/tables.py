@@ -81,6 +81,7 @@ BLOCKS = {
     "serve": Block("serve", tables.listing, lambda row: bool(row.bar) or row.case == "slow"),
     "serve-throughput": Block("serve", by_case, named("throughput", case="saturation")),
     "serve-curve": Block("serve", by_metric, lambda row: row.case == "curve" and row.metric != "capacity"),
+    "overhead": Block("overhead", tables.listing),
     "recipe": Block("recipe", by_metric, named("mAP", "parameters", "GFLOPs", "size", "p50", "p99")),
 }
 

@@ -70,6 +70,11 @@ SUITES = {
         "25 min (--quick: 2)",
         (*_PICTURES, "deploy/runtimes/*.py", "deploy/serve/*.py"),
     ),
+    "overhead": Suite(
+        "what validation adds to the runtime in time, and three commands in memory",
+        "4 min",
+        (*_RUNNING, "deploy/latency/*.py", "deploy/serve/*.py", "deploy/validate/*.py"),
+    ),
     "kernels": Suite(
         "fused operators against eager and compiled PyTorch", "30 min on a CPU", ("kernels/**/*.py", "kernels/csrc/*")
     ),

@@ -2,9 +2,10 @@
 
     python -m benchmarks int8_head
 
-GFL students with a ResNet-18 of random weights in ONNX Runtime, the network with its suppression, all files of a size
-in turn (see `measure`). The first is GroupNorm as `deploy.quantize` alone makes it; all others have the form for it
-(`deploy.quantize.cpu_form`). *Outputs too* has the output layers in int8, which the guided search takes where it may.
+GFL students with a ResNet-18 of random weights in ONNX Runtime, and in OpenVINO where it is installed: the network with
+its suppression, all files of a size in turn (see `measure`). The first is GroupNorm as `deploy.quantize` alone makes
+it; all others have the form for the CPU (`deploy.quantize.cpu_form`). *Outputs too* has the output layers in int8,
+which the guided search takes where it may.
 Once with 200 (location, class) pairs above the score threshold, and once with a thousand, all that suppression takes.
 """
 
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import onnxruntime
 
 from benchmarks.lib import options
@@ -30,8 +34,11 @@ from deploy.quantize import qdq
 from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer
 from deploy.runtimes.onnx import session_options
+from deploy.runtimes.openvino import OpenVINORunner
 
 BEFORE = "GroupNorm, as quantized"
+BARS = {"BatchNorm": "<= 0.8", "BatchNorm, outputs too, in OpenVINO": "<= 0.65"}
+"""Of the time of `BEFORE`, at 320."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -73,19 +80,25 @@ def _rows(size: int, candidates: int, folder: Path, args: argparse.Namespace) ->
             cases[BEFORE] = _call(before.path, canvas, args.threads)
         plain = quantizer.save(whole.with_suffix(".int8.onnx"), max_batch=2)
         every = quantizer.save(whole.with_suffix(".all.int8.onnx"), (), max_batch=2)
-        cases[name] = _call(plain.path, canvas, args.threads)
-        cases[f"{name}, outputs too"] = _call(every.path, canvas, args.threads)
+        for variant, path in ((name, plain.path), (f"{name}, outputs too", every.path)):
+            cases[variant] = _call(path, canvas, args.threads)
+            if find_spec("openvino"):
+                cases[f"{variant}, in OpenVINO"] = partial(_run, OpenVINORunner(path, threads=args.threads), canvas)
     timings = interleave(cases, repeats=args.repeats)
     label = f"resnet18 at {size}, {candidates} candidates"
     rows = [timing.row(f"{label}: {name}") for name, timing in timings.items()]
     for name in list(cases)[1:]:
-        bar = "<= 0.8" if (size, name) == (320, "BatchNorm") else ""
+        bar = BARS.get(name, "") if size == 320 else ""
         ratio = timings[name].ms / timings[BEFORE].ms
         rows.append(Row(f"{label}: {name} over {BEFORE}", "share of the time", ratio, bar=bar))
     return rows
 
 
-def _call(path: Path, canvas: object, threads: int) -> Call:
+def _run(runner: OpenVINORunner, canvas: np.ndarray) -> None:
+    runner(canvas)
+
+
+def _call(path: Path, canvas: np.ndarray, threads: int) -> Call:
     session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
 
     def call() -> None:

@@ -1,9 +1,10 @@
 """Changes to the graph of an int8 file for the CPU that bring speed in ONNX Runtime and leave its results.
 
-*Few candidates*: suppression compares every candidate with every other, a million pairs of a thousand candidates, and
-most images have a hundred or two whose score is above the threshold. Behind it only as many go on as the image of the
-batch with the most has, and never fewer than can be detections. Those left out are the ones that the threshold drops,
-so the detections are the same, bit for bit. A size that depends on the data is nothing for TensorRT.
+*Suppression by the operator*: an exported graph compares every candidate with every other, a million pairs of a
+thousand candidates, which a GPU does at once. On a CPU the operator NonMaxSuppression is faster: it compares what is
+above the threshold with what of its class was kept. It computes the same overlaps from the same numbers, so the
+detections are the same, bit for bit. (Where the graph's fixed number of rounds would leave a duplicate, see
+`compress.export.nms`, the operator leaves none.)
 
 *Upsampling of integers*: a nearest-neighbour Resize copies values. It works on the integers of a quantized tensor
 rather than on their float values: the same numbers, a quarter of the memory.
@@ -11,15 +12,23 @@ rather than on their float values: the same numbers, a quarter of the memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from deploy.graph.structure import BOXES, SCORES
+
+NO_SCORE = -1.0
+"""Of candidates that are no detections; real scores are above 0."""
 
 
 def for_cpu(model: onnx.ModelProto) -> None:
     """Make both changes in place, where the graph has the nodes for them."""
     _resize_integers(model.graph)
-    _few_candidates(model.graph)
+    _suppress_by_operator(model.graph)
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -36,84 +45,99 @@ def _resize_integers(graph: onnx.GraphProto) -> None:
         node.input[0], node.output[0] = source.input[0], integers
         back = helper.make_node("DequantizeLinear", [integers, *source.input[1:]], [result], f"{node.name}_dequantize")
         graph.node.insert(index + 1, back)
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for index in reversed(range(len(graph.node))):
-        if graph.node[index].op_type == "DequantizeLinear" and graph.node[index].output[0] not in read:
-            del graph.node[index]
+    _drop_unread(graph)
 
 
 def _mode(node: onnx.NodeProto) -> bytes:
     return next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"nearest")
 
 
-def _few_candidates(graph: onnx.GraphProto) -> None:
-    """Slice what the first TopK gives, and the constants that are as long."""
-    constants = {item.name: item for item in graph.initializer}
+def _suppress_by_operator(graph: onnx.GraphProto) -> None:
+    """What the second TopK chooses from, the scores of the candidates and -1 for what is suppressed, comes from
+    NonMaxSuppression. A graph without suppression, or with another than `compress.export.nms` makes, is left."""
     makers = {name: node for node in graph.node for name in node.output}
-    pairs = [node for node in graph.node if node.op_type == "TopK"]
-    if len(pairs) != 2 or any(node.input[1] not in constants for node in pairs):
+    chosen = [node for node in graph.node if node.op_type == "TopK"]
+    gathers = [node for node in graph.node if node.op_type == "GatherElements"]
+    boxes = [node.output[0] for node in gathers if node.input[0] == BOXES]
+    labels = [node.input[0] for node in gathers if node.input[0] not in (BOXES, *boxes)]
+    overlaps = [n for n in graph.node if n.op_type == "Greater" and _is_made_by("Div", n.input[0], makers)]
+    if not (len(chosen) == 2 and len(boxes) == len(labels) == len(overlaps) == 1):
         return
-    first, second = pairs
-    choice = makers.get(second.input[0])
-    threshold = next((n for n in graph.node if n.op_type == "Greater" and n.input[0] == first.output[0]), None)
-    if choice is None or choice.op_type != "Where" or first.output[0] not in choice.input or threshold is None:
-        return
-    count, most = (int(numpy_helper.to_array(constants[node.input[1]]).item()) for node in (first, second))
-    if not (second.output[1] and threshold.input[1] in constants):
-        return
+    scores, kept = chosen[0].output[0], makers[chosen[1].input[0]]
+    valid = next(n.output[0] for n in graph.node if n.op_type == "Greater" and n.input[0] == scores)
+    while both := next((n for n in graph.node if n.op_type == "And" and valid in n.input), None):
+        valid = both.output[0]
 
-    place = list(graph.node).index(first) + 1
-    names = {name: f"{name}_all" for name in first.output}
-    first.output[:] = [names[name] for name in first.output]
-    sizes = {"candidates_from": [0], "candidates_axis_0": [0], "candidates_axis_1": [1], "candidates_least": [most]}
-    graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), name) for name, v in sizes.items())
-    made = [
-        helper.make_node("Greater", [first.output[0], threshold.input[1]], ["candidate_passes"]),
-        helper.make_node("Cast", ["candidate_passes"], ["candidate_counts"], to=onnx.TensorProto.INT64),
-        helper.make_node("ReduceSum", ["candidate_counts", "candidates_axis_1"], ["candidates_each"], keepdims=1),
-        helper.make_node("ReduceMax", ["candidates_each", "candidates_axis_0"], ["candidates_most"], keepdims=0),
-        helper.make_node("Max", ["candidates_most", "candidates_least"], ["candidates"]),
+    most, threshold = _constant(graph, chosen[0].input[1]), _constant(graph, overlaps[0].input[1])
+    constants = {
+        "suppression_none": np.float32(NO_SCORE),
+        "suppression_least": np.zeros(1, np.float32),
+        "suppression_most": most.astype(np.int64).reshape(1),
+        "suppression_overlap": threshold.reshape(1),
+        "suppression_axis": np.ones(1, np.int64),
+        "suppression_image_and_place": np.array([0, 2], np.int64),
+        "suppression_first": np.int64(0),
+        "suppression_step": np.int64(1),
+        "suppression_column": np.array([1, -1, 1], np.int64),
+    }
+    nodes = [
+        ("Where", [valid, scores, "suppression_none"], "valid_scores"),  # [B, N]
+        ("Unsqueeze", ["valid_scores", "suppression_axis"], "valid_scores_row"),
+        ("Unsqueeze", [labels[0], "suppression_axis"], "labels_row"),
+        ("Shape", [SCORES], "classes"),
+        ("Squeeze", ["classes"], "class_count"),
+        ("Range", ["suppression_first", "class_count", "suppression_step"], "class_row"),
+        ("Reshape", ["class_row", "suppression_column"], "class_column"),
+        ("Equal", ["labels_row", "class_column"], "of_class"),  # [B, K, N]
+        ("Where", ["of_class", "valid_scores_row", "suppression_none"], "scores_by_class"),
+        (
+            "NonMaxSuppression",
+            [boxes[0], "scores_by_class", "suppression_most", "suppression_overlap", "suppression_least"],
+            "survivors",  # [S, 3]: image, class, place
+        ),
+        ("Gather", ["survivors", "suppression_image_and_place"], "survivor_places"),
+        ("GatherND", [scores, "survivor_places"], "survivor_scores"),
+        ("Shape", [scores], "scores_shape"),
+        ("Expand", ["suppression_none", "scores_shape"], "no_scores"),
+        ("ScatterND", ["no_scores", "survivor_places", "survivor_scores"], kept.output[0]),
     ]
-    for name, whole in names.items():
-        made.append(_slice(whole, name, 1))
-    for item in list(graph.initializer):
-        axes = [axis for axis, length in enumerate(item.dims) if length == count]
-        if len(item.dims) == 2 and axes and item.name not in sizes:
-            _replace_input(graph, item.name, f"{item.name}_some")
-            rest = item.name
-            for number, axis in enumerate(axes):
-                part = f"{item.name}_some" if number == len(axes) - 1 else f"{item.name}_part"
-                made.append(_slice(rest, part, axis))
-                rest = part
-    for node in made:
-        node.name = f"node_{node.output[0]}"
-    nodes = [*graph.node[:place], *made, *graph.node[place:]]
+    attributes: dict[str, dict[str, Any]] = {"classes": {"start": 2, "end": 3}, "survivor_places": {"axis": 1}}
+    made = [
+        helper.make_node(kind, inputs, [name], f"node_{name}", **attributes.get(name, {}))
+        for kind, inputs, name in nodes
+    ]
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
+    place = list(graph.node).index(kept)
+    before, after = graph.node[:place], graph.node[place + 1 :]
     del graph.node[:]
-    graph.node.extend(_in_order(nodes))
+    graph.node.extend([*before, *made, *after])
+    _drop_unread(graph)
 
 
-def _in_order(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Every node behind those whose results it reads, otherwise as they are."""
-    waiting, found = {name for node in nodes for name in node.output}, []
-    while nodes:
-        later = []
-        for node in nodes:
-            if waiting.isdisjoint(node.input):
-                found.append(node)
-                waiting.difference_update(node.output)
-            else:
-                later.append(node)
-        assert len(later) < len(nodes), "a graph has no circle"
-        nodes = later
-    return found
+def _is_made_by(kind: str, name: str, makers: dict[str, onnx.NodeProto]) -> bool:
+    return name in makers and makers[name].op_type == kind
 
 
-def _slice(whole: str, part: str, axis: int) -> onnx.NodeProto:
-    return helper.make_node("Slice", [whole, "candidates_from", "candidates", f"candidates_axis_{axis}"], [part])
+def _constant(graph: onnx.GraphProto, name: str) -> np.ndarray:
+    return numpy_helper.to_array(next(item for item in graph.initializer if item.name == name))
 
 
-def _replace_input(graph: onnx.GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name == old:
-                node.input[index] = new
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Drop nodes and constants that no output depends on."""
+    read = {value.name for value in graph.output}
+    for index in reversed(range(len(graph.node))):
+        if read.isdisjoint(graph.node[index].output):
+            del graph.node[index]
+        else:
+            read.update(_read_by(graph.node[index]))
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in read:
+            del graph.initializer[index]
+
+
+def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:  # a branch or the body of a loop reads values from around it
+        for inner in attribute.g.node:
+            yield from _read_by(inner)
+        yield from (value.name for value in attribute.g.output)

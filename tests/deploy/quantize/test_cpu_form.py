@@ -1,4 +1,4 @@
-"""An int8 graph changed for the CPU: the same bits with fewer candidates and with integers that are upsampled."""
+"""An int8 graph changed for the CPU: the same bits from the operator that suppresses, and from integers upsampled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.graph.structure import SCORES
+from deploy.graph.structure import BOXES, SCORES
 from deploy.quantize.cpu_form import for_cpu
 from tests.helpers.tiny_onnx import pictures
 
@@ -25,38 +25,52 @@ def run(model: onnx.ModelProto, feed: dict[str, np.ndarray], names: list[str] | 
     return found
 
 
-def with_output(model: onnx.ModelProto, name: str, kind: int) -> onnx.ModelProto:
-    model = copy.deepcopy(model)
-    model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return model
-
-
-def constant(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(item for item in model.graph.initializer if item.name == name)
+def part(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+    """What computes `outputs` from `inputs`: images, or scores and boxes of every location."""
+    known = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None, None]) for name in (SCORES, BOXES)]
+    model.graph.value_info.extend(known)
+    found: onnx.ModelProto = onnx.utils.Extractor(model).extract_model(inputs, outputs)
+    return found
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
-def test_detections_are_the_same_with_the_candidates_that_pass(tiny_onnx: Path, share: float) -> None:
-    """share: of the scores of an image that are above the threshold."""
-    whole = onnx.load(str(tiny_onnx))
-    images = pictures(4, seed=3)
-    scores = run(with_output(whole, SCORES, TensorProto.FLOAT), {"images": images}, [SCORES])[0].reshape(4, -1)
-    first, second = (node for node in whole.graph.node if node.op_type == "TopK")
-    candidates, most = (int(numpy_helper.to_array(constant(whole, node.input[1])).item()) for node in (first, second))
-    threshold = np.float32(2.0 if share == 0 else np.quantile(scores, 1 - share))
-    greater = next(node for node in whole.graph.node if node.op_type == "Greater" and node.input[0] == first.output[0])
-    constant(whole, greater.input[1]).CopyFrom(numpy_helper.from_array(np.array(threshold), greater.input[1]))
-    few = copy.deepcopy(whole)
-    for_cpu(few)
-    onnx.checker.check_model(few)
-    counting = with_output(few, "candidates", TensorProto.INT64)
-    for batch in (1, 4):
-        feed = {"images": images[:batch]}
-        (number,) = run(counting, feed, ["candidates"])
-        passing = (scores[:batch] > threshold).sum(1).max()
-        assert number.tolist() == [max(most, min(candidates, passing))]
-        for a, b in zip(run(whole, feed, OUTPUTS), run(few, feed, OUTPUTS), strict=True):
+def test_suppression_by_the_operator_finds_the_same(tiny_onnx: Path, share: float) -> None:
+    """share: of the scores that are above the threshold. Scores are few different ones, so that many are equal."""
+    whole = part(onnx.load(str(tiny_onnx)), [SCORES, BOXES], OUTPUTS)
+    changed = copy.deepcopy(whole)
+    for_cpu(changed)
+    onnx.checker.check_model(changed)
+    kinds = [node.op_type for node in changed.graph.node]
+    assert kinds.count("NonMaxSuppression") == 1 and "MatMul" not in kinds
+    rng = np.random.default_rng(round(100 * share))
+    locations, classes = 120, 3
+    corners = rng.uniform(0, 40, (3, locations, 2)).round(1)
+    boxes = np.concatenate([corners, corners + rng.uniform(-1, 30, corners.shape).round(1)], -1).astype(np.float32)
+    above, below = rng.integers(55, 75, (2, 3, locations, classes)) / np.array([[[[100]]], [[[2000]]]])
+    scores = np.where(rng.random(above.shape) < share, above, below).astype(np.float32)
+    detections = 0
+    for batch in (1, 3):
+        feed = {SCORES: scores[:batch], BOXES: boxes[:batch]}
+        wanted, found = run(whole, feed, OUTPUTS), run(changed, feed, OUTPUTS)
+        detections += wanted[3].sum()
+        for a, b in zip(wanted, found, strict=True):
             np.testing.assert_array_equal(a, b)
+    assert (detections > 0) == (share > 0)
+
+
+def test_a_whole_file_finds_the_same(tiny_onnx: Path) -> None:
+    whole, images = onnx.load(str(tiny_onnx)), pictures(4, seed=3)
+    changed = copy.deepcopy(whole)
+    for_cpu(changed)
+    for a, b in zip(run(whole, {"images": images}), run(changed, {"images": images}), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_graph_without_suppression_is_left(tiny_onnx: Path) -> None:
+    model = part(onnx.load(str(tiny_onnx)), ["images"], [SCORES, BOXES])
+    before = model.SerializeToString()
+    for_cpu(model)
+    assert model.SerializeToString() == before
 
 
 def test_upsampling_copies_integers() -> None:
