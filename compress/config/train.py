@@ -12,7 +12,7 @@ from compress.config.base import Count, Positive, Settings, Weight, added_later,
 
 
 class Optimizer(Settings):
-    """The optimizer; weight decay applies to every parameter."""
+    """The optimizer."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """Which one."""
@@ -22,6 +22,10 @@ class Optimizer(Settings):
     """Momentum of SGD; first beta of AdamW."""
     weight_decay: Weight = 1e-4
     """Weight decay."""
+    backbone: Annotated[float, Field(gt=0)] = added_later(1.0)
+    """Factor on the learning rate of the backbone; the authors of DETRs take 0.1 to 0.5."""
+    decay_norms: bool = added_later(True)
+    """Weight decay applies to norms and biases, too."""
 
 
 def _rising(values: tuple[int, ...]) -> tuple[int, ...]:

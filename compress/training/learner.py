@@ -45,7 +45,7 @@ class Learner(nn.Module):
         """Weighted scalar losses of a batch; their sum is what is minimised."""
         (teacher,) = self._teacher
         features = self.student.features(batch.images)
-        prediction = self.student.predict(features)
+        prediction = self.student.predict_in_training(features, batch.targets)
         factors = {name: method.factor(position) for name, method in self._weighted()}
         teacher_outputs = None
         active = [weighted.method for name, weighted in self._weighted() if factors[name]]

@@ -133,7 +133,7 @@ def fit(
     while state.step < stop:
         epoch = state.step // epoch_steps
         for group in optimizer.param_groups:
-            group["lr"] = settings.optimizer.lr * rate(state.step)
+            group["lr"] = settings.optimizer.lr * group.get("factor", 1.0) * rate(state.step)
         means: dict[str, Tensor] = {}
         batches: list[Batch] = []
         for part in range(settings.accumulate):

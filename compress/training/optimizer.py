@@ -14,8 +14,8 @@ from compress.config.train import Optimizer, Schedule
 
 
 def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters of `module` that train."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    """SGD or AdamW over the parameters of `module` that train. Each group has its `factor` on the learning rate."""
+    parameters = _groups(module, settings)
     if settings.name == "sgd":
         return torch.optim.SGD(
             parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -23,6 +23,19 @@ def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optim
     return torch.optim.AdamW(
         parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
     )
+
+
+def _groups(module: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """One group, unless settings tell parts apart; the first is not the backbone's."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, settings.weight_decay): []}
+    for name, p in named:
+        factor = settings.backbone if "backbone" in name.split(".") else 1.0
+        decay = settings.weight_decay if settings.decay_norms or p.dim() > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(p)
+    return [
+        {"params": found, "factor": factor, "weight_decay": decay} for (factor, decay), found in groups.items() if found
+    ]
 
 
 def learning_rate(schedule: Schedule, total: int, steps_per_epoch: int) -> Callable[[int], float]:
