@@ -45,6 +45,7 @@ class Capability(enum.Enum):
     DENSE = "dense"  # class and box predictions at every location
     DISTRIBUTIONS = "box distributions"  # dense, with every side of a box as a distribution over bins
     BOXES = "boxes"  # final detections
+    QUERIES = "queries"  # of a decoder, one box each
 
 
 @dataclass
@@ -232,8 +233,18 @@ class Detector(nn.Module):
         """Run the head on the maps: a `DensePrediction` if the detector has Capability.DENSE."""
         raise self._lacks(Capability.DENSE)
 
+    def predict_in_training(self, features: list[Tensor], targets: list[Target]) -> Any:
+        """As `predict`, where the labels of the batch are known: a decoder that also learns from noisy copies of them
+        needs them here."""
+        return self.predict(features)
+
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))
+
+    def in_half(self) -> dict[str, nn.Module]:
+        """The parts, by name, that a float16 file computes in float16; what the detector itself does stays in
+        float32."""
+        return dict(self.named_children())
 
     def traced(self, images: Tensor) -> Any:
         """Everything that the network computes for images [B, 3, H, W]: tensors, or dataclasses, lists and mappings of
@@ -383,6 +394,20 @@ def pad_scores(targets: list[Target], mask: Tensor) -> Tensor | None:
         if target.scores is not None:
             row[: len(target.scores)] = target.scores.to(mask.device)
     return scores
+
+
+def refuse_pseudo_labels(family: str, targets: list[Target]) -> None:
+    """Raise UserError where pseudo labels say what the losses of `family` cannot use."""
+    for what, found in (
+        ("weights", any(t.scores is not None for t in targets)),
+        ("regions to ignore", any(t.uncertain is not None and bool(t.uncertain.any()) for t in targets)),
+        ("classes that no teacher looked for", any(t.unlabeled_classes is not None for t in targets)),
+    ):
+        if found:
+            raise UserError(
+                f"pseudo_labels: a {family} student cannot learn from labels with {what}; take a gfl, fcos or "
+                "retinanet student"
+            )
 
 
 def freeze(detector: Detector) -> Detector:

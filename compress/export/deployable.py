@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.detectors.base import Detector
+from compress.detectors.base import Capability, Detector
 from compress.export.nms import select_detections
 from deploy.core.card import CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD, ModelCard
 from deploy.core.errors import UserError
@@ -52,6 +52,7 @@ class Deployable(nn.Module):
         self.nms_threshold = nms_threshold
         self.max_detections = max_detections
         self.candidates = candidates
+        self.chooses_rows = Capability.DENSE not in detector.capabilities
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.select(*self.dense(images))
@@ -94,13 +95,13 @@ class Deployable(nn.Module):
 def marked_for_half(module: Deployable) -> Deployable:
     """A copy whose network is in float64: the mark of what the file shall compute in float16, see `deploy.graph.half`.
 
-    Every submodule of the detector (backbone, neck, head) is marked and takes its inputs in float64. In float32 remain:
-    what the detector itself holds and does (it normalises the pixels), everything after its predictions (scores, boxes,
-    suppression), and norms that average over a map. A strongly typed TensorRT network computes in the types that are
-    written, and the sum of squares over a map of 100 × 168 does not fit into float16.
+    What the detector names (`in_half`: backbone, neck, head) is marked and takes its inputs in float64. In float32
+    remain: what the detector itself holds and does (it normalises the pixels), everything after its predictions
+    (scores, boxes, suppression), and norms that average over a map. A strongly typed TensorRT network computes in the
+    types that are written, and the sum of squares over a map of 100 × 168 does not fit into float16.
     """
     module = copy.deepcopy(module)
-    for child in module.detector.children():
+    for child in module.detector.in_half().values():
         child.double()
         child.register_forward_pre_hook(lambda _, inputs: _to(torch.float64, inputs))
         for norm in child.modules():

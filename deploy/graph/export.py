@@ -40,6 +40,8 @@ from deploy.graph.session import cpu_session
 
 OUTPUTS = ("boxes", "scores", "labels", "count")
 _INNER = ("dense_scores", "dense_boxes")
+MOST_EXCHANGED = 0.02
+"""Share of the rows that a module chose by their scores which may be others in the file."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ def export_onnx(
 
     `module` has two methods: `dense(images uint8 [B,3,H,W]) -> (scores [B,A,K], boxes [B,A,4])` and
     `select(scores, boxes) -> (boxes, scores, labels, count)`; the file computes one after the other. It is
-    put in eval mode. `samples`: real images uint8 [N, 3, H, W] of the card's input size, N ≥ 1, repeated up
-    to `max_batch` when there are fewer. `reference`: what the file is compared with, by default `module`.
+    put in eval mode. Its attribute `chooses_rows`, if it is true, says that the A rows are not places but what it
+    chose by their scores: rounding may then exchange them, and rows are compared with the nearest. `samples`: real
+    images uint8 [N, 3, H, W] of the card's input size, N ≥ 1, repeated up to `max_batch` when there are fewer.
+    `reference`: what the file is compared with, by default `module`.
     `measured_on`: more such images, for a module that is marked for half precision: its numbers are measured on them.
 
     Raises UserError for wrong samples, ExportMismatchError when the file disagrees with the module. In both
@@ -117,7 +121,8 @@ def export_onnx(
         if as_computed is not None:
             found = as_computed.run(list(_INNER), {"images": images})
             wider = (2 * score_tolerance, 2 * box_tolerance_px)  # each step rounds, not the weights alone
-            scores, boxes = _differences(found, expected, wider, "rounded to float16 as on a GPU")
+            where = "rounded to float16 as on a GPU"
+            scores, boxes = _differences(_in_order(reference, found, expected, wider), expected, wider, where)
             measured["max_score_difference"] = max(measured["max_score_difference"], scores)
             measured["max_box_difference_px"] = max(measured["max_box_difference_px"], boxes)
     return ExportReport(
@@ -160,10 +165,11 @@ def _convert(module: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelPro
     """Trace with a batch of two, because a batch of one would be taken for a constant."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     batch = torch.export.Dim("batch", min=1)
+    probed = _Probed(module).eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(
-            _Probed(module).eval(),
+            probed,
             (torch.from_numpy(images).to(device),),
             dynamo=True,
             opset_version=opset,
@@ -175,6 +181,7 @@ def _convert(module: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelPro
     assert program is not None  # it is None only when a file name is given
     model = program.model_proto
     _strip(model)
+    _name_transposed(model.graph, probed)
     return model
 
 
@@ -189,6 +196,25 @@ def _strip(model: onnx.ModelProto) -> None:
         del function.metadata_props[:]
         for node in function.node:
             del node.metadata_props[:]
+
+
+def _name_transposed(graph: onnx.GraphProto, module: nn.Module) -> None:
+    """Call the weights of matrix products, which the exporter stores transposed under a number, as the module does."""
+    names: dict[bytes, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2:
+            names.setdefault(parameter.detach().T.contiguous().cpu().numpy().tobytes(), name)
+    taken = {item.name for item in graph.initializer}
+    renamed: dict[str, str] = {}
+    for item in graph.initializer:
+        name = names.get(onnx.numpy_helper.to_array(item).tobytes(), "") if len(item.dims) == 2 else ""
+        if name and item.name not in names.values() and name not in taken:
+            renamed[item.name] = item.name = name
+            taken.add(name)
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            if value in renamed:
+                node.input[index] = renamed[value]
 
 
 @torch.no_grad()
@@ -215,7 +241,8 @@ def _compare(
     for batch in batches:
         feed = {"images": images[:batch]}
         found = inner.run(list(_INNER), feed)
-        differences = _differences(found, [value[:batch] for value in expected], tolerances, f"batch {batch}")
+        wanted = [value[:batch] for value in expected]
+        differences = _differences(_in_order(module, found, wanted, tolerances), wanted, tolerances, f"batch {batch}")
         largest = (max(largest[0], differences[0]), max(largest[1], differences[1]))
         selected = module.select(*(torch.from_numpy(value).to(device) for value in found))
         pairs = _match(final.run(list(OUTPUTS), feed), [value.cpu().numpy() for value in selected])
@@ -229,6 +256,32 @@ def _compare(
         "detections": total,
         "matched": share,
     }
+
+
+def _in_order(
+    module: Any, found: list[np.ndarray], expected: list[np.ndarray], tolerances: tuple[float, float]
+) -> list[np.ndarray]:
+    """`found` with the rows of each image in the order of `expected`, where the module chooses its rows.
+
+    A row that was just good enough to be chosen may be another one here: up to `MOST_EXCHANGED` of an image may have no
+    twin, and are taken as expected.
+    """
+    if not getattr(module, "chooses_rows", False) or found[0].shape != expected[0].shape:
+        return found
+    ordered = [value.copy() for value in found]
+    for image, (scores, boxes) in enumerate(zip(*found, strict=True)):
+        wanted = expected[0][image], expected[1][image]
+        away = np.maximum(
+            np.abs(scores[:, None] - wanted[0][None]).max(-1) / tolerances[0],
+            np.abs(boxes[:, None] - wanted[1][None]).max(-1) / tolerances[1],
+        )  # [found, expected] in tolerances
+        nearest = away.argmin(0)
+        apart = np.flatnonzero(away[nearest, np.arange(len(nearest))] > 1)
+        if len(apart) <= MOST_EXCHANGED * len(nearest):
+            for value, like, kept in zip(ordered, wanted, (scores, boxes), strict=True):
+                value[image] = kept[nearest]
+                value[image, apart] = like[apart]
+    return ordered
 
 
 def _differences(

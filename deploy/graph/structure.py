@@ -4,6 +4,10 @@ A *layer* is a trained weight with all nodes that use it: a head that is shared 
 with five nodes. The *output layers* are those that no other layer follows (class scores and box distances): they stay
 in float unless asked for. What comes after them (sigmoid, integral over the distance distribution, decoding,
 suppression) is never quantized.
+
+A detector with queries chooses places by their scores in the middle of the network (TopK). Integers there choose
+others, and the layers behind refine positions step by step. So the layers that decide the choice, and all that work on
+what was chosen, stay in float as output layers do.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class Layer:
     weight: str
     nodes: tuple[str, ...]
     output: bool
-    """Nothing with a weight comes after it."""
+    """Nothing with a weight comes after it, or a choice does, or it works on what was chosen."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ def structure_of(graph: onnx.GraphProto, where: str = "graph") -> Structure:
         raise UserError(f"{where}: there is no convolution or matrix product with a weight in it")
     if len({node.name for node in graph.node}) != len(graph.node):
         raise UserError(f"{where}: its nodes have no names, or not unique ones; export it with compress export")
-    followed = _followed(graph, set(weighted))
-    ends = [node for node in graph.node if node.name in weighted and node.name not in followed]
+    followed = _followed(graph, set(weighted)) - _deciding(graph, set(weighted))
+    last = _followed(graph, set(weighted))
+    ends = [node for node in graph.node if node.name in weighted and node.name not in last]
     users: dict[str, list[str]] = {}
     for node in graph.node:  # ONNX requires topological order
         if node.name in weighted:
@@ -113,9 +118,38 @@ def _followed(graph: onnx.GraphProto, weighted: set[str]) -> set[str]:
     return names
 
 
+_SAME_INDEX = ("Unsqueeze", "Expand", "Reshape", "Cast", "Identity")
+
+
+def _deciding(graph: onnx.GraphProto, weighted: set[str]) -> set[str]:
+    """Names of the weighted nodes that give what a choice before the scores is made by, or made from, without another
+    one between; and of those behind it."""
+    before = {node.name for node in needed_for(graph, (SCORES, BOXES))}
+    choices = [node for node in graph.node if node.op_type == "TopK" and node.name in before]
+    wanted = {name for node in choices for name in node.input}
+    chosen = {name for node in choices for name in node.output}
+    places = {node.output[1] for node in choices}
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type in _SAME_INDEX and node.input[0] in places:
+            places.update(node.output)
+        if node.op_type == "GatherElements" and node.input[1] in places:
+            wanted.add(node.input[0])
+        if chosen.intersection(node.input):
+            chosen.update(node.output)
+            found.add(node.name)
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            found.add(node.name)
+            if node.name not in weighted:
+                wanted.update(node.input)
+    return found & weighted
+
+
 def _common_prefix(weights: Iterable[str]) -> str:
-    """Common beginning of all parameter names, up to a dot: the wrappers around the detector."""
-    paths = [weight.split(".")[:-2] for weight in weights]  # a layer keeps at least its own name
+    """Common beginning of all parameter names, up to a dot: the wrappers around the detector. A constant that is no
+    parameter has no dot in its name."""
+    paths = [weight.split(".")[:-2] for weight in weights if "." in weight]  # a layer keeps at least its own name
     prefix: list[str] = []
     for steps in zip(*paths, strict=False):
         if len(set(steps)) > 1:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.detectors.base import DensePrediction
+from compress.detectors.base import DensePrediction, Detector
 from compress.export.deployable import Deployable
 from deploy.core.card import ModelCard
 from deploy.graph.export import ExportReport, export_onnx
@@ -37,6 +37,8 @@ class TinyDetector(nn.Module):
     num_classes = 3
     strides = (8, 16)
     has_nms = True
+    capabilities = Detector.capabilities
+    in_half = Detector.in_half
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

@@ -1,0 +1,96 @@
+"""Files of detectors with queries: what is compared, how places are sampled, and what int8 leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, RTDetrV2
+from compress.export.deployable import Deployable
+from deploy.core.card import ModelCard
+from deploy.graph import export
+from deploy.graph.export import export_onnx
+from deploy.quantize.calibrate import choose_images
+from deploy.quantize.file import Quantizer
+from deploy.quantize.qdq import Target
+from deploy.runtimes.onnx import OnnxRunner
+from tests.helpers import tiny_detr
+
+
+@pytest.fixture(scope="module", params=[DFine, pytest.param(RTDetrV2, marks=pytest.mark.exhaustive)])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported detector with random weights, the BatchNorm statistics of pictures and scores that spread: where all
+    places score alike, rounding chooses others."""
+    kind: type[RealTimeDetr] = request.param
+    detector = tiny_detr.tiny(kind, decoder_layers=2).train()
+    images = torch.from_numpy(pictures())
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # so that one pass is enough
+    with torch.no_grad():
+        detector(images)
+        detector.network.enc_score_head.weight.mul_(10)
+    card = ModelCard(name="tiny", class_names=list("abcde"), category_ids=[1, 2, 3, 4, 5], input_size=tiny_detr.SIZE)
+    out = tmp_path_factory.mktemp(kind.family) / "student.onnx"
+    export_onnx(Deployable.from_card(detector, card), card, out, samples=pictures(), max_batch=3)
+    return out
+
+
+def pictures() -> np.ndarray:
+    """Smooth pictures with contrast, uint8 [4, 3, H, W]."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (4, 3, 6, 8)).astype(np.float32))
+    return torch.nn.functional.interpolate(coarse, tiny_detr.SIZE, mode="bicubic").clamp(0, 255).byte().numpy()
+
+
+def test_the_file_takes_any_batch_and_samples_by_rows(file: Path) -> None:
+    """`export_onnx` has compared it with torch at batch 1, 2 and 3."""
+    operators = {node.op_type for node in onnx.load(str(file)).graph.node}
+    assert "GridSample" not in operators and "NonMaxSuppression" not in operators
+    runner = OnnxRunner(file, ("cpu",))
+    together = runner(pictures())
+    assert together.count.sum() > 0
+    for index in range(4):
+        alone = runner(pictures()[index : index + 1])
+        np.testing.assert_allclose(alone.scores[0], together.scores[index], atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_int8_leaves_what_decides_in_float(file: Path, target: Target, tmp_path: Path) -> None:
+    for index, picture in enumerate(pictures()):
+        Image.fromarray(picture.transpose(1, 2, 0)).save(tmp_path / f"{index}.png")
+    quantizer = Quantizer(file, choose_images(sorted(tmp_path.glob("*.png")), 4), target)
+    report = quantizer.save(tmp_path / "int8.onnx", max_batch=2)
+    named = [layer for layer in quantizer.structure.layers if "." in layer.weight]
+    assert len(named) > 0.9 * len(quantizer.structure.layers), (
+        "the rest: constants, and equal weights of a fresh network"
+    )
+    deciding = ("decoder.", "enc_score_head", "enc_bbox_head.layers.2", "enc_output")
+    for layer in named:
+        assert layer.output == layer.name.startswith(deciding), layer.name
+    parts = {layer.name.partition(".")[0] for layer in named}
+    assert parts >= {"backbone", "encoder_input_proj", "encoder", "enc_output", "enc_score_head", "decoder"}
+    OnnxRunner(report.path, ("cpu",))(pictures())
+
+
+def test_rows_that_were_chosen_are_compared_with_the_nearest() -> None:
+    """Exchanged rows are the same; one of a hundred may be another; three may not, and a place may never."""
+    rng = np.random.default_rng(0)
+    expected = [rng.random((1, 100, 3)), rng.random((1, 100, 4)) * 90]
+    order = rng.permutation(100)
+    found = [value[:, order].copy() for value in expected]
+    chooses, places = torch.nn.Module(), torch.nn.Module()
+    chooses.chooses_rows = True  # type: ignore[assignment]
+    for lost, fits in ((0, True), (1, True), (3, False)):
+        found[1][0, :lost] += 50
+        for module, fine in ((chooses, fits), (places, False)):
+            ordered = export._in_order(module, found, expected, (1e-3, 0.25))
+            assert all(np.abs(a - b).max() < 0.1 for a, b in zip(ordered, expected, strict=True)) == fine
