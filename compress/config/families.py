@@ -17,11 +17,13 @@ class FamilyFacts:
 
     defaults: the keys of `SPECIAL` that it takes, each with the value where the recipe says null.
     most_convolutions: limit of head_depth and whose it is; None: there is none.
+    whole: a library builds it from a configuration, with a backbone of its own: it takes `size`, `options` and `init`.
     quantizable, weights_labels, ignores_regions: as its class says (`compress.detectors.base.Detector`).
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     most_convolutions: tuple[int, str] | None = None
+    whole: bool = False
     quantizable: bool = False
     weights_labels: bool = False
     ignores_regions: bool = True
@@ -52,6 +54,8 @@ FAMILY_FACTS = {
         {"anchor_scale": 4.0}, most_convolutions=(4, "torchvision's RetinaNet has at most 4 convolutions in a tower")
     ),
     "faster_rcnn": FamilyFacts({"anchor_scale": 8.0, "roi_samples": 512}, ignores_regions=False),
+    "d_fine": FamilyFacts(whole=True, ignores_regions=False),
+    "rt_detr_v2": FamilyFacts(whole=True, ignores_regions=False),
 }
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule
-from compress.config.families import BACKBONES, FAMILY_FACTS, SPECIAL
+from compress.config.families import BACKBONES, FAMILY_FACTS, SPECIAL, families_with
 from compress.config.messages import did_you_mean
 from compress.config.prune import Prune
 from deploy.core.import_path import is_import_path
@@ -46,10 +46,15 @@ class Model(Settings):
 
     detector: Family | ImportPath = "gfl"
     """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
-    levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. Or the import
-    path of a class of your own."""
+    levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. d_fine,
+    rt_detr_v2: real-time DETRs of transformers, with their own backbones. Or the import path of a class of your own."""
+    size: str | None = added_later()
+    """d_fine: a published size, n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101. null: as `options` say."""
+    init: str | None = added_later()
+    """d_fine, rt_detr_v2: start from a detector of this kind of transformers, a folder or its name on the Hub; class
+    layers begin anew where the number of classes differs. null: random weights."""
     options: Options | None = added_later()
-    """Arguments of a detector of your own."""
+    """d_fine, rt_detr_v2: values of the library's configuration. Otherwise arguments of a detector of your own."""
     backbone: Backbone | ImportPath | None = None
     """Feature extractor, or the import path of a function that makes one; a detector of your own may go without."""
     backbone_options: Options | None = added_later()
@@ -105,12 +110,37 @@ class Model(Settings):
         return {key: path for key, path in given.items() if is_import_path(path)}
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a library builds it from a configuration, with a backbone of its own."""
+        return not self.is_own and FAMILY_FACTS[self.detector].whole
+
+    @property
     def is_own(self) -> bool:
         """Whether the detector is a class of the user's."""
         return is_import_path(self.detector)
 
+    def _whole_rules(self) -> None:
+        """Rules of a detector that is built as a whole."""
+        for key in ("backbone", "backbone_options", "neck_channels", "head_depth", "frozen_stages", "norm_eval"):
+            if key in self.model_fields_set and getattr(self, key) != self._unset(key):
+                raise broken_rule(key, f"{self.detector} is built as a whole; leave it out, or set it under options")
+        if self.weights != "none":
+            raise broken_rule("weights", f"are those of a backbone; a whole {self.detector} starts from init")
+        if self.size is not None and self.init is not None:
+            raise broken_rule("size", "is that of init; leave it out")
+
+    @classmethod
+    def _unset(cls, key: str) -> Any:
+        return {"frozen_stages": -1, "norm_eval": False}.get(key, cls.model_fields[key].default)
+
     def _own_part_rules(self) -> None:
         own_backbone = self.backbone is not None and is_import_path(self.backbone)
+        if self.is_whole:
+            self._whole_rules()
+            return
+        for key in ("size", "init"):
+            if getattr(self, key) is not None:
+                raise broken_rule(key, f"is for {families_with('whole')}; leave it out")
         if not self.is_own:
             if self.backbone is None:
                 raise broken_rule("backbone", "missing")

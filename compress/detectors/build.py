@@ -30,7 +30,8 @@ class FamilyRecord:
 
     facts: what recipes know of it.
     load: imports and returns its class. Its classmethod `build(num_classes, backbone, *, neck_channels, head_depth)`,
-        which takes the keys of `facts.defaults` too, gives a detector with fresh neck and head.
+        which takes the keys of `facts.defaults` too, gives a detector with fresh neck and head. Of a family that is
+        built as a whole: `build(num_classes, *, size, options, init)`.
     """
 
     facts: FamilyFacts
@@ -55,11 +56,25 @@ def _faster_rcnn() -> Any:
     return FasterRCNN
 
 
+def _d_fine() -> Any:
+    from compress.detectors.transformers.real_time_detr import DFine
+
+    return DFine
+
+
+def _rt_detr_v2() -> Any:
+    from compress.detectors.transformers.real_time_detr import RTDetrV2
+
+    return RTDetrV2
+
+
 FAMILIES = {
     "gfl": FamilyRecord(FAMILY_FACTS["gfl"], lambda: GFL),
     "fcos": FamilyRecord(FAMILY_FACTS["fcos"], _fcos),
     "retinanet": FamilyRecord(FAMILY_FACTS["retinanet"], _retinanet),
     "faster_rcnn": FamilyRecord(FAMILY_FACTS["faster_rcnn"], _faster_rcnn),
+    "d_fine": FamilyRecord(FAMILY_FACTS["d_fine"], _d_fine),
+    "rt_detr_v2": FamilyRecord(FAMILY_FACTS["rt_detr_v2"], _rt_detr_v2),
 }
 
 
@@ -103,6 +118,14 @@ def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
         if lacking:
             raise UserError(f"{key}.detector: {model.detector} does not set {', '.join(lacking)}")
         detector.family = model.detector
+    elif FAMILIES[model.detector].facts.whole:
+        try:
+            detector = kind.build(num_classes, size=model.size, options=model.options or {}, init=model.init)
+        except UserError as error:
+            raise UserError(f"{key}.{error}") from error
+        options: Any = detector.options
+        detector.model = Model(detector=model.detector, options=options)
+        return detector
     else:
         defaults = FAMILIES[model.detector].facts.defaults
         given = {name: getattr(model, name) for name in defaults}

@@ -41,7 +41,9 @@ from deploy.core.import_path import is_import_path
 HEADER_KEY = "metadata_json"
 NATIVE_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pth", ".pt")
-ARCHITECTURE = tuple(key for key in Model.model_fields if key not in ("weights", "frozen_stages", "norm_eval"))
+ARCHITECTURE = tuple(
+    key for key in Model.model_fields if key not in ("weights", "frozen_stages", "norm_eval", "size", "init")
+)
 """Keys of a model that say what it is, not how it was trained."""
 
 
@@ -55,7 +57,8 @@ class ModelRecord(BaseModel):
     source: where the weights came from, for a converted checkpoint.
 
     In the file the settings of the model stand beside the others. Version 2 knows users' own parts, by import path
-    with their options, version 3 the widths of a pruned one, version 4 BatchNorm in the head. A model without such is
+    with their options, version 3 the widths of a pruned one, version 4 BatchNorm in the head, version 5 detectors of
+    transformers. A model without such is
     written as version 1 was: byte for byte, and readable by 0.1.
     """
 
@@ -75,8 +78,8 @@ class ModelRecord(BaseModel):
         if not isinstance(fields, dict) or "model" in fields:
             return fields
         fields = dict(fields)
-        if fields.pop("schema_version", 1) not in (1, 2, 3, 4):
-            raise ValueError("schema_version: Input should be 1, 2, 3 or 4; a newer version wrote this file")
+        if fields.pop("schema_version", 1) not in (1, 2, 3, 4, 5):
+            raise ValueError("schema_version: Input should be 1 to 5; a newer version wrote this file")
         model = {key: fields.pop(key) for key in ARCHITECTURE if key in fields}
         for key, known in (("detector", FAMILIES), ("backbone", BACKBONES)):
             value = model.get(key)
@@ -111,6 +114,8 @@ class ModelRecord(BaseModel):
         return json.dumps(first | model | others, ensure_ascii=False, separators=(",", ":"))
 
     def _schema_version(self) -> int:
+        if self.model.is_whole:
+            return 5
         if self.model.head_norm != "group":
             return 4
         return 3 if self.model.widths else 2 if self.has_own_parts else 1
@@ -141,8 +146,8 @@ def save_detector(path: Path, detector: Detector, *, metadata: ModelRecord) -> N
 
 def check_described(path: Path, detector: Detector, metadata: ModelRecord) -> None:
     """Raise what `save_detector` would, for the file at `path`: before a training, whose result could not be saved."""
-    # Shapes alone: no memory, no random numbers. A user's constructor may want real tensors.
-    with nullcontext() if metadata.has_own_parts else torch.device("meta"):
+    # Shapes alone: no memory, no random numbers. The constructors of users and of transformers may want real tensors.
+    with nullcontext() if metadata.has_own_parts or metadata.model.is_whole else torch.device("meta"):
         described = {key: tensor.shape for key, tensor in metadata.build().state_dict().items()}
     if {key: tensor.shape for key, tensor in detector.state_dict().items()} == described:
         return

@@ -374,7 +374,7 @@ def _batch(*, objects: int = 2, crowd: bool = False) -> Batch:
 
 
 def _losses(detector: Detector, batch: Batch) -> dict[str, Tensor]:
-    prediction = detector(batch.images)
+    prediction = detector.predict_in_training(detector.features(batch.images), batch.targets)
     if Capability.DENSE in detector.capabilities:
         prediction = prediction.float()
     return detector.loss(prediction, detector.assign(prediction, batch.targets))

@@ -66,8 +66,9 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
         size = (recipe.data.eval_short, recipe.data.long)
         student = _student(small, parts, len(categories))
         figures = model_size(student, (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32))
+        kind = " ".join(filter(None, (recipe.student.detector, recipe.student.size, recipe.student.backbone)))
         console.print(
-            f"student: {recipe.student.detector} {recipe.student.backbone}, {figures['params_m']:.2f} M parameters, "
+            f"student: {kind}, {figures['params_m']:.2f} M parameters, "
             f"{figures['gflops']:.1f} GFLOPs at {size[0]} x {size[1]}",
         )
         if teacher is not None:

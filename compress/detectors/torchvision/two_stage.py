@@ -29,7 +29,14 @@ from torchvision.models.detection.rpn import RPNHead
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment
 from compress.detectors.backbones import Backbone
-from compress.detectors.base import Capability, ImageDetections, ImageSize, Reduce, Targets
+from compress.detectors.base import (
+    Capability,
+    ImageDetections,
+    ImageSize,
+    Reduce,
+    Targets,
+    refuse_pseudo_labels,
+)
 from compress.detectors.torchvision.parts import (
     IMAGENET,
     Pyramid,
@@ -179,17 +186,8 @@ class FasterRCNN(TorchvisionDetector):
 
         Raises UserError for pseudo labels with weights, uncertain regions or unlabeled classes.
         """
+        refuse_pseudo_labels(self.family, targets)
         device = prediction.maps[0].device
-        for what, found in (
-            ("weights", any(t.scores is not None for t in targets)),
-            ("regions to ignore", any(t.uncertain is not None and bool(t.uncertain.any()) for t in targets)),
-            ("classes that no teacher looked for", any(t.unlabeled_classes is not None for t in targets)),
-        ):
-            if found:
-                raise UserError(
-                    f"pseudo_labels: a faster_rcnn student cannot learn from labels with {what}; take a gfl, fcos or "
-                    "retinanet student"
-                )
         boxes, labels, mask = pad_labelled(targets, device)
         B, L = len(targets), len(prediction.strides)
         nothing = torch.zeros(B, 0, dtype=torch.bool, device=device)

@@ -1,0 +1,118 @@
+"""Models of the library transformers: fresh ones from a configuration, and those of a folder or of the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deploy.core.errors import UserError, first_line
+
+HEAD_PARTS = ("class_embed", "enc_score_head", "denoising_class_embed")
+"""Parts whose shapes say how many classes there are."""
+NOT_OPTIONS = ("num_labels", "id2label", "label2id", "architectures", "transformers_version", "dtype")
+"""Keys of a configuration that the detector says itself, or that do not change what is computed."""
+
+
+def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
+    """The network of the library's class `library` with random weights, of the configuration that `options` change.
+
+    BatchNorm of a backbone that begins at random learns, unless an option says otherwise. Raises UserError for options
+    that the library does not know or cannot build.
+    """
+    transformers = _import()
+    kind = getattr(transformers, library)
+    given = {"freeze_backbone_batch_norms": False, **options}
+    unknown = sorted(set(given) - set(kind.config_class().to_dict()))
+    if unknown:
+        raise UserError(f"options.{unknown[0]}: is no key of transformers' {kind.config_class.__name__}")
+    try:
+        config = kind.config_class(**given, num_labels=num_classes)
+        return _untied(kind(config))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library makes of numbers that do not go together
+        raise UserError(f"options: transformers cannot build a {library}: {first_line(error)}") from error
+
+
+def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
+    """The network in a folder of `save_pretrained`, or of the Hub, with its weights.
+
+    Class layers of another number of classes begin at random: `renewed` of the network names them. Raises UserError
+    where it is another detector, where weights are missing or have other shapes, and where it cannot be had.
+    """
+    transformers = _import()
+    kind = getattr(transformers, library)
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except Exception as error:  # network, files, versions
+            raise UserError(f"init: {name}: transformers cannot read it: {first_line(error)}") from error
+        if not isinstance(config, kind.config_class):
+            raise UserError(f"init: {name}: is a {config.model_type}, not a {kind.config_class.model_type}")
+        for key, value in {**options, "num_labels": num_classes}.items():
+            if not hasattr(config, key):
+                raise UserError(f"options.{key}: is no key of transformers' {kind.config_class.__name__}")
+            setattr(config, key, value)
+        try:
+            model, found = kind.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        except Exception as error:
+            raise UserError(f"init: {name}: transformers cannot load it: {first_line(error)}") from error
+    renewed = sorted({str(item[0] if isinstance(item, tuple) else item) for item in found["mismatched_keys"]})
+    lost = [key for key in (*renewed, *found["missing_keys"]) if not any(part in key for part in HEAD_PARTS)]
+    if lost:
+        raise UserError(f"init: {name}: its weights do not fit its configuration: the first is {lost[0]}")
+    network = _untied(model)
+    network.renewed = tuple(renewed)
+    return network
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """What makes this configuration from the library's default one, as JSON."""
+    found = _cleaned(json.loads(json.dumps(config.to_diff_dict(), default=str)))
+    found.pop("model_type", None)  # the family says it; that of a backbone stays
+    return found
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _import() -> Any:
+    try:
+        import scipy  # noqa: F401  # matching in the library's losses
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"detectors of transformers need that package ({error}); pip install 'compress-detectors[transformers]'"
+        ) from None
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def _untied(model: Any) -> Any:
+    """The network without the class around it, whose heads are the same tensors under a second name."""
+    return model.model
+
+
+def _cleaned(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _cleaned(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if key not in NOT_OPTIONS and not key.startswith("_")
+    }

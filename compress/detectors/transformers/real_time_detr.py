@@ -1,0 +1,343 @@
+"""D-FINE (Peng et al., ICLR 2025, arXiv 2410.13842) and RT-DETRv2 (Lv et al., arXiv 2407.17140) of the library
+transformers as our detectors.
+
+Backbone, encoder, decoder and loss are the library's; here they are run in our two halves. `features` are the maps of
+the hybrid encoder, equally wide at strides 8, 16, 32 (D-FINE N: 16, 32). `predict` takes the best locations as queries
+and runs the decoder: each query gives one box and a score for each class, and no suppression follows. In training the
+decoder also gets noisy copies of the labels (contrastive denoising), which is why the labels are given to
+`predict_in_training`.
+
+The library's own losses (`loss_d_fine`, `loss_rt_detr`) match every layer to the labels and are normalised by the boxes
+of a process; here by those of all processes. The distillation of D-FINE's last layer into the others (`loss_ddf`) has
+its own normaliser, that of a process. Boxes are in shares of the network image, padding included.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from compress.data.batch import Target
+from compress.detectors.assign import Assignment
+from compress.detectors.base import (
+    Capability,
+    Detector,
+    ImageDetections,
+    ImageSize,
+    Reduce,
+    Targets,
+    pad_targets,
+    refuse_pseudo_labels,
+)
+from compress.detectors.select import select
+from compress.detectors.transformers.load import fresh, loaded, options_of
+from compress.detectors.transformers.sampling import in_exportable_form
+from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
+from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
+from deploy.core.errors import UserError
+
+
+@dataclass
+class QueryPrediction:
+    """What the decoder says of its queries.
+
+    logits: float [B, Q, K], before the sigmoid; boxes: float [B, Q, 4], centre, width and height in shares of `canvas`;
+        of the last layer. points: float [B, Q, 4], the boxes that the queries started from, like `boxes`.
+    canvas: (height, width) of the network image in pixels.
+    learned: in training what the library's loss takes besides, by its names.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    points: Tensor
+    canvas: tuple[int, int]
+    learned: dict[str, Any] = field(default_factory=dict)
+
+    def float(self) -> QueryPrediction:
+        return self._map(Tensor.float)
+
+    def detach(self) -> QueryPrediction:
+        return self._map(Tensor.detach)
+
+    def scores(self) -> Tensor:
+        """[B, Q, K] in 0..1."""
+        return self.logits.sigmoid()
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> QueryPrediction:
+        learned = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.learned.items()}
+        logits, boxes, points = (function(x) for x in (self.logits, self.boxes, self.points))
+        return replace(self, logits=logits, boxes=boxes, points=points, learned=learned)
+
+
+@dataclass
+class QueryTargets(Targets):
+    """Ground truth as the library's losses take it: `class_labels` and `boxes` (centre, width and height in shares of
+    the network image) of each image. Its assignment is empty: the losses match. `factor` makes their normaliser that of
+    all processes."""
+
+    truth: list[dict[str, Tensor]]
+    factor: Tensor
+
+
+class RealTimeDetr(Detector):
+    """A hybrid encoder, and a decoder of queries.
+
+    Args:
+        num_classes: K.
+        network: the library's model, without the class around it that adds the loss.
+
+    options: the library's configuration, as far as it is not its default, without what num_classes says.
+    """
+
+    capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.QUERIES})
+    has_nms = False
+    library: ClassVar[str]
+    """Name of the library's class with the loss."""
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Published configurations, by name."""
+
+    def __init__(self, num_classes: int, network: Any) -> None:
+        super().__init__()
+        config = network.config
+        if config.learn_initial_query or config.num_feature_levels != len(config.decoder_in_channels):
+            raise UserError(
+                f"{self.family}: options: learn_initial_query must be false, and num_feature_levels the number of maps"
+            )
+        self.num_classes = num_classes
+        self.network = network
+        self.strides = tuple(int(stride) for stride in config.feat_strides)
+        self.feature_channels = int(config.encoder_hidden_dim)
+        self.options = options_of(config)
+        self.set_normalisation((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
+
+    @classmethod
+    def build(cls, num_classes: int, *, size: str | None, options: Mapping[str, Any], init: str | None) -> RealTimeDetr:
+        """Make one.
+
+        Args:
+            size: one of `sizes`; None: the library's default configuration.
+            options: values of the library's configuration in the place of these.
+            init: a folder or Hub name, whose configuration and weights are taken in the place of `size`'s; class
+                layers of another number of classes begin anew.
+
+        Raises UserError for an unknown size or option and for weights that do not fit.
+        """
+        if init is not None:
+            return cls(num_classes, loaded(cls.library, init, num_classes, options))
+        if size is not None and size not in cls.sizes:
+            raise UserError(f"size: {cls.family} has {', '.join(cls.sizes)}, not {size}")
+        given = {**cls.sizes.get(size or "", {}), **options}
+        return cls(num_classes, fresh(cls.library, num_classes, given))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """uint8 RGB images [B, 3, H, W] → the encoder's maps, each float [B, C, h, w]."""
+        network = self.network
+        maps = network.backbone.model(self.normalise(images)).feature_maps
+        projected = [project(x) for project, x in zip(network.encoder_input_proj, maps, strict=True)]
+        found: list[Tensor] = network.encoder(projected).last_hidden_state
+        return found
+
+    def predict(self, features: list[Tensor]) -> QueryPrediction:
+        return self._predict(features, None)
+
+    def predict_in_training(self, features: list[Tensor], targets: list[Target]) -> QueryPrediction:
+        """Also learns from noisy copies of the labels, for which it draws random numbers."""
+        canvas = self._canvas(features)
+        return self._predict(features, [_truth(target, canvas, features[0].device) for target in targets])
+
+    @torch.no_grad()
+    def assign(self, prediction: QueryPrediction, targets: list[Target], reduce: Reduce | None = None) -> QueryTargets:
+        """Ground truth alone: what it is matched to, the losses find.
+
+        Raises UserError for pseudo labels with weights, uncertain regions or unlabeled classes.
+        """
+        refuse_pseudo_labels(self.family, targets)
+        device = prediction.logits.device
+        boxes, labels, mask = pad_targets(targets, device)
+        truth = [_truth(target, prediction.canvas, device) for target in targets]
+        own = torch.tensor(float(sum(len(t["boxes"]) for t in truth)), device=device)
+        world, factor = 1, torch.ones((), device=device)
+        if reduce is not None:
+            world = dist.get_world_size()
+            factor = own.clamp(min=1) * world / reduce(own.clone()).clamp(min=1)
+        B, L = len(targets), len(self.strides)
+        nothing = torch.zeros(B, 0, dtype=torch.bool, device=device)
+        none = torch.zeros(B, dtype=torch.int64, device=device)
+        assignment = Assignment(nothing.long(), nothing, torch.where(mask, 0.0, torch.nan), none)
+        one, of_levels = torch.ones((), device=device), torch.zeros(L, device=device)
+        return QueryTargets(boxes, labels, assignment, one, of_levels, world, None, None, truth, factor)
+
+    def loss(self, prediction: QueryPrediction, targets: Targets, reduce: Reduce | None = None) -> dict[str, Tensor]:
+        """The library's terms, each summed over the layers. Only of `predict_in_training`."""
+        assert isinstance(targets, QueryTargets) and prediction.learned, "as they are in training"
+        learned = dict(prediction.learned)
+        logits, boxes = learned.pop("logits"), learned.pop("boxes")
+        _, terms, _ = self._criterion()(logits, targets.truth, logits.device, boxes, self.network.config, **learned)
+        found: dict[str, Tensor] = {}
+        for name, value in terms.items():
+            kind = re.sub(r"_(aux|dn)_\d+$", "", name)
+            found[kind] = found.get(kind, 0) + (value if kind == "loss_ddf" else value * targets.factor)
+        return found
+
+    def decode_boxes(self, prediction: Any) -> Tensor:
+        """Boxes [B, Q, 4] xyxy in pixels of the network image, not clipped."""
+        height, width = prediction.canvas
+        x, y, w, h = prediction.boxes.unbind(-1)
+        return torch.stack(((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height), -1)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prediction: QueryPrediction,
+        sizes: Sequence[ImageSize],
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+        nms_threshold: float = NMS_THRESHOLD,
+        max_detections: int = MAX_DETECTIONS,
+    ) -> list[ImageDetections]:
+        """The best (query, class) pairs; `nms_threshold` changes nothing."""
+        prediction = prediction.float()
+        scores, boxes = prediction.scores(), self.decode_boxes(prediction)
+        return [
+            ImageDetections(
+                *select(
+                    [(scores[index], boxes[index])],
+                    size,
+                    score_threshold=score_threshold,
+                    nms_threshold=None,
+                    max_detections=max_detections,
+                )
+            )
+            for index, size in enumerate(sizes)
+        ]
+
+    def in_half(self) -> dict[str, nn.Module]:
+        """Backbone and encoder: what decides where queries look needs the digits of float32."""
+        names = ("backbone.model", "encoder_input_proj", "encoder", "decoder_input_proj")
+        parts = {name: self.network.get_submodule(name) for name in names}
+        projections = [name for name, part in parts.items() if isinstance(part, nn.ModuleList)]
+        alone = {f"{name}.{n}": part for name in projections for n, part in enumerate(parts.pop(name))}
+        return parts | alone
+
+    def _criterion(self) -> Any:
+        raise NotImplementedError
+
+    def _canvas(self, features: list[Tensor]) -> tuple[int, int]:
+        height, width = features[0].shape[2:]
+        return int(height) * self.strides[0], int(width) * self.strides[0]
+
+    def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
+        network = self.network
+        maps = [project(x) for project, x in zip(network.decoder_input_proj, features, strict=True)]
+        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1).float()  # [B, S, d]
+        shapes = [(int(x.shape[2]), int(x.shape[3])) for x in maps]
+        anchors, inside = network.generate_anchors(tuple(shapes), device=memory.device, dtype=memory.dtype)
+        encoded = network.enc_output(inside.to(memory.dtype) * memory)
+        logits = network.enc_score_head(encoded)
+        boxes = network.enc_bbox_head(encoded) + anchors
+        queries = min(network.config.num_queries, sum(h * w for h, w in shapes))
+        best = logits.amax(-1).topk(queries, dim=1).indices[..., None]  # [B, Q, 1]
+        points = boxes.gather(1, best.expand(-1, -1, 4))
+        start = points
+        states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2])).detach()
+        mask = noise = None
+        if truth is not None and self.training and network.config.num_denoising > 0:
+            labels, noisy, mask, noise = self._denoising(truth, queries)
+            if noise is not None:
+                states, start = torch.cat((labels, states), 1), torch.cat((noisy, start), 1)
+        with in_exportable_form(network) if torch.compiler.is_exporting() else nullcontext():
+            found = network.decoder(
+                inputs_embeds=states,
+                encoder_hidden_states=memory,
+                encoder_attention_mask=mask,
+                reference_points=start.detach(),
+                spatial_shapes=torch.tensor(shapes, device=memory.device),
+                spatial_shapes_list=shapes,
+            )
+        all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points
+        prediction = QueryPrediction(
+            all_logits[:, -1, -queries:], all_boxes[:, -1, -queries:], points.sigmoid(), self._canvas(features)
+        )
+        if truth is not None:
+            prediction.learned = {
+                "logits": all_logits[:, -1],
+                "boxes": all_boxes[:, -1],
+                "outputs_class": all_logits,
+                "outputs_coord": all_boxes,
+                "enc_topk_logits": logits.gather(1, best.expand(-1, -1, logits.shape[2])),
+                "enc_topk_bboxes": prediction.points,
+                "denoising_meta_values": noise,
+                **self._more_of(found),
+            }
+        return prediction
+
+    def _more_of(self, found: Any) -> dict[str, Tensor]:
+        """What the loss takes of a decoder's output besides logits and boxes."""
+        return {}
+
+    def _denoising(self, truth: list[dict[str, Tensor]], queries: int) -> tuple[Any, Any, Any, Any]:
+        """Noisy copies of the labels as queries, their boxes, who may attend to whom, and what the loss needs."""
+        network, config = self.network, self.network.config
+        make = sys.modules[type(network).__module__].get_contrastive_denoising_training_group
+        found: tuple[Any, Any, Any, Any] = make(
+            targets=truth,
+            num_classes=config.num_labels,
+            num_queries=queries,
+            class_embed=network.denoising_class_embed,
+            num_denoising_queries=config.num_denoising,
+            label_noise_ratio=config.label_noise_ratio,
+            box_noise_scale=config.box_noise_scale,
+        )
+        return found
+
+
+class DFine(RealTimeDetr):
+    """Boxes as distributions over bins, which every layer refines."""
+
+    family = "d_fine"
+    library = "DFineForObjectDetection"
+    sizes = D_FINE
+
+    def _criterion(self) -> Any:
+        from transformers.loss.loss_d_fine import DFineForObjectDetectionLoss
+
+        return DFineForObjectDetectionLoss
+
+    def _more_of(self, found: Any) -> dict[str, Tensor]:
+        return {
+            "predicted_corners": found.intermediate_predicted_corners,
+            "initial_reference_points": found.initial_reference_points,
+        }
+
+
+class RTDetrV2(RealTimeDetr):
+    """Boxes as shifts of the layer before."""
+
+    family = "rt_detr_v2"
+    library = "RTDetrV2ForObjectDetection"
+    sizes = RT_DETR_V2
+
+    def _criterion(self) -> Any:
+        from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+
+        return RTDetrForObjectDetectionLoss
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _truth(target: Target, canvas: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    there = ~target.ignore
+    height, width = canvas
+    boxes = box_convert(target.boxes[there].to(device).float(), "xyxy", "cxcywh")
+    boxes = boxes / boxes.new_tensor([width, height, width, height])
+    return {"class_labels": target.labels[there].to(device), "boxes": boxes}

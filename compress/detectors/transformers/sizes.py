@@ -1,0 +1,121 @@
+"""Published sizes of the detectors of transformers, as values of the library's configurations.
+
+As the authors' configurations have them (D-FINE: github.com/Peterande/D-FINE, RT-DETRv2: github.com/lyuwenyu/RT-DETR).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _hgnet(
+    stem: list[int], mid: list[int], out: list[int], blocks: list[int], layers: int, *, affine: bool, first: int = 2
+) -> dict[str, Any]:
+    """HGNetV2 of four stages; its maps from stage `first` on go out."""
+    return {
+        "model_type": "hgnet_v2",
+        "stem_channels": stem,
+        "hidden_sizes": out,
+        "stage_in_channels": [stem[-1], *out[:-1]],
+        "stage_mid_channels": mid,
+        "stage_out_channels": out,
+        "stage_num_blocks": blocks,
+        "stage_downsample": [False, True, True, True],
+        "stage_light_block": [False, False, True, True],
+        "stage_kernel_size": [3, 3, 5, 5],
+        "stage_numb_of_layers": [layers] * 4,
+        "use_learnable_affine_block": affine,
+        "out_indices": list(range(first, 5)),
+    }
+
+
+_B0 = ([3, 16, 16], [16, 32, 64, 128], [64, 256, 512, 1024], [1, 1, 2, 1], 3)
+
+D_FINE: dict[str, dict[str, Any]] = {
+    "n": {
+        "backbone_config": _hgnet(*_B0, affine=True, first=3),
+        "encoder_in_channels": [512, 1024],
+        "encoder_hidden_dim": 128,
+        "encoder_ffn_dim": 512,
+        "encode_proj_layers": [1],
+        "feat_strides": [16, 32],
+        "num_feature_levels": 2,
+        "d_model": 128,
+        "decoder_in_channels": [128, 128],
+        "decoder_ffn_dim": 512,
+        "decoder_n_points": [6, 6],
+        "decoder_layers": 3,
+        "hidden_expansion": 0.34,
+        "depth_mult": 0.5,
+    },
+    "s": {
+        "backbone_config": _hgnet(*_B0, affine=True),
+        "encoder_in_channels": [256, 512, 1024],
+        "decoder_n_points": [3, 6, 3],
+        "decoder_layers": 3,
+        "hidden_expansion": 0.5,
+        "depth_mult": 0.34,
+    },
+    "m": {
+        "backbone_config": _hgnet([3, 24, 32], [32, 64, 128, 256], [96, 384, 768, 1536], [1, 1, 3, 1], 4, affine=True),
+        "encoder_in_channels": [384, 768, 1536],
+        "decoder_n_points": [3, 6, 3],
+        "decoder_layers": 4,
+        "depth_mult": 0.67,
+    },
+    "l": {
+        "backbone_config": _hgnet(
+            [3, 32, 48], [48, 96, 192, 384], [128, 512, 1024, 2048], [1, 1, 3, 1], 6, affine=False
+        ),
+        "encoder_in_channels": [512, 1024, 2048],
+        "decoder_n_points": [3, 6, 3],
+        "decoder_layers": 6,
+    },
+    "x": {
+        "backbone_config": _hgnet(
+            [3, 32, 64], [64, 128, 256, 512], [128, 512, 1024, 2048], [1, 2, 5, 2], 6, affine=False
+        ),
+        "encoder_in_channels": [512, 1024, 2048],
+        "encoder_hidden_dim": 384,
+        "encoder_ffn_dim": 2048,
+        "decoder_in_channels": [384, 384, 384],
+        "decoder_n_points": [3, 6, 3],
+        "decoder_layers": 6,
+    },
+}
+
+
+def _resnet(kind: str, depths: list[int]) -> dict[str, Any]:
+    widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
+    stages = ["stage2", "stage3", "stage4"]
+    return {
+        "model_type": "rt_detr_resnet",
+        "layer_type": kind,
+        "hidden_sizes": widths,
+        "depths": depths,
+        "out_features": stages,
+    }
+
+
+RT_DETR_V2: dict[str, dict[str, Any]] = {
+    "r18": {
+        "backbone_config": _resnet("basic", [2, 2, 2, 2]),
+        "encoder_in_channels": [128, 256, 512],
+        "hidden_expansion": 0.5,
+        "decoder_layers": 3,
+    },
+    "r34": {
+        "backbone_config": _resnet("basic", [3, 4, 6, 3]),
+        "encoder_in_channels": [128, 256, 512],
+        "hidden_expansion": 0.5,
+        "decoder_layers": 4,
+    },
+    "r50m": {"backbone_config": _resnet("bottleneck", [3, 4, 6, 3]), "hidden_expansion": 0.5},
+    "r50": {"backbone_config": _resnet("bottleneck", [3, 4, 6, 3])},
+    "r101": {
+        "backbone_config": _resnet("bottleneck", [3, 4, 23, 3]),
+        "encoder_ffn_dim": 2048,
+        "encoder_hidden_dim": 384,
+        "decoder_in_channels": [384, 384, 384],
+    },
+}

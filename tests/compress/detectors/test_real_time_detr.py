@@ -1,0 +1,205 @@
+"""D-FINE and RT-DETRv2: the library's own numbers, in our two halves."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+from compress.config.methods import Methods
+from compress.config.model import Model
+from compress.detectors.base import Capability, ImageSize, freeze
+from compress.detectors.build import build_detector, model_of
+from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, RTDetrV2
+from compress.detectors.transformers.sampling import sample_rows
+from compress.distill.build import build_methods
+from compress.distill.weighting import TrainingPosition
+from compress.training.learner import Learner
+from deploy.core.errors import UserError
+from tests.helpers import tiny_detr
+
+KINDS = (DFine, RTDetrV2)
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+
+
+def library_labels(batch: tiny_detr.Batch) -> list[dict[str, Tensor]]:
+    height, width = tiny_detr.SIZE
+    labels = []
+    for target in batch.targets:
+        x1, y1, x2, y2 = target.boxes[~target.ignore].unbind(-1)
+        boxes = torch.stack(((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height), -1)
+        labels.append({"class_labels": target.labels[~target.ignore], "boxes": boxes})
+    return labels
+
+
+def losses(detector: RealTimeDetr, batch: tiny_detr.Batch) -> dict[str, Tensor]:
+    prediction = detector.predict_in_training(detector.features(batch.images), batch.targets)
+    return detector.loss(prediction, detector.assign(prediction, batch.targets))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_losses_are_the_librarys(kind: type[RealTimeDetr], empty: bool) -> None:
+    """With an image without objects, and without one; noisy copies of the labels drawn alike. The first layers of
+    a random network turn the order of a sum into percents of their gradient."""
+    detector, batch = tiny_detr.tiny(kind).train(), tiny_detr.batch(empty=empty)
+    theirs = tiny_detr.library_model(copy.deepcopy(detector))
+    torch.manual_seed(3)
+    ours = losses(detector, batch)
+    torch.manual_seed(3)
+    wanted = theirs(batch.images / 255, labels=library_labels(batch))
+    total = torch.stack(list(ours.values())).sum()
+    torch.testing.assert_close(total, wanted.loss, rtol=1e-5, atol=1e-5)
+    assert len(wanted.loss_dict) > len(ours)
+    total.backward()
+    wanted.loss.backward()
+    for (name, p), (_, q) in zip(detector.network.named_parameters(), theirs.model.named_parameters(), strict=True):
+        if q.grad is not None:
+            most = 0.05 if name.startswith("backbone.") else 1e-3
+            assert p.grad is not None and bool((p.grad - q.grad).norm() <= most * q.grad.norm() + 1e-5), name
+
+
+def test_boxes_are_the_librarys(kind: type[RealTimeDetr]) -> None:
+    import transformers
+
+    detector, batch = tiny_detr.tiny(kind).eval(), tiny_detr.batch()
+    theirs = tiny_detr.library_model(detector)
+    original = (190, 250)
+    with torch.inference_mode():
+        prediction = detector(batch.images)
+        wanted = theirs(batch.images / 255)
+        found = detector.decode(
+            prediction, [ImageSize(tiny_detr.SIZE, original)] * 3, score_threshold=0.0, max_detections=30
+        )
+    torch.testing.assert_close(prediction.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prediction.boxes, wanted.pred_boxes, rtol=1e-5, atol=1e-5)
+    processor = transformers.RTDetrImageProcessor()
+    rows = processor.post_process_object_detection(wanted, threshold=0.0, target_sizes=[original] * 3)
+    limits = torch.tensor([original[1], original[0], original[1], original[0]])
+    for ours, row in zip(found, rows, strict=True):
+        torch.testing.assert_close(ours.scores, row["scores"])
+        assert torch.equal(ours.labels, row["labels"])
+        torch.testing.assert_close(ours.boxes, row["boxes"].clamp(min=0).minimum(limits), rtol=1e-5, atol=1e-3)
+
+
+def test_a_step_is_that_of_a_plain_loop(kind: type[RealTimeDetr]) -> None:
+    detector, batch = tiny_detr.tiny(kind).train(), tiny_detr.batch()
+    theirs = tiny_detr.library_model(copy.deepcopy(detector))
+    for model, loss in (
+        (detector.network, lambda: torch.stack(list(losses(detector, batch).values())).sum()),
+        (theirs.model, lambda: theirs(batch.images / 255, labels=library_labels(batch)).loss),
+    ):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        torch.manual_seed(5)
+        loss().backward()
+        optimizer.step()
+    # the first step of Adam is the sign of the gradient: where that is nothing but rounding, so is the step
+    for (name, p), (_, q) in zip(detector.network.named_parameters(), theirs.model.named_parameters(), strict=True):
+        same = (p - q).abs() <= 1e-6
+        assert same.float().mean() > 0.98 or bool((q.grad.abs() < 1e-6)[~same].all()), name
+
+
+def test_losses_are_normalised_by_the_boxes_of_all_processes(
+    kind: type[RealTimeDetr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of one image each give the mean of one process with both; but for D-FINE's distillation of its last
+    layer, whose normaliser is no sum."""
+    detector = tiny_detr.tiny(kind, num_denoising=0).train()
+    for module in detector.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    whole = tiny_detr.batch(empty=False)
+    whole = tiny_detr.Batch(whole.images[:2], whole.targets[:2])
+    together = losses(detector, whole)
+    boxes = sum(int((~t.ignore).sum()) for t in whole.targets)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    def of(index: int) -> dict[str, Tensor]:
+        images, targets = whole.images[index : index + 1], whole.targets[index : index + 1]
+        prediction = detector.predict_in_training(detector.features(images), targets)
+        return detector.loss(prediction, detector.assign(prediction, targets, lambda x: torch.full_like(x, boxes)))
+
+    parts = [of(0), of(1)]
+    together.pop("loss_ddf", None)
+    for name, value in together.items():
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sampling_by_rows_is_grid_sample(kind: type[RealTimeDetr]) -> None:
+    """With places outside of the maps, and gradients."""
+    module: Any = sys.modules[type(tiny_detr.tiny(kind).network).__module__]
+    generator = torch.Generator().manual_seed(0)
+    shapes, points = [(6, 8), (3, 4), (2, 2)], [2, 3, 2]
+    inputs = [
+        torch.randn(2, 64, 4, 8, generator=generator),
+        torch.rand(2, 9, 4, 7, 2, generator=generator) * 1.4 - 0.2,
+        torch.rand(2, 9, 4, 7, generator=generator),
+    ]
+    results = []
+    for function in (module.multi_scale_deformable_attention_v2, sample_rows):
+        value, places, weights = (x.clone().requires_grad_() for x in inputs)
+        out = function(value, shapes, places, weights, points, "default")
+        out.square().sum().backward()
+        results.append((out, value.grad, places.grad, weights.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_saved_and_loaded(kind: type[RealTimeDetr], tmp_path: Path) -> None:
+    model = Model.model_validate({"detector": kind.family, "options": tiny_detr.OPTIONS[kind]})
+    detector = build_detector(model, tiny_detr.CLASSES, seed=0).eval()
+    record = ModelRecord(model=model_of(detector), num_classes=tiny_detr.CLASSES)
+    save_detector(tmp_path / "x.safetensors", detector, metadata=record)
+    again, _ = load_detector(tmp_path / "x.safetensors")
+    images = tiny_detr.batch().images
+    with torch.inference_mode():
+        assert torch.equal(again(images).boxes, detector(images).boxes)
+    assert again.model == detector.model
+    assert detector.capabilities == {Capability.FEATURES, Capability.BOXES, Capability.QUERIES}
+
+
+def test_it_starts_from_a_folder_with_other_classes(kind: type[RealTimeDetr], tmp_path: Path) -> None:
+    whole = tiny_detr.library_model(tiny_detr.tiny(kind))
+    whole.save_pretrained(tmp_path)
+    same = kind.build(tiny_detr.CLASSES, size=None, options={}, init=str(tmp_path))
+    for (name, p), (_, q) in zip(same.network.named_parameters(), whole.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert same.network.renewed == ()
+    other = kind.build(3, size=None, options={}, init=str(tmp_path))
+    assert other.network.renewed and all("class" in name or "score" in name for name in other.network.renewed)
+    assert other.network.enc_score_head.out_features == 3
+    wrong = next(k for k in KINDS if k is not kind)
+    with pytest.raises(UserError, match=f"is a {kind.family}, not a {wrong.family}"):
+        wrong.build(3, size=None, options={}, init=str(tmp_path))
+    with pytest.raises(UserError, match=r"options\.num_querys: is no key of"):
+        kind.build(3, size=None, options={"num_querys": 3}, init=str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["fgd", "pkd", "cwd", "mgd"])
+@pytest.mark.parametrize("student_first", [True, False])
+def test_feature_methods_work_across_kinds(kind: type[RealTimeDetr], method: str, student_first: bool) -> None:
+    """A GFL teacher of a query student and the reverse, on the levels of equal stride, with UET around the method."""
+    queries = tiny_detr.tiny(kind)
+    dense = build_detector(Model(backbone="nano", neck_channels=32, head_depth=1), tiny_detr.CLASSES, seed=0)
+    student, teacher = (queries, dense) if student_first else (dense, queries)
+    settings = Methods.model_validate({method: {}, "uet": {"of": method}})
+    learner = Learner(student.train(), build_methods(settings, student, freeze(teacher)), teacher, None)
+    terms = learner(tiny_detr.batch(), TrainingPosition(0, 10, 10))
+    own = {name: value for name, value in terms.items() if name.startswith(method)}
+    assert own and all(value.isfinite() and value > 0 for value in own.values())
+    torch.stack(list(own.values())).sum().backward()
+    assert all(bool(p.grad.any()) for p in student.parameters() if p.grad is not None and p.dim() == 4)
+
+
+def test_methods_on_dense_predictions_are_refused(kind: type[RealTimeDetr]) -> None:
+    queries = tiny_detr.tiny(kind)
+    with pytest.raises(UserError, match=rf"methods\.bckd needs .* of the teacher, which {kind.family} cannot give"):
+        build_methods(Methods.model_validate({"bckd": {}}), queries, freeze(tiny_detr.tiny(kind)))
