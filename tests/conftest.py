@@ -50,10 +50,10 @@ def few_rounds() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def converted_once() -> Iterator[None]:
-    """For tests that export one module several times, and are not about the conversion."""
-    from tests.helpers.cheap_exports import conversions
+@pytest.fixture(scope="session", autouse=True)
+def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Networks with the same weights are converted to ONNX once in a session."""
+    from tests.helpers.cheap_exports import conversions, shared_folder
 
-    with conversions():
+    with conversions(shared_folder(tmp_path_factory, "converted-once")):
         yield

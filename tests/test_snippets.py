@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import snippets, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "docs" / "extending.md") if path.is_file()]

@@ -188,6 +188,7 @@ class Detector(nn.Module):
     family: its name in messages; a recipe's import path for a user's own.
     capabilities: what methods may ask of it.
     exportable: why no file can be made of it, as in "cannot be exported: ..."; None: it can.
+    prunable: why no channels can be cut from it, as in "cannot be pruned: ..."; None: they can.
     quantizable: it can be trained on the grids of its int8 file (deploy.int8.qad).
     has_nms: boxes of one class suppress each other; False: the head gives one box an object.
     weights_labels: its loss weighs pseudo labels by their scores.
@@ -198,6 +199,7 @@ class Detector(nn.Module):
     family: str = "a detector of your own"
     capabilities: frozenset[Capability] = frozenset({Capability.FEATURES, Capability.DENSE, Capability.BOXES})
     exportable: ClassVar[str | None] = None
+    prunable: ClassVar[str | None] = None
     quantizable: ClassVar[bool] = False
     has_nms: ClassVar[bool] = True
     weights_labels: ClassVar[bool] = False

@@ -64,6 +64,8 @@ def pruning_graph(detector: Detector, keep: Sequence[str] = ()) -> PruningGraph:
     Raises UserError for a detector that cannot be traced or gives NaN, and for names that it does not have.
     """
     _check_names(detector, keep)
+    if detector.prunable is not None:
+        raise UserError(f"prune: {_kind(detector)} cannot be pruned: {detector.prunable}")
     if Capability.DENSE not in detector.capabilities and type(detector).traced is Detector.traced:
         raise UserError(
             f"prune: {_kind(detector)} has a second stage that is not traced, so it cannot be pruned; give it the "

@@ -1,11 +1,12 @@
 """What makes exports cheaper in tests that are about something else. `torch.onnx.export` takes seconds of CPU time.
 
-The fixtures `few_rounds` and `converted_once` of tests/conftest.py are for whole test files.
+The fixture `few_rounds` of tests/conftest.py is for whole test files; its fixture `convert_once` is for all of them.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import os
 import pickle
@@ -20,6 +21,7 @@ import pytest
 from torch import Tensor, nn
 
 from compress.export.nms import select_detections
+from deploy.core.files import atomic_path
 from deploy.graph import export
 from tests.helpers.tiny_onnx import export_tiny
 
@@ -38,24 +40,42 @@ def rounds(count: int) -> Iterator[None]:
         yield
 
 
+ABOUT_CONVERSION = ("tests/deploy/graph/", "tests/compress/export/")
+"""Tests that convert anew, whatever was converted before."""
+
+
 @contextmanager
-def conversions() -> Iterator[None]:
-    """A module is converted once; the same class with the same weights then gives the same graph."""
+def conversions(folder: Path) -> Iterator[None]:
+    """A module is converted once for all processes that share `folder`; the same class with the same weights then gives
+    the same graph."""
     convert = export._convert
-    made: dict[bytes, bytes] = {}
 
     def once(module: nn.Module, images: np.ndarray, opset: int) -> onnx.ModelProto:
-        try:
-            key = _content(module, images.shape, opset)
-        except (pickle.PicklingError, AttributeError):  # with hooks, as `marked_for_half` sets them
+        if os.environ.get("PYTEST_CURRENT_TEST", "").startswith(ABOUT_CONVERSION):
             return convert(module, images, opset)
-        if key not in made:
-            made[key] = convert(module, images, opset).SerializeToString()
-        return onnx.load_model_from_string(made[key])
+        try:
+            key = hashlib.sha256(_content(module, images.shape, opset, DEFAULTS["iterations"])).hexdigest()
+        except (pickle.PicklingError, AttributeError, TypeError):  # with hooks, as `marked_for_half` sets them
+            return convert(module, images, opset)
+        file = folder / f"{key}.onnx"
+        if not file.exists():
+            with atomic_path(file) as temporary:
+                temporary.write_bytes(convert(module, images, opset).SerializeToString())
+        return onnx.load(file)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_convert", once)
         yield
+
+
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of the whole session, whatever the number of workers."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own in that of the session
+    folder = base / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _content(*values: object) -> bytes:
@@ -75,11 +95,7 @@ class _Pickler(pickle.Pickler):
 
 def tiny_file(factory: pytest.TempPathFactory) -> Path:
     """The file of `export_tiny`: made once in a session, whatever the number of workers; each has a copy of its own."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # each worker has a folder of its own in that of the session
-    folder = base / "tiny-once"
-    folder.mkdir(exist_ok=True)
+    folder = shared_folder(factory, "tiny-once")
     with open(folder / "lock", "w") as lock, rounds(ALL):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "tiny.onnx").exists():

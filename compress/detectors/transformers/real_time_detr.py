@@ -100,6 +100,9 @@ class RealTimeDetr(Detector):
 
     capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.QUERIES})
     has_nms = False
+    prunable = (
+        "its layers are a library's, with attention, whose channels hang together in ways that were not looked at"
+    )
     library: ClassVar[str]
     """Name of the library's class with the loss."""
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]

@@ -29,7 +29,7 @@ from deploy.core.files import write_json, write_text
 from deploy.quantize.grids import Grids
 from tests.helpers import tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 SIZE = "--input-size 64x64"
 CUT = f"--gflops 0.5 {SIZE}"

@@ -17,7 +17,7 @@ from compress.detectors.checkpoints import ModelRecord, save_detector
 from deploy.core.card import card_from_file
 from tests.helpers import tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 
 @pytest.fixture(scope="module")

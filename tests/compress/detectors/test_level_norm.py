@@ -202,7 +202,7 @@ def test_a_network_on_grids_computes_what_its_file_computes(
 
 
 @pytest.mark.exhaustive
-def test_a_whole_run_learns_from_a_group_norm(tmp_path: Path, few_rounds: None, converted_once: None) -> None:
+def test_a_whole_run_learns_from_a_group_norm(tmp_path: Path, few_rounds: None) -> None:
     """By every method, with a moving average, to an int8 file that was trained on its grids."""
     settings = (
         "student.head_norm=batch", "student.head_depth=1", "teacher.inherit=true", "baseline=false", "train.steps=4",

@@ -23,6 +23,7 @@ from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, 
 from compress.detectors.transformers.sampling import sample_rows
 from compress.distill.build import build_methods
 from compress.distill.weighting import TrainingPosition
+from compress.prune.graph import pruning_graph
 from compress.training.learner import Learner
 from deploy.core.errors import UserError
 from tests.helpers import tiny_detr
@@ -199,7 +200,9 @@ def test_feature_methods_work_across_kinds(kind: type[RealTimeDetr], method: str
     assert all(bool(p.grad.any()) for p in student.parameters() if p.grad is not None and p.dim() == 4)
 
 
-def test_methods_on_dense_predictions_are_refused(kind: type[RealTimeDetr]) -> None:
+def test_pruning_and_methods_on_dense_predictions_are_refused(kind: type[RealTimeDetr]) -> None:
     queries = tiny_detr.tiny(kind)
+    with pytest.raises(UserError, match=f"prune: {kind.__name__} cannot be pruned"):
+        pruning_graph(queries)
     with pytest.raises(UserError, match=rf"methods\.bckd needs .* of the teacher, which {kind.family} cannot give"):
         build_methods(Methods.model_validate({"bckd": {}}), queries, freeze(tiny_detr.tiny(kind)))

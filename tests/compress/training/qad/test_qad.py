@@ -50,7 +50,7 @@ from tests.helpers import tiny_recipe
 from tests.helpers.teacher_passes import Passes
 from tests.helpers.training_runs import assert_same, fabric
 
-pytestmark = pytest.mark.usefixtures("few_rounds", "converted_once")
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 SETTINGS = (
     "deploy.int8={images: 6, qad: {steps: 6, lr: 1e-3}}",
