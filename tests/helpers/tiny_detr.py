@@ -34,7 +34,7 @@ OPTIONS: dict[type[RealTimeDetr], dict[str, Any]] = {
             "stage_mid_channels": [8, 8, 16, 16],
             "stage_out_channels": [16, 32, 64, 96],
             "stage_num_blocks": [1, 1, 1, 1],
-            "stage_numb_of_layers": [2, 2, 2, 2],
+            "stage_numb_of_layers": [1, 1, 1, 1],
             "out_indices": [2, 3, 4],
         },
         "encoder_in_channels": [32, 64, 96],

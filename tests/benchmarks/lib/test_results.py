@@ -138,7 +138,7 @@ def test_the_results_of_the_repository(tmp_path: Path) -> None:
         ("latency", "GFL-R18, random weights, 320 x 320, 2 threads", "onnx, end_to_end, batch 1", "p50", None, 92.4),
         ("quantized", "accuracy, bccd", "int8 cpu guided", "mAP drop", None, -0.195),
         ("quantized", "speed, 2 threads", R18_AT_512, "times as fast", None, 1.312),
-        ("serve", "saturation", "server over the better raw runner", "ratio", None, 0.951),
+        ("serve", "overload", "server", "p99", None, 3343.0),
         ("kernels", "cpu, 2 threads, allocator reuse", "mc_dropout: eager", "times as fast", None, 36.822),
         ("distill_gain", "cpu-methods", "FGD", "mAP", 0, 17.309),
         ("distill_gain", "quickstart", "distilled", "mAP", 0, 21.887),

@@ -338,7 +338,7 @@ GOOD_HEADER = small_record().to_json()
         ({HEADER_KEY: "{"}, "Invalid JSON"),
         ({HEADER_KEY: "{}"}, "backbone: missing; num_classes: Field required"),
         (
-            {HEADER_KEY: GOOD_HEADER.replace('"schema_version":1', '"schema_version":5')},
+            {HEADER_KEY: GOOD_HEADER.replace('"schema_version":1', '"schema_version":6')},
             "schema_version: Input",
         ),
         (
