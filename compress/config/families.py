@@ -17,16 +17,22 @@ class FamilyFacts:
 
     defaults: the keys of `SPECIAL` that it takes, each with the value where the recipe says null.
     most_convolutions: limit of head_depth and whose it is; None: there is none.
-    whole: a library builds it from a configuration, with a backbone of its own: it takes `size`, `options` and `init`.
+    sizes: the published ones of a detector that a library builds as a whole, with a backbone of its own; it takes
+        `size`, `options` and `init`.
     quantizable, weights_labels, ignores_regions: as its class says (`compress.detectors.base.Detector`).
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     most_convolutions: tuple[int, str] | None = None
-    whole: bool = False
+    sizes: tuple[str, ...] = ()
     quantizable: bool = False
     weights_labels: bool = False
     ignores_regions: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether a library builds it from a configuration."""
+        return bool(self.sizes)
 
 
 class Abilities(Protocol):
@@ -54,13 +60,13 @@ FAMILY_FACTS = {
         {"anchor_scale": 4.0}, most_convolutions=(4, "torchvision's RetinaNet has at most 4 convolutions in a tower")
     ),
     "faster_rcnn": FamilyFacts({"anchor_scale": 8.0, "roi_samples": 512}, ignores_regions=False),
-    "d_fine": FamilyFacts(whole=True, ignores_regions=False),
-    "rt_detr_v2": FamilyFacts(whole=True, ignores_regions=False),
+    "d_fine": FamilyFacts(sizes=("n", "s", "m", "l", "x"), ignores_regions=False),
+    "rt_detr_v2": FamilyFacts(sizes=("r18", "r34", "r50m", "r50", "r101"), ignores_regions=False),
 }
 
 
 def families_with(ability: str) -> str:
-    """The families that have one of `Abilities`, for messages: `gfl, fcos or retinanet`."""
+    """The families that have one of `Abilities`, or `sizes`, for messages: `gfl, fcos or retinanet`."""
     names = [name for name, facts in FAMILY_FACTS.items() if getattr(facts, ability)]
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 

@@ -121,11 +121,22 @@ class Model(Settings):
 
     def _whole_rules(self) -> None:
         """Rules of a detector that is built as a whole."""
-        for key in ("backbone", "backbone_options", "neck_channels", "head_depth", "frozen_stages", "norm_eval"):
+        for key in (
+            "backbone",
+            "backbone_options",
+            "neck_channels",
+            "head_depth",
+            "widths",
+            "frozen_stages",
+            "norm_eval",
+        ):
             if key in self.model_fields_set and getattr(self, key) != self._unset(key):
                 raise broken_rule(key, f"{self.detector} is built as a whole; leave it out, or set it under options")
         if self.weights != "none":
             raise broken_rule("weights", f"are those of a backbone; a whole {self.detector} starts from init")
+        sizes = FAMILY_FACTS[self.detector].sizes
+        if self.size is not None and self.size not in sizes:
+            raise broken_rule("size", f"{self.detector} has {', '.join(sizes)}, not {self.size}")
         if self.size is not None and self.init is not None:
             raise broken_rule("size", "is that of init; leave it out")
 
@@ -140,7 +151,7 @@ class Model(Settings):
             return
         for key in ("size", "init"):
             if getattr(self, key) is not None:
-                raise broken_rule(key, f"is for {families_with('whole')}; leave it out")
+                raise broken_rule(key, f"is for {families_with('sizes')}; leave it out")
         if not self.is_own:
             if self.backbone is None:
                 raise broken_rule("backbone", "missing")

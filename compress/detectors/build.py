@@ -202,7 +202,7 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
             for level, key in product(range(len(norm)), ("weight", "bias")):
                 if f"{of_all}.{key}" in teacher_state:
                     teacher_state[f"{name}.{level}.{key}"] = teacher_state[f"{of_all}.{key}"]
-    keys = [key for key in teacher_state if not key.startswith("backbone.") and fits(key) and fits(weight_of(key))]
+    keys = [key for key in teacher_state if "backbone" not in key.split(".") and fits(key) and fits(weight_of(key))]
     if not any(key.endswith("weight") and teacher_state[key].dim() == 4 for key in keys):
         return []
     student.load_state_dict({key: teacher_state[key] for key in keys}, strict=False)

@@ -162,6 +162,9 @@ def train(
     place = on_first_process(fabric, lambda: place_for(plan.folder, plan.name, identity, resume=resume))
     fabric.seed_everything(plan.seed, verbose=False)
     detector, teacher = plan.detector(len(data.train.categories)), plan.teacher
+    renewed = getattr(detector, "renewed", ())
+    if renewed and fabric.is_global_zero:
+        _say(f"{plan.name}: {len(renewed)} class layers begin anew: what it starts from has other classes")
     if plan.build is not None:
         check_described(output, detector, _record(plan, detector, data, None))
     if plan.start is not None:

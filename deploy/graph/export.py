@@ -36,6 +36,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.half import halve, rounded
 from deploy.graph.precision import precisions, set_card
+from deploy.graph.rows import twins
 from deploy.graph.session import cpu_session
 
 OUTPUTS = ("boxes", "scores", "labels", "count")
@@ -122,7 +123,7 @@ def export_onnx(
             found = as_computed.run(list(_INNER), {"images": images})
             wider = (2 * score_tolerance, 2 * box_tolerance_px)  # each step rounds, not the weights alone
             where = "rounded to float16 as on a GPU"
-            scores, boxes = _differences(_in_order(reference, found, expected, wider), expected, wider, where)
+            scores, boxes = _differences(_in_order(reference, found, expected, wider, where), expected, wider, where)
             measured["max_score_difference"] = max(measured["max_score_difference"], scores)
             measured["max_box_difference_px"] = max(measured["max_box_difference_px"], boxes)
     return ExportReport(
@@ -200,14 +201,16 @@ def _strip(model: onnx.ModelProto) -> None:
 
 def _name_transposed(graph: onnx.GraphProto, module: nn.Module) -> None:
     """Call the weights of matrix products, which the exporter stores transposed under a number, as the module does."""
-    names: dict[bytes, str] = {}
+    names: dict[tuple[tuple[int, ...], bytes], str] = {}
     for name, parameter in module.named_parameters():
         if parameter.dim() == 2:
-            names.setdefault(parameter.detach().T.contiguous().cpu().numpy().tobytes(), name)
+            transposed = parameter.detach().T.contiguous().cpu().numpy()
+            names.setdefault((transposed.shape, transposed.tobytes()), name)
     taken = {item.name for item in graph.initializer}
     renamed: dict[str, str] = {}
     for item in graph.initializer:
-        name = names.get(onnx.numpy_helper.to_array(item).tobytes(), "") if len(item.dims) == 2 else ""
+        key = (tuple(item.dims), onnx.numpy_helper.to_array(item).tobytes() if len(item.dims) == 2 else b"")
+        name = names.get(key, "")
         if name and item.name not in names.values() and name not in taken:
             renamed[item.name] = item.name = name
             taken.add(name)
@@ -242,7 +245,8 @@ def _compare(
         feed = {"images": images[:batch]}
         found = inner.run(list(_INNER), feed)
         wanted = [value[:batch] for value in expected]
-        differences = _differences(_in_order(module, found, wanted, tolerances), wanted, tolerances, f"batch {batch}")
+        where = f"batch {batch}"
+        differences = _differences(_in_order(module, found, wanted, tolerances, where), wanted, tolerances, where)
         largest = (max(largest[0], differences[0]), max(largest[1], differences[1]))
         selected = module.select(*(torch.from_numpy(value).to(device) for value in found))
         pairs = _match(final.run(list(OUTPUTS), feed), [value.cpu().numpy() for value in selected])
@@ -259,29 +263,40 @@ def _compare(
 
 
 def _in_order(
-    module: Any, found: list[np.ndarray], expected: list[np.ndarray], tolerances: tuple[float, float]
+    module: Any, found: list[np.ndarray], expected: list[np.ndarray], tolerances: tuple[float, float], where: str
 ) -> list[np.ndarray]:
     """`found` with the rows of each image in the order of `expected`, where the module chooses its rows.
 
-    A row that was just good enough to be chosen may be another one here: up to `MOST_EXCHANGED` of an image may have no
-    twin, and are taken as expected.
+    A row that was just good enough to be chosen may be another one here. So up to `MOST_EXCHANGED` rows of an image may
+    have no twin, if neither they nor the rows in their places are among the better half; they are taken as expected.
+    Raises ExportMismatchError for more, and for others.
     """
     if not getattr(module, "chooses_rows", False) or found[0].shape != expected[0].shape:
         return found
+    _check_finite(found, where)
     ordered = [value.copy() for value in found]
     for image, (scores, boxes) in enumerate(zip(*found, strict=True)):
         wanted = expected[0][image], expected[1][image]
-        away = np.maximum(
-            np.abs(scores[:, None] - wanted[0][None]).max(-1) / tolerances[0],
-            np.abs(boxes[:, None] - wanted[1][None]).max(-1) / tolerances[1],
-        )  # [found, expected] in tolerances
-        nearest = away.argmin(0)
-        apart = np.flatnonzero(away[nearest, np.arange(len(nearest))] > 1)
-        if len(apart) <= MOST_EXCHANGED * len(nearest):
-            for value, like, kept in zip(ordered, wanted, (scores, boxes), strict=True):
-                value[image] = kept[nearest]
-                value[image, apart] = like[apart]
+        partner = twins((scores, boxes), wanted, tolerances, within=1.0)
+        apart = np.flatnonzero(partner < 0)
+        instead = np.setdiff1d(np.arange(len(partner)), partner)
+        most = max(3, int(MOST_EXCHANGED * len(partner)))
+        best = max([*wanted[0][apart].max(-1), *scores[instead].max(-1)], default=0.0)
+        if len(apart) > most or best > np.median(wanted[0].max(-1)):
+            raise ExportMismatchError(
+                f"{where}: {len(apart)} of {len(partner)} rows that the ONNX graph chose are not torch's, the best "
+                f"with a score of {best:.2g} (allowed: {most}, of the lower half)"
+            )
+        for value, like, kept in zip(ordered, wanted, (scores, boxes), strict=True):
+            value[image] = kept[partner]
+            value[image, apart] = like[apart]
     return ordered
+
+
+def _check_finite(found: list[np.ndarray], where: str) -> None:
+    for name, value in zip(_INNER, found, strict=True):
+        if not np.isfinite(value).all():
+            raise ExportMismatchError(f"{where}: {name} holds values that are not finite")
 
 
 def _differences(
@@ -291,8 +306,7 @@ def _differences(
     for name, value, wanted in zip(_INNER, found, expected, strict=True):
         if value.shape != wanted.shape:
             raise ExportMismatchError(f"{where}: {name} is {value.shape}, torch's {wanted.shape}")
-        if not np.isfinite(value).all():
-            raise ExportMismatchError(f"{where}: {name} holds values that are not finite")
+    _check_finite(found, where)
     scores, boxes = (float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
     if scores > tolerances[0] or boxes > tolerances[1]:
         raise ExportMismatchError(

@@ -43,6 +43,8 @@ class Structure:
     """Names of the nodes up to the output layers, those included."""
     ends: tuple[str, ...]
     """Tensors that the output layers give."""
+    chooses: bool
+    """Rows of scores and boxes are what the network chose by their scores, not places."""
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -67,8 +69,8 @@ def structure_of(graph: onnx.GraphProto, where: str = "graph") -> Structure:
         raise UserError(f"{where}: there is no convolution or matrix product with a weight in it")
     if len({node.name for node in graph.node}) != len(graph.node):
         raise UserError(f"{where}: its nodes have no names, or not unique ones; export it with compress export")
-    followed = _followed(graph, set(weighted)) - _deciding(graph, set(weighted))
-    last = _followed(graph, set(weighted))
+    last, deciding = _followed(graph, set(weighted)), _deciding(graph, set(weighted))
+    followed = last - deciding
     ends = [node for node in graph.node if node.name in weighted and node.name not in last]
     users: dict[str, list[str]] = {}
     for node in graph.node:  # ONNX requires topological order
@@ -85,7 +87,8 @@ def structure_of(graph: onnx.GraphProto, where: str = "graph") -> Structure:
         for weight, nodes in users.items()
     )
     outputs = tuple(node.output[0] for node in ends)
-    return Structure(layers, frozenset(node.name for node in needed_for(graph, outputs)), outputs)
+    body = frozenset(node.name for node in needed_for(graph, outputs))
+    return Structure(layers, body, outputs, chooses=bool(deciding))
 
 
 def needed_for(graph: onnx.GraphProto, tensors: Iterable[str]) -> list[onnx.NodeProto]:

@@ -185,7 +185,8 @@ class _Measurements:
             if self._reference is None:
                 self._reference = dense_outputs(self._quantizer.model, images)
             others = {other.name for other in self._quantizer.structure.layers} - {layer}
-            return list(output_error(self._reference, dense_outputs(self._quantizer.graph(others), images)))
+            found = dense_outputs(self._quantizer.graph(others), images)
+            return list(output_error(self._reference, found, chosen=self._quantizer.structure.chooses))
 
         return Sensitivity(layer, *self._once(f"alone {layer}", work))
 

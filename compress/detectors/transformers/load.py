@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from deploy.core.errors import UserError, first_line
+import torch
+from torch import nn
+
+from deploy.core.errors import UserError
 
 HEAD_PARTS = ("class_embed", "enc_score_head", "denoising_class_embed")
 """Parts whose shapes say how many classes there are."""
@@ -18,53 +22,58 @@ NOT_OPTIONS = ("num_labels", "id2label", "label2id", "architectures", "transform
 def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     """The network of the library's class `library` with random weights, of the configuration that `options` change.
 
-    BatchNorm of a backbone that begins at random learns, unless an option says otherwise. Raises UserError for options
-    that the library does not know or cannot build.
+    BatchNorm of a backbone that begins at random learns, unless an option says otherwise, and its convolutions begin as
+    He et al. (2015) have it: the library's own standard deviation, 0.02, is for backbones that are loaded. Raises
+    UserError for options that the library does not know or cannot build.
     """
-    transformers = _import()
-    kind = getattr(transformers, library)
-    given = {"freeze_backbone_batch_norms": False, **options}
-    unknown = sorted(set(given) - set(kind.config_class().to_dict()))
-    if unknown:
-        raise UserError(f"options.{unknown[0]}: is no key of transformers' {kind.config_class.__name__}")
+    kind = getattr(_import(), library)
+    _check_known(kind, options)
     try:
-        config = kind.config_class(**given, num_labels=num_classes)
-        return _untied(kind(config))
-    except UserError:
-        raise
+        config = kind.config_class(**{"freeze_backbone_batch_norms": False, **options}, num_labels=num_classes)
+        network = _untied(kind(config))
     except Exception as error:  # whatever the library makes of numbers that do not go together
-        raise UserError(f"options: transformers cannot build a {library}: {first_line(error)}") from error
+        raise UserError(f"options: transformers cannot build a {library}: {_line(error)}") from error
+    for module in network.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
-    """The network in a folder of `save_pretrained`, or of the Hub, with its weights.
+    """The network in a folder of `save_pretrained`, or of the Hub, in float32 with its weights.
 
     Class layers of another number of classes begin at random: `renewed` of the network names them. Raises UserError
     where it is another detector, where weights are missing or have other shapes, and where it cannot be had.
     """
     transformers = _import()
     kind = getattr(transformers, library)
+    _check_known(kind, options)
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UserError(f"init: {name}: is a file; give the folder that save_pretrained wrote")
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UserError(f"init: {name}: no such folder, and no name of the Hub (owner/name)")
+    where = f"init: {name}" if folder.is_dir() else f"init: {name}, on the Hub"
+    source = str(folder) if folder.is_dir() else name
     with _quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(source)
         except Exception as error:  # network, files, versions
-            raise UserError(f"init: {name}: transformers cannot read it: {first_line(error)}") from error
+            raise UserError(f"{where}: transformers cannot read it: {_line(error)}") from error
         if not isinstance(config, kind.config_class):
-            raise UserError(f"init: {name}: is a {config.model_type}, not a {kind.config_class.model_type}")
-        for key, value in {**options, "num_labels": num_classes}.items():
-            if not hasattr(config, key):
-                raise UserError(f"options.{key}: is no key of transformers' {kind.config_class.__name__}")
-            setattr(config, key, value)
+            raise UserError(f"{where}: is a {config.model_type}, not a {kind.config_class.model_type}")
         try:
+            for key, value in {**options, "num_labels": num_classes}.items():
+                setattr(config, key, value)
             model, found = kind.from_pretrained(
-                name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
             )
         except Exception as error:
-            raise UserError(f"init: {name}: transformers cannot load it: {first_line(error)}") from error
+            raise UserError(f"{where}: transformers cannot load it: {_line(error)}") from error
     renewed = sorted({str(item[0] if isinstance(item, tuple) else item) for item in found["mismatched_keys"]})
     lost = [key for key in (*renewed, *found["missing_keys"]) if not any(part in key for part in HEAD_PARTS)]
     if lost:
-        raise UserError(f"init: {name}: its weights do not fit its configuration: the first is {lost[0]}")
+        raise UserError(f"{where}: its weights do not fit its configuration: the first is {lost[0]}")
     network = _untied(model)
     network.renewed = tuple(renewed)
     return network
@@ -78,6 +87,20 @@ def options_of(config: Any) -> dict[str, Any]:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _check_known(kind: Any, options: Mapping[str, Any]) -> None:
+    known = set(kind.config_class().to_dict()) - set(NOT_OPTIONS) - {"model_type"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        problem = "is what the detector says itself" if unknown[0] in NOT_OPTIONS else "is no key"
+        raise UserError(f"options.{unknown[0]}: {problem} of transformers' {kind.config_class.__name__}")
+
+
+def _line(error: BaseException) -> str:
+    """All that the error says, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300]
 
 
 def _import() -> Any:

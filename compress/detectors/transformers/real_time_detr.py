@@ -96,6 +96,7 @@ class RealTimeDetr(Detector):
         network: the library's model, without the class around it that adds the loss.
 
     options: the library's configuration, as far as it is not its default, without what num_classes says.
+    renewed: class layers that began anew, because what was loaded has other classes.
     """
 
     capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.QUERIES})
@@ -111,16 +112,22 @@ class RealTimeDetr(Detector):
     def __init__(self, num_classes: int, network: Any) -> None:
         super().__init__()
         config = network.config
-        if config.learn_initial_query or config.num_feature_levels != len(config.decoder_in_channels):
-            raise UserError(
-                f"{self.family}: options: learn_initial_query must be false, and num_feature_levels the number of maps"
-            )
+        for key, wanted in (
+            ("learn_initial_query", False),
+            ("decoder_method", "default"),
+            ("auxiliary_loss", True),
+            ("num_feature_levels", len(config.decoder_in_channels)),
+        ):
+            if getattr(config, key) != wanted:
+                raise UserError(f"options.{key}: must be {wanted} here, is {getattr(config, key)}")
         self.num_classes = num_classes
         self.network = network
         self.strides = tuple(int(stride) for stride in config.feat_strides)
         self.feature_channels = int(config.encoder_hidden_dim)
         self.options = options_of(config)
+        self.renewed: tuple[str, ...] = getattr(network, "renewed", ())
         self.set_normalisation((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
+        self._try()
 
     @classmethod
     def build(cls, num_classes: int, *, size: str | None, options: Mapping[str, Any], init: str | None) -> RealTimeDetr:
@@ -132,13 +139,11 @@ class RealTimeDetr(Detector):
             init: a folder or Hub name, whose configuration and weights are taken in the place of `size`'s; class
                 layers of another number of classes begin anew.
 
-        Raises UserError for an unknown size or option and for weights that do not fit.
+        Raises UserError for an option that is unknown or does not fit, and for weights that do not.
         """
         if init is not None:
             return cls(num_classes, loaded(cls.library, init, num_classes, options))
-        if size is not None and size not in cls.sizes:
-            raise UserError(f"size: {cls.family} has {', '.join(cls.sizes)}, not {size}")
-        given = {**cls.sizes.get(size or "", {}), **options}
+        given = {**({} if size is None else cls.sizes[size]), **options}
         return cls(num_classes, fresh(cls.library, num_classes, given))
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -233,6 +238,26 @@ class RealTimeDetr(Detector):
 
     def _criterion(self) -> Any:
         raise NotImplementedError
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Raise UserError where the parts do not go together, or the maps have other strides than the configuration
+        says."""
+        side = 2 * self.strides[-1]
+        was_training = self.training
+        self.eval()  # so that no statistics move
+        device = next(self.parameters()).device
+        try:
+            maps = self.features(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+            found = [side // int(x.shape[2]) for x in maps]
+            self.predict(maps)
+        except Exception as error:  # whatever a layer says of numbers that do not go together
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"options: the layers do not fit together ({reason})") from error
+        finally:
+            self.train(was_training)
+        if found != list(self.strides):
+            raise UserError(f"options.feat_strides: are {list(self.strides)}, and the maps have strides {found}")
 
     def _canvas(self, features: list[Tensor]) -> tuple[int, int]:
         height, width = features[0].shape[2:]

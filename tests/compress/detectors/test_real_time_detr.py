@@ -17,7 +17,7 @@ pytest.importorskip("scipy")
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.detectors.base import Capability, ImageSize, freeze
-from compress.detectors.build import build_detector, model_of
+from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, RTDetrV2
 from compress.detectors.transformers.sampling import sample_rows
@@ -180,6 +180,9 @@ def test_it_starts_from_a_folder_with_other_classes(kind: type[RealTimeDetr], tm
     wrong = next(k for k in KINDS if k is not kind)
     with pytest.raises(UserError, match=f"is a {kind.family}, not a {wrong.family}"):
         wrong.build(3, size=None, options={}, init=str(tmp_path))
+    for folder, said in (("nothing", "no such folder, and no name of the Hub"), ("config.json", "is a file")):
+        with pytest.raises(UserError, match=said):
+            kind.build(3, size=None, options={}, init=str(tmp_path / folder))
     with pytest.raises(UserError, match=r"options\.num_querys: is no key of"):
         kind.build(3, size=None, options={"num_querys": 3}, init=str(tmp_path))
 
@@ -198,6 +201,34 @@ def test_feature_methods_work_across_kinds(kind: type[RealTimeDetr], method: str
     assert own and all(value.isfinite() and value > 0 for value in own.values())
     torch.stack(list(own.values())).sum().backward()
     assert all(bool(p.grad.any()) for p in student.parameters() if p.grad is not None and p.dim() == 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_queries": "ten"}, "num_queries"),
+        ({"num_queries": 0}, "the layers do not fit together"),
+        ({"encoder_hidden_dim": 64}, "the layers do not fit together"),
+        ({"feat_strides": [4, 8, 16]}, r"the maps have strides \[8, 16, 32\]"),
+        ({"decoder_method": "discrete"}, "must be default here"),
+        ({"num_labels": 9}, "is what the detector says itself"),
+    ],
+)
+def test_options_that_do_not_fit_are_told(kind: type[RealTimeDetr], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        tiny_detr.tiny(kind, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_half_weights_begin_in_float32(kind: type[RealTimeDetr], tmp_path: Path) -> None:
+    tiny_detr.library_model(tiny_detr.tiny(kind)).half().save_pretrained(tmp_path)
+    detector = kind.build(tiny_detr.CLASSES, size=None, options={}, init=str(tmp_path))
+    assert {p.dtype for p in detector.parameters()} == {torch.float32}
+
+
+def test_a_student_inherits_no_backbone(kind: type[RealTimeDetr]) -> None:
+    keys = inherit(tiny_detr.tiny(kind), tiny_detr.tiny(kind))
+    assert keys and not any("backbone" in key for key in keys)
 
 
 def test_pruning_and_methods_on_dense_predictions_are_refused(kind: type[RealTimeDetr]) -> None:

@@ -19,7 +19,7 @@ from deploy.core.card import ModelCard
 from deploy.graph import export
 from deploy.graph.export import export_onnx
 from deploy.quantize.calibrate import choose_images
-from deploy.quantize.file import Quantizer
+from deploy.quantize.file import Quantizer, output_error
 from deploy.quantize.qdq import Target
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers import tiny_detr
@@ -82,15 +82,34 @@ def test_int8_leaves_what_decides_in_float(file: Path, target: Target, tmp_path:
 
 
 def test_rows_that_were_chosen_are_compared_with_the_nearest() -> None:
-    """Exchanged rows are the same; one of a hundred may be another; three may not, and a place may never."""
+    """Exchanged rows are the same; a few poor ones may be others; good ones, and places, may never."""
     rng = np.random.default_rng(0)
-    expected = [rng.random((1, 100, 3)), rng.random((1, 100, 4)) * 90]
+    expected = [rng.random((1, 100, 3)) * 0.5, rng.random((1, 100, 4)) * 90]
+    expected[0][0, 50:] += 0.5
     order = rng.permutation(100)
-    found = [value[:, order].copy() for value in expected]
     chooses, places = torch.nn.Module(), torch.nn.Module()
     chooses.chooses_rows = True  # type: ignore[assignment]
-    for lost, fits in ((0, True), (1, True), (3, False)):
-        found[1][0, :lost] += 50
-        for module, fine in ((chooses, fits), (places, False)):
-            ordered = export._in_order(module, found, expected, (1e-3, 0.25))
-            assert all(np.abs(a - b).max() < 0.1 for a, b in zip(ordered, expected, strict=True)) == fine
+
+    def ordered(module: torch.nn.Module, *others: int, moved: float = 50) -> list[np.ndarray]:
+        found = [value.copy() for value in expected]
+        found[1][0, others] += moved
+        return export._in_order(module, [value[:, order] for value in found], expected, (1e-3, 0.25), "here")
+
+    for others in ((), (0,), (0, 1, 2)):
+        assert all(np.abs(a - b).max() < 0.1 for a, b in zip(ordered(chooses, *others), expected, strict=True))
+    for others in ((0, 1, 2, 3), (60,)):
+        with pytest.raises(export.ExportMismatchError, match="rows that the ONNX graph chose are not torch's"):
+            ordered(chooses, *others)
+    with pytest.raises(export.ExportMismatchError, match="not finite"):
+        ordered(chooses, 0, moved=np.inf)
+    assert np.abs(ordered(places)[0] - expected[0]).max() > 0.1
+
+
+def test_int8_errors_do_not_depend_on_the_order_of_chosen_rows() -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.random((2, 40, 2)) * 90
+    rows = rng.random((2, 40, 3)), np.concatenate([corners, corners + 10], -1)
+    order = rng.permutation(40)
+    exchanged = rows[0][:, order], rows[1][:, order]
+    assert output_error(rows, exchanged, chosen=True) == (0.0, 0.0)
+    assert min(output_error(rows, exchanged)) > 0.3
