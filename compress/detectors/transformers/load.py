@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from deploy.core.errors import UserError
 
@@ -22,21 +21,16 @@ NOT_OPTIONS = ("num_labels", "id2label", "label2id", "architectures", "transform
 def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     """The network of the library's class `library` with random weights, of the configuration that `options` change.
 
-    BatchNorm of a backbone that begins at random learns, unless an option says otherwise, and its convolutions begin as
-    He et al. (2015) have it: the library's own standard deviation, 0.02, is for backbones that are loaded. Raises
-    UserError for options that the library does not know or cannot build.
+    BatchNorm of a backbone that begins at random learns, unless an option says otherwise. Raises UserError for options
+    that the library does not know or cannot build.
     """
     kind = getattr(_import(), library)
     _check_known(kind, options)
     try:
         config = kind.config_class(**{"freeze_backbone_batch_norms": False, **options}, num_labels=num_classes)
-        network = _untied(kind(config))
+        return _untied(kind(config))
     except Exception as error:  # whatever the library makes of numbers that do not go together
         raise UserError(f"options: transformers cannot build a {library}: {_line(error)}") from error
-    for module in network.backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network
 
 
 def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
