@@ -104,6 +104,10 @@ class DensePrediction:
             return scores
         return (scores * self.centerness[level].flatten(2).transpose(1, 2).sigmoid()).sqrt()
 
+    def scores_by_level(self) -> list[Tensor]:
+        """Scores of each level, [B, M, K]; see `scores`."""
+        return [self.level_scores(level) for level in range(len(self.logits))]
+
     def scores(self) -> Tensor:
         """Scores that rank detections, [B, A, K] in 0..1: sigmoid(logits), in FCOS its geometric mean with the
         centerness."""
@@ -345,11 +349,11 @@ class Detector(nn.Module):
             nms_threshold: boxes of one class that overlap more than this IoU suppress each other, if `has_nms`.
             max_detections: kept of an image.
         """
-        if Capability.DENSE not in self.capabilities:
+        if not self.capabilities & {Capability.DENSE, Capability.QUERIES}:
             raise self._lacks(Capability.BOXES)
         prediction = prediction.float()
-        scores = [prediction.level_scores(level) for level in range(len(prediction.logits))]
-        boxes = self.decode_boxes(prediction).split(prediction.counts, 1)
+        scores = prediction.scores_by_level()
+        boxes = self.decode_boxes(prediction).split([x.shape[1] for x in scores], 1)
         found = []
         for index, size in enumerate(sizes):
             selected = select(

@@ -17,6 +17,7 @@ import torch
 
 from compress.config.teacher import is_class
 from compress.detectors.base import Capability, Detector, ImageDetections
+from compress.detectors.transformers.load import quiet
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -42,26 +43,19 @@ class TransformersTeacher:
                 raise UserError(f"{folder}: no {name} in it; give the folder of a detector that save_pretrained wrote")
         try:
             from transformers import AutoImageProcessor, AutoModelForObjectDetection
-            from transformers.utils import logging
         except ImportError as error:
             raise UserError(
                 f"{folder}: teachers of transformers need that package ({error}); "
                 "pip install 'compress-detectors[transformers]'"
             ) from None
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         try:
-            # Parts of a model that are not in the file would be random, in silence.
-            self._processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
-            model, loading = AutoModelForObjectDetection.from_pretrained(
-                str(folder), local_files_only=True, output_loading_info=True
-            )
+            with quiet():  # parts of a model that are not in the file would be random, in silence
+                self._processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+                model, loading = AutoModelForObjectDetection.from_pretrained(
+                    str(folder), local_files_only=True, output_loading_info=True
+                )
         except Exception as error:  # whatever a foreign library makes of foreign files
             raise UserError(f"{folder}: transformers cannot load it as a detector: {_line(error)}") from error
-        finally:
-            logging.set_verbosity(verbosity)
-            logging.enable_progress_bar()
         lost = [*sorted(loading["missing_keys"]), *sorted(map(str, loading.get("mismatched_keys", ())))]
         if lost:
             raise UserError(

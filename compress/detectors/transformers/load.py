@@ -49,7 +49,7 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
         raise UserError(f"init: {name}: no such folder, and no name of the Hub (owner/name)")
     where = f"init: {name}" if folder.is_dir() else f"init: {name}, on the Hub"
     source = str(folder) if folder.is_dir() else name
-    with _quiet():
+    with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(source)
         except Exception as error:  # network, files, versions
@@ -80,6 +80,21 @@ def options_of(config: Any) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's notes and progress bars."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
 # --- details --------------------------------------------------------------------------------------------
 
 
@@ -106,20 +121,6 @@ def _import() -> Any:
             f"detectors of transformers need that package ({error}); pip install 'compress-detectors[transformers]'"
         ) from None
     return transformers
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
 
 
 def _untied(model: Any) -> Any:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -31,19 +31,16 @@ from compress.detectors.assign import Assignment
 from compress.detectors.base import (
     Capability,
     Detector,
-    ImageDetections,
-    ImageSize,
     Reduce,
     Targets,
     pad_targets,
     refuse_pseudo_labels,
 )
-from compress.detectors.select import select
 from compress.detectors.transformers.load import fresh, loaded, options_of
 from compress.detectors.transformers.sampling import in_exportable_form
 from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
-from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.errors import UserError
+from deploy.core.import_path import import_object
 
 
 @dataclass
@@ -71,6 +68,10 @@ class QueryPrediction:
     def scores(self) -> Tensor:
         """[B, Q, K] in 0..1."""
         return self.logits.sigmoid()
+
+    def scores_by_level(self) -> list[Tensor]:
+        """All queries as one level."""
+        return [self.scores()]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> QueryPrediction:
         learned = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.learned.items()}
@@ -108,6 +109,10 @@ class RealTimeDetr(Detector):
     """Name of the library's class with the loss."""
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
     """Published configurations, by name."""
+    criterion: ClassVar[str]
+    """Import path of the library's loss."""
+    also_learned: ClassVar[Mapping[str, str]] = {}
+    """What the loss takes of the decoder's output besides scores and boxes: its name → the output's."""
 
     def __init__(self, num_classes: int, network: Any) -> None:
         super().__init__()
@@ -189,7 +194,9 @@ class RealTimeDetr(Detector):
         assert isinstance(targets, QueryTargets) and prediction.learned, "as they are in training"
         learned = dict(prediction.learned)
         logits, boxes = learned.pop("logits"), learned.pop("boxes")
-        _, terms, _ = self._criterion()(logits, targets.truth, logits.device, boxes, self.network.config, **learned)
+        _, terms, _ = import_object(self.criterion, "criterion")(
+            logits, targets.truth, logits.device, boxes, self.network.config, **learned
+        )
         found: dict[str, Tensor] = {}
         for name, value in terms.items():
             kind = re.sub(r"_(aux|dn)_\d+$", "", name)
@@ -202,32 +209,6 @@ class RealTimeDetr(Detector):
         x, y, w, h = prediction.boxes.unbind(-1)
         return torch.stack(((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height), -1)
 
-    @torch.no_grad()
-    def decode(
-        self,
-        prediction: QueryPrediction,
-        sizes: Sequence[ImageSize],
-        *,
-        score_threshold: float = SCORE_THRESHOLD,
-        nms_threshold: float = NMS_THRESHOLD,
-        max_detections: int = MAX_DETECTIONS,
-    ) -> list[ImageDetections]:
-        """The best (query, class) pairs; `nms_threshold` changes nothing."""
-        prediction = prediction.float()
-        scores, boxes = prediction.scores(), self.decode_boxes(prediction)
-        return [
-            ImageDetections(
-                *select(
-                    [(scores[index], boxes[index])],
-                    size,
-                    score_threshold=score_threshold,
-                    nms_threshold=None,
-                    max_detections=max_detections,
-                )
-            )
-            for index, size in enumerate(sizes)
-        ]
-
     def in_half(self) -> dict[str, nn.Module]:
         """Backbone and encoder: what decides where queries look needs the digits of float32."""
         names = ("backbone.model", "encoder_input_proj", "encoder", "decoder_input_proj")
@@ -235,9 +216,6 @@ class RealTimeDetr(Detector):
         projections = [name for name, part in parts.items() if isinstance(part, nn.ModuleList)]
         alone = {f"{name}.{n}": part for name in projections for n, part in enumerate(parts.pop(name))}
         return parts | alone
-
-    def _criterion(self) -> Any:
-        raise NotImplementedError
 
     @torch.no_grad()
     def _try(self) -> None:
@@ -304,13 +282,9 @@ class RealTimeDetr(Detector):
                 "enc_topk_logits": logits.gather(1, best.expand(-1, -1, logits.shape[2])),
                 "enc_topk_bboxes": prediction.points,
                 "denoising_meta_values": noise,
-                **self._more_of(found),
+                **{name: getattr(found, value) for name, value in self.also_learned.items()},
             }
         return prediction
-
-    def _more_of(self, found: Any) -> dict[str, Tensor]:
-        """What the loss takes of a decoder's output besides logits and boxes."""
-        return {}
 
     def _denoising(self, truth: list[dict[str, Tensor]], queries: int) -> tuple[Any, Any, Any, Any]:
         """Noisy copies of the labels as queries, their boxes, who may attend to whom, and what the loss needs."""
@@ -334,17 +308,11 @@ class DFine(RealTimeDetr):
     family = "d_fine"
     library = "DFineForObjectDetection"
     sizes = D_FINE
-
-    def _criterion(self) -> Any:
-        from transformers.loss.loss_d_fine import DFineForObjectDetectionLoss
-
-        return DFineForObjectDetectionLoss
-
-    def _more_of(self, found: Any) -> dict[str, Tensor]:
-        return {
-            "predicted_corners": found.intermediate_predicted_corners,
-            "initial_reference_points": found.initial_reference_points,
-        }
+    criterion = "transformers.loss.loss_d_fine:DFineForObjectDetectionLoss"
+    also_learned: ClassVar[Mapping[str, str]] = {
+        "predicted_corners": "intermediate_predicted_corners",
+        "initial_reference_points": "initial_reference_points",
+    }
 
 
 class RTDetrV2(RealTimeDetr):
@@ -353,11 +321,7 @@ class RTDetrV2(RealTimeDetr):
     family = "rt_detr_v2"
     library = "RTDetrV2ForObjectDetection"
     sizes = RT_DETR_V2
-
-    def _criterion(self) -> Any:
-        from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
-
-        return RTDetrForObjectDetectionLoss
+    criterion = "transformers.loss.loss_rt_detr:RTDetrForObjectDetectionLoss"
 
 
 # --- details --------------------------------------------------------------------------------------------
