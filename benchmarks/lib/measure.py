@@ -102,6 +102,11 @@ def interleave(cases: dict[str, Call], *, repeats: int, min_repeat_s: float = MI
     return timings
 
 
+def range_row(variant: str, metric: str, values: list[float], unit: str) -> Row:
+    """The median of rounds, with the least and the greatest."""
+    return Row(variant, metric, statistics.median(values), unit, min(values), max(values), "range", len(values))
+
+
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile; of one value three times that."""
     if len(values) < 2:

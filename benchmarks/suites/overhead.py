@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,10 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.lib import child, options
-from benchmarks.lib.load import Target, closed_loop
-from benchmarks.lib.measure import ForeignCpu
+from benchmarks.lib.load import closed_loop
+from benchmarks.lib.measure import ForeignCpu, range_row
 from benchmarks.lib.photographs import write_photographs
 from benchmarks.lib.results import ROOT, Case, Row
+from benchmarks.lib.server import started
 from deploy.core.card import card_from_file
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import detect_all, prepare
@@ -105,9 +105,9 @@ def throughput(onnx: Path, folder: Path, threads: int, rounds: int) -> list[Row]
             side()
             if turn:  # the first is to warm up
                 rates[name].append(IMAGES / (time.perf_counter() - start))
-    rows = [_spread(name, "throughput", values, "images/s") for name, values in rates.items()]
+    rows = [range_row(name, "throughput", values, "images/s") for name, values in rates.items()]
     ratios = np.divide(rates["validation"], rates["bare runner"]).tolist()
-    return [*rows, replace(_spread("validation over the bare runner", "ratio", ratios, "×"), bar=THROUGHPUT_BAR)]
+    return [*rows, replace(range_row("validation over the bare runner", "ratio", ratios, "×"), bar=THROUGHPUT_BAR)]
 
 
 def memory(onnx: Path, folder: Path, threads: int) -> list[Row]:
@@ -134,10 +134,6 @@ def memory(onnx: Path, folder: Path, threads: int) -> list[Row]:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _spread(variant: str, metric: str, values: list[float], unit: str) -> Row:
-    return Row(variant, metric, statistics.median(values), unit, min(values), max(values), "range", len(values))
-
-
 def _peak_mb(command: list[str]) -> float:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -150,19 +146,10 @@ def _peak_mb(command: list[str]) -> float:
 def _peak_of_server(command: list[str], folder: Path) -> float:
     bodies = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
     command = [*command, "--port", "0", "--deadline-ms", "600000", "--log-level", "warning"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        match = next(filter(None, (re.match(r"ready: http://([\d.]+):(\d+)", line) for line in process.stdout)), None)
-        if match is None:
-            raise RuntimeError(f"the server ended with {process.wait()}")
-        target = Target(match[1], int(match[2]))
+    with started(command) as (target, process):
         shots = asyncio.run(closed_loop(target, bodies, clients=2 * BATCH, count=REQUESTS))
         if any(shot.status != 200 for shot in shots):
             raise RuntimeError("the server refused a photograph")
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
         assert peak is not None
         return int(peak[1]) / 1e3
-    finally:
-        process.kill()
-        process.wait()

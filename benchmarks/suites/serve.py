@@ -44,8 +44,9 @@ from PIL import Image
 
 from benchmarks.lib import child, options
 from benchmarks.lib.load import LOST, Shot, Target, closed_loop, get, open_loop, percentiles
-from benchmarks.lib.measure import ForeignCpu
-from benchmarks.lib.results import ROOT, Case, Row
+from benchmarks.lib.measure import ForeignCpu, range_row
+from benchmarks.lib.results import Case, Row
+from benchmarks.lib.server import started
 from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.image import decode_image
 from deploy.runtimes.onnx import OnnxRunner
@@ -98,19 +99,8 @@ class Bench:
         command += ["--threads", str(self.threads), "--max-batch", str(self.max_batch), "--log-level"]
         command += ["warning" if log is None else "info"]
         command += ["--deadline-ms", str(DEADLINE_MS), *more]
-        with contextlib.nullcontext() if log is None else log.open("w") as errors:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if match := re.match(r"ready: http://([\d.]+):(\d+)", line):
-                    yield Target(match[1], int(match[2])), process
-                    break
-            else:
-                raise RuntimeError(f"the server ended with {process.wait()}")
-        finally:
-            process.kill()
-            process.wait()
+        with contextlib.nullcontext() if log is None else log.open("w") as errors, started(command, errors) as found:
+            yield found
 
     def clients(self) -> int:
         """Enough that a full batch waits while one runs."""
@@ -184,14 +174,14 @@ def saturation(bench: Bench) -> list[Row]:
         for _ in range(rounds):
             for name, case in cases.items():
                 rates.setdefault(name, []).append(case())
-    rows = [_spread_row(name, "throughput", values, "images/s") for name, values in rates.items()]
+    rows = [range_row(name, "throughput", values, "images/s") for name, values in rates.items()]
     best = max((row for row in rows if row.variant.startswith("runner")), key=lambda row: row.value).variant
     for name, other, bar in (
         ("server over the better raw runner", best, bench.saturation),
         ("batching over no batching", "server without batching", ">= 1"),
     ):
         ratios = np.divide(rates["server"], rates[other]).tolist()
-        rows.append(replace(_spread_row(name, "ratio", ratios, "×"), bar=bar))
+        rows.append(replace(range_row(name, "ratio", ratios, "×"), bar=bar))
     return rows
 
 
@@ -394,12 +384,6 @@ def _load_rows(variant: str, shots: list[Shot], seconds: float) -> list[Row]:
         Row(variant, "refused", sum(shot.status == 429 for shot in shots), n=len(shots)),
         *(Row(variant, name, ms, "ms", n=len(answered)) for name, ms in percentiles(answered).items() if answered),
     ]
-
-
-def _spread_row(variant: str, metric: str, values: list[float], unit: str) -> Row:
-    """The median of rounds, with the least and the greatest."""
-    median = float(np.median(values))
-    return Row(variant, metric, median, unit, min(values), max(values), "range", len(values))
 
 
 def _accepted(metrics: str) -> int:
