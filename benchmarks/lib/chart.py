@@ -30,7 +30,7 @@ def dots(title: str, legend: str, lines: Sequence[Line], *, signed: bool = False
     ends = [x for line in lines for x in (*line.values, *([] if line.mean is None else [line.mean]))]
     margin = 0.05 * (max(0.0, *ends) - min(0.0, *ends)) or 1.0
     low, high = min(0.0, *ends) - (margin if signed else 0.0), max(0.0, *ends) + margin
-    left, right = 30 + min(400, round(6.3 * max(len(line.label) for line in lines))), WIDTH - 40
+    left, right = 30 + min(400, round(8 * max(len(line.label) for line in lines))), WIDTH - 40
     height = TOP + ROW * len(lines) + 40
 
     def x_of(value: float) -> float:
