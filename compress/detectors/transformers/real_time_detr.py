@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -36,47 +36,12 @@ from compress.detectors.base import (
     pad_targets,
     refuse_pseudo_labels,
 )
+from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction
 from compress.detectors.transformers.load import fresh, loaded, options_of
 from compress.detectors.transformers.sampling import in_exportable_form
 from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
 from deploy.core.errors import UserError
 from deploy.core.import_path import import_object
-
-
-@dataclass
-class QueryPrediction:
-    """What the decoder says of its queries.
-
-    logits: float [B, Q, K], before the sigmoid; boxes: float [B, Q, 4], centre, width and height in shares of `canvas`;
-        of the last layer. points: float [B, Q, 4], the boxes that the queries started from, like `boxes`.
-    canvas: (height, width) of the network image in pixels.
-    learned: in training what the library's loss takes besides, by its names.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    points: Tensor
-    canvas: tuple[int, int]
-    learned: dict[str, Any] = field(default_factory=dict)
-
-    def float(self) -> QueryPrediction:
-        return self._map(Tensor.float)
-
-    def detach(self) -> QueryPrediction:
-        return self._map(Tensor.detach)
-
-    def scores(self) -> Tensor:
-        """[B, Q, K] in 0..1."""
-        return self.logits.sigmoid()
-
-    def scores_by_level(self) -> list[Tensor]:
-        """All queries as one level."""
-        return [self.scores()]
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> QueryPrediction:
-        learned = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.learned.items()}
-        logits, boxes, points = (function(x) for x in (self.logits, self.boxes, self.points))
-        return replace(self, logits=logits, boxes=boxes, points=points, learned=learned)
 
 
 @dataclass
@@ -111,6 +76,8 @@ class RealTimeDetr(Detector):
     """Published configurations, by name."""
     criterion: ClassVar[str]
     """Import path of the library's loss."""
+    matcher: ClassVar[str] = "transformers.loss.loss_rt_detr:RTDetrHungarianMatcher"
+    """Import path of the matching that it uses."""
     also_learned: ClassVar[Mapping[str, str]] = {}
     """What the loss takes of the decoder's output besides scores and boxes: its name → the output's."""
 
@@ -167,6 +134,31 @@ class RealTimeDetr(Detector):
         canvas = self._canvas(features)
         return self._predict(features, [_truth(target, canvas, features[0].device) for target in targets])
 
+    def predict_at(self, features: list[Tensor], queries: Queries) -> list[QueryPrediction]:
+        """Run the decoder on queries that begin where another model's do: one prediction a layer that says something,
+        the last one last. A query takes along the features of the place that is nearest to its own: the level of the
+        nearest stride, and there the location that the centre lies in."""
+        memory = self._memory([x.float() for x in features])
+        encoded, _, _ = self._encoded(memory)
+        rows = _nearest(queries.places, memory.shapes, self.strides)[..., None]
+        states = encoded.gather(1, rows.expand(-1, -1, encoded.shape[2])).detach()
+        found = self._decode(memory, states, queries.boxes.logit(eps=1e-5), None)
+        return self._layers(found, queries, self._canvas(features))
+
+    @torch.no_grad()
+    def match(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
+        """The library's matching: of each image the queries int64 [n] and the objects int64 [n] of `truth`."""
+        truth = self.truth(prediction, targets)
+        matcher = import_object(self.matcher, "matcher")(self.network.config)
+        found: list[tuple[Tensor, Tensor]] = matcher(
+            {"logits": prediction.logits, "pred_boxes": prediction.boxes.clamp(0, 1)}, truth
+        )
+        return found
+
+    def truth(self, prediction: QueryPrediction, targets: list[Target]) -> list[dict[str, Tensor]]:
+        """Ground truth as `QueryTargets.truth`, on the prediction's device."""
+        return [_truth(target, prediction.canvas, prediction.logits.device) for target in targets]
+
     @torch.no_grad()
     def assign(self, prediction: QueryPrediction, targets: list[Target], reduce: Reduce | None = None) -> QueryTargets:
         """Ground truth alone: what it is matched to, the losses find.
@@ -176,7 +168,7 @@ class RealTimeDetr(Detector):
         refuse_pseudo_labels(self.family, targets)
         device = prediction.logits.device
         boxes, labels, mask = pad_targets(targets, device)
-        truth = [_truth(target, prediction.canvas, device) for target in targets]
+        truth = self.truth(prediction, targets)
         own = torch.tensor(float(sum(len(t["boxes"]) for t in truth)), device=device)
         world, factor = 1, torch.ones((), device=device)
         if reduce is not None:
@@ -241,50 +233,78 @@ class RealTimeDetr(Detector):
         height, width = features[0].shape[2:]
         return int(height) * self.strides[0], int(width) * self.strides[0]
 
+    def _memory(self, features: list[Tensor]) -> _Memory:
+        maps = [project(x) for project, x in zip(self.network.decoder_input_proj, features, strict=True)]
+        rows = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1).float()
+        return _Memory(rows, [(int(x.shape[2]), int(x.shape[3])) for x in maps])
+
+    def _encoded(self, memory: _Memory) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries take along of each location [B, S, d], the locations' anchors before the sigmoid [1, S, 4], and
+        whether these lie inside of the image [1, S, 1]."""
+        network, rows = self.network, memory.rows
+        anchors, inside = network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
+        return network.enc_output(inside.to(rows.dtype) * rows), anchors, inside
+
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
-        network = self.network
-        maps = [project(x) for project, x in zip(network.decoder_input_proj, features, strict=True)]
-        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1).float()  # [B, S, d]
-        shapes = [(int(x.shape[2]), int(x.shape[3])) for x in maps]
-        anchors, inside = network.generate_anchors(tuple(shapes), device=memory.device, dtype=memory.dtype)
-        encoded = network.enc_output(inside.to(memory.dtype) * memory)
+        network, memory = self.network, self._memory(features)
+        encoded, anchors, _ = self._encoded(memory)
         logits = network.enc_score_head(encoded)
         boxes = network.enc_bbox_head(encoded) + anchors
-        queries = min(network.config.num_queries, sum(h * w for h, w in shapes))
-        best = logits.amax(-1).topk(queries, dim=1).indices[..., None]  # [B, Q, 1]
+        count = min(network.config.num_queries, encoded.shape[1])
+        best = logits.amax(-1).topk(count, dim=1).indices[..., None]  # [B, Q, 1]
         points = boxes.gather(1, best.expand(-1, -1, 4))
         start = points
         states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2])).detach()
         mask = noise = None
         if truth is not None and self.training and network.config.num_denoising > 0:
-            labels, noisy, mask, noise = self._denoising(truth, queries)
+            labels, noisy, mask, noise = self._denoising(truth, count)
             if noise is not None:
                 states, start = torch.cat((labels, states), 1), torch.cat((noisy, start), 1)
-        with in_exportable_form(network) if torch.compiler.is_exporting() else nullcontext():
-            found = network.decoder(
-                inputs_embeds=states,
-                encoder_hidden_states=memory,
-                encoder_attention_mask=mask,
-                reference_points=start.detach(),
-                spatial_shapes=torch.tensor(shapes, device=memory.device),
-                spatial_shapes_list=shapes,
-            )
-        all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points
-        prediction = QueryPrediction(
-            all_logits[:, -1, -queries:], all_boxes[:, -1, -queries:], points.sigmoid(), self._canvas(features)
-        )
+        found = self._decode(memory, states, start, mask)
+        places = _places(memory.shapes, self.strides, best.device).expand(best.shape[0], -1, -1)
+        queries = Queries(points.sigmoid(), places.gather(1, best.expand(-1, -1, 3)))
+        prediction = self._layers(found, queries, self._canvas(features))[-1]
         if truth is not None:
+            all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points
             prediction.learned = {
                 "logits": all_logits[:, -1],
                 "boxes": all_boxes[:, -1],
                 "outputs_class": all_logits,
                 "outputs_coord": all_boxes,
                 "enc_topk_logits": logits.gather(1, best.expand(-1, -1, logits.shape[2])),
-                "enc_topk_bboxes": prediction.points,
+                "enc_topk_bboxes": queries.boxes,
                 "denoising_meta_values": noise,
                 **{name: getattr(found, value) for name, value in self.also_learned.items()},
             }
         return prediction
+
+    def _decode(self, memory: _Memory, states: Tensor, start: Tensor, mask: Tensor | None) -> Any:
+        """Run the decoder on queries with `states` [B, Q, d] that begin at `start` [B, Q, 4], before the sigmoid."""
+        network = self.network
+        with in_exportable_form(network) if torch.compiler.is_exporting() else nullcontext():
+            return network.decoder(
+                inputs_embeds=states,
+                encoder_hidden_states=memory.rows,
+                encoder_attention_mask=mask,
+                reference_points=start.detach(),
+                spatial_shapes=torch.tensor(memory.shapes, device=memory.rows.device),
+                spatial_shapes_list=memory.shapes,
+            )
+
+    def _layers(self, found: Any, queries: Queries, canvas: tuple[int, int]) -> list[QueryPrediction]:
+        """What each layer says of the last Q queries: those before are noisy copies of labels."""
+        logits, boxes = found.intermediate_logits, found.intermediate_reference_points
+        count, layers = queries.boxes.shape[1], range(logits.shape[1])
+        edges = self._edges(found, count)
+        edges = [None] * (len(layers) - len(edges)) + edges
+        return [
+            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, edges[layer])
+            for layer in layers
+        ]
+
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+        """The distributions of the last layers that have some, of the last `count` queries."""
+        return []
 
     def _denoising(self, truth: list[dict[str, Tensor]], queries: int) -> tuple[Any, Any, Any, Any]:
         """Noisy copies of the labels as queries, their boxes, who may attend to whom, and what the loss needs."""
@@ -306,6 +326,7 @@ class DFine(RealTimeDetr):
     """Boxes as distributions over bins, which every layer refines."""
 
     family = "d_fine"
+    capabilities = RealTimeDetr.capabilities | {Capability.QUERY_DISTRIBUTIONS}
     library = "DFineForObjectDetection"
     sizes = D_FINE
     criterion = "transformers.loss.loss_d_fine:DFineForObjectDetectionLoss"
@@ -313,6 +334,19 @@ class DFine(RealTimeDetr):
         "predicted_corners": "intermediate_predicted_corners",
         "initial_reference_points": "initial_reference_points",
     }
+
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+        if torch.compiler.is_exporting():
+            return []
+        decoder = self.network.decoder
+        weighting = sys.modules[type(self.network).__module__].weighting_function
+        offsets = weighting(decoder.max_num_bins, decoder.up, decoder.reg_scale).detach()
+        scale = decoder.reg_scale.detach().squeeze()
+        logits = found.intermediate_predicted_corners.unflatten(-1, (4, -1))
+        return [
+            EdgeDistributions(logits[:, n, -count:], found.initial_reference_points[:, n, -count:], offsets, scale)
+            for n in range(logits.shape[1])
+        ]
 
 
 class RTDetrV2(RealTimeDetr):
@@ -325,6 +359,37 @@ class RTDetrV2(RealTimeDetr):
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What the decoder looks at: rows [B, S, d] of all locations, level behind level, and (h, w) of each level."""
+
+    rows: Tensor
+    shapes: list[tuple[int, int]]
+
+
+def _places(shapes: list[tuple[int, int]], strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """`Queries.places` of all locations, [1, S, 3]."""
+    levels = []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        levels.append(torch.stack((columns, rows, torch.full_like(rows, stride)), -1).flatten(0, 1))
+    return torch.cat(levels)[None]
+
+
+def _nearest(places: Tensor, shapes: list[tuple[int, int]], strides: tuple[int, ...]) -> Tensor:
+    """Rows of the locations nearest to places [B, Q, 3]: int64 [B, Q]."""
+    device = places.device
+    octaves = torch.tensor(strides, device=device).log2()
+    level = (places[..., 2, None].log2() - octaves).abs().argmin(-1)  # [B, Q]
+    heights, widths = (torch.tensor(sides, device=device)[level] for sides in zip(*shapes, strict=True))
+    sizes = torch.tensor([h * w for h, w in shapes], device=device)
+    x = torch.minimum((places[..., 0] * widths).long().clamp(min=0), widths - 1)
+    y = torch.minimum((places[..., 1] * heights).long().clamp(min=0), heights - 1)
+    return (sizes.cumsum(0) - sizes)[level] + y * widths + x
 
 
 def _truth(target: Target, canvas: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
