@@ -21,6 +21,7 @@ from compress.config.model import Model
 from compress.data.batch import ImageSize as ImageSize
 from compress.data.batch import Target
 from compress.detectors.assign import Assignment, atss, unknown_classes
+from compress.detectors.queries import Queries, QueryPrediction
 from compress.detectors.select import select
 from deploy.core.card import MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.detection_table import DetectionTable
@@ -46,6 +47,7 @@ class Capability(enum.Enum):
     DISTRIBUTIONS = "box distributions"  # dense, with every side of a box as a distribution over bins
     BOXES = "boxes"  # final detections
     QUERIES = "queries"  # of a decoder, one box each
+    QUERY_DISTRIBUTIONS = "box distributions of queries"  # with every edge of a query's box as a distribution
 
 
 @dataclass
@@ -243,6 +245,15 @@ class Detector(nn.Module):
         """As `predict`, where the labels of the batch are known: a decoder that also learns from noisy copies of them
         needs them here."""
         return self.predict(features)
+
+    def predict_at(self, features: list[Tensor], queries: Queries) -> list[QueryPrediction]:
+        """Run the decoder on queries that begin where another model's do: what each layer says, the last one last."""
+        raise self._lacks(Capability.QUERIES)
+
+    def match(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
+        """Queries int64 [n] and objects int64 [n] of each image that belong together; objects count those of
+        `Target` that are not to be ignored."""
+        raise self._lacks(Capability.QUERIES)
 
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))

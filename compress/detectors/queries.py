@@ -1,0 +1,91 @@
+"""What detectors with a decoder of queries say: one box and a score for each class a query (`Capability.QUERIES`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Where queries start.
+
+    boxes: float [B, Q, 4], centre, width and height in shares of the network image: what the decoder begins to refine.
+    places: float [B, Q, 3], the location of the maps whose features they take along: x and y of its centre in shares of
+        the network image, and its stride in pixels.
+    """
+
+    boxes: Tensor
+    places: Tensor
+
+    @classmethod
+    def join(cls, first: Queries, second: Queries) -> Queries:
+        """Those of one and of another, for the same images."""
+        return cls(torch.cat((first.boxes, second.boxes), 1), torch.cat((first.places, second.places), 1))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Queries:
+        return Queries(function(self.boxes), function(self.places))
+
+
+@dataclass
+class QueryPrediction:
+    """What a layer of the decoder says of its queries.
+
+    logits: float [B, Q, K], before the sigmoid; boxes: float [B, Q, 4], centre, width and height in shares of `canvas`.
+    queries: where they started.
+    canvas: (height, width) of the network image in pixels.
+    edges: of decoders that say boxes as distributions; None: of others.
+    learned: in training what the library's loss takes besides, by its names.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    queries: Queries
+    canvas: tuple[int, int]
+    edges: EdgeDistributions | None = None
+    learned: dict[str, Any] = field(default_factory=dict)
+
+    def float(self) -> QueryPrediction:
+        return self._map(Tensor.float)
+
+    def detach(self) -> QueryPrediction:
+        return self._map(Tensor.detach)
+
+    def scores(self) -> Tensor:
+        """[B, Q, K] in 0..1."""
+        return self.logits.sigmoid()
+
+    def scores_by_level(self) -> list[Tensor]:
+        """All queries as one level."""
+        return [self.scores()]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> QueryPrediction:
+        learned = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.learned.items()}
+        edges = None if self.edges is None else self.edges.map(function)
+        logits, boxes = function(self.logits), function(self.boxes)
+        queries = self.queries.map(function)
+        return replace(self, logits=logits, boxes=boxes, queries=queries, edges=edges, learned=learned)
+
+
+@dataclass(frozen=True)
+class EdgeDistributions:
+    """Boxes as distributions of their four edges around a first box (D-FINE).
+
+    logits: float [B, Q, 4, N], before the softmax over N bins; edges in the order left, top, right, bottom.
+    around: float [B, Q, 4], the first box: centre, width and height in shares of the network image.
+    offsets: float [N], rising: what a bin adds to the distance of an edge from the centre, in units of the first box's
+        side / scale.
+    scale: float scalar; an edge of the first box itself is scale / 2 such units away.
+    """
+
+    logits: Tensor
+    around: Tensor
+    offsets: Tensor
+    scale: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EdgeDistributions:
+        return EdgeDistributions(*(function(x) for x in (self.logits, self.around, self.offsets, self.scale)))
