@@ -27,7 +27,7 @@ from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train
 from deploy.core.errors import UserError
-from tests.helpers import tiny_recipe
+from tests.helpers import tiny_recipe, tiny_vision
 from tests.helpers.training_runs import assert_same, fabric, last_checkpoint
 
 
@@ -102,15 +102,16 @@ def test_composed_methods_train_and_log(tmp_path: Path) -> None:
 
 
 def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
-    names = [name for name in Methods.model_fields if name != "uet"]
+    names = [name for name, record in METHODS.items() if record.needs_teacher]
     methods = ", ".join(f"{name}: {{}}" for name in names)
+    vision = tiny_vision.saved(tmp_path / "vision")
     recipe = tiny_recipe.recipe(
-        tmp_path, f"methods={{{methods}, uet: {{of: [{', '.join(names)}]}}}}",
+        tmp_path, f"methods={{{methods}, vfm: {{model: '{vision}'}}, uet: {{of: [{', '.join(names)}]}}}}",
         "train.precision=bf16", "teacher.train.precision=bf16", "train.steps=2", "train.schedule.warmup_steps=1",
         "student.head_depth=1",
     )  # fmt: skip
     logged = [r for r in rows(pipeline.distill(recipe)) if r["loss"]]
-    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names)
+    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names) and float(logged[-1]["grad_vfm"]) > 0
     assert sum(float(logged[0][f"grad_{name}"]) > 0 for name in names) >= len(names) - 1, "DKD may have no positives"
 
 
