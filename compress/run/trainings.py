@@ -172,7 +172,7 @@ def train(
     methods = {}
     if teacher is not None:
         methods = plan.distillation.build(detector, teacher, seed=plan.seed, compiled=plan.settings.compile)
-        if any(Capability.DENSE not in built.method.needs for built in methods.values()):
+        if any(built.method.needs == {Capability.FEATURES} for built in methods.values()):
             note = describe(detector.strides, teacher.strides)
             if note is not None and fabric.is_global_zero:
                 open_console().print(f"{plan.name}: {note}")

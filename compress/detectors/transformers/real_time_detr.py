@@ -146,7 +146,7 @@ class RealTimeDetr(Detector):
         return self._layers(found, queries, self._canvas(features))
 
     @torch.no_grad()
-    def match(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
+    def match_queries(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
         """The library's matching: of each image the queries int64 [n] and the objects int64 [n] of `truth`."""
         truth = self.truth(prediction, targets)
         matcher = import_object(self.matcher, "matcher")(self.network.config)
@@ -296,13 +296,13 @@ class RealTimeDetr(Detector):
         logits, boxes = found.intermediate_logits, found.intermediate_reference_points
         count, layers = queries.boxes.shape[1], range(logits.shape[1])
         edges = self._edges(found, count)
-        edges = [None] * (len(layers) - len(edges)) + edges
+        without: list[EdgeDistributions | None] = [None] * (len(layers) - len(edges))
         return [
-            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, edges[layer])
-            for layer in layers
+            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, of_layer)
+            for layer, of_layer in zip(layers, [*without, *edges], strict=True)
         ]
 
-    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions]:
         """The distributions of the last layers that have some, of the last `count` queries."""
         return []
 
@@ -335,7 +335,7 @@ class DFine(RealTimeDetr):
         "initial_reference_points": "initial_reference_points",
     }
 
-    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions]:
         if torch.compiler.is_exporting():
             return []
         decoder = self.network.decoder
