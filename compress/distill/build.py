@@ -61,9 +61,7 @@ METHODS = {
         ),
     ),
     "dkd": MethodRecord(config.Dkd, dkd.build, dkd.DKD.needs),
-    "kd_detr": MethodRecord(
-        config.KdDetr, kd_detr.build, lambda settings: kd_detr.needs_of(settings.random_queries)
-    ),
+    "kd_detr": MethodRecord(config.KdDetr, kd_detr.build, lambda settings: kd_detr.needs_of(settings.random_queries)),
     "ddf": MethodRecord(config.Ddf, ddf.build, ddf.DDF.needs),
 }
 

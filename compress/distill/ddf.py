@@ -59,7 +59,9 @@ class DDF(Method):
 
     def of_layer(self, student: QueryPrediction, teacher: QueryPrediction, matched: Tensor, objects: Tensor) -> Tensor:
         """The term of one layer, without its weight. matched: bool [B, Q]; objects: [B, Q, 4], boxes of the matched."""
-        assert student.edges is not None and teacher.edges is not None, "both models have Capability.QUERY_DISTRIBUTIONS"
+        assert student.edges is not None and teacher.edges is not None, (
+            "both models have Capability.QUERY_DISTRIBUTIONS"
+        )
         target = moved(teacher.edges, student.edges, self.temperature)
         rows = softmax_kl(student.edges.logits, target.logits, self.temperature).sum(-1)  # [B, Q], over four edges
         with torch.no_grad():

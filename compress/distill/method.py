@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,8 +43,7 @@ class Outputs:
     @property
     def queries(self) -> QueryPrediction:
         """The prediction of a model with Capability.QUERIES."""
-        assert isinstance(self.prediction, QueryPrediction), "the method needs Capability.QUERIES"
-        return self.prediction
+        return cast(QueryPrediction, self.prediction)
 
     def at(self, queries: Queries) -> list[QueryPrediction]:
         """What each layer of the decoder says of queries that begin where those do, the last one last; methods that ask

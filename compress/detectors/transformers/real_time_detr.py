@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -138,7 +138,8 @@ class RealTimeDetr(Detector):
         """Run the decoder on queries that begin where another model's do: one prediction a layer that says something,
         the last one last. A query takes along the features of the place that is nearest to its own: the level of the
         nearest stride, and there the location that the centre lies in."""
-        memory = self._memory([x.float() for x in features])
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory([x.float() for x in features])
         encoded, _, _ = self._encoded(memory)
         rows = _nearest(queries.places, memory.shapes, self.strides)[..., None]
         states = encoded.gather(1, rows.expand(-1, -1, encoded.shape[2])).detach()
@@ -367,6 +368,19 @@ class _Memory:
 
     rows: Tensor
     shapes: list[tuple[int, int]]
+
+
+@contextmanager
+def _unlearning(module: nn.Module) -> Iterator[None]:
+    """Normalise as ever, without taking up statistics: of a batch that came before, they would count twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _places(shapes: list[tuple[int, int]], strides: tuple[int, ...], device: torch.device) -> Tensor:
