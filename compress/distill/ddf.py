@@ -30,7 +30,7 @@ from compress.config.methods import Ddf
 from compress.data.batch import Batch, Target
 from compress.detectors.base import Capability
 from compress.detectors.queries import EdgeDistributions, QueryPrediction
-from compress.distill.kd_detr import EPS, certainty, softmax_kl
+from compress.distill.kd_detr import EPS, certainty_at, scores, softmax_kl
 from compress.distill.method import BuildContext, Method, Outputs, processes, sum_over_processes
 from kernels.ops.iou_loss import paired_iou
 
@@ -52,13 +52,26 @@ class DDF(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         asked = teacher.queries.float().detach()
-        layers = [layer.float() for layer in student.at(teacher.queries.queries)]
         matched, objects = matches(student, asked, batch.targets)
-        total = sum((self.of_layer(x, asked, matched, objects) for x in layers if x.edges is not None), start=0.0)
-        return {"ddf": self.weight * torch.as_tensor(total)}
+        certainty = certainty_at(teacher, asked.queries)
+        total = torch.zeros((), device=objects.device)
+        for layer in student.at(teacher.queries.queries):
+            if layer.edges is not None:
+                total = total + self.of_layer(layer.float(), asked, matched, objects, certainty)
+        return {"ddf": self.weight * total}
 
-    def of_layer(self, student: QueryPrediction, teacher: QueryPrediction, matched: Tensor, objects: Tensor) -> Tensor:
-        """The term of one layer, without its weight. matched: bool [B, Q]; objects: [B, Q, 4], boxes of the matched."""
+    def of_layer(
+        self,
+        student: QueryPrediction,
+        teacher: QueryPrediction,
+        matched: Tensor,
+        objects: Tensor,
+        certainty: Tensor | float = 1.0,
+    ) -> Tensor:
+        """The term of one layer, without its weight.
+
+        matched: bool [B, Q]. objects: [B, Q, 4], boxes of the matched. certainty: [B, Q], see `Outputs`.
+        """
         assert student.edges is not None and teacher.edges is not None, (
             "both models have Capability.QUERY_DISTRIBUTIONS"
         )
@@ -66,10 +79,10 @@ class DDF(Method):
         rows = softmax_kl(student.edges.logits, target.logits, self.temperature).sum(-1)  # [B, Q], over four edges
         with torch.no_grad():
             ious = paired_iou(box_convert(student.boxes, "cxcywh", "xyxy"), box_convert(objects, "cxcywh", "xyxy"))
-            value = torch.where(matched, ious, certainty(teacher))
+            value = torch.where(matched, ious, scores(teacher))
             counts = 4 * sum_over_processes(torch.stack((matched.sum(), (~matched).sum())).float())
             shares = counts.sqrt() / counts.sqrt().sum() * processes() / counts.clamp(min=1)
-        rows = rows * value
+        rows = rows * value * certainty
         return shares[0] * rows.where(matched, 0).sum() + shares[1] * rows.where(~matched, 0).sum()
 
 
@@ -104,7 +117,7 @@ def moved(teacher: EdgeDistributions, student: EdgeDistributions, temperature: f
     above = torch.searchsorted(student.offsets, places.contiguous()).clamp(1, bins - 1)
     left, right = student.offsets[above - 1], student.offsets[above]
     part = (places - left) / (right - left)
-    found = torch.zeros(*share.shape[:-1], bins, device=share.device)
+    found = share.new_zeros(*share.shape[:-1], bins)
     found = found.scatter_add(-1, above - 1, share * (1 - part)).scatter_add(-1, above, share * part)
     logits = temperature * found.clamp(min=torch.finfo(found.dtype).tiny).log()
     return EdgeDistributions(logits, student.around, student.offsets, student.scale)

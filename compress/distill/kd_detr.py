@@ -34,7 +34,7 @@ from torchvision.ops import box_convert
 from compress.config.methods import KdDetr
 from compress.data.batch import Batch
 from compress.detectors.base import Capability
-from compress.detectors.queries import Queries, QueryPrediction
+from compress.detectors.queries import Queries, QueryPrediction, nearest_rows
 from compress.distill.method import BuildContext, Method, Outputs, processes, sum_over_processes
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
@@ -81,18 +81,18 @@ class KDDETR(Method):
         self.needs = needs_of(random_queries)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        pairs = [(student.at(teacher.queries.queries), teacher.queries.float().detach())]
+        said = [teacher.queries]
         if self.random_queries:
-            queries = self._draw(teacher)
-            pairs.append((student.at(queries), teacher.at(queries)[-1].float().detach()))
+            said.append(teacher.at(self._draw(teacher))[-1])
             self.passes += 1
-        total = sum_over_processes(torch.stack([certainty(asked).sum() for _, asked in pairs]).sum())
+        total = sum_over_processes(torch.stack([scores(asked).sum() for asked in said]).sum())
         total = (total / processes()).clamp(min=EPS)
         terms = dict.fromkeys(self.weights, torch.zeros((), device=total.device))
-        for layers, asked in pairs:
-            for layer in layers:
-                rows = self.rows(layer.float(), asked)
-                terms = {name: terms[name] + (certainty(asked) * rows[name]).sum() for name in terms}
+        for asked in said:
+            weights = scores(asked) * certainty_at(teacher, asked.queries)
+            for layer in student.at(asked.queries):
+                rows = self.rows(layer.float(), asked.float().detach())
+                terms = {name: terms[name] + (weights * rows[name]).sum() for name in terms}
         return {name: self.weights[name] * value / total for name, value in terms.items()}
 
     def rows(self, student: QueryPrediction, teacher: QueryPrediction) -> dict[str, Tensor]:
@@ -137,9 +137,18 @@ def build(settings: KdDetr, context: BuildContext) -> KDDETR:
     return KDDETR(**settings.constants(), weight=context.weight, seed=context.seed)
 
 
-def certainty(teacher: QueryPrediction) -> Tensor:
-    """w: the teacher's largest score of each query, [B, Q]."""
-    return teacher.scores().amax(-1)
+def scores(teacher: QueryPrediction) -> Tensor:
+    """w: the teacher's largest score of each query, float32 [B, Q], constant."""
+    return teacher.logits.detach().float().sigmoid().amax(-1)
+
+
+def certainty_at(teacher: Outputs, queries: Queries) -> Tensor | float:
+    """The teacher's certainty (`Outputs.certainty`) at the places of queries, [B, Q]; 1 where nothing says."""
+    if teacher.certainty is None:
+        return 1.0
+    shapes = [(int(x.shape[1]), int(x.shape[2])) for x in teacher.certainty]
+    rows = nearest_rows(queries.places, shapes, teacher.detector.strides)
+    return torch.cat([x.flatten(1) for x in teacher.certainty], 1).gather(1, rows)
 
 
 def softmax_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
