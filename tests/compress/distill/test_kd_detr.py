@@ -134,7 +134,7 @@ def test_weight_0_is_plain_training(kind: type[RealTimeDetr]) -> None:
     assert {"kd_detr_l1"} <= losses.keys()
     for (name, a), (_, b) in zip(plain.student.named_parameters(), taught.student.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
-        assert a.grad is None or (b.grad is not None and (a.grad - b.grad).norm() <= 1e-4 * a.grad.norm() + 1e-6), name
+        assert a.grad is None or (b.grad is not None and (a.grad - b.grad).norm() <= 1e-4 * a.grad.norm() + 1e-5), name
     for (name, a), (_, b) in zip(plain.student.named_buffers(), taught.student.named_buffers(), strict=True):
         assert torch.equal(a, b), name
 
