@@ -27,11 +27,11 @@ from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train
 from deploy.core.errors import UserError
-from tests.helpers import tiny_detr, tiny_recipe
+from tests.helpers import tiny_detr, tiny_recipe, tiny_vision
 from tests.helpers.training_runs import assert_same, fabric, last_checkpoint
 
 ON_QUERIES = ("kd_detr", "ddf")
-DENSE = [name for name in Methods.model_fields if name not in ("uet", *ON_QUERIES)]
+DENSE = [name for name, record in METHODS.items() if record.needs_teacher and name not in ON_QUERIES]
 """The methods that two GFLs serve."""
 
 
@@ -108,13 +108,14 @@ def test_composed_methods_train_and_log(tmp_path: Path) -> None:
 def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
     names = DENSE
     methods = ", ".join(f"{name}: {{}}" for name in names)
+    vision = tiny_vision.saved(tmp_path / "vision")
     recipe = tiny_recipe.recipe(
-        tmp_path, f"methods={{{methods}, uet: {{of: [{', '.join(names)}]}}}}",
+        tmp_path, f"methods={{{methods}, vfm: {{model: '{vision}'}}, uet: {{of: [{', '.join(names)}]}}}}",
         "train.precision=bf16", "teacher.train.precision=bf16", "train.steps=2", "train.schedule.warmup_steps=1",
         "student.head_depth=1",
     )  # fmt: skip
     logged = [r for r in rows(pipeline.distill(recipe)) if r["loss"]]
-    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names)
+    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names) and float(logged[-1]["grad_vfm"]) > 0
     assert sum(float(logged[0][f"grad_{name}"]) > 0 for name in names) >= len(names) - 1, "DKD may have no positives"
 
 
@@ -227,7 +228,10 @@ def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
 def test_the_table_of_methods_is_that_of_recipes() -> None:
     fields = {name: next(models_in(field.annotation)) for name, field in Methods.model_fields.items() if name != "uet"}
     assert {name: record.settings for name, record in METHODS.items()} == fields
+    assert all(record.needs_teacher == record.settings.needs_teacher for record in METHODS.values())
     for name, record in METHODS.items():
+        if not record.needs_teacher:  # it wants another model, and says in tests of its own what it needs
+            continue
         detectors = [detr(seed) if name in ON_QUERIES else build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
         for settings in [{}, {"on": "logits"}] if name == "cwd" else [{}]:
             term = record.settings.model_validate(settings)
