@@ -24,8 +24,8 @@ class Term(Settings):
     """Whether it learns from the recipe's teacher."""
 
     weight: Weight | Literal["auto"] = 1.0
-    """Multiplies all terms of the method; 0 is bit-identical to plain training (students of transformers: up to
-    rounding). auto: as much as makes its gradient norm `ratio` times that of the detection loss."""
+    """Multiplies all terms of the method; 0 is bit-identical to plain training. auto: as much as makes its gradient
+    norm `ratio` times that of the detection loss."""
     ratio: Above | None = None
     """weight auto: wanted gradient norm at the student's pyramid, relative to the detection loss; null: 1."""
     stop_epoch: Positive | None = None
