@@ -27,7 +27,10 @@ def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     kind = getattr(_import(), library)
     _check_known(kind, options)
     try:
-        config = kind.config_class(**{"freeze_backbone_batch_norms": False, **options}, num_labels=num_classes)
+        learns = (
+            {"freeze_backbone_batch_norms": False} if hasattr(kind.config_class, "freeze_backbone_batch_norms") else {}
+        )
+        config = kind.config_class(**{**learns, **options}, num_labels=num_classes)
         return _untied(kind(config))
     except Exception as error:  # whatever the library makes of numbers that do not go together
         raise UserError(f"options: transformers cannot build a {library}: {_line(error)}") from error
@@ -124,8 +127,9 @@ def _import() -> Any:
 
 
 def _untied(model: Any) -> Any:
-    """The network without the class around it, whose heads are the same tensors under a second name."""
-    return model.model
+    """The network without the class around it, where this has nothing but the same heads under a second name."""
+    inner = {id(parameter) for parameter in model.model.parameters()}
+    return model.model if all(id(parameter) in inner for parameter in model.parameters()) else model
 
 
 def _cleaned(section: dict[str, Any]) -> dict[str, Any]:
