@@ -106,7 +106,7 @@ def test_own_parts(load: Load) -> None:
             "  bckd: {}",
             "  my-loss: {}",
             "r.yaml:9: methods.my-loss: unknown key; known here: bckd, fgd, pkd, cwd, mgd, gi, "
-            "tid, ld, crosskd, dkd, uet",
+            "tid, ld, crosskd, dkd, vfm, uet",
         ),
         ("{margin: 2}", "2", "r.yaml:10: methods.mypkg.losses:MyLoss.options: needs a section of keys, got 2"),
         (
