@@ -49,7 +49,8 @@ class Model(Settings):
     levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. d_fine,
     rt_detr_v2: real-time DETRs of transformers, with their own backbones. Or the import path of a class of your own."""
     size: str | None = added_later()
-    """d_fine: a published size, n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101. null: as `options` say."""
+    """d_fine: a published size, n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101. Both: tiny or tiny2x, for
+    training from scratch on a CPU. null: as `options` say."""
     init: str | None = added_later()
     """d_fine, rt_detr_v2: start from a detector of this kind of transformers, a folder or its name on the Hub; class
     layers begin anew where the number of classes differs. null: random weights."""
