@@ -77,6 +77,7 @@ BLOCKS = {
     ),
     "method_cost": Block("method_cost", by_metric),
     "teacher_cache": Block("teacher_cache", tables.listing),
+    "detr_step": Block("detr_step", tables.listing),
     "view_gain": Block("view_gain", tables.listing, named("against free augmentation")),
     "serve": Block("serve", tables.listing, lambda row: bool(row.bar) or row.case == "slow"),
     "serve-throughput": Block("serve", by_case, named("throughput", case="saturation")),

@@ -84,6 +84,16 @@ SUITES = {
         ("compress/detectors/gfl.py", "compress/distill/*.py", "kernels/**/*.py"),
     ),
     "teacher_cache": Suite("a step with the teacher's outputs from disk, beside a plain one", "5 min", _TRAINING),
+    "detr_step": Suite(
+        "a training step of a real-time DETR against a plain loop around the library's model",
+        "4 min",
+        (
+            "compress/detectors/transformers/*.py",
+            "compress/detectors/base.py",
+            "compress/training/learner.py",
+            "compress/training/optimizer.py",
+        ),
+    ),
     "distill_gain": Suite(
         "what distillation gains over plain training, over seeds", "2 h on two cores (preset cpu)", _TRAINING
     ),

@@ -1,10 +1,12 @@
 """An ONNX student against the same student in PyTorch, end to end, in turn.
 
     python -m benchmarks latency                                    GFL-R18 with random weights at 320 x 320
+    python -m benchmarks latency --detector d_fine s                another one, of a published size
     python -m benchmarks latency --checkpoint student.safetensors --onnx student.onnx --images FOLDER
 
 `end_to_end` begins with the bytes of an image file and ends with boxes in that file's pixels; `h2d+compute+d2h` is the
-network with its suppression, from and to host memory. All runners get the same number of threads. The figures come
+network with its suppression, from and to host memory. Beside a detector of transformers stands the library's own model
+with its post-processing. All runners get the same number of threads. The figures come
 from `deploy.latency`: warm-up until stable, interleaved rounds, 95 % confidence from a bootstrap over rounds, and a
 randomisation test of each difference; `compress benchmark --json` keeps every sample.
 """
@@ -19,8 +21,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.lib import options, random_student
-from benchmarks.lib.photographs import write_photographs
+from benchmarks.lib.library_model import LibraryRunner, random_detr
+from benchmarks.lib.photographs import CLASSES, write_photographs
 from benchmarks.lib.results import Case, Row
+from compress.detectors.base import Detector
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner
 from deploy.core.errors import UserError
@@ -36,6 +40,9 @@ SCOPES_MEASURED: tuple[Scope, ...] = ("preprocess", "h2d+compute+d2h", "end_to_e
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="FILE.safetensors, FILE.pth or zoo:NAME; default: random weights")
+    parser.add_argument(
+        "--detector", nargs=2, metavar=("FAMILY", "SIZE"), help="random weights of d_fine or rt_detr_v2"
+    )
     parser.add_argument("--onnx", type=Path, help="file exported from that checkpoint; default: export it now")
     parser.add_argument("--more", type=Path, nargs="+", default=[], help="more files of it, as int8; measured in turn")
     parser.add_argument("--images", type=Path, help="folder of image files; default: made ones of 640 x 480")
@@ -48,6 +55,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[Case]:
     if args.onnx and not args.checkpoint:
         raise UserError("--onnx needs the --checkpoint that it was exported from")
+    if args.detector and args.checkpoint:
+        raise UserError("--detector has random weights; leave out --checkpoint")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
         images = images_of(args.images, Path(name))
@@ -56,13 +65,13 @@ def run(args: argparse.Namespace) -> Iterator[Case]:
     for warning in report.warnings:
         print(f"warning: {warning}")
     height, width = runners["onnx"].card.input_size
-    model = args.checkpoint or random_student.NAME
+    model = args.checkpoint or (f"{' '.join(args.detector)}, random weights" if args.detector else random_student.NAME)
     yield Case(f"{model}, {height} x {width}, {args.threads} threads", rows(report))
 
 
 def runners_of(args: argparse.Namespace, images: list[Path], folder: Path) -> dict[str, Runner]:
     """The student in PyTorch, its ONNX file, and further files of it."""
-    detector = load_teacher_checkpoint(args.checkpoint)[0] if args.checkpoint else random_student.random_student()
+    detector = detector_of(args, images)
     path = args.onnx or folder / "student.onnx"
     if args.onnx:
         onnx = OnnxRunner(path, threads=args.threads)
@@ -76,7 +85,20 @@ def runners_of(args: argparse.Namespace, images: list[Path], folder: Path) -> di
         export_onnx(module, card, path, samples=samples, max_batch=max(args.batch_sizes))
         onnx = OnnxRunner(path, threads=args.threads)
     runners: dict[str, Runner] = {"torch eager": TorchRunner(module, onnx.card), "onnx": onnx}
+    if args.detector:
+        runners["transformers eager"] = LibraryRunner(detector, onnx.card)
     return runners | {file.name: OnnxRunner(file, threads=args.threads) for file in args.more}
+
+
+def detector_of(args: argparse.Namespace, images: list[Path]) -> Detector:
+    """The checkpoint's, or one of random weights."""
+    if args.checkpoint:
+        return load_teacher_checkpoint(args.checkpoint)[0]
+    if args.detector:
+        family, size = args.detector
+        card = random_student.card_of(CLASSES, tuple(args.size))
+        return random_detr(family, size, random_student.canvases(images[:4], card))
+    return random_student.random_student()
 
 
 def rows(report: BenchmarkReport) -> list[Row]:

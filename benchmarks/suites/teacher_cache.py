@@ -14,19 +14,16 @@ random weights here, and channels that left at random.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 
-from benchmarks.lib import options
-from benchmarks.lib.measure import MAX_FOREIGN, ForeignCpu, quartiles
-from benchmarks.lib.results import Case, Row
+from benchmarks.lib import blocks, options
+from benchmarks.lib.results import Case
 from compress.config.recipe import Recipe, load_recipe
 from compress.data.loader import train_loader
 from compress.data.views import Views
@@ -53,23 +50,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.settings(parser)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Milliseconds a step. foreign: share of the CPUs that other processes used."""
-
-    cpu: float
-    wall: float
-    foreign: float
-
-
 def run(args: argparse.Namespace) -> Iterator[Case]:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         recipe = small(args.recipe, Path(folder), [*args.set, *([f"methods={args.methods}"] if args.methods else [])])
-        found = measure(cases(recipe), args.repeats)
+        found = blocks.in_turn(cases(recipe), args.repeats, MEASURE_EVERY)
     methods = "+".join(recipe.methods.enabled())
     uet = "" if recipe.methods.uet is None else ", uet"
-    yield Case(f"{args.recipe.stem}, {methods}{uet}", rows(found))
+    yield Case(f"{args.recipe.stem}, {methods}{uet}", blocks.rows(found, "plain", {"cache": BAR}))
 
 
 def small(path: Path, folder: Path, settings: list[str]) -> Recipe:
@@ -127,37 +115,3 @@ def training_step(recipe: Recipe, data: Datasets, case: str) -> Callable[[], Non
         position = replace(position, step=position.step + 1)
 
     return step
-
-
-def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[Block]]:
-    """Blocks of steps of each case, in turn; the first round, which allocates, does not count."""
-    found: dict[str, list[Block]] = {name: [] for name in steps}
-    for number in range(repeats + 1):
-        for name, step in steps.items():
-            with ForeignCpu() as other:
-                cpu, wall = time.process_time(), time.perf_counter()
-                for _ in range(MEASURE_EVERY):
-                    step()
-                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if number:
-                found[name].append(Block(1e3 * cpu / MEASURE_EVERY, 1e3 * wall / MEASURE_EVERY, other.share))
-    return found
-
-
-def rows(found: dict[str, list[Block]]) -> list[Row]:
-    """Times of a step, and ratios to the plain one's in the same round."""
-    made = []
-    for name, blocks in found.items():
-        foreign = statistics.median(block.foreign for block in blocks)
-        notes = f"busy: others used {foreign:.0%} of the CPUs" if foreign > MAX_FOREIGN else ""
-        for metric, times in (("CPU time", [b.cpu for b in blocks]), ("wall time", [b.wall for b in blocks])):
-            low, median, high = quartiles(times)
-            made.append(Row(name, metric, median, "ms", low, high, "quartiles", len(times), notes=notes))
-        if name == "plain":
-            continue
-        for metric, key in (("CPU time of plain", "cpu"), ("wall time of plain", "wall")):
-            ratios = [getattr(b, key) / getattr(p, key) for b, p in zip(blocks, found["plain"], strict=True)]
-            low, median, high = quartiles(ratios)
-            bar = BAR if name == "cache" else ""
-            made.append(Row(name, metric, median, "×", low, high, "quartiles", len(ratios), bar=bar, notes=notes))
-    return made
