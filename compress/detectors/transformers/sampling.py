@@ -71,12 +71,13 @@ def in_exportable_form(network: nn.Module) -> Iterator[None]:
     """Run `network` of transformers in a form that exports: sampling by rows, and no checks of values, for which there
     is no ONNX."""
     module = sys.modules[type(network).__module__]
-    replaced: list[tuple[Any, str, Any]] = [
-        (module, "multi_scale_deformable_attention_v2", sample_rows),
-        (module, "torch_compilable_check", _unchecked),
-    ]
-    parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
-    replaced += [(part, "ms_deformable_attn_core", sample_rows) for part in parts]
+    replaced: list[tuple[Any, str, Any]] = [(module, "torch_compilable_check", _unchecked)]
+    if hasattr(module, "multi_scale_deformable_attention_v2"):
+        replaced.append((module, "multi_scale_deformable_attention_v2", sample_rows))
+        parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
+        replaced += [(part, "ms_deformable_attn_core", sample_rows) for part in parts]
+    else:
+        replaced.append((module.MultiScaleDeformableAttention, "forward", _sample_levels))
     before = [getattr(owner, name) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:
@@ -88,6 +89,21 @@ def in_exportable_form(network: nn.Module) -> Iterator[None]:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _sample_levels(
+    _: nn.Module,
+    value: Tensor,
+    shapes: Tensor,
+    shapes_list: Sequence[tuple[int, int]],
+    starts: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    step: int,
+) -> Tensor:
+    """As `MultiScaleDeformableAttention.forward` of transformers: locations [B, Q, N, L, P, 2], weights [B, Q, N, L, P]
+    with as many samples P at each level."""
+    return sample_rows(value, shapes_list, locations, weights, [int(locations.shape[4])] * len(shapes_list))
 
 
 def _starts(shapes: Sequence[tuple[int, int]]) -> list[int]:
