@@ -31,7 +31,7 @@ from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Outputs
 
 BOXES = 6  # an image
-HOSTS = tuple(METHODS)
+HOSTS = tuple(name for name, record in METHODS.items() if record.needs_teacher)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ What they mean, with equations and published values, stands in the modules of `c
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -19,6 +19,9 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 class Term(Settings):
     """Settings that every method has: how much it counts, and when."""
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether it learns from the recipe's teacher."""
 
     weight: Weight | Literal["auto"] = 1.0
     """Multiplies all terms of the method; 0 is bit-identical to plain training. auto: as much as makes its gradient
@@ -215,6 +218,24 @@ class Dkd(Term):
     """Temperature of both models' logits."""
 
 
+class Vfm(Term):
+    """Alignment with a vision foundation model (as RT-DETRv4, arXiv 2510.25257): a map of the student points where the
+    patch tokens of a frozen vision model point. Needs no teacher."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    model: Annotated[str, Field(min_length=1)]
+    """The frozen model: a folder of `save_pretrained`, or a name on the Hub (owner/name); DINOv2, DINOv3, ViT and every
+    other vision backbone of transformers with patch tokens."""
+    stride: Positive = 32
+    """Which map of the student is aligned, by its stride in pixels."""
+    tokens_per_side: Annotated[int, Field(ge=1, le=4)] = 2
+    """Patch tokens along each side of a location of that map, of which the mean is taken; it decides at which size the
+    model sees the image. 2: as published (patches of 16 on stride 32 see it as it is); 1 costs a quarter."""
+    loss_weight: Weight = 5.0
+    """The authors' constant: 5 for S and M, 15 for L, 20 for X."""
+
+
 class Uet(Settings):
     """Teaching with Uncertainty (arXiv 2406.06999): other methods learn from Monte Carlo dropout samples of the
     teacher's features."""
@@ -302,6 +323,8 @@ class Methods(Settings):
     """CrossKD."""
     dkd: Dkd | None = None
     """DKD."""
+    vfm: Vfm | None = added_later()
+    """VFM alignment."""
     uet: Uet | None = None
     """UET, around methods given above."""
 
@@ -309,6 +332,10 @@ class Methods(Settings):
         """The methods that are given, by name or import path, without the wrapper UET."""
         terms = {name: getattr(self, name) for name in type(self).model_fields if name != "uet"}
         return {name: term for name, term in terms.items() if term is not None} | self.own
+
+    def of_teacher(self) -> dict[str, Term]:
+        """Those of them that learn from the recipe's teacher."""
+        return {name: term for name, term in self.enabled().items() if term.needs_teacher}
 
     @property
     def own(self) -> dict[str, OwnMethod]:
@@ -320,6 +347,8 @@ class Methods(Settings):
         for base in self.uet.base_methods if self.uet is not None else ():
             if base not in self.enabled():
                 raise broken_rule("uet.of", self._no_base_method(base))
+            if base not in self.of_teacher():
+                raise broken_rule("uet.of", f"{base} learns from no teacher, whose maps uet samples; leave it out")
         names: dict[str, str] = {}
         for path in self.own:
             name = name_of(path)

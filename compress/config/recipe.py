@@ -84,11 +84,11 @@ class Recipe(Settings):
         return self
 
     def _method_rules(self, *, whole: bool) -> None:
-        methods = self.methods.enabled()
-        first = ("methods", next(iter(methods), ""))
-        if methods and self.teacher is None and whole:
+        methods, taught = self.methods.enabled(), self.methods.of_teacher()
+        first = ("methods", next(iter(taught), ""))
+        if taught and self.teacher is None and whole:
             raise broken_rule(first, "needs a teacher; add the section teacher")
-        if methods and self.teacher is not None and set(self.teacher.given) & set(BOXES_ALONE):
+        if taught and self.teacher is not None and set(self.teacher.given) & set(BOXES_ALONE):
             raise broken_rule(
                 first,
                 f"learns from features or logits, and teacher.{self.teacher.given[0]} gives boxes alone; use "
@@ -126,7 +126,7 @@ class Recipe(Settings):
             raise broken_rule(
                 "teacher.cache", "needs train.views: without them no augmentation comes twice; set train.views: 8"
             )
-        if not self.methods.enabled() and whole:
+        if not self.methods.of_teacher() and whole:
             raise broken_rule("teacher.cache", "is not used: no method learns from the teacher; leave it out")
         cwd = self.methods.cwd
         if self.teacher.cache_classes is not None and cwd is not None and cwd.on == "logits":
@@ -199,7 +199,7 @@ class Recipe(Settings):
             raise broken_rule(
                 "pseudo_labels", "all images have labels; name folders under unlabeled, or set labels.fraction below 1"
             )
-        used = self.methods.enabled() or (self.teacher is not None and self.teacher.inherit)
+        used = self.methods.of_teacher() or (self.teacher is not None and self.teacher.inherit)
         if pseudo.teachers and self.teacher is not None and not used and whole:
             raise broken_rule(
                 "teacher", "is not used: pseudo_labels.teachers label the images, and there are no methods; remove it"
@@ -286,7 +286,7 @@ def _text_of(path: Path, what: str) -> str:
 
 
 def check_distills(recipe: Recipe, where: object, *, own_methods: bool = False) -> None:
-    """Raise UserError, naming `where` the recipe is from, when a student would learn nothing from a teacher."""
+    """Raise UserError, naming `where` the recipe is from, when a student would learn from the labels alone."""
     if not recipe.methods.enabled() and recipe.pseudo_labels is None and not own_methods:
         raise UserError(
             f"{where}: nothing to distill with; add a method under methods, or pseudo_labels, or use compress train"

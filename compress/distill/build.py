@@ -11,7 +11,7 @@ import torch
 
 from compress.config import methods as config
 from compress.detectors.base import Capability, Detector
-from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid
+from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid, vfm
 from compress.distill.level_matching import LevelMatched, match_levels
 from compress.distill.method import BuildContext, Method
 from compress.distill.uet import UET
@@ -31,6 +31,8 @@ class MethodRecord:
     needs: what it asks of both models; a function where its settings decide.
     one_prediction: why it is refused where a head has several predictions at a location; None: it is not.
     ability: a class variable of detectors that must be true of both models, and why; None: there is none.
+    needs_teacher: as `Method.needs_teacher`.
+    identity: what a training depends on besides the method's settings, as JSON, from these; None: nothing.
     """
 
     settings: type[config.Term]
@@ -38,6 +40,8 @@ class MethodRecord:
     needs: Needs | Callable[[Any], Needs]
     one_prediction: str | None = None
     ability: tuple[str, str] | None = None
+    needs_teacher: bool = True
+    identity: Callable[[Any], dict[str, Any]] | None = None
 
 
 METHODS = {
@@ -61,13 +65,14 @@ METHODS = {
         ),
     ),
     "dkd": MethodRecord(config.Dkd, dkd.build, dkd.DKD.needs),
+    "vfm": MethodRecord(config.Vfm, vfm.build, vfm.VFM.needs, needs_teacher=False, identity=vfm.identity),
 }
 
 
 def build_methods(
     wanted: config.Methods,
     student: Detector,
-    teacher: Detector,
+    teacher: Detector | None,
     *,
     seed: int = 0,
     compiled: bool = False,
@@ -78,6 +83,7 @@ def build_methods(
     Methods on features alone see the levels that both pyramids have in common.
 
     Args:
+        teacher: None where no method needs one.
         own: methods of the user's as objects, by name, to add to those of the recipe: with weight 1, or with the weight
             and schedule that a `WeightedMethod` around them has. They are copied, so that every training begins with
             them as they were given.
@@ -89,18 +95,22 @@ def build_methods(
         record = _record(key, term)
         uet = wanted.uet if wanted.uet is not None and key in wanted.uet.base_methods else None
         needs = record.needs(term) if callable(record.needs) else record.needs
-        _check(key, needs if uet is None else needs | {Capability.FEATURES}, student, teacher, record)
+        if uet is not None and not record.needs_teacher:
+            raise UserError(f"methods.uet.of: {key} learns from no teacher, whose maps uet samples; leave it out")
+        theirs = _teacher_of(key, teacher, needed=record.needs_teacher)
+        _check(key, needs if uet is None else needs | {Capability.FEATURES}, student, theirs, record)
         if isinstance(term, config.Adapted):
-            common = match_levels(student.strides, teacher.strides)
+            assert theirs is not None, "methods on feature maps need a teacher"
+            common = match_levels(student.strides, theirs.strides)
             term = term.model_copy(update={"levels": min(term.levels, len(common))})
         weight = 1.0 if term.weight == "auto" else term.weight
-        context = BuildContext(student, teacher, weight, seed, compiled)
+        context = BuildContext(student, theirs, weight, seed, compiled)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1000 * (index + 1))
             method = record.build(term, context)
         if method.needs - needs:  # of a user's own, whose options decide
-            _check(key, method.needs, student, teacher, record)
-        method = _on_common_levels(method, student, teacher)
+            _check(key, method.needs, student, theirs, record)
+        method = _on_common_levels(method, student, theirs)
         if uet is not None:
             method = UET(method, **uet.constants(), seed=seed, compiled=compiled)
         built[config.name_of(key)] = WeightedMethod(
@@ -119,11 +129,28 @@ def build_methods(
     return built
 
 
+def identity(wanted: config.Methods) -> dict[str, Any]:
+    """Identify what the methods of a recipe depend on besides their settings, as JSON; empty where they do not."""
+    found = {}
+    for key, term in wanted.enabled().items():
+        record = METHODS.get(key)
+        if record is not None and record.identity is not None:
+            found[key] = record.identity(term)
+    return {"method_inputs": found} if found else {}
+
+
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _on_common_levels(method: Method, student: Detector, teacher: Detector) -> Method:
-    if method.needs == {Capability.FEATURES} and student.strides != teacher.strides:
+def _teacher_of(name: str, teacher: Detector | None, *, needed: bool) -> Detector | None:
+    """What the method `name` is built with: the teacher, None where it needs none. Raises UserError where it lacks."""
+    if needed and teacher is None:
+        raise UserError(f"methods.{name}: needs a teacher; add the section teacher, or give one")
+    return teacher if needed else None
+
+
+def _on_common_levels(method: Method, student: Detector, teacher: Detector | None) -> Method:
+    if teacher is not None and method.needs == {Capability.FEATURES} and student.strides != teacher.strides:
         return LevelMatched(method, match_levels(student.strides, teacher.strides))
     return method
 
@@ -142,7 +169,7 @@ def _record(key: str, term: config.Term) -> MethodRecord:
         made: Method = call_own(method, method.__name__, f"methods.{key}", context.student, context.teacher, **options)
         return made
 
-    return MethodRecord(config.OwnMethod, build, method.needs)
+    return MethodRecord(config.OwnMethod, build, method.needs, needs_teacher=method.needs_teacher)
 
 
 def _check_capabilities(key: str, needs: Any) -> None:
@@ -152,12 +179,15 @@ def _check_capabilities(key: str, needs: Any) -> None:
         raise UserError(f"{key}: its `needs` is {needs!r}; give a set of {names}")
 
 
-def _copy_of_own(name: str, given: Method | WeightedMethod, student: Detector, teacher: Detector) -> WeightedMethod:
+def _copy_of_own(
+    name: str, given: Method | WeightedMethod, student: Detector, teacher: Detector | None
+) -> WeightedMethod:
     """A user's object, checked, with its weight and schedule."""
     method = given.method if isinstance(given, WeightedMethod) else given
     if not isinstance(method, Method):
         raise UserError(f"methods.{name}: needs a compress.distill.method.Method, got {_kind(method)}")
     _check_capabilities(f"methods.{name}", method.needs)
+    teacher = _teacher_of(name, teacher, needed=method.needs_teacher)
     _check(name, method.needs, student, teacher)
     weighted = copy.deepcopy(given if isinstance(given, WeightedMethod) else WeightedMethod(given))
     weighted.method = _on_common_levels(weighted.method, student, teacher)
@@ -168,16 +198,20 @@ def _kind(thing: Any) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else f"a value of type {type(thing).__name__}"
 
 
-def _check(name: str, needs: Needs, student: Detector, teacher: Detector, record: MethodRecord | None = None) -> None:
+def _check(
+    name: str, needs: Needs, student: Detector, teacher: Detector | None, record: MethodRecord | None = None
+) -> None:
     """Raises UserError where the models cannot serve the method `name`; `record`: its row, if it is one of ours."""
     for model, whom in ((teacher, "teacher"), (student, "student")):
+        if model is None:
+            continue
         missing = needs - model.capabilities
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
             raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {model.family} cannot give")
         if record is not None and record.ability is not None and not getattr(model, record.ability[0]):
             raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
-    if Capability.DENSE not in needs:
+    if Capability.DENSE not in needs or teacher is None:
         return
     if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -38,18 +39,23 @@ class Outputs:
 
 
 class Method(nn.Module, ABC):
-    """One way of learning from a teacher. Several methods add up.
+    """One way of learning from a teacher, or from another model that it brings. Several methods add up.
 
     A method owns what it has to train (adapters); its parameters go to the optimizer and to the checkpoint for
     resuming, and never into the student that ships.
     """
 
     needs: frozenset[Capability] = frozenset()
+    needs_teacher: ClassVar[bool] = True
+    """Whether it compares with the teacher. One that does not is given None in its place, asks what it `needs` of the
+    student alone, and works where there is no teacher."""
 
     @property
     def looks_at(self) -> frozenset[Capability]:
         """What it reads of the teacher's outputs: FEATURES for the maps, DENSE for all that the head gives. A method
         that says nothing about its needs is given both."""
+        if not self.needs_teacher:
+            return frozenset()
         head = frozenset({Capability.DENSE}) if self.needs - {Capability.FEATURES} else frozenset()
         return self.needs & {Capability.FEATURES} | head or BOTH
 
@@ -69,12 +75,12 @@ class Method(nn.Module, ABC):
 class BuildContext:
     """Models and circumstances that a method is built with, besides its settings.
 
-    student, teacher: the models. weight: factor on all terms. seed: of what the method draws at random.
-    compiled: run dense passes through torch.compile, where the method can.
+    student, teacher: the models; teacher None: the method needs none. weight: factor on all terms. seed: of what the
+    method draws at random. compiled: run dense passes through torch.compile, where the method can.
     """
 
     student: Detector
-    teacher: Detector
+    teacher: Detector | None
     weight: float
     seed: int
     compiled: bool
@@ -82,6 +88,7 @@ class BuildContext:
     @property
     def channels(self) -> tuple[int, int]:
         """C_s and C_t."""
+        assert self.teacher is not None, "asked by methods that need one"
         return self.student.feature_channels, self.teacher.feature_channels
 
 

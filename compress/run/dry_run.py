@@ -56,7 +56,7 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
     if distillation and (parts.teacher is not None or learns):
         teacher = _teacher(recipe, parts, learning, new_student(), categories, fabric, console)
     labellers = _labellers(recipe, categories, fabric, console) if distillation and recipe.pseudo_labels else []
-    if teacher is not None:
+    if distillation:
         learning.check(new_student(), teacher)
     with tempfile.TemporaryDirectory() as own:
         place = Path(fabric.broadcast(own))  # the first process's: all of them read what it writes
@@ -80,7 +80,7 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
             folder=folder,
             seed=small.seed,
             teacher=teacher,
-            distillation=learning,
+            distillation=learning if distillation else Distillation(),
             images=rehearse_labels(_labelling(small), data, labellers, place, console) if labellers else None,
             build=parts.student,
         )

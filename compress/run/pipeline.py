@@ -25,6 +25,7 @@ from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import load_detector
 from compress.detectors.weights import state_sha256
+from compress.distill.build import identity as method_identity
 from compress.manifest import (
     BASELINE,
     FINE_TUNED,
@@ -166,13 +167,14 @@ def _train(work: _Run, *, distillation: bool) -> None:
     if distillation and has_a_teacher(recipe.teacher, recipe.methods, recipe.pseudo_labels, work.parts):
         teacher = work.teacher()
         work.check_room_of_cache(teacher)
-    elif distillation and work.parts.methods:
-        name = next(iter(work.parts.methods))
-        raise UserError(f"methods.{name}: needs a teacher; add the section teacher, or give one")
+    elif distillation:
+        work.check_methods(None)
     if distillation and labelling is not None:
         pseudo = label_images(work.fabric, labelling, data, work.manifest, work.console, resume=work.resume)
     if recipe.student.prune is not None:
-        work = replace(work, pruned=work.cut(teacher))
+        work = replace(work, pruned=work.cut())
+        if distillation:
+            work.check_methods(teacher)
     for plan in work.student_trainings(teacher, pseudo, distillation=distillation):
         work.train(plan)
     on_first_process(work.fabric, lambda: write_recipe(work.folder, dump_recipe(recipe), whole=True))
@@ -287,6 +289,12 @@ class _Run:
             )
         return teacher
 
+    def check_methods(self, teacher: Detector | None) -> None:
+        """Refuse methods that student and teacher, if there is one, do not fit, before a baseline trains for hours."""
+        learning = distillation_plan(self.recipe, self.parts)
+        if learning.names:
+            learning.check(self._new_student(), teacher)
+
     def check_room_of_cache(self, teacher: Detector) -> None:
         """Refuse a cache of the teacher that would fill the disk before a baseline trains for hours. How many images
         pseudo labels add is not known yet; the student's training looks again."""
@@ -307,15 +315,12 @@ class _Run:
             return build_detector(self.pruned.model, classes, self.recipe.seed)
         return build_detector(student.built().model_copy(update={"weights": "none"}), classes, self.recipe.seed)
 
-    def cut(self, teacher: Detector | None) -> PrunedStudent:
-        """Cut the student, and look whether it fits its teacher."""
+    def cut(self) -> PrunedStudent:
+        """Cut the student."""
         recipe, prune = self.recipe, self.recipe.student.prune
         assert prune is not None, "the caller looks"
         plan = cut_plan(recipe, source_of(prune, recipe.teacher, self.folder))
-        pruned = cut_student(self.fabric, plan, self.data, self.manifest, recipe.data.workers, self._say)
-        if teacher is not None:
-            distillation_plan(recipe, self.parts).check(replace(self, pruned=pruned)._new_student(), teacher)
-        return pruned
+        return cut_student(self.fabric, plan, self.data, self.manifest, recipe.data.workers, self._say)
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
@@ -331,13 +336,13 @@ class _Run:
             yield replace(alone, name=BASELINE, start=None, identity={})
             if self.pruned is not None and (pseudo is not None or recipe.methods.enabled() or self.parts.methods):
                 yield replace(alone, name=FINE_TUNED)
-        first = replace(
-            alone,
-            teacher=teacher,
-            distillation=distillation_plan(recipe, self.parts),
-            images=None if pseudo is None else pseudo.images,
-            identity={**alone.identity, **self._taught(teacher), **({} if pseudo is None else pseudo.identity)},
-        )
+        first = alone
+        if distillation:
+            identity = {**alone.identity, **self._taught(teacher)}
+            learning = distillation_plan(recipe, self.parts)
+            first = replace(first, teacher=teacher, distillation=learning, identity=identity)
+        if pseudo is not None:
+            first = replace(first, images=pseudo.images, identity={**first.identity, **pseudo.identity})
         fine_tune = None if pseudo is None or recipe.pseudo_labels is None else recipe.pseudo_labels.fine_tune
         if fine_tune is None:
             yield first
@@ -386,14 +391,15 @@ class _Run:
 
     def _taught(self, teacher: Detector | None) -> dict[str, Any]:
         """Identify what a student learns from besides labels, as JSON."""
-        if teacher is None:
+        distillation = distillation_plan(self.recipe, self.parts)
+        if teacher is None and not distillation.names:
             return {}
-        distillation = distillation_plan(self.recipe)
         return {
             "methods": distillation.methods.model_dump(mode="json"),
             "inherit": distillation.inherit,
-            "teacher": state_sha256(teacher),
+            "teacher": None if teacher is None else state_sha256(teacher),
             **distillation.cache_identity(),
+            **method_identity(distillation.methods),
             **named_identity("named_methods", {f"methods.{path}": path for path in distillation.methods.own}),
             **self.parts.method_identity(),
         }

@@ -256,7 +256,7 @@ def fine_tuning(train: Train, settings: FineTune) -> Train:
 
 def only_labels(teacher: Teacher | None, methods: Methods, pseudo_labels: PseudoLabels | None) -> bool:
     """Whether the recipe's teacher is there for pseudo labels alone: nothing learns from its features or logits."""
-    return teacher is not None and pseudo_labels is not None and not methods.enabled() and not teacher.inherit
+    return teacher is not None and pseudo_labels is not None and not methods.of_teacher() and not teacher.inherit
 
 
 def image_lists(folders: Sequence[Path], data: Datasets, console: Console) -> list[tuple[str, ImageList]]:

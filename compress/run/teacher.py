@@ -70,7 +70,7 @@ def match_teacher(
     """
     detector = teacher.detector
     if detector is None:
-        method = next(iter(distillation.names), None)
+        method = next(iter(distillation.of_teacher), None)
         learns = "" if method is None else f", and methods.{method} learns from features or logits"
         raise UserError(f"{key}: {teacher.file} gives boxes alone{learns}; use pseudo_labels, or another teacher")
     methods = distillation.check(student, detector).values()

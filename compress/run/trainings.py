@@ -44,7 +44,7 @@ EVAL_BATCH = 8
 
 @dataclass(frozen=True)
 class Distillation:
-    """Plan of how a student learns from a teacher.
+    """Plan of how a student learns from more than labels.
 
     methods: the recipe's section. own: methods that are there as objects; a training works on copies.
     inherit: start the student's neck and head from the teacher's.
@@ -62,8 +62,14 @@ class Distillation:
         """The methods that take part."""
         return [*self.methods.enabled(), *self.own]
 
+    @property
+    def of_teacher(self) -> list[str]:
+        """Those of them that learn from the teacher."""
+        own = {name: part.method if isinstance(part, WeightedMethod) else part for name, part in self.own.items()}
+        return [*self.methods.of_teacher(), *(name for name, part in own.items() if part.needs_teacher)]
+
     def build(
-        self, student: Detector, teacher: Detector, *, seed: int = 0, compiled: bool = False
+        self, student: Detector, teacher: Detector | None, *, seed: int = 0, compiled: bool = False
     ) -> dict[str, WeightedMethod]:
         """The methods, with fresh adapters. Raises UserError where teacher, student and methods do not fit."""
         return build_methods(self.methods, student, teacher, seed=seed, compiled=compiled, own=self.own)
@@ -95,13 +101,14 @@ class Distillation:
                 f"student's (width {student.feature_channels}); give both the same neck_channels"
             )
 
-    def check(self, student: Detector, teacher: Detector) -> dict[str, WeightedMethod]:
+    def check(self, student: Detector, teacher: Detector | None) -> dict[str, WeightedMethod]:
         """Do what the student's training will begin with. The weights of `student` do not matter, and change.
 
         Raises UserError where teacher, student and methods do not fit each other.
         """
         methods = self.build(student, teacher)
-        self.pass_on(student, teacher)
+        if teacher is not None:
+            self.pass_on(student, teacher)
         return methods
 
 
@@ -169,10 +176,10 @@ def train(
         check_described(output, detector, _record(plan, detector, data, None))
     if plan.start is not None:
         detector.load_state_dict(load_detector(plan.start)[0].state_dict())
-    methods = {}
+    methods = plan.distillation.build(detector, teacher, seed=plan.seed, compiled=plan.settings.compile)
     if teacher is not None:
-        methods = plan.distillation.build(detector, teacher, seed=plan.seed, compiled=plan.settings.compile)
-        if any(Capability.DENSE not in built.method.needs for built in methods.values()):
+        taught = [built.method for built in methods.values() if built.method.needs_teacher]
+        if any(Capability.DENSE not in method.needs for method in taught):
             note = describe(detector.strides, teacher.strides)
             if note is not None and fabric.is_global_zero:
                 open_console().print(f"{plan.name}: {note}")

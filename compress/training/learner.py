@@ -49,8 +49,8 @@ class Learner(nn.Module):
         factors = {name: method.factor(position) for name, method in self._weighted()}
         teacher_outputs = None
         active = [weighted.method for name, weighted in self._weighted() if factors[name]]
-        if teacher is not None and active:
-            parts = looked_at(active)
+        parts = looked_at(active)
+        if teacher is not None and parts:
             if self._cache is None:
                 teacher_outputs = run_teacher(teacher, batch.images, parts)
             else:
@@ -59,10 +59,12 @@ class Learner(nn.Module):
             prediction = prediction.float()
             targets = self.student.assign(prediction, batch.targets, self._reduce)
             losses = self.student.loss(prediction, targets, self._reduce)
-            if teacher_outputs is not None:
+            if active:
                 student = Outputs(features, prediction, self.student, targets)
                 terms = {
-                    name: m.method(student, teacher_outputs, batch) for name, m in self._weighted() if factors[name]
+                    name: m.method(student, teacher_outputs if m.method.needs_teacher else None, batch)
+                    for name, m in self._weighted()
+                    if factors[name]
                 }
                 check_terms(terms, losses)
                 if position.measures and features[0].requires_grad:

@@ -24,7 +24,7 @@ def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     BatchNorm of a backbone that begins at random learns, unless an option says otherwise. Raises UserError for options
     that the library does not know or cannot build.
     """
-    kind = getattr(_import(), library)
+    kind = getattr(imported("detectors"), library)
     _check_known(kind, options)
     try:
         learns = (
@@ -33,7 +33,7 @@ def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
         config = kind.config_class(**{**learns, **options}, num_labels=num_classes)
         return _untied(kind(config))
     except Exception as error:  # whatever the library makes of numbers that do not go together
-        raise UserError(f"options: transformers cannot build a {library}: {_line(error)}") from error
+        raise UserError(f"options: transformers cannot build a {library}: {line_of(error)}") from error
 
 
 def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
@@ -42,21 +42,12 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
     Class layers of another number of classes begin at random: `renewed` of the network names them. Raises UserError
     where it is another detector, where weights are missing or have other shapes, and where it cannot be had.
     """
-    transformers = _import()
+    transformers = imported("detectors")
     kind = getattr(transformers, library)
     _check_known(kind, options)
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise UserError(f"init: {name}: is a file; give the folder that save_pretrained wrote")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise UserError(f"init: {name}: no such folder, and no name of the Hub (owner/name)")
-    where = f"init: {name}" if folder.is_dir() else f"init: {name}, on the Hub"
-    source = str(folder) if folder.is_dir() else name
+    source, where = located("init", name)
+    config = configuration(source, where)
     with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(source)
-        except Exception as error:  # network, files, versions
-            raise UserError(f"{where}: transformers cannot read it: {_line(error)}") from error
         if not isinstance(config, kind.config_class):
             raise UserError(f"{where}: is a {config.model_type}, not a {kind.config_class.model_type}")
         try:
@@ -66,7 +57,7 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
                 source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
             )
         except Exception as error:
-            raise UserError(f"{where}: transformers cannot load it: {_line(error)}") from error
+            raise UserError(f"{where}: transformers cannot load it: {line_of(error)}") from error
     renewed = sorted({str(item[0] if isinstance(item, tuple) else item) for item in found["mismatched_keys"]})
     lost = [key for key in (*renewed, *found["missing_keys"]) if not any(part in key for part in HEAD_PARTS)]
     if lost:
@@ -74,6 +65,49 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
     network = _untied(model)
     network.renewed = tuple(renewed)
     return network
+
+
+def imported(what: str) -> Any:
+    """The library. what: models of it, for the error where it is not installed."""
+    try:
+        import scipy  # noqa: F401  # matching in the losses of its detectors
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"{what} of transformers need that package ({error}); pip install 'compress-detectors[transformers]'"
+        ) from None
+    return transformers
+
+
+def located(key: str, name: str) -> tuple[str, str]:
+    """What the library is to read for `name`, a folder or a name of the Hub, and how errors call it.
+
+    Raises UserError, naming the setting `key`, for what can be neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UserError(f"{key}: {name}: is a file; give the folder that save_pretrained wrote")
+    if folder.is_dir():
+        return str(folder), f"{key}: {name}"
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{key}: {name}: no such folder, and no name of the Hub (owner/name)")
+    return name, f"{key}: {name}, on the Hub"
+
+
+def configuration(source: str, where: str) -> Any:
+    """The configuration of a model that was `located`. Raises UserError where it cannot be had."""
+    transformers = imported("models")
+    with quiet():
+        try:
+            return transformers.AutoConfig.from_pretrained(source)
+        except Exception as error:  # network, files, versions
+            raise UserError(f"{where}: transformers cannot read it: {line_of(error)}") from error
+
+
+def line_of(error: BaseException) -> str:
+    """All that the error says, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300]
 
 
 def options_of(config: Any) -> dict[str, Any]:
@@ -107,23 +141,6 @@ def _check_known(kind: Any, options: Mapping[str, Any]) -> None:
     if unknown:
         problem = "is what the detector says itself" if unknown[0] in NOT_OPTIONS else "is no key"
         raise UserError(f"options.{unknown[0]}: {problem} of transformers' {kind.config_class.__name__}")
-
-
-def _line(error: BaseException) -> str:
-    """All that the error says, in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300]
-
-
-def _import() -> Any:
-    try:
-        import scipy  # noqa: F401  # matching in the library's losses
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"detectors of transformers need that package ({error}); pip install 'compress-detectors[transformers]'"
-        ) from None
-    return transformers
 
 
 def _untied(model: Any) -> Any:

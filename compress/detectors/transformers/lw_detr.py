@@ -193,12 +193,14 @@ class LwDetr(QueryDetector):
             anchors, rows = anchors * inside, rows * inside
         encoded = model.enc_output_norm[group](model.enc_output[group](rows))
         logits = model.enc_out_class_embed[group](encoded)
-        boxes = self._refined(anchors, model.enc_out_bbox_embed[group](encoded))
         scores = logits.amax(-1)
         if inside is not None:
             scores = scores.masked_fill(~inside[..., 0], NO_PROBABILITY)
         best = scores.topk(count, dim=1).indices[..., None]
-        return boxes.gather(1, best.expand(-1, -1, 4)), logits.gather(1, best.expand(-1, -1, logits.shape[2])), best
+        states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2]))
+        around = anchors.expand(rows.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
+        boxes = self._refined(around, model.enc_out_bbox_embed[group](states))
+        return boxes, logits.gather(1, best.expand(-1, -1, logits.shape[2])), best
 
     def _decode(self, memory: Memory, content: Tensor, start: Tensor) -> Tensor:
         """Run the decoder on queries with `content` [Q, d] that look at `start` [B, Q, 4]: [layers, B, Q, d]."""

@@ -58,9 +58,9 @@ class RealTimeDetr(QueryDetector):
         """uint8 RGB images [B, 3, H, W] → the encoder's maps, each float [B, C, h, w]."""
         network = self.network
         maps = network.backbone.model(self.normalise(images)).feature_maps
-        projected = [project(x) for project, x in zip(network.encoder_input_proj, maps, strict=True)]
+        projected = [_like_itself(project(x)) for project, x in zip(network.encoder_input_proj, maps, strict=True)]
         found: list[Tensor] = network.encoder(projected).last_hidden_state
-        return found
+        return [_like_itself(x) for x in found]
 
     def predict_in_training(self, features: list[Tensor], targets: list[Target]) -> QueryPrediction:
         """Also learns from noisy copies of the labels, for which it draws random numbers."""
@@ -71,9 +71,8 @@ class RealTimeDetr(QueryDetector):
         the last one last. A query takes along the features of the place that is nearest to its own: the level of the
         nearest stride, and there the location that the centre lies in."""
         memory = self._memory([x.float() for x in features])
-        encoded, _, _ = self._encoded(memory)
-        rows = nearest_rows(queries.places, memory.shapes, self.strides)[..., None]
-        states = encoded.gather(1, rows.expand(-1, -1, encoded.shape[2])).detach()
+        nearest = nearest_rows(queries.places, memory.shapes, self.strides)
+        states = self.network.enc_output(_rows(self._candidates(memory)[0], nearest)).detach()
         found = self._decode(memory, states, queries.boxes.logit(eps=1e-5), None)
         return self._layers(found, queries, self._canvas(features))
 
@@ -86,35 +85,36 @@ class RealTimeDetr(QueryDetector):
         return parts | alone
 
     def _memory(self, features: list[Tensor]) -> Memory:
-        maps = [project(x) for project, x in zip(self.network.decoder_input_proj, features, strict=True)]
+        projections = self.network.decoder_input_proj
+        maps = [_like_itself(project(x)) for project, x in zip(projections, features, strict=True)]
         rows = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1).float()
         return Memory(rows, [(int(x.shape[2]), int(x.shape[3])) for x in maps])
 
-    def _encoded(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries take along of each location [B, S, d], the locations' anchors before the sigmoid [1, S, 4], and
-        whether these lie inside of the image [1, S, 1]."""
-        network, rows = self.network, memory.rows
-        anchors, inside = network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
-        return network.enc_output(inside.to(rows.dtype) * rows), anchors, inside
+    def _candidates(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The locations [B, S, d], zero where their anchors do not lie inside of the image, and these anchors before
+        the sigmoid [1, S, 4]. Through `enc_output`, a location becomes what a query takes along."""
+        rows = memory.rows
+        anchors, inside = self.network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
+        return inside.to(rows.dtype) * rows, anchors
 
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         network, memory = self.network, self._memory(features)
-        encoded, anchors, _ = self._encoded(memory)
-        logits = network.enc_score_head(encoded)
-        boxes = network.enc_bbox_head(encoded) + anchors
-        count = min(network.config.num_queries, encoded.shape[1])
-        best = logits.amax(-1).topk(count, dim=1).indices[..., None]  # [B, Q, 1]
-        points = boxes.gather(1, best.expand(-1, -1, 4))
-        start = points
-        states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2])).detach()
+        candidates, anchors = self._candidates(memory)
+        ranked = network.enc_output(candidates)
+        count = min(network.config.num_queries, ranked.shape[1])
+        best = network.enc_score_head(ranked).amax(-1).topk(count, dim=1).indices  # [B, Q]
+        # The best locations alone learn: once more through the layer, they spare the others the way back.
+        encoded = network.enc_output(_rows(candidates, best)) if torch.is_grad_enabled() else _rows(ranked, best)
+        start = points = network.enc_bbox_head(encoded) + _rows(anchors, best)
+        states = encoded.detach()
         mask = noise = None
         if truth is not None and self.training and network.config.num_denoising > 0:
             labels, noisy, mask, noise = self._denoising(truth, count)
             if noise is not None:
                 states, start = torch.cat((labels, states), 1), torch.cat((noisy, start), 1)
         found = self._decode(memory, states, start, mask)
-        places = places_of(memory.shapes, self.strides, best.device).expand(best.shape[0], -1, -1)
-        queries = Queries(points.sigmoid(), places.gather(1, best.expand(-1, -1, 3)))
+        places = places_of(memory.shapes, self.strides, best.device)
+        queries = Queries(points.sigmoid(), _rows(places, best))
         prediction = self._layers(found, queries, self._canvas(features))[-1]
         if truth is not None:
             all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points
@@ -123,7 +123,7 @@ class RealTimeDetr(QueryDetector):
                 "boxes": all_boxes[:, -1],
                 "outputs_class": all_logits,
                 "outputs_coord": all_boxes,
-                "enc_topk_logits": logits.gather(1, best.expand(-1, -1, logits.shape[2])),
+                "enc_topk_logits": network.enc_score_head(encoded),
                 "enc_topk_bboxes": queries.boxes,
                 "denoising_meta_values": noise,
                 **{name: getattr(found, value) for name, value in self.also_learned.items()},
@@ -212,3 +212,21 @@ class RTDetrV2(RealTimeDetr):
     library = "RTDetrV2ForObjectDetection"
     sizes = RT_DETR_V2
     criterion = "transformers.loss.loss_rt_detr:RTDetrForObjectDetectionLoss"
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _like_itself(x: Tensor) -> Tensor:
+    """The same, whose gradient arrives in the memory layout of `x`. What comes back through a concatenation is a slice,
+    which the backward pass of BatchNorm walks element by element, in five times the time."""
+    if x.requires_grad:
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))
+    return x
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, Q] of x [B or 1, S, d]: [B, Q, d]."""
+    B, Q = index.shape
+    return x.expand(B, -1, -1).gather(1, index[..., None].expand(B, Q, x.shape[2]))

@@ -54,7 +54,7 @@ class QadTraining:
     folder: RunFolder
     images: TrainingImages
     evaluate: Callable[[Detector], CocoMetrics]
-    build_methods: Callable[[Detector, Detector], Mapping[str, WeightedMethod]]
+    build_methods: Callable[[Detector, Detector | None], Mapping[str, WeightedMethod]]
     open_cache: Callable[[Detector], TeacherCache | None] = lambda teacher: None
     adapters: Path | None = None
     name: str = STUDENT_ON_INT8_GRIDS
@@ -75,7 +75,7 @@ def train_quantized(
     """Train the student on its grids and save checkpoint and grids. Returns its figures (JSON-able); the metrics are
     those of the rounded network.
 
-    teacher: as in the student's training; None: from the labels alone.
+    teacher: as in the student's training; None: there is none, and no method needs one.
 
     Raises:
         UserError: as `compress.training.loop.fit` does, and when the grids are not the student's.
@@ -88,11 +88,9 @@ def train_quantized(
     detector.to(memory_format=torch.channels_last)
     fold_batch_norms(detector)
     network = detector if plan.start is None else FakeQuantized(detector, plan.start)
-    methods: Mapping[str, WeightedMethod] = {}
-    if teacher is not None:
-        methods = plan.build_methods(network, teacher)
-        if plan.adapters is not None:
-            _restore_adapters(nn.ModuleDict(methods), plan.adapters)
+    methods = plan.build_methods(network, teacher)
+    if methods and plan.adapters is not None:
+        _restore_adapters(nn.ModuleDict(methods), plan.adapters)
     cache = None if teacher is None or not methods else plan.open_cache(teacher)
     loader = train_loader(
         plan.images,

@@ -27,7 +27,7 @@ from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train
 from deploy.core.errors import UserError
-from tests.helpers import tiny_recipe
+from tests.helpers import tiny_recipe, tiny_vision
 from tests.helpers.training_runs import assert_same, fabric, last_checkpoint
 
 
@@ -102,15 +102,16 @@ def test_composed_methods_train_and_log(tmp_path: Path) -> None:
 
 
 def test_all_methods_together_in_mixed_precision(tmp_path: Path) -> None:
-    names = [name for name in Methods.model_fields if name != "uet"]
+    names = [name for name, record in METHODS.items() if record.needs_teacher]
     methods = ", ".join(f"{name}: {{}}" for name in names)
+    vision = tiny_vision.saved(tmp_path / "vision")
     recipe = tiny_recipe.recipe(
-        tmp_path, f"methods={{{methods}, uet: {{of: [{', '.join(names)}]}}}}",
+        tmp_path, f"methods={{{methods}, vfm: {{model: '{vision}'}}, uet: {{of: [{', '.join(names)}]}}}}",
         "train.precision=bf16", "teacher.train.precision=bf16", "train.steps=2", "train.schedule.warmup_steps=1",
         "student.head_depth=1",
     )  # fmt: skip
     logged = [r for r in rows(pipeline.distill(recipe)) if r["loss"]]
-    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names)
+    assert all(float(logged[-1][f"grad_{name}"]) >= 0 for name in names) and float(logged[-1]["grad_vfm"]) > 0
     assert sum(float(logged[0][f"grad_{name}"]) > 0 for name in names) >= len(names) - 1, "DKD may have no positives"
 
 
@@ -188,7 +189,7 @@ def test_a_method_that_would_end_after_the_training_is_refused(tmp_path: Path) -
         (
             "{fgd: {}, uet: {of: fdg}}",
             "methods.uet.of: 'fdg' is not one of fgd, bckd, pkd, cwd, mgd, gi, tid, ld, crosskd, "
-            "dkd; did you mean fgd?",
+            "dkd, vfm; did you mean fgd?",
         ),
         ("{fgd: {}, uet: {of: a:B}}", "methods.uet.of: a:B is not among the methods; add `a:B: {}`"),
         ("{tid: {thr_neg: 0.6}}", "methods.tid.thr_neg: 0.6 is more than thr_pos, 0.5"),
@@ -208,7 +209,7 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, methods: str
 
 
 def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
-    names = list(Methods.model_fields)[:-1]
+    names = [name for name, record in METHODS.items() if record.needs_teacher]
     settings = Methods.model_validate({name: {} for name in names} | {"uet": {"of": tuple(names)}})
     detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
     built = build_methods(settings, *detectors)
@@ -224,8 +225,11 @@ def test_every_method_builds_from_its_defaults_with_and_without_uet() -> None:
 def test_the_table_of_methods_is_that_of_recipes() -> None:
     fields = {name: next(models_in(field.annotation)) for name, field in Methods.model_fields.items() if name != "uet"}
     assert {name: record.settings for name, record in METHODS.items()} == fields
+    assert all(record.needs_teacher == record.settings.needs_teacher for record in METHODS.values())
     detectors = [build_detector(tiny_model(), 3, seed) for seed in (0, 1)]
     for name, record in METHODS.items():
+        if not record.needs_teacher:  # it wants another model, and says in tests of its own what it needs
+            continue
         for settings in [{}, {"on": "logits"}] if name == "cwd" else [{}]:
             term = record.settings.model_validate(settings)
             needs = record.needs(term) if callable(record.needs) else record.needs

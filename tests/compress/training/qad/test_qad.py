@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from dataclasses import replace
 from itertools import islice
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress import cli
+from compress.config.methods import Methods
 from compress.config.recipe import Recipe
 from compress.data.loader import train_loader
 from compress.data.views import Views
@@ -30,6 +32,7 @@ from compress.export.deployable import Deployable
 from compress.manifest import RunFolder
 from compress.run import pipeline, plans
 from compress.run.data import open_data, splits
+from compress.run.trainings import Distillation
 from compress.training.qad.export import load_grids
 from compress.training.qad.fake_quant import (
     FakeQuantized,
@@ -46,7 +49,7 @@ from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
 from deploy.quantize.grids import Grids
 from deploy.quantize.qdq import check_format
-from tests.helpers import tiny_recipe
+from tests.helpers import tiny_recipe, tiny_vision
 from tests.helpers.teacher_passes import Passes
 from tests.helpers.training_runs import assert_same, fabric
 
@@ -422,10 +425,26 @@ def test_the_float_control_trains_without_grids(run_dir: Path, tmp_path: Path) -
     recipe = recipe_in(run_dir.parents[1])
     f = fabric()
     data = open_data(plans.data_plan(recipe), f)
-    plan = replace(plans.qad_plan(recipe, data), folder=RunFolder(tmp_path))
+    plan = replace(plans.qad_plan(recipe, data), folder=RunFolder(tmp_path), distillation=Distillation())
     result = train_quantized(f, plan.training(f, data, None, identity={}, name="control"), teacher=None)
     assert result["steps"] == 6 and not (tmp_path / "control.json").exists()
     load_detector(tmp_path / "control.safetensors")
+
+
+def test_a_vision_model_teaches_on_grids_without_a_teacher(run_dir: Path, tmp_path: Path) -> None:
+    methods = Methods.model_validate({"vfm": {"model": str(tiny_vision.saved(tmp_path / "vision"))}})
+    recipe, f = recipe_in(run_dir.parents[1]), fabric()
+    data = open_data(plans.data_plan(recipe), f)
+    plan = replace(
+        plans.qad_plan(recipe, data),
+        folder=RunFolder(tmp_path),
+        adapters=tmp_path / "none",
+        distillation=Distillation(methods),
+    )
+    start = load_grids(run_dir / "student.qad.start.json")
+    train_quantized(f, plan.training(f, data, start, identity={}), teacher=None, max_steps=1)
+    (first, *_) = csv.DictReader((plan.folder.training("student.qad").metrics).open())
+    assert float(first["vfm"]) > 0 and float(first["grad_vfm"]) > 0
 
 
 def test_damaged_grids_are_one_line(tmp_path: Path) -> None:
