@@ -47,8 +47,8 @@ class Model(Settings):
     detector: Family | ImportPath = "gfl"
     """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
     levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. d_fine,
-    rt_detr_v2, rf_detr, lw_detr: real-time DETRs of transformers, with their own backbones. Or the import path of a class
-    of your own."""
+    rt_detr_v2, rf_detr, lw_detr: real-time DETRs of transformers, with their own backbones. Or the import path of a
+    class of your own."""
     size: str | None = added_later()
     """A published size of a real-time DETR. d_fine: n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101. rf_detr:
     nano, small, medium, large or base. lw_detr: tiny, small, medium, large or xlarge. null: as `options` say."""

@@ -36,8 +36,9 @@ def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[i
         if distance[i, j] < HALF_OCTAVE and all(i != a and j != b for a, b in pairs):
             pairs.append((i, j))
     if len(pairs) < fewest:
+        levels = "2 levels" if fewest == FEWEST else "a level"
         raise UserError(
-            f"methods: those on features need {fewest} level{'s' * (fewest > 1)} of about the same stride: the student's are "
+            f"methods: those on features need {levels} of about the same stride: the student's are "
             f"{_listed(student)}, the teacher's {_listed(teacher)}"
         )
     return sorted(pairs)

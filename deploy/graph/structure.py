@@ -7,8 +7,8 @@ suppression) is never quantized.
 
 A detector with queries chooses places by their scores in the middle of the network (TopK). Integers there choose
 others, and the layers behind refine positions step by step. So the layers that decide the choice, all that work on
-what was chosen, and those whose results are read at chosen places alone, stay in float as output layers do. So do layers
-that no image reaches, such as those of learned queries: a calibration sees one value of theirs.
+what was chosen, and those whose results are read at chosen places alone, stay in float as output layers do. So do
+layers that no image reaches, such as those of learned queries: a calibration sees one value of theirs.
 """
 
 from __future__ import annotations

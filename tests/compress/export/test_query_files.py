@@ -26,7 +26,6 @@ from deploy.quantize.qdq import Target
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers import tiny_detr
 
-
 KINDS = [DFine, RfDetr, *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (RTDetrV2, LwDetr))]
 
 
