@@ -50,8 +50,9 @@ class Model(Settings):
     rt_detr_v2, rf_detr, lw_detr: real-time DETRs of transformers, with their own backbones. Or the import path of a
     class of your own."""
     size: str | None = added_later()
-    """A published size of a real-time DETR. d_fine: n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101. rf_detr:
-    nano, small, medium, large or base. lw_detr: tiny, small, medium, large or xlarge. null: as `options` say."""
+    """A size of a real-time DETR. d_fine: n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101; of both tiny
+    and tiny2x, to train from scratch on a CPU. rf_detr: nano, small, medium, large or base. lw_detr: tiny, small,
+    medium, large or xlarge. null: as `options` say."""
     init: str | None = added_later()
     """Real-time DETRs: start from a detector of this kind of transformers, a folder or its name on the Hub; class
     layers begin anew where the number of classes differs. null: random weights."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.detectors.base import NO_PROBABILITY
-from compress.detectors.queries import Queries, QueryPrediction
-from compress.detectors.transformers.query_detector import Memory, QueryDetector, places_of
+from compress.detectors.queries import Queries, QueryPrediction, places_of
+from compress.detectors.transformers.query_detector import Memory, QueryDetector
 from compress.detectors.transformers.sampling import in_exportable_form
 from compress.detectors.transformers.sizes import LW_DETR, RF_DETR
 from deploy.core.errors import UserError

@@ -14,10 +14,11 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
+from compress.config.families import FAMILY_FACTS
 from compress.config.methods import Methods
 from compress.config.model import Model
 from compress.detectors.base import Capability, ImageSize, freeze
-from compress.detectors.build import build_detector, inherit, model_of
+from compress.detectors.build import build_detector, inherit, model_of, model_size
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.detectors.transformers.lw_detr import LwDetr, RfDetr, _joined, _windowed
 from compress.detectors.transformers.query_detector import QueryDetector
@@ -332,3 +333,17 @@ def test_maps_with_fewer_locations_than_queries_train() -> None:
     assert prediction.boxes.shape[1] == 16 < detector.network.config.num_queries
     terms = detector.loss(prediction, detector.assign(prediction, batch.targets))
     assert set(terms) == {"loss_ce", "loss_bbox", "loss_giou"} and all(x.isfinite() for x in terms.values())
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_tiny_has_the_gflops_of_a_tiny_gfl(kind: type[QueryDetector]) -> None:
+    """So a table of both compares equals; a teacher of twice the width gives what a student can inherit."""
+    gfl = Model(backbone="nano", weights="none", neck_channels=64, head_depth=1)
+    student, wide, dense = (
+        build_detector(model, 8, seed=0)
+        for model in (Model(detector=kind.family, size="tiny"), Model(detector=kind.family, size="tiny2x"), gfl)
+    )
+    gflops = [model_size(x, (96, 96))["gflops"] for x in (student, wide, dense)]
+    assert 0.9 * gflops[2] < gflops[0] <= gflops[2] < gflops[1]
+    assert any("decoder" in key for key in inherit(student, wide))
+    assert FAMILY_FACTS[kind.family].sizes == tuple(kind.sizes)
