@@ -17,7 +17,6 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from compress.detectors.base import NO_PROBABILITY
 from compress.detectors.queries import Queries, QueryPrediction, places_of
 from compress.detectors.transformers.query_detector import Memory, QueryDetector
-from compress.detectors.transformers.sampling import in_exportable_form
+from compress.detectors.transformers.sampling import in_best_form
 from compress.detectors.transformers.sizes import LW_DETR, RF_DETR
 from deploy.core.errors import UserError
 from deploy.core.import_path import import_object
@@ -205,7 +204,7 @@ class LwDetr(QueryDetector):
     def _decode(self, memory: Memory, content: Tensor, start: Tensor) -> Tensor:
         """Run the decoder on queries with `content` [Q, d] that look at `start` [B, Q, 4]: [layers, B, Q, d]."""
         rows = memory.rows
-        with in_exportable_form(self.network) if torch.compiler.is_exporting() else nullcontext():
+        with in_best_form(self.network, rows.device):
             found = self.network.model.decoder(
                 inputs_embeds=content[None].expand(rows.shape[0], -1, -1),
                 reference_points=start,

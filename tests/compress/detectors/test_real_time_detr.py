@@ -20,10 +20,12 @@ from compress.config.model import Model
 from compress.detectors.base import Capability, ImageSize, freeze
 from compress.detectors.build import build_detector, inherit, model_of, model_size
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.detectors.transformers import sampling
 from compress.detectors.transformers.lw_detr import LwDetr, RfDetr, _joined, _windowed
 from compress.detectors.transformers.query_detector import QueryDetector
 from compress.detectors.transformers.real_time_detr import DFine, RTDetrV2
-from compress.detectors.transformers.sampling import in_exportable_form, sample_rows
+from compress.detectors.transformers.row_sums import sum_rows
+from compress.detectors.transformers.sampling import sample_rows
 from compress.distill.build import build_methods
 from compress.distill.weighting import TrainingPosition
 from compress.prune.graph import pruning_graph
@@ -150,7 +152,8 @@ def test_losses_are_normalised_by_the_boxes_of_all_processes(
 
 
 @each
-def test_sampling_by_rows_is_grid_sample(kind: type[QueryDetector]) -> None:
+@pytest.mark.parametrize("ours", [sample_rows, sum_rows])
+def test_sampling_by_rows_is_grid_sample(kind: type[QueryDetector], ours: Any) -> None:
     """With places outside of the maps, and gradients."""
     network = tiny_detr.tiny(kind).network
     module: Any = sys.modules[type(network).__module__]
@@ -167,25 +170,37 @@ def test_sampling_by_rows_is_grid_sample(kind: type[QueryDetector]) -> None:
         out: Tensor = module.MultiScaleDeformableAttention()(value, None, shapes, None, places, weights, 64)
         return out
 
-    def exported(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        with in_exportable_form(network):
-            return by_levels(value, places, weights)
-
     def one_list(function: Any) -> Any:
         return lambda value, places, weights: function(value, shapes, places, weights, points, "default")
 
-    if kind.reduces:
-        functions: tuple[Any, ...] = (by_levels, exported)
-    else:
-        functions = (one_list(module.multi_scale_deformable_attention_v2), one_list(sample_rows))
+    theirs = by_levels if kind.reduces else one_list(module.multi_scale_deformable_attention_v2)
     results = []
-    for function in functions:
+    for function in (theirs, one_list(ours)):
         value, places, weights = (x.clone().requires_grad_() for x in inputs)
         out = function(value, places, weights)
         out.square().sum().backward()
         results.append((out, value.grad, places.grad, weights.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@each
+def test_the_cpu_samples_by_sums_of_rows(kind: type[QueryDetector], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and evaluation, and the library is as it was after it."""
+    calls = []
+    monkeypatch.setattr(sampling, "sum_rows", lambda *inputs: calls.append(1) or sum_rows(*inputs))
+    detector = tiny_detr.tiny(kind)
+    module: Any = sys.modules[type(detector.network).__module__]
+    owner, name = (
+        (module.MultiScaleDeformableAttention, "forward")
+        if kind.reduces
+        else (module, "multi_scale_deformable_attention_v2")
+    )
+    before = getattr(owner, name)
+    calls.clear()
+    losses(detector.train(), tiny_detr.batch())
+    detector.eval()(tiny_detr.batch().images)
+    assert len(calls) == 6 and getattr(owner, name) is before
 
 
 @each
