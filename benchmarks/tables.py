@@ -202,7 +202,7 @@ def with_gains(text: str, rows: Sequence[Row]) -> str:
     table = re.search(r"<!-- which -->\n(.*?)<!-- /which -->", text, re.DOTALL)
     if table is None:
         raise UserError(f"{INDEX}: no block <!-- which -->")
-    line = re.compile(r"^(\| \[(\w+)\].*\|)[^|]*\|$", re.MULTILINE)
+    line = re.compile(r"^(\| \[[^]]+\]\((\w+)\.md\).*\|)[^|]*\|$", re.MULTILINE)
     return filled(text, "which", line.sub(lambda match: f"{match[1]} {gain_of(rows, match[2])} |", table[1]).rstrip())
 
 
@@ -217,8 +217,8 @@ def gain_of(rows: Sequence[Row], method: str) -> str:
 
 
 def words(name: str) -> set[str]:
-    """Names in the name of an arm: `UET+FGD, sum` -> uet, fgd, sum."""
-    return set(re.findall(r"[a-z]+", name.lower()))
+    """Names in the name of an arm: `UET+KD-DETR, sum` -> uet, kd_detr, sum."""
+    return set(re.findall(r"[a-z_]+", name.lower().replace("-", "_")))
 
 
 def pictures(rows: Sequence[Row]) -> dict[Path, str]:

@@ -250,7 +250,7 @@ class Detector(nn.Module):
         """Run the decoder on queries that begin where another model's do: what each layer says, the last one last."""
         raise self._lacks(Capability.QUERIES)
 
-    def match(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
+    def match_queries(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
         """Queries int64 [n] and objects int64 [n] of each image that belong together; objects count those of
         `Target` that are not to be ignored."""
         raise self._lacks(Capability.QUERIES)

@@ -149,6 +149,21 @@ def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
     return detector
 
 
+def wrapped(library_model: Any) -> Detector | None:
+    """The detector around a model of transformers, which keeps its weights; None where it is of no family here, or has
+    settings that these do without."""
+    for family, record in FAMILIES.items():
+        if record.facts.whole and record.load().library == type(library_model).__name__:
+            try:
+                detector: Detector = record.load()(library_model.config.num_labels, library_model.model)
+            except UserError:
+                return None
+            options: Any = detector.options
+            detector.model = Model(detector=family, options=options)
+            return detector
+    return None
+
+
 def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
     """A fresh detector; the same seed gives the same weights.
 

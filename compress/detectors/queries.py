@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,3 +89,27 @@ class EdgeDistributions:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EdgeDistributions:
         return EdgeDistributions(*(function(x) for x in (self.logits, self.around, self.offsets, self.scale)))
+
+
+def places_of(shapes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> Tensor:
+    """`Queries.places` of all locations of maps of (h, w), [1, S, 3]."""
+    levels = []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        levels.append(torch.stack((columns, rows, torch.full_like(rows, stride)), -1).flatten(0, 1))
+    return torch.cat(levels)[None]
+
+
+def nearest_rows(places: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    """The location nearest to each of `places` [B, Q, 3], counted level behind level: int64 [B, Q]. It lies on the
+    level of the nearest stride, and has the place's centre in it."""
+    device = places.device
+    octaves = torch.tensor(strides, device=device).log2()
+    level = (places[..., 2, None].log2() - octaves).abs().argmin(-1)  # [B, Q]
+    heights, widths = (torch.tensor(sides, device=device)[level] for sides in zip(*shapes, strict=True))
+    sizes = torch.tensor([h * w for h, w in shapes], device=device)
+    x = torch.minimum((places[..., 0] * widths).long().clamp(min=0), widths - 1)
+    y = torch.minimum((places[..., 1] * heights).long().clamp(min=0), heights - 1)
+    return (sizes.cumsum(0) - sizes)[level] + y * widths + x

@@ -11,7 +11,7 @@ import torch
 
 from compress.config import methods as config
 from compress.detectors.base import Capability, Detector
-from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid, vfm
+from compress.distill import bckd, crosskd, cwd, ddf, dkd, fgd, gi, kd_detr, ld, mgd, pkd, tid, vfm
 from compress.distill.level_matching import LevelMatched, match_levels
 from compress.distill.method import BuildContext, Method
 from compress.distill.uet import UET
@@ -65,6 +65,8 @@ METHODS = {
         ),
     ),
     "dkd": MethodRecord(config.Dkd, dkd.build, dkd.DKD.needs),
+    "kd_detr": MethodRecord(config.KdDetr, kd_detr.build, lambda settings: kd_detr.needs_of(settings.random_queries)),
+    "ddf": MethodRecord(config.Ddf, ddf.build, ddf.DDF.needs),
     "vfm": MethodRecord(config.Vfm, vfm.build, vfm.VFM.needs, needs_teacher=False, identity=vfm.identity),
 }
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from compress.data.batch import Batch, Target
+from compress.detectors.base import Capability, freeze
 from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, RTDetrV2
+from compress.distill.method import Outputs
+from compress.distill.teacher_outputs import run_teacher
 
 CLASSES = 5
 SIZE = (96, 128)
@@ -88,3 +91,25 @@ def batch(*, empty: bool = True) -> Batch:
         labels = torch.tensor([0, 2, 4])[:count]
         targets.append(Target(boxes[:count].clone(), labels, ignore, None, index, SIZE, SIZE))
     return Batch(images, targets)
+
+
+def outputs(student: RealTimeDetr, teacher: RealTimeDetr, pictures: Batch) -> tuple[Outputs, Outputs]:
+    """What a method gets of both; the student's with gradient."""
+    features = student.features(pictures.images)
+    prediction = student.predict_in_training(features, pictures.targets)
+    targets = student.assign(prediction, pictures.targets)
+    taught = run_teacher(teacher, pictures.images, frozenset({Capability.DENSE}))
+    return Outputs(features, prediction, student, targets), taught
+
+
+def other(kind: type[RealTimeDetr], **options: Any) -> RealTimeDetr:
+    """A frozen teacher with other weights than `tiny`, and classes that it is sure of."""
+    teacher = tiny(kind, **options)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += noise * (0.3 if "_embed" in name else 0.03)
+    freeze(teacher)
+    return teacher

@@ -95,7 +95,7 @@ class QueryDetector(Detector):
         return self._predict(features, [_truth(target, canvas, features[0].device) for target in targets])
 
     @torch.no_grad()
-    def match(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
+    def match_queries(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
         """The library's matching: of each image the queries int64 [n] and the objects int64 [n] of `truth`."""
         truth = self.truth(prediction, targets)
         return self._matched({"logits": prediction.logits, "pred_boxes": prediction.boxes.clamp(0, 1)}, truth)
@@ -202,29 +202,6 @@ class Memory:
 
     rows: Tensor
     shapes: list[tuple[int, int]]
-
-
-def places_of(shapes: list[tuple[int, int]], strides: tuple[int, ...], device: torch.device) -> Tensor:
-    """`Queries.places` of all locations, [1, S, 3]."""
-    levels = []
-    for (height, width), stride in zip(shapes, strides, strict=True):
-        y = (torch.arange(height, device=device) + 0.5) / height
-        x = (torch.arange(width, device=device) + 0.5) / width
-        rows, columns = torch.meshgrid(y, x, indexing="ij")
-        levels.append(torch.stack((columns, rows, torch.full_like(rows, stride)), -1).flatten(0, 1))
-    return torch.cat(levels)[None]
-
-
-def nearest_rows(places: Tensor, shapes: list[tuple[int, int]], strides: tuple[int, ...]) -> Tensor:
-    """Rows of the locations nearest to places [B, Q, 3]: int64 [B, Q]."""
-    device = places.device
-    octaves = torch.tensor(strides, device=device).log2()
-    level = (places[..., 2, None].log2() - octaves).abs().argmin(-1)  # [B, Q]
-    heights, widths = (torch.tensor(sides, device=device)[level] for sides in zip(*shapes, strict=True))
-    sizes = torch.tensor([h * w for h, w in shapes], device=device)
-    x = torch.minimum((places[..., 0] * widths).long().clamp(min=0), widths - 1)
-    y = torch.minimum((places[..., 1] * heights).long().clamp(min=0), heights - 1)
-    return (sizes.cumsum(0) - sizes)[level] + y * widths + x
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ its own normaliser, that of a process. Boxes are in shares of the network image,
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from compress.data.batch import Target
 from compress.detectors.base import Capability
-from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction
-from compress.detectors.transformers.query_detector import Memory, QueryDetector, nearest_rows, places_of
+from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction, nearest_rows, places_of
+from compress.detectors.transformers.query_detector import Memory, QueryDetector
 from compress.detectors.transformers.sampling import in_exportable_form
 from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
 from deploy.core.import_path import import_object
@@ -70,7 +70,8 @@ class RealTimeDetr(QueryDetector):
         """Run the decoder on queries that begin where another model's do: one prediction a layer that says something,
         the last one last. A query takes along the features of the place that is nearest to its own: the level of the
         nearest stride, and there the location that the centre lies in."""
-        memory = self._memory([x.float() for x in features])
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory([x.float() for x in features])
         nearest = nearest_rows(queries.places, memory.shapes, self.strides)
         states = self.network.enc_output(_rows(self._candidates(memory)[0], nearest)).detach()
         found = self._decode(memory, states, queries.boxes.logit(eps=1e-5), None)
@@ -148,13 +149,13 @@ class RealTimeDetr(QueryDetector):
         logits, boxes = found.intermediate_logits, found.intermediate_reference_points
         count, layers = queries.boxes.shape[1], range(logits.shape[1])
         edges = self._edges(found, count)
-        edges = [None] * (len(layers) - len(edges)) + edges
+        without: list[EdgeDistributions | None] = [None] * (len(layers) - len(edges))
         return [
-            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, edges[layer])
-            for layer in layers
+            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, of_layer)
+            for layer, of_layer in zip(layers, [*without, *edges], strict=True)
         ]
 
-    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions]:
         """The distributions of the last layers that have some, of the last `count` queries."""
         return []
 
@@ -191,7 +192,7 @@ class DFine(RealTimeDetr):
         "initial_reference_points": "initial_reference_points",
     }
 
-    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions]:
         if torch.compiler.is_exporting():
             return []
         decoder = self.network.decoder
@@ -215,6 +216,19 @@ class RTDetrV2(RealTimeDetr):
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _unlearning(module: nn.Module) -> Iterator[None]:
+    """Normalise as ever, without taking up statistics: of a batch that came before, they would count twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _like_itself(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from compress.config.deploy import Engines
+from compress.config.methods import Methods
 from compress.config.recipe import dump_recipe, recipe_sha256
 from tests.helpers.recipes import Load, problems
 
@@ -105,8 +106,7 @@ def test_own_parts(load: Load) -> None:
         (
             "  bckd: {}",
             "  my-loss: {}",
-            "r.yaml:9: methods.my-loss: unknown key; known here: bckd, fgd, pkd, cwd, mgd, gi, "
-            "tid, ld, crosskd, dkd, vfm, uet",
+            f"r.yaml:9: methods.my-loss: unknown key; known here: {', '.join(Methods.model_fields)}",
         ),
         ("{margin: 2}", "2", "r.yaml:10: methods.mypkg.losses:MyLoss.options: needs a section of keys, got 2"),
         (
