@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from compress.config.model import Model
 from compress.config.recipe import Recipe, load_recipe
 from compress.detectors.base import freeze
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.gfl import GFL
 from compress.run import dry_run
@@ -40,6 +41,7 @@ ROWS = {
 # Real-time DETRs and alignment with a vision model, in the schedule of the student's authors: epochs, batch, learning
 # rate, factor of the backbone, steps of warm-up, moving average; and the methods
 SCHEDULES = {
+    "d_fine_x_d_fine_s_fgd_ddf": (132, 32, 2e-4, 0.5, 500, 0.9999, ["fgd", "ddf"]),
     "dinov2_gfl_r18_vfm": (12, 16, 0.01, 1.0, 500, None, ["vfm"]),
     "dinov2_rt_detr_v2_r18_vfm": (120, 16, 1e-4, 1.0, 2000, 0.9999, ["vfm"]),
 }
@@ -152,6 +154,8 @@ def test_dry_run_of_the_others(
     pytest.importorskip("scipy")
     settings = ["data.short=64", "data.long=96", "train.precision=32"]
     methods = SCHEDULES[name][-1]
+    small = build_detector(Model(detector="d_fine", size="tiny"), 80, seed=0)
+    monkeypatch.setattr(dry_run, "_teacher", lambda *_: freeze(small))
     if "vfm" in methods:
         settings.append(f"methods.vfm.model={tiny_vision.saved(tmp_path / 'vision')}")
     recipe = load_recipe(OTHERS[name], settings)
