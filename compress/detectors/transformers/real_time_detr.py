@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from compress.data.batch import Target
 from compress.detectors.base import Capability
 from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction, nearest_rows, places_of
 from compress.detectors.transformers.query_detector import Memory, QueryDetector
-from compress.detectors.transformers.sampling import in_exportable_form
+from compress.detectors.transformers.sampling import in_best_form
 from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
 from deploy.core.import_path import import_object
 
@@ -134,7 +134,7 @@ class RealTimeDetr(QueryDetector):
     def _decode(self, memory: Memory, states: Tensor, start: Tensor, mask: Tensor | None) -> Any:
         """Run the decoder on queries with `states` [B, Q, d] that begin at `start` [B, Q, 4], before the sigmoid."""
         network = self.network
-        with in_exportable_form(network) if torch.compiler.is_exporting() else nullcontext():
+        with in_best_form(network, start.device):
             return network.decoder(
                 inputs_embeds=states,
                 encoder_hidden_states=memory.rows,

@@ -1,8 +1,8 @@
-"""Deformable attention by gathering, for exported files.
+"""Deformable attention by gathering, for exported files; and which form runs where.
 
 transformers samples the maps with GridSample, a level at a time, an operator that many runtimes do slowly. Here the
 levels are one list of rows, and a sample is four rows of it (Gather) with their bilinear weights: the same numbers up
-to the order of sums.
+to the order of sums. On the CPU, training and evaluation take `row_sums`; on a GPU, what the library has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from compress.detectors.transformers.row_sums import sum_rows
 
 
 def sample_rows(
@@ -67,16 +69,19 @@ def sample_rows(
 
 
 @contextlib.contextmanager
-def in_exportable_form(network: nn.Module) -> Iterator[None]:
-    """Run `network` of transformers in a form that exports: sampling by rows, and no checks of values, for which there
-    is no ONNX."""
+def in_best_form(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run `network` of transformers as suits what is done with it: for an export with sampling by rows and without
+    checks of values, for which there is no ONNX; on the CPU with sums of rows; elsewhere as it is."""
     module = sys.modules[type(network).__module__]
-    replaced: list[tuple[Any, str, Any]] = [
-        (module, "multi_scale_deformable_attention_v2", sample_rows),
-        (module, "torch_compilable_check", _unchecked),
-    ]
-    parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
-    replaced += [(part, "ms_deformable_attn_core", sample_rows) for part in parts]
+    exporting = torch.compiler.is_exporting()
+    sample = sample_rows if exporting else sum_rows
+    replaced: list[tuple[Any, str, Any]] = []
+    if exporting:
+        replaced.append((module, "torch_compilable_check", _unchecked))
+    if exporting or device.type == "cpu":
+        replaced.append((module, "multi_scale_deformable_attention_v2", sample))
+        parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
+        replaced += [(part, "ms_deformable_attn_core", sample) for part in parts]
     before = [getattr(owner, name) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:

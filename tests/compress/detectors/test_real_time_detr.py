@@ -20,7 +20,9 @@ from compress.config.model import Model
 from compress.detectors.base import Capability, ImageSize, freeze
 from compress.detectors.build import build_detector, inherit, model_of, model_size
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
+from compress.detectors.transformers import sampling
 from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, RTDetrV2
+from compress.detectors.transformers.row_sums import sum_rows
 from compress.detectors.transformers.sampling import sample_rows
 from compress.distill.build import build_methods
 from compress.distill.weighting import TrainingPosition
@@ -135,7 +137,8 @@ def test_losses_are_normalised_by_the_boxes_of_all_processes(
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_sampling_by_rows_is_grid_sample(kind: type[RealTimeDetr]) -> None:
+@pytest.mark.parametrize("ours", [sample_rows, sum_rows])
+def test_sampling_by_rows_is_grid_sample(kind: type[RealTimeDetr], ours: Any) -> None:
     """With places outside of the maps, and gradients."""
     module: Any = sys.modules[type(tiny_detr.tiny(kind).network).__module__]
     generator = torch.Generator().manual_seed(0)
@@ -146,13 +149,26 @@ def test_sampling_by_rows_is_grid_sample(kind: type[RealTimeDetr]) -> None:
         torch.rand(2, 9, 4, 7, generator=generator),
     ]
     results = []
-    for function in (module.multi_scale_deformable_attention_v2, sample_rows):
+    for function in (module.multi_scale_deformable_attention_v2, ours):
         value, places, weights = (x.clone().requires_grad_() for x in inputs)
         out = function(value, shapes, places, weights, points, "default")
         out.square().sum().backward()
         results.append((out, value.grad, places.grad, weights.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_cpu_samples_by_sums_of_rows(kind: type[RealTimeDetr], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and evaluation, and the library is as it was after it."""
+    calls = []
+    monkeypatch.setattr(sampling, "sum_rows", lambda *inputs: calls.append(1) or sum_rows(*inputs))
+    detector = tiny_detr.tiny(kind)
+    module: Any = sys.modules[type(detector.network).__module__]
+    before = module.multi_scale_deformable_attention_v2
+    calls.clear()
+    losses(detector.train(), tiny_detr.batch())
+    detector.eval()(tiny_detr.batch().images)
+    assert len(calls) == 6 and module.multi_scale_deformable_attention_v2 is before
 
 
 def test_it_is_saved_and_loaded(kind: type[RealTimeDetr], tmp_path: Path) -> None:
