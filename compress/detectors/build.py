@@ -178,14 +178,17 @@ def wrapped(library_model: Any) -> Detector | None:
     return None
 
 
-def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
+def build_detector(
+    model: Model, num_classes: int, seed: int, *, compiled: bool = False, key: str = "model"
+) -> Detector:
     """A fresh detector; the same seed gives the same weights.
 
-    compiled: run its dense loss passes through torch.compile, where it has such. Raises UserError as `assemble`.
+    compiled: run its dense loss passes through torch.compile, where it has such. key: of the recipe's section, for
+    messages. Raises UserError as `assemble`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        detector = assemble(model, num_classes)
+        detector = assemble(model, num_classes, key)
     detector.compiled = compiled
     return detector.to(memory_format=torch.channels_last)
 

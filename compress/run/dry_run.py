@@ -106,7 +106,8 @@ def _student(recipe: Recipe, parts: Parts, num_classes: int) -> Detector:
     """A new one with random weights."""
     if parts.student is not None:
         return parts.student(num_classes)
-    return build_detector(recipe.student.built().model_copy(update={"weights": "none"}), num_classes, recipe.seed)
+    model = recipe.student.built().model_copy(update={"weights": "none"})
+    return build_detector(model, num_classes, recipe.seed, key="student")
 
 
 def _cut(recipe: Recipe, categories: dict[int, str], console: Console, *, distillation: bool) -> Recipe:
@@ -146,7 +147,8 @@ def _teacher(
 def _untrained(settings: Teacher, num_classes: int, console: Console) -> Detector:
     """A teacher that the run would train first."""
     assert settings.model is not None
-    return freeze(build_detector(_without_download(settings.model, console, "teacher"), num_classes, 0))
+    model = _without_download(settings.model, console, "teacher")
+    return freeze(build_detector(model, num_classes, 0, key="teacher.model"))
 
 
 def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> list[BoxTeacher]:

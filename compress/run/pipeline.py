@@ -265,7 +265,8 @@ class _Run:
     def _trained_teacher(self, settings: Teacher, schedule: Train) -> Detector:
         assert settings.model is not None, "the recipe was validated"
         classes = len(self.data.train.categories)
-        untrained = build_detector(settings.model.model_copy(update={"weights": "none"}), classes, 0)
+        model = settings.model.model_copy(update={"weights": "none"})
+        untrained = build_detector(model, classes, 0, key="teacher.model")
         distillation_plan(self.recipe, self.parts).check(self._new_student(), untrained)
         plan = replace(student_plan(self.recipe), name=TEACHER, model=settings.model, settings=schedule)
         self._stage(plan)
@@ -312,8 +313,9 @@ class _Run:
         if self.parts.student is not None:
             return self.parts.student(classes)
         if self.pruned is not None:
-            return build_detector(self.pruned.model, classes, self.recipe.seed)
-        return build_detector(student.built().model_copy(update={"weights": "none"}), classes, self.recipe.seed)
+            return build_detector(self.pruned.model, classes, self.recipe.seed, key="student")
+        model = student.built().model_copy(update={"weights": "none"})
+        return build_detector(model, classes, self.recipe.seed, key="student")
 
     def cut(self) -> PrunedStudent:
         """Cut the student."""

@@ -133,7 +133,8 @@ def rehearse_cut(student: Student, num_classes: int, size: tuple[int, int], seed
     """
     prune = student.prune
     assert prune is not None, "the caller looks"
-    whole = build_detector(student.built().model_copy(update={"weights": "none"}), num_classes, seed).eval()
+    model = student.built().model_copy(update={"weights": "none"})
+    whole = build_detector(model, num_classes, seed, key="student").eval()
     with _naming_the_recipe():
         if prune.budget in ("gflops", "params"):
             at_random = {"importance": "random", "shares": "uniform", "schedule": "once"}

@@ -29,7 +29,7 @@ from compress.distill.method import Method
 from compress.distill.teacher_cache import TeacherCache
 from compress.distill.teacher_outputs import looked_at
 from compress.distill.weighting import WeightedMethod
-from compress.manifest import RunFolder, fingerprint
+from compress.manifest import TEACHER, RunFolder, fingerprint
 from compress.run.data import Datasets
 from compress.run.parts import describe as describe_part
 from compress.training.distributed import on_first_process
@@ -145,7 +145,8 @@ class TrainingPlan:
         """The detector as its training begins with it."""
         if self.build is not None:
             return self.build(num_classes)
-        return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile)
+        key = "teacher.model" if self.name == TEACHER else "student"
+        return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile, key=key)
 
 
 def check(plan: TrainingPlan, images: int) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from compress.data.batch import Batch, Target
 from compress.detectors.base import Capability, freeze
+from compress.detectors.transformers.load import fresh
 from compress.detectors.transformers.lw_detr import LwDetr, RfDetr
 from compress.detectors.transformers.query_detector import QueryDetector
 from compress.detectors.transformers.real_time_detr import DFine, RTDetrV2
@@ -158,3 +159,20 @@ def other(kind: type[QueryDetector], **options: Any) -> QueryDetector:
                 parameter += noise * (0.3 if "_embed" in name else 0.03)
     freeze(teacher)
     return teacher
+
+
+class StillDFine(DFine):
+    """A D-FINE with which two processes compute what one does, as a user's own detector: its BatchNorm runs on its
+    statistics, no noisy copies of labels are drawn, and the term whose normaliser is that of a process has weight 0."""
+
+    def __init__(self, num_classes: int) -> None:
+        options = {**OPTIONS[DFine], "num_denoising": 0, "weight_loss_ddf": 0.0}
+        super().__init__(num_classes, fresh(self.library, num_classes, options))
+        self.options = {}  # arguments of this constructor
+
+    def train(self, mode: bool = True) -> StillDFine:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self

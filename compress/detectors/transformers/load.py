@@ -40,7 +40,8 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
     """The network in a folder of `save_pretrained`, or of the Hub, in float32 with its weights.
 
     Class layers of another number of classes begin at random: `renewed` of the network names them. Raises UserError
-    where it is another detector, where weights are missing or have other shapes, and where it cannot be had.
+    where it is another detector, where weights are missing or have other shapes, where an option leaves some of them
+    out, and where it cannot be had.
     """
     transformers = imported("detectors")
     kind = getattr(transformers, library)
@@ -62,6 +63,10 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
     lost = [key for key in (*renewed, *found["missing_keys"]) if not any(part in key for part in HEAD_PARTS)]
     if lost:
         raise UserError(f"{where}: its weights do not fit its configuration: the first is {lost[0]}")
+    unread = sorted(found["unexpected_keys"])
+    if options and unread:
+        said = ", ".join(sorted(options))
+        raise UserError(f"options: with {said}, weights of {where} would be left out: the first is {unread[0]}")
     network = _untied(model)
     network.renewed = tuple(renewed)
     return network

@@ -48,7 +48,7 @@ def test_resume_is_exact(tmp_path: Path, extra: tuple[str, ...]) -> None:
 
 
 LONGER = ("train.steps=12", "train.checkpoint_every=2")
-KILLED = f"""
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
@@ -66,19 +66,41 @@ def killed_at(count, function):
     return call
 
 if sys.argv[2] == "step":
-    torch.optim.SGD.step = killed_at(6, torch.optim.SGD.step)
+    kind = torch.optim.AdamW if any("adamw" in word for word in sys.argv) else torch.optim.SGD
+    kind.step = killed_at(6, kind.step)
 else:
     os.replace = killed_at(3, os.replace)
-train(tiny_recipe.recipe(Path(sys.argv[1]), *{LONGER}))
+train(tiny_recipe.recipe(Path(sys.argv[1]), *sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("moment", ["step", pytest.param("write", marks=pytest.mark.exhaustive)])
-def test_kill_and_resume_is_exact(tmp_path: Path, moment: str) -> None:
+def queries(family: str) -> tuple[str, ...]:
+    """Settings of a student with queries, which draws noisy copies of the labels at random."""
+    from compress.detectors.build import FAMILIES
+    from tests.helpers import tiny_detr
+
+    student = {"detector": family, "options": tiny_detr.OPTIONS[FAMILIES[family].load()]}
+    return (f"student={json.dumps(student)}", "methods={}", "teacher=null", "train.optimizer.name=adamw")
+
+
+@pytest.mark.parametrize(
+    ("moment", "family"),
+    [
+        ("step", None),
+        ("step", "d_fine"),
+        pytest.param("step", "rt_detr_v2", marks=pytest.mark.exhaustive),
+        pytest.param("write", None, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_kill_and_resume_is_exact(tmp_path: Path, moment: str, family: str | None) -> None:
     """kill -9 in the middle of a step, or of writing a checkpoint, against a run that was left alone."""
-    whole, killed = (tiny_recipe.recipe(tmp_path / name, *LONGER) for name in ("whole", "killed"))
+    if family is not None:
+        pytest.importorskip("transformers")
+        pytest.importorskip("scipy")
+    settings = LONGER if family is None else (*LONGER, *queries(family))
+    whole, killed = (tiny_recipe.recipe(tmp_path / name, *settings) for name in ("whole", "killed"))
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), moment]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), moment, *settings]
     assert subprocess.run(command, env=environment, timeout=1800).returncode == -signal.SIGKILL
     assert last_checkpoint(killed)["state"]["step"] == 4
     train(killed, resume=True)
