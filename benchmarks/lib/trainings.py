@@ -28,6 +28,8 @@ from deploy.core.files import sha256_of
 
 PRESETS = ROOT / "benchmarks" / "presets"
 TUNING_DATA = 5  # added to the data's seed by --tune
+VISION = "$VISION"
+"""In the settings of an arm: the folder of the preset's frozen vision model, which is trained once."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,17 @@ def preset_arms(
             other = ()
             if arm.teacher is not None:
                 other = (f"teacher.checkpoint={train_teacher(folder / 'teacher.yaml', list(settings), arm.teacher)}",)
-            arms.append(replace(arm, settings=(*own, *other, *arm.settings)))
+            arms.append(replace(arm, settings=(*own, *other, *_with_vision(arm.settings, folder, settings))))
     return path, arms, common
+
+
+def _with_vision(own: tuple[str, ...], preset: Path, settings: Sequence[str]) -> tuple[str, ...]:
+    if not any(VISION in setting for setting in own):
+        return own
+    from benchmarks.lib.vision_model import vision_model
+
+    made = vision_model(preset / "teacher.yaml", _of_teachers(settings))
+    return tuple(setting.replace(VISION, str(made)) for setting in own)
 
 
 def arm_recipe(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> Recipe:
@@ -137,11 +148,14 @@ def train_teacher(path: Path, settings: list[str], own: tuple[str, ...] = ()) ->
     the images are."""
     from compress.run.pipeline import distill
 
-    shared = [setting for setting in settings if setting.startswith(("runs=", "data."))]
-    recipe = load_recipe(path, [*shared, *own])
+    recipe = load_recipe(path, [*_of_teachers(settings), *own])
     weights = RunFolder(recipe.run_dir).weights()
     distill(recipe, resume=True, distillation=False)
     return weights
+
+
+def _of_teachers(settings: Sequence[str]) -> list[str]:
+    return [setting for setting in settings if setting.startswith(("runs=", "data."))]
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
