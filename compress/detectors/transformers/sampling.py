@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -79,7 +79,10 @@ def in_best_form(network: nn.Module, device: torch.device) -> Iterator[None]:
     if exporting:
         replaced.append((module, "torch_compilable_check", _unchecked))
     if exporting or device.type == "cpu":
-        replaced.append((module, "multi_scale_deformable_attention_v2", sample))
+        if hasattr(module, "multi_scale_deformable_attention_v2"):
+            replaced.append((module, "multi_scale_deformable_attention_v2", sample))
+        else:
+            replaced.append((module.MultiScaleDeformableAttention, "forward", _of_levels(sample)))
         parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
         replaced += [(part, "ms_deformable_attn_core", sample) for part in parts]
     before = [getattr(owner, name) for owner, name, _ in replaced]
@@ -93,6 +96,25 @@ def in_best_form(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _of_levels(sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`sample` in the form of transformers' `MultiScaleDeformableAttention.forward`: locations [B, Q, N, L, P, 2] and
+    weights [B, Q, N, L, P], with as many samples P at each level."""
+
+    def forward(
+        _: nn.Module,
+        value: Tensor,
+        shapes: Tensor,
+        shapes_list: Sequence[tuple[int, int]],
+        starts: Tensor | None,
+        locations: Tensor,
+        weights: Tensor,
+        step: int,
+    ) -> Tensor:
+        return sample(value, shapes_list, locations, weights, [int(locations.shape[4])] * len(shapes_list))
+
+    return forward
 
 
 def _starts(shapes: Sequence[tuple[int, int]]) -> list[int]:
