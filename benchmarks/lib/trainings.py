@@ -28,8 +28,6 @@ from deploy.core.files import sha256_of
 
 PRESETS = ROOT / "benchmarks" / "presets"
 TUNING_DATA = 5  # added to the data's seed by --tune
-VISION = "$VISION"
-"""In the settings of an arm: the folder of the preset's frozen vision model, which is trained once."""
 
 
 @dataclass(frozen=True)
@@ -122,17 +120,8 @@ def preset_arms(
             other = ()
             if arm.teacher is not None:
                 other = (f"teacher.checkpoint={train_teacher(folder / 'teacher.yaml', list(settings), arm.teacher)}",)
-            arms.append(replace(arm, settings=(*own, *other, *_with_vision(arm.settings, folder, settings))))
+            arms.append(replace(arm, settings=(*own, *other, *arm.settings)))
     return path, arms, common
-
-
-def _with_vision(own: tuple[str, ...], preset: Path, settings: Sequence[str]) -> tuple[str, ...]:
-    if not any(VISION in setting for setting in own):
-        return own
-    from benchmarks.lib.vision_model import vision_model
-
-    made = vision_model(preset / "teacher.yaml", _of_teachers(settings))
-    return tuple(setting.replace(VISION, str(made)) for setting in own)
 
 
 def arm_recipe(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> Recipe:
