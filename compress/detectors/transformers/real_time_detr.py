@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.batch import Target
-from compress.detectors.base import Capability
+from compress.detectors.base import Capability, DensePrediction
 from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction, nearest_rows, places_of
 from compress.detectors.transformers.query_detector import Memory, QueryDetector
 from compress.detectors.transformers.sampling import in_exportable_form
@@ -39,6 +39,7 @@ class RealTimeDetr(QueryDetector):
         network: the library's model, without the class around it that adds the loss.
     """
 
+    capabilities = QueryDetector.capabilities | {Capability.LOCATIONS}
     matcher = "transformers.loss.loss_rt_detr:RTDetrHungarianMatcher"
     also_learned: ClassVar[Mapping[str, str]] = {}
     """What the loss takes of the decoder's output besides scores and boxes: its name → the output's."""
@@ -76,6 +77,22 @@ class RealTimeDetr(QueryDetector):
         states = self.network.enc_output(_rows(self._candidates(memory)[0], nearest)).detach()
         found = self._decode(memory, states, queries.boxes.logit(eps=1e-5), None)
         return self._layers(found, queries, self._canvas(features))
+
+    @torch.no_grad()
+    def at_locations(self, features: list[Tensor], prediction: QueryPrediction) -> DensePrediction:
+        """The scores and boxes by which the decoder chooses where it begins; `box_deltas` are boxes as those of a
+        `QueryPrediction`."""
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory([x.float() for x in features])
+        candidates, anchors = self._candidates(memory)
+        encoded = self.network.enc_output(candidates)
+        said = self.network.enc_score_head(encoded), (self.network.enc_bbox_head(encoded) + anchors).sigmoid()
+        counts = [h * w for h, w in memory.shapes]
+        logits, boxes = (
+            [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(y.split(counts, 1), memory.shapes, strict=True)]
+            for y in said
+        )
+        return DensePrediction(logits, [], self.strides, box_deltas=boxes)
 
     def in_half(self) -> dict[str, nn.Module]:
         """Backbone and encoder: what decides where queries look needs the digits of float32."""
