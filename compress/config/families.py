@@ -62,6 +62,8 @@ FAMILY_FACTS = {
     "faster_rcnn": FamilyFacts({"anchor_scale": 8.0, "roi_samples": 512}, ignores_regions=False),
     "d_fine": FamilyFacts(sizes=("n", "s", "m", "l", "x", "tiny", "tiny2x"), ignores_regions=False),
     "rt_detr_v2": FamilyFacts(sizes=("r18", "r34", "r50m", "r50", "r101", "tiny", "tiny2x"), ignores_regions=False),
+    "rf_detr": FamilyFacts(sizes=("nano", "small", "medium", "large", "base"), ignores_regions=False),
+    "lw_detr": FamilyFacts(sizes=("tiny", "small", "medium", "large", "xlarge"), ignores_regions=False),
 }
 
 

@@ -266,6 +266,10 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))
 
+    def prepare_export(self, size: tuple[int, int]) -> None:
+        """Compute beforehand what depends on the size of the network image (height, width) alone, for a file of that
+        size. Called before the detector is traced."""
+
     def in_half(self) -> dict[str, nn.Module]:
         """The parts, by name, that a float16 file computes in float16; what the detector itself does stays in
         float32."""
@@ -433,6 +437,12 @@ def refuse_pseudo_labels(family: str, targets: list[Target]) -> None:
                 f"pseudo_labels: a {family} student cannot learn from labels with {what}; take a gfl, fcos or "
                 "retinanet student"
             )
+
+
+def in_backbone(name: str) -> bool:
+    """Whether a parameter of this name is one of the backbone. The projector that LW-DETR keeps there is a neck."""
+    parts = name.split(".")
+    return "backbone" in parts and "projector" not in parts
 
 
 def freeze(detector: Detector) -> Detector:

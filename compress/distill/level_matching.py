@@ -25,8 +25,9 @@ HALF_OCTAVE = 0.5
 def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs (level of the student, level of the teacher) of two lists of rising strides, the finest first.
 
-    Raises UserError where fewer than two belong together, or none of a single one.
+    Raises UserError where fewer than two belong together, or none of a model that has but one.
     """
+    fewest = min(FEWEST, len(student), len(teacher))
     distance = {
         (i, j): abs(math.log2(ours / theirs)) for i, ours in enumerate(student) for j, theirs in enumerate(teacher)
     }
@@ -34,10 +35,10 @@ def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[i
     for i, j in sorted(distance, key=lambda pair: distance[pair]):
         if distance[i, j] < HALF_OCTAVE and all(i != a and j != b for a, b in pairs):
             pairs.append((i, j))
-    fewest = min(FEWEST, len(student), len(teacher))
     if len(pairs) < fewest:
+        levels = "2 levels" if fewest == FEWEST else "a level"
         raise UserError(
-            f"methods: those on features need {fewest} level(s) of about the same stride: the student's are "
+            f"methods: those on features need {levels} of about the same stride: the student's are "
             f"{_listed(student)}, the teacher's {_listed(teacher)}"
         )
     return sorted(pairs)

@@ -48,7 +48,7 @@ class QueryDetector(Detector):
     renewed: class layers that began anew, because what was loaded has other classes.
     """
 
-    capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.QUERIES})
+    capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.LOCATIONS, Capability.QUERIES})
     has_nms = False
     prunable = (
         "its layers are a library's, with attention, whose channels hang together in ways that were not looked at"
@@ -146,6 +146,18 @@ class QueryDetector(Detector):
                 found[kind] = found.get(kind, 0) + weight * (value if kind == "loss_ddf" else value * targets.factor)
         return found
 
+    @torch.no_grad()
+    def at_locations(self, features: list[Tensor], prediction: QueryPrediction) -> DensePrediction:
+        """The scores and boxes by which the decoder chooses where it begins; `box_deltas` are boxes as those of a
+        `QueryPrediction`."""
+        said, shapes = self._said_of_locations([x.float() for x in features])
+        counts = [h * w for h, w in shapes]
+        logits, boxes = (
+            [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(y.split(counts, 1), shapes, strict=True)]
+            for y in said
+        )
+        return DensePrediction(logits, [], self.strides, box_deltas=boxes)
+
     def decode_boxes(self, prediction: Any) -> Tensor:
         """Boxes [B, Q, 4] xyxy in pixels of the network image, not clipped; of `at_locations` [B, A, 4]."""
         if isinstance(prediction, DensePrediction):
@@ -168,6 +180,10 @@ class QueryDetector(Detector):
 
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         """`truth` is that of a batch in training."""
+        raise NotImplementedError
+
+    def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
+        """Logits [B, A, K] and boxes [B, A, 4] of all locations, and (h, w) of the levels."""
         raise NotImplementedError
 
     def _matched(self, outputs: dict[str, Tensor], truth: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:

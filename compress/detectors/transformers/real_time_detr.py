@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.data.batch import Target
-from compress.detectors.base import Capability, DensePrediction
+from compress.detectors.base import Capability
 from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction, nearest_rows, places_of
 from compress.detectors.transformers.query_detector import Memory, QueryDetector
-from compress.detectors.transformers.sampling import in_exportable_form
+from compress.detectors.transformers.sampling import in_best_form
 from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
 from deploy.core.import_path import import_object
 
@@ -39,7 +39,6 @@ class RealTimeDetr(QueryDetector):
         network: the library's model, without the class around it that adds the loss.
     """
 
-    capabilities = QueryDetector.capabilities | {Capability.LOCATIONS}
     matcher = "transformers.loss.loss_rt_detr:RTDetrHungarianMatcher"
     also_learned: ClassVar[Mapping[str, str]] = {}
     """What the loss takes of the decoder's output besides scores and boxes: its name → the output's."""
@@ -71,28 +70,13 @@ class RealTimeDetr(QueryDetector):
         """Run the decoder on queries that begin where another model's do: one prediction a layer that says something,
         the last one last. A query takes along the features of the place that is nearest to its own: the level of the
         nearest stride, and there the location that the centre lies in."""
+        queries = queries.on(self._canvas(features))
         with _unlearning(self.network.decoder_input_proj):
             memory = self._memory([x.float() for x in features])
         nearest = nearest_rows(queries.places, memory.shapes, self.strides)
         states = self.network.enc_output(_rows(self._candidates(memory)[0], nearest)).detach()
         found = self._decode(memory, states, queries.boxes.logit(eps=1e-5), None)
         return self._layers(found, queries, self._canvas(features))
-
-    @torch.no_grad()
-    def at_locations(self, features: list[Tensor], prediction: QueryPrediction) -> DensePrediction:
-        """The scores and boxes by which the decoder chooses where it begins; `box_deltas` are boxes as those of a
-        `QueryPrediction`."""
-        with _unlearning(self.network.decoder_input_proj):
-            memory = self._memory([x.float() for x in features])
-        candidates, anchors = self._candidates(memory)
-        encoded = self.network.enc_output(candidates)
-        said = self.network.enc_score_head(encoded), (self.network.enc_bbox_head(encoded) + anchors).sigmoid()
-        counts = [h * w for h, w in memory.shapes]
-        logits, boxes = (
-            [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(y.split(counts, 1), memory.shapes, strict=True)]
-            for y in said
-        )
-        return DensePrediction(logits, [], self.strides, box_deltas=boxes)
 
     def in_half(self) -> dict[str, nn.Module]:
         """Backbone and encoder: what decides where queries look needs the digits of float32."""
@@ -115,6 +99,14 @@ class RealTimeDetr(QueryDetector):
         anchors, inside = self.network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
         return inside.to(rows.dtype) * rows, anchors
 
+    def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory(features)
+        candidates, anchors = self._candidates(memory)
+        encoded = self.network.enc_output(candidates)
+        boxes = (self.network.enc_bbox_head(encoded) + anchors).sigmoid()
+        return (self.network.enc_score_head(encoded), boxes), memory.shapes
+
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         network, memory = self.network, self._memory(features)
         candidates, anchors = self._candidates(memory)
@@ -132,7 +124,7 @@ class RealTimeDetr(QueryDetector):
                 states, start = torch.cat((labels, states), 1), torch.cat((noisy, start), 1)
         found = self._decode(memory, states, start, mask)
         places = places_of(memory.shapes, self.strides, best.device)
-        queries = Queries(points.sigmoid(), _rows(places, best))
+        queries = Queries(points.sigmoid(), _rows(places, best), self._canvas(features))
         prediction = self._layers(found, queries, self._canvas(features))[-1]
         if truth is not None:
             all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points
@@ -151,7 +143,7 @@ class RealTimeDetr(QueryDetector):
     def _decode(self, memory: Memory, states: Tensor, start: Tensor, mask: Tensor | None) -> Any:
         """Run the decoder on queries with `states` [B, Q, d] that begin at `start` [B, Q, 4], before the sigmoid."""
         network = self.network
-        with in_exportable_form(network) if torch.compiler.is_exporting() else nullcontext():
+        with in_best_form(network, start.device):
             return network.decoder(
                 inputs_embeds=states,
                 encoder_hidden_states=memory.rows,

@@ -56,13 +56,13 @@ def test_own_parts(load: Load) -> None:
             "mypkg.models:MyDetector\n  options: {width: 32, heads: [1, 2]}",
             "gfll\n  backbone: nano",
             "r.yaml:4: student.detector: 'gfll' is not one of gfl, fcos, retinanet, faster_rcnn, d_fine, "
-            "rt_detr_v2; did you mean gfl?",
+            "rt_detr_v2, rf_detr, lw_detr; did you mean gfl?",
         ),
         (
             "mypkg.models:MyDetector",
             "yolo",
             "r.yaml:4: student.detector: 'yolo' is not one of gfl, fcos, retinanet, faster_rcnn, d_fine, "
-            "rt_detr_v2, and no import path "
+            "rt_detr_v2, rf_detr, lw_detr, and no import path "
             "(package.module:Name)",
         ),
         (
