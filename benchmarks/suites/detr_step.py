@@ -23,8 +23,8 @@ from torchvision.ops import box_convert
 
 from benchmarks.lib import blocks, options
 from benchmarks.lib.library_model import library_model
+from benchmarks.lib.random_batch import Setting, random_batch
 from benchmarks.lib.results import Case
-from benchmarks.suites.method_cost import Setting, random_batch
 from compress.config.model import Model
 from compress.config.train import Optimizer
 from compress.data.batch import Batch

@@ -14,35 +14,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.lib import options
+from benchmarks.lib.random_batch import Setting, random_batch
 from benchmarks.lib.results import Case, Row
 from compress.config.methods import Methods
 from compress.config.model import Model
-from compress.data.batch import Batch, Target
 from compress.detectors.base import freeze
 from compress.detectors.build import build_detector
 from compress.distill.build import METHODS, build_methods
 from compress.distill.method import Outputs
 
-BOXES = 6  # an image
 HOSTS = tuple(name for name, record in METHODS.items() if record.needs_teacher)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Models and batch of a column."""
-
-    student: Model
-    teacher: Model
-    images: int
-    size: int  # pixels, height and width
-    classes: int
 
 
 SETTINGS = {
@@ -145,26 +132,3 @@ def rows(best: dict[str, float], repeats: int) -> list[Row]:
             share = (ms - host) / (best["student"] + best["teacher"] + host)
             made.append(Row(name, "share of a step", share, n=repeats))
     return made
-
-
-def random_batch(setting: Setting) -> Batch:
-    """Noise with `BOXES` boxes an image."""
-    generator = torch.Generator().manual_seed(0)
-    size = setting.size
-    images = torch.randint(0, 256, (setting.images, 3, size, size), generator=generator, dtype=torch.uint8)
-    targets = []
-    for i in range(setting.images):
-        corner = torch.rand(BOXES, 2, generator=generator) * size * 0.6
-        side = torch.rand(BOXES, 2, generator=generator) * size * 0.3 + size * 0.08
-        targets.append(
-            Target(
-                boxes=torch.cat((corner, corner + side), 1),
-                labels=torch.randint(0, setting.classes, (BOXES,), generator=generator),
-                ignore=torch.zeros(BOXES, dtype=torch.bool),
-                scores=None,
-                image_id=i,
-                size=(size, size),
-                original_size=(size, size),
-            )
-        )
-    return Batch(images, targets)
