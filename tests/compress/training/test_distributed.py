@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from compress.data.synthetic import class_names
 from compress.detectors.backbones import build_backbone
 from compress.run import pipeline
-from tests.helpers import tiny_recipe
+from tests.helpers import tiny_recipe, tiny_vision
 from tests.helpers.random_teacher import teacher
 
 PYTHON = [sys.executable, "-m", "compress"]
@@ -42,8 +42,8 @@ def overrides(settings: list[str]) -> list[str]:
 
 
 def start_from(weights: Path) -> list[str]:
-    """Settings with which one process and two compute the same."""
-    settings = ["train.steps=10", "train.ema=null"]
+    """Settings with which one process and two compute the same; beside `weights` lies a vision model."""
+    settings = ["train.steps=10", "train.ema=null", f"methods.vfm={{model: '{weights.parent / 'vision'}'}}"]
     for model in ("student", "teacher.model"):
         settings += [f"{model}.weights={weights}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
     return settings
@@ -55,13 +55,14 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     torch.manual_seed(0)
     torch.save(build_backbone("nano", weights="none").state_dict(), folder / "nano.pth")
+    tiny_vision.saved(folder / "vision")
     return pipeline.distill(tiny_recipe.recipe(folder, *start_from(folder / "nano.pth")))
 
 
 def losses(run: Path) -> list[dict[str, float]]:
     with open(run / "student" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
-    return [{k: float(v) for k, v in row.items() if k.startswith(("loss", "bckd"))} for row in rows]
+    return [{k: float(v) for k, v in row.items() if k.startswith(("loss", "bckd", "vfm"))} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_two_processes_equal_one_with_a_cache_of_the_teacher(one: Path, tmp_path
 
 def assert_equal(one: Path, two: Path) -> None:
     """Losses and weights of two runs, up to the order of sums."""
-    assert len(losses(one)) == 2  # steps 1 and 10
+    assert len(losses(one)) == 2 and all(row["vfm"] > 0 for row in losses(one))  # steps 1 and 10
     for a, b in zip(losses(one), losses(two), strict=True):
         assert a.keys() == b.keys()
         for key in a:
