@@ -79,7 +79,7 @@ def test_every_method_has_a_page_and_a_row() -> None:
     table = (
         (pages / "README.md").read_text(encoding="utf-8").partition("<!-- which -->")[2].partition("<!-- /which -->")[0]
     )
-    assert {name.lower() for name in re.findall(r"^\| \[(\w+)\]", table, re.MULTILINE)} == {*Methods.model_fields}
+    assert {*re.findall(r"^\| \[[^]]+\]\((\w+)\.md\)", table, re.MULTILINE)} == {*Methods.model_fields}
 
 
 # ----------------------------------------------------------------------------------------- what is shown

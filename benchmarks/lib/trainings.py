@@ -2,12 +2,14 @@
 
 A preset is a folder of `benchmarks/presets`: `student.yaml` (a recipe), `teacher.yaml` (how its teacher is trained,
 once for all) and `arms.yaml` (tables of arms; an arm is a list of settings for the recipe). A table may have groups of
-arms: `{student: [settings], teacher: [settings], arms: {...}}`, with a baseline and a teacher each.
+arms: `{student: [settings], teacher: [settings], arms: {...}}`, with a baseline and a teacher each; an arm may have
+another teacher, `{teacher: [settings], settings: [...]}`, and a group without arms has its baseline alone.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import csv
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -31,12 +33,13 @@ TUNING_DATA = 5  # added to the data's seed by --tune
 @dataclass(frozen=True)
 class Arm:
     """One row of a table: settings on top of the recipe's; `alone` trains from the labels only and is the baseline of
-    the arms of its `group`."""
+    the arms of its `group`. teacher: settings of its own teacher; None: it has that of the group."""
 
     name: str
     settings: tuple[str, ...]
     alone: bool = False
     group: str = ""
+    teacher: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,23 @@ def preset_table(preset: str, table: str) -> list[Group]:
 def read_table(table: dict[str, Any]) -> list[Group]:
     """The groups of a table of arms.yaml; one without a name where it has only arms."""
     if all(isinstance(settings, list) for settings in table.values()):
-        return [Group("", (), (), tuple(Arm(name, tuple(settings)) for name, settings in table.items()))]
+        return [Group("", (), (), tuple(_arm("", name, settings) for name, settings in table.items()))]
     return [
         Group(
             name,
             tuple(group["student"]),
             tuple(group["teacher"]),
-            tuple(Arm(f"{name} {arm}", tuple(settings), group=name) for arm, settings in group["arms"].items()),
+            tuple(_arm(name, arm, settings) for arm, settings in group["arms"].items()),
         )
         for name, group in table.items()
     ]
+
+
+def _arm(group: str, name: str, given: list[str] | dict[str, list[str]]) -> Arm:
+    name = f"{group} {name}".strip()
+    if isinstance(given, dict):
+        return Arm(name, tuple(given["settings"]), group=group, teacher=tuple(given["teacher"]))
+    return Arm(name, tuple(given), group=group)
 
 
 def preset_arms(
@@ -102,11 +112,15 @@ def preset_arms(
     arms = []
     for group in groups:
         own = group.student
-        if (folder / "teacher.yaml").is_file():
+        if (folder / "teacher.yaml").is_file() and group.arms:
             teacher = train_teacher(folder / "teacher.yaml", list(settings), group.teacher)
             own = (*own, f"teacher.checkpoint={teacher}")
         arms.append(Arm(f"{group.name} {BASELINE}".strip(), own, alone=True, group=group.name))
-        arms += [replace(arm, settings=(*own, *arm.settings)) for arm in group.arms]
+        for arm in group.arms:
+            other = ()
+            if arm.teacher is not None:
+                other = (f"teacher.checkpoint={train_teacher(folder / 'teacher.yaml', list(settings), arm.teacher)}",)
+            arms.append(replace(arm, settings=(*own, *other, *arm.settings)))
     return path, arms, common
 
 
@@ -123,11 +137,14 @@ def train_teacher(path: Path, settings: list[str], own: tuple[str, ...] = ()) ->
     the images are."""
     from compress.run.pipeline import distill
 
-    shared = [setting for setting in settings if setting.startswith(("runs=", "data."))]
-    recipe = load_recipe(path, [*shared, *own])
+    recipe = load_recipe(path, [*_of_teachers(settings), *own])
     weights = RunFolder(recipe.run_dir).weights()
     distill(recipe, resume=True, distillation=False)
     return weights
+
+
+def _of_teachers(settings: Sequence[str]) -> list[str]:
+    return [setting for setting in settings if setting.startswith(("runs=", "data."))]
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -152,9 +169,18 @@ def train(path: Path, arm: Arm, seed: int, common: tuple[str, ...]) -> tuple[str
 
     recipe = arm_recipe(path, arm, seed, common)
     run_dir = distill(recipe, resume=True, distillation=not arm.alone)
-    result = RunFolder(run_dir).result(STUDENT)
+    folder = RunFolder(run_dir)
+    result = folder.result(STUDENT)
     figures = {key: round(result["metrics"][key], 3) for key in ("map", "map50", "map75")}
-    return arm.name, seed, figures | {"seconds": result["seconds"]}
+    curve = _curve(folder.training(STUDENT).metrics)
+    return arm.name, seed, figures | {"seconds": result["seconds"], "curve": curve}
+
+
+def _curve(path: Path) -> dict[int, float]:
+    """mAP after each number of steps at which a training was evaluated before its end. path: its metrics.csv."""
+    with path.open(newline="", encoding="utf-8") as file:
+        found = {int(row["step"]): round(float(row["map"]), 3) for row in csv.DictReader(file) if row["map"]}
+    return dict(sorted(found.items())[:-1])
 
 
 def told(found: tuple[str, int, dict[str, Any]]) -> str:
@@ -164,18 +190,20 @@ def told(found: tuple[str, int, dict[str, Any]]) -> str:
 
 
 def rows_of_training(variant: str, seed: int, figures: dict[str, Any], settings: tuple[str, ...] = ()) -> list[Row]:
-    """The rows of one training. figures: map, map50, map75 and seconds."""
+    """The rows of one training. figures: map, map50, map75, seconds and, where it was evaluated on the way, curve."""
+    on_the_way = [Row(variant, f"mAP after {n} steps", v, seed=seed) for n, v in figures.get("curve", {}).items()]
     return [
         Row(variant, "mAP", round(figures["map"], 3), seed=seed, notes=SEPARATOR.join(settings)),
         Row(variant, "mAP50", round(figures["map50"], 3), seed=seed),
         Row(variant, "mAP75", round(figures["map75"], 3), seed=seed),
         Row(variant, "training time", figures["seconds"], "s", seed=seed),
+        *on_the_way,
     ]
 
 
 def last_of_groups(arms: Sequence[Arm]) -> list[Arm]:
-    """The last arm of each group that has a teacher."""
-    return list({arm.group: arm for arm in arms if not arm.alone}.values())
+    """The last arm of each group that learns from the group's teacher."""
+    return list({arm.group: arm for arm in arms if not arm.alone and arm.teacher is None}.values())
 
 
 def teacher_row(arm: Arm, recipe: Recipe) -> Row:

@@ -17,7 +17,7 @@ class FamilyFacts:
 
     defaults: the keys of `SPECIAL` that it takes, each with the value where the recipe says null.
     most_convolutions: limit of head_depth and whose it is; None: there is none.
-    sizes: the published ones of a detector that a library builds as a whole, with a backbone of its own; it takes
+    sizes: those of a detector that a library builds as a whole, with a backbone of its own; it takes
         `size`, `options` and `init`.
     quantizable, weights_labels, ignores_regions: as its class says (`compress.detectors.base.Detector`).
     """
@@ -60,8 +60,10 @@ FAMILY_FACTS = {
         {"anchor_scale": 4.0}, most_convolutions=(4, "torchvision's RetinaNet has at most 4 convolutions in a tower")
     ),
     "faster_rcnn": FamilyFacts({"anchor_scale": 8.0, "roi_samples": 512}, ignores_regions=False),
-    "d_fine": FamilyFacts(sizes=("n", "s", "m", "l", "x"), ignores_regions=False),
-    "rt_detr_v2": FamilyFacts(sizes=("r18", "r34", "r50m", "r50", "r101"), ignores_regions=False),
+    "d_fine": FamilyFacts(sizes=("n", "s", "m", "l", "x", "tiny", "tiny2x"), ignores_regions=False),
+    "rt_detr_v2": FamilyFacts(sizes=("r18", "r34", "r50m", "r50", "r101", "tiny", "tiny2x"), ignores_regions=False),
+    "rf_detr": FamilyFacts(sizes=("nano", "small", "medium", "large", "base"), ignores_regions=False),
+    "lw_detr": FamilyFacts(sizes=("tiny", "small", "medium", "large", "xlarge"), ignores_regions=False),
 }
 
 

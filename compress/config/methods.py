@@ -218,6 +218,41 @@ class Dkd(Term):
     """Temperature of both models' logits."""
 
 
+class KdDetr(Term):
+    """Query distillation in the form of KD-DETR (arXiv 2211.08071): the student's decoder also runs on the teacher's
+    queries, and what both say of one query is compared. For d_fine, rt_detr_v2 and their like, of any two kinds."""
+
+    cls_weight: Weight = 1.0
+    """Weight of the class term."""
+    l1_weight: Weight = 5.0
+    """Weight of the L1 distance of boxes."""
+    giou_weight: Weight = 2.0
+    """Weight of the GIoU term."""
+    classes: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: scores of a query as one distribution over classes, as published; of a single class it says nothing.
+    sigmoid: each class by itself, as these detectors are trained."""
+    temperature: Above = 10.0
+    """Temperature of the softmax."""
+    random_queries: Annotated[int, Field(ge=0)] = 0
+    """Queries that begin at random boxes, for both models, besides the teacher's own."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> KdDetr:
+        if not (self.cls_weight or self.l1_weight or self.giou_weight):
+            raise broken_rule("", "all three weights are 0; leave the method out")
+        return self
+
+
+class Ddf(Term):
+    """Decoupled distillation of D-FINE's box distributions (arXiv 2410.13842), from a D-FINE teacher instead of the
+    student's own last layer."""
+
+    loss_weight: Weight = 1.5
+    """The authors' constant."""
+    temperature: Above = 5.0
+    """Temperature of the distributions."""
+
+
 class Vfm(Term):
     """Alignment with a vision foundation model (as RT-DETRv4, arXiv 2510.25257): a map of the student points where the
     patch tokens of a frozen vision model point. Needs no teacher."""
@@ -323,6 +358,10 @@ class Methods(Settings):
     """CrossKD."""
     dkd: Dkd | None = None
     """DKD."""
+    kd_detr: KdDetr | None = added_later()
+    """KD-DETR's form of query distillation."""
+    ddf: Ddf | None = added_later()
+    """DDF."""
     vfm: Vfm | None = added_later()
     """VFM alignment."""
     uet: Uet | None = None

@@ -47,14 +47,17 @@ class Model(Settings):
     detector: Family | ImportPath = "gfl"
     """gfl: Generalized Focal Loss head on a P3-P7 pyramid. fcos, retinanet: torchvision's heads and losses on the same
     levels. faster_rcnn: torchvision's two stages on P2-P6; it trains and teaches, but is not exported. d_fine,
-    rt_detr_v2: real-time DETRs of transformers, with their own backbones. Or the import path of a class of your own."""
+    rt_detr_v2, rf_detr, lw_detr: real-time DETRs of transformers, with their own backbones. Or the import path of a
+    class of your own."""
     size: str | None = added_later()
-    """d_fine: a published size, n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101. null: as `options` say."""
+    """A size of a real-time DETR. d_fine: n, s, m, l or x. rt_detr_v2: r18, r34, r50m, r50 or r101; of both tiny
+    and tiny2x, to train from scratch on a CPU. rf_detr: nano, small, medium, large or base. lw_detr: tiny, small,
+    medium, large or xlarge. null: as `options` say."""
     init: str | None = added_later()
-    """d_fine, rt_detr_v2: start from a detector of this kind of transformers, a folder or its name on the Hub; class
+    """Real-time DETRs: start from a detector of this kind of transformers, a folder or its name on the Hub; class
     layers begin anew where the number of classes differs. null: random weights."""
     options: Options | None = added_later()
-    """d_fine, rt_detr_v2: values of the library's configuration. Otherwise arguments of a detector of your own."""
+    """Real-time DETRs: values of the library's configuration. Otherwise arguments of a detector of your own."""
     backbone: Backbone | ImportPath | None = None
     """Feature extractor, or the import path of a function that makes one; a detector of your own may go without."""
     backbone_options: Options | None = added_later()

@@ -300,8 +300,8 @@ class Source(Settings):
 
 
 SOURCES = tuple(Source.model_fields)
-BOXES_ALONE = ("transformers", "onnx", "results")
-"""Sources that give final boxes and nothing else. Of torchvision and mmdet it depends on the model."""
+BOXES_ALONE = ("onnx", "results")
+"""Sources that give final boxes and nothing else. Of torchvision, mmdet and transformers it depends on the model."""
 
 
 class Teacher(Source):

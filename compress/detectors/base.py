@@ -46,6 +46,7 @@ class Capability(enum.Enum):
     DENSE = "dense"  # class and box predictions at every location
     DISTRIBUTIONS = "box distributions"  # dense, with every side of a box as a distribution over bins
     BOXES = "boxes"  # final detections
+    LOCATIONS = "scores and boxes at every location"  # of any head, as constants; whoever has DENSE has it
     QUERIES = "queries"  # of a decoder, one box each
     QUERY_DISTRIBUTIONS = "box distributions of queries"  # with every edge of a query's box as a distribution
 
@@ -250,13 +251,24 @@ class Detector(nn.Module):
         """Run the decoder on queries that begin where another model's do: what each layer says, the last one last."""
         raise self._lacks(Capability.QUERIES)
 
-    def match(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
+    def match_queries(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
         """Queries int64 [n] and objects int64 [n] of each image that belong together; objects count those of
         `Target` that are not to be ignored."""
         raise self._lacks(Capability.QUERIES)
 
+    def at_locations(self, features: list[Tensor], prediction: Any) -> DensePrediction:
+        """What is said of every location of the maps, for methods that only choose by it (Capability.LOCATIONS)."""
+        if Capability.DENSE not in self.capabilities:
+            raise self._lacks(Capability.LOCATIONS)
+        found: DensePrediction = prediction
+        return found
+
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))
+
+    def prepare_export(self, size: tuple[int, int]) -> None:
+        """Compute beforehand what depends on the size of the network image (height, width) alone, for a file of that
+        size. Called before the detector is traced."""
 
     def in_half(self) -> dict[str, nn.Module]:
         """The parts, by name, that a float16 file computes in float16; what the detector itself does stays in
@@ -425,6 +437,12 @@ def refuse_pseudo_labels(family: str, targets: list[Target]) -> None:
                 f"pseudo_labels: a {family} student cannot learn from labels with {what}; take a gfl, fcos or "
                 "retinanet student"
             )
+
+
+def in_backbone(name: str) -> bool:
+    """Whether a parameter of this name is one of the backbone. The projector that LW-DETR keeps there is a neck."""
+    parts = name.split(".")
+    return "backbone" in parts and "projector" not in parts
 
 
 def freeze(detector: Detector) -> Detector:

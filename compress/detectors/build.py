@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.config.families import FAMILY_FACTS, FamilyFacts
 from compress.config.model import Model
 from compress.detectors.backbones import build_backbone, build_own_backbone
-from compress.detectors.base import Detector
+from compress.detectors.base import Detector, in_backbone
 from compress.detectors.gfl import GFL
 from compress.detectors.level_norm import LevelNorm
 from compress.detectors.widths import resize
@@ -68,6 +68,18 @@ def _rt_detr_v2() -> Any:
     return RTDetrV2
 
 
+def _rf_detr() -> Any:
+    from compress.detectors.transformers.lw_detr import RfDetr
+
+    return RfDetr
+
+
+def _lw_detr() -> Any:
+    from compress.detectors.transformers.lw_detr import LwDetr
+
+    return LwDetr
+
+
 FAMILIES = {
     "gfl": FamilyRecord(FAMILY_FACTS["gfl"], lambda: GFL),
     "fcos": FamilyRecord(FAMILY_FACTS["fcos"], _fcos),
@@ -75,6 +87,8 @@ FAMILIES = {
     "faster_rcnn": FamilyRecord(FAMILY_FACTS["faster_rcnn"], _faster_rcnn),
     "d_fine": FamilyRecord(FAMILY_FACTS["d_fine"], _d_fine),
     "rt_detr_v2": FamilyRecord(FAMILY_FACTS["rt_detr_v2"], _rt_detr_v2),
+    "rf_detr": FamilyRecord(FAMILY_FACTS["rf_detr"], _rf_detr),
+    "lw_detr": FamilyRecord(FAMILY_FACTS["lw_detr"], _lw_detr),
 }
 
 
@@ -149,6 +163,21 @@ def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
     return detector
 
 
+def wrapped(library_model: Any) -> Detector | None:
+    """The detector around a model of transformers, which keeps its weights; None where it is of no family here, or has
+    settings that these do without."""
+    for family, record in FAMILIES.items():
+        if record.facts.whole and record.load().library == type(library_model).__name__:
+            try:
+                detector: Detector = record.load()(library_model.config.num_labels, library_model.model)
+            except UserError:
+                return None
+            options: Any = detector.options
+            detector.model = Model(detector=family, options=options)
+            return detector
+    return None
+
+
 def build_detector(model: Model, num_classes: int, seed: int, *, compiled: bool = False) -> Detector:
     """A fresh detector; the same seed gives the same weights.
 
@@ -202,7 +231,7 @@ def inherit(student: Detector, teacher: Detector) -> list[str]:
             for level, key in product(range(len(norm)), ("weight", "bias")):
                 if f"{of_all}.{key}" in teacher_state:
                     teacher_state[f"{name}.{level}.{key}"] = teacher_state[f"{of_all}.{key}"]
-    keys = [key for key in teacher_state if "backbone" not in key.split(".") and fits(key) and fits(weight_of(key))]
+    keys = [key for key in teacher_state if not in_backbone(key) and fits(key) and fits(weight_of(key))]
     if not any(key.endswith("weight") and teacher_state[key].dim() == 4 for key in keys):
         return []
     student.load_state_dict({key: teacher_state[key] for key in keys}, strict=False)
@@ -214,9 +243,16 @@ def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
     computed says `Detector.counted`: of Faster R-CNN with as many proposals as it looks at most in evaluation."""
     was_training = detector.training
     detector.eval()
+    learning = [p for p in detector.parameters() if p.requires_grad]
     images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=next(detector.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        detector.counted(images)
+    try:
+        for p in learning:  # torch's counter fails at a module whose input is a parameter, also without gradients
+            p.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            detector.counted(images)
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}

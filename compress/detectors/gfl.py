@@ -52,7 +52,7 @@ class GFL(Detector):
     """
 
     family = "gfl"
-    capabilities = frozenset(Capability)
+    capabilities = Detector.capabilities | {Capability.DISTRIBUTIONS}
     quantizable = True
     weights_labels = True
     ignores_regions = True

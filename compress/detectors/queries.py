@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,18 +17,24 @@ class Queries:
     boxes: float [B, Q, 4], centre, width and height in shares of the network image: what the decoder begins to refine.
     places: float [B, Q, 3], the location of the maps whose features they take along: x and y of its centre in shares of
         the network image, and its stride in pixels.
+    canvas: (height, width) of the network image in pixels.
     """
 
     boxes: Tensor
     places: Tensor
+    canvas: tuple[int, int]
 
-    @classmethod
-    def join(cls, first: Queries, second: Queries) -> Queries:
-        """Those of one and of another, for the same images."""
-        return cls(torch.cat((first.boxes, second.boxes), 1), torch.cat((first.places, second.places), 1))
+    def on(self, canvas: tuple[int, int]) -> Queries:
+        """The same ones in shares of another model's network image of this (height, width): one of the two models may
+        have padded it."""
+        if canvas == self.canvas:
+            return self
+        share = self.boxes.new_tensor([self.canvas[1] / canvas[1], self.canvas[0] / canvas[0]])
+        places = torch.cat((self.places[..., :2] * share, self.places[..., 2:]), -1)
+        return Queries(self.boxes * share.repeat(2), places, canvas)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Queries:
-        return Queries(function(self.boxes), function(self.places))
+        return Queries(function(self.boxes), function(self.places), self.canvas)
 
 
 @dataclass
@@ -48,6 +54,13 @@ class QueryPrediction:
     canvas: tuple[int, int]
     edges: EdgeDistributions | None = None
     learned: dict[str, Any] = field(default_factory=dict)
+
+    def boxes_on(self, canvas: tuple[int, int]) -> Tensor:
+        """`boxes` in shares of another model's network image; see `Queries.on`."""
+        if canvas == self.canvas:
+            return self.boxes
+        share = self.boxes.new_tensor([self.canvas[1] / canvas[1], self.canvas[0] / canvas[0]])
+        return self.boxes * share.repeat(2)
 
     def float(self) -> QueryPrediction:
         return self._map(Tensor.float)
@@ -89,3 +102,27 @@ class EdgeDistributions:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> EdgeDistributions:
         return EdgeDistributions(*(function(x) for x in (self.logits, self.around, self.offsets, self.scale)))
+
+
+def places_of(shapes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> Tensor:
+    """`Queries.places` of all locations of maps of (h, w), [1, S, 3]."""
+    levels = []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        levels.append(torch.stack((columns, rows, torch.full_like(rows, stride)), -1).flatten(0, 1))
+    return torch.cat(levels)[None]
+
+
+def nearest_rows(places: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    """The location nearest to each of `places` [B, Q, 3], counted level behind level: int64 [B, Q]. It lies on the
+    level of the nearest stride, and has the place's centre in it."""
+    device = places.device
+    octaves = torch.tensor(strides, device=device).log2()
+    level = (places[..., 2, None].log2() - octaves).abs().argmin(-1)  # [B, Q]
+    heights, widths = (torch.tensor(sides, device=device)[level] for sides in zip(*shapes, strict=True))
+    sizes = torch.tensor([h * w for h, w in shapes], device=device)
+    x = torch.minimum((places[..., 0] * widths).long().clamp(min=0), widths - 1)
+    y = torch.minimum((places[..., 1] * heights).long().clamp(min=0), heights - 1)
+    return (sizes.cumsum(0) - sizes)[level] + y * widths + x

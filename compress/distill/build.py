@@ -11,7 +11,7 @@ import torch
 
 from compress.config import methods as config
 from compress.detectors.base import Capability, Detector
-from compress.distill import bckd, crosskd, cwd, dkd, fgd, gi, ld, mgd, pkd, tid, vfm
+from compress.distill import bckd, crosskd, cwd, ddf, dkd, fgd, gi, kd_detr, ld, mgd, pkd, tid, vfm
 from compress.distill.level_matching import LevelMatched, match_levels
 from compress.distill.method import BuildContext, Method
 from compress.distill.uet import UET
@@ -65,6 +65,8 @@ METHODS = {
         ),
     ),
     "dkd": MethodRecord(config.Dkd, dkd.build, dkd.DKD.needs),
+    "kd_detr": MethodRecord(config.KdDetr, kd_detr.build, lambda settings: kd_detr.needs_of(settings.random_queries)),
+    "ddf": MethodRecord(config.Ddf, ddf.build, ddf.DDF.needs),
     "vfm": MethodRecord(config.Vfm, vfm.build, vfm.VFM.needs, needs_teacher=False, identity=vfm.identity),
 }
 
@@ -206,14 +208,18 @@ def _check(
         if model is None:
             continue
         missing = needs - model.capabilities
+        if Capability.DENSE in model.capabilities:
+            missing -= {Capability.LOCATIONS}
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
             raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {model.family} cannot give")
         if record is not None and record.ability is not None and not getattr(model, record.ability[0]):
             raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
-    if Capability.DENSE not in needs or teacher is None:
+    if not needs & {Capability.DENSE, Capability.LOCATIONS} or teacher is None:
         return
-    if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
+    shared = len(teacher.strides) if Capability.DENSE in needs else min(len(student.strides), len(teacher.strides))
+    strides = student.strides if Capability.DENSE in needs else student.strides[:shared]
+    if strides != teacher.strides[:shared] or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
             f"methods.{name} compares predictions location by location: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "

@@ -1,8 +1,8 @@
 """Matching of the levels of two pyramids: feature methods between detectors of different strides.
 
 Levels belong together if their strides differ by less than half an octave, each with the nearest. Methods see only
-these; the student's map is resized to the teacher's grid (bilinear) where the grids differ. A single level in common is
-no pyramid to learn from, and is refused.
+these; the student's map is resized to the teacher's grid (bilinear) where the grids differ. A single level in common of
+two pyramids is none to learn from, and is refused; a detector with one map has one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ HALF_OCTAVE = 0.5
 def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs (level of the student, level of the teacher) of two lists of rising strides, the finest first.
 
-    Raises UserError where fewer than two belong together.
+    Raises UserError where fewer than two belong together, or none of a model that has but one.
     """
+    fewest = min(FEWEST, len(student), len(teacher))
     distance = {
         (i, j): abs(math.log2(ours / theirs)) for i, ours in enumerate(student) for j, theirs in enumerate(teacher)
     }
@@ -34,9 +35,10 @@ def match_levels(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[i
     for i, j in sorted(distance, key=lambda pair: distance[pair]):
         if distance[i, j] < HALF_OCTAVE and all(i != a and j != b for a, b in pairs):
             pairs.append((i, j))
-    if len(pairs) < FEWEST:
+    if len(pairs) < fewest:
+        levels = "2 levels" if fewest == FEWEST else "a level"
         raise UserError(
-            f"methods: those on features need {FEWEST} levels of about the same stride: the student's are "
+            f"methods: those on features need {levels} of about the same stride: the student's are "
             f"{_listed(student)}, the teacher's {_listed(teacher)}"
         )
     return sorted(pairs)

@@ -6,13 +6,15 @@ Shape letters of this package: see `compress.detectors.base`; C_s and C_t are th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from compress.data.batch import Batch
 from compress.detectors.base import Capability, DensePrediction, Detector, Targets, decode_level
+from compress.detectors.queries import Queries, QueryPrediction
 
 BOTH = frozenset({Capability.FEATURES, Capability.DENSE})
 """All that a teacher's `Outputs` have."""
@@ -23,8 +25,8 @@ class Outputs:
     """Features and predictions of a model for a batch.
 
     features: pyramid maps, a level each [B, C, h, w].
-    prediction: of the dense head; without one (Faster R-CNN), nothing that a method can use. Of the teacher only
-        where a method looks at it (`Method.looks_at`).
+    prediction: of the dense head, or a `QueryPrediction`; without either (Faster R-CNN), nothing that a method can use.
+        Of the teacher only where a method looks at it (`Method.looks_at`).
     detector: the model itself, for methods that run parts of it again.
     targets: the student's assignment and normalisers (None for the teacher).
     certainty: of the teacher, weights [B, h, w] a level with mean 1 over the batch, constant; a method multiplies
@@ -36,6 +38,19 @@ class Outputs:
     detector: Detector
     targets: Targets | None = None
     certainty: list[Tensor] | None = None
+    _layers: dict[int, tuple[Queries, list[QueryPrediction]]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def queries(self) -> QueryPrediction:
+        """The prediction of a model with Capability.QUERIES."""
+        return cast(QueryPrediction, self.prediction)
+
+    def at(self, queries: Queries) -> list[QueryPrediction]:
+        """What each layer of the decoder says of queries that begin where those do, the last one last; methods that ask
+        for the same ones share one pass."""
+        if id(queries) not in self._layers:
+            self._layers[id(queries)] = queries, self.detector.predict_at(self.features, queries)
+        return self._layers[id(queries)][1]
 
 
 class Method(nn.Module, ABC):
@@ -112,6 +127,19 @@ class Adapter(nn.Module):
         """[B, C_s, h, w] a level → float32 [B, C_t, h, w]."""
         features = [x.float() for x in features]
         return features if self.convs is None else [conv(x) for conv, x in zip(self.convs, features, strict=True)]
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of a tensor without gradient over all processes; in a single one itself."""
+    if dist.is_available() and dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def processes() -> int:
+    """How many processes share the global batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def boxes_in_strides(model: Outputs, prediction: DensePrediction) -> list[Tensor]:

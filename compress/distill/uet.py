@@ -8,8 +8,8 @@ every sample, level and step, on a functional path: the teacher stays in eval mo
 E[U] = F_T, so `sum` asks the student for maps of twice the teacher's scale. A student that inherits the teacher's
 head, or shares its width, then needs an adapter (`adapter: always` of the host), or `mean`.
 
-For base methods that compare logits (they need no feature maps) the teacher's head runs on (F_T + U) / 2, whatever
-`combine` is: adding logits would halve the temperature.
+For base methods that compare logits (they need no feature maps) or queries, the teacher's head or decoder runs on
+(F_T + U) / 2, whatever `combine` is: adding logits would halve the temperature.
 
 Formula and residual are reported in summaries of the paper; N = 5, and 0.15 / 0.05 as start and step of the rate
 over the samples are our reading of one ambiguous sentence. The logit variant and `certainty` are our definition.
@@ -60,7 +60,7 @@ class UET(Method):
         super().__init__()
         self.host = host
         self.needs = host.needs | {Capability.FEATURES}
-        self.on_logits = Capability.FEATURES not in host.needs
+        self.on_logits = Capability.FEATURES not in host.needs or Capability.QUERIES in host.needs
         self.rates = rates
         self.combine = combine
         self.mode = mode
@@ -86,13 +86,15 @@ class UET(Method):
         weights = []
         for level, variance in enumerate(variances):
             scatter = variance.float().mean(1)  # [B, h, w]
-            octave = teacher.prediction.strides[level].bit_length() - 1  # P3 has stride 8
+            octave = teacher.detector.strides[level].bit_length() - 1  # P3 has stride 8
             self._observed[f"variance_p{octave}"] = scatter.mean()
             weight = 1 / (1 + scatter / scatter.mean().clamp(min=torch.finfo(torch.float32).tiny))
             weights.append(weight / weight.mean())
         features, prediction = maps, teacher.prediction
         if self.on_logits:
-            features, prediction = teacher.features, teacher.detector.predict([x.float() for x in maps])
+            prediction = teacher.detector.predict([x.float() for x in maps])
+        if Capability.FEATURES not in self.host.needs:
+            features = teacher.features
         return Outputs(features, prediction, teacher.detector, certainty=weights if self.certainty else None)
 
     def _draw(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -89,6 +89,7 @@ class Deployable(nn.Module):
             max_detections=card.max_detections,
             candidates=card.candidates,
         )
+        detector.prepare_export(card.input_size)
         return module.eval()
 
 

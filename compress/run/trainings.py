@@ -179,7 +179,7 @@ def train(
     methods = plan.distillation.build(detector, teacher, seed=plan.seed, compiled=plan.settings.compile)
     if teacher is not None:
         taught = [built.method for built in methods.values() if built.method.needs_teacher]
-        if any(Capability.DENSE not in method.needs for method in taught):
+        if any(method.needs == {Capability.FEATURES} for method in taught):
             note = describe(detector.strides, teacher.strides)
             if note is not None and fabric.is_global_zero:
                 open_console().print(f"{plan.name}: {note}")

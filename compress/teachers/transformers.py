@@ -17,6 +17,7 @@ import torch
 
 from compress.config.teacher import is_class
 from compress.detectors.base import Capability, Detector, ImageDetections
+from compress.detectors.build import wrapped
 from compress.detectors.transformers.load import quiet
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError
@@ -33,8 +34,6 @@ class TransformersTeacher:
         UserError: transformers is not installed, or the folder holds no such detector.
     """
 
-    capabilities = frozenset({Capability.BOXES})
-    detector: Detector | None = None
     view = View.ORIGINAL
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -74,6 +73,14 @@ class TransformersTeacher:
         self._ours = torch.full((max(names) + 1,), -1, dtype=torch.int64, device=device)
         self._ours[labels] = torch.arange(len(labels), device=device)
         self.preprocessing: Preprocessing | None = _described(self._processor)
+        self.detector: Detector | None = wrapped(model)
+        self.capabilities = frozenset({Capability.BOXES})
+        if self.detector is not None:
+            self.detector.set_normalisation(*_normalisation(self._processor))
+            self.detector.requires_grad_(False).eval().to(device)
+            if len(labels) < len(names):  # some are no classes, so its logits are not those of class_names
+                self.detector.capabilities &= {Capability.FEATURES, Capability.BOXES}
+            self.capabilities = self.detector.capabilities
 
     def covers(self, ids: Sequence[int] | None, names: Sequence[str], folder: Path) -> str | None:
         return None
@@ -131,11 +138,16 @@ def _described(processor: Any) -> Preprocessing:
         words = f"short side {wanted['shortest_edge']}, long side {wanted['longest_edge']}"
     else:
         words = ", ".join(f"{key} {value}" for key, value in wanted.items())
+    return Preprocessing(words, "RGB", *_normalisation(processor))
+
+
+def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that the processor normalises with, of RGB pixels 0..255."""
     unit = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
     if not getattr(processor, "do_normalize", False):
-        return Preprocessing(words, "RGB", (0.0, 0.0, 0.0), (unit, unit, unit))
+        return (0.0, 0.0, 0.0), (unit, unit, unit)
     mean, std = (tuple(value * unit for value in getattr(processor, f"image_{name}")) for name in ("mean", "std"))
-    return Preprocessing(words, "RGB", mean, std)
+    return mean, std
 
 
 def _line(error: Exception) -> str:

@@ -114,7 +114,7 @@ def fit(
     settings, total, epoch_steps = training.settings, training.total, training.epoch_steps
     reduce = sum_over_processes(fabric)
     learner = Learner(student, training.methods, training.teacher, reduce, training.cache)
-    optimizer = build_optimizer(learner, settings.optimizer)
+    optimizer = build_optimizer(learner, settings.optimizer, fused=fabric.device.type == "cpu")
     rate = learning_rate(settings.schedule, total, epoch_steps)
     fabric_learner, fabric_optimizer = fabric.setup(learner, optimizer)
     average = moving_average(student, settings.ema)

@@ -11,17 +11,26 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compress.config.train import Optimizer, Schedule
+from compress.detectors.base import in_backbone
 
 
-def build_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters of `module` that train. Each group has its `factor` on the learning rate."""
+def build_optimizer(module: nn.Module, settings: Optimizer, *, fused: bool = False) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters of `module` that train. Each group has its `factor` on the learning rate.
+
+    fused: AdamW's arithmetic in one pass, on the CPU four times as fast. Not with fp16, whose gradients are to be
+    clipped after they were scaled back.
+    """
     parameters = _groups(module, settings)
     if settings.name == "sgd":
         return torch.optim.SGD(
             parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
     return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
+        parameters,
+        lr=settings.lr,
+        betas=(settings.momentum, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=fused or None,
     )
 
 
@@ -30,7 +39,7 @@ def _groups(module: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, settings.weight_decay): []}
     for name, p in named:
-        factor = settings.backbone if "backbone" in name.split(".") else 1.0
+        factor = settings.backbone if in_backbone(name) else 1.0
         decay = settings.weight_decay if settings.decay_norms or p.dim() > 1 else 0.0
         groups.setdefault((factor, decay), []).append(p)
     return [

@@ -6,8 +6,9 @@ in float unless asked for. What comes after them (sigmoid, integral over the dis
 suppression) is never quantized.
 
 A detector with queries chooses places by their scores in the middle of the network (TopK). Integers there choose
-others, and the layers behind refine positions step by step. So the layers that decide the choice, and all that work on
-what was chosen, stay in float as output layers do.
+others, and the layers behind refine positions step by step. So the layers that decide the choice, all that work on
+what was chosen, and those whose results are read at chosen places alone, stay in float as output layers do. So do
+layers that no image reaches, such as those of learned queries: a calibration sees one value of theirs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Layer:
     weight: str
     nodes: tuple[str, ...]
     output: bool
-    """Nothing with a weight comes after it, or a choice does, or it works on what was chosen."""
+    """Nothing with a weight comes after it, or a choice does, or it works on what was chosen, or on no image."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,38 @@ def _deciding(graph: onnx.GraphProto, weighted: set[str]) -> set[str]:
             found.add(node.name)
             if node.name not in weighted:
                 wanted.update(node.input)
-    return found & weighted
+    if not choices:
+        return set()
+    return (found | _read_where_chosen(graph, weighted, chosen) | _without_image(graph)) & weighted
+
+
+def _read_where_chosen(graph: onnx.GraphProto, weighted: set[str], chosen: set[str]) -> set[str]:
+    """Names of the weighted nodes whose results are read at places that `chosen` tensors say, and nowhere else."""
+    read: set[str] = set()
+    elsewhere = {output.name for output in graph.output}
+    names: set[str] = set()
+    for node in reversed(graph.node):
+        if node.op_type == "Shape":
+            continue
+        alone = bool(read.intersection(node.output)) and not elsewhere.intersection(node.output)
+        if alone:
+            names.add(node.name)
+        for index, name in enumerate(node.input):
+            picked = node.op_type in ("Gather", "GatherND") and index == 0 and node.input[1] in chosen
+            (read if picked or (alone and node.name not in weighted) else elsewhere).add(name)
+    return names
+
+
+def _without_image(graph: onnx.GraphProto) -> set[str]:
+    """Names of the nodes whose results depend on no pixel, at most on the number of images."""
+    reached = {item.name for item in graph.input}
+    names: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "Shape" and reached.intersection(node.input):
+            reached.update(node.output)
+        else:
+            names.add(node.name)
+    return names
 
 
 def _common_prefix(weights: Iterable[str]) -> str:

@@ -8,9 +8,11 @@ from compress.config import methods as settings
 from compress.distill.bckd import BCKD
 from compress.distill.crosskd import CrossKD
 from compress.distill.cwd import CWD
+from compress.distill.ddf import DDF
 from compress.distill.dkd import DKD
 from compress.distill.fgd import FGD
 from compress.distill.gi import GI
+from compress.distill.kd_detr import KDDETR
 from compress.distill.ld import LD
 from compress.distill.method import Method
 from compress.distill.mgd import MGD
@@ -29,6 +31,8 @@ SETTINGS: dict[type[Method], type[settings.Term]] = {
     LD: settings.Ld,
     CrossKD: settings.Crosskd,
     DKD: settings.Dkd,
+    KDDETR: settings.KdDetr,
+    DDF: settings.Ddf,
 }
 M = TypeVar("M", bound=Method)
 

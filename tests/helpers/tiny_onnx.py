@@ -39,6 +39,7 @@ class TinyDetector(nn.Module):
     has_nms = True
     capabilities = Detector.capabilities
     in_half = Detector.in_half
+    prepare_export = Detector.prepare_export
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ its own normaliser, that of a process. Boxes are in shares of the network image,
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from compress.data.batch import Target
 from compress.detectors.base import Capability
-from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction
-from compress.detectors.transformers.query_detector import Memory, QueryDetector, nearest_rows, places_of
-from compress.detectors.transformers.sampling import in_exportable_form
+from compress.detectors.queries import EdgeDistributions, Queries, QueryPrediction, nearest_rows, places_of
+from compress.detectors.transformers.query_detector import Memory, QueryDetector
+from compress.detectors.transformers.sampling import in_best_form
 from compress.detectors.transformers.sizes import D_FINE, RT_DETR_V2
 from deploy.core.import_path import import_object
 
@@ -58,9 +58,9 @@ class RealTimeDetr(QueryDetector):
         """uint8 RGB images [B, 3, H, W] → the encoder's maps, each float [B, C, h, w]."""
         network = self.network
         maps = network.backbone.model(self.normalise(images)).feature_maps
-        projected = [project(x) for project, x in zip(network.encoder_input_proj, maps, strict=True)]
+        projected = [_like_itself(project(x)) for project, x in zip(network.encoder_input_proj, maps, strict=True)]
         found: list[Tensor] = network.encoder(projected).last_hidden_state
-        return found
+        return [_like_itself(x) for x in found]
 
     def predict_in_training(self, features: list[Tensor], targets: list[Target]) -> QueryPrediction:
         """Also learns from noisy copies of the labels, for which it draws random numbers."""
@@ -70,10 +70,11 @@ class RealTimeDetr(QueryDetector):
         """Run the decoder on queries that begin where another model's do: one prediction a layer that says something,
         the last one last. A query takes along the features of the place that is nearest to its own: the level of the
         nearest stride, and there the location that the centre lies in."""
-        memory = self._memory([x.float() for x in features])
-        encoded, _, _ = self._encoded(memory)
-        rows = nearest_rows(queries.places, memory.shapes, self.strides)[..., None]
-        states = encoded.gather(1, rows.expand(-1, -1, encoded.shape[2])).detach()
+        queries = queries.on(self._canvas(features))
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory([x.float() for x in features])
+        nearest = nearest_rows(queries.places, memory.shapes, self.strides)
+        states = self.network.enc_output(_rows(self._candidates(memory)[0], nearest)).detach()
         found = self._decode(memory, states, queries.boxes.logit(eps=1e-5), None)
         return self._layers(found, queries, self._canvas(features))
 
@@ -86,35 +87,44 @@ class RealTimeDetr(QueryDetector):
         return parts | alone
 
     def _memory(self, features: list[Tensor]) -> Memory:
-        maps = [project(x) for project, x in zip(self.network.decoder_input_proj, features, strict=True)]
+        projections = self.network.decoder_input_proj
+        maps = [_like_itself(project(x)) for project, x in zip(projections, features, strict=True)]
         rows = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1).float()
         return Memory(rows, [(int(x.shape[2]), int(x.shape[3])) for x in maps])
 
-    def _encoded(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-        """What queries take along of each location [B, S, d], the locations' anchors before the sigmoid [1, S, 4], and
-        whether these lie inside of the image [1, S, 1]."""
-        network, rows = self.network, memory.rows
-        anchors, inside = network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
-        return network.enc_output(inside.to(rows.dtype) * rows), anchors, inside
+    def _candidates(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The locations [B, S, d], zero where their anchors do not lie inside of the image, and these anchors before
+        the sigmoid [1, S, 4]. Through `enc_output`, a location becomes what a query takes along."""
+        rows = memory.rows
+        anchors, inside = self.network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
+        return inside.to(rows.dtype) * rows, anchors
+
+    def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory(features)
+        candidates, anchors = self._candidates(memory)
+        encoded = self.network.enc_output(candidates)
+        boxes = (self.network.enc_bbox_head(encoded) + anchors).sigmoid()
+        return (self.network.enc_score_head(encoded), boxes), memory.shapes
 
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         network, memory = self.network, self._memory(features)
-        encoded, anchors, _ = self._encoded(memory)
-        logits = network.enc_score_head(encoded)
-        boxes = network.enc_bbox_head(encoded) + anchors
-        count = min(network.config.num_queries, encoded.shape[1])
-        best = logits.amax(-1).topk(count, dim=1).indices[..., None]  # [B, Q, 1]
-        points = boxes.gather(1, best.expand(-1, -1, 4))
-        start = points
-        states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2])).detach()
+        candidates, anchors = self._candidates(memory)
+        ranked = network.enc_output(candidates)
+        count = min(network.config.num_queries, ranked.shape[1])
+        best = network.enc_score_head(ranked).amax(-1).topk(count, dim=1).indices  # [B, Q]
+        # The best locations alone learn: once more through the layer, they spare the others the way back.
+        encoded = network.enc_output(_rows(candidates, best)) if torch.is_grad_enabled() else _rows(ranked, best)
+        start = points = network.enc_bbox_head(encoded) + _rows(anchors, best)
+        states = encoded.detach()
         mask = noise = None
         if truth is not None and self.training and network.config.num_denoising > 0:
             labels, noisy, mask, noise = self._denoising(truth, count)
             if noise is not None:
                 states, start = torch.cat((labels, states), 1), torch.cat((noisy, start), 1)
         found = self._decode(memory, states, start, mask)
-        places = places_of(memory.shapes, self.strides, best.device).expand(best.shape[0], -1, -1)
-        queries = Queries(points.sigmoid(), places.gather(1, best.expand(-1, -1, 3)))
+        places = places_of(memory.shapes, self.strides, best.device)
+        queries = Queries(points.sigmoid(), _rows(places, best), self._canvas(features))
         prediction = self._layers(found, queries, self._canvas(features))[-1]
         if truth is not None:
             all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points
@@ -123,7 +133,7 @@ class RealTimeDetr(QueryDetector):
                 "boxes": all_boxes[:, -1],
                 "outputs_class": all_logits,
                 "outputs_coord": all_boxes,
-                "enc_topk_logits": logits.gather(1, best.expand(-1, -1, logits.shape[2])),
+                "enc_topk_logits": network.enc_score_head(encoded),
                 "enc_topk_bboxes": queries.boxes,
                 "denoising_meta_values": noise,
                 **{name: getattr(found, value) for name, value in self.also_learned.items()},
@@ -133,7 +143,7 @@ class RealTimeDetr(QueryDetector):
     def _decode(self, memory: Memory, states: Tensor, start: Tensor, mask: Tensor | None) -> Any:
         """Run the decoder on queries with `states` [B, Q, d] that begin at `start` [B, Q, 4], before the sigmoid."""
         network = self.network
-        with in_exportable_form(network) if torch.compiler.is_exporting() else nullcontext():
+        with in_best_form(network, start.device):
             return network.decoder(
                 inputs_embeds=states,
                 encoder_hidden_states=memory.rows,
@@ -148,13 +158,13 @@ class RealTimeDetr(QueryDetector):
         logits, boxes = found.intermediate_logits, found.intermediate_reference_points
         count, layers = queries.boxes.shape[1], range(logits.shape[1])
         edges = self._edges(found, count)
-        edges = [None] * (len(layers) - len(edges)) + edges
+        without: list[EdgeDistributions | None] = [None] * (len(layers) - len(edges))
         return [
-            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, edges[layer])
-            for layer in layers
+            QueryPrediction(logits[:, layer, -count:], boxes[:, layer, -count:], queries, canvas, of_layer)
+            for layer, of_layer in zip(layers, [*without, *edges], strict=True)
         ]
 
-    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions]:
         """The distributions of the last layers that have some, of the last `count` queries."""
         return []
 
@@ -191,7 +201,7 @@ class DFine(RealTimeDetr):
         "initial_reference_points": "initial_reference_points",
     }
 
-    def _edges(self, found: Any, count: int) -> list[EdgeDistributions | None]:
+    def _edges(self, found: Any, count: int) -> list[EdgeDistributions]:
         if torch.compiler.is_exporting():
             return []
         decoder = self.network.decoder
@@ -212,3 +222,34 @@ class RTDetrV2(RealTimeDetr):
     library = "RTDetrV2ForObjectDetection"
     sizes = RT_DETR_V2
     criterion = "transformers.loss.loss_rt_detr:RTDetrForObjectDetectionLoss"
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _unlearning(module: nn.Module) -> Iterator[None]:
+    """Normalise as ever, without taking up statistics: of a batch that came before, they would count twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _like_itself(x: Tensor) -> Tensor:
+    """The same, whose gradient arrives in the memory layout of `x`. What comes back through a concatenation is a slice,
+    which the backward pass of BatchNorm walks element by element, in five times the time."""
+    if x.requires_grad:
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))
+    return x
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, Q] of x [B or 1, S, d]: [B, Q, d]."""
+    B, Q = index.shape
+    return x.expand(B, -1, -1).gather(1, index[..., None].expand(B, Q, x.shape[2]))

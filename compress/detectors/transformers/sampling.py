@@ -1,20 +1,22 @@
-"""Deformable attention by gathering, for exported files.
+"""Deformable attention by gathering, for exported files; and which form runs where.
 
 transformers samples the maps with GridSample, a level at a time, an operator that many runtimes do slowly. Here the
 levels are one list of rows, and a sample is four rows of it (Gather) with their bilinear weights: the same numbers up
-to the order of sums.
+to the order of sums. On the CPU, training and evaluation take `row_sums`; on a GPU, what the library has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from compress.detectors.transformers.row_sums import sum_rows
 
 
 def sample_rows(
@@ -67,16 +69,22 @@ def sample_rows(
 
 
 @contextlib.contextmanager
-def in_exportable_form(network: nn.Module) -> Iterator[None]:
-    """Run `network` of transformers in a form that exports: sampling by rows, and no checks of values, for which there
-    is no ONNX."""
+def in_best_form(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run `network` of transformers as suits what is done with it: for an export with sampling by rows and without
+    checks of values, for which there is no ONNX; on the CPU with sums of rows; elsewhere as it is."""
     module = sys.modules[type(network).__module__]
-    replaced: list[tuple[Any, str, Any]] = [
-        (module, "multi_scale_deformable_attention_v2", sample_rows),
-        (module, "torch_compilable_check", _unchecked),
-    ]
-    parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
-    replaced += [(part, "ms_deformable_attn_core", sample_rows) for part in parts]
+    exporting = torch.compiler.is_exporting()
+    sample = sample_rows if exporting else sum_rows
+    replaced: list[tuple[Any, str, Any]] = []
+    if exporting:
+        replaced.append((module, "torch_compilable_check", _unchecked))
+    if exporting or device.type == "cpu":
+        if hasattr(module, "multi_scale_deformable_attention_v2"):
+            replaced.append((module, "multi_scale_deformable_attention_v2", sample))
+        else:
+            replaced.append((module.MultiScaleDeformableAttention, "forward", _of_levels(sample)))
+        parts = (part for part in network.modules() if hasattr(part, "ms_deformable_attn_core"))
+        replaced += [(part, "ms_deformable_attn_core", sample) for part in parts]
     before = [getattr(owner, name) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:
@@ -88,6 +96,25 @@ def in_exportable_form(network: nn.Module) -> Iterator[None]:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _of_levels(sample: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`sample` in the form of transformers' `MultiScaleDeformableAttention.forward`: locations [B, Q, N, L, P, 2] and
+    weights [B, Q, N, L, P], with as many samples P at each level."""
+
+    def forward(
+        _: nn.Module,
+        value: Tensor,
+        shapes: Tensor,
+        shapes_list: Sequence[tuple[int, int]],
+        starts: Tensor | None,
+        locations: Tensor,
+        weights: Tensor,
+        step: int,
+    ) -> Tensor:
+        return sample(value, shapes_list, locations, weights, [int(locations.shape[4])] * len(shapes_list))
+
+    return forward
 
 
 def _starts(shapes: Sequence[tuple[int, int]]) -> list[int]:

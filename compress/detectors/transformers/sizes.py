@@ -1,6 +1,8 @@
-"""Published sizes of the detectors of transformers, as values of the library's configurations.
+"""Sizes of the detectors of transformers, as values of the library's configurations: the published ones, and `tiny` and
+`tiny2x` of the first two, which are ours.
 
-As the authors' configurations have them (D-FINE: github.com/Peterande/D-FINE, RT-DETRv2: github.com/lyuwenyu/RT-DETR).
+The published ones are as the authors' configurations have them (D-FINE: github.com/Peterande/D-FINE, RT-DETRv2:
+github.com/lyuwenyu/RT-DETR, RF-DETR: github.com/roboflow/rf-detr, LW-DETR: github.com/Atten4Vis/LW-DETR).
 """
 
 from __future__ import annotations
@@ -118,4 +120,93 @@ RT_DETR_V2: dict[str, dict[str, Any]] = {
         "encoder_hidden_dim": 384,
         "decoder_in_channels": [384, 384, 384],
     },
+}
+
+
+def _tiny(width: int, own: dict[str, Any]) -> dict[str, Any]:
+    """For training from scratch on a CPU: about as many GFLOPs as a GFL with the backbone nano. At `width` 2 the
+    channels of the backbone double and the rest keeps its shapes, which makes a teacher.
+
+    Layers as narrow as these do not get going from the library's initial weights, a normal distribution of 0.01.
+    """
+    widths = [width * c for c in (24, 48, 96, 96)]
+    return {
+        "backbone_config": {**_resnet("basic", [1, 1, 1, 1]), "embedding_size": widths[0], "hidden_sizes": widths},
+        "encoder_in_channels": widths[1:],
+        "encoder_hidden_dim": 64,
+        "encoder_ffn_dim": 128,
+        "encoder_attention_heads": 4,
+        "d_model": 64,
+        "decoder_in_channels": [64, 64, 64],
+        "decoder_ffn_dim": 128,
+        "decoder_attention_heads": 4,
+        "decoder_layers": 2,
+        "num_queries": 30,
+        "num_denoising": 20,
+        "initializer_range": 0.05,
+        **own,
+    }
+
+
+for _name, _width in (("tiny", 1), ("tiny2x", 2)):
+    D_FINE[_name] = _tiny(_width, {"depth_mult": 0.34, "decoder_n_points": [3, 4, 3]})
+    RT_DETR_V2[_name] = _tiny(_width, {"hidden_expansion": 0.625})
+
+
+def _rf_detr(
+    layers: int, side: int, *, patch: int = 16, windows: int = 2, out: tuple[int, ...] = (3, 6, 9, 12)
+) -> dict[str, Any]:
+    """DINOv2 small with positions for images of `side` pixels, and `layers` layers of the decoder."""
+    vit = {
+        "model_type": "rf_detr_dinov2",
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 12,
+        "patch_size": patch,
+        "image_size": side,
+        "num_windows": windows,
+        "out_indices": list(out),
+    }
+    return {"backbone_config": vit, "decoder_layers": layers, "decoder_n_points": 2, "dropout": 0.0}
+
+
+RF_DETR: dict[str, dict[str, Any]] = {
+    "nano": _rf_detr(2, 384),
+    "small": _rf_detr(3, 512),
+    "medium": _rf_detr(4, 576),
+    "large": _rf_detr(4, 704),
+    "base": _rf_detr(3, 518, patch=14, windows=4, out=(2, 5, 8, 11)),
+}
+
+
+def _lw_detr(width: int, *, small: bool = True, layers: int = 10, queries: int = 300) -> dict[str, Any]:
+    """A vision transformer of `width` channels; `small`: one map of stride 16, else two of strides 8 and 32.
+
+    The authors count layers from 0, the library's `out_indices` from 1.
+    """
+    vit = {
+        "model_type": "lw_detr_vit",
+        "hidden_size": width,
+        "num_attention_heads": 12,
+        "num_hidden_layers": layers,
+        "window_block_indices": [0, 2, 4] if layers == 6 else [0, 1, 3, 6, 7, 9],
+        "out_indices": [2, 4, 6] if layers == 6 else [3, 5, 6, 10],
+        "image_size": 1024,
+    }
+    wide = {"d_model": 384, "decoder_self_attention_heads": 12, "decoder_cross_attention_heads": 24}
+    return {
+        "backbone_config": vit,
+        "num_queries": queries,
+        "projector_scale_factors": [1.0] if small else [2.0, 0.5],
+        "decoder_n_points": 2 if small else 4,
+        **({} if small else wide),
+    }
+
+
+LW_DETR: dict[str, dict[str, Any]] = {
+    "tiny": _lw_detr(192, layers=6, queries=100),
+    "small": _lw_detr(192),
+    "medium": _lw_detr(384),
+    "large": _lw_detr(384, small=False),
+    "xlarge": _lw_detr(768, small=False),
 }

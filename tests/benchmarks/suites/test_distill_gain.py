@@ -10,7 +10,7 @@ import yaml
 from benchmarks.__main__ import main
 from benchmarks.lib.gains import BASELINE
 from benchmarks.lib.results import read
-from benchmarks.lib.trainings import PRESETS, Arm, arm_recipe, read_table
+from benchmarks.lib.trainings import PRESETS, Arm, arm_recipe, last_of_groups, read_table
 from compress.config.recipe import load_recipe
 from tests.helpers import tiny_recipe
 
@@ -23,13 +23,15 @@ def test_every_arm_of_a_preset_is_a_valid_recipe_and_a_run_of_its_own(preset: st
     runs: dict[str, tuple[str, ...]] = {}
     for arms in yaml.safe_load((folder / "arms.yaml").read_text(encoding="utf-8")).values():
         for group in read_table(arms):
-            own = load_recipe(folder / "teacher.yaml", group.teacher)
+            load_recipe(folder / "student.yaml", (*group.student, *common))
             for arm in group.arms:
+                own = load_recipe(folder / "teacher.yaml", group.teacher if arm.teacher is None else arm.teacher)
                 settings = (*group.student, *arm.settings)
                 recipe = arm_recipe(folder / "student.yaml", Arm(arm.name, settings), 3, common)
                 assert recipe.seed == 3 and recipe.methods.enabled()
                 assert runs.setdefault(recipe.name, settings) == settings, f"two arms share {recipe.name}"
-                assert recipe.student.detector == own.student.detector, "inheriting asks for one family"
+                same = recipe.student.detector == own.student.detector
+                assert same or not recipe.teacher.inherit, "inheriting asks for one family"
     student = load_recipe(folder / "student.yaml")
     if student.data.synthetic is not None and teacher.data.synthetic is not None:
         assert student.data.synthetic.seed != teacher.data.synthetic.seed, "the teacher would know the images"
@@ -44,12 +46,30 @@ def test_every_group_has_its_own_baseline() -> None:
     ]
 
 
+def test_an_arm_may_have_another_teacher() -> None:
+    (group,) = read_table({
+        "one": {
+            "student": [],
+            "teacher": ["name=t"],
+            "arms": {"own": ["x=1"], "other": {"teacher": [], "settings": ["x=2"]}},
+        }
+    })  # fmt: skip
+    assert [(arm.name, arm.settings, arm.teacher) for arm in group.arms] == [
+        ("one own", ("x=1",), None),
+        ("one other", ("x=2",), ()),
+    ]
+    assert last_of_groups(group.arms) == [group.arms[0]], "the teacher's mAP is read from it"
+
+
 def test_from_the_command_line_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe.recipe_file(tmp_path, "train.steps=2")
     out = tmp_path / "results.csv"
-    words = ["distill_gain", str(recipe), "--seeds", "0,1", "--set", "train.steps=3", "--out", str(out)]
+    shorter = ["train.steps=3", "data.synthetic.train=8", "train.eval_every=1"]  # an epoch has two steps
+    words = ["distill_gain", str(recipe), "--seeds", "0,1", "--out", str(out), *(f"--set={x}" for x in shorter)]
     assert main(words) == 0
     first = read(out)
+    on_the_way = {(row.variant, row.seed) for row in first if row.metric == "mAP after 2 steps"}
+    assert on_the_way == {(arm, seed) for arm in (BASELINE, "distilled") for seed in (0, 1)}
     assert list(dict.fromkeys(row.variant for row in first)) == [BASELINE, "distilled", "teacher"]
     assert {row.seed for row in first if row.variant == "distilled"} == {0, 1}
     assert "step 3/3" in capsys.readouterr().out

@@ -10,13 +10,16 @@ from lightning.fabric import Fabric
 from compress.config.model import Model
 from compress.config.recipe import Recipe, load_recipe
 from compress.detectors.base import freeze
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import ModelRecord
 from compress.detectors.gfl import GFL
 from compress.run import dry_run
 from compress.run.parts import Parts
+from tests.helpers import tiny_vision
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "coco"
-PATHS = {path.stem.removeprefix("gfl_r101_gfl_"): path for path in sorted(FOLDER.glob("*.yaml"))}
+PATHS = {path.stem.removeprefix("gfl_r101_gfl_"): path for path in sorted(FOLDER.glob("gfl_r101_*.yaml"))}
+OTHERS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path not in PATHS.values()}
 
 # Published: methods, learning rate, batch, images of a process, student starts from the teacher's head, clipping
 ROWS = {
@@ -35,13 +38,22 @@ ROWS = {
     "r50_crosskd_pkd": (["pkd", "crosskd"], 0.01, 16, None, False, None),
 }
 
+# Real-time DETRs and alignment with a vision model, in the schedule of the student's authors: epochs, batch, learning
+# rate, factor of the backbone, steps of warm-up, moving average; and the methods
+SCHEDULES = {
+    "d_fine_x_d_fine_s_fgd_ddf": (132, 32, 2e-4, 0.5, 500, 0.9999, ["fgd", "ddf"]),
+    "dinov2_gfl_r18_vfm": (12, 16, 0.01, 1.0, 500, None, ["vfm"]),
+    "rf_detr_n": (100, 16, 1e-4, 1.5, 0, 0.993, []),
+    "dinov2_rt_detr_v2_r18_vfm": (120, 16, 1e-4, 1.0, 2000, 0.9999, ["vfm"]),
+}
+
 
 def recipe_of(row: str) -> Recipe:
     return load_recipe(PATHS[row])
 
 
 def test_every_recipe_has_its_row() -> None:
-    assert PATHS.keys() == ROWS.keys()
+    assert (PATHS.keys(), OTHERS.keys()) == (ROWS.keys(), SCHEDULES.keys())
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -115,3 +127,42 @@ def test_dry_run(row: str, teacher: GFL, monkeypatch: pytest.MonkeyPatch, capsys
     assert "1 step on made-up images; everything fits together" in shown.out
     for term in {name.partition("_")[0] for name in ROWS[row][0]}:
         assert term in shown.out + shown.err, f"no loss term of {term} in the output"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_authors_schedule(name: str) -> None:
+    recipe = load_recipe(OTHERS[name])
+    train, optimizer = recipe.train, recipe.train.optimizer
+    epochs, batch, lr, factor, warmup, ema, methods = SCHEDULES[name]
+    assert (train.epochs, train.batch_size, optimizer.lr, optimizer.backbone) == (epochs, batch, lr, factor)
+    assert (train.schedule.warmup_steps, train.ema, list(recipe.methods.enabled())) == (warmup, ema, methods)
+    if recipe.student.is_whole:
+        assert (optimizer.name, optimizer.weight_decay, optimizer.decay_norms, train.clip_norm) == (
+            "adamw",
+            1e-4,
+            False,
+            0.1,
+        )
+        assert train.schedule.milestones[0] > epochs, "a constant rate"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive if "vfm" in name else []) for name in SCHEDULES]
+)
+def test_dry_run_of_the_others(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The student in full width; what teaches it is small."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    settings = ["data.short=64", "data.long=96", "train.precision=32"]
+    methods = SCHEDULES[name][-1]
+    small = build_detector(Model(detector="d_fine", size="tiny"), 80, seed=0)
+    monkeypatch.setattr(dry_run, "_teacher", lambda *_: freeze(small))
+    if "vfm" in methods:
+        settings.append(f"methods.vfm.model={tiny_vision.saved(tmp_path / 'vision')}")
+    recipe = load_recipe(OTHERS[name], settings)
+    dry_run.dry_run(recipe, Parts(), Fabric(accelerator="cpu", devices=1), distillation=True)
+    shown = capsys.readouterr()
+    assert "1 step on made-up images; everything fits together" in shown.out
+    assert all(method in shown.out + shown.err for method in methods)

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from compress.config.deploy import Engines
+from compress.config.methods import Methods
 from compress.config.recipe import dump_recipe, recipe_sha256
 from tests.helpers.recipes import Load, problems
 
@@ -55,13 +56,13 @@ def test_own_parts(load: Load) -> None:
             "mypkg.models:MyDetector\n  options: {width: 32, heads: [1, 2]}",
             "gfll\n  backbone: nano",
             "r.yaml:4: student.detector: 'gfll' is not one of gfl, fcos, retinanet, faster_rcnn, d_fine, "
-            "rt_detr_v2; did you mean gfl?",
+            "rt_detr_v2, rf_detr, lw_detr; did you mean gfl?",
         ),
         (
             "mypkg.models:MyDetector",
             "yolo",
             "r.yaml:4: student.detector: 'yolo' is not one of gfl, fcos, retinanet, faster_rcnn, d_fine, "
-            "rt_detr_v2, and no import path "
+            "rt_detr_v2, rf_detr, lw_detr, and no import path "
             "(package.module:Name)",
         ),
         (
@@ -105,8 +106,7 @@ def test_own_parts(load: Load) -> None:
         (
             "  bckd: {}",
             "  my-loss: {}",
-            "r.yaml:9: methods.my-loss: unknown key; known here: bckd, fgd, pkd, cwd, mgd, gi, "
-            "tid, ld, crosskd, dkd, vfm, uet",
+            f"r.yaml:9: methods.my-loss: unknown key; known here: {', '.join(Methods.model_fields)}",
         ),
         ("{margin: 2}", "2", "r.yaml:10: methods.mypkg.losses:MyLoss.options: needs a section of keys, got 2"),
         (

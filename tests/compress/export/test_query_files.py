@@ -13,7 +13,9 @@ from PIL import Image
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
-from compress.detectors.transformers.real_time_detr import DFine, RealTimeDetr, RTDetrV2
+from compress.detectors.transformers.lw_detr import LwDetr, RfDetr
+from compress.detectors.transformers.query_detector import QueryDetector
+from compress.detectors.transformers.real_time_detr import DFine, RTDetrV2
 from compress.export.deployable import Deployable
 from deploy.core.card import ModelCard
 from deploy.graph import export
@@ -24,12 +26,14 @@ from deploy.quantize.qdq import Target
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers import tiny_detr
 
+KINDS = [DFine, RfDetr, *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (RTDetrV2, LwDetr))]
 
-@pytest.fixture(scope="module", params=[DFine, pytest.param(RTDetrV2, marks=pytest.mark.exhaustive)])
+
+@pytest.fixture(scope="module", params=KINDS)
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported detector with random weights, the BatchNorm statistics of pictures and scores that spread: where all
     places score alike, rounding chooses others."""
-    kind: type[RealTimeDetr] = request.param
+    kind: type[QueryDetector] = request.param
     detector = tiny_detr.tiny(kind, decoder_layers=2).train()
     images = torch.from_numpy(pictures())
     for module in detector.modules():
@@ -37,11 +41,21 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             module.momentum = None  # so that one pass is enough
     with torch.no_grad():
         detector(images)
-        detector.network.enc_score_head.weight.mul_(10)
+        if isinstance(detector, LwDetr):
+            heads = [detector.network.model.enc_out_class_embed[0], detector.network.class_embed]
+        else:
+            heads = [detector.network.enc_score_head]
+        for head in heads:
+            head.weight.mul_(10)
     card = ModelCard(name="tiny", class_names=list("abcde"), category_ids=[1, 2, 3, 4, 5], input_size=tiny_detr.SIZE)
     out = tmp_path_factory.mktemp(kind.family) / "student.onnx"
     export_onnx(Deployable.from_card(detector, card), card, out, samples=pictures(), max_batch=3)
     return out
+
+
+def in_groups(file: Path) -> bool:
+    """RF-DETR's or LW-DETR's."""
+    return file.parent.name.startswith((RfDetr.family, LwDetr.family))
 
 
 def pictures() -> np.ndarray:
@@ -54,7 +68,8 @@ def pictures() -> np.ndarray:
 def test_the_file_takes_any_batch_and_samples_by_rows(file: Path) -> None:
     """`export_onnx` has compared it with torch at batch 1, 2 and 3."""
     operators = {node.op_type for node in onnx.load(str(file)).graph.node}
-    assert "GridSample" not in operators and "NonMaxSuppression" not in operators
+    assert not operators & {"GridSample", "NonMaxSuppression"}
+    assert "Resize" not in operators or not in_groups(file), "positions are computed beforehand"
     runner = OnnxRunner(file, ("cpu",))
     together = runner(pictures())
     assert together.count.sum() > 0
@@ -73,11 +88,14 @@ def test_int8_leaves_what_decides_in_float(file: Path, target: Target, tmp_path:
     assert len(named) > 0.9 * len(quantizer.structure.layers), (
         "the rest: constants, and equal weights of a fresh network"
     )
-    deciding = ("decoder.", "enc_score_head", "enc_bbox_head.layers.2", "enc_output")
+    deciding = ("decoder.", "enc_score_head", "enc_bbox_head", "enc_output")
+    expected = {"backbone", "encoder_input_proj", "encoder", "enc_output", "enc_score_head", "decoder"}
+    if in_groups(file):
+        deciding = ("decoder.", "enc_output", "enc_out_", "class_embed", "bbox_embed")
+        expected = {"backbone", "enc_output", "enc_out_class_embed", "decoder", "class_embed"}
     for layer in named:
-        assert layer.output == layer.name.startswith(deciding), layer.name
-    parts = {layer.name.partition(".")[0] for layer in named}
-    assert parts >= {"backbone", "encoder_input_proj", "encoder", "enc_output", "enc_score_head", "decoder"}
+        assert layer.output == layer.name.removeprefix("model.").startswith(deciding), layer.name
+    assert {layer.name.removeprefix("model.").partition(".")[0] for layer in named} >= expected
     OnnxRunner(report.path, ("cpu",))(pictures())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compress.config.teacher import Source, Transformers
+from compress.detectors.base import Capability
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 from tests.helpers.teacher_files import CPU, noise, sample, transformers_model
@@ -27,7 +28,10 @@ def test_transformers_give_what_they_give(tmp_path: Path, kind: Any) -> None:
     nothing = "N/A" if kind == "detr" else "background"
     folder = transformers_model(tmp_path / kind, kind, {0: nothing, 1: "a", 2: "b", 3: "c"})
     teacher = open_teacher(Source(transformers=Transformers(model=folder)), CPU)
-    assert teacher.class_names == NAMES and teacher.file == kind and teacher.detector is None
+    assert teacher.class_names == NAMES and teacher.file == kind
+    queries = teacher.capabilities & {Capability.QUERIES, Capability.QUERY_DISTRIBUTIONS}
+    assert not queries, "a label that is no class shifts the logits"
+    assert (teacher.detector is None) == (kind == "detr")
     processor = tf.AutoImageProcessor.from_pretrained(folder)
     model = tf.AutoModelForObjectDetection.from_pretrained(folder).eval()
     counts = 0
@@ -55,6 +59,31 @@ def test_transformers_give_what_they_give(tmp_path: Path, kind: Any) -> None:
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
         counts += len(mine)
     assert counts > 5
+
+
+@pytest.mark.parametrize("kind", ["rt_detr_v2", "d_fine"])
+def test_a_family_that_trains_here_gives_maps_and_queries(tmp_path: Path, kind: Any) -> None:
+    """The library's own, of the images that the student sees, normalised as its processor does."""
+    folder = transformers_model(tmp_path / kind, kind, dict(enumerate(NAMES)))
+    processor = tf.AutoImageProcessor.from_pretrained(folder)
+    processor.do_normalize = True
+    processor.save_pretrained(folder)
+    teacher = open_teacher(Source(transformers=Transformers(model=folder)), CPU)
+    detector = teacher.detector
+    assert detector is not None and not detector.training and teacher.class_names == NAMES
+    assert teacher.capabilities == detector.capabilities >= {Capability.FEATURES, Capability.QUERIES}
+    assert not any(p.requires_grad for p in detector.parameters())
+    picture = torch.from_numpy(noise(64, 96)).permute(2, 0, 1)[None]
+    model = tf.AutoModelForObjectDetection.from_pretrained(folder).eval()
+    prepared = processor(images=picture[0], do_resize=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        wanted = model(prepared)
+        features = detector.features(picture)
+        found = detector.predict(features)
+    for ours, theirs in zip(features, wanted.encoder_last_hidden_state, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.boxes, wanted.pred_boxes, rtol=1e-4, atol=1e-4)
 
 
 def test_transformers_identity_and_preprocessing(tmp_path: Path) -> None:
