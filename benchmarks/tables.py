@@ -78,6 +78,7 @@ BLOCKS = {
     "method_cost": Block("method_cost", by_metric),
     "teacher_cache": Block("teacher_cache", tables.listing),
     "view_gain": Block("view_gain", tables.listing, named("against free augmentation")),
+    "curves": Block("distill_gain", tables.curve_table, lambda row: row.case == "cpu-detr"),
     "serve": Block("serve", tables.listing, lambda row: bool(row.bar) or row.case == "slow"),
     "serve-throughput": Block("serve", by_case, named("throughput", case="saturation")),
     "serve-curve": Block("serve", by_metric, lambda row: row.case == "curve" and row.metric != "capacity"),
@@ -90,11 +91,15 @@ GAINS = {  # block of a page of docs/methods: case of distill_gain
         "figures": "cpu-methods",
         "photographs": "bccd-methods",
         "families": "cpu-families",
+        "detr": "cpu-detr",
         "head_norm": "cpu-head_norm",
         "head_norm-photographs": "bccd-head_norm",
     },
     METHODS / "uet.md": {"ablation": "cpu-uet"},
 }
+
+OF_DETR = ("kd_detr", "ddf", "vfm")
+"""Methods whose arms are in the table `detr`, not in the first one."""
 
 PRUNED = {"figures": "cpu", "photographs": "bccd"}  # block of docs/pruning.md: case of prune_gain
 AXES = {"gflops": ("GFLOPs", "GFLOPs"), "latency": ("int8 p50", "milliseconds of the int8 file, p50")}
@@ -148,12 +153,18 @@ def method_page(page: Path, rows: Sequence[Row]) -> str:
     text = page.read_text(encoding="utf-8")
     blocks = GAINS.get(page, {})
     if page != INDEX:
-        text = filled(text, "figures", arms(results.of(rows, "distill_gain", "cpu-methods"), page.stem))
+        case = case_of(page.stem)
+        text = filled(text, "figures", arms(results.of(rows, "distill_gain", case), page.stem, case))
     for name, case in blocks.items():
-        text = filled(text, name, arms(results.of(rows, "distill_gain", case), None))
+        text = filled(text, name, arms(results.of(rows, "distill_gain", case), None, case))
     if page == INDEX:
-        text = with_gains(text, results.of(rows, "distill_gain", "cpu-methods"))
+        text = with_gains(text, rows)
     return text
+
+
+def case_of(method: str) -> str:
+    """The case of `distill_gain` that has the arms of a method."""
+    return "cpu-detr" if method in OF_DETR else "cpu-methods"
 
 
 def pruning_page(rows: Sequence[Row]) -> str:
@@ -175,10 +186,11 @@ def pruned(rows: Sequence[Row], case: str) -> str:
     return "\n\n".join([head, tables.pruned_table(rows), *shown])
 
 
-def arms(rows: Sequence[Row], method: str | None) -> str:
+def arms(rows: Sequence[Row], method: str | None, case: str = "cpu-methods") -> str:
     """The table of a case of `distill_gain`: all arms and the picture, or those with the method beside the baseline."""
     if not rows:
-        return NOT_MEASURED.format(suite="distill_gain cpu")
+        preset, _, table = case.partition("-")
+        return NOT_MEASURED.format(suite=f"distill_gain {preset}" + (f" --table {table}" if table != "methods" else ""))
     found = arm_results(rows)
     if method is not None and not any(method in words(arm.name) for arm in found):
         return f"Not among the arms of `{rows[0].command}` of {rows[0].date}."
@@ -203,7 +215,11 @@ def with_gains(text: str, rows: Sequence[Row]) -> str:
     if table is None:
         raise UserError(f"{INDEX}: no block <!-- which -->")
     line = re.compile(r"^(\| \[[^]]+\]\((\w+)\.md\).*\|)[^|]*\|$", re.MULTILINE)
-    return filled(text, "which", line.sub(lambda match: f"{match[1]} {gain_of(rows, match[2])} |", table[1]).rstrip())
+
+    def gain(method: str) -> str:
+        return gain_of(results.of(rows, "distill_gain", case_of(method)), method)
+
+    return filled(text, "which", line.sub(lambda match: f"{match[1]} {gain(match[2])} |", table[1]).rstrip())
 
 
 def gain_of(rows: Sequence[Row], method: str) -> str:

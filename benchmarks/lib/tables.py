@@ -81,6 +81,28 @@ def arm_table(rows: Sequence[Row], wanted: Callable[[ArmResult], bool] = lambda 
     return markdown(lines, "|---|---:|---:|---|---|")
 
 
+def curve_table(rows: Sequence[Row]) -> str:
+    """Of the trainings that were evaluated on the way: mAP by number of steps, mean and deviation over the seeds."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.seed is not None and row.metric.startswith("mAP after "):
+            values.setdefault(row.variant, {}).setdefault(row.metric.removeprefix("mAP after "), []).append(row.value)
+    for row in rows:
+        if row.seed is not None and row.metric == "mAP" and row.variant in values:
+            values[row.variant].setdefault("the end", []).append(row.value)
+    columns = sorted({name for found in values.values() for name in found}, key=_steps)
+    lines = [["mAP after", *columns]]
+    lines += [
+        [name, *(plus_minus(summary(found[column])) if column in found else "" for column in columns)]
+        for name, found in values.items()
+    ]
+    return markdown(lines)
+
+
+def _steps(column: str) -> float:
+    return float(column.split()[0]) if column[0].isdigit() else float("inf")
+
+
 def arm_picture(rows: Sequence[Row], name: str) -> str:
     """Gains in mAP."""
     arms = arm_results(rows)

@@ -137,11 +137,14 @@ def train_teacher(path: Path, settings: list[str], own: tuple[str, ...] = ()) ->
     the images are."""
     from compress.run.pipeline import distill
 
-    shared = [setting for setting in settings if setting.startswith(("runs=", "data."))]
-    recipe = load_recipe(path, [*shared, *own])
+    recipe = load_recipe(path, [*_of_teachers(settings), *own])
     weights = RunFolder(recipe.run_dir).weights()
     distill(recipe, resume=True, distillation=False)
     return weights
+
+
+def _of_teachers(settings: Sequence[str]) -> list[str]:
+    return [setting for setting in settings if setting.startswith(("runs=", "data."))]
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int) -> Iterator[tuple[str, int, dict[str, Any]]]:

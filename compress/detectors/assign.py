@@ -14,7 +14,7 @@ Shape letters: B images, G boxes an image (padded), L levels, A locations of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,21 @@ def unknown_classes(
     return unknown
 
 
+def valid_locations(image_sizes: Tensor, level_sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:
+    """Which locations lie in an image and not in the padding beyond its valid area: bool [B, A].
+
+    Arguments as those of `atss`.
+    """
+    grid, stride = (torch.tensor(values, device=image_sizes.device) for values in (level_sizes, strides))
+    extent = _extent(image_sizes, grid, stride)
+    levels = []
+    for level, (h, w) in enumerate(level_sizes):
+        in_rows = torch.arange(h, device=extent.device) < extent[:, level, 0, None]  # [B, h]
+        in_columns = torch.arange(w, device=extent.device) < extent[:, level, 1, None]  # [B, w]
+        levels.append((in_rows[:, :, None] & in_columns[:, None, :]).flatten(1))
+    return torch.cat(levels, 1)
+
+
 def atss(
     boxes: Tensor,
     mask: Tensor,
@@ -125,9 +140,8 @@ def atss(
     offset = counts.cumsum(0) - counts  # [L]
     A = int(sum(h * w for h, w in level_sizes))
 
-    padded = (image_sizes + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
-    extent = torch.minimum((padded[:, None] + stride[:, None] - 1) // stride[:, None], grid)  # [B, L, 2] (h, w)
-    valid = _valid_locations(extent, level_sizes)
+    extent = _extent(image_sizes, grid, stride)
+    valid = valid_locations(image_sizes, level_sizes, strides)
     if G == 0:
         none = torch.full((B, A), -1, dtype=torch.int64, device=device)
         return Assignment(none, valid, boxes.new_zeros(B, 0), torch.zeros(B, dtype=torch.int64, device=device))
@@ -174,6 +188,12 @@ def atss(
     return Assignment(gt_index, valid, threshold, (gt_index >= 0).sum(1))
 
 
+def _extent(image_sizes: Tensor, grid: Tensor, stride: Tensor) -> Tensor:
+    """The part of each level's grid [L, 2] that lies in an image: [B, L, 2] (h, w)."""
+    padded = (image_sizes + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
+    return torch.minimum((padded[:, None] + stride[:, None] - 1) // stride[:, None], grid)
+
+
 def _nearest(center: Tensor, stride: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
     """The TOPK grid lines nearest to `center` [B, G] (pixels) among the first `extent` [B, L] of each level.
 
@@ -193,13 +213,3 @@ def _anchor_iou(px: Tensor, py: Tensor, half: Tensor, boxes: Tensor) -> Tensor:
     overlap = w * h
     union = (2 * half).square() + (x2 - x1) * (y2 - y1) - overlap
     return overlap / union.clamp(min=1e-6)
-
-
-def _valid_locations(extent: Tensor, level_sizes: list[tuple[int, int]]) -> Tensor:
-    """extent [B, L, 2] (h, w) of the valid grid → bool [B, A]."""
-    levels = []
-    for level, (h, w) in enumerate(level_sizes):
-        in_rows = torch.arange(h, device=extent.device) < extent[:, level, 0, None]  # [B, h]
-        in_columns = torch.arange(w, device=extent.device) < extent[:, level, 1, None]  # [B, w]
-        levels.append((in_rows[:, :, None] & in_columns[:, None, :]).flatten(1))
-    return torch.cat(levels, 1)

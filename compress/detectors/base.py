@@ -46,6 +46,7 @@ class Capability(enum.Enum):
     DENSE = "dense"  # class and box predictions at every location
     DISTRIBUTIONS = "box distributions"  # dense, with every side of a box as a distribution over bins
     BOXES = "boxes"  # final detections
+    LOCATIONS = "scores and boxes at every location"  # of any head, as constants; whoever has DENSE has it
     QUERIES = "queries"  # of a decoder, one box each
     QUERY_DISTRIBUTIONS = "box distributions of queries"  # with every edge of a query's box as a distribution
 
@@ -254,6 +255,13 @@ class Detector(nn.Module):
         """Queries int64 [n] and objects int64 [n] of each image that belong together; objects count those of
         `Target` that are not to be ignored."""
         raise self._lacks(Capability.QUERIES)
+
+    def at_locations(self, features: list[Tensor], prediction: Any) -> DensePrediction:
+        """What is said of every location of the maps, for methods that only choose by it (Capability.LOCATIONS)."""
+        if Capability.DENSE not in self.capabilities:
+            raise self._lacks(Capability.LOCATIONS)
+        found: DensePrediction = prediction
+        return found
 
     def forward(self, images: Tensor) -> Any:
         return self.predict(self.features(images))

@@ -245,9 +245,16 @@ def model_size(detector: Detector, size: tuple[int, int]) -> dict[str, float]:
     computed says `Detector.counted`: of Faster R-CNN with as many proposals as it looks at most in evaluation."""
     was_training = detector.training
     detector.eval()
+    learning = [p for p in detector.parameters() if p.requires_grad]
     images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=next(detector.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        detector.counted(images)
+    try:
+        for p in learning:  # torch's counter fails at a module whose input is a parameter, also without gradients
+            p.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            detector.counted(images)
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
     detector.train(was_training)
     params = sum(p.numel() for p in detector.parameters())
     return {"params_m": round(params / 1e6, 4), "gflops": round(counter.get_total_flops() / 1e9, 4)}

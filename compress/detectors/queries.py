@@ -17,18 +17,24 @@ class Queries:
     boxes: float [B, Q, 4], centre, width and height in shares of the network image: what the decoder begins to refine.
     places: float [B, Q, 3], the location of the maps whose features they take along: x and y of its centre in shares of
         the network image, and its stride in pixels.
+    canvas: (height, width) of the network image in pixels.
     """
 
     boxes: Tensor
     places: Tensor
+    canvas: tuple[int, int]
 
-    @classmethod
-    def join(cls, first: Queries, second: Queries) -> Queries:
-        """Those of one and of another, for the same images."""
-        return cls(torch.cat((first.boxes, second.boxes), 1), torch.cat((first.places, second.places), 1))
+    def on(self, canvas: tuple[int, int]) -> Queries:
+        """The same ones in shares of another model's network image of this (height, width): one of the two models may
+        have padded it."""
+        if canvas == self.canvas:
+            return self
+        share = self.boxes.new_tensor([self.canvas[1] / canvas[1], self.canvas[0] / canvas[0]])
+        places = torch.cat((self.places[..., :2] * share, self.places[..., 2:]), -1)
+        return Queries(self.boxes * share.repeat(2), places, canvas)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Queries:
-        return Queries(function(self.boxes), function(self.places))
+        return Queries(function(self.boxes), function(self.places), self.canvas)
 
 
 @dataclass
@@ -48,6 +54,13 @@ class QueryPrediction:
     canvas: tuple[int, int]
     edges: EdgeDistributions | None = None
     learned: dict[str, Any] = field(default_factory=dict)
+
+    def boxes_on(self, canvas: tuple[int, int]) -> Tensor:
+        """`boxes` in shares of another model's network image; see `Queries.on`."""
+        if canvas == self.canvas:
+            return self.boxes
+        share = self.boxes.new_tensor([self.canvas[1] / canvas[1], self.canvas[0] / canvas[0]])
+        return self.boxes * share.repeat(2)
 
     def float(self) -> QueryPrediction:
         return self._map(Tensor.float)

@@ -208,14 +208,18 @@ def _check(
         if model is None:
             continue
         missing = needs - model.capabilities
+        if Capability.DENSE in model.capabilities:
+            missing -= {Capability.LOCATIONS}
         if missing:
             wanted = ", ".join(sorted(capability.value for capability in missing))
             raise UserError(f"methods.{name} needs {wanted} of the {whom}, which {model.family} cannot give")
         if record is not None and record.ability is not None and not getattr(model, record.ability[0]):
             raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
-    if Capability.DENSE not in needs or teacher is None:
+    if not needs & {Capability.DENSE, Capability.LOCATIONS} or teacher is None:
         return
-    if student.strides != teacher.strides or student.anchor_sizes != teacher.anchor_sizes:
+    shared = len(teacher.strides) if Capability.DENSE in needs else min(len(student.strides), len(teacher.strides))
+    strides = student.strides if Capability.DENSE in needs else student.strides[:shared]
+    if strides != teacher.strides[:shared] or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
             f"methods.{name} compares predictions location by location: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "

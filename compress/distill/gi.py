@@ -15,6 +15,8 @@ accidents of it. It pools the images of a batch, so that `topk` locations are ke
 suppress each other; and it decodes the boxes of padding around the point (0, 0) (`pool_batch` does both). Ours selects
 for each image, among the locations that are not padding. It also leaves out levels without positives; ours never does.
 Certainty weighs the squared differences, not the selection.
+
+Of a detector with queries, scores and boxes are those by which its decoder chooses places to begin at.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class GI(Method):
         pool_batch: select as the authors' code does, from the whole batch as if it were one image, padding included.
     """
 
-    needs = frozenset({Capability.FEATURES, Capability.DENSE})
+    needs = frozenset({Capability.FEATURES, Capability.LOCATIONS})
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class GI(Method):
     def select(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Kept locations of each level, int64 [n] in descending GI score: (image * h + y) * w + x."""
         assert student.targets is not None, "the student's targets tell padding from locations"
-        z_s, z_t = student.prediction.float(), teacher.prediction.float()
+        z_s, z_t = (m.detector.at_locations(m.features, m.prediction).float() for m in (student, teacher))
         valid_levels = student.targets.assignment.valid.split(z_s.counts, 1)
         student_boxes, teacher_boxes = boxes_in_strides(student, z_s), boxes_in_strides(teacher, z_t)
         kept = []

@@ -101,11 +101,12 @@ class KDDETR(Method):
             divergence = softmax_kl(student.logits, teacher.logits, self.temperature) / student.logits.shape[-1]
         else:
             divergence = sigmoid_kl(student.logits, teacher.logits)
-        ours, theirs = (box_convert(x.boxes, "cxcywh", "xyxy") for x in (student, teacher))
+        ours, theirs = student.boxes_on(teacher.canvas), teacher.boxes
+        corners = (box_convert(x, "cxcywh", "xyxy") for x in (ours, theirs))
         return {
             "kd_detr_cls": divergence,
-            "kd_detr_l1": (student.boxes - teacher.boxes).abs().sum(-1),
-            "kd_detr_giou": giou_loss(ours, theirs, eps=EPS),
+            "kd_detr_l1": (ours - theirs).abs().sum(-1),
+            "kd_detr_giou": giou_loss(*corners, eps=EPS),
         }
 
     def _draw(self, teacher: Outputs) -> Queries:
@@ -116,7 +117,7 @@ class KDDETR(Method):
         sides = SMALLEST ** (1 - sides)
         stride = teacher.detector.strides[0] * sides.prod(-1, keepdim=True).sqrt() / FIRST_ANCHOR
         boxes, places = (torch.cat((centres, x), -1).to(device).expand(images, -1, -1) for x in (sides, stride))
-        return Queries(boxes, places)
+        return Queries(boxes, places, teacher.queries.canvas)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"passes": self.passes}

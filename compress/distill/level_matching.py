@@ -1,8 +1,8 @@
 """Matching of the levels of two pyramids: feature methods between detectors of different strides.
 
 Levels belong together if their strides differ by less than half an octave, each with the nearest. Methods see only
-these; the student's map is resized to the teacher's grid (bilinear) where the grids differ. A single level in common is
-no pyramid to learn from, and is refused.
+these; the student's map is resized to the teacher's grid (bilinear) where the grids differ. A single level in common of
+two pyramids is none to learn from, and is refused; a detector with one map has one.
 """
 
 from __future__ import annotations

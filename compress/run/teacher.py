@@ -78,7 +78,7 @@ def match_teacher(
         teacher.class_names = tuple(categories)
     names = list(teacher.class_names or ())
     if names != list(categories):
-        on_classes = {Capability.DENSE, Capability.QUERIES}
+        on_classes = {Capability.DENSE, Capability.LOCATIONS, Capability.QUERIES}
         needing = "methods on logits need" if any(built.method.needs & on_classes for built in methods) else ""
         if distillation.inherit and len(names) == len(categories):  # then the head's last layer would be copied too
             needing = "teacher.inherit needs"

@@ -70,11 +70,26 @@ def test_a_page_shows_the_arms_with_its_method() -> None:
     assert documents.arms([], "fgd") == "Not measured yet: `python -m benchmarks distill_gain cpu`."
 
 
+def test_curves_are_means_over_seeds() -> None:
+    rows = [
+        Row("baseline", metric, value + seed, seed=seed)
+        for seed in (0, 1)
+        for metric, value in (("mAP", 9.0), ("mAP after 1000 steps", 6.0), ("mAP after 500 steps", 3.0))
+    ] + [Row("FGD", "mAP", 12.0, seed=0)]
+    assert tables.curve_table(rows).splitlines()[::2] == [
+        "| mAP after | 500 steps | 1000 steps | the end |",
+        "| baseline | 3.50 ± 0.71 | 6.50 ± 0.71 | 9.50 ± 0.71 |",
+    ]
+
+
 def test_the_index_has_the_gain_of_every_method() -> None:
     assert [documents.gain_of(MADE_UP, name) for name in ("FGD", "BCKD", "LD", "DKD")] == [
         "+2.50", "+4.00 (BCKD+FGD)", "-1.00", "not measured"
     ]  # fmt: skip
     assert documents.gain_of([], "FGD") == "not measured"
+    assert documents.arms([], None, "cpu-detr") == (
+        "Not measured yet: `python -m benchmarks distill_gain cpu --table detr`."
+    )
     index = documents.method_page(documents.INDEX, MADE_UP)
     assert re.search(r"^\| \[FGD\]\(fgd\.md\) \|.*\| \+2\.50 \|$", index, re.MULTILINE)
     assert re.search(r"^\| \[DKD\].*\| not measured \|$", index, re.MULTILINE)

@@ -77,6 +77,7 @@ class LwDetr(QueryDetector):
     def predict_at(self, features: list[Tensor], queries: Queries) -> list[QueryPrediction]:
         """Run the decoder on queries that begin where another model's do: one prediction a layer, the last one last.
         Their contents are those of the first group, in its order: the first query gets that of the best location."""
+        queries = queries.on(self._canvas(features))
         memory = _memory([x.float() for x in features])
         content = self.network.model.query_feat.weight[: self.network.config.num_queries]
         slots = torch.arange(queries.boxes.shape[1], device=content.device) % len(content)
@@ -170,7 +171,8 @@ class LwDetr(QueryDetector):
         hidden = self._decode(memory, content.flatten(0, 1), start)
         logits, boxes = self._heads(hidden if truth is not None else hidden[-1:], start)
         places = places_of(memory.shapes, self.strides, start.device).expand(start.shape[0], -1, -1)
-        queries = Queries(start[:, :count], places.gather(1, best[0].expand(-1, -1, 3)))
+        rows = best[0].expand(-1, -1, 3)
+        queries = Queries(start[:, :count], places.gather(1, rows), self._canvas(features))
         prediction = QueryPrediction(logits[-1][:, :count], boxes[-1][:, :count], queries, self._canvas(features))
         if truth is not None and self.training:
             prediction.learned = {
@@ -186,20 +188,31 @@ class LwDetr(QueryDetector):
     def _first(self, group: int, memory: Memory, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the maps say to a group of queries: boxes [B, Q, 4], logits [B, Q, K] and rows [B, Q, 1] of the best
         `count` locations."""
-        model, rows = self.network.model, memory.rows
-        anchors, inside = _anchors(memory.shapes, rows.device)
-        if inside is not None:
-            anchors, rows = anchors * inside, rows * inside
-        encoded = model.enc_output_norm[group](model.enc_output[group](rows))
-        logits = model.enc_out_class_embed[group](encoded)
+        anchors, encoded, logits, inside = self._encoded(group, memory)
         scores = logits.amax(-1)
         if inside is not None:
             scores = scores.masked_fill(~inside[..., 0], NO_PROBABILITY)
         best = scores.topk(count, dim=1).indices[..., None]
         states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2]))
-        around = anchors.expand(rows.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
-        boxes = self._refined(around, model.enc_out_bbox_embed[group](states))
+        around = anchors.expand(len(best), -1, -1).gather(1, best.expand(-1, -1, 4))
+        boxes = self._refined(around, self.network.model.enc_out_bbox_embed[group](states))
         return boxes, logits.gather(1, best.expand(-1, -1, logits.shape[2])), best
+
+    def _encoded(self, group: int, memory: Memory) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of all locations the anchors [1, S, 4], what a group makes of the maps [B, S, d], its logits [B, S, K], and
+        whether they lie far enough inside (see `_anchors`)."""
+        model, rows = self.network.model, memory.rows
+        anchors, inside = _anchors(memory.shapes, rows.device)
+        if inside is not None:
+            anchors, rows = anchors * inside, rows * inside
+        encoded = model.enc_output_norm[group](model.enc_output[group](rows))
+        return anchors, encoded, model.enc_out_class_embed[group](encoded), inside
+
+    def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
+        memory = _memory(features)
+        anchors, encoded, logits, _ = self._encoded(0, memory)
+        boxes = self._refined(anchors, self.network.model.enc_out_bbox_embed[0](encoded))
+        return (logits, boxes), memory.shapes
 
     def _decode(self, memory: Memory, content: Tensor, start: Tensor) -> Tensor:
         """Run the decoder on queries with `content` [Q, d] that look at `start` [B, Q, 4]: [layers, B, Q, d]."""

@@ -15,9 +15,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from compress.data.batch import Target
-from compress.detectors.assign import Assignment
+from compress.detectors.assign import Assignment, valid_locations
 from compress.detectors.base import (
     Capability,
+    DensePrediction,
     Detector,
     Reduce,
     Targets,
@@ -33,8 +34,8 @@ from deploy.core.import_path import import_object
 @dataclass
 class QueryTargets(Targets):
     """Ground truth as the library's losses take it: `class_labels` and `boxes` (centre, width and height in shares of
-    the network image) of each image. Its assignment is empty: the losses match. `factor` makes their normaliser that of
-    all processes."""
+    the network image) of each image. Its assignment has no positives: the losses match. `factor` makes their normaliser
+    that of all processes."""
 
     truth: list[dict[str, Tensor]]
     factor: Tensor
@@ -47,7 +48,7 @@ class QueryDetector(Detector):
     renewed: class layers that began anew, because what was loaded has other classes.
     """
 
-    capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.QUERIES})
+    capabilities = frozenset({Capability.FEATURES, Capability.BOXES, Capability.LOCATIONS, Capability.QUERIES})
     has_nms = False
     prunable = (
         "its layers are a library's, with attention, whose channels hang together in ways that were not looked at"
@@ -121,9 +122,11 @@ class QueryDetector(Detector):
         if reduce is not None and not self.reduces:
             factor = own.clamp(min=1) * world / reduce(own.clone()).clamp(min=1)
         B, L = len(targets), len(self.strides)
-        nothing = torch.zeros(B, 0, dtype=torch.bool, device=device)
-        none = torch.zeros(B, dtype=torch.int64, device=device)
-        assignment = Assignment(nothing.long(), nothing, torch.where(mask, 0.0, torch.nan), none)
+        sizes = torch.tensor([target.size for target in targets], device=device)
+        levels = [(prediction.canvas[0] // stride, prediction.canvas[1] // stride) for stride in self.strides]
+        valid = valid_locations(sizes, levels, self.strides)
+        nowhere, none = torch.full_like(valid, -1, dtype=torch.int64), torch.zeros(B, dtype=torch.int64, device=device)
+        assignment = Assignment(nowhere, valid, torch.where(mask, 0.0, torch.nan), none)
         one, of_levels = torch.ones((), device=device), torch.zeros(L, device=device)
         return QueryTargets(boxes, labels, assignment, one, of_levels, world, None, None, truth, factor)
 
@@ -143,10 +146,26 @@ class QueryDetector(Detector):
                 found[kind] = found.get(kind, 0) + weight * (value if kind == "loss_ddf" else value * targets.factor)
         return found
 
+    @torch.no_grad()
+    def at_locations(self, features: list[Tensor], prediction: QueryPrediction) -> DensePrediction:
+        """The scores and boxes by which the decoder chooses where it begins; `box_deltas` are boxes as those of a
+        `QueryPrediction`."""
+        said, shapes = self._said_of_locations([x.float() for x in features])
+        counts = [h * w for h, w in shapes]
+        logits, boxes = (
+            [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(y.split(counts, 1), shapes, strict=True)]
+            for y in said
+        )
+        return DensePrediction(logits, [], self.strides, box_deltas=boxes)
+
     def decode_boxes(self, prediction: Any) -> Tensor:
-        """Boxes [B, Q, 4] xyxy in pixels of the network image, not clipped."""
-        height, width = prediction.canvas
-        x, y, w, h = prediction.boxes.unbind(-1)
+        """Boxes [B, Q, 4] xyxy in pixels of the network image, not clipped; of `at_locations` [B, A, 4]."""
+        if isinstance(prediction, DensePrediction):
+            height, width = (side * prediction.strides[0] for side in prediction.level_sizes[0])
+            boxes = torch.cat([x.flatten(2) for x in prediction.box_deltas], 2).transpose(1, 2)
+        else:
+            (height, width), boxes = prediction.canvas, prediction.boxes
+        x, y, w, h = boxes.unbind(-1)
         return torch.stack(((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height), -1)
 
     def _setup(self, num_classes: int, network: Any, must: Mapping[str, Any]) -> None:
@@ -161,6 +180,10 @@ class QueryDetector(Detector):
 
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         """`truth` is that of a batch in training."""
+        raise NotImplementedError
+
+    def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
+        """Logits [B, A, K] and boxes [B, A, 4] of all locations, and (h, w) of the levels."""
         raise NotImplementedError
 
     def _matched(self, outputs: dict[str, Tensor], truth: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:

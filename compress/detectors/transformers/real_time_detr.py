@@ -70,6 +70,7 @@ class RealTimeDetr(QueryDetector):
         """Run the decoder on queries that begin where another model's do: one prediction a layer that says something,
         the last one last. A query takes along the features of the place that is nearest to its own: the level of the
         nearest stride, and there the location that the centre lies in."""
+        queries = queries.on(self._canvas(features))
         with _unlearning(self.network.decoder_input_proj):
             memory = self._memory([x.float() for x in features])
         nearest = nearest_rows(queries.places, memory.shapes, self.strides)
@@ -98,6 +99,14 @@ class RealTimeDetr(QueryDetector):
         anchors, inside = self.network.generate_anchors(tuple(memory.shapes), device=rows.device, dtype=rows.dtype)
         return inside.to(rows.dtype) * rows, anchors
 
+    def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
+        with _unlearning(self.network.decoder_input_proj):
+            memory = self._memory(features)
+        candidates, anchors = self._candidates(memory)
+        encoded = self.network.enc_output(candidates)
+        boxes = (self.network.enc_bbox_head(encoded) + anchors).sigmoid()
+        return (self.network.enc_score_head(encoded), boxes), memory.shapes
+
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         network, memory = self.network, self._memory(features)
         candidates, anchors = self._candidates(memory)
@@ -115,7 +124,7 @@ class RealTimeDetr(QueryDetector):
                 states, start = torch.cat((labels, states), 1), torch.cat((noisy, start), 1)
         found = self._decode(memory, states, start, mask)
         places = places_of(memory.shapes, self.strides, best.device)
-        queries = Queries(points.sigmoid(), _rows(places, best))
+        queries = Queries(points.sigmoid(), _rows(places, best), self._canvas(features))
         prediction = self._layers(found, queries, self._canvas(features))[-1]
         if truth is not None:
             all_logits, all_boxes = found.intermediate_logits, found.intermediate_reference_points

@@ -43,6 +43,7 @@ ROWS = {
 SCHEDULES = {
     "d_fine_x_d_fine_s_fgd_ddf": (132, 32, 2e-4, 0.5, 500, 0.9999, ["fgd", "ddf"]),
     "dinov2_gfl_r18_vfm": (12, 16, 0.01, 1.0, 500, None, ["vfm"]),
+    "rf_detr_n": (100, 16, 1e-4, 1.5, 0, 0.993, []),
     "dinov2_rt_detr_v2_r18_vfm": (120, 16, 1e-4, 1.0, 2000, 0.9999, ["vfm"]),
 }
 
@@ -145,7 +146,9 @@ def test_the_authors_schedule(name: str) -> None:
         assert train.schedule.milestones[0] > epochs, "a constant rate"
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive if "vfm" in name else []) for name in SCHEDULES]
+)
 def test_dry_run_of_the_others(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,7 +214,9 @@ def test_it_is_saved_and_loaded(kind: type[QueryDetector], tmp_path: Path) -> No
     with torch.inference_mode():
         assert torch.equal(again(images).boxes, detector(images).boxes)
     assert again.model == detector.model
-    queries = {Capability.QUERIES} | ({Capability.QUERY_DISTRIBUTIONS} if kind is DFine else set())
+    queries = {Capability.QUERIES, Capability.LOCATIONS} | (
+        {Capability.QUERY_DISTRIBUTIONS} if kind is DFine else set()
+    )
     assert detector.capabilities == {Capability.FEATURES, Capability.BOXES} | queries
 
 
@@ -240,7 +242,7 @@ def test_it_starts_from_a_folder_with_other_classes(kind: type[QueryDetector], t
 
 
 @each
-@pytest.mark.parametrize("method", ["fgd", "pkd", "cwd", "mgd"])
+@pytest.mark.parametrize("method", ["fgd", "pkd", "cwd", "mgd", "gi"])
 @pytest.mark.parametrize("student_first", [True, False])
 def test_feature_methods_work_across_kinds(kind: type[QueryDetector], method: str, student_first: bool) -> None:
     """A GFL teacher of a query student and the reverse, on the levels of equal stride, with UET around the method."""
@@ -248,12 +250,36 @@ def test_feature_methods_work_across_kinds(kind: type[QueryDetector], method: st
     dense = build_detector(Model(backbone="nano", neck_channels=32, head_depth=1), tiny_detr.CLASSES, seed=0)
     student, teacher = (queries, dense) if student_first else (dense, queries)
     settings = Methods.model_validate({method: {}, "uet": {"of": method}})
+    if method == "gi" and queries.strides != dense.strides[: len(queries.strides)]:
+        with pytest.raises(UserError, match=r"methods\.gi compares predictions location by location"):
+            build_methods(settings, student, teacher)
+        teacher = tiny_detr.tiny(kind)
+        student = copy.deepcopy(teacher)
+        torch.nn.init.normal_(student.get_parameter("network.class_embed.weight"))
     learner = Learner(student.train(), build_methods(settings, student, freeze(teacher)), teacher, None)
     terms = learner(tiny_detr.batch(), TrainingPosition(0, 10, 10))
     own = {name: value for name, value in terms.items() if name.startswith(method)}
     assert own and all(value.isfinite() and value > 0 for value in own.values())
     torch.stack(list(own.values())).sum().backward()
     assert all(bool(p.grad.any()) for p in student.parameters() if p.grad is not None and p.dim() == 4)
+
+
+@pytest.mark.parametrize("kind", [DFine, RTDetrV2])
+def test_locations_are_those_that_queries_begin_at(kind: type[QueryDetector]) -> None:
+    """The boxes of the best-scored ones, in the image and in pixels."""
+    detector, batch = tiny_detr.tiny(kind).eval(), tiny_detr.batch()
+    with torch.no_grad():
+        features = detector.features(batch.images)
+        prediction = detector.predict(features)
+        found = detector.at_locations(features, prediction)
+    assert found.level_sizes == [tuple(x.shape[2:]) for x in features]
+    best = found.scores().amax(-1).topk(30, dim=1).indices[..., None].expand(-1, -1, 4)
+    shares = torch.cat([x.flatten(2) for x in found.box_deltas], 2).transpose(1, 2)
+    torch.testing.assert_close(shares.gather(1, best), prediction.queries.boxes, rtol=1e-5, atol=1e-6)
+    height, width = tiny_detr.SIZE
+    x, y, w, h = (prediction.queries.boxes * torch.tensor([width, height, width, height])).unbind(-1)
+    pixels = torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), -1)
+    torch.testing.assert_close(detector.decode_boxes(found).gather(1, best), pixels, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
