@@ -27,6 +27,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 
 PRESETS = ROOT / "benchmarks" / "presets"
+VISION_MODEL = "VISION_MODEL"  # in an arm's settings: the folder of `benchmarks.lib.vision_model`
 TUNING_DATA = 5  # added to the data's seed by --tune
 
 
@@ -120,7 +121,7 @@ def preset_arms(
             other = ()
             if arm.teacher is not None:
                 other = (f"teacher.checkpoint={train_teacher(folder / 'teacher.yaml', list(settings), arm.teacher)}",)
-            arms.append(replace(arm, settings=(*own, *other, *arm.settings)))
+            arms.append(replace(arm, settings=(*own, *other, *with_vision_model(arm, folder, settings))))
     return path, arms, common
 
 
@@ -141,6 +142,16 @@ def train_teacher(path: Path, settings: list[str], own: tuple[str, ...] = ()) ->
     weights = RunFolder(recipe.run_dir).weights()
     distill(recipe, resume=True, distillation=False)
     return weights
+
+
+def with_vision_model(arm: Arm, preset: Path, settings: Sequence[str]) -> tuple[str, ...]:
+    """The settings of an arm; VISION_MODEL in them becomes the folder of the one trained on the teachers' images."""
+    if not any(VISION_MODEL in setting for setting in arm.settings):
+        return arm.settings
+    from benchmarks.lib.vision_model import vision_model
+
+    folder = vision_model(preset / "teacher.yaml", _of_teachers(settings))
+    return tuple(setting.replace(VISION_MODEL, str(folder)) for setting in arm.settings)
 
 
 def _of_teachers(settings: Sequence[str]) -> list[str]:

@@ -166,10 +166,12 @@ def assemble(model: Model, num_classes: int, key: str = "model") -> Detector:
 def wrapped(library_model: Any) -> Detector | None:
     """The detector around a model of transformers, which keeps its weights; None where it is of no family here, or has
     settings that these do without."""
+    from compress.detectors.transformers.load import untied
+
     for family, record in FAMILIES.items():
         if record.facts.whole and record.load().library == type(library_model).__name__:
             try:
-                detector: Detector = record.load()(library_model.config.num_labels, library_model.model)
+                detector: Detector = record.load()(library_model.config.num_labels, untied(library_model))
             except UserError:
                 return None
             options: Any = detector.options

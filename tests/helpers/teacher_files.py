@@ -206,7 +206,9 @@ def deployable(path: Path, names: tuple[str, ...] = ("a", "b", "c")) -> Path:
     return path
 
 
-def transformers_model(folder: Path, kind: Literal["detr", "rt_detr_v2", "d_fine"], names: dict[int, str]) -> Path:
+def transformers_model(
+    folder: Path, kind: Literal["detr", "rt_detr_v2", "d_fine", "rf_detr"], names: dict[int, str]
+) -> Path:
     """A detector of transformers with random weights and its image processor, as `save_pretrained` writes them."""
     import transformers as tf
 
@@ -234,6 +236,12 @@ def transformers_model(folder: Path, kind: Literal["detr", "rt_detr_v2", "d_fine
         elif kind == "rt_detr_v2":
             backbone = tf.RTDetrResNetConfig(**body, layer_type="basic", out_features=three)
             model = tf.RTDetrV2ForObjectDetection(tf.RTDetrV2Config(backbone_config=backbone, **decoder, **labels))
+        elif kind == "rf_detr":
+            windows = {"num_windows": 1, "patch_size": 16, "image_size": 64, "out_indices": [1, 2]}
+            backbone = tf.RfDetrDinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **windows)
+            own = {"d_model": 16, "decoder_layers": 2, "decoder_ffn_dim": 16, "num_queries": 10, "group_detr": 2}
+            heads = {"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2}
+            model = tf.RfDetrForObjectDetection(tf.RfDetrConfig(backbone_config=backbone, **own, **heads, **labels))
         else:
             backbone = tf.HGNetV2Config(
                 stem_channels=[3, 8, 8], stage_in_channels=widths, stage_mid_channels=widths, stage_out_channels=widths,

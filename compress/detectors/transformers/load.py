@@ -31,7 +31,7 @@ def fresh(library: str, num_classes: int, options: Mapping[str, Any]) -> Any:
             {"freeze_backbone_batch_norms": False} if hasattr(kind.config_class, "freeze_backbone_batch_norms") else {}
         )
         config = kind.config_class(**{**learns, **options}, num_labels=num_classes)
-        return _untied(kind(config))
+        return untied(kind(config))
     except Exception as error:  # whatever the library makes of numbers that do not go together
         raise UserError(f"options: transformers cannot build a {library}: {line_of(error)}") from error
 
@@ -67,7 +67,7 @@ def loaded(library: str, name: str, num_classes: int, options: Mapping[str, Any]
     if options and unread:
         said = ", ".join(sorted(options))
         raise UserError(f"options: with {said}, weights of {where} would be left out: the first is {unread[0]}")
-    network = _untied(model)
+    network = untied(model)
     network.renewed = tuple(renewed)
     return network
 
@@ -122,6 +122,12 @@ def options_of(config: Any) -> dict[str, Any]:
     return found
 
 
+def untied(model: Any) -> Any:
+    """The network without the class around it, where this has nothing but the same heads under a second name."""
+    inner = {id(parameter) for parameter in model.model.parameters()}
+    return model.model if all(id(parameter) in inner for parameter in model.parameters()) else model
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the library's notes and progress bars."""
@@ -146,12 +152,6 @@ def _check_known(kind: Any, options: Mapping[str, Any]) -> None:
     if unknown:
         problem = "is what the detector says itself" if unknown[0] in NOT_OPTIONS else "is no key"
         raise UserError(f"options.{unknown[0]}: {problem} of transformers' {kind.config_class.__name__}")
-
-
-def _untied(model: Any) -> Any:
-    """The network without the class around it, where this has nothing but the same heads under a second name."""
-    inner = {id(parameter) for parameter in model.model.parameters()}
-    return model.model if all(id(parameter) in inner for parameter in model.parameters()) else model
 
 
 def _cleaned(section: dict[str, Any]) -> dict[str, Any]:

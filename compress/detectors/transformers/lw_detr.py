@@ -194,7 +194,7 @@ class LwDetr(QueryDetector):
             scores = scores.masked_fill(~inside[..., 0], NO_PROBABILITY)
         best = scores.topk(count, dim=1).indices[..., None]
         states = encoded.gather(1, best.expand(-1, -1, encoded.shape[2]))
-        around = anchors.expand(len(best), -1, -1).gather(1, best.expand(-1, -1, 4))
+        around = anchors.expand(best.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
         boxes = self._refined(around, self.network.model.enc_out_bbox_embed[group](states))
         return boxes, logits.gather(1, best.expand(-1, -1, logits.shape[2])), best
 

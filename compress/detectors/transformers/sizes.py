@@ -127,7 +127,7 @@ def _tiny(width: int, own: dict[str, Any]) -> dict[str, Any]:
     """For training from scratch on a CPU: about as many GFLOPs as a GFL with the backbone nano. At `width` 2 the
     channels of the backbone double and the rest keeps its shapes, which makes a teacher.
 
-    Layers as narrow as these do not get going from the library's initial weights, a normal distribution of 0.01.
+    Weights begin with a deviation of 0.05 instead of the library's 0.01: Xavier's for 64 channels is 0.125.
     """
     widths = [width * c for c in (24, 48, 96, 96)]
     return {

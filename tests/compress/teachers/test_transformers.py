@@ -61,7 +61,7 @@ def test_transformers_give_what_they_give(tmp_path: Path, kind: Any) -> None:
     assert counts > 5
 
 
-@pytest.mark.parametrize("kind", ["rt_detr_v2", "d_fine"])
+@pytest.mark.parametrize("kind", ["rt_detr_v2", "d_fine", "rf_detr"])
 def test_a_family_that_trains_here_gives_maps_and_queries(tmp_path: Path, kind: Any) -> None:
     """The library's own, of the images that the student sees, normalised as its processor does."""
     folder = transformers_model(tmp_path / kind, kind, dict(enumerate(NAMES)))
@@ -80,7 +80,8 @@ def test_a_family_that_trains_here_gives_maps_and_queries(tmp_path: Path, kind: 
         wanted = model(prepared)
         features = detector.features(picture)
         found = detector.predict(features)
-    for ours, theirs in zip(features, wanted.encoder_last_hidden_state, strict=True):
+    maps = [wanted.backbone_features] if kind == "rf_detr" else wanted.encoder_last_hidden_state
+    for ours, theirs in zip(features, maps, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.boxes, wanted.pred_boxes, rtol=1e-4, atol=1e-4)

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from compress.data.synthetic import class_names
 from compress.detectors.backbones import build_backbone
 from compress.run import pipeline
-from tests.helpers import tiny_recipe
+from tests.helpers import tiny_recipe, tiny_vision
 from tests.helpers.random_teacher import teacher
 
 PYTHON = [sys.executable, "-m", "compress"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compress"]
 
 
-TERMS = ("loss", "bckd", "fgd", "cwd", "mgd")
+TERMS = ("loss", "bckd", "fgd", "cwd", "mgd", "vfm")
 
 
 def compress(launcher: list[str], *arguments: str) -> str:
@@ -45,8 +45,8 @@ def overrides(settings: list[str]) -> list[str]:
 
 
 def start_from(weights: Path) -> list[str]:
-    """Settings with which one process and two compute the same."""
-    settings = ["train.steps=10", "train.ema=null"]
+    """Settings with which one process and two compute the same; beside `weights` lies a vision model."""
+    settings = ["train.steps=10", "train.ema=null", f"methods.vfm={{model: '{weights.parent / 'vision'}'}}"]
     for model in ("student", "teacher.model"):
         settings += [f"{model}.weights={weights}", f"{model}.frozen_stages=-1", f"{model}.norm_eval=true"]
     return settings
@@ -58,6 +58,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     torch.manual_seed(0)
     torch.save(build_backbone("nano", weights="none").state_dict(), folder / "nano.pth")
+    tiny_vision.saved(folder / "vision")
     return pipeline.distill(tiny_recipe.recipe(folder, *start_from(folder / "nano.pth")))
 
 
@@ -115,6 +116,7 @@ def test_two_processes_equal_one_with_a_student_of_queries(one: Path, tmp_path: 
 def assert_equal(one: Path, two: Path) -> None:
     """Losses and weights of two runs, up to the order of sums."""
     assert len(losses(one)) == 2  # the first step and the last
+    assert all(value > 0 for row in losses(one) for key, value in row.items() if key == "vfm")
     for a, b in zip(losses(one), losses(two), strict=True):
         assert a.keys() == b.keys()
         for key in a:
