@@ -238,9 +238,7 @@ def test_it_starts_from_a_folder_with_other_classes(kind: type[QueryDetector], t
         with pytest.raises(UserError, match=said):
             kind.build(3, size=None, options={}, init=str(tmp_path / folder))
     if "decoder_layers" in tiny_detr.OPTIONS[kind]:
-        with pytest.raises(
-            UserError, match=r"with decoder_layers, weights of .* would be left out"
-        ):
+        with pytest.raises(UserError, match=r"with decoder_layers, weights of .* would be left out"):
             kind.build(tiny_detr.CLASSES, size=None, options={"decoder_layers": 2}, init=str(tmp_path))
     with pytest.raises(UserError, match=r"options\.num_querys: is no key of"):
         kind.build(3, size=None, options={"num_querys": 3}, init=str(tmp_path))
