@@ -43,6 +43,9 @@ OUTPUTS = ("boxes", "scores", "labels", "count")
 _INNER = ("dense_scores", "dense_boxes")
 MOST_EXCHANGED = 0.02
 """Share of the rows that a module chose by their scores which may be others in the file."""
+STIRRED = 8.0
+"""Tolerances that the other rows of such an image may be away: rows attend to each other, and one that was exchanged
+moves all a little."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,8 @@ def _in_order(
     """`found` with the rows of each image in the order of `expected`, where the module chooses its rows.
 
     A row that was just good enough to be chosen may be another one here. So up to `MOST_EXCHANGED` rows of an image may
-    have no twin, if neither they nor the rows in their places are among the better half; they are taken as expected.
+    have no twin, if neither they nor the rows in their places are among the better half, and then the others may be
+    `STIRRED`; both are taken as expected.
     Raises ExportMismatchError for more, and for others.
     """
     if not getattr(module, "chooses_rows", False) or found[0].shape != expected[0].shape:
@@ -278,7 +282,12 @@ def _in_order(
     for image, (scores, boxes) in enumerate(zip(*found, strict=True)):
         wanted = expected[0][image], expected[1][image]
         partner = twins((scores, boxes), wanted, tolerances, within=1.0)
+        stirred = np.flatnonzero(partner < 0)
+        partner = twins((scores, boxes), wanted, tolerances, within=STIRRED)
         apart = np.flatnonzero(partner < 0)
+        if not len(apart):  # nothing was exchanged, so nothing excuses the distance
+            apart = stirred
+        stirred = np.union1d(stirred, apart)
         instead = np.setdiff1d(np.arange(len(partner)), partner)
         most = max(3, int(MOST_EXCHANGED * len(partner)))
         best = max([*wanted[0][apart].max(-1), *scores[instead].max(-1)], default=0.0)
@@ -289,7 +298,7 @@ def _in_order(
             )
         for value, like, kept in zip(ordered, wanted, (scores, boxes), strict=True):
             value[image] = kept[partner]
-            value[image, apart] = like[apart]
+            value[image, stirred] = like[stirred]
     return ordered
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.lib import blocks
 from benchmarks.lib.measure import Timing
 from benchmarks.lib.results import Row, is_met
 from benchmarks.suites import method_cost, recipe, teacher_cache, view_gain, vs_mmdet
@@ -90,8 +91,8 @@ def test_a_step_with_a_cache_is_compared_with_the_plain_one_of_its_round() -> No
         "teacher": [(180, 220), (360, 440), (180, 180)],
         "cache": [(110, 132), (220, 264), (110, 108)],
     }
-    found = {name: [teacher_cache.Block(cpu, wall, 0.0) for cpu, wall in blocks] for name, blocks in times.items()}
-    rows = teacher_cache.rows(found)
+    found = {name: [blocks.Block(cpu, wall, 0.0) for cpu, wall in taken] for name, taken in times.items()}
+    rows = blocks.rows(found, "plain", {"cache": teacher_cache.BAR})
     ratios = {
         (row.variant, row.metric): (round(row.value, 6), is_met(row)) for row in rows if row.metric.endswith("of plain")
     }

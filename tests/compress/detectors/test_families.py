@@ -125,7 +125,7 @@ def test_bckd_is_its_formula_on_any_head(family: str) -> None:
         ({"ld": {}}, "fcos", "gfl", "methods.ld needs box distributions of the student, which fcos cannot give"),
         ({"crosskd": {}}, "retinanet", "retinanet", "methods.crosskd needs box distributions of the teacher"),
         ({"bckd": {}}, "retinanet", "gfl", r"the student \(retinanet\) has 9 anchors .* the teacher \(gfl\) one at a"),
-        ({"gi": {}}, "faster_rcnn", "gfl", "methods.gi needs dense of the student, which faster_rcnn cannot give"),
+        ({"gi": {}}, "faster_rcnn", "gfl", "methods.gi needs scores and boxes at every location of the student"),
         ({"bckd": {}}, "gfl", "faster_rcnn", "methods.bckd needs dense of the teacher"),
         ({"tid": {}}, "retinanet", "retinanet", "methods.tid weighs locations by their one prediction"),
     ],

@@ -108,8 +108,9 @@ def test_rows_that_were_chosen_are_compared_with_the_nearest() -> None:
     chooses, places = torch.nn.Module(), torch.nn.Module()
     chooses.chooses_rows = True  # type: ignore[assignment]
 
-    def ordered(module: torch.nn.Module, *others: int, moved: float = 50) -> list[np.ndarray]:
+    def ordered(module: torch.nn.Module, *others: int, moved: float = 50, stirred: float = 0) -> list[np.ndarray]:
         found = [value.copy() for value in expected]
+        found[1][0, 20:] += stirred
         found[1][0, others] += moved
         return export._in_order(module, [value[:, order] for value in found], expected, (1e-3, 0.25), "here")
 
@@ -118,6 +119,11 @@ def test_rows_that_were_chosen_are_compared_with_the_nearest() -> None:
     for others in ((0, 1, 2, 3), (60,)):
         with pytest.raises(export.ExportMismatchError, match="rows that the ONNX graph chose are not torch's"):
             ordered(chooses, *others)
+    same = ordered(chooses, 0, stirred=1.5)  # tolerance 0.25: an exchanged row excuses eight of them
+    assert all(np.array_equal(a[0, 20:], b[0, 20:]) for a, b in zip(same, expected, strict=True))
+    for others, stirred in (((), 1.5), ((0,), 2.5)):
+        with pytest.raises(export.ExportMismatchError, match="rows that the ONNX graph chose are not torch's"):
+            ordered(chooses, *others, stirred=stirred)
     with pytest.raises(export.ExportMismatchError, match="not finite"):
         ordered(chooses, 0, moved=np.inf)
     assert np.abs(ordered(places)[0] - expected[0]).max() > 0.1
