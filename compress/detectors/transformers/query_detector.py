@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -41,7 +42,7 @@ class QueryTargets(Targets):
     factor: Tensor
 
 
-class QueryDetector(Detector):
+class QueryDetector(Detector, ABC):
     """A model of the library whose maps a decoder looks at.
 
     options: the library's configuration, as far as it is not its default, without what num_classes says.
@@ -92,8 +93,7 @@ class QueryDetector(Detector):
 
     def predict_in_training(self, features: list[Tensor], targets: list[Target]) -> QueryPrediction:
         """Also gives what the library's loss takes besides."""
-        canvas = self._canvas(features)
-        return self._predict(features, [_truth(target, canvas, features[0].device) for target in targets])
+        return self._predict(features, _truth(targets, self._canvas(features), features[0].device))
 
     @torch.no_grad()
     def match_queries(self, prediction: QueryPrediction, targets: list[Target]) -> list[tuple[Tensor, Tensor]]:
@@ -103,7 +103,7 @@ class QueryDetector(Detector):
 
     def truth(self, prediction: QueryPrediction, targets: list[Target]) -> list[dict[str, Tensor]]:
         """Ground truth as `QueryTargets.truth`, on the prediction's device."""
-        return [_truth(target, prediction.canvas, prediction.logits.device) for target in targets]
+        return _truth(targets, prediction.canvas, prediction.logits.device)
 
     @torch.no_grad()
     def assign(self, prediction: QueryPrediction, targets: list[Target], reduce: Reduce | None = None) -> QueryTargets:
@@ -178,17 +178,17 @@ class QueryDetector(Detector):
         self.options = options_of(network.config)
         self.renewed = getattr(network, "renewed", ())
 
+    @abstractmethod
     def _predict(self, features: list[Tensor], truth: list[dict[str, Tensor]] | None) -> QueryPrediction:
         """`truth` is that of a batch in training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _said_of_locations(self, features: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[tuple[int, int]]]:
         """Logits [B, A, K] and boxes [B, A, 4] of all locations, and (h, w) of the levels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _matched(self, outputs: dict[str, Tensor], truth: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Run the library's matcher."""
-        raise NotImplementedError
 
     def _weight(self, kind: str) -> float | None:
         """Weight of a term of the library's loss as it comes; None: it is no loss."""
@@ -230,9 +230,12 @@ class Memory:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _truth(target: Target, canvas: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
-    there = ~target.ignore
+def _truth(targets: list[Target], canvas: tuple[int, int], device: torch.device) -> list[dict[str, Tensor]]:
     height, width = canvas
-    boxes = box_convert(target.boxes[there].to(device).float(), "xyxy", "cxcywh")
-    boxes = boxes / boxes.new_tensor([width, height, width, height])
-    return {"class_labels": target.labels[there].to(device), "boxes": boxes}
+    found = []
+    for target in targets:
+        there = ~target.ignore
+        boxes = box_convert(target.boxes[there].to(device).float(), "xyxy", "cxcywh")
+        boxes = boxes / boxes.new_tensor([width, height, width, height])
+        found.append({"class_labels": target.labels[there].to(device), "boxes": boxes})
+    return found
