@@ -217,9 +217,8 @@ def _check(
             raise UserError(f"methods.{name} {record.ability[1]}, and the {whom} is {model.family}")
     if not needs & {Capability.DENSE, Capability.LOCATIONS} or teacher is None:
         return
-    shared = len(teacher.strides) if Capability.DENSE in needs else min(len(student.strides), len(teacher.strides))
-    strides = student.strides if Capability.DENSE in needs else student.strides[:shared]
-    if strides != teacher.strides[:shared] or student.anchor_sizes != teacher.anchor_sizes:
+    shared = None if Capability.DENSE in needs else min(len(student.strides), len(teacher.strides))
+    if student.strides[:shared] != teacher.strides[:shared] or student.anchor_sizes != teacher.anchor_sizes:
         raise UserError(
             f"methods.{name} compares predictions location by location: the student ({student.family}) has "
             f"{_places(student)}, the teacher ({teacher.family}) {_places(teacher)}; take a teacher of the same kind, "
