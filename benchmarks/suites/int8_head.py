@@ -27,7 +27,7 @@ from benchmarks.lib.exported_student import student
 from benchmarks.lib.measure import Call, interleave
 from benchmarks.lib.photographs import write_photographs
 from benchmarks.lib.results import Case, Row
-from compress.detectors.level_norm import folded
+from compress.export.folded import folded
 from deploy.core.image import read_image_bytes
 from deploy.graph.export import export_onnx
 from deploy.quantize import qdq

@@ -27,6 +27,7 @@ from benchmarks.lib.results import Case, Row
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.export.deployable import Deployable, TorchRunner
+from compress.export.folded import folded
 from deploy.core.errors import UserError
 from deploy.core.image_folder import image_files
 from deploy.graph.export import export_onnx
@@ -82,7 +83,7 @@ def runners_of(args: argparse.Namespace, images: list[Path], folder: Path) -> di
         card = random_student.card_of(detector.num_classes, tuple(args.size))
         module = Deployable.from_card(detector, card)
         samples = random_student.canvases(images[:2], card)
-        export_onnx(module, card, path, samples=samples, max_batch=max(args.batch_sizes))
+        export_onnx(folded(module), card, path, samples=samples, reference=module, max_batch=max(args.batch_sizes))
         onnx = OnnxRunner(path, threads=args.threads)
     runners: dict[str, Runner] = {"torch eager": TorchRunner(module, onnx.card), "onnx": onnx}
     if args.detector:

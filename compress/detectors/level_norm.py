@@ -1,19 +1,17 @@
 """BatchNorm in a head that the levels of a pyramid share: one convolution for all, one norm for each level.
 
 Maps of different levels differ in scale, so that common statistics would fit none of them (as RTMDet's head has them,
-Lyu et al., arXiv 2212.07784, section 3.1). In eval mode a BatchNorm is a factor and a bias for each channel: `folded`
-moves them into the convolution before it, which then is one for each level. A file made of that has no norm in its
-head, and nothing in it averages over a map: padding far from an object does not move what is found there, as it does
-with GroupNorm.
+Lyu et al., arXiv 2212.07784, section 3.1). In eval mode a BatchNorm is a factor and a bias for each channel: an
+export moves them into the convolution before it, which then is one for each level. A file made of that has no norm in
+its head, and nothing in it averages over a map: padding far from an object does not move what is found there, as it
+does with GroupNorm.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,21 +61,6 @@ def at_level(layers: Iterable[nn.Module], x: Tensor, level: int) -> Tensor:
     return x
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A copy of `model`, which computes the same in eval mode, without `LevelNorm`; without any, `model` itself.
-
-    A convolution `conv` in front of a norm becomes a `PerLevel` of convolutions with bias, `conv.0` to `conv.4`.
-    """
-    if not any(isinstance(module, LevelNorm) for module in model.modules()):
-        return model
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for (conv_name, conv), (norm_name, norm) in normed(parent):
-            setattr(parent, conv_name, PerLevel(_fold(conv, each) for each in norm))
-            setattr(parent, norm_name, nn.Identity())
-    return model.eval()
-
-
 def normed(parent: nn.Module) -> list[tuple[tuple[str, nn.Conv2d], tuple[str, LevelNorm]]]:
     """Convolutions with a `LevelNorm` behind them among the children of a module, each with its name."""
     children = list(parent.named_children())
@@ -87,20 +70,3 @@ def normed(parent: nn.Module) -> list[tuple[tuple[str, nn.Conv2d], tuple[str, Le
             assert isinstance(conv, nn.Conv2d), "a LevelNorm stands behind the convolution that it normalises"
             found.append(((name, conv), (norm_name, norm)))
     return found
-
-
-# --- details --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    """The convolution with the factor and the bias of a BatchNorm behind it, computed in float64."""
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
-    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = norm.bias.double() - norm.running_mean.double() * factor
-    if conv.bias is not None:
-        bias += conv.bias.double() * factor
-    result = copy.deepcopy(conv)
-    result.weight.copy_(conv.weight.double() * factor[:, None, None, None])
-    result.bias = nn.Parameter(bias.to(conv.weight.dtype))
-    return result

@@ -16,8 +16,8 @@ from compress.data.coco import Transform, load_tensor
 from compress.data.transforms import eval_transform
 from compress.detectors.build import exportable_families
 from compress.detectors.checkpoints import checkpoint_file, load_teacher_checkpoint
-from compress.detectors.level_norm import folded
 from compress.export.deployable import Deployable, TorchRunner, marked_for_half
+from compress.export.folded import folded
 from compress.versions import versions
 from deploy.core.canvas import fit_canvas
 from deploy.core.card import PAD_COLOR, PROCESSING, ModelCard

@@ -18,9 +18,10 @@ from compress.data.batch import pad_images
 from compress.detectors.base import freeze
 from compress.detectors.build import inherit, model_of
 from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
-from compress.detectors.level_norm import LevelNorm, PerLevel, folded
+from compress.detectors.level_norm import LevelNorm, PerLevel
 from compress.distill.build import build_methods
 from compress.distill.method import Outputs
+from compress.export.folded import folded
 from compress.export.onnx import export_checkpoint
 from compress.run import pipeline
 from compress.training.qad.export import _dense

@@ -17,6 +17,7 @@ from compress.detectors.transformers.lw_detr import LwDetr, RfDetr
 from compress.detectors.transformers.query_detector import QueryDetector
 from compress.detectors.transformers.real_time_detr import DFine, RTDetrV2
 from compress.export.deployable import Deployable
+from compress.export.folded import folded
 from deploy.core.card import ModelCard
 from deploy.graph import export
 from deploy.graph.export import export_onnx
@@ -49,7 +50,8 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             head.weight.mul_(10)
     card = ModelCard(name="tiny", class_names=list("abcde"), category_ids=[1, 2, 3, 4, 5], input_size=tiny_detr.SIZE)
     out = tmp_path_factory.mktemp(kind.family) / "student.onnx"
-    export_onnx(Deployable.from_card(detector, card), card, out, samples=pictures(), max_batch=3)
+    module = Deployable.from_card(detector, card)
+    export_onnx(folded(module), card, out, samples=pictures(), reference=module, max_batch=3)
     return out
 
 
@@ -63,6 +65,24 @@ def pictures() -> np.ndarray:
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (4, 3, 6, 8)).astype(np.float32))
     return torch.nn.functional.interpolate(coarse, tiny_detr.SIZE, mode="bicubic").clamp(0, 255).byte().numpy()
+
+
+@pytest.mark.parametrize("kind", [DFine, RTDetrV2])
+def test_the_branches_of_a_block_become_one_convolution(kind: type[QueryDetector]) -> None:
+    """Of statistics and factors as after a training; the detector itself is left alone."""
+    whole = tiny_detr.tiny(kind).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in whole.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
+    small = folded(whole)
+    blocks = [[type(m).__name__ for m in model.modules()] for model in (whole, small)]
+    assert [any(name.endswith("RepVggBlock") for name in names) for names in blocks] == [True, False]
+    maps = [[x.double() for x in model.double().features(torch.from_numpy(pictures()))] for model in (whole, small)]
+    for a, b in zip(*maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert a.std() > 1e-3
 
 
 def test_the_file_takes_any_batch_and_samples_by_rows(file: Path) -> None:
