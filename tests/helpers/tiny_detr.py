@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from compress.data.batch import Batch, Target
@@ -105,6 +106,31 @@ def tiny(kind: type[QueryDetector], **options: Any) -> QueryDetector:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return kind.build(CLASSES, size=None, options={**OPTIONS[kind], **options}, init=None)
+
+
+def with_statistics(kind: type[QueryDetector], images: np.ndarray, **options: Any) -> QueryDetector:
+    """One with random weights, the BatchNorm statistics of `images` and scores that spread: where all places score
+    alike, rounding chooses others."""
+    detector = tiny(kind, **options).train()
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # so that one pass is enough
+    with torch.no_grad():
+        detector(torch.from_numpy(images))
+        if isinstance(detector, LwDetr):
+            heads = [detector.network.model.enc_out_class_embed[0], detector.network.class_embed]
+        else:
+            heads = [detector.network.enc_score_head]
+        for head in heads:
+            head.weight.mul_(10)
+    return detector.eval()
+
+
+def pictures() -> np.ndarray:
+    """Smooth pictures with contrast, uint8 [4, 3, H, W]."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (4, 3, 6, 8)).astype(np.float32))
+    return torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte().numpy()
 
 
 def library_model(detector: QueryDetector) -> Any:

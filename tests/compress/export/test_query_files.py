@@ -32,39 +32,19 @@ KINDS = [DFine, RfDetr, *(pytest.param(kind, marks=pytest.mark.exhaustive) for k
 
 @pytest.fixture(scope="module", params=KINDS)
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported detector with random weights, the BatchNorm statistics of pictures and scores that spread: where all
-    places score alike, rounding chooses others."""
+    """An exported detector."""
     kind: type[QueryDetector] = request.param
-    detector = tiny_detr.tiny(kind, decoder_layers=2).train()
-    images = torch.from_numpy(pictures())
-    for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # so that one pass is enough
-    with torch.no_grad():
-        detector(images)
-        if isinstance(detector, LwDetr):
-            heads = [detector.network.model.enc_out_class_embed[0], detector.network.class_embed]
-        else:
-            heads = [detector.network.enc_score_head]
-        for head in heads:
-            head.weight.mul_(10)
+    detector = tiny_detr.with_statistics(kind, tiny_detr.pictures(), decoder_layers=2)
     card = ModelCard(name="tiny", class_names=list("abcde"), category_ids=[1, 2, 3, 4, 5], input_size=tiny_detr.SIZE)
     out = tmp_path_factory.mktemp(kind.family) / "student.onnx"
     module = Deployable.from_card(detector, card)
-    export_onnx(folded(module), card, out, samples=pictures(), reference=module, max_batch=3)
+    export_onnx(folded(module), card, out, samples=tiny_detr.pictures(), reference=module, max_batch=3)
     return out
 
 
 def in_groups(file: Path) -> bool:
     """RF-DETR's or LW-DETR's."""
     return file.parent.name.startswith((RfDetr.family, LwDetr.family))
-
-
-def pictures() -> np.ndarray:
-    """Smooth pictures with contrast, uint8 [4, 3, H, W]."""
-    rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.uniform(0, 255, (4, 3, 6, 8)).astype(np.float32))
-    return torch.nn.functional.interpolate(coarse, tiny_detr.SIZE, mode="bicubic").clamp(0, 255).byte().numpy()
 
 
 @pytest.mark.parametrize("kind", [DFine, RTDetrV2])
@@ -79,7 +59,10 @@ def test_the_branches_of_a_block_become_one_convolution(kind: type[QueryDetector
     small = folded(whole)
     blocks = [[type(m).__name__ for m in model.modules()] for model in (whole, small)]
     assert [any(name.endswith("RepVggBlock") for name in names) for names in blocks] == [True, False]
-    maps = [[x.double() for x in model.double().features(torch.from_numpy(pictures()))] for model in (whole, small)]
+    maps = [
+        [x.double() for x in model.double().features(torch.from_numpy(tiny_detr.pictures()))]
+        for model in (whole, small)
+    ]
     for a, b in zip(*maps, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         assert a.std() > 1e-3
@@ -91,16 +74,16 @@ def test_the_file_takes_any_batch_and_samples_by_rows(file: Path) -> None:
     assert not operators & {"GridSample", "NonMaxSuppression"}
     assert "Resize" not in operators or not in_groups(file), "positions are computed beforehand"
     runner = OnnxRunner(file, ("cpu",))
-    together = runner(pictures())
+    together = runner(tiny_detr.pictures())
     assert together.count.sum() > 0
     for index in range(4):
-        alone = runner(pictures()[index : index + 1])
+        alone = runner(tiny_detr.pictures()[index : index + 1])
         np.testing.assert_allclose(alone.scores[0], together.scores[index], atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_int8_leaves_what_decides_in_float(file: Path, target: Target, tmp_path: Path) -> None:
-    for index, picture in enumerate(pictures()):
+    for index, picture in enumerate(tiny_detr.pictures()):
         Image.fromarray(picture.transpose(1, 2, 0)).save(tmp_path / f"{index}.png")
     quantizer = Quantizer(file, choose_images(sorted(tmp_path.glob("*.png")), 4), target)
     report = quantizer.save(tmp_path / "int8.onnx", max_batch=2)
@@ -116,7 +99,7 @@ def test_int8_leaves_what_decides_in_float(file: Path, target: Target, tmp_path:
     for layer in named:
         assert layer.output == layer.name.removeprefix("model.").startswith(deciding), layer.name
     assert {layer.name.removeprefix("model.").partition(".")[0] for layer in named} >= expected
-    OnnxRunner(report.path, ("cpu",))(pictures())
+    OnnxRunner(report.path, ("cpu",))(tiny_detr.pictures())
 
 
 def test_rows_that_were_chosen_are_compared_with_the_nearest() -> None:

@@ -7,6 +7,7 @@ and whether the built network is in the format that the file is called after.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -14,8 +15,10 @@ import pytest
 from PIL import Image
 
 from compress.detectors.backbones import build_backbone
+from compress.detectors.base import Detector
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable, marked_for_half
+from compress.export.folded import folded
 from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
 from deploy.graph import export
@@ -42,22 +45,35 @@ BACKBONES = pytest.mark.parametrize(
 def file_of(backbone: str, folder: Path, size: tuple[int, int], *, half: bool = False) -> Path:
     """The deployable graph of an untrained student, without the comparison that an export makes."""
     detector = GFL(3, build_backbone(backbone, weights="none"), neck_channels=32, head_depth=1)
+    return file_with(detector, backbone, folder, size, half=half)
+
+
+def file_with(
+    detector: Detector,
+    name: str,
+    folder: Path,
+    size: tuple[int, int],
+    *,
+    half: bool = False,
+    images: np.ndarray | None = None,
+) -> Path:
     card = ModelCard(
-        name=backbone,
-        class_names=["a", "b", "c"],
-        category_ids=[1, 2, 3],
+        name=name,
+        class_names=[f"class {n}" for n in range(detector.num_classes)],
+        category_ids=list(range(detector.num_classes)),
         input_size=size,
         candidates=100,
         max_detections=20,
     )
-    module = Deployable.from_card(detector, card).eval()
+    module = cast(Deployable, folded(Deployable.from_card(detector, card)))
     module = marked_for_half(module) if half else module
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, *card.input_size), np.uint8)
+    if images is None:
+        images = np.random.default_rng(0).integers(0, 256, (2, 3, *card.input_size), np.uint8)
     model = export._convert(module, images, opset=20)
     model = halve(model, images)[0] if half else model
     del model.graph.output[len(export.OUTPUTS) :]
     set_card(model, card.model_copy(update={"precision": precisions(model)}))
-    path = folder / f"{backbone}{'.fp16' if half else ''}.onnx"
+    path = folder / f"{name}{'.fp16' if half else ''}.onnx"
     onnx.save(model, str(path))
     return path
 
@@ -106,3 +122,28 @@ def test_fp16(backbone: str, tmp_path: Path) -> None:
     card = built(file_of(backbone, tmp_path, (320, 320), half=True), level=0)
     assert card.precision == "fp16" and majority(card.network) == "fp16"
     assert [(spec.name, spec.dtype) for spec in card.outputs[:2]] == [("boxes", "fp32"), ("scores", "fp32")]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["d_fine", "rt_detr_v2", "rf_detr", "lw_detr"])
+def test_detectors_of_queries(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    from compress.detectors.transformers.lw_detr import LwDetr, RfDetr
+    from compress.detectors.transformers.real_time_detr import DFine, RTDetrV2
+    from tests.helpers import tiny_detr
+
+    kind = next(kind for kind in (DFine, RTDetrV2, RfDetr, LwDetr) if kind.family == family)
+    detector = tiny_detr.with_statistics(kind, tiny_detr.pictures())
+    path, half = (
+        file_with(detector, family, tmp_path, tiny_detr.SIZE, half=half, images=tiny_detr.pictures())
+        for half in (False, True)
+    )
+    assert built(path).network.share == {"fp32": 1.0}
+    # of so small a detector the decoder, in float32, is most of the layers
+    assert "fp16" in built(half.rename(tmp_path / f"{family}.mixed.onnx"), level=0).network.share
+    picture = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)).save(picture)
+    int8 = tmp_path / f"{family}.int8.mixed.onnx"
+    onnx.save(Quantizer(path, choose_images([picture], 1), "tensorrt").graph(), str(int8))
+    assert "int8" in built(int8).network.share
