@@ -202,3 +202,18 @@ class StillDFine(DFine):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
         return self
+
+
+class StillRfDetr(RfDetr):
+    """An RF-DETR with which two processes compute what one does: nothing is dropped, BatchNorm keeps its statistics."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, fresh(self.library, num_classes, {**OPTIONS[RfDetr], "dropout": 0.0}))
+        self.options = {}  # arguments of this constructor
+
+    def train(self, mode: bool = True) -> StillRfDetr:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self

@@ -94,7 +94,8 @@ def test_two_processes_equal_one_with_a_cache_of_the_teacher(one: Path, tmp_path
     assert len(kept[0]) == 40 and kept[0] == kept[1]
 
 
-def test_two_processes_equal_one_with_a_student_of_queries(one: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("student", ["StillDFine", pytest.param("StillRfDetr", marks=pytest.mark.exhaustive)])
+def test_two_processes_equal_one_with_a_student_of_queries(one: Path, tmp_path: Path, student: str) -> None:
     """D-FINE, with methods on maps and UET around two: all terms are there and the same. Left out is what is of a
     process by definition: PKD's statistics, what MGD masks and UET drops, noisy labels, `loss_ddf`, BatchNorm in
     training. Three steps: later, queries that cost alike are matched otherwise."""
@@ -103,7 +104,7 @@ def test_two_processes_equal_one_with_a_student_of_queries(one: Path, tmp_path: 
     methods = "{fgd: {}, cwd: {}, mgd: {masked: 0}, uet: {of: [fgd, cwd], p_start: 0, p_step: 0}}"
     settings = [
         "teacher={}", f"teacher.checkpoint={one / 'teacher.safetensors'}", f"methods={methods}",
-        "student={detector: 'tests.helpers.tiny_detr:StillDFine'}", "train.steps=3", "train.ema=null",
+        f"student={{detector: 'tests.helpers.tiny_detr:{student}'}}", "train.steps=3", "train.ema=null",
         "train.optimizer.lr=0.001",
     ]  # fmt: skip
     alone = pipeline.distill(tiny_recipe.recipe(tmp_path / "alone", *settings))

@@ -88,7 +88,7 @@ def queries(family: str) -> tuple[str, ...]:
     [
         ("step", None),
         ("step", "d_fine"),
-        pytest.param("step", "rt_detr_v2", marks=pytest.mark.exhaustive),
+        *(pytest.param("step", name, marks=pytest.mark.exhaustive) for name in ("rt_detr_v2", "rf_detr", "lw_detr")),
         pytest.param("write", None, marks=pytest.mark.exhaustive),
     ],
 )
