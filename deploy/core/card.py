@@ -26,6 +26,8 @@ NMS_THRESHOLD = 0.6
 """Default: boxes of one class that overlap more (IoU) suppress each other."""
 MAX_DETECTIONS = 100
 """Default: detections of a picture, as many as COCO's evaluation takes."""
+SHOWN_SCORE = 0.3
+"""Default: what people are shown of a file that has no operating point scores at least this."""
 CANDIDATES = 1000
 """Default: highest-scoring boxes that enter the suppression."""
 MAX_CANDIDATES = 3840
@@ -76,6 +78,22 @@ class HalfPrecision(BaseModel):
         return f"at most {self.largest:.3g} of 65504; in float32: {', '.join(kept[:3]) or 'nothing more'}{more}"
 
 
+class OperatingPoint(BaseModel):
+    """Where to cut the scores: the best F1 (matches of IoU ≥ 0.5) on labelled images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    score: _Share
+    """Of all classes together: detections that score at least this are kept."""
+    f1: _Share
+    precision: _Share
+    recall: _Share
+    class_scores: list[_Share | None]
+    """The best cut of each class alone, by label; None for a class without a match."""
+    images: int = Field(ge=1)
+    """Labelled images that it was measured on."""
+
+
 class ModelCard(BaseModel):
     """Facts of a deployable file, which it carries itself. `input_size` is (height, width) in pixels."""
 
@@ -107,11 +125,18 @@ class ModelCard(BaseModel):
     """None for a file without float16, and for one made before it was measured."""
     checkpoint_sha256: str = ""
     recipe_sha256: str = ""
+    operating_point: OperatingPoint | None = None
+    """None for a file that was not measured on labelled images."""
     val_map: float | None = None
     """COCO mAP in percent of the checkpoint on its validation set; None when it was not measured."""
     versions: dict[str, str] = {}
     created: str = ""
     """UTC, ISO 8601."""
+
+    @property
+    def shown_score(self) -> float:
+        """The score from which detections are shown to people: that of the operating point, where there is one."""
+        return SHOWN_SCORE if self.operating_point is None else self.operating_point.score
 
     @model_validator(mode="after")
     def _one_category_a_class(self) -> ModelCard:
