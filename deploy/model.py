@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,17 +17,11 @@ from deploy.core.image import Picture, read_picture
 from deploy.core.image_folder import image_files
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import OwnRunner, open_runner
-from deploy.runtimes.pictures import (
-    Fitted,
-    canvases_of,
-    check_outputs,
-    fit_picture,
-    load_batches,
-    picture_detections,
-)
+from deploy.runtimes.pictures import Fitted, detect_fitted, fit_picture, load_batches
 
 if TYPE_CHECKING:
     from deploy.latency import BenchmarkReport
+    from deploy.predict import Seen
     from deploy.validate import ArtifactResult
 
 
@@ -87,12 +82,33 @@ class Model:
             return fit_picture(read_picture(picture), self.card), path
 
         for batch in load_batches(pictures, load, batch_size):
-            canvases = canvases_of([fitted for fitted, _ in batch])
-            found = self.runner(canvases.images)
-            check_outputs(self.name, found, len(batch))
-            for detections, (_, path) in zip(picture_detections(found, canvases, self.card), batch, strict=True):
-                kept = detections[detections.scores >= min_score]
-                yield Detections(kept.boxes, kept.scores, kept.labels, kept.class_names, kept.category_ids, path)
+            found = detect_fitted(self.name, self.runner, [fitted for fitted, _ in batch])
+            for detections, (_, path) in zip(found, batch, strict=True):
+                yield replace(detections[detections.scores >= min_score], path=path)
+
+    def predict(
+        self,
+        *sources: str | Path,
+        min_score: float | None = None,
+        classes: Collection[str] | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[Seen]:
+        """What `compress predict` looks at, frame by frame: pixels and detections, of pictures and videos.
+
+            for seen in model.predict("clip.mp4"):
+                print(seen.frame.index, seen.detections)
+
+        Args:
+            sources: files, folders, patterns, addresses, videos (by the extra `video`), `camera:0`.
+            min_score, classes, batch_size: see `deploy.predict.look`.
+
+        Raises UserError for a source that is not there. One that cannot be read is seen with its `problem`.
+        """
+        from deploy.predict import RunnerLooker, look, open_sources
+
+        looker = RunnerLooker(self.runner, self.name)
+        found = open_sources(sources)
+        return look(looker, found, min_score=min_score, classes=classes, batch_size=batch_size)
 
     def validate(
         self, annotations: Path | str, images: Path | str, *, reference: Model | None = None, **options: Any

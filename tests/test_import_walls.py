@@ -25,7 +25,9 @@ ROOMS = {
         ("runtimes",),
         ("validate", "latency"),
         ("quantize",),
-        ("serve", "model"),
+        ("serve",),
+        ("predict",),
+        ("model",),
     ],
     "compress": [
         ("versions", "console", "manifest"),

@@ -42,6 +42,7 @@ IN_HELP = (
     "export",
     "quantize",
     "build",
+    "predict",
     "validate",
     "benchmark",
     "serve",

@@ -126,6 +126,39 @@ class Detections:
             xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data={"class_name": names}
         )
 
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, a row a detection: class_name, category_id, score, x1, y1, x2, y2 in pixels of the
+        picture, path. Raises UserError without that package."""
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise UserError("to_pandas: pandas is not installed: pip install pandas") from error
+        ids = [None] * len(self.class_names) if self.category_ids is None else self.category_ids
+        columns: dict[str, Any] = {
+            "class_name": [self.class_names[label] for label in self.labels.tolist()],
+            "category_id": [ids[label] for label in self.labels.tolist()],
+            "score": self.scores,
+            **dict(zip(("x1", "y1", "x2", "y2"), self.boxes.T, strict=True)),
+        }
+        return pandas.DataFrame(columns).assign(path=None if self.path is None else str(self.path))
+
+    def to_fiftyone(self, size: tuple[int, int]) -> Any:
+        """A `fiftyone.Detections`, whose boxes are shares of a picture of this (height, width). Raises UserError
+        without that package."""
+        try:
+            import fiftyone
+        except ModuleNotFoundError as error:
+            raise UserError("to_fiftyone: fiftyone is not installed: pip install fiftyone") from error
+        height, width = size
+        corners = self.boxes.astype(np.float64) / (width, height, width, height)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+        return fiftyone.Detections(
+            detections=[
+                fiftyone.Detection(label=found.class_name, bounding_box=box, confidence=found.score)
+                for found, box in zip(self, boxes, strict=True)
+            ]
+        )
+
     def plot(self, picture: Picture | None = None, *, min_score: float = 0.0) -> Image.Image:
         """The picture with boxes, class names and scores drawn into it.
 

@@ -17,7 +17,7 @@ from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.card import ModelCard
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
-from deploy.runtimes.base import DetectionBatch
+from deploy.runtimes.base import DetectionBatch, Runner
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -69,6 +69,17 @@ def picture_detections(found: DetectionBatch, canvases: Canvases, card: ModelCar
         boxes = to_original(found.boxes[i, kept], scale, size)
         detections.append(Detections(boxes, found.scores[i, kept], found.labels[i, kept], names, ids))
     return detections
+
+
+def detect_fitted(name: str, runner: Runner, fitted: Sequence[Fitted]) -> list[Detections]:
+    """The detections of pictures that were fitted to the runner's canvas, each in its own pixels. Raises UserError,
+    naming the runner, for outputs that cannot be what they are called."""
+    if not fitted:
+        return []
+    canvases = canvases_of(fitted)
+    found = runner(canvases.images)
+    check_outputs(name, found, len(fitted))
+    return picture_detections(found, canvases, runner.card)
 
 
 def finite_values(found: DetectionBatch) -> np.ndarray:

@@ -81,6 +81,31 @@ def test_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
         found().to_supervision()
 
 
+def test_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = found().to_pandas()
+    assert list(frame.columns) == ["class_name", "category_id", "score", "x1", "y1", "x2", "y2", "path"]
+    assert frame[["x1", "y1", "x2", "y2"]].to_numpy().tolist() == BOXES.tolist()
+    assert frame.class_name.tolist() == ["dog", "cat", "dog"] and frame.path.isna().all()
+    assert len(pandas.concat([frame, found()[[]].to_pandas()])) == 3
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        found().to_pandas()
+
+
+def test_fiftyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments have the names and the shapes of fiftyone 1.17."""
+    library = ModuleType("fiftyone")
+    library.Detections = library.Detection = lambda **fields: SimpleNamespace(**fields)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fiftyone", library)
+    first = found().to_fiftyone((100, 200)).detections[0]
+    assert (first.label, first.confidence) == ("dog", found()[0].score)
+    assert first.bounding_box == pytest.approx([0.05, 0.2, 0.15, 0.4])
+    monkeypatch.setitem(sys.modules, "fiftyone", None)
+    with pytest.raises(UserError, match="pip install fiftyone"):
+        found().to_fiftyone((100, 200))
+
+
 def test_plot_draws_each_box_in_the_color_of_its_class(tmp_path: Path) -> None:
     grey = np.full((200, 200, 3), 90, np.uint8)
     boxes = np.array([[20, 50, 120, 150], [150, 150, 180, 190]], np.float32)
