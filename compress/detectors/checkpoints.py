@@ -34,6 +34,7 @@ from compress.config.model import Model
 from compress.detectors.base import Detector
 from compress.detectors.build import FAMILIES, assemble
 from compress.detectors.weights import listed, load_exactly, read_tensors
+from deploy.core.card import OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, sha256_of
 from deploy.core.import_path import is_import_path
@@ -53,12 +54,13 @@ class ModelRecord(BaseModel):
     model: what to build; weights, frozen_stages and norm_eval of a training are not kept.
     class_names, category_ids: of the training data, in the order of the labels; None where nothing says.
     val_map: COCO mAP on the validation set, percent.
+    operating_point: measured there; None: it was not.
     recipe_sha256: of the recipe that trained it.
     source: where the weights came from, for a converted checkpoint.
 
     In the file the settings of the model stand beside the others. Version 2 knows users' own parts, by import path
     with their options, version 3 the widths of a pruned one, version 4 BatchNorm in the head, version 5 detectors of
-    transformers. A model without such is
+    transformers, version 6 the operating point. A model without such is
     written as version 1 was: byte for byte, and readable by 0.1.
     """
 
@@ -69,6 +71,7 @@ class ModelRecord(BaseModel):
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     val_map: float | None = None
+    operating_point: OperatingPoint | None = None
     recipe_sha256: str | None = None
     source: str | None = None
 
@@ -78,8 +81,8 @@ class ModelRecord(BaseModel):
         if not isinstance(fields, dict) or "model" in fields:
             return fields
         fields = dict(fields)
-        if fields.pop("schema_version", 1) not in (1, 2, 3, 4, 5):
-            raise ValueError("schema_version: Input should be 1 to 5; a newer version wrote this file")
+        if fields.pop("schema_version", 1) not in (1, 2, 3, 4, 5, 6):
+            raise ValueError("schema_version: Input should be 1 to 6; a newer version wrote this file")
         model = {key: fields.pop(key) for key in ARCHITECTURE if key in fields}
         for key, known in (("detector", FAMILIES), ("backbone", BACKBONES)):
             value = model.get(key)
@@ -108,12 +111,15 @@ class ModelRecord(BaseModel):
     def to_json(self) -> str:
         """The text in the file's header."""
         model = self.model.model_dump(mode="json", include=set(ARCHITECTURE))
-        others = self.model_dump(mode="json", exclude={"model"})
+        unknown = {"operating_point"} if self.operating_point is None else set()
+        others = self.model_dump(mode="json", exclude={"model", *unknown})
         first = {"schema_version": self._schema_version()}
         first |= {key: model.pop(key) for key in ("detector", "backbone")} | {"num_classes": others.pop("num_classes")}
         return json.dumps(first | model | others, ensure_ascii=False, separators=(",", ":"))
 
     def _schema_version(self) -> int:
+        if self.operating_point is not None:
+            return 6
         if self.model.is_whole:
             return 5
         if self.model.head_norm != "group":

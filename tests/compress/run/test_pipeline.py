@@ -73,7 +73,10 @@ def test_the_card_says_where_the_file_comes_from(run_dir: Path) -> None:
     card = card_from_file(run_dir / "student.onnx")
     assert card.checkpoint_sha256 == sha256_of(run_dir / "student.safetensors")
     assert card.input_size == (64, 64) and len(card.class_names) == 3
-    assert card.val_map == json.loads((run_dir / "report.json").read_text())["models"]["student"]["map"]
+    student = json.loads((run_dir / "report.json").read_text())["models"]["student"]
+    assert card.val_map == student["map"]
+    point = None if card.operating_point is None else card.operating_point.model_dump(mode="json")
+    assert point == student.get("operating_point")
 
 
 def test_bare_onnxruntime_is_enough(run_dir: Path) -> None:
