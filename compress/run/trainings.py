@@ -268,5 +268,6 @@ def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: flo
         class_names=data.train.categories,
         category_ids=data.train.category_ids,
         val_map=val_map,
+        resize_short_long=data.resize_short_long,
         recipe_sha256=plan.recipe_sha256,
     )

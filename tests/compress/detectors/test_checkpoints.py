@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -327,6 +328,16 @@ def native_file(path: Path, header: dict[str, str] | None, drop: str = "", add: 
     return path
 
 
+def test_the_size_of_the_images_is_in_the_header(tmp_path: Path) -> None:
+    """A file that does not know it is written as before there was such a key (`test_widths`)."""
+    record = small_record(resize_short_long=(96, 160))
+    save_detector(tmp_path / "a.safetensors", record.build(), metadata=record)
+    assert load_detector(tmp_path / "a.safetensors")[1].resize_short_long == (96, 160)
+    assert record.to_json().startswith('{"schema_version":6,')
+    with pytest.raises(ValidationError, match="161 is more than 160"):
+        small_record(resize_short_long=(161, 160))
+
+
 GOOD_HEADER = small_record().to_json()
 
 
@@ -338,7 +349,7 @@ GOOD_HEADER = small_record().to_json()
         ({HEADER_KEY: "{"}, "Invalid JSON"),
         ({HEADER_KEY: "{}"}, "backbone: missing; num_classes: Field required"),
         (
-            {HEADER_KEY: GOOD_HEADER.replace('"schema_version":1', '"schema_version":6')},
+            {HEADER_KEY: GOOD_HEADER.replace('"schema_version":1', '"schema_version":7')},
             "schema_version: Input",
         ),
         (
