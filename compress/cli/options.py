@@ -22,6 +22,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Build everything and take one step on made-up data; keep nothing.")
 ]
+WithoutData = Annotated[
+    bool, typer.Option("--without-data", help="With --dry-run: also where the recipe's images are not there.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files, or .engine files.")]
 Providers = Annotated[

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command
-from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set
+from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set, WithoutData
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
+from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
     from compress.config.recipe import Recipe
@@ -27,7 +28,7 @@ def quickstart(settings: Set = None) -> None:
     packaged = resources.files("compress") / "assets" / "quickstart.yaml"
     with resources.as_file(packaged) as path:
         recipe = _recipe(path, settings)
-    _run(recipe, resume=True)
+    _run(recipe, _how(True, False, False))
 
 
 @commands.command()
@@ -36,10 +37,12 @@ def run(
     settings: Set = None,
     resume: Resume = False,
     dry_run: DryRun = False,
+    without_data: WithoutData = False,
     devices: Devices = None,
 ) -> None:
     """The whole path of a recipe, from data to report."""
-    _run(_recipe(recipe, settings, devices), resume=resume, dry_run=dry_run, again=("run", str(recipe)))
+    how = _how(resume, dry_run, without_data)
+    _run(_recipe(recipe, settings, devices), how, again=("run", str(recipe)))
 
 
 @commands.command()
@@ -48,6 +51,7 @@ def distill(
     settings: Set = None,
     resume: Resume = False,
     dry_run: DryRun = False,
+    without_data: WithoutData = False,
     devices: Devices = None,
 ) -> None:
     """Train a recipe's student with its teacher."""
@@ -55,7 +59,7 @@ def distill(
     from compress.config.recipe import check_distills
 
     check_distills(loaded, recipe)
-    _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=True)
+    _train(loaded, recipe, _how(resume, dry_run, without_data), distillation=True)
 
 
 @commands.command()
@@ -64,13 +68,28 @@ def train(
     settings: Set = None,
     resume: Resume = False,
     dry_run: DryRun = False,
+    without_data: WithoutData = False,
     devices: Devices = None,
 ) -> None:
     """Train a recipe's student alone."""
     loaded = _recipe(recipe, settings, devices)
     if loaded.pseudo_labels is not None and is_rank_zero():
         print(f"{recipe}: pseudo_labels is not used here, no teacher labels; compress distill and compress run use it")
-    _train(loaded, recipe, resume=resume, dry_run=dry_run, distillation=False)
+    _train(loaded, recipe, _how(resume, dry_run, without_data), distillation=False)
+
+
+class How(TypedDict):
+    """Options of the pipeline."""
+
+    resume: bool
+    dry_run: bool
+    without_data: bool
+
+
+def _how(resume: bool, dry_run: bool, without_data: bool) -> How:
+    if without_data and not dry_run:
+        raise UserError("--without-data: belongs to --dry-run; a run needs its data")
+    return {"resume": resume, "dry_run": dry_run, "without_data": without_data}
 
 
 def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = None) -> Recipe:
@@ -85,13 +104,13 @@ def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = No
     return load_recipe(path, [*(settings or ()), *more])
 
 
-def _run(recipe: Recipe, *, resume: bool, dry_run: bool = False, again: tuple[str, ...] = ()) -> None:
+def _run(recipe: Recipe, how: How, *, again: tuple[str, ...] = ()) -> None:
     from compress.run import pipeline
 
-    run_dir = pipeline.run(recipe, resume=resume, dry_run=dry_run)
+    run_dir = pipeline.run(recipe, **how)
     if not is_rank_zero():
         return
-    if dry_run:
+    if how["dry_run"]:
         next_command(*again)
         return
     if not _is_exported(recipe):  # as the pipeline has said: no report, no gate
@@ -118,11 +137,11 @@ def _is_exported(recipe: Recipe) -> bool:
     return detector_class(_detector_of(recipe), "student.detector").exportable is None
 
 
-def _train(recipe: Recipe, path: Path, *, resume: bool, dry_run: bool, distillation: bool) -> None:
+def _train(recipe: Recipe, path: Path, how: How, *, distillation: bool) -> None:
     from compress.run import pipeline
 
-    folder = RunFolder(pipeline.distill(recipe, resume=resume, dry_run=dry_run, distillation=distillation))
-    if dry_run:
+    folder = RunFolder(pipeline.distill(recipe, distillation=distillation, **how))
+    if how["dry_run"]:
         next_command("distill" if distillation else "train", path)
     elif not _is_exported(recipe):
         if is_rank_zero():

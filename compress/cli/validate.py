@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from compress.cli.options import (
     provider_names,
 )
 from deploy.core.errors import UserError
+
+if TYPE_CHECKING:
+    from deploy.validate import ArtifactResult
 
 commands = typer.Typer()
 
@@ -95,8 +98,7 @@ def validate(
     for result in results if reference is None else ():
         _say_what_training_measured(result.name, runners[result.name].card.val_map, result.metrics.map, max_map_drop)
     for result in results:
-        if result.analysis is not None and result.analysis.errors is not None:
-            print(f"{result.name}: points of AP50 lost to errors (TIDE): {result.analysis.errors.in_words()}")
+        _say_what_an_map_does_not(result)
     failed = [result.name for result in results if result.gate == "fail"]
     for result in results:
         if result.diagnosis is not None:
@@ -106,6 +108,14 @@ def validate(
     if failed:
         gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
     next_command("benchmark", *files, "--images", images)
+
+
+def _say_what_an_map_does_not(result: ArtifactResult) -> None:
+    """Print the operating point of a file, and which errors cost it most."""
+    if result.metrics.operating_point is not None:
+        print(f"{result.name}: {result.metrics.operating_point.in_words()}")
+    if result.analysis is not None and result.analysis.errors is not None:
+        print(f"{result.name}: points of AP50 lost to errors (TIDE): {result.analysis.errors.in_words()}")
 
 
 def _say_what_training_measured(name: str, trained: float | None, found: float, limit: float) -> None:

@@ -34,6 +34,7 @@ from compress.config.model import Model
 from compress.detectors.base import Detector
 from compress.detectors.build import FAMILIES, assemble
 from compress.detectors.weights import listed, load_exactly, read_tensors
+from deploy.core.card import OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, sha256_of
 from deploy.core.import_path import is_import_path
@@ -47,7 +48,7 @@ ARCHITECTURE = tuple(
 """Keys of a model that say what it is, not how it was trained."""
 
 
-_SINCE_6 = ("resize_short_long",)
+_SINCE_6 = ("resize_short_long", "operating_point")
 """Fields of a record that version 6 has for the first time; None of them is not written."""
 
 
@@ -59,13 +60,14 @@ class ModelRecord(BaseModel):
     val_map: COCO mAP on the validation set, percent.
     resize_short_long: (short, long), limits in pixels of the images that it was trained and evaluated on; None: nothing
         says.
+    operating_point: measured there; None: it was not.
     recipe_sha256: of the recipe that trained it.
     source: where the weights came from, for a converted checkpoint.
 
     In the file the settings of the model stand beside the others. Version 2 knows users' own parts, by import path
     with their options, version 3 the widths of a pruned one, version 4 BatchNorm in the head, version 5 detectors of
-    transformers, version 6 what training measured besides: `resize_short_long`. A file without such is written as
-    version 1 was: byte for byte, and readable by 0.1.
+    transformers, version 6 what training measured besides: `resize_short_long` and the operating point. A file without
+    such is written as version 1 was: byte for byte, and readable by 0.1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +78,7 @@ class ModelRecord(BaseModel):
     category_ids: tuple[int, ...] | None = None
     val_map: float | None = None
     resize_short_long: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    operating_point: OperatingPoint | None = None
     recipe_sha256: str | None = None
     source: str | None = None
 

@@ -112,6 +112,7 @@ def torch_runner(
         precision={"model": "fp32", PROCESSING: "fp32"},
         checkpoint_sha256=sha256_of(checkpoint_file(checkpoint)),
         recipe_sha256=record.recipe_sha256 or "",
+        operating_point=record.operating_point,
         val_map=record.val_map,
         versions=versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

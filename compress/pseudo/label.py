@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, im
 from compress.pseudo.merge import REST, Boxes, class_map, in_union, looked_for, merge, split, union_of
 from compress.pseudo.parts import Shard, Summary
 from compress.pseudo.settings import Settings, unlike
-from compress.pseudo.thresholds import F1Thresholds
 from compress.teachers.base import BoxTeacher, Sample, View
 from compress.teachers.check import class_lines
 from compress.teachers.load import open_teacher
+from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import naming, need_place, sha256_of
 from deploy.core.lock import locked
 from deploy.validate.coco import load_annotations, read_annotations
+from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.operating_point import score_curves
 
 LOWEST_SCORE = 0.05
 """Detections below it are never looked at, unless a region to ignore may have a lower score."""
@@ -95,7 +97,7 @@ def pseudo_label(
         skip_unreadable: leave out images that cannot be read, and list them in `skipped`; else they are an error.
         resume: go on with what an interrupted run left; pictures that were exchanged since are labelled anew.
         replace: an `out` of other pictures or settings stays until it is replaced; else it is an error.
-        quiet: print nothing.
+        quiet: print nothing else.
 
     Returns:
         None while other shards are unfinished.
@@ -344,10 +346,9 @@ def _measured(
     truth = _truth(split_.annotations, [name for _, name in union])
     for teacher in teachers:
         teacher.boxes.covers(images.ids, images.names, images.folder)
-    collected = F1Thresholds(len(union))
+    tables = []
     total = chunk_count(images, settings.batch_size)
     chunks = _read(images, range(total), settings, teachers, workers)
-    nothing = Boxes(np.empty((0, 4)), np.empty(0), np.empty(0, np.int64)), np.empty(0, np.bool_)
     with _telling("thresholds", quiet) as advance:
         for number, chunk in enumerate(chunks, start=1):
             samples, bad = _sorted_out(chunk)
@@ -355,38 +356,32 @@ def _measured(
                 raise UserError(bad[0].reason)
             merged = _find(teachers, samples, settings, counts, LOWEST_SCORE)
             for sample, found in zip(samples[teachers[0].size], merged, strict=True):
-                collected.add(found, *truth.get(sample.image_id, nothing))
+                image = np.full(len(found), sample.image_id, np.int64)
+                tables.append(DetectionTable(image, found.labels, found.boxes, found.scores, corners=True))
             advance(number, total)
-    tau, f1 = collected.best()
-    for label, (_, name) in enumerate(union):
+    tau = np.full(len(union), otherwise)
+    curves = score_curves(truth, DetectionTable.join(tables), range(len(union))).of_each
+    for label, ((_, name), curve) in enumerate(zip(union, curves, strict=True)):
+        best = curve.best()
+        what = f"no labelled object was found, so {otherwise:g}"
+        if best is not None:
+            tau[label] = curve.scores[best]
+            what = f"{tau[label]:.3f}, F1 {curve.f1[best]:.3f}"
         if not quiet and counts[label]:
-            what = (
-                f"no labelled object was found, so {otherwise:g}"
-                if np.isnan(tau[label])
-                else f"{tau[label]:.3f}, F1 {f1[label]:.3f}"
-            )
             print(f"threshold of {name}: {what}")
-    return np.where(np.isnan(tau), otherwise, tau)
+    return tau
 
 
-def _truth(annotations: Path, names: list[str]) -> dict[int, tuple[Boxes, np.ndarray]]:
-    """Labels of each image with a class in `names`, and which of them are crowd regions."""
+def _truth(annotations: Path, names: list[str]) -> GroundTruth:
+    """Labels of a class in `names`, with its place there as the category."""
     document = load_annotations(annotations)
-    labels = {row["id"]: names.index(row["name"]) for row in document["categories"] if row["name"] in names}
-    if not labels:
+    known = sorted((row for row in document["categories"] if row["name"] in names), key=lambda row: row["id"])
+    if not known:
         raise UserError(f"{annotations}: categories: none has the name of a class that the teachers know")
-    rows: dict[int, list[tuple[list[float], int, bool]]] = {}
-    for row in document["annotations"]:
-        if row["category_id"] in labels:
-            x, y, w, h = row["bbox"]
-            of_image = rows.setdefault(row["image_id"], [])
-            of_image.append(([x, y, x + w, y + h], labels[row["category_id"]], bool(row.get("iscrowd", 0))))
-    truth = {}
-    for image, found in rows.items():
-        boxes = np.array([box for box, _, _ in found], np.float64)
-        of_class = np.array([label for _, label, _ in found], np.int64)
-        truth[image] = Boxes(boxes, np.ones(len(found)), of_class), np.array([crowd for _, _, crowd in found])
-    return truth
+    truth = GroundTruth.of({**document, "categories": known})
+    labels = np.array([names.index(row["name"]) for row in known], np.int32)
+    ids = np.arange(len(names), dtype=np.int64)
+    return replace(truth, category_ids=ids, names=names, categories=labels[truth.categories])
 
 
 def _compare(summary: Summary, annotations: Path, names: Collection[str]) -> None:

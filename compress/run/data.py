@@ -129,23 +129,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         on_first_process(fabric, lambda: _divide(given, labels, plan.folder))
     has_labels = labels is None or labels.fraction > 0
     source = train_split if has_labels or unlabelled is None else unlabelled
-    train = CocoDetection(
-        source.annotations,
-        source.images,
-        train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
-        cache=data.cache and has_labels,
-        drop_empty=data.drop_empty and has_labels,
-        max_detections=plan.max_detections,
-    )
-    val, size = validation_set(val_split, data, plan.input_size, cache=data.cache, max_detections=plan.max_detections)
-    if train.categories != val.categories or train.category_ids != val.category_ids:
-        raise UserError(
-            f"{train_split.annotations} and {val_split.annotations} have different categories: "
-            f"{_first_difference(train, val)}"
-        )
-    for split, images in ((train_split, train), (val_split, val)):
-        if images.num_boxes == 0 and (has_labels or images is val):
-            raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
+    train, val, size = open_splits(plan, source, val_split, labels=has_labels)
     identity, val_identity = on_first_process(
         fabric, lambda: _identities(data, train if has_labels else None, val, train_split, digests)
     )
@@ -164,6 +148,37 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         has_labels,
         generated=data.synthetic is not None,
     )
+
+
+def open_splits(
+    plan: DataPlan, train_split: Split, val_split: Split, *, labels: bool = True, cache: bool = True
+) -> tuple[CocoDetection, CocoDetection, tuple[int, int]]:
+    """Training and validation images, and the canvas of these. labels: the training images have some. cache: decode
+    now what `data.cache` wants in memory.
+
+    Raises UserError for files that cannot be used, that know different categories, and without a box.
+    """
+    data = plan.data
+    train = CocoDetection(
+        train_split.annotations,
+        train_split.images,
+        train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
+        cache=cache and data.cache and labels,
+        drop_empty=data.drop_empty and labels,
+        max_detections=plan.max_detections,
+    )
+    val, size = validation_set(
+        val_split, data, plan.input_size, cache=cache and data.cache, max_detections=plan.max_detections
+    )
+    if train.categories != val.categories or train.category_ids != val.category_ids:
+        raise UserError(
+            f"{train_split.annotations} and {val_split.annotations} have different categories: "
+            f"{_first_difference(train, val)}"
+        )
+    for split, images in ((train_split, train), (val_split, val)):
+        if images.num_boxes == 0 and (labels or images is val):
+            raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
+    return train, val, size
 
 
 def picture_digests(runs: Path) -> PictureDigests:

@@ -1,5 +1,8 @@
 """`--dry-run`: build everything that a recipe names and take one real training step on made-up images.
 
+The recipe's own images are looked at before: both files are read, the first pictures are opened, and the steps of each
+training are counted. Where they are missing, that is an error, unless `without_data` says that it is meant.
+
 Nothing is downloaded and nothing is kept. Weights that would have to be downloaded (the zoo's teacher, ImageNet
 backbones) are random here, and the output says so. Images are at most 256 px on the short side and two a process,
 so that a recipe for eight GPUs can be rehearsed on a laptop.
@@ -28,24 +31,28 @@ from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord, zoo_model
 from compress.manifest import STUDENT, RunFolder
-from compress.run.data import DataPlan, open_data
+from compress.run.data import DataPlan, open_data, open_splits
 from compress.run.parts import Parts
+from compress.run.plans import data_plan, training_plans
 from compress.run.pruned import check_source, rehearse_cut
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
 from compress.run.teacher import key_of, match_teacher, open_given
-from compress.run.trainings import Distillation, TrainingPlan, train
+from compress.run.trainings import Distillation, TrainingPlan, check, train
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
+from compress.training.loop import steps_of
+from deploy.core.errors import UserError
 from deploy.validate.coco import read_annotations
 
 SHORT_PX, LONG_PX = 256, 448
+OPENED = 8  # pictures of each set
 
 
-def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool) -> None:
+def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool, without_data: bool = False) -> None:
     """Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
-    categories = _categories(recipe, console)
+    categories = _data(recipe, parts, console, distillation=distillation, without_data=without_data)
     if recipe.student.prune is not None:
         recipe = _cut(recipe, categories, console, distillation=distillation)
     inherit = recipe.teacher is not None and recipe.teacher.inherit
@@ -90,16 +97,52 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool)
     )
 
 
-def _categories(recipe: Recipe, console: Console) -> dict[int, str]:
-    """The data's categories by id when its file is there, otherwise COCO's (and the output says so)."""
+def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool, without_data: bool) -> dict[int, str]:
+    """Look at the images and count the steps. Returns the categories by id; COCO's where no data are there, and that
+    was meant."""
     data = recipe.data
     if data.synthetic is not None:
+        _say_lengths(recipe, parts, data.synthetic.train, console, distillation=distillation)
         return dict(enumerate(class_names(data.synthetic.classes), start=1))
-    assert data.train is not None
-    if data.train.annotations.is_file():
-        return {row["id"]: row["name"] for row in read_annotations(data.train.annotations)["categories"]}
-    console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
-    return dict(COCO_CATEGORIES)
+    assert data.train is not None and data.val is not None, "the recipe was validated"
+    lost = [
+        f"data.{key}.{what}: {path}: no such {'file' if what == 'annotations' else 'folder'}"
+        for key, split in (("train", data.train), ("val", data.val))
+        for what, path in (("annotations", split.annotations), ("images", split.images))
+        if not path.exists()
+    ]
+    if lost and not without_data:
+        raise UserError("\n".join([*lost[:-1], f"{lost[-1]}; to rehearse without it, add --without-data"]))
+    if lost:
+        if data.train.annotations.is_file():
+            return {row["id"]: row["name"] for row in read_annotations(data.train.annotations)["categories"]}
+        console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
+        return dict(COCO_CATEGORIES)
+    train, val, _ = open_splits(data_plan(recipe), data.train, data.val, cache=False)
+    for images in (train, val):
+        for index in range(min(OPENED, len(images))):
+            images[index]
+    count = len(train) if recipe.labels is None else round(len(train) * recipe.labels.fraction)
+    labelled = "" if recipe.labels is None else f", about {count} of them with labels"
+    console.print(
+        f"data: {len(train)} training images{labelled}, {len(val)} for validation, {len(train.categories)} classes; "
+        f"the first {OPENED} of both could be read",
+    )
+    if count:
+        _say_lengths(recipe, parts, count, console, distillation=distillation)
+    return dict(zip(train.category_ids, train.categories, strict=True))
+
+
+def _say_lengths(recipe: Recipe, parts: Parts, images: int, console: Console, *, distillation: bool) -> None:
+    """Count the steps of each training on so many images, and refuse one that cannot work."""
+    for plan in training_plans(recipe, parts, distillation=distillation):
+        for line in check(plan, images):
+            console.print(line)
+        settings = plan.settings
+        epoch, steps = steps_of(settings, images // (settings.batch_size // settings.accumulate))
+        console.print(
+            f"{plan.name}: {steps} steps of {settings.batch_size} images, {steps / epoch:.1f} epochs of {images} images"
+        )
 
 
 def _student(recipe: Recipe, parts: Parts, num_classes: int) -> Detector:

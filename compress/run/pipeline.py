@@ -50,6 +50,7 @@ from compress.run.plans import (
     qad_plan,
     quantizing,
     student_plan,
+    training_plans,
     with_whole_student,
 )
 from compress.run.pruned import PrunedStudent, check_source, cut_student, rehearse_cut, source_of
@@ -60,7 +61,7 @@ from compress.run.pseudo_labels import (
     label_images,
 )
 from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, match_teacher, open_given
-from compress.run.trainings import Distillation, TrainingPlan, check, evaluate_on, need_room, train
+from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.versions import versions
@@ -76,12 +77,22 @@ NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
 
 
-def run(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, parts: Parts | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    without_data: bool = False,
+    parts: Parts | None = None,
+) -> Path:
     """The whole path. Returns the run folder, which then holds report.json and report.html.
+
+    dry_run: only rehearse it; with `without_data` also where the images are not there.
 
     Raises UserError for bad input; a failed accuracy gate is no error here, it is in report.json.
     """
-    return _do(recipe, Parts() if parts is None else parts, resume=resume, dry_run=dry_run, ships=True)
+    own = Parts() if parts is None else parts
+    return _do(recipe, own, resume=resume, dry_run=dry_run, without_data=without_data, ships=True)
 
 
 def distill(
@@ -89,6 +100,7 @@ def distill(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    without_data: bool = False,
     distillation: bool = True,
     parts: Parts | None = None,
 ) -> Path:
@@ -105,11 +117,18 @@ def distill(
             the folder while `resume` is False, or another process that works there.
     """
     own = Parts() if parts is None else parts
-    return _do(recipe, own, resume=resume, dry_run=dry_run, distillation=distillation)
+    return _do(recipe, own, resume=resume, dry_run=dry_run, without_data=without_data, distillation=distillation)
 
 
 def _do(
-    recipe: Recipe, parts: Parts, *, resume: bool, dry_run: bool, distillation: bool = True, ships: bool = False
+    recipe: Recipe,
+    parts: Parts,
+    *,
+    resume: bool,
+    dry_run: bool,
+    without_data: bool,
+    distillation: bool = True,
+    ships: bool = False,
 ) -> Path:
     from compress.run.dry_run import dry_run as rehearse
 
@@ -124,7 +143,7 @@ def _do(
     for path in recipe.deploy.runners or ():
         import_object(path, "deploy.runners")  # before the training, which takes long
     if dry_run:
-        rehearse(recipe, parts, fabric, distillation=distillation)
+        rehearse(recipe, parts, fabric, distillation=distillation, without_data=without_data)
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
     with working_in(folder, fabric):
@@ -213,15 +232,8 @@ class _Run:
             self.console.print(line, markup=False, soft_wrap=True)  # with commands that may be copied
 
     def check_lengths(self, *, distillation: bool) -> None:
-        """Refuse a training that cannot work before another one takes hours. How many images a student has that also
-        learns from pseudo labels is not known yet."""
-        recipe, plans = self.recipe, []
-        if distillation and recipe.teacher is not None and recipe.teacher.train is not None:
-            plans.append(replace(student_plan(recipe), name=TEACHER, settings=recipe.teacher.train))
-        if not distillation or recipe.pseudo_labels is None:
-            learns = distillation_plan(recipe, self.parts) if distillation else Distillation()
-            plans.append(replace(student_plan(recipe), distillation=learns))
-        for plan in plans:
+        """Refuse a training that cannot work before another one takes hours."""
+        for plan in training_plans(self.recipe, self.parts, distillation=distillation):
             for line in check(plan, len(self.data.train)):
                 self.console.print(line)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.config.data import Data, Split
 from compress.config.recipe import Recipe, recipe_sha256
 from compress.data.coco import CocoDetection
 from compress.data.digests import PictureDigests
-from compress.manifest import STUDENT, STUDENT_ON_PSEUDO_LABELS, RunFolder
+from compress.manifest import STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, RunFolder
 from compress.run.data import DataPlan, Datasets, labelled_split, splits, validation_set
 from compress.run.parts import Parts
 from compress.run.pruned import CutPlan, PrunedStudent, whole_student
@@ -107,6 +108,18 @@ def student_plan(recipe: Recipe, parts: Parts | None = None, pruned: PrunedStude
         build=None if parts is None else parts.student,
         max_detections=recipe.deploy.max_detections,
     )
+
+
+def training_plans(recipe: Recipe, parts: Parts, *, distillation: bool) -> list[TrainingPlan]:
+    """The trainings whose number of images is known beforehand: that of a student that also learns from pseudo labels
+    is not."""
+    plans = []
+    if distillation and recipe.teacher is not None and recipe.teacher.train is not None:
+        plans.append(replace(student_plan(recipe), name=TEACHER, settings=recipe.teacher.train))
+    if not distillation or recipe.pseudo_labels is None:
+        learns = distillation_plan(recipe, parts) if distillation else Distillation()
+        plans.append(replace(student_plan(recipe), distillation=learns))
+    return plans
 
 
 def cut_plan(recipe: Recipe, checkpoint: str) -> CutPlan:

@@ -49,7 +49,7 @@ from compress.training.qad.export import grids_file, load_grids
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 
-NOT_TRAINED: dict[str, Any] = {"val_map": None, "recipe_sha256": None}
+NOT_TRAINED: dict[str, Any] = {"val_map": None, "operating_point": None, "recipe_sha256": None}
 """What the record of a detector says that was just cut."""
 
 
@@ -194,7 +194,7 @@ def cut_student(
         found: dict[str, Any] = on_first_process(fabric, make)
         smaller, saved = load_detector(output)
         metrics = evaluate_on(smaller.to(fabric.device), data, fabric, workers, plan.deploy.max_detections)
-        measured = saved.model_copy(update={"val_map": metrics.map})
+        measured = saved.model_copy(update={"val_map": metrics.map, "operating_point": metrics.operating_point})
         on_first_process(fabric, lambda: save_detector(output, smaller, metadata=measured))
         return {**found, "metrics": metrics.to_dict(), "canvas": list(data.canvas)}
 

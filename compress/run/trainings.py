@@ -206,7 +206,7 @@ def train(
 
     def save() -> None:
         if result.metrics is not None:
-            save_detector(output, detector, metadata=_record(plan, detector, data, result.metrics.map))
+            save_detector(output, detector, metadata=_record(plan, detector, data, result.metrics))
             publish(plan.folder, plan.name, place)
 
     on_first_process(fabric, save)
@@ -261,13 +261,14 @@ def _say(line: str) -> None:
     open_console().print(line, markup=False, soft_wrap=True)
 
 
-def _record(plan: TrainingPlan, detector: Detector, data: Datasets, val_map: float | None) -> ModelRecord:
+def _record(plan: TrainingPlan, detector: Detector, data: Datasets, metrics: CocoMetrics | None) -> ModelRecord:
     return ModelRecord(
         model=model_of(detector),
         num_classes=detector.num_classes,
         class_names=data.train.categories,
         category_ids=data.train.category_ids,
-        val_map=val_map,
+        val_map=None if metrics is None else metrics.map,
         resize_short_long=data.resize_short_long,
+        operating_point=None if metrics is None else metrics.operating_point,
         recipe_sha256=plan.recipe_sha256,
     )

@@ -21,6 +21,7 @@ from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
 from deploy.validate.coco import DETECTIONS, CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.operating_point import operating_point
 
 TOLERANCE = 0.5
 """Means and deviations of pixels that differ by less are the same: people round them."""
@@ -201,7 +202,9 @@ def measure(
         "categories": [row for row in content["categories"] if row["id"] in category_ids],
         "annotations": [row for row in content["annotations"] if row["category_id"] in category_ids],
     }
-    return evaluate_coco(document, table, max_detections=max_detections)
+    truth = GroundTruth.of(document)
+    point = operating_point(truth, table, sorted(category_ids))
+    return replace(evaluate_coco(truth, table, max_detections=max_detections), operating_point=point)
 
 
 def described(preprocessing: Preprocessing) -> str:

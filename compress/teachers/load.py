@@ -39,6 +39,7 @@ def _checkpoint(checkpoint: str, device: torch.device, categories: Mapping[int, 
         class_names=record.class_names,
         device=device,
         resize_short_long=record.resize_short_long,
+        operating_point=record.operating_point,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from compress.data.batch import Batch
 from compress.data.coco import CocoDetection
 from compress.detectors.base import Detector, gather
 from deploy.core.detection_table import DetectionTable
-from deploy.validate.coco import DETECTIONS, CocoMetrics, evaluate_coco
+from deploy.validate.coco import DETECTIONS, CocoMetrics, evaluate_coco, load_annotations
+from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.operating_point import operating_point
 
 
 @torch.no_grad()
@@ -23,7 +26,7 @@ def evaluate(
     device: torch.device,
     max_detections: int = DETECTIONS,
 ) -> CocoMetrics:
-    """mAP (percent) of `detector` on `loader`, an evaluation loader of `dataset`.
+    """mAP (percent) and operating point of `detector` on `loader`, an evaluation loader of `dataset`.
 
     With several processes each loader holds its own share of the images; every process gets the metrics of
     all of them. The detector is left in the mode (train or eval) in which it came. Detections of an image: 100, or
@@ -34,7 +37,9 @@ def evaluate(
     settings = {"max_detections": max_detections} if max_detections > DETECTIONS else {}
     tables = detect(detector, loader, dataset.category_ids, device, **settings)
     detector.train(was_training)
-    return evaluate_coco(dataset.annotations, gather(tables), max_detections=max_detections)
+    truth, table = GroundTruth.of(load_annotations(dataset.annotations)), gather(tables)
+    metrics = evaluate_coco(truth, table, max_detections=max_detections)
+    return replace(metrics, operating_point=operating_point(truth, table, dataset.category_ids))
 
 
 @torch.no_grad()

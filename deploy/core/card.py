@@ -93,6 +93,13 @@ class OperatingPoint(BaseModel):
     images: int = Field(ge=1)
     """Labelled images that it was measured on."""
 
+    def in_words(self) -> str:
+        """For people: the score, and what it gives."""
+        return (
+            f"best F1 {self.f1:.3f} at a score of {self.score:g} (precision {self.precision:.3f}, recall "
+            f"{self.recall:.3f})"
+        )
+
 
 class ModelCard(BaseModel):
     """Facts of a deployable file, which it carries itself. `input_size` is (height, width) in pixels."""
@@ -139,11 +146,13 @@ class ModelCard(BaseModel):
         return SHOWN_SCORE if self.operating_point is None else self.operating_point.score
 
     @model_validator(mode="after")
-    def _one_category_a_class(self) -> ModelCard:
+    def _fits_the_classes(self) -> ModelCard:
         if len(self.category_ids) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} class_names but {len(self.category_ids)} category_ids")
         if len(set(self.category_ids)) != len(self.category_ids):
             raise ValueError("category_ids are not unique")
+        if self.operating_point is not None and len(self.operating_point.class_scores) != len(self.class_names):
+            raise ValueError(f"operating_point: class_scores must be {len(self.class_names)}, one a class")
         return self
 
 

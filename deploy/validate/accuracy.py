@@ -43,6 +43,7 @@ from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, s
 from deploy.validate.collected import Collected
 from deploy.validate.differences import most_different
 from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.operating_point import score_curves
 from deploy.validate.score_calibration import detection_ece
 
 AGREEMENT_SCORE = 0.3
@@ -80,6 +81,7 @@ class ArtifactResult:
     backend: str
     precision: dict[str, str]
     metrics: CocoMetrics
+    """With the operating point of this file on these images."""
     d_ece: float
     """Detection expected calibration error in 0..1 (`score_calibration`); NaN without confident detections."""
     map_drop: float | None
@@ -102,7 +104,7 @@ class ArtifactResult:
     note: str | None = None
     """What this machine cannot see of the file; None: nothing."""
     analysis: Analysis | None = None
-    """Errors by kind, mAP on slices of the images, and confused classes."""
+    """Errors by kind, mAP on slices of the images, confused classes, and precision and recall by score."""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON types: NaN becomes None."""
@@ -154,10 +156,12 @@ def validate(
     measured = {}
     for name, runner in runners.items():
         table = outcomes[name].detections.table()
+        metrics = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
+        scored = score_curves(truth, table, runner.card.category_ids)
         measured[name] = _Measured(
-            evaluate_coco(truth, table, max_detections=runner.card.max_detections),
+            replace(metrics, operating_point=scored.point()),
             detection_ece(truth, table),
-            analyse(truth, table, slices),
+            replace(analyse(truth, table, slices), curve=scored.of_all.samples()),
         )
     bars = _Bars(reference, expected or {}, max_map_drop)
     return _compared(runners, files, outcomes, measured, bars)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,13 @@ class Slice:
 class Analysis:
     """errors: of TIDE; None without an object. slices: mAP on some of the images.
     confusion: class of the object, class of the detection and how often, most frequent first, right ones included.
-        None stands for no object and for no detection."""
+        None stands for no object and for no detection.
+    curve: (score, precision, recall) of keeping what scores at least so much, as `ScoreCurve.samples` gives it."""
 
     errors: TideErrors | None
     slices: list[Slice]
     confusion: list[tuple[str | None, str | None, int]]
+    curve: list[tuple[float, float, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: NaN becomes None."""
@@ -47,7 +49,8 @@ class Analysis:
             for part in self.slices
         ]
         errors = None if self.errors is None else self.errors.to_dict()
-        return {"errors": errors, "slices": slices, "confusion": [list(row) for row in self.confusion]}
+        lists = {"confusion": [list(row) for row in self.confusion], "curve": [list(row) for row in self.curve]}
+        return {"errors": errors, "slices": slices, **lists}
 
 
 def analyse(truth: GroundTruth, table: DetectionTable, slices: Mapping[str, np.ndarray]) -> Analysis:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deploy.core.card import OperatingPoint
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
 from deploy.core.image import image_size
@@ -33,6 +34,7 @@ FIGURES = (
     *("mar1", "mar10", "mar100", "mar_small", "mar_medium", "mar_large"),
 )
 """Fields of `CocoMetrics` in the order of COCO's summary."""
+POINT = "operating_point"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class CocoMetrics:
     `per_class` maps the category name to its AP; two categories of one name are told apart by their id.
     `max_detections`, if more than 100 were asked for; then `map_at_max` and `mar_at_max` are mAP and mean recall with
     so many, None otherwise.
+    `operating_point`: of the same detections, where it was measured (`operating_point`); not in percent.
     """
 
     map: float
@@ -64,6 +67,7 @@ class CocoMetrics:
     max_detections: int | None = None
     map_at_max: float | None = None
     mar_at_max: float | None = None
+    operating_point: OperatingPoint | None = None
 
     @property
     def best_map(self) -> float:
@@ -73,19 +77,23 @@ class CocoMetrics:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CocoMetrics:
         """The metrics that `to_dict` wrote."""
-        figures = {name: _or_nan(value) for name, value in values.items() if name != "per_class"}
-        return cls(**figures, per_class={name: _or_nan(value) for name, value in values["per_class"].items()})
+        figures = {name: _or_nan(value) for name, value in values.items() if name not in ("per_class", POINT)}
+        point = None if values.get(POINT) is None else OperatingPoint.model_validate(values[POINT])
+        per_class = {name: _or_nan(value) for name, value in values["per_class"].items()}
+        return cls(**figures, per_class=per_class, operating_point=point)
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON types: NaN becomes None. Without the last three where only 100 detections count."""
+        """Fields as JSON types: NaN becomes None. Without `max_detections` and what belongs to it where only 100
+        detections count, and without an operating point that was not measured."""
         values = asdict(self)
-        per_class = values.pop("per_class")
+        per_class, point = values.pop("per_class"), values.pop(POINT)
         if self.max_detections is None:
             for name in ("max_detections", "map_at_max", "mar_at_max"):
                 del values[name]
         return {
             **{name: _or_none(value) for name, value in values.items()},
             "per_class": {name: _or_none(value) for name, value in per_class.items()},
+            **({} if point is None else {POINT: point.model_dump(mode="json")}),
         }
 
 

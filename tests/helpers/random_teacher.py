@@ -19,11 +19,11 @@ from compress.pseudo.settings import Settings
 SMALL = Settings(tau=0.6, tau_ignore=0.5, short=64, long=96, batch_size=2)
 
 
-def teacher(path: Path, names: tuple[str, ...], seed: int, size: tuple[int, int] | None = None) -> str:
-    """Random, with scores all over 0..1 and small boxes that do not all suppress each other. size: what its file says
-    it was trained with."""
+def teacher(path: Path, names: tuple[str, ...], seed: int, **said: Any) -> str:
+    """Random, with scores all over 0..1 and small boxes that do not all suppress each other. said: what its
+    record says besides."""
     model = Model(backbone="nano", neck_channels=32, head_depth=0)
-    record = ModelRecord(model=model, num_classes=len(names), class_names=names, resize_short_long=size)
+    record = ModelRecord(model=model, num_classes=len(names), class_names=names, **said)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         detector = assemble(model, len(names))

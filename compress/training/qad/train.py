@@ -119,7 +119,8 @@ def train_quantized(
     def save() -> None:
         if result.metrics is None:
             return
-        figures = {"val_map": result.metrics.map, "recipe_sha256": plan.recipe_sha256}
+        found = result.metrics
+        figures = {"val_map": found.map, "operating_point": found.operating_point, "recipe_sha256": plan.recipe_sha256}
         with ExitStack() as stack:  # both are written before one of them gets its name
             if isinstance(network, FakeQuantized):
                 grids = stack.enter_context(atomic_path(plan.folder.grids(plan.name)))

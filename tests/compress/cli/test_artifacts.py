@@ -14,6 +14,7 @@ import onnx
 import pytest
 from PIL import Image
 
+import deploy
 from deploy.core.card import METADATA_KEY
 from tests.helpers.command_line import RECIPE, Run
 
@@ -43,6 +44,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "categories": [{"id": number, "name": name} for number, name in names],
         "annotations": [{"id": 1, "image_id": 0, "category_id": 2, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}],
     }
+    found = deploy.open(folder / "tiny.onnx").detect(folder / "images" / "0.png")[:1].to_coco(0)
+    document["annotations"] += [{**row, "id": 2, "area": 400, "iscrowd": 0} for row in found]
     (folder / "labels.json").write_text(json.dumps(document))
     return folder
 
@@ -55,6 +58,7 @@ def test_validate(run: Run, exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert out.splitlines()[-1] == "next: compress benchmark copy.onnx tiny.onnx --images images"
     rows = json.loads(Path("out.json").read_text())
     assert [row["gate"] for row in rows] == ["pass", "pass"]
+    assert f"copy.onnx: best F1 {rows[0]['metrics']['operating_point']['f1']:.3f} at a score of " in out
     assert "copy.onnx: points of AP50 lost to errors (TIDE): " in out
     assert rows[0]["analysis"] == rows[1]["analysis"] and rows[0]["analysis"]["errors"] is not None
 

@@ -139,7 +139,7 @@ def test_options_reach_the_pipeline(run: Run, pipeline: types.ModuleType) -> Non
     assert (code, err) == (0, "")
     recipe, options = pipeline.calls[0]
     assert (recipe.train.batch_size, recipe.train.devices) == (6, 3)
-    assert options == {"resume": True, "dry_run": False, "distillation": False}
+    assert options == {"resume": True, "dry_run": False, "without_data": False, "distillation": False}
     assert out.splitlines()[-1] == "next: compress export runs/example/student.safetensors"
 
 
@@ -187,13 +187,17 @@ def test_quickstart_runs_the_packaged_recipe(run: Run, pipeline: types.ModuleTyp
     code, out, _ = run("quickstart --set seed=3")
     recipe, options = pipeline.calls[0]
     assert (code, recipe.name, recipe.seed) == (0, "quickstart", 3)
-    assert options == {"resume": True, "dry_run": False}
+    assert options == {"resume": True, "dry_run": False, "without_data": False}
     assert out.splitlines()[-1] == "next: compress benchmark runs/quickstart/student.onnx --batch 1,8"
 
 
 def test_a_dry_run_names_the_real_one(run: Run, pipeline: types.ModuleType) -> None:
     assert run("run good.yaml --dry-run")[1] == "next: compress run good.yaml\n"
-    assert pipeline.calls[0][1]["dry_run"] is True
+    assert pipeline.calls[0][1]["dry_run"] is True and pipeline.calls[0][1]["without_data"] is False
+    assert run("run good.yaml --dry-run --without-data")[0] == 0 and pipeline.calls[1][1]["without_data"] is True
+    assert (
+        run("run good.yaml --without-data")[2] == "error: --without-data: belongs to --dry-run; a run needs its data\n"
+    )
 
 
 def test_a_failed_gate_is_exit_code_1(run: Run, pipeline: types.ModuleType) -> None:

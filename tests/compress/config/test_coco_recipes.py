@@ -122,7 +122,8 @@ def test_dry_run(row: str, teacher: GFL, monkeypatch: pytest.MonkeyPatch, capsys
     optimizer step."""
     monkeypatch.setattr(dry_run, "_teacher", lambda *_: teacher)
     sizes = ["data.short=64", "data.long=96", "train.accumulate=1"]
-    dry_run.dry_run(load_recipe(PATHS[row], sizes), Parts(), Fabric(accelerator="cpu", devices=1), distillation=True)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    dry_run.dry_run(load_recipe(PATHS[row], sizes), Parts(), fabric, distillation=True, without_data=True)
     shown = capsys.readouterr()
     assert "1 step on made-up images; everything fits together" in shown.out
     for term in {name.partition("_")[0] for name in ROWS[row][0]}:
@@ -162,7 +163,8 @@ def test_dry_run_of_the_others(
     if "vfm" in methods:
         settings.append(f"methods.vfm.model={tiny_vision.saved(tmp_path / 'vision')}")
     recipe = load_recipe(OTHERS[name], settings)
-    dry_run.dry_run(recipe, Parts(), Fabric(accelerator="cpu", devices=1), distillation=True)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    dry_run.dry_run(recipe, Parts(), fabric, distillation=True, without_data=True)
     shown = capsys.readouterr()
     assert "1 step on made-up images; everything fits together" in shown.out
     assert all(method in shown.out + shown.err for method in methods)

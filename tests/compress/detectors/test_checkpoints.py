@@ -246,6 +246,8 @@ def test_other_shapes(key: str, shape: tuple[int, ...], message: str, tmp_path: 
 
 # Native files
 
+POINT = {"score": 0.27, "f1": 0.5, "precision": 0.6, "recall": 3 / 7, "class_scores": [0.25, None, 1.0], "images": 9}
+
 
 def small_record(**fields: object) -> ModelRecord:
     return ModelRecord.model_validate(
@@ -265,8 +267,9 @@ def scramble(detector: nn.Module) -> None:
 def test_native_round_trip(backbone: str, tmp_path: Path) -> None:
     record = small_record(
         backbone=backbone, class_names=("a", "b", "c"), category_ids=(1, 5, 9), val_map=41.5,
-        recipe_sha256="0" * 64,
+        recipe_sha256="0" * 64, operating_point=POINT if backbone == "nano" else None,
     )  # fmt: skip
+    assert ('"schema_version":6' in record.to_json()) == ("operating_point" in record.to_json()) == (backbone == "nano")
     detector = record.build()
     scramble(detector)
     path = tmp_path / "folder" / "student.safetensors"

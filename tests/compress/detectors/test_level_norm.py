@@ -26,6 +26,7 @@ from compress.export.onnx import export_checkpoint
 from compress.run import pipeline
 from compress.training.qad.export import _dense
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms, load_quantizable
+from deploy.core.card import OperatingPoint, card_from_file
 from deploy.graph.structure import structure_of
 from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer, dense_outputs, output_error
@@ -150,6 +151,8 @@ def test_every_method_teaches_from_one_norm_to_the_other(norms: tuple[str, str])
 
 # -------------------------------------------------------------------------------------------------- its files
 
+POINT = OperatingPoint(score=0.27, f1=0.5, precision=0.6, recall=3 / 7, class_scores=[0.25, None, 1.0], images=9)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -158,7 +161,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         student.head.gfl_cls.weight.mul_(0.1)  # no two scores are 1
     path = tmp_path_factory.mktemp("files") / "student.safetensors"
     names = ("a", "b", "c")
-    record = ModelRecord(model=model_of(student), num_classes=3, class_names=names, category_ids=(1, 2, 3))
+    record = ModelRecord(
+        model=model_of(student), num_classes=3, class_names=names, category_ids=(1, 2, 3), operating_point=POINT
+    )
     save_detector(path, student, metadata=record)
     return path
 
@@ -180,6 +185,12 @@ def test_a_file_has_no_norm_and_a_layer_for_each_level(quantizer: Quantizer) -> 
     assert not {"BatchNormalization", "InstanceNormalization"} & {node.op_type for node in model.graph.node}
     names = sorted(layer.name for layer in structure_of(model.graph).layers)
     assert [name for name in names if "cls_convs" in name] == [f"head.cls_convs.0.conv.{level}" for level in range(5)]
+
+
+def test_the_operating_point_is_on_the_card_of_every_file(quantizer: Quantizer, tmp_path: Path) -> None:
+    assert quantizer.card.operating_point == POINT and quantizer.card.shown_score == 0.27
+    card = card_from_file(quantizer.save(tmp_path / "student.int8.onnx").path)
+    assert card.operating_point == POINT and card.quantization is not None
 
 
 @pytest.mark.parametrize("keep_float", [None, ()], ids=["outputs float", "all"])

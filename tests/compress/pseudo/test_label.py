@@ -29,7 +29,7 @@ from compress.pseudo.parts import Shard, part_file, parts_folder
 from compress.pseudo.settings import Settings
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
-from tests.helpers.random_teacher import SMALL, interrupt_after, make, teacher
+from tests.helpers.random_teacher import interrupt_after, make, teacher
 
 SIZES = [(64, 48), (40, 60), (90, 50), (64, 48), (64, 64), (70, 41), (48, 64), (64, 48), (64, 48), (40, 60), (64, 64)]
 
@@ -225,51 +225,6 @@ def test_thresholds_are_those_that_separate_the_labels(world: Path, tmp_path: Pa
     assert written["info"]["coverage"] == [1, 2]  # no teacher looked for birds
     labels = [row for row in written["annotations"] if not row["iscrowd"]]
     assert len(labels) == len(document["annotations"])
-
-
-def test_each_teacher_sees_the_size_that_its_file_says(world: Path, tmp_path: Path) -> None:
-    """What two find together is what each finds alone at its size: no class of theirs is the same."""
-    sizes = {"large": (64, 96), "small": (32, 48)}
-    files = [
-        teacher(tmp_path / "large.safetensors", ("cat", "dog"), 1, sizes["large"]),
-        teacher(tmp_path / "small.safetensors", ("person", "kitten"), 2, sizes["small"]),
-    ]
-    own = replace(SMALL, short=None, long=None)
-    make(world, tmp_path / "both.json", teachers=files, table={}, settings=own)
-    both = read(tmp_path / "both.json")
-    rows = [{"short": row["short"], "long": row["long"]} for row in both["info"]["pseudo_labels"]["teachers"]]
-    assert rows == [{"short": short, "long": long} for short, long in sizes.values()]
-    for file, (name, (short, long)) in zip(files, sizes.items(), strict=True):
-        out = tmp_path / f"{name}.json"
-        make(world, out, teachers=[file], table={}, settings=replace(SMALL, short=short, long=long))
-        alone = boxes_by_class(read(out))
-        assert len(alone) == 2 and all(len(rows) > 5 for rows in alone.values())
-        assert alone == {key: rows for key, rows in boxes_by_class(both).items() if key in alone}
-
-
-def boxes_by_class(document: dict[str, Any]) -> dict[str, list[Any]]:
-    """(image, box, score, region) of all annotations, by the name of the class."""
-    found: dict[str, list[Any]] = {row["name"]: [] for row in document["categories"]}
-    names = {row["id"]: row["name"] for row in document["categories"]}
-    for row in document["annotations"]:
-        found[names[row["category_id"]]].append([row["image_id"], row["bbox"], row["score"], row["iscrowd"]])
-    return {name: sorted(rows) for name, rows in found.items()}
-
-
-def test_a_number_of_boxes_unlike_that_of_people_is_told(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The labels of `whole.json` themselves are alike; a tenth of them is not, nor are none of the classes' boxes."""
-    document = read(world / "whole.json")
-    labels = [row for row in document["annotations"] if not row["iscrowd"]]
-    for name, kept in (("alike", labels), ("few", labels[::10]), ("many", labels * 4), ("none", [])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({**document, "info": {}, "annotations": kept}))
-        make(world, tmp_path / f"of_{name}.json", like=Labelled(tmp_path / f"{name}.json", world / "images"))
-        out = capsys.readouterr().out
-        assert out.count("\n") == (name in ("few", "many"))
-        if out:
-            found, drawn = len(labels) / 11, len(kept) / 11
-            assert out.startswith(f"warning: {found:.2f} labels a picture, and {tmp_path / name}.json has {drawn:.2f}:")
 
 
 def test_images_of_a_coco_file_keep_their_ids_and_lend_no_labels(world: Path, tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_without_a_difference_the_gate_passes(plan: EvaluationPlan) -> None:
     row = judged(plan)
     assert (row["gate"], row["diagnosis"], row["pictures"]) == ("pass", None, [])
     assert row["training_drop"] == pytest.approx(0, abs=0.3) and row["map_drop"] == 0
+    trained, found = plan.folder.result(STUDENT)["metrics"]["operating_point"], row["metrics"]["operating_point"]
+    assert found["f1"] == pytest.approx(trained["f1"], abs=0.03) and 0.3 < found["f1"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from compress.data.loader import eval_loader
 from compress.detectors.base import freeze
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.run import pipeline, plans
-from compress.run.data import canvas, open_data, padding
+from compress.run.data import canvas, open_data, padding, splits
 from compress.training.evaluate import evaluate
 from deploy.core.card import card_from_file
+from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate.coco import evaluate_coco
+from deploy.validate.coco import evaluate_coco, read_annotations
 from tests.helpers import tiny_recipe
 from tests.helpers.cheap_exports import rounds
 from tests.helpers.training_runs import fabric
@@ -75,7 +76,10 @@ def test_the_card_says_where_the_file_comes_from(run_dir: Path) -> None:
     for name in ("teacher", "student"):
         record = load_teacher_checkpoint(str(run_dir / f"{name}.safetensors"))[1]
         assert record.resize_short_long == (64, 64) == (card.short, card.long)
-    assert card.val_map == json.loads((run_dir / "report.json").read_text())["models"]["student"]["map"]
+    student = json.loads((run_dir / "report.json").read_text())["models"]["student"]
+    assert card.val_map == student["map"]
+    point = None if card.operating_point is None else card.operating_point.model_dump(mode="json")
+    assert point == student.get("operating_point")
 
 
 def test_bare_onnxruntime_is_enough(run_dir: Path) -> None:
@@ -129,6 +133,41 @@ def test_dry_run_takes_one_step_and_keeps_nothing(tmp_path: Path, capsys: pytest
     pipeline.distill(recipe, dry_run=True)
     assert "1 step on made-up images; everything fits together" in capsys.readouterr().out
     assert not recipe.runs.exists()
+
+
+def test_a_dry_run_looks_at_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What would stop the run after a while stops it now; without data it is rehearsed only when that is meant."""
+    drawn = plans.data_plan(tiny_recipe.recipe(tmp_path))
+    train, val = splits(drawn.data, drawn.runs)
+
+    def rehearse(*settings: str, without_data: bool = False) -> str:
+        own = [
+            "data.synthetic=null",
+            f"data.train={{annotations: {train.annotations}, images: {train.images}}}",
+            f"data.val={{annotations: {val.annotations}, images: {val.images}}}",
+        ]
+        recipe = tiny_recipe.recipe(tmp_path, *own, *settings)
+        pipeline.distill(recipe, dry_run=True, without_data=without_data)
+        return capsys.readouterr().out
+
+    images = len(read_annotations(train.annotations)["images"])
+    shown = rehearse("train.steps=null", "train.epochs=6", "train.schedule.warmup_steps=1")
+    assert f"data: {images} training images, " in shown and "3 classes; the first 8 of both could be read" in shown
+    assert f"of 4 images, 6.0 epochs of {images} images" in shown
+    gone = tmp_path / "gone.json"
+    with pytest.raises(UserError) as stop:
+        rehearse(f"data.train.annotations={gone}", f"data.val.images={tmp_path / 'none'}")
+    assert str(stop.value).splitlines() == [
+        f"data.train.annotations: {gone}: no such file",
+        f"data.val.images: {tmp_path / 'none'}: no such folder; to rehearse without it, add --without-data",
+    ]
+    assert "COCO's 80 classes stand in" in rehearse(f"data.train.annotations={gone}", without_data=True)
+    with pytest.raises(UserError, match="warmup_steps 500 leaves nothing of the run's"):
+        rehearse("train.steps=null", "train.epochs=6", "train.schedule.warmup_steps=500")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="the file is missing"):
+        rehearse(f"data.val.images={tmp_path / 'other'}")
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 @rounds(4)

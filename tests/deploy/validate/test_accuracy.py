@@ -16,6 +16,7 @@ from rich.console import Console
 from compress.export.deployable import TorchRunner
 from deploy.core.canvas import letterbox, to_original
 from deploy.core.card import HalfPrecision, ModelCard
+from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes import pictures
@@ -23,6 +24,8 @@ from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.accuracy import AGREEMENT_SCORE, detect_all, results_table, validate, write_results
 from deploy.validate.coco import evaluate_coco
+from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.operating_point import operating_point
 from tests.helpers.fake_runners import TINY_CARD, FakeClock, FakeRunner, small_images
 from tests.helpers.red_rectangle_model import CARD as RED
 from tests.helpers.red_rectangle_model import picture as red_picture
@@ -128,6 +131,12 @@ def test_torch_and_onnx_agree_and_a_spoiled_file_fails(
     assert torch_result.metrics.map == pytest.approx(expected.map, abs=1e-6)
     assert torch_result.metrics.per_class == pytest.approx(expected.per_class, abs=1e-6)
 
+    point = torch_result.metrics.operating_point
+    truth, table = GroundTruth.of(annotations), DetectionTable.from_rows(rows)
+    assert point is not None and point == operating_point(truth, table, CARD.category_ids)
+    assert len(rows) > sum(row["score"] >= point.score for row in rows) > 0
+    assert point.images == len(annotations["images"])
+
     assert (torch_result.gate, torch_result.map_drop) == ("pass", 0.0)
     assert onnx_result.gate == "pass" and abs(onnx_result.map_drop or 0.0) < 0.1
     assert onnx_result.agreement is not None and onnx_result.agreement.share > 0.99
@@ -146,6 +155,10 @@ def test_torch_and_onnx_agree_and_a_spoiled_file_fails(
     written = json.loads((tmp_path / "results.json").read_text())
     assert written[3]["agreement"]["mean_score_difference"] is None  # no pair to average
     assert written[1]["metrics"]["per_class"].keys() == {"a", "b", "c"}
+    assert written[0]["metrics"]["operating_point"] == point.model_dump(mode="json")
+    assert "operating_point" not in written[3]["metrics"] and written[3]["analysis"]["curve"] == []
+    curve = written[0]["analysis"]["curve"]
+    assert max(2 * p * r / (p + r) for _, p, r in curve if p) == pytest.approx(point.f1, abs=1e-3)
     console = Console(width=140, record=True, file=(tmp_path / "table.txt").open("w"))
     console.print(results_table(results))
     text = console.export_text()

@@ -9,11 +9,13 @@ import re
 import sys
 import threading
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deploy.core.card import OperatingPoint
 from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
@@ -22,6 +24,7 @@ from deploy.validate.analysis import analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco
 from deploy.validate.collected import Collected
 from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.operating_point import score_curves
 from deploy.validate.score_calibration import detection_ece
 from tests.helpers import coco_definition
 from tests.helpers.coco_sets import RLE, A, B, grid, random_set, row, truth
@@ -105,7 +108,9 @@ def test_more_than_100_detections_have_figures_of_their_own(backend: Any) -> Non
         assert found.mar100 == pytest.approx(100 * 100 / 115)
         assert (found.max_detections, found.mar_at_max) == (limit, pytest.approx(100 * counted / 115))
         assert found.map_at_max == pytest.approx(100 * recalls / 101)
-        assert CocoMetrics.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+        point = OperatingPoint(score=0.5, f1=0.7, precision=1, recall=0.6, class_scores=[None, 0.1 + 0.2], images=3)
+        for metrics in (found, replace(found, operating_point=point)):
+            assert CocoMetrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
     usual = evaluate_coco(document, rows, max_detections=50)
     assert (usual.max_detections, usual.map_at_max, usual.best_map) == (None, None, usual.map)
     assert "map_at_max" not in usual.to_dict()
@@ -214,6 +219,7 @@ def test_memory_grows_with_detections_and_not_with_images_times_classes() -> Non
         """What `validate` asks of the detections of a file."""
         evaluate_coco(labels, table)
         detection_ece(labels, table)
+        score_curves(labels, table, (0, 1, 2))
         analyse(labels, table, image_slices(labels, document["images"]))
 
     everything(GroundTruth.of(document), DetectionTable.from_rows([row(A)]))  # what NumPy imports on the way

@@ -29,7 +29,7 @@ from compress.detectors.base import freeze
 from compress.detectors.checkpoints import load_detector, load_teacher_checkpoint
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable
-from compress.manifest import RunFolder
+from compress.manifest import QAD, RunFolder
 from compress.run import pipeline, plans
 from compress.run.data import open_data, splits
 from compress.run.trainings import Distillation
@@ -373,7 +373,10 @@ def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
     assert record.resize_short_long == whole.resize_short_long is not None
     fold_batch_norms(before)
     weight = detector.backbone.state_dict()["stem.0.weight"]
-    assert record.val_map is not None and weight.shape == before.backbone.state_dict()["stem.0.weight"].shape
+    measured = RunFolder(run_dir).result(QAD)["metrics"]
+    assert record.val_map == measured["map"] and weight.shape == before.backbone.state_dict()["stem.0.weight"].shape
+    point = None if record.operating_point is None else record.operating_point.model_dump(mode="json")
+    assert point == measured.get("operating_point")
     difference = (weight - before.backbone.state_dict()["stem.0.weight"]).abs().max()
     assert 0 < difference < 0.05  # some steps of 1e-3 away from where the student was
 
