@@ -30,10 +30,11 @@ app = typer.Typer(
     help="Distill a large object detector into a small one that ships, and prove that it survived.",
     epilog="Start with: compress quickstart",
     rich_markup_mode=None,  # plain help: loading rich takes as long as everything else together
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+COMPLETE = "_COMPRESS_COMPLETE"
+"""Set by what `compress --install-completion` puts into the shell, which then asks for words."""
 IN_HELP = (
     "train",
     "data",
@@ -71,6 +72,8 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `compress` command: runs it and exits the process."""
+    if COMPLETE in os.environ:  # the shell asks
+        typer.main.get_command(app)(prog_name="compress")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(_exit_code(arguments))
 

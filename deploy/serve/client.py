@@ -90,8 +90,8 @@ class Client:
         answer = json.loads(self._ask("POST", "/v1/detect", query, body, f"multipart/form-data; boundary={boundary}"))
         return self._detections(answer["model"], answer["images"], pictures)
 
-    def annotate(self, picture: Picture, *, model: str | None = None, min_score: float = 0.3) -> bytes:
-        """The picture as a JPEG with its boxes."""
+    def annotate(self, picture: Picture, *, model: str | None = None, min_score: float | None = None) -> bytes:
+        """The picture as a JPEG with its boxes. min_score: None: the model's operating point (`card.shown_score`)."""
         query = {"model": model, "min_score": min_score, "annotate": 1}
         return self._ask("POST", "/v1/detect", query, _encoded(picture), "application/octet-stream")
 

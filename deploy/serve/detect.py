@@ -36,7 +36,10 @@ def add_detection(app: FastAPI, service: Service) -> None:
     async def detect(
         request: Request,
         model: Annotated[str | None, Query(description="Default: the first one.")] = None,
-        min_score: Annotated[float, Query(ge=0, le=1, description="Leave out what scores less.")] = 0.0,
+        min_score: Annotated[
+            float | None,
+            Query(ge=0, le=1, description="Leave out what scores less. Default: 0; to annotate, the operating point."),
+        ] = None,
         annotate: Annotated[bool, Query(description="Answer with the picture, boxes drawn into it.")] = False,
         deadline_ms: Annotated[
             float | None, Query(gt=0, description="Longest wait; the server's own limit stays.")
@@ -55,7 +58,8 @@ def add_detection(app: FastAPI, service: Service) -> None:
             with admit(service, served, len(pictures), None if deadline_ms is None else deadline_ms / 1e3) as ticket:
                 work = _detect(service, served, ticket, pictures)
                 decoded, rows, decode_s = await unless_gone(request, work)
-                images = [image_answer(*pair, served.card, min_score) for pair in zip(rows, decoded, strict=True)]
+                least = min_score if min_score is not None else served.card.shown_score if annotate else 0.0
+                images = [image_answer(*pair, served.card, least) for pair in zip(rows, decoded, strict=True)]
                 if annotate and max(decoded[0].size_hw) > MAX_JPEG_SIDE:
                     raise RefusalError(413, f"annotate takes pictures of at most {MAX_JPEG_SIDE} pixels a side")
                 stages = {"decode": decode_s}

@@ -3,7 +3,8 @@
 const COLOURS = ["#ffd23f", "#4fd1ff", "#ff7ac6", "#7ee36b", "#ff9d4d", "#c3a6ff", "#3fe0c0", "#ff7d7d", "#b7d7ff",
   "#e8e27a"]; // as deploy/serve/answers.py
 const $ = (id) => document.getElementById(id);
-const state = { models: [], file: null, answer: null, off: new Set(), url: null, running: null, again: 0 };
+const state = { models: [], file: null, answer: null, off: new Set(), url: null, running: null, again: 0,
+  cut: "" };
 
 const make = (tag, content = "", attributes = {}) => {
   const element = document.createElement(tag);
@@ -290,14 +291,18 @@ function showModel() {
     return;
   }
   badge("good", `ready · ${model.backend}`);
+  startAt(model);
   const precision = Object.entries(card.precision).map(([part, kind]) => `${part} ${kind}`).join(", ");
   const names = card.class_names;
+  const point = card.operating_point;
   const facts = [
     ["model", card.name],
     ["runs on", model.backend],
     ["input", `${card.input_size[1]} × ${card.input_size[0]} px`],
     ["classes", `${names.length}: ${names.slice(0, 24).join(", ")}${names.length > 24 ? " …" : ""}`],
     ["validation", card.val_map === null ? "not measured" : `${card.val_map.toFixed(1)} mAP`],
+    ["operating point", point ? `score ${point.score}: F1 ${point.f1.toFixed(2)}, precision ` +
+      `${point.precision.toFixed(2)}, recall ${point.recall.toFixed(2)}` : "not measured"],
     ["thresholds", `score ${card.score_threshold}, suppression IoU ${card.nms_threshold}, ` +
       `at most ${card.max_detections}`],
     ["precision", precision || "not stated"],
@@ -305,6 +310,17 @@ function showModel() {
     ["checkpoint", card.checkpoint_sha256 ? `sha256 ${card.checkpoint_sha256.slice(0, 16)}…` : "not stated"],
   ];
   $("card").replaceChildren(...facts.flatMap(([key, value]) => [make("dt", key), make("dd", value)]));
+}
+
+// The slider goes to where the model's F1 was best, once: a person may have moved it since.
+function startAt({ name, card }) {
+  const slider = $("score");
+  const point = card.operating_point;
+  const least = point ? Math.floor(point.score * 100 + 1e-9) / 100 : Number(slider.defaultValue);
+  if (state.cut === `${name} ${least}`) return;
+  state.cut = `${name} ${least}`;
+  slider.value = least;
+  slider.dispatchEvent(new Event("input"));
 }
 
 // ---- ways in

@@ -341,3 +341,14 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     outcome = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(write)
     assert (outcome.returncode, outcome.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("compress pred", ["predict"]), ("compress data conv", ["convert"]), ("compress predict --sco", ["--score"])],
+)
+def test_the_shell_completes_words(words: str, found: list[str]) -> None:
+    asked = {"_COMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    command = [sys.executable, "-m", "compress"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout.split()) == (0, found)

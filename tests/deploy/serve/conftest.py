@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from deploy.core.card import OperatingPoint
 from tests.helpers.cheap_exports import tiny_file
-from tests.helpers.red_rectangle_model import write_red_model
+from tests.helpers.red_rectangle_model import CARD, write_red_model
 from tests.helpers.server_process import Server, server
 
 
 @pytest.fixture(scope="session")
 def red_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that finds the red rectangle, at once."""
+    """The model that finds the red rectangle, at once. It has an operating point."""
     path = tmp_path_factory.mktemp("red") / "red.onnx"
-    write_red_model(path)
+    point = OperatingPoint(score=0.2549, f1=0.8, precision=1, recall=2 / 3, class_scores=[0.2549, None], images=3)
+    write_red_model(path, card=CARD.model_copy(update={"operating_point": point}))
     return path
 
 

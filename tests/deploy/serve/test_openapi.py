@@ -18,7 +18,7 @@ from tests.helpers.server_process import Server
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 from schemathesis import GenerationMode  # noqa: E402
-from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance  # noqa: E402
 
 PICTURES = st.sampled_from([encode(picture((48, 64), (10, 10, 30, 30))), *kinds().values()])
 for media_type in ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif"):
@@ -63,7 +63,10 @@ def _try(operation: Any, mode: Any, tried: Counter[str]) -> None:
     @settings(max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(operation.as_strategy(generation_mode=mode))
     def keeps_its_promise(case: Any) -> None:
-        response = case.call_and_validate(excluded_checks=excluded)
+        response = case.call()
+        # Its list of refusals lacks 413, which is ours to more pictures than a request may have.
+        refused = [negative_data_rejection] if response.status_code == 413 else []
+        case.validate_response(response, excluded_checks=[*excluded, *refused])
         tried[f"{operation.label} {response.status_code}"] += 1
 
     keeps_its_promise()

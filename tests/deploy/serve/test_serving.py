@@ -24,6 +24,7 @@ from PIL import Image
 
 import deploy
 from compress import cli
+from deploy.core.card import card_from_file
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes.onnx import OnnxRunner
@@ -106,6 +107,23 @@ def test_the_annotated_picture(http: httpx.Client) -> None:
     assert np.abs(line - [255, 210, 63]).max() < 40 and np.abs(drawn[150, 200] - [255, 0, 0]).max() < 30
     two = [("image", ("a", PNG)), ("image", ("b", PNG))]
     assert http.post("/v1/detect", files=two, params={"annotate": 1}).status_code == 400
+
+
+def test_what_is_drawn_scores_at_least_the_operating_point(red_server: Server) -> None:
+    """0.2549 on this card; of two pictures one scores more, and less than 0.3."""
+    faint = encode(picture((480, 640), (100, 100, 300, 200), shade=0))
+    with Client(red_server.url) as client:
+        (one,) = client.detect(faint)
+        assert 0.2549 < one.score < 0.3
+        shown, hidden = (
+            np.asarray(Image.open(io.BytesIO(client.annotate(faint, min_score=score))).convert("RGB")).astype(int)
+            for score in (None, 0.3)
+        )
+        assert np.abs(shown[150, 100] - [255, 210, 63]).max() < 40 and np.abs(hidden[150, 103] - [255, 0, 0]).max() < 30
+        tiny = encode(picture((480, 640), (100, 100, 130, 120), shade=0))
+        (one,) = client.detect(tiny)
+        assert one.score < 0.2549, "detections themselves are not cut"
+        assert client.annotate(tiny) != client.annotate(tiny, min_score=0)
 
 
 @pytest.mark.parametrize("name", hostile())
@@ -194,7 +212,7 @@ def test_bits_equal_those_of_validation(tiny_onnx: Path, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------- probes, documents, headers, logs
 
 
-def test_probes_and_documents(http: httpx.Client) -> None:
+def test_probes_and_documents(http: httpx.Client, red_onnx: Path) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
     for path in ("/", "/healthz", "/readyz"):  # some monitors ask so
         assert http.head(path).status_code == 200 and http.head(path).content == b""
@@ -206,7 +224,7 @@ def test_probes_and_documents(http: httpx.Client) -> None:
         "models": [{"name": "red", "ready": True, "backend": "onnxruntime cpu"}],
     }
     (model,) = http.get("/v1/models").json()
-    assert model["card"] == CARD.model_dump(mode="json") and model["backend"] == "onnxruntime cpu"
+    assert model["card"] == card_from_file(red_onnx).model_dump(mode="json") and model["backend"] == "onnxruntime cpu"
     assert http.get("/openapi.json").json()["openapi"].startswith("3.")
     for path in ("/", "/docs"):
         page = http.get(path)
