@@ -27,7 +27,8 @@ from benchmarks.lib.results import Case, Row
 from compress.config.model import Model
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo.images import images_in
-from compress.pseudo.label import Settings, pseudo_label
+from compress.pseudo.label import pseudo_label
+from compress.pseudo.settings import Settings
 
 SIDE = 64
 

@@ -261,9 +261,13 @@ def synthetic(
 class LabelFlags:
     """Options that decide what becomes a label."""
 
-    tau: Annotated[float, typer.Option("--tau", help="Lowest score of a label.")] = 0.4
+    tau: Annotated[
+        float | None,
+        typer.Option("--tau", help="Lowest score of a label. Default: of the teacher's best F1 if it says, else 0.4."),
+    ] = None
     tau_ignore: Annotated[
-        float, typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore.")
+        float,
+        typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore; in its ratio to 0.4."),
     ] = 0.2
     thresholds_from: Annotated[
         Path | None,
@@ -292,8 +296,13 @@ class LabelFlags:
 class WorkFlags:
     """Options of the work: image size, batch, shards, resuming."""
 
-    short: Annotated[int, typer.Option("--short", help="Shorter side after the resize, as the teachers learned.")] = 800
-    long: Annotated[int, typer.Option("--long", help="Limit of the longer side.")] = 1333
+    short: Annotated[
+        int | None,
+        typer.Option("--short", help="Shorter side after the resize. Default: each checkpoint's own, else 800."),
+    ] = None
+    long: Annotated[
+        int | None, typer.Option("--long", help="Limit of the longer side. Default: each checkpoint's own, else 1333.")
+    ] = None
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode.")] = 2
     shard: Annotated[
@@ -324,8 +333,9 @@ def pseudo_label(
 ) -> None:
     """Let teachers label images: COCO JSON with scores, regions to ignore and the classes looked for."""
     from compress.pseudo.images import images_in
-    from compress.pseudo.label import Labelled, Settings
+    from compress.pseudo.label import Labelled
     from compress.pseudo.label import pseudo_label as label
+    from compress.pseudo.settings import Settings
 
     settings = Settings(flags.tau, flags.tau_ignore, flags.merge, flags.iou, work.short, work.long, work.batch)
     if flags.thresholds_root is not None and flags.thresholds_from is None:

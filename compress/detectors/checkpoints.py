@@ -48,20 +48,26 @@ ARCHITECTURE = tuple(
 """Keys of a model that say what it is, not how it was trained."""
 
 
+_SINCE_6 = ("resize_short_long", "operating_point")
+"""Fields of a record that version 6 has for the first time; None of them is not written."""
+
+
 class ModelRecord(BaseModel):
     """Description of the model in a checkpoint.
 
     model: what to build; weights, frozen_stages and norm_eval of a training are not kept.
     class_names, category_ids: of the training data, in the order of the labels; None where nothing says.
     val_map: COCO mAP on the validation set, percent.
+    resize_short_long: (short, long), limits in pixels of the images that it was trained and evaluated on; None: nothing
+        says.
     operating_point: measured there; None: it was not.
     recipe_sha256: of the recipe that trained it.
     source: where the weights came from, for a converted checkpoint.
 
     In the file the settings of the model stand beside the others. Version 2 knows users' own parts, by import path
     with their options, version 3 the widths of a pruned one, version 4 BatchNorm in the head, version 5 detectors of
-    transformers, version 6 the operating point. A model without such is
-    written as version 1 was: byte for byte, and readable by 0.1.
+    transformers, version 6 what training measured besides: `resize_short_long` and the operating point. A file without
+    such is written as version 1 was: byte for byte, and readable by 0.1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +77,7 @@ class ModelRecord(BaseModel):
     class_names: tuple[str, ...] | None = None
     category_ids: tuple[int, ...] | None = None
     val_map: float | None = None
+    resize_short_long: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     operating_point: OperatingPoint | None = None
     recipe_sha256: str | None = None
     source: str | None = None
@@ -97,6 +104,8 @@ class ModelRecord(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.resize_short_long is not None and self.resize_short_long[0] > self.resize_short_long[1]:
+            raise ValueError(f"resize_short_long: {self.resize_short_long[0]} is more than {self.resize_short_long[1]}")
         for name in ("class_names", "category_ids"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_classes:
@@ -111,14 +120,14 @@ class ModelRecord(BaseModel):
     def to_json(self) -> str:
         """The text in the file's header."""
         model = self.model.model_dump(mode="json", include=set(ARCHITECTURE))
-        unknown = {"operating_point"} if self.operating_point is None else set()
-        others = self.model_dump(mode="json", exclude={"model", *unknown})
+        absent = {key for key in _SINCE_6 if getattr(self, key) is None}
+        others = self.model_dump(mode="json", exclude={"model", *absent})
         first = {"schema_version": self._schema_version()}
         first |= {key: model.pop(key) for key in ("detector", "backbone")} | {"num_classes": others.pop("num_classes")}
         return json.dumps(first | model | others, ensure_ascii=False, separators=(",", ":"))
 
     def _schema_version(self) -> int:
-        if self.operating_point is not None:
+        if any(getattr(self, key) is not None for key in _SINCE_6):
             return 6
         if self.model.is_whole:
             return 5

@@ -47,8 +47,8 @@ def export_checkpoint(
     Args:
         settings: thresholds and limits; its `input_size` is not looked at.
         input_size: (height, width) of the canvas in pixels, multiples of 32.
-        resize_short_long: (short, long) in pixels that an image is not enlarged beyond, as in training; None: the
-            canvas alone.
+        resize_short_long: (short, long) in pixels that an image is not enlarged beyond, as in training; None: what the
+            checkpoint says; where it does not, the canvas alone.
         images: files that the result is compared with torch on; the first 16 are used.
         precision: a float one of `PRECISIONS`. A network in float16 is compared with the float32 module.
         measured: files that the numbers of a network in float16 are measured on; None: `images`. The first 32 are used.
@@ -96,13 +96,14 @@ def torch_runner(
         categories = dict(zip(record.category_ids, record.class_names, strict=True))
     if categories is None:
         raise UserError(f"{checkpoint}: does not say which classes it was trained on; a shipped file must")
+    short, long = resize_short_long or record.resize_short_long or (None, None)
     card = ModelCard(
         name=Path(checkpoint).stem,
         class_names=list(categories.values()),
         category_ids=list(categories),
         input_size=input_size,
-        short=resize_short_long[0] if resize_short_long else None,
-        long=resize_short_long[1] if resize_short_long else None,
+        short=short,
+        long=long,
         pad_color=PAD_COLOR,
         score_threshold=settings.score_threshold,
         nms_threshold=settings.nms_threshold,

@@ -8,7 +8,7 @@ tells how the file came about: hashes of the teachers, thresholds, settings.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from compress.console import progress
 from compress.data.digests import PictureDigests, together
 from compress.pseudo import parts
 from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, images_in, read_chunks
-from compress.pseudo.merge import REST, Boxes, Merging, class_map, in_union, looked_for, merge, split, union_of
+from compress.pseudo.merge import REST, Boxes, class_map, in_union, looked_for, merge, split, union_of
 from compress.pseudo.parts import Shard, Summary
+from compress.pseudo.settings import Settings, unlike
 from compress.teachers.base import BoxTeacher, Sample, View
-from compress.teachers.check import class_lines, described
+from compress.teachers.check import class_lines
 from compress.teachers.load import open_teacher
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import LocalUserError, UserError
@@ -38,37 +39,6 @@ from deploy.validate.operating_point import score_curves
 
 LOWEST_SCORE = 0.05
 """Detections below it are never looked at, unless a region to ignore may have a lower score."""
-LARGEST = 8192
-"""Side of a resized image, pixels. Far above what detectors are trained with, and far below what a machine holds."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of labelling.
-
-    tau: lowest score of a label. tau_ignore: lowest score of a region to ignore, at most tau.
-    how, iou_threshold: see `merge.merge`.
-    short, long: limits of the keep-ratio resize, pixels; those that the teachers were trained with.
-    batch_size: images that go through a teacher at once, at most.
-    """
-
-    tau: float = 0.4
-    tau_ignore: float = 0.2
-    how: Merging = "nms"
-    iou_threshold: float = 0.6
-    short: int = 800
-    long: int = 1333
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tau_ignore <= self.tau <= 1:
-            raise UserError(
-                f"thresholds: 0 < tau_ignore <= tau <= 1 is needed, got tau {self.tau}, tau_ignore {self.tau_ignore}"
-            )
-        if not 0 <= self.iou_threshold < 1:
-            raise UserError(f"IoU threshold of the merge: must be at least 0 and below 1, got {self.iou_threshold}")
-        if not 1 <= self.short <= self.long <= LARGEST:
-            raise UserError(f"image size: 1 <= short <= long <= {LARGEST} is needed, got {self.short} and {self.long}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +51,11 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen teacher. labels: its classes in the common label space."""
+    """A frozen teacher. labels: its classes in the common label space. size: (short, long) of what it is shown."""
 
     boxes: BoxTeacher
     labels: list[int]
+    size: tuple[int, int]
 
 
 def pseudo_label(
@@ -96,6 +67,7 @@ def pseudo_label(
     categories: Path | None = None,
     table: Mapping[str, str | None] | None = None,
     thresholds_from: Labelled | None = None,
+    like: Labelled | None = None,
     shard: Shard = Shard(0, 1),
     device: torch.device | None = None,
     workers: int = 0,
@@ -116,13 +88,16 @@ def pseudo_label(
             teacher that knows its classes by id alone gets their names from it.
         table: see `merge.class_map`.
         thresholds_from: a labelled split; per class the threshold is the one with the best F1 there, and `tau_ignore`
-            keeps its ratio to it. A class without a labelled object that a teacher found keeps `settings.tau`.
+            keeps its ratio to it. A class without a labelled object that a teacher found keeps the threshold that there
+            is without the split.
+        like: labelled images of the same kind, `thresholds_from` unless given: where their number of boxes a picture is
+            far from that of the labels, the process that writes `out` prints a warning, even if `quiet`.
         device: default: the first GPU, or the one of LOCAL_RANK, or the CPU.
         workers: processes that decode images.
         skip_unreadable: leave out images that cannot be read, and list them in `skipped`; else they are an error.
         resume: go on with what an interrupted run left; pictures that were exchanged since are labelled anew.
         replace: an `out` of other pictures or settings stays until it is replaced; else it is an error.
-        quiet: print nothing.
+        quiet: print nothing else.
 
     Returns:
         None while other shards are unfinished.
@@ -133,19 +108,16 @@ def pseudo_label(
     """
     _check_place(out, shard, resume=resume or replace)
     table = table or {}
-    union, teachers = _load(sources, categories, table, device or _default_device())
+    union, teachers = _load(sources, categories, table, device or _default_device(), settings)
     for source, teacher in zip(sources, teachers, strict=True):
         if isinstance(source, Source | str) and not quiet:
-            for line in _about(teacher, [name for _, name in union], settings):
-                print(line)
+            of_classes = class_lines(teacher.boxes, teacher.labels, [name for _, name in union])
+            print(*of_classes, *settings.size_lines(teacher.boxes), sep="\n")
         note = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
         if note is not None and not quiet:
             print(note)
     counts = looked_for([teacher.labels for teacher in teachers], len(union))
-    tau, tau_ignore = np.full(len(union), settings.tau), np.full(len(union), settings.tau_ignore)
-    if thresholds_from is not None:
-        tau = _measured(teachers, union, counts, settings, thresholds_from, workers, quiet=quiet)
-        tau_ignore = tau * (settings.tau_ignore / settings.tau)
+    tau, tau_ignore = _thresholds(teachers, union, counts, settings, thresholds_from, workers, quiet=quiet)
     labeller = _Labeller(images, settings, teachers, union, counts, tau, tau_ignore, workers, skip_unreadable)
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
     if out.exists():
@@ -162,6 +134,9 @@ def pseudo_label(
         labeller.write_part(out, shard, document, quiet=quiet)
         summary = parts.join(out, shard.count, chunk_count(images, settings.batch_size))
     parts.remove_empty(out)
+    like = like or thresholds_from
+    if summary is not None and summary.images and like is not None:
+        _compare(summary, like.annotations, {name for (_, name), count in zip(union, counts, strict=True) if count})
     return summary
 
 
@@ -169,6 +144,10 @@ def pseudo_label(
 
 Union = list[tuple[int, str]]
 """The common label space: (category id, name), the place is the label."""
+
+
+Shown = dict[tuple[int, int], Chunk]
+"""One chunk of images at each size, (short, long), that a teacher sees."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +176,7 @@ class _Labeller:
             "coverage": [self.union[label][0] for label in np.flatnonzero(self.counts)],
             "pseudo_labels": {
                 "version": __version__,
-                "teachers": [_provenance(teacher.boxes) for teacher in self.teachers],
+                "teachers": [_provenance(teacher, self.settings) for teacher in self.teachers],
                 "table": dict(sorted(table.items())),
                 **{key: value for key, value in asdict(self.settings).items() if not key.startswith("tau")},
                 "thresholds_from": thresholds_sha256,
@@ -224,7 +203,7 @@ class _Labeller:
                 parts.append(file, {"number": number, "pictures": pictures(number), **self._labelled(chunk)})
                 advance(number // shard.count + 1, len(numbers))
 
-    def _labelled(self, chunk: Chunk) -> dict[str, Any]:
+    def _labelled(self, chunk: Shown) -> dict[str, Any]:
         """COCO rows of a chunk. Raises UserError for an image that cannot be read and is not to be skipped."""
         samples, bad = _sorted_out(chunk)
         if bad and not self.skip_unreadable:
@@ -234,11 +213,12 @@ class _Labeller:
             )
         lowest = min(LOWEST_SCORE, float(self.tau_ignore.min()))
         merged = _find(self.teachers, samples, self.settings, self.counts, lowest)
+        listed = samples[self.teachers[0].size]
         return {
-            "images": [_image_row(sample) for sample in samples],
+            "images": [_image_row(sample) for sample in listed],
             "annotations": [
                 annotation
-                for sample, boxes in zip(samples, merged, strict=True)
+                for sample, boxes in zip(listed, merged, strict=True)
                 for annotation in _annotations(sample, *split(boxes, self.tau, self.tau_ignore), self.union)
             ],
             "skipped": [item.name for item in bad],
@@ -276,19 +256,6 @@ def _of_this_shard() -> Iterator[None]:
         raise LocalUserError(str(error)) from error
 
 
-def _about(teacher: Teacher, categories: Sequence[str], settings: Settings) -> Iterator[str]:
-    """List in lines what a teacher looks for, and at which size."""
-    boxes = teacher.boxes
-    yield from class_lines(boxes, teacher.labels, categories)
-    if boxes.view is View.RESIZED:
-        yield (
-            f"teacher {boxes.file} sees images: short side {settings.short}, long side {settings.long}; "
-            "--short and --long should be those of its training"
-        )
-    elif boxes.preprocessing is not None:
-        yield f"teacher {boxes.file} sees images: {described(boxes.preprocessing)}"
-
-
 def _default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -300,6 +267,7 @@ def _load(
     categories: Path | None,
     table: Mapping[str, str | None],
     device: torch.device,
+    settings: Settings,
 ) -> tuple[Union, list[Teacher]]:
     union: Union = []
     if categories is not None:
@@ -323,8 +291,10 @@ def _load(
     names = [name for _, name in union]
     if not names:
         raise UserError("class map: it drops every class of every teacher, so there is nothing to look for")
+    sizes = settings.sizes([boxes for boxes, _ in loaded])
     teachers = [
-        Teacher(boxes, class_map(theirs, names, table, teacher=f"teacher {boxes.file}")) for boxes, theirs in loaded
+        Teacher(boxes, class_map(theirs, names, table, teacher=f"teacher {boxes.file}"), size)
+        for (boxes, theirs), size in zip(loaded, sizes, strict=True)
     ]
     return union, teachers
 
@@ -340,17 +310,38 @@ def _categories(file: Path) -> Union:
     return union
 
 
+def _thresholds(
+    teachers: Sequence[Teacher],
+    union: Union,
+    counts: np.ndarray,
+    settings: Settings,
+    split_: Labelled | None,
+    workers: int,
+    *,
+    quiet: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per class the lowest score of a label and of a region: float64 [K] each. Says where they come from."""
+    label_from, region_from, why = settings.thresholds([teacher.boxes for teacher in teachers])
+    if split_ is not None:
+        tau = _measured(teachers, union, counts, settings, label_from, split_, workers, quiet=quiet)
+        return tau, tau * (region_from / label_from)
+    if settings.tau is None and not quiet:
+        print(f"threshold: {label_from:.3g} ({region_from:.3g} for regions to ignore), {why}")
+    return np.full(len(union), label_from), np.full(len(union), region_from)
+
+
 def _measured(
     teachers: Sequence[Teacher],
     union: Union,
     counts: np.ndarray,
     settings: Settings,
+    otherwise: float,
     split_: Labelled,
     workers: int,
     *,
     quiet: bool,
 ) -> np.ndarray:
-    """Per class the threshold with the best F1 on a labelled split: float64 [K]. Prints them."""
+    """Per class the threshold with the best F1 on a labelled split, or `otherwise`: float64 [K]. Prints them."""
     images = images_in(split_.annotations, split_.root)
     truth = _truth(split_.annotations, [name for _, name in union])
     for teacher in teachers:
@@ -363,15 +354,16 @@ def _measured(
             samples, bad = _sorted_out(chunk)
             if bad:
                 raise UserError(bad[0].reason)
-            for sample, found in zip(samples, _find(teachers, samples, settings, counts, LOWEST_SCORE), strict=True):
+            merged = _find(teachers, samples, settings, counts, LOWEST_SCORE)
+            for sample, found in zip(samples[teachers[0].size], merged, strict=True):
                 image = np.full(len(found), sample.image_id, np.int64)
                 tables.append(DetectionTable(image, found.labels, found.boxes, found.scores, corners=True))
             advance(number, total)
-    tau = np.full(len(union), settings.tau)
+    tau = np.full(len(union), otherwise)
     curves = score_curves(truth, DetectionTable.join(tables), range(len(union))).of_each
     for label, ((_, name), curve) in enumerate(zip(union, curves, strict=True)):
         best = curve.best()
-        what = f"no labelled object was found, so {settings.tau:g} as given"
+        what = f"no labelled object was found, so {otherwise:g}"
         if best is not None:
             tau[label] = curve.scores[best]
             what = f"{tau[label]:.3f}, F1 {curve.f1[best]:.3f}"
@@ -392,42 +384,68 @@ def _truth(annotations: Path, names: list[str]) -> GroundTruth:
     return replace(truth, category_ids=ids, names=names, categories=labels[truth.categories])
 
 
-def _provenance(teacher: BoxTeacher) -> dict[str, Any]:
-    settings = {"settings": dict(teacher.settings)} if teacher.settings else {}
-    return {"file": teacher.file, "sha256": teacher.sha256} | settings
+def _compare(summary: Summary, annotations: Path, names: Collection[str]) -> None:
+    """Print a warning where people drew far more or fewer boxes of these classes in an image; crowds do not count."""
+    document = load_annotations(annotations)
+    ids = {row["id"] for row in document["categories"] if row["name"] in names}
+    drawn = sum(row["category_id"] in ids and not row.get("iscrowd", 0) for row in document["annotations"])
+    labelled = drawn / max(1, len(document["images"]))
+    warning = unlike(summary.labels / summary.images, labelled, str(annotations))
+    if warning is not None:
+        print(warning)
+
+
+def _provenance(teacher: Teacher, settings: Settings) -> dict[str, Any]:
+    """What the labels depend on: the teacher, and its size where the settings leave that to it."""
+    boxes = teacher.boxes
+    own: dict[str, Any] = {"settings": dict(boxes.settings)} if boxes.settings else {}
+    if settings.short is None and boxes.view is View.RESIZED:
+        own |= dict(zip(("short", "long"), teacher.size, strict=True))
+    return {"file": boxes.file, "sha256": boxes.sha256} | own
 
 
 def _read(
     images: ImageList, numbers: Sequence[int], settings: Settings, teachers: Sequence[Teacher], workers: int
-) -> Iterator[Chunk]:
-    return read_chunks(
-        images,
-        numbers,
-        size=settings.batch_size,
-        short=settings.short,
-        long=settings.long,
-        workers=workers,
-        views={teacher.boxes.view for teacher in teachers},
-    )
+) -> Iterator[Shown]:
+    """The chunks as the teachers see them. Images are decoded anew for each size, which is rarely more than one."""
+    sizes = list(dict.fromkeys(teacher.size for teacher in teachers))
+    readers = [
+        read_chunks(
+            images,
+            numbers,
+            size=settings.batch_size,
+            short=short,
+            long=long,
+            workers=workers,
+            views={teacher.boxes.view for teacher in teachers if teacher.size == (short, long)},
+        )
+        for short, long in sizes
+    ]
+    for chunks in zip(*readers, strict=True):
+        yield dict(zip(sizes, chunks, strict=True))
 
 
 def _find(
-    teachers: Sequence[Teacher], samples: Sequence[Sample], settings: Settings, counts: np.ndarray, lowest: float
+    teachers: Sequence[Teacher],
+    samples: Mapping[tuple[int, int], Sequence[Sample]],
+    settings: Settings,
+    counts: np.ndarray,
+    lowest: float,
 ) -> list[Boxes]:
     """Merged boxes of each image."""
-    found: list[list[Boxes]] = [[] for _ in samples]
+    found: list[list[Boxes]] = [[] for _ in samples[teachers[0].size]]
     for teacher in teachers:
-        detections = teacher.boxes.detect(samples, score_threshold=lowest)
+        detections = teacher.boxes.detect(samples[teacher.size], score_threshold=lowest)
         for mine, one in zip(found, detections, strict=True):
             boxes = one.boxes.double().cpu().numpy(), one.scores.double().cpu().numpy(), one.labels.cpu().numpy()
             mine.append(in_union(Boxes(*boxes), teacher.labels))
     return [merge(one, how=settings.how, iou_threshold=settings.iou_threshold, counts=counts) for one in found]
 
 
-def _sorted_out(chunk: Chunk) -> tuple[list[Sample], list[Unreadable]]:
-    return [item for item in chunk if isinstance(item, Sample)], [
-        item for item in chunk if isinstance(item, Unreadable)
-    ]
+def _sorted_out(shown: Shown) -> tuple[dict[tuple[int, int], list[Sample]], list[Unreadable]]:
+    """The images that can be read, at each size; and those that cannot, which are the same at all sizes."""
+    samples = {size: [item for item in chunk if isinstance(item, Sample)] for size, chunk in shown.items()}
+    return samples, [item for item in next(iter(shown.values())) if isinstance(item, Unreadable)]
 
 
 def _image_row(sample: Sample) -> dict[str, Any]:

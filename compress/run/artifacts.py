@@ -62,7 +62,7 @@ class Checks:
 
     images: files; the first 16 are used.
     input_size: (height, width) of the canvas in pixels.
-    resize_short_long: (short, long) in pixels that an image is not enlarged beyond; None: the canvas alone.
+    resize_short_long: (short, long) in pixels that an image is not enlarged beyond; None: as the checkpoint says.
     train: training images, on which the numbers of half precision are measured; None: on `images`.
     identity: of the contents of the images that are used, for a manifest; None: they cannot change.
     """

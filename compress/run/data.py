@@ -50,6 +50,7 @@ class Datasets:
     identity: everything about the images that a training depends on: labels and pictures of both sets, and what happens
         to them before the network. val_identity: what a measurement on the validation images depends on.
     digests: of pictures, remembered beside the run folders.
+    resize_short_long: limits in pixels of the images that are evaluated; in training the short side may vary below it.
     canvas: (height, width) that every validation image is laid on, as the exported files do it: a network sees what is
         around a picture, too. padding: share of it that no picture covers, on average, 0 to 1.
     unlabelled: a COCO file without annotations and the folder of its images, the training images that the recipe's
@@ -61,6 +62,7 @@ class Datasets:
     train_split: Split
     val_split: Split
     identity: dict[str, Any]
+    resize_short_long: tuple[int, int]
     canvas: tuple[int, int]
     padding: float
     val_identity: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +139,7 @@ def open_data(plan: DataPlan, fabric: Fabric) -> Datasets:
         train_split,
         val_split,
         identity,
+        (data.eval_short, data.long),
         size,
         padding(val, data, size),
         val_identity | _canvas_identity(val, data, size),

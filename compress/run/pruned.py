@@ -17,7 +17,6 @@ from compress.config.deploy import Deploy
 from compress.config.model import Model, Student
 from compress.config.prune import Prune
 from compress.config.teacher import ZOO_PREFIX, Teacher
-from compress.data.coco import CocoDetection
 from compress.detectors.base import Detector
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import (
@@ -184,7 +183,7 @@ def cut_student(
     output = plan.folder.weights(PRUNED)
 
     def work() -> dict[str, Any]:
-        record_of_data = _with_classes(record, data.train, plan.checkpoint)
+        record_of_data = _with_classes(record, data, plan.checkpoint)
 
         def make() -> dict[str, Any]:
             with _naming_the_recipe():
@@ -291,12 +290,13 @@ def _check_classes(checkpoint: str, record: ModelRecord, categories: Sequence[st
         )
 
 
-def _with_classes(record: ModelRecord, data: CocoDetection, checkpoint: str) -> ModelRecord:
+def _with_classes(record: ModelRecord, data: Datasets, checkpoint: str) -> ModelRecord:
     """The record of a detector of the data's classes, not measured yet."""
     return record.model_copy(
         update={
-            "class_names": data.categories,
-            "category_ids": data.category_ids,
+            "class_names": data.train.categories,
+            "category_ids": data.train.category_ids,
+            "resize_short_long": data.resize_short_long,
             "source": pruned_from(checkpoint),
             **NOT_TRAINED,
         }

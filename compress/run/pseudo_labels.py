@@ -35,9 +35,10 @@ from compress.detectors.build import detector_class
 from compress.manifest import TEACHER, Manifest, RunFolder
 from compress.pseudo import parts
 from compress.pseudo.images import ImageList, images_in, without
-from compress.pseudo.label import LOWEST_SCORE, Labelled, Settings, pseudo_label
+from compress.pseudo.label import LOWEST_SCORE, Labelled, pseudo_label
 from compress.pseudo.merge import class_map
 from compress.pseudo.parts import Shard
+from compress.pseudo.settings import Settings
 from compress.run.data import Datasets
 from compress.teachers.base import BoxTeacher
 from compress.teachers.check import check_teacher, resized_images
@@ -84,6 +85,12 @@ class LabellingPlan:
     def file(self, name: str) -> Path:
         """The COCO file of a list."""
         return self.folder / f"{name.replace(' ', '-')}.json"
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """(short, long) of the images that the teachers see, pixels: the recipe always says one for all of them."""
+        assert self.how.short is not None and self.how.long is not None, "labelling_plan gives both"
+        return self.how.short, self.how.long
 
     def is_unfinished(self) -> bool:
         """Whether the labelling of one of the lists was interrupted."""
@@ -313,8 +320,8 @@ def _check_teachers(
     write: bool,
 ) -> None:
     """Measure the teachers on the validation images, at the size at which they will label."""
-    val, how = data.val, plan.how
-    transform = eval_transform(how.short, how.long)
+    val = data.val
+    transform = eval_transform(*plan.limits)
     if val.transform != transform:
         val = CocoDetection(data.val_split.annotations, data.val_split.images, transform)
     labels = labels_of(plan, teachers, data.train.categories)
@@ -325,8 +332,8 @@ def _check_teachers(
             val,
             manifest,
             stage=f"{STAGE}: check of teacher {number}",
-            identity={**data.val_identity, "limits": [how.short, how.long]},
-            shown=resized_images(how.short, how.long),
+            identity={**data.val_identity, "limits": list(plan.limits)},
+            shown=resized_images(*plan.limits),
             min_map=plan.min_map,
             report=console.print,
             write=write,
@@ -343,7 +350,7 @@ def _inputs(plan: LabellingPlan, teachers: Sequence[BoxTeacher], images: ImageLi
         "pictures": together(data.digests.of(images.files)),
         "teachers": [{"sha256": teacher.sha256, "settings": dict(teacher.settings)} for teacher in teachers],
         "settings": plan.settings.model_dump(mode="json", exclude=elsewhere),
-        "limits": [plan.how.short, plan.how.long],
+        "limits": list(plan.limits),
         "categories": sorted(zip(data.train.category_ids, data.train.categories, strict=True)),
         "thresholds_from": sha256_of(data.train_split.annotations) if measured else None,
         **({"thresholds_from_pictures": data.identity.get("train_pictures")} if measured else {}),
@@ -379,6 +386,7 @@ def _label(
             plan.how,
             categories=data.train.annotations,
             table=settings.class_map,
+            like=labelled if data.has_labels else None,
             thresholds_from=labelled if settings.thresholds == "best_f1" else None,
             shard=Shard(fabric.global_rank, fabric.world_size),
             device=fabric.device,

@@ -268,6 +268,7 @@ def _record(plan: TrainingPlan, detector: Detector, data: Datasets, metrics: Coc
         class_names=data.train.categories,
         category_ids=data.train.category_ids,
         val_map=None if metrics is None else metrics.map,
+        resize_short_long=data.resize_short_long,
         operating_point=None if metrics is None else metrics.operating_point,
         recipe_sha256=plan.recipe_sha256,
     )

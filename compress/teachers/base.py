@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.data.batch import STRIDE, ImageSize, pad_images
 from compress.detectors.base import Capability, Detector, ImageDetections
+from deploy.core.card import OperatingPoint
 
 
 class View(enum.Enum):
@@ -106,12 +107,25 @@ class BoxTeacher(Protocol):
         """
 
 
+def size_of_training(teacher: BoxTeacher) -> tuple[int, int] | None:
+    """(short, long), limits in pixels of the images that the teacher was trained on: what its attribute
+    `resize_short_long` says. None where it has no such attribute, or its file does not say."""
+    return getattr(teacher, "resize_short_long", None)
+
+
+def operating_point_of(teacher: BoxTeacher) -> OperatingPoint | None:
+    """Where its scores are best cut: what its attribute `operating_point` says. None where it has no such attribute, or
+    its file does not say."""
+    return getattr(teacher, "operating_point", None)
+
+
 class DetectorTeacher:
     """A detector of this project (or one with its contract) as a BoxTeacher. It sees what the student sees.
 
     Args:
         detector: gets frozen and in eval mode.
         device: where to run; the detector is moved there.
+        resize_short_long: see `size_of_training`. operating_point: see `operating_point_of`.
     """
 
     view = View.RESIZED
@@ -126,7 +140,10 @@ class DetectorTeacher:
         class_names: tuple[str, ...] | None,
         device: torch.device,
         settings: Mapping[str, Any] | None = None,
+        resize_short_long: tuple[int, int] | None = None,
+        operating_point: OperatingPoint | None = None,
     ) -> None:
+        self.resize_short_long, self.operating_point = resize_short_long, operating_point
         self.detector: Detector | None = detector.requires_grad_(False).eval().to(device)
         self._network = self.detector
         self.file, self.sha256, self.class_names = file, sha256, class_names

@@ -15,7 +15,7 @@ from compress.data.batch import pad_images
 from compress.data.coco import CocoDetection
 from compress.detectors.base import MEAN, STD, ImageDetections, gather
 from compress.manifest import Manifest
-from compress.teachers.base import BoxTeacher, DetectorTeacher, Preprocessing, Sample, View
+from compress.teachers.base import BoxTeacher, DetectorTeacher, Preprocessing, Sample, View, size_of_training
 from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
@@ -159,6 +159,12 @@ def preprocessing_lines(teacher: BoxTeacher, shown: Preprocessing) -> list[str]:
         if differs
     ]
     lines = [f"teacher {teacher.file} sees images: {described(own)}"]
+    trained = size_of_training(teacher)
+    if trained is not None and (at := resized_images(*trained).size) != shown.size:
+        lines.append(
+            f"warning: teacher {teacher.file} was trained on images of another size ({at}) than it is shown here "
+            f"({shown.size}); it finds most at its own"
+        )
     if differences:
         lines.append(
             f"warning: that differs in {', '.join(differences)} from what it is shown here ({described(shown)}): "

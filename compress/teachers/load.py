@@ -38,6 +38,8 @@ def _checkpoint(checkpoint: str, device: torch.device, categories: Mapping[int, 
         sha256=sha256_of(path),
         class_names=record.class_names,
         device=device,
+        resize_short_long=record.resize_short_long,
+        operating_point=record.operating_point,
     )
 
 

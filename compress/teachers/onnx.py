@@ -57,6 +57,7 @@ class CardTeacher:
         card = self._run.card
         self.file, self.sha256 = path.name, sha256_of(path)
         self.settings: Mapping[str, Any] = {}
+        self.operating_point = card.operating_point
         self.class_names: tuple[str, ...] | None = tuple(card.class_names)
         height, width = card.input_size
         limits = "" if card.short is None else f", at most {card.short} and {card.long} pixels"

@@ -35,7 +35,7 @@ def draw_boxes(picture: Image.Image, detections: Sequence[Labeled]) -> None:
         x1, y1, x2, y2 = found.box
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
         text = f"{found.class_name} {found.score:.2f}"
-        left, top = x1, max(0.0, y1 - size - 4)
-        box = draw.textbbox((left + 2, top), text, font=font)
-        draw.rectangle((left, top, box[2] + 2, top + size + 4), fill=color)
+        wide = draw.textlength(text, font=font) + 4
+        left, top = max(0.0, min(x1, picture.width - wide)), max(0.0, y1 - size - 4)  # as much as fits is readable
+        draw.rectangle((left, top, left + wide, top + size + 4), fill=color)
         draw.text((left + 2, top), text, font=font, fill="#111")

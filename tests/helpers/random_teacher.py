@@ -13,15 +13,17 @@ from compress.detectors.build import assemble
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo import parts
 from compress.pseudo.images import images_in
-from compress.pseudo.label import Settings, pseudo_label
+from compress.pseudo.label import pseudo_label
+from compress.pseudo.settings import Settings
 
 SMALL = Settings(tau=0.6, tau_ignore=0.5, short=64, long=96, batch_size=2)
 
 
-def teacher(path: Path, names: tuple[str, ...], seed: int) -> str:
-    """Random, with scores all over 0..1 and small boxes that do not all suppress each other."""
+def teacher(path: Path, names: tuple[str, ...], seed: int, **said: Any) -> str:
+    """Random, with scores all over 0..1 and small boxes that do not all suppress each other. said: what its
+    record says besides."""
     model = Model(backbone="nano", neck_channels=32, head_depth=0)
-    record = ModelRecord(model=model, num_classes=len(names), class_names=names)
+    record = ModelRecord(model=model, num_classes=len(names), class_names=names, **said)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         detector = assemble(model, len(names))

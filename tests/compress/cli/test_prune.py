@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from compress import cli
+from compress import open as open_file
 from compress.config.data import Split
 from compress.config.model import Model
 from compress.config.prune import read_cut
@@ -45,8 +46,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = tuple(row["name"] for row in labels["categories"])
     model = Model(backbone="nano", neck_channels=32, head_depth=1)
     record = ModelRecord(
-        model=model, num_classes=3, class_names=names, category_ids=(1, 2, 3), val_map=50.0, recipe_sha256="0" * 64
-    )
+        model=model, num_classes=3, class_names=names, category_ids=(1, 2, 3), val_map=50.0, recipe_sha256="0" * 64,
+        resize_short_long=(48, 64),
+    )  # fmt: skip
     detector = build_detector(model, 3, 0)
     for name in ("whole", "student.qad", "beside_notes"):
         save_detector(folder / f"{name}.safetensors", detector, metadata=record)
@@ -98,6 +100,8 @@ def test_the_file_is_a_checkpoint_of_fewer_channels(small: Path) -> None:
     pruned, after = load_detector(small)
     assert after.class_names == before.class_names and after.category_ids == (1, 2, 3)
     assert (after.val_map, after.recipe_sha256, after.source) == (None, None, "pruned from whole.safetensors")
+    card = open_file(small, input_size=(96, 96)).card
+    assert after.resize_short_long == (48, 64) == (card.short, card.long), "nothing else says how large pictures are"
     assert after.model.widths and after.model.model_copy(update={"widths": None}) == before.model
     assert 0.3 < model_size(pruned, (64, 64))["gflops"] / model_size(whole, (64, 64))["gflops"] <= 0.5
     columns, left = (model.state_dict()["head.gfl_cls.weight"].transpose(0, 1) for model in (whole, pruned))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -328,6 +329,16 @@ def native_file(path: Path, header: dict[str, str] | None, drop: str = "", add: 
         state[add] = torch.zeros(1)
     save_file(state, path, metadata=header)
     return path
+
+
+def test_the_size_of_the_images_is_in_the_header(tmp_path: Path) -> None:
+    """A file that does not know it is written as before there was such a key (`test_widths`)."""
+    record = small_record(resize_short_long=(96, 160))
+    save_detector(tmp_path / "a.safetensors", record.build(), metadata=record)
+    assert load_detector(tmp_path / "a.safetensors")[1].resize_short_long == (96, 160)
+    assert record.to_json().startswith('{"schema_version":6,')
+    with pytest.raises(ValidationError, match="161 is more than 160"):
+        small_record(resize_short_long=(161, 160))
 
 
 GOOD_HEADER = small_record().to_json()

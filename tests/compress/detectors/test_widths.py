@@ -42,7 +42,7 @@ def test_a_pruned_detector_has_version_3_and_others_are_written_as_before() -> N
     assert next(iter(header.items())) == ("schema_version", 3)
     assert header["widths"] == {"backbone.stem.0": [8, 3]}
     with pytest.raises(ValueError, match="a newer version wrote this file"):
-        ModelRecord.model_validate_json(json.dumps(header | {"schema_version": 6}))
+        ModelRecord.model_validate_json(json.dumps(header | {"schema_version": 7}))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from compress.data.transforms import eval_transform
 from compress.detectors.checkpoints import load_detector
 from compress.pseudo import label, parts
 from compress.pseudo.images import images_in, read_chunks
-from compress.pseudo.label import Labelled, Settings
+from compress.pseudo.label import Labelled
 from compress.pseudo.parts import Shard, part_file, parts_folder
+from compress.pseudo.settings import Settings
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
 from tests.helpers.random_teacher import interrupt_after, make, teacher

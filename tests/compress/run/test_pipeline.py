@@ -73,6 +73,9 @@ def test_the_card_says_where_the_file_comes_from(run_dir: Path) -> None:
     card = card_from_file(run_dir / "student.onnx")
     assert card.checkpoint_sha256 == sha256_of(run_dir / "student.safetensors")
     assert card.input_size == (64, 64) and len(card.class_names) == 3
+    for name in ("teacher", "student"):
+        record = load_teacher_checkpoint(str(run_dir / f"{name}.safetensors"))[1]
+        assert record.resize_short_long == (64, 64) == (card.short, card.long)
     student = json.loads((run_dir / "report.json").read_text())["models"]["student"]
     assert card.val_map == student["map"]
     point = None if card.operating_point is None else card.operating_point.model_dump(mode="json")

@@ -43,6 +43,17 @@ def test_images_are_compared_with_what_teachers_are_shown() -> None:
     assert preprocessing_lines(resized, seen) == [f"teacher known.pth sees images: {described(seen)}"]
 
 
+def test_a_size_that_the_teacher_was_not_trained_on_is_told() -> None:
+    teacher = Known(("cat",), Preprocessing("as the student's images"))
+    teacher.view = View.RESIZED
+    teacher.resize_short_long = (96, 160)  # type: ignore[attr-defined]  # an attribute that a teacher may have
+    assert len(preprocessing_lines(teacher, resized_images(96, 160))) == 1
+    assert preprocessing_lines(teacher, resized_images(64, 64))[1] == (
+        "warning: teacher known.pth was trained on images of another size (short side 96, long side 160) than it is "
+        "shown here (short side 64, long side 64); it finds most at its own"
+    )
+
+
 def test_classes_by_name() -> None:
     teacher = Known(("kitten", "bus", "dog"))
     assert class_lines(teacher, [1, -1, 0], ["dog", "cat", "bird"]) == [

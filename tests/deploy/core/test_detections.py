@@ -106,6 +106,16 @@ def test_fiftyone(monkeypatch: pytest.MonkeyPatch) -> None:
         found().to_fiftyone((100, 200))
 
 
+def test_a_name_at_the_right_edge_is_drawn_inside(tmp_path: Path) -> None:
+    grey = np.full((200, 200, 3), 90, np.uint8)
+    boxes = np.array([[20, 50, 120, 150], [190, 150, 199, 190]], np.float32)
+    detections = found(boxes=boxes, scores=np.array([0.9, 0.3], np.float32), labels=np.array([0, 1]))
+    drawn = np.asarray(detections.plot(grey))
+    color = np.array([int(COLORS[1][i : i + 2], 16) for i in (1, 3, 5)])
+    name = (drawn[135:150] == color).all(2).any(0)
+    assert name[160:199].all(), "the whole name, not the 9 pixels over the box"
+
+
 def test_plot_draws_each_box_in_the_color_of_its_class(tmp_path: Path) -> None:
     grey = np.full((200, 200, 3), 90, np.uint8)
     boxes = np.array([[20, 50, 120, 150], [150, 150, 180, 190]], np.float32)

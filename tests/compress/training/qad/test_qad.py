@@ -369,7 +369,8 @@ def test_what_was_trained_is_settled(run_dir: Path, words: str, says: str, capsy
 
 def test_the_trained_weights_are_an_ordinary_checkpoint(run_dir: Path) -> None:
     detector, record = load_detector(run_dir / "student.qad.safetensors")
-    before, _ = load_detector(run_dir / "student.safetensors")
+    before, whole = load_detector(run_dir / "student.safetensors")
+    assert record.resize_short_long == whole.resize_short_long is not None
     fold_batch_norms(before)
     weight = detector.backbone.state_dict()["stem.0.weight"]
     measured = RunFolder(run_dir).result(QAD)["metrics"]
