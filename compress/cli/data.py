@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from compress.pseudo.parts import Shard
 
 commands = typer.Typer()
-data_app = typer.Typer(help="Convert, divide, check and generate data.", rich_markup_mode=None, add_completion=False)
+data_app = typer.Typer(
+    help="Convert, divide, merge, check and generate data.", rich_markup_mode=None, add_completion=False
+)
 commands.add_typer(data_app, name="data")
 
 
@@ -236,6 +238,36 @@ def split(
     train, other = made.parts[:2]
     where = images if images is not None else "DIR"
     next_command("data", "check", train.out, "--images", where, "--against", other.out)
+
+
+@data_app.command("merge")
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="A.json B.json...", help="COCO instances JSON, two or more.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="COCO JSON to write.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--images",
+            metavar="DIR",
+            help="Folder of the images of A, again for those of B, ...; once: of all. Default: each file's own folder.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Join several files into one: train.json and pseudo labels."""
+    for folder in images or ():
+        need_folder(folder, "--images")
+    from compress.data.merge import merge as join
+    from deploy.core.files import need_place
+
+    if out.suffix != ".json":
+        raise UserError(f"{out}: the last name is that of the file to write, which ends in .json")
+    need_place(out)
+    made = join(files, out, images or (), force=force)
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"{out}: {made.images} images, {made.boxes} boxes; file names are relative to {made.folder}")
+    next_command("data", "check", out, "--images", made.folder)
 
 
 @data_app.command("synthetic")

@@ -111,6 +111,20 @@ def test_one_file_becomes_two(run: Run) -> None:
     assert (code, err) == (2, "error: divided/train.json: is there already; --force replaces it\n")
 
 
+def test_two_files_become_one(run: Run) -> None:
+    Path("pseudo").mkdir()
+    Image.linear_gradient("L").resize((64, 64)).save("pseudo/a.png")
+    code, out, _ = run("data merge good.json good.json all.json --images images --images pseudo")
+    assert code == 0 and out.splitlines() == [
+        "all.json: 2 images, 2 boxes; file names are relative to .",
+        "next: compress data check all.json --images .",
+    ]
+    assert [row["file_name"] for row in json.loads(Path("all.json").read_text())["images"]] == [
+        "images/a.png",
+        "pseudo/a.png",
+    ]
+
+
 def test_class_names_are_words_whatever_they_look_like(run: Run) -> None:
     Path("words.yaml").write_text("names: [no, 2020-99-99, 7]\n")
     Path("images/a.txt").write_text("1 0.5 0.5 0.25 0.5\n")
