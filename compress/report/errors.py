@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compress.report.document import Artifact, Report, Slice
 from compress.report.text import figure
-from deploy.validate.analysis import SHOWN_SCORE
+from deploy.validate.analysis import CONFUSED_SCORE
 from deploy.validate.tide import KINDS
 
 MOST_CLASSES = 12
@@ -78,7 +78,7 @@ def errors_section(report: Report) -> Errors | None:
         columns=[*columns, *((name, f"{images:,} image{'' if images == 1 else 's'}") for name, images in slices)],
         maps=maps,
         file=first.file,
-        score=SHOWN_SCORE,
+        score=CONFUSED_SCORE,
         matrix=_matrix(first.analysis.confusion, classes) if few and classes else None,
         pairs=[] if few else _pairs(first.analysis.confusion),
     )

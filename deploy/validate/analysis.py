@@ -15,7 +15,7 @@ from deploy.validate.coco import DETECTIONS, percent
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.tide import TideErrors, tide_errors
 
-SHOWN_SCORE = 0.3
+CONFUSED_SCORE = 0.3
 """Detections of at least this score are counted as confused."""
 CROWDED = ((0, 4), (5, 14), (15, None))
 """Images are sliced by the number of their objects, crowds aside."""
@@ -82,7 +82,7 @@ def confusion(truth: GroundTruth, table: DetectionTable) -> list[tuple[str | Non
     ≥ 0.3, best first, take the free object of the largest IoU ≥ 0.5 in their image. Those that only match a crowd are
     left out."""
     blind = replace(truth, category_ids=np.zeros(1, np.int64), categories=np.zeros_like(truth.categories))
-    shown = np.flatnonzero(table.scores.astype(np.float64) >= SHOWN_SCORE)
+    shown = np.flatnonzero(table.scores.astype(np.float64) >= CONFUSED_SCORE)
     one_class = replace(table, category_ids=np.broadcast_to(np.int64(0), len(table)))
     found = matched_at_half(blind, one_class, shown)
     nothing = len(truth.category_ids)
