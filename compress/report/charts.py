@@ -67,18 +67,20 @@ def line_chart(
     marks: bool = False,
     logarithmic: bool = False,
     from_zero: bool = True,
+    x_end: float | None = None,
     most_points: int = 160,
 ) -> Markup:
     """Lines over a common x axis, y from 0 or from the lowest value. Longer series are drawn as means of equal runs of
     points.
 
-    `level` is a labelled horizontal line of the teacher; `marks` draws each point; `logarithmic` is for values above 0.
+    `level` is a labelled horizontal line of the teacher; `marks` draws each point; `logarithmic` is for values above 0;
+    `x_end` is where the x axis ends, if not at the last value.
     """
     thinned = [Series(s.kind, thin(s.points, most_points), s.label) for s in series if s.points]
     xs = [x for s in thinned for x, _ in s.points]
     ys = [y for s in thinned for _, y in s.points] + ([level[1]] if level else [])
-    x_ticks = round_ticks(0, max(xs))
-    x_end = max(max(xs), 1e-9)
+    x_end = max(max(xs), 1e-9) if x_end is None else x_end
+    x_ticks = round_ticks(0, x_end)
     to_x = _scale(0, x_end, _LEFT, WIDTH - _RIGHT)
     if logarithmic:
         y_ticks = _few_log_ticks(min(ys), max(ys))

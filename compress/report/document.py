@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER, RunFolder
+from deploy.core.card import SHOWN_SCORE, OperatingPoint
 from deploy.core.errors import UserError, one_line
 
 ROLES = (TEACHER, PRUNED, BASELINE, FINE_TUNED, STUDENT)
@@ -62,6 +63,7 @@ class Figures(_Part):
     map50: Number = None
     map75: Number = None
     per_class: dict[str, Number] = {}
+    operating_point: OperatingPoint | None = None
     params_m: Number = None
     gflops: Number = None
 
@@ -174,11 +176,12 @@ class Slice(_Part):
 
 class Analysis(_Part):
     """errors: by kind. confusion: class of an object (None: no object), class of the detection (None: not found) and
-    how often."""
+    how often. curve: score, precision and recall of what scores at least as much, highest score first."""
 
     errors: dict[str, ErrorCost] | None = None
     slices: list[Slice] = []
     confusion: list[tuple[str | None, str | None, int]] = []
+    curve: list[tuple[float, float, float]] = []
 
 
 class Artifact(_Part):
@@ -208,6 +211,7 @@ class Artifact(_Part):
     map_small: Number = None
     map_medium: Number = None
     map_large: Number = None
+    operating_point: OperatingPoint | None = None
     analysis: Analysis | None = None
 
     @field_validator("gate")
@@ -377,6 +381,11 @@ class Report(_Part):
     commands: list[str] = []
     pictures: list[Picture] = []
     uncertainty: list[Uncertainty] = []
+
+    def shown_score(self, role: str) -> float:
+        """The score from which detections of one of `ROLES` are in `pictures`."""
+        figures = self.models.of(role)
+        return SHOWN_SCORE if figures is None or figures.operating_point is None else figures.operating_point.score
 
     def class_name(self, label: str | int) -> str:
         if isinstance(label, int) and 0 <= label < len(self.classes):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from compress.report.charts import round_ticks, tick_text
 from compress.report.document import Document, Report, Uncertainty
-from compress.report.pictures import Panel, PhotoError, Photos, class_kinds, confident, draw_boxes, photo_svg
+from compress.report.pictures import Panel, PhotoError, Photos, class_kinds, draw_boxes, photo_svg
 
 RAMP = ((63, 0, 145), (138, 21, 146), (207, 48, 116), (255, 99, 60), (255, 175, 68), (252, 238, 12))
 """RGB at even steps: lightness 0.34 to 0.93 and hue 290° to 465° of OKLCH, chroma 0.2 or what sRGB holds."""
@@ -67,7 +67,7 @@ def _draw(entry: Uncertainty, report: Report, photos: Photos, top: float) -> Dra
         size = photos.size(entry.image)
     except PhotoError as error:
         return DrawnUncertainty(name, str(error), [], [], "")
-    boxes = confident(entry.teacher)
+    boxes = entry.teacher
     kinds = class_kinds(boxes, report)
     found = f"{len(boxes)} detection{'' if len(boxes) == 1 else 's'}"
     values = entry.values

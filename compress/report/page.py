@@ -20,7 +20,8 @@ from compress.report.document import Artifact, Document, Models, read_document
 from compress.report.errors import errors_section
 from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
-from compress.report.pictures import MATCH_IOU, MIN_SCORE, Photos, draw_pictures
+from compress.report.operating import operating_section
+from compress.report.pictures import MATCH_IOU, Photos, draw_pictures, shown_from
 from compress.report.pruning import pruning_section
 from compress.report.tables import artifact_row, class_table, engine_row, model_table, more_than_usual, pseudo_labels
 from compress.report.text import date, flat, lower
@@ -62,10 +63,11 @@ def build_report(run_dir: Path) -> Path:
         latency=_latency_chart(report.artifacts),
         curves=curves(document),
         classes=class_table(report.models),
+        operating=operating_section(report),
         errors=errors_section(report),
         pictures=draw_pictures(document, photos),
         uncertainty=draw_uncertainty(document, photos),
-        min_score=MIN_SCORE,
+        shown_from=shown_from(report),
         match_iou=MATCH_IOU,
         environment=list(flat(report.environment)),
         commands=report.commands,

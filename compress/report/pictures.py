@@ -1,6 +1,6 @@
 """Photographs with boxes: ground truth, teacher, baseline and student side by side.
 
-Public: `draw_pictures(document, photos)`, and for other sections `Photos` and what draws on them.
+Public: `draw_pictures(document, photos)`, `shown_from(report)`, and for other sections `Photos` and what draws on them.
 Each image is embedded once, as a downscaled JPEG; the panels of all sections reuse it and draw the boxes over it as
 vectors in the pixels of the file.
 """
@@ -19,12 +19,13 @@ from PIL import Image
 
 from compress.manifest import BASELINE, STUDENT, TEACHER
 from compress.report.document import Box, Document, Picture, Report
+from compress.report.text import lower
 from deploy.core.boxes import iou
+from deploy.core.card import SHOWN_SCORE
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 
 LONGEST_SIDE = 640  # pixels of an embedded image
-MIN_SCORE = 0.3  # weaker detections are left out of the drawing
 MATCH_IOU = 0.5
 _COLOURS = 10  # classes .k0 … .k9 of the style sheet
 _MOST_TAGS = 12  # more boxes than this in one panel: colours and tool tips only, no text on the picture
@@ -86,6 +87,16 @@ class Photos:
         return self._read[path]
 
 
+def shown_from(report: Report) -> str:
+    """Say from which score the detections of the pictures are shown, of each model where they differ."""
+    roles = [role for role in _PANELS[1:] if any(getattr(picture, role) is not None for picture in report.pictures)]
+    scores = {report.models.titles[role]: report.shown_score(role) for role in roles if role in report.models.titles}
+    if len(set(scores.values())) < 2:
+        return f"Detections with a score of at least {next(iter(scores.values()), SHOWN_SCORE):g}."
+    words = ", ".join(f"{lower(title)} {score:g}" for title, score in scores.items())
+    return f"Detections from the score of each model's best F1 on: {words}."
+
+
 def draw_pictures(document: Document, photos: Photos) -> list[DrawnPicture]:
     """One entry for each picture of report.json, in its order."""
     return [_draw(picture, document, photos) for picture in document.report.pictures]
@@ -98,7 +109,7 @@ def _draw(picture: Picture, document: Document, photos: Photos) -> DrawnPicture:
     except PhotoError as error:
         return DrawnPicture(name, str(error), [], [])
 
-    drawn_boxes = [b for key in _PANELS for b in _shown(key, getattr(picture, key) or ())]
+    drawn_boxes = [b for key in _PANELS for b in getattr(picture, key) or ()]
     kinds = class_kinds(drawn_boxes, document.report)
     panels: list[Panel] = []
     titles = {"ground_truth": "Ground truth", **document.report.models.titles}
@@ -109,9 +120,8 @@ def _draw(picture: Picture, document: Document, photos: Photos) -> DrawnPicture:
             what = "No ground truth recorded." if key == "ground_truth" else f"No {key} detections recorded."
             panels.append(Panel(title, what, None))
             continue
-        shown = _shown(key, boxes)
-        caption = _caption(key, shown, picture, document.report)
-        drawn = draw_boxes(shown, document.report, kinds, width, height)
+        caption = _caption(key, boxes, picture, document.report)
+        drawn = draw_boxes(boxes, document.report, kinds, width, height)
         alt = f"{name}, {title.lower()}: {caption}"
         panels.append(Panel(title, caption, photo_svg((width, height), alt, photos.draw(picture.image), drawn)))
     return DrawnPicture(name, None, panels, [(kind, name) for name, kind in kinds.items()])
@@ -129,15 +139,6 @@ def class_kinds(boxes: Sequence[Box], report: Report) -> dict[str, str]:
     present = {report.class_name(b.label) for b in boxes}
     names = [c for c in report.classes if c in present] + sorted(present.difference(report.classes))
     return {name: f"k{i % _COLOURS}" for i, name in enumerate(names)}
-
-
-def _shown(key: str, boxes: Sequence[Box]) -> list[Box]:
-    return list(boxes) if key == "ground_truth" else confident(boxes)
-
-
-def confident(boxes: Sequence[Box]) -> list[Box]:
-    """The detections that are strong enough to be drawn."""
-    return [b for b in boxes if b.score is None or b.score >= MIN_SCORE]
 
 
 def _embed(path: Path) -> tuple[str, tuple[int, int]]:

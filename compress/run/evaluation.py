@@ -32,8 +32,9 @@ from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, runner_kind
 from deploy.runtimes.providers import OPENVINO, openings
+from deploy.validate.coco import POINT
 
-MAP_FIGURES = ("map", "map_small", "map_medium", "map_large", "max_detections", "map_at_max", "mar_at_max")
+MAP_FIGURES = ("map", "map_small", "map_medium", "map_large", "max_detections", "map_at_max", "mar_at_max", POINT)
 
 
 @dataclass(frozen=True)

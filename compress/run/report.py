@@ -31,6 +31,7 @@ from compress.report import build_report, summary_table
 from compress.report.document import parse_report
 from compress.report.headline import first_lines
 from compress.run.samples import detection_pictures, uncertainty_pictures
+from deploy.core.card import SHOWN_SCORE
 from deploy.core.environment import environment
 from deploy.core.files import write_json
 from deploy.validate.coco import load_annotations
@@ -67,17 +68,20 @@ class ReportPlan:
 def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json and report.html. artifacts: a row for each file."""
     detectors = _detectors(plan)
+    models = _models(plan, detectors)
+    shown = {name: _shown_score(figures) for name, figures in models.items()}
     drawn = {name: detectors[name] for name in (TEACHER, BASELINE, STUDENT) if name in detectors}
-    pictures = detection_pictures(plan.val, drawn, plan.input_size)
+    pictures = detection_pictures(plan.val, drawn, shown, plan.input_size)
     uncertainty = []
     if TEACHER in detectors and Capability.DENSE in detectors[TEACHER].capabilities:
         with progress("uncertainty") as step:
-            uncertainty = uncertainty_pictures(plan.val, detectors[TEACHER].to(plan.device), progress=step)
+            teacher = detectors[TEACHER].to(plan.device)
+            uncertainty = uncertainty_pictures(plan.val, teacher, shown[TEACHER], progress=step)
     report = {
         "name": plan.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "classes": list(plan.val.categories),
-        "models": _models(plan, detectors),
+        "models": models,
         "pruning": _pruning(plan, detectors),
         "validation_images": len(plan.val),
         "artifacts": list(artifacts),
@@ -180,6 +184,12 @@ def _models(plan: ReportPlan, detectors: Mapping[str, Detector]) -> dict[str, An
     if STUDENT_ON_PSEUDO_LABELS in stages and STUDENT in models:
         models[STUDENT]["train_seconds"] += stages[STUDENT_ON_PSEUDO_LABELS]["result"]["seconds"]
     return models
+
+
+def _shown_score(figures: Mapping[str, Any]) -> float:
+    """The score from which a model's detections are drawn: that of its best F1, where it was measured."""
+    point = figures.get("operating_point")
+    return SHOWN_SCORE if point is None else float(point["score"])
 
 
 def _pruning(plan: ReportPlan, detectors: Mapping[str, Detector]) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from compress.distill.uncertainty import RATE, SAMPLES, predictive_uncertainty
 
 PICTURES = 6
 UNCERTAIN_PICTURES = 4
-SHOWN_SCORE = 0.3  # detections below are not kept
 
 
 def detection_pictures(
-    val: CocoDetection, detectors: dict[str, Detector], canvas: tuple[int, int]
+    val: CocoDetection, detectors: Mapping[str, Detector], shown: Mapping[str, float], canvas: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Ground truth and detections of a few images, on this canvas: entries of `pictures` in report.json."""
+    """Ground truth and detections of a few images, on this canvas: entries of `pictures` in report.json. shown: the
+    score from which those of each detector are kept."""
     pictures = []
     for index in _spread(val, PICTURES):
         batch = collate([val[index]], canvas)
@@ -31,18 +31,18 @@ def detection_pictures(
             {"box": [round(x * scale, 1) for x in box], "label": val.categories[label]}
             for box, label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True)
         ]
-        found = {name: _detect(detector, batch, val) for name, detector in detectors.items()}
+        found = {name: _detect(detector, batch, val, shown[name]) for name, detector in detectors.items()}
         pictures.append({"image": str(val.path(index)), "ground_truth": truth, **found})
     return pictures
 
 
 def uncertainty_pictures(
-    val: CocoDetection, teacher: Detector, *, progress: Callable[[int, int], None] | None = None
+    val: CocoDetection, teacher: Detector, shown: float, *, progress: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """The teacher's detections and Monte Carlo dropout maps: entries of `uncertainty` in report.json.
 
-    The same images as the first of `detection_pictures`, on the teacher's device. `progress` is called with (images
-    done, images).
+    The same images as the first of `detection_pictures`, on the teacher's device, and its detections from the score
+    `shown` on. `progress` is called with (images done, images).
     """
     entries: list[dict[str, Any]] = []
     chosen = _spread(val, PICTURES)[:UNCERTAIN_PICTURES]
@@ -57,7 +57,7 @@ def uncertainty_pictures(
                 "image": str(val.path(index)),
                 "samples": SAMPLES,
                 "rate": RATE,
-                "teacher": _detect(teacher, batch, val),
+                "teacher": _detect(teacher, batch, val, shown),
                 "stride": [round(found.stride * scale, 4) for scale in scales][::-1],  # x, y
                 "rows": _rows(found.maps[0, :height, :width]),
                 "variance": {f"P{level + 3}": float(v) for level, v in enumerate(found.variance[0])},
@@ -75,15 +75,15 @@ def _spread(val: CocoDetection, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def _detect(detector: Detector, batch: Batch, val: CocoDetection) -> list[dict[str, Any]]:
-    return _boxes(detector.decode(detector(batch.images), batch.sizes)[0], val)
+def _detect(detector: Detector, batch: Batch, val: CocoDetection, shown: float) -> list[dict[str, Any]]:
+    return _boxes(detector.decode(detector(batch.images), batch.sizes)[0], val, shown)
 
 
-def _boxes(found: ImageDetections, val: CocoDetection) -> list[dict[str, Any]]:
+def _boxes(found: ImageDetections, val: CocoDetection, shown: float) -> list[dict[str, Any]]:
     return [
         {"box": [round(x, 1) for x in box], "label": val.categories[label], "score": round(score, 3)}
         for box, label, score in zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
-        if score >= SHOWN_SCORE
+        if score >= shown
     ]
 
 

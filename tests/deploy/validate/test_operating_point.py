@@ -51,8 +51,8 @@ def test_crowd_regions_count_neither_way() -> None:
     assert point is not None and (point.score, point.f1) == (0.8, 1.0)
 
 
-NEIGHBOURS = [float(np.nextafter(np.float32(0.31), np.float32(x))) for x in (0, 1)]
-SCORES = st.sampled_from([0.004, 0.25, 0.2512345, *NEIGHBOURS, float(np.float32(0.31)), 0.5, 1.0])
+NEIGHBOURS = [float(np.nextafter(np.float32(0.29), np.float32(x))) for x in (0, 1)]
+SCORES = st.sampled_from([0.004, 0.25, 0.2512345, *NEIGHBOURS, float(np.float32(0.29)), 0.5, 1.0])
 BOXES = st.tuples(st.integers(0, 3), st.integers(0, 2), st.sampled_from([4, 6, 8]), st.just(6)).map(list)
 OBJECTS = st.fixed_dictionaries(
     {"image_id": st.integers(0, 1), "category_id": st.integers(0, 2), "bbox": BOXES, "iscrowd": st.integers(0, 1)}
@@ -79,7 +79,8 @@ def test_no_threshold_is_better(objects: list[Box], found: list[Any], kind: type
         assert point.precision == pytest.approx(right / kept) and point.recall == pytest.approx(right / wanted)
         assert point.f1 == pytest.approx(2 * right / (kept + wanted))
     assert point.f1 == pytest.approx(max(_f1(*counts) for counts in every.values()))
-    assert all(_f1(*counts) < point.f1 - 1e-12 for score, counts in every.items() if score > _kept_from(rows, point))
+    higher = [counts for score, counts in every.items() if score > point.score and counts != (right, kept, wanted)]
+    assert all(_f1(*counts) < point.f1 - 1e-12 for counts in higher), "of equal ones the highest score counts"
     for label, score in enumerate(point.class_scores):
         alone = [_f1(*_counts(objects, rows, one, {label})) for one in every]
         best = max(alone, default=0.0)
@@ -93,8 +94,13 @@ def test_a_cut_has_as_few_decimals_as_keep_the_same_detections() -> None:
     cuts = [curve.cut(place) for place in range(5)]
     assert cuts == [0.89, 0.3127, 0.312341, 0.31, 0.25]  # float32 has 0.9 as 0.89999998, and 0.25 as it is
     assert [int((scores >= cut).sum()) for cut in cuts] == [1, 2, 3, 4, 5]
-    close = ScoreCurve.of(np.array([0.31000003, 0.31], np.float32), np.ones(2, bool), 2)
-    assert close.cut(0) == float(np.float32(0.31000003)), "in float32, 0.31 keeps both"
+    close = ScoreCurve.of(np.array([0.29000002, 0.29], np.float32), np.ones(2, bool), 2)
+    assert close.cut(0) == float(np.float32(0.29000002)), "in float32, 0.29 keeps both"
+
+
+def test_of_equal_cuts_the_highest_counts() -> None:
+    curve = ScoreCurve.of(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, False, True]), 2)
+    assert curve.f1.tolist() == [2 / 3, 2 / 4, 2 / 5, 4 / 6] and curve.best() == 0
 
 
 def test_a_long_curve_is_drawn_by_few_points_that_hold_the_best() -> None:
@@ -121,10 +127,6 @@ def test_scores_that_are_no_shares_have_no_point() -> None:
 
 def _f1(right: int, kept: int, wanted: int) -> float:
     return 2 * right / (kept + wanted) if kept + wanted else 0.0
-
-
-def _kept_from(rows: Rows, point: OperatingPoint) -> float:
-    return min(one["score"] for one in rows if one["score"] >= point.score)
 
 
 def _counts(objects: list[Box], rows: Rows, threshold: float, classes: set[int]) -> tuple[int, int, int]:
