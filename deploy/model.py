@@ -88,7 +88,7 @@ class Model:
 
     def predict(
         self,
-        *sources: str | Path,
+        *sources: str | Path | Sequence[str | Path],
         min_score: float | None = None,
         classes: Collection[str] | None = None,
         batch_size: int = 8,
@@ -107,7 +107,8 @@ class Model:
         from deploy.predict import RunnerLooker, look, open_sources
 
         looker = RunnerLooker(self.runner, self.name)
-        found = open_sources(sources)
+        words = [word for given in sources for word in ([given] if isinstance(given, str | Path) else given)]
+        found = open_sources(words)
         return look(looker, found, min_score=min_score, classes=classes, batch_size=batch_size)
 
     def validate(

@@ -298,9 +298,9 @@ class LabelFlags:
         typer.Option("--tau", help="Lowest score of a label. Default: of the teacher's best F1 if it says, else 0.4."),
     ] = None
     tau_ignore: Annotated[
-        float,
-        typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore; in its ratio to 0.4."),
-    ] = 0.2
+        float | None,
+        typer.Option("--tau-ignore", help="From here up to tau a box is a region to ignore. Default: half of tau."),
+    ] = None
     thresholds_from: Annotated[
         Path | None,
         typer.Option("--thresholds-from", metavar="JSON", help="Labelled split: per class the tau with the best F1."),

@@ -16,7 +16,7 @@ from compress.cli.exits import to_stderr
 from compress.cli.groups import with_groups
 from compress.cli.options import RunnerFlags, need_finite, provider_names
 from deploy.core.errors import UserError
-from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
+from deploy.core.files import CHECKPOINT_SUFFIXES, ENGINE_SUFFIX, ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from deploy.core.card import ModelCard
@@ -111,16 +111,18 @@ def predict(
     image_ids = None if keeping.annotations is None else _image_ids(keeping.annotations)
     found = open_sources(sources)
     looker = _looker(model, which, opening, batch_size)
-    wanted = None if classes is None else [name.strip() for name in classes.split(",")]
+    wanted = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
+    if wanted == []:
+        raise UserError("--classes: names none")
     seen = look(looker, found, min_score=score, classes=wanted, batch_size=batch_size)
     if folder is None:
         summary = _take(seen, found, None, show)
     else:
-        with Outputs(folder, looker.card, found, kinds, image_ids) as outputs:
+        with Outputs(folder, looker.card, found, kinds, image_ids, wanted) as outputs:
             summary = _take(seen, found, outputs, show)
     _say(summary, looker.card, score)
     if folder is not None:
-        print(f"{folder}: {', '.join(sorted(entry.name + '/' * entry.is_dir() for entry in folder.iterdir()))}")
+        print(f"{folder}: {', '.join(_shown(folder))}")
     if summary.interrupted and not any(source.live for source in found):
         to_stderr("interrupted; what was found until then is kept")
         raise typer.Exit(130)
@@ -151,13 +153,13 @@ def _take(seen: Iterator[Seen], sources: list[Source], outputs: Outputs | None, 
     with progress_of("predicting", at_least=100) as progress:
         try:
             for one in seen:
+                if outputs is not None:
+                    outputs.add(one)
                 if one.problem is not None:
                     summary.problems += 1
                     if summary.problems <= MOST_PROBLEMS:
                         to_stderr(f"error: {one.problem}")
                 else:
-                    if outputs is not None:
-                        outputs.add(one)
                     summary.frames += 1
                     summary.empty += not len(one.detections)
                     summary.classes.update(found.class_name for found in one.detections)
@@ -179,6 +181,8 @@ def _say(summary: _Summary, card: ModelCard, score: float | None) -> None:
         f"{names or 'nothing'}{f' and {more} more classes' if more > 0 else ''}; score from "
         + (f"{card.shown_score:.2f} ({source})" if score is None else f"{score:.2f}")
     )
+    if score is not None and score < card.score_threshold:
+        print(f"note: the model itself leaves out what scores less than {card.score_threshold:g}")
 
 
 def _draw(seen: Seen) -> None:
@@ -202,6 +206,11 @@ def _draw(seen: Seen) -> None:
     print(
         f"{seen.frame.source.name}: {', '.join(f'{d.class_name} {d.score:.2f}' for d in seen.detections) or 'nothing'}"
     )
+
+
+def _shown(folder: Path) -> list[str]:
+    found = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted(entry.name + "/" * entry.is_dir() for entry in found)
 
 
 def _kinds(keeping: KeepFlags) -> list[str]:
@@ -248,8 +257,13 @@ def _looker(model: str, which: ModelFlags, opening: RunnerFlags, batch_size: int
     import compress
 
     path, options = Path(model), {}
+    if path.is_dir():
+        raise UserError(f"{model}: is a folder; name the file in it, such as {path / 'student.onnx'}")
     if not path.is_file() and not model.startswith("zoo:"):
         raise UserError(f"{model}: no such file")
+    kinds = (ONNX_SUFFIX, ENGINE_SUFFIX, *CHECKPOINT_SUFFIXES)
+    if path.suffix not in kinds and not model.startswith("zoo:"):
+        raise UserError(f"{model}: ends in none of {', '.join(kinds)}")
     providers = provider_names(which.provider)
     if path.suffix in (ONNX_SUFFIX, ENGINE_SUFFIX):
         options = opening.arguments([path], providers, max_batch=batch_size)

@@ -10,7 +10,8 @@ from compress.teachers.base import BoxTeacher, View, operating_point_of, size_of
 from compress.teachers.check import described, resized_images
 from deploy.core.errors import UserError
 
-TAU, TAU_IGNORE = 0.4, 0.2
+TAU, REGIONS = 0.4, 0.5
+"""Lowest score of a label where nothing says another; and of a region to ignore, as a share of that of a label."""
 SHORT_LONG = (800, 1333)
 """Limits of the images, pixels, where nothing says what a teacher was trained with: the usual ones for COCO."""
 LARGEST = 8192
@@ -22,7 +23,8 @@ class Settings:
     """Settings of labelling.
 
     tau: lowest score of a label; None: that of the teacher's operating point, and `TAU` where it has none.
-    tau_ignore: lowest score of a region to ignore, at most tau; where tau is not given, it keeps its ratio to `TAU`.
+    tau_ignore: lowest score of a region to ignore, at most that of a label; None: `REGIONS` of it. Thresholds that are
+        measured class by class keep the ratio of the two.
     how, iou_threshold: see `merge.merge`.
     short, long: limits of the keep-ratio resize, pixels, for all teachers; both None: each sees images of the size that
         it was trained with, `SHORT_LONG` where nothing says.
@@ -30,7 +32,7 @@ class Settings:
     """
 
     tau: float | None = None
-    tau_ignore: float = TAU_IGNORE
+    tau_ignore: float | None = None
     how: Merging = "nms"
     iou_threshold: float = 0.6
     short: int | None = None
@@ -38,11 +40,11 @@ class Settings:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        tau = TAU if self.tau is None else self.tau
-        if not 0 < self.tau_ignore <= tau <= 1:
-            raise UserError(
-                f"thresholds: 0 < tau_ignore <= tau <= 1 is needed, got tau {tau}, tau_ignore {self.tau_ignore}"
-            )
+        for name, value in (("tau", self.tau), ("tau_ignore", self.tau_ignore)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"thresholds: {name} is a score above 0, at most 1, got {value}")
+        if self.tau is not None:
+            self._regions_from(self.tau)
         if not 0 <= self.iou_threshold < 1:
             raise UserError(f"IoU threshold of the merge: must be at least 0 and below 1, got {self.iou_threshold}")
         if self.short is None and self.long is None:
@@ -55,17 +57,30 @@ class Settings:
             raise UserError(f"image size: 1 <= short <= long <= {LARGEST} is needed, got {self.short} and {self.long}")
 
     def thresholds(self, teachers: Sequence[BoxTeacher]) -> tuple[float, float, str]:
-        """Lowest score of a label and of a region, and why it is that, in words."""
+        """Lowest score of a label and of a region, and why it is that, in words.
+
+        Raises UserError where a given `tau_ignore` is above that of a label.
+        """
+        tau, why = self._labels_from(teachers)
+        return tau, self._regions_from(tau), why
+
+    def _regions_from(self, tau: float) -> float:
+        if self.tau_ignore is None:
+            return tau * REGIONS
+        if self.tau_ignore > tau:
+            raise UserError(f"thresholds: tau_ignore {self.tau_ignore} is above {tau:.3g}, from where boxes are labels")
+        return self.tau_ignore
+
+    def _labels_from(self, teachers: Sequence[BoxTeacher]) -> tuple[float, str]:
         if self.tau is not None:
-            return self.tau, self.tau_ignore, "as given"
+            return self.tau, "as given"
         measure = "--thresholds-from measures better ones on labelled images"
         if len(teachers) > 1:
-            return TAU, self.tau_ignore, f"the default for several teachers; {measure}"
+            return TAU, f"the default for several teachers; {measure}"
         file, point = teachers[0].file, operating_point_of(teachers[0])
         if point is None or point.score == 0:
-            return TAU, self.tau_ignore, f"the default, since {file} does not say where its F1 is best; {measure}"
-        why = f"where {file} says its F1 is best, {point.f1:.3f} on {point.images} images"
-        return point.score, self.tau_ignore * (point.score / TAU), why
+            return TAU, f"the default, since {file} does not say where its F1 is best; {measure}"
+        return point.score, f"where {file} says its F1 is best, {point.f1:.3f} on {point.images} images"
 
     def size_for(self, teacher: BoxTeacher) -> tuple[int, int]:
         """(short, long) of the images that a teacher with `View.RESIZED` sees."""

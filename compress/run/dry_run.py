@@ -114,8 +114,9 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     if lost and not without_data:
         raise UserError("\n".join([*lost[:-1], f"{lost[-1]}; to rehearse without it, add --without-data"]))
     if lost:
-        if data.train.annotations.is_file():
-            return {row["id"]: row["name"] for row in read_annotations(data.train.annotations)["categories"]}
+        for split in (data.train, data.val):
+            if split.annotations.is_file():
+                return {row["id"]: row["name"] for row in read_annotations(split.annotations)["categories"]}
         console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
         return dict(COCO_CATEGORIES)
     train, val, _ = open_splits(data_plan(recipe), data.train, data.val, cache=False)

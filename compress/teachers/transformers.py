@@ -37,9 +37,9 @@ class TransformersTeacher:
     view = View.ORIGINAL
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        for name in ("config.json", "preprocessor_config.json"):
+        for name, writer in (("config.json", "a detector"), ("preprocessor_config.json", "its image processor")):
             if not (folder / name).is_file():
-                raise UserError(f"{folder}: no {name} in it; give the folder of a detector that save_pretrained wrote")
+                raise UserError(f"{folder}: no {name} in it; save_pretrained of {writer} writes it there")
         try:
             from transformers import AutoImageProcessor, AutoModelForObjectDetection
         except ImportError as error:

@@ -294,7 +294,8 @@ def _in_order(
         if len(apart) > most or best > np.median(wanted[0].max(-1)):
             raise ExportMismatchError(
                 f"{where}: {len(apart)} of {len(partner)} rows that the ONNX graph chose are not torch's, the best "
-                f"with a score of {best:.2g} (allowed: {most}, of the lower half)"
+                f"with a score of {best:.2g} (allowed: {most}, of the lower half); a network that has hardly learned "
+                "scores all places alike, and rounding chooses others: train it longer"
             )
         for value, like, kept in zip(ordered, wanted, (scores, boxes), strict=True):
             value[image] = kept[partner]

@@ -55,11 +55,22 @@ def look(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if min_score is not None and not (isinstance(min_score, int | float) and 0 <= min_score <= 1):
+        raise UserError(f"min_score: a number from 0 to 1, got {min_score!r}")
     names = looker.card.class_names
     if unknown := [name for name in classes or () if name not in names]:
         raise UserError(f"no class is called {unknown[0]}: the model knows {_some(names)}")
     kept = None if classes is None else [label for label, name in enumerate(names) if name in classes]
     score = looker.card.shown_score if min_score is None else min_score
+    return _look(looker, sources, score, kept, batch_size)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _look(
+    looker: Looker, sources: Sequence[Source], score: float, kept: Sequence[int] | None, batch_size: int
+) -> Iterator[Seen]:
     for group, size in _groups(sources, batch_size):
         for batch in load_batches(_frames(group), lambda frame: _load(looker, frame), size):
             found = iter(looker.finish([one.prepared for one in batch if one.problem is None]))
@@ -70,9 +81,6 @@ def look(
                     chosen &= np.isin(detections.labels, kept)
                 path = one.frame.path
                 yield Seen(one.frame, one.pixels, replace(detections[chosen], path=path), one.problem)
-
-
-# --- details --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

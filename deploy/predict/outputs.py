@@ -27,7 +27,7 @@ from deploy.core.draw import draw_boxes
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, write_text
 from deploy.predict.look import Seen
-from deploy.predict.sources import Source, VideoSource
+from deploy.predict.sources import MARK, Source, VideoSource
 from deploy.predict.video import VideoWriter
 
 
@@ -35,6 +35,7 @@ class Outputs:
     """A folder of predictions.
 
     kinds: names in `KINDS`. image_ids: name of a picture → its id in COCO files; None: counted from 1.
+    classes: names of those that were kept; None: all.
     Raises UserError for a file that cannot be written; a picture that `image_ids` does not have is refused by `add`.
     """
 
@@ -45,21 +46,23 @@ class Outputs:
         sources: Sequence[Source],
         kinds: Collection[str],
         image_ids: Mapping[str, int] | None = None,
+        classes: Collection[str] | None = None,
     ) -> None:
         self.folder = folder
         self._files = ExitStack()
         self._writers: list[Writer] = []
         folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / MARK, "compress predict wrote here; as a source, a folder around it leaves it out\n")
         try:
-            self._writers = [KINDS[kind](Place(folder, card, self._files, image_ids)) for kind in kinds]
+            self._writers = [KINDS[kind](Place(folder, card, self._files, image_ids, classes)) for kind in kinds]
         except BaseException:
             self._files.close()
             raise
 
     def add(self, seen: Seen) -> None:
-        """Keep what was seen; a frame with a problem is left out."""
-        if seen.problem is None:
-            for writer in self._writers:
+        """Keep what was seen. Of what could not be looked at the JSON file alone says so."""
+        for writer in self._writers:
+            if seen.problem is None or isinstance(writer, Json):
                 writer.add(seen)
 
     def __enter__(self) -> Outputs:
@@ -83,6 +86,7 @@ class Place:
     card: ModelCard
     files: ExitStack
     image_ids: Mapping[str, int] | None
+    classes: Collection[str] | None
 
 
 class Writer(Protocol):
@@ -136,6 +140,9 @@ class Json:
         row: dict[str, Any] = {"name": frame.source.name, "source": frame.source.where}
         if frame.time_s is not None:
             row |= {"frame": frame.index, "time_s": round(frame.time_s, 6)}
+        if seen.problem is not None:
+            self._list.add(row | {"problem": seen.problem})
+            return
         row |= {"height": seen.pixels.shape[0], "width": seen.pixels.shape[1]}
         row["detections"] = [
             {
@@ -154,13 +161,16 @@ class Json:
 
 class Coco:
     """`results.json`: rows of COCO results, for any COCO evaluation; `coco.json`: a data set of them with scores, for
-    labelling tools and `compress data check`. A frame of a video is the image NAME_NUMBER."""
+    labelling tools and `compress data check`; `info.coverage` has the classes that were looked for, if not all. A frame
+    of a video is the image NAME_NUMBER.jpg, which is not written."""
 
     def __init__(self, place: Place) -> None:
         self._ids = place.image_ids
         self._results = _List(place.folder / "results.json", place.files)
         classes = zip(place.card.category_ids, place.card.class_names, strict=True)
-        head = {"categories": [{"id": number, "name": name} for number, name in classes]}
+        head: dict[str, Any] = {"categories": [{"id": number, "name": name} for number, name in classes]}
+        if (kept := place.classes) is not None:
+            head["info"] = {"coverage": [row["id"] for row in head["categories"] if row["name"] in kept]}
         self._boxes = _List(place.folder / "coco.json", place.files, head, "annotations")
         self._images: list[dict[str, Any]] = []
         self._count = 0

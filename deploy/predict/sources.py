@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TextIO
@@ -25,11 +25,13 @@ import numpy as np
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image, load_image
 from deploy.core.image_folder import IMAGE_SUFFIXES, find_files
-from deploy.predict.video import VIDEO_SUFFIXES, Video
+from deploy.predict.video import VIDEO_SUFFIXES, Video, need_pyav
 
 MAX_BYTES = 2**28
 """Of a picture at an address."""
 TIMEOUT_S = 30.0
+MARK = ".predictions"
+"""File in a folder that predictions were written into."""
 STREAMS = ("rtsp", "rtmp", "rtmps", "udp", "tcp", "srt", "hls")
 
 
@@ -117,11 +119,29 @@ class VideoSource:
             yield Frame(self, lambda pixels=pixels: pixels, index, time_s)  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is called like a video and cannot be opened as one."""
+
+    where: str
+    name: str
+    problem: str
+    count = 1
+    live = False
+
+    def frames(self) -> Iterator[Frame]:
+        def read() -> np.ndarray:
+            raise UserError(self.problem)
+
+        yield Frame(self, read)
+
+
 def open_sources(texts: Iterable[str | Path], stdin: TextIO | None = None) -> list[Source]:
     """Find what the words name, in their order. `-` is a list of words on `stdin`, one a line.
 
-    Raises UserError for what is not there, for a file whose name is neither that of a picture nor of a video, for a
-    video that cannot be opened, and when there is nothing at all.
+    A folder in which predictions were written (`MARK`) is left out of the one that it lies in.
+
+    Raises UserError for what is not there, for videos without PyAV, and when there is nothing at all.
     """
     taken: set[str] = set()
     found: list[Source] = []
@@ -166,6 +186,8 @@ def _files(text: str) -> Iterator[Source]:
     path = Path(text)
     if path.is_dir():
         files = find_files(path, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+        written = {folder for file in files for folder in _between(file, path) if (folder / MARK).exists()}
+        files = [file for file in files if written.isdisjoint(_between(file, path))]
         if not files:
             raise UserError(f"{path}: no pictures and no videos in it")
         yield from (_file(file, file.relative_to(path).as_posix()) for file in files)
@@ -181,11 +203,20 @@ def _files(text: str) -> Iterator[Source]:
         raise UserError(f"{path}: no such file or folder")
 
 
+def _between(file: Path, folder: Path) -> list[Path]:
+    """The folders that `file` lies in below `folder`."""
+    return [folder / part for part in list(file.relative_to(folder).parents)[:-1]]
+
+
 def _file(path: Path, name: str) -> Source:
-    """A picture is told by its content; what is called like a video is one."""
-    return (
-        VideoSource(Video.open(str(path)), name) if path.suffix.lower() in VIDEO_SUFFIXES else PictureFile(path, name)
-    )
+    """What is called like a video is one; a picture is told by its content."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        return PictureFile(path, name)
+    need_pyav(str(path))
+    try:
+        return VideoSource(Video.open(str(path)), name)
+    except UserError as error:
+        return Unreadable(str(path), name, str(error))
 
 
 def _last_part(address: str, otherwise: str) -> str:
@@ -201,12 +232,8 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _renamed(source: Source, name: str) -> Source:
-    if isinstance(source, PictureFile):
-        return PictureFile(source.path, name)
-    if isinstance(source, PictureAddress):
-        return PictureAddress(source.where, name)
-    assert isinstance(source, VideoSource)
-    return VideoSource(source.video, name, source.live)
+    assert isinstance(source, PictureFile | PictureAddress | VideoSource | Unreadable)
+    return replace(source, name=name)
 
 
 def _download(address: str) -> bytes:

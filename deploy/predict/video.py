@@ -31,26 +31,29 @@ class Video:
     """A video that could be opened.
 
     address: a path, an address or a device. count: of frames, as far as the file says. rate: frames a second.
+    seconds: its length, as far as the file says.
     """
 
     address: str
     format: str | None
     count: int | None
     rate: Fraction
+    seconds: float | None = None
 
     @classmethod
     def open(cls, address: str, format: str | None = None) -> Video:
         """Look at the first of the video streams. Raises UserError when there is none, or it cannot be read."""
-        container = _open(address, format)
-        with container:
+        av = need_pyav(address)
+        with _open(address, format) as container:
             if not container.streams.video:
                 raise UserError(f"{address}: there is no video in it")
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate or RATE
-            count = stream.frames or None
-            if count is None and stream.duration is not None and stream.time_base is not None:
-                count = round(stream.duration * stream.time_base * rate)
-            return cls(address, format, count, Fraction(rate))
+            seconds = None if container.duration is None else container.duration / av.time_base
+            if stream.duration is not None and stream.time_base is not None:
+                seconds = float(stream.duration * stream.time_base)
+            count = stream.frames or (None if seconds is None else round(seconds * rate))
+            return cls(address, format, count, Fraction(rate), seconds)
 
     @classmethod
     def camera(cls, number: int) -> Video:
@@ -66,12 +69,13 @@ class Video:
 
     def pictures(self) -> Iterator[tuple[np.ndarray, float]]:
         """Pixels uint8 [h, w, 3] RGB, turned upright as the video says, and times in seconds. Raises UserError for a
-        frame that cannot be decoded."""
+        frame that cannot be decoded, and behind the last one when the file says that the video is longer by a tenth."""
         import av
 
         with _open(self.address, self.format) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            time_s = 0.0
             try:
                 for index, frame in enumerate(container.decode(stream)):
                     pixels = frame.to_ndarray(format="rgb24")
@@ -79,7 +83,9 @@ class Video:
                     time_s = float(frame.time) if frame.time is not None else index / float(self.rate)
                     yield np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels, time_s
             except av.FFmpegError as error:
-                raise UserError(f"{self.address}: cannot be read further: {first_line(error)}") from error
+                raise UserError(f"{self.address}: cannot be read further: {_reason(error)}") from error
+        if self.seconds is not None and time_s < 0.9 * self.seconds - 1:
+            raise UserError(f"{self.address}: breaks off after {time_s:.1f} of {self.seconds:.1f} seconds")
 
 
 class VideoWriter:
@@ -87,7 +93,7 @@ class VideoWriter:
     the codec wants even ones. Raises UserError where the file cannot be written."""
 
     def __init__(self, path: Path, rate: Fraction) -> None:
-        av = _av(str(path))
+        av = need_pyav(str(path))
         self._rate, self._base, self._last = rate, Fraction(1, 90_000), -1
         self._stream: Any = None
         try:
@@ -130,10 +136,8 @@ class VideoWriter:
         self.close()
 
 
-# --- details --------------------------------------------------------------------------------------------
-
-
-def _av(where: str) -> Any:
+def need_pyav(where: str) -> Any:
+    """The package. Raises UserError, naming `where`, without it."""
     try:
         import av
     except ModuleNotFoundError as error:
@@ -142,9 +146,16 @@ def _av(where: str) -> Any:
     return av
 
 
+# --- details --------------------------------------------------------------------------------------------
+
+
 def _open(address: str, format: str | None) -> Any:
-    av = _av(address)
+    av = need_pyav(address)
     try:
         return av.open(address, format=format, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{address}: cannot be read as a video: {first_line(error)}") from error
+        raise UserError(f"{address}: cannot be read as a video: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)

@@ -146,7 +146,15 @@ def quiet() -> Iterator[None]:
 # --- details --------------------------------------------------------------------------------------------
 
 
+COUNTS = ("num_queries", "decoder_layers", "d_model", "decoder_attention_heads", "encoder_hidden_dim")
+
+
 def _check_known(kind: Any, options: Mapping[str, Any]) -> None:
+    for name in COUNTS:
+        if (value := options.get(name, 1)) is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"options.{name}: a whole number from 1 on, got {value!r}")
+    if (value := options.get("num_denoising", 0)) is not None and (not isinstance(value, int) or value < 0):
+        raise UserError(f"options.num_denoising: a whole number from 0 on, got {value!r}")
     known = set(kind.config_class().to_dict()) - set(NOT_OPTIONS) - {"model_type"}
     unknown = sorted(set(options) - known)
     if unknown:

@@ -289,7 +289,7 @@ def test_locations_are_those_that_queries_begin_at(kind: type[QueryDetector]) ->
     ("kinds", "options", "said"),
     [
         (KINDS, {"num_queries": "ten"}, "num_queries"),
-        (KINDS, {"num_queries": 0}, "options: "),
+        (KINDS, {"num_queries": 0}, "options.num_queries: a whole number from 1 on, got 0"),
         (KINDS, {"num_labels": 9}, "is what the detector says itself"),
         (KINDS, {"auxiliary_loss": False}, "must be True here"),
         (KINDS[:2], {"encoder_hidden_dim": 64}, "the layers do not fit together"),

@@ -404,7 +404,7 @@ def test_command_under_torchrun(run: Run, world: Path, tmp_path: Path, monkeypat
     ("options", "says"),
     [
         (("--shard", "0/2"), "--shard: '0/2' is not a share"),
-        (("--tau", "0.1"), "0 < tau_ignore <= tau <= 1"),
+        (("--tau", "0.1", "--tau-ignore", "0.5"), "tau_ignore 0.5 is above 0.1, from where boxes are labels"),
         (("--iou", "1.5"), "at least 0 and below 1"),
         (("--short", "97"), "1 <= short <= long"),
         (("--thresholds-root", "."), "belongs to --thresholds-from"),

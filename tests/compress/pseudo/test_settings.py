@@ -45,10 +45,13 @@ def a_teacher(**said: Any) -> Any:
 
 
 def test_thresholds() -> None:
-    """Given; of the teacher's best F1, regions in their ratio; or the default, to the bit."""
-    assert Settings(tau=0.6).thresholds([a_teacher(operating_point=POINT)]) == (0.6, 0.2, "as given")
+    """Given; of the teacher's best F1; or the default, to the bit. Regions from half of it, or as given."""
+    assert Settings(tau=0.6).thresholds([a_teacher(operating_point=POINT)]) == (0.6, 0.3, "as given")
+    assert Settings(tau=0.1).thresholds([a_teacher(operating_point=POINT)]) == (0.1, 0.05, "as given")
+    with pytest.raises(UserError, match=r"tau_ignore 0.9 is above 0.3, from where boxes are labels"):
+        Settings(tau_ignore=0.9).thresholds([a_teacher(operating_point=POINT)])
     tau, region, why = Settings(tau_ignore=0.1).thresholds([a_teacher(operating_point=POINT)])
-    assert (tau, region) == pytest.approx((0.3, 0.075))
+    assert (tau, region) == (0.3, 0.1)
     assert why == "where a.onnx says its F1 is best, 0.800 on 40 images"
     zero = POINT.model_copy(update={"score": 0.0})
     for teachers in ([a_teacher()], [a_teacher(operating_point=zero)], [a_teacher(operating_point=POINT)] * 2):
@@ -113,7 +116,7 @@ def test_the_threshold_is_that_of_the_best_f1_where_the_teacher_says(
     point = POINT.model_copy(update={"score": 0.7, "class_scores": [0.7, None]})
     file = teacher(tmp_path / "t.safetensors", ("cat", "dog"), 1, operating_point=point)
     for name, tau in (("own", None), ("given", 0.7)):
-        how = replace(SMALL, tau=tau, tau_ignore=0.35 if tau else 0.2)
+        how = replace(SMALL, tau=tau, tau_ignore=0.35 if tau else None)
         make(world, tmp_path / f"{name}.json", teachers=[file], table={}, settings=how, quiet=False)
     own, given = (read(tmp_path / f"{name}.json") for name in ("own", "given"))
     assert own["info"]["pseudo_labels"]["tau"] == {"cat": 0.7, "dog": 0.7} and own["annotations"]

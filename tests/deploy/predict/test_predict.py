@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -79,7 +80,9 @@ def test_a_folder_is_drawn_and_listed_and_a_broken_picture_costs_itself(
         f"error: {photos / 'broken.png'}:", "error: 1 of 4 could not be looked at"
     ]  # fmt: skip
     out = tmp_path / "predictions"
-    assert [row["name"] for row in of(out)["images"]] == ["a.png", "below/b.jpg", "c.bmp"]
+    rows = of(out)["images"]
+    assert [row["name"] for row in rows] == ["a.png", "below/b.jpg", "broken.png", "c.bmp"]
+    assert [row["name"] for row in rows if "problem" in row] == ["broken.png"]
     first = of(out)["images"][0]
     assert (first["height"], first["width"]) == (480, 640)
     assert [(found["class_name"], found["box"]) for found in first["detections"]] == [
@@ -165,19 +168,67 @@ def test_a_video_is_turned_upright(tmp_path: Path, matrix: tuple[int, int, int, 
         np.testing.assert_array_equal(pixels, np.rot90(before, turns))
 
 
-def test_a_video_that_breaks_off_gives_what_there_is(
+def test_videos_that_cannot_be_read_cost_themselves(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is none, one without its index, and one that says that it is longer than it is."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    data = write_video(tmp_path / "clip.mp4", frames(30)).read_bytes()
+    (folder / "a.png").write_bytes(encode(RED))
+    (folder / "cut.mp4").write_bytes(data[: len(data) * 3 // 4])
+    (folder / "none.mp4").write_bytes(b"\0" * 2000)
+    with av.open(str(folder / "short.mkv"), "w") as half:
+        stream = half.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
+        for index, pixels in enumerate(frames(60)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = index
+            half.mux(stream.encode(frame))
+        half.mux(stream.encode(None))
+    whole = (folder / "short.mkv").read_bytes()
+    (folder / "short.mkv").write_bytes(whole[: len(whole) // 2])
+    assert predict(tmp_path, monkeypatch, onnx, folder) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 4 and "error: 3 of " in error
+    for said in (
+        "cut.mp4: cannot be read",
+        "none.mp4: cannot be read as a video: Invalid data",
+        "short.mkv: breaks off",
+    ):
+        assert said in error
+    rows = of(tmp_path / "predictions")["images"]
+    assert [row["name"] for row in rows if "problem" in row] == ["cut.mp4", "none.mp4", "short.mkv"]
+    assert sum(row["name"] == "short.mkv" for row in rows) > 10 and rows[0]["name"] == "a.png"
+
+
+def test_what_was_written_before_is_no_source(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by default nor as `--out` in the folder; but by its own name."""
+    (tmp_path / "a.png").write_bytes(encode(RED))
+    for arguments in (["."], ["."], [".", "--out", "deep/er"], ["."], ["predictions"]):
+        assert predict(tmp_path, monkeypatch, onnx, *arguments) == 0
+        assert "1 frames, 1 with" in capsys.readouterr().out
+
+
+def test_a_data_set_says_which_classes_were_looked_for(
     onnx: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip = write_video(tmp_path / "clip.mp4", frames(30))
-    data = bytearray(clip.read_bytes())
-    (tmp_path / "none.mp4").write_bytes(b"\0" * 2000)
-    assert predict(tmp_path, monkeypatch, onnx, tmp_path / "none.mp4") == 2
-    assert "none.mp4: cannot be read as a video" in capsys.readouterr().err
-    cut = tmp_path / "cut.mp4"
-    cut.write_bytes(data[: len(data) * 3 // 4])  # without its index
-    assert predict(tmp_path, monkeypatch, onnx, cut) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "cut.mp4: cannot be read" in error
+    arguments = ["--save", "coco", "--out", "some", "--classes", "red", "--score", "0.01"]
+    assert predict(tmp_path, monkeypatch, onnx, photos / "a.png", *arguments) == 0
+    assert "the model itself leaves out what scores less than 0.05" in capsys.readouterr().out
+    assert json.loads((tmp_path / "some" / "coco.json").read_text())["info"]["coverage"] == [7]
+
+
+def test_from_python(onnx: Path, photos: Path) -> None:
+    model = deploy.open(onnx, threads=1)
+    sources = [photos / "a.png", str(photos / "below")]
+    assert [len(seen.detections) for seen in model.predict(sources)] == [1, 1]
+    assert [seen.frame.source.name for seen in model.predict(*sources)] == ["a.png", "b.jpg"]
+    for wrong in (-1, 2, "a"):
+        with pytest.raises(UserError, match="min_score: a number from 0 to 1"):
+            model.predict(sources, min_score=wrong)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +257,7 @@ def test_addresses_patterns_and_a_list_on_stdin(
     sources = ["-", f"{address}/a.png", f"{photos}/**/b.*", f"{address}/gone.png"]
     assert predict(tmp_path, monkeypatch, onnx, *sources) == 2
     assert [row["name"] for row in of(tmp_path / "predictions")["images"]] == [
-        "a.png", "b.jpg", "a-2.png", "b-2.jpg"
+        "a.png", "b.jpg", "a-2.png", "b-2.jpg", "gone.png"
     ]  # fmt: skip
     assert f"error: {address}/gone.png: the server answers 404" in capsys.readouterr().err
 
@@ -259,7 +310,7 @@ def test_coco_results_take_the_ids_of_a_data_set(
     assert [row["image_id"] for row in json.loads((tmp_path / "a" / "results.json").read_text())] == [71]
     assert predict(tmp_path, monkeypatch, onnx, photos / "below", *with_ids, "b") == 2
     assert "--annotations: has no image called b.jpg" in capsys.readouterr().err
-    assert list((tmp_path / "b").iterdir()) == [], "nothing half-written"
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".predictions"], "nothing half-written"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +322,9 @@ def test_coco_results_take_the_ids_of_a_data_set(
         (["red.onnx", "ftp://host/a.jpg"], "addresses begin with http://, https:// or rtsp://"),
         (["red.onnx", "camera:97"], "camera:97: there is no /dev/video97"),
         (["gone.onnx", "a.png"], "gone.onnx: no such file"),
+        (["empty", "a.png"], "empty: is a folder; name the file in it, such as empty/student.onnx"),
+        (["a.png", "a.png"], "a.png: ends in none of .onnx, .engine, .safetensors"),
+        (["red.onnx", "a.png", "--classes", " ,"], "--classes: names none"),
         (
             ["red.onnx", "a.png", "--save", "xml"],
             "--save: 'xml' is none of pictures, json, coco",
