@@ -12,12 +12,11 @@ from compress.manifest import BASELINE, FINE_TUNED, STUDENT
 from compress.report.charts import Series, line_chart
 from compress.report.document import Document, Metrics
 
-DETECTION_LOSSES = ("loss_cls", "loss_bbox", "loss_dfl")
-_KNOWN_COLUMNS = {
-    *DETECTION_LOSSES, "step", "epoch", "seconds", "lr", "loss", "grad_norm", "map", "map50", "map75",
-}  # fmt: skip
+DETECTION = "loss_"
+"""Columns of the detector's own losses begin so; those of methods with the method's name."""
+_KNOWN_COLUMNS = {"step", "epoch", "seconds", "lr", "loss", "grad_norm", "map", "map50", "map75"}
 _LINE_COLOURS = 6  # classes .s0 … .s5 of the style sheet
-_LOSS_NAMES = {
+_OF_GFL = {
     "loss_cls": "Classification (QFL)",
     "loss_bbox": "Box (GIoU)",
     "loss_dfl": "Distribution (DFL)",
@@ -74,8 +73,9 @@ def curves(document: Document) -> list[Curve]:
         level=level,
         marks=True,
     )
-    sums = {a: _detection_loss(metrics[a]) for a in roles}
-    if any(sums.values()):
+    own = {a: _own_losses(metrics[a]) for a in roles}
+    if any(own.values()) and len({frozenset(found) for found in own.values() if found}) == 1:
+        sums = {a: _detection_loss(metrics[a], own[a]) for a in roles}
         add("Detection loss", "Distillation terms left out, so that the roles compare.", sums, "loss")
     else:
         add(
@@ -84,11 +84,14 @@ def curves(document: Document) -> list[Curve]:
             {a: metrics[a].columns.get("loss", []) for a in roles},
             "loss",
         )
-    for column in DETECTION_LOSSES:
-        add(_LOSS_NAMES[column], "", {a: metrics[a].columns.get(column, []) for a in roles}, "loss")
+    columns = list(dict.fromkeys(column for found in own.values() for column in found))
+    names = _OF_GFL if set(columns) == set(_OF_GFL) else {}
+    for column in columns:
+        title = names.get(column, f"Detection: {column.removeprefix(DETECTION)}")
+        add(title, "", {a: metrics[a].columns.get(column, []) for a in roles}, "loss")
     student = metrics.get("student")
     if student is not None:  # what is not of the detector or of the loop is a method's
-        single = [c for c in student.columns if c not in _KNOWN_COLUMNS]
+        single = [c for c in student.columns if c not in _KNOWN_COLUMNS and not c.startswith(DETECTION)]
         for group in _method_charts(single):
             lines = {name: student.columns[c] for name, c in group.lines.items()}
             far = _far_apart(list(lines.values()))
@@ -147,9 +150,14 @@ def _method_charts(columns: Sequence[str]) -> list[_Group]:
     return [group for group in groups if group.lines]
 
 
-def _detection_loss(metrics: Metrics) -> list[tuple[float, float]]:
+def _own_losses(metrics: Metrics) -> list[str]:
+    """Columns of the detector's own losses that hold something."""
+    return [column for column, points in metrics.columns.items() if column.startswith(DETECTION) and points]
+
+
+def _detection_loss(metrics: Metrics, columns: Sequence[str]) -> list[tuple[float, float]]:
     """The sum of the detection losses at the steps that have them all."""
-    parts = [dict(metrics.columns[c]) for c in DETECTION_LOSSES if c in metrics.columns]
-    if len(parts) < len(DETECTION_LOSSES):
+    if not columns:
         return []
+    parts = [dict(metrics.columns[column]) for column in columns]
     return [(step, sum(p[step] for p in parts)) for step in sorted(set.intersection(*(set(p) for p in parts)))]

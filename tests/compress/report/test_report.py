@@ -261,3 +261,21 @@ def test_summary_table_without_teacher_and_with_markup_in_a_name() -> None:
     console.print(summary_table({"name": "run", "models": {}, "artifacts": [{"file": "[bold]a.onnx", "gate": "pass"}]}))
     text = console.export_text()
     assert "not in this run" in text and "[bold]a.onnx" in text
+
+
+def test_losses_of_another_detector_are_its_own(tmp_path: Path) -> None:
+    """Not those of a method; named as it names them; summed where all trainings have the same."""
+    for role in ("student", "baseline"):
+        (tmp_path / role).mkdir()
+    run = write_run(tmp_path, full_report())
+    (tmp_path / "student" / "metrics.csv").write_text(
+        "step,loss,loss_vfl,loss_giou,fgd_fg,map\n1,9,2,3,4,\n2,8,2,2,4,5\n"
+    )
+    (tmp_path / "baseline" / "metrics.csv").write_text("step,loss,loss_vfl,loss_giou,map\n1,5,2,3,\n2,4,2,2,5\n")
+    text = Page(build_report(run).read_text(encoding="utf-8")).text
+    for title in ("Detection: vfl", "Detection: giou", "Detection loss", "Distillation: fgd_fg"):
+        assert title in text, title
+    assert "Distillation: loss" not in text and "Training loss" not in text
+    (tmp_path / "baseline" / "metrics.csv").write_text("step,loss,loss_cls,map\n1,5,2,\n2,4,2,5\n")
+    text = Page(build_report(run).read_text(encoding="utf-8")).text
+    assert "Training loss" in text and "Detection loss" not in text, "sums of other terms do not compare"
