@@ -161,7 +161,9 @@ def test_a_dry_run_looks_at_the_data(tmp_path: Path, capsys: pytest.CaptureFixtu
         f"data.train.annotations: {gone}: no such file",
         f"data.val.images: {tmp_path / 'none'}: no such folder; to rehearse without it, add --without-data",
     ]
-    assert "COCO's 80 classes stand in" in rehearse(f"data.train.annotations={gone}", without_data=True)
+    other_gone = f"data.val.annotations={gone}"
+    assert "classes stand in" not in rehearse(f"data.train.annotations={gone}", without_data=True), "val has some"
+    assert "COCO's 80 classes stand in" in rehearse(f"data.train.annotations={gone}", other_gone, without_data=True)
     with pytest.raises(UserError, match="warmup_steps 500 leaves nothing of the run's"):
         rehearse("train.steps=null", "train.epochs=6", "train.schedule.warmup_steps=500")
     (tmp_path / "other").mkdir()
