@@ -16,7 +16,7 @@ from compress.cli.exits import to_stderr
 from compress.cli.groups import with_groups
 from compress.cli.options import RunnerFlags, need_finite, provider_names
 from deploy.core.errors import UserError
-from deploy.core.files import CHECKPOINT_SUFFIXES, ENGINE_SUFFIX, ONNX_SUFFIX
+from deploy.core.files import CHECKPOINT_SUFFIXES
 
 if TYPE_CHECKING:
     from deploy.core.card import ModelCard
@@ -118,7 +118,7 @@ def predict(
     if folder is None:
         summary = _take(seen, found, None, show)
     else:
-        with Outputs(folder, looker.card, found, kinds, image_ids, wanted) as outputs:
+        with Outputs(folder, looker.card, kinds, image_ids, wanted) as outputs:
             summary = _take(seen, found, outputs, show)
     _say(summary, looker.card, score)
     if folder is not None:
@@ -255,17 +255,18 @@ def _looker(model: str, which: ModelFlags, opening: RunnerFlags, batch_size: int
     if which.served is not None:
         raise UserError(f"--served: of a server, and {model} is none")
     import compress
+    from deploy.runtimes.open import SUFFIXES
 
     path, options = Path(model), {}
     if path.is_dir():
         raise UserError(f"{model}: is a folder; name the file in it, such as {path / 'student.onnx'}")
     if not path.is_file() and not model.startswith("zoo:"):
         raise UserError(f"{model}: no such file")
-    kinds = (ONNX_SUFFIX, ENGINE_SUFFIX, *CHECKPOINT_SUFFIXES)
+    kinds = (*SUFFIXES, *CHECKPOINT_SUFFIXES)
     if path.suffix not in kinds and not model.startswith("zoo:"):
         raise UserError(f"{model}: ends in none of {', '.join(kinds)}")
     providers = provider_names(which.provider)
-    if path.suffix in (ONNX_SUFFIX, ENGINE_SUFFIX):
+    if path.suffix in SUFFIXES:
         options = opening.arguments([path], providers, max_batch=batch_size)
     opened = compress.open(model, providers, input_size=which.input_size, device=which.device, **options)
     return RunnerLooker(opened.runner, opened.name)

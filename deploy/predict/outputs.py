@@ -1,6 +1,6 @@
 """What is kept of predictions: drawn pictures and videos, JSON, COCO, YOLO text files, CSV, crops.
 
-    with Outputs(folder, looker.card, sources, ["pictures", "json"]) as outputs:
+    with Outputs(folder, looker.card, ["pictures", "json"]) as outputs:
         for seen in look(looker, sources):
             outputs.add(seen)
 
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -43,12 +42,10 @@ class Outputs:
         self,
         folder: Path,
         card: ModelCard,
-        sources: Sequence[Source],
         kinds: Collection[str],
         image_ids: Mapping[str, int] | None = None,
         classes: Collection[str] | None = None,
     ) -> None:
-        self.folder = folder
         self._files = ExitStack()
         self._writers: list[Writer] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -317,4 +314,4 @@ def _stream(path: Path, files: ExitStack) -> TextIO:
 def _file_name(class_name: str) -> str:
     """A class name as the name of a folder."""
     made = "".join("_" if sign in '<>:"/\\|?*' or ord(sign) < 32 else sign for sign in class_name).strip(". ")
-    return made or os.fsdecode(b"class")
+    return made or "class"

@@ -69,7 +69,8 @@ class Source(Protocol):
     def live(self) -> bool:
         """It goes on while nobody looks, and ends when it is stopped."""
 
-    def frames(self) -> Iterator[Frame]: ...
+    def frames(self) -> Iterator[Frame]:
+        """Raises UserError where it breaks off, or cannot be read at all."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class VideoSource:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that is called like a video and cannot be opened as one."""
+    """What is called like a video and cannot be opened as one."""
 
     where: str
     name: str
@@ -130,10 +131,7 @@ class Unreadable:
     live = False
 
     def frames(self) -> Iterator[Frame]:
-        def read() -> np.ndarray:
-            raise UserError(self.problem)
-
-        yield Frame(self, read)
+        raise UserError(self.problem)
 
 
 def open_sources(texts: Iterable[str | Path], stdin: TextIO | None = None) -> list[Source]:
@@ -175,7 +173,7 @@ def _sources(text: str, stdin: TextIO | None) -> Iterator[Source]:
     elif scheme in ("http", "https"):
         name = _last_part(text, "picture")
         video = PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
-        yield VideoSource(Video.open(text), name) if video else PictureAddress(text, name)
+        yield _video(text, name) if video else PictureAddress(text, name)
     elif scheme:
         raise UserError(f"{text}: addresses begin with http://, https:// or {'://, '.join(STREAMS[:3])}://")
     else:
@@ -186,7 +184,8 @@ def _files(text: str) -> Iterator[Source]:
     path = Path(text)
     if path.is_dir():
         files = find_files(path, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
-        written = {folder for file in files for folder in _between(file, path) if (folder / MARK).exists()}
+        below = {folder for file in files for folder in _between(file, path)}
+        written = {folder for folder in below if (folder / MARK).exists()}
         files = [file for file in files if written.isdisjoint(_between(file, path))]
         if not files:
             raise UserError(f"{path}: no pictures and no videos in it")
@@ -210,13 +209,15 @@ def _between(file: Path, folder: Path) -> list[Path]:
 
 def _file(path: Path, name: str) -> Source:
     """What is called like a video is one; a picture is told by its content."""
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        return PictureFile(path, name)
-    need_pyav(str(path))
+    return _video(str(path), name) if path.suffix.lower() in VIDEO_SUFFIXES else PictureFile(path, name)
+
+
+def _video(address: str, name: str) -> Source:
+    need_pyav(address)
     try:
-        return VideoSource(Video.open(str(path)), name)
+        return VideoSource(Video.open(address), name)
     except UserError as error:
-        return Unreadable(str(path), name, str(error))
+        return Unreadable(address, name, str(error))
 
 
 def _last_part(address: str, otherwise: str) -> str:

@@ -198,9 +198,7 @@ class StillDFine(DFine):
 
     def train(self, mode: bool = True) -> StillDFine:
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
+        keep_statistics(self)
         return self
 
 
@@ -213,7 +211,12 @@ class StillRfDetr(RfDetr):
 
     def train(self, mode: bool = True) -> StillRfDetr:
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
+        keep_statistics(self)
         return self
+
+
+def keep_statistics(network: torch.nn.Module) -> None:
+    """BatchNorm normalises by its statistics, and takes up none."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()

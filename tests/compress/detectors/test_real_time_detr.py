@@ -289,6 +289,7 @@ def test_locations_are_those_that_queries_begin_at(kind: type[QueryDetector]) ->
     ("kinds", "options", "said"),
     [
         (KINDS, {"num_queries": "ten"}, "num_queries"),
+        (KINDS[:2], {"num_denoising": -1}, "options.num_denoising: a whole number from 0 on, got -1"),
         (KINDS, {"num_queries": 0}, "options.num_queries: a whole number from 1 on, got 0"),
         (KINDS, {"num_labels": 9}, "is what the detector says itself"),
         (KINDS, {"auxiliary_loss": False}, "must be True here"),

@@ -254,10 +254,10 @@ def test_addresses_patterns_and_a_list_on_stdin(
 ) -> None:
     """Names are the last parts; what is called as something before is called otherwise."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos / 'a.png'}\n\n{photos}/*/*.jpg\n"))
-    sources = ["-", f"{address}/a.png", f"{photos}/**/b.*", f"{address}/gone.png"]
+    sources = ["-", f"{address}/a.png", f"{photos}/**/b.*", f"{address}/gone.png", f"{address}/gone.mp4"]
     assert predict(tmp_path, monkeypatch, onnx, *sources) == 2
     assert [row["name"] for row in of(tmp_path / "predictions")["images"]] == [
-        "a.png", "b.jpg", "a-2.png", "b-2.jpg", "gone.png"
+        "a.png", "b.jpg", "a-2.png", "b-2.jpg", "gone.png", "gone.mp4"
     ]  # fmt: skip
     assert f"error: {address}/gone.png: the server answers 404" in capsys.readouterr().err
 
