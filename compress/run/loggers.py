@@ -15,7 +15,7 @@ from rich.console import Console
 
 from compress.config.loggers import Loggers
 from compress.manifest import TRAININGS, RunFolder
-from compress.report.document import parse_report
+from compress.report.reading import parse_report
 from compress.training.distributed import on_first_process
 from compress.training.loggers.base import Cell, RunFacts, Table
 from compress.training.loggers.opened import OpenLoggers, logging_to
@@ -56,15 +56,17 @@ def final_table(folder: RunFolder, *, reported: bool) -> Table:
     """The figures of a run: those of its report, or of its trainings where it has none."""
     if not reported:
         stages = folder.stages()
-        rows = [(name, stages[name]["result"]["metrics"]["map"]) for name in TRAININGS if name in stages]
-        return Table(("model", "map"), rows)
+        trained = [(name, stages[name]["result"]["metrics"]["map"]) for name in TRAININGS if name in stages]
+        return Table(("model", "map"), trained)
     report = parse_report(json.loads(folder.report.read_text(encoding="utf-8")))
-    models = [(role, report.models.of(role)) for role in report.models.titles]
-    found: list[tuple[Cell, ...]] = [
-        (role, m.map, None, m.params_m, m.gflops, None, None, None) for role, m in models if m is not None
-    ]
-    found += [(a.file, a.map, a.map_drop, None, None, a.p50, a.p99, a.gate) for a in report.artifacts]
-    return Table(("model", "map", "map drop", "params M", "GFLOPs", "p50 ms", "p99 ms", "gate"), found)
+    rows: list[tuple[Cell, ...]] = []
+    for role in report.models.titles:
+        model, torch = report.models.of(role), report.in_torch(role)
+        if model is not None:
+            times = (None, None) if torch is None else (torch.p50, torch.p99)
+            rows.append((role, model.map, None, model.params_m, model.gflops, *times, None))
+    rows += [(file.file, file.map, file.map_drop, None, None, file.p50, file.p99, file.gate) for file in report.files]
+    return Table(("model", "map", "map drop", "params M", "GFLOPs", "p50 ms", "p99 ms", "gate"), rows)
 
 
 def files_of(folder: RunFolder) -> list[Path]:
