@@ -15,7 +15,7 @@ MMDET_BASE ?= $(shell for python in python3.11 python3.12; do \
 	$$python -c 'import ensurepip' >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-exhaustive test-mmdet lint format bench clean
+.PHONY: help quickstart test test-exhaustive test-mmdet lint format docs bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -33,7 +33,7 @@ test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet it
 	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'
 	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest --disable-warnings tests/parity_mmdet
 
-lint: .venv/.dev  ## ruff and mypy
+lint: .venv/.dev docs  ## ruff, mypy, and the documents as a site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -41,6 +41,10 @@ lint: .venv/.dev  ## ruff and mypy
 format: .venv/.dev  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.dev  ## the documents as a site in build/site/index.html; a link or anchor that leads nowhere is an error
+	$(BIN)/python docs/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/.dev  ## speed against PyTorch and, with MMDET_PYTHON=/path/to/python, against mmdet
 	@for suite in vs_mmdet data_path latency; do \

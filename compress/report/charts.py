@@ -31,7 +31,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Spot:
-    """One labelled point of a scatter chart; `kind` is the CSS class of its mark: pass, fail or notrun."""
+    """One labelled point of a scatter chart; `kind` has the CSS classes of its mark: pass, fail or notrun, and doubtful
+    for an x that was not measured well."""
 
     label: str
     x: float
@@ -41,10 +42,12 @@ class Spot:
 
 @dataclass(frozen=True)
 class Range:
-    """One row of a range chart: a bar to the first value, a whisker to the last, a tick at each between."""
+    """One row of a range chart: a bar to the first value, a whisker to the last, a tick at each between. doubtful:
+    they were not measured well."""
 
     label: str
     values: Sequence[float]
+    doubtful: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,11 @@ def range_chart(ranges: Sequence[Range], *, title: str, x_label: str) -> Markup:
         parts.append(Markup('<text class="label" x="14" y="{}">{}</text>').format(y + 15, _shorten(r.label, 52)))
         parts.append(
             Markup(
-                '<rect class="bar student" x="14" y="{}" width="{:.1f}" height="12" rx="2"/>'
+                '<rect class="bar {}" x="14" y="{}" width="{:.1f}" height="12" rx="2"/>'
                 '<line class="whisker" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>'
-            ).format(middle - 6, max(first - 14, 1), first, last, middle, middle)
+            ).format(
+                "doubtful" if r.doubtful else "student", middle - 6, max(first - 14, 1), first, last, middle, middle
+            )
         )
         parts += [
             Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
@@ -281,9 +286,9 @@ def _axes(
 
 def _spot_mark(s: Spot, x: float, y: float) -> Markup:
     tip = f"{s.label}: {s.x:.4g} ms, mAP {s.y:.1f}"
-    if s.kind == "fail":
-        return Markup('<path class="spot fail" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>').format(
-            x - 5, y - 5, tip
+    if s.kind.startswith("fail"):
+        return Markup('<path class="spot {}" d="M{:.1f} {:.1f}l10 10m0 -10l-10 10"><title>{}</title></path>').format(
+            s.kind, x - 5, y - 5, tip
         )
     return Markup('<circle class="spot {}" cx="{:.1f}" cy="{:.1f}" r="5.5"><title>{}</title></circle>').format(
         s.kind, x, y, tip

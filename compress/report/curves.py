@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from compress.manifest import BASELINE, FINE_TUNED, STUDENT
 from compress.report.charts import Series, line_chart
-from compress.report.document import Document, Metrics
+from compress.report.reading import Document, Metrics
 
 DETECTION = "loss_"
 """Columns of the detector's own losses begin so; those of methods with the method's name."""

@@ -1,25 +1,18 @@
-"""Documents of a run folder: report.json, the metrics.csv of each training, recipe.yaml.
+"""report.json as models.
 
-Public: `read_document(run_dir)`, `parse_report(value)`, and the models they return. Every figure may be
-absent (None): the page and the table then say so in words. A figure that is present must have the right
-type; a wrong one is a `UserError` with the file and the key.
+Every figure may be absent (None): the page and the table then say so in words. A figure that is present must have the
+right type.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER, RunFolder
+from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER
 from deploy.core.card import SHOWN_SCORE, OperatingPoint
-from deploy.core.errors import UserError, one_line
 
 ROLES = (TEACHER, PRUNED, BASELINE, FINE_TUNED, STUDENT)
 """Models that a report may hold, in the order that they are shown in."""
@@ -36,7 +29,9 @@ TITLES_OF_PRUNED = {
 TEACHER_IN_TORCH = "teacher (torch)"
 """`file` of the artifact row with the teacher's latency."""
 STUDENT_IN_TORCH = f"{STUDENT}.safetensors"
-"""`file` of the artifact row of the student in PyTorch."""
+"""`file` of the artifact row of the student in PyTorch, which the files are compared with."""
+IN_TORCH = {TEACHER: TEACHER_IN_TORCH, STUDENT: STUDENT_IN_TORCH}
+"""Role → `file` of the artifact row that is the model itself, and no file that ships."""
 
 
 def _finite(value: Any) -> Any:
@@ -187,8 +182,9 @@ class Analysis(_Part):
 class Artifact(_Part):
     """One exported file. `map` in percent, `map_drop` in points of it below the reference, `training_drop` below what
     training measured for these weights; `agreement` a share, 0 to 1; `map_at_max` as of a model; `engine` of a file
-    that TensorRT built. `reason`: why the gate fails; `differs_most`: the pictures that show it. `map_small` and so on:
-    of objects of a size; `analysis`: what an mAP does not say."""
+    that TensorRT built. `latency_doubts`: why latency and throughput were not measured well. `reason`: why the gate
+    fails; `differs_most`: the pictures that show it. `map_small` and so on: of objects of a size; `analysis`: what an
+    mAP does not say."""
 
     file: str
     backend: str = ""
@@ -202,6 +198,7 @@ class Artifact(_Part):
     agreement: Number = None
     latency_ms: Latency | None = None
     throughput_ips: Number = None
+    latency_doubts: list[str] = []
     engine: Engine | None = None
     gate: str = "not run"
     reason: str | None = None
@@ -224,6 +221,16 @@ class Artifact(_Part):
     @property
     def p50(self) -> float | None:
         return self.latency_ms.p50 if self.latency_ms else None
+
+    @property
+    def label(self) -> str:
+        """What it is called beside models: the file, or a model in PyTorch."""
+        return f"{STUDENT} (torch)" if self.file == STUDENT_IN_TORCH else self.file
+
+    @property
+    def well_timed(self) -> float | None:
+        """p50, where it was measured well."""
+        return None if self.latency_doubts else self.p50
 
     @property
     def p99(self) -> float | None:
@@ -382,6 +389,16 @@ class Report(_Part):
     pictures: list[Picture] = []
     uncertainty: list[Uncertainty] = []
 
+    def in_torch(self, role: str) -> Artifact | None:
+        """The row of a model in PyTorch: its latency, and of the student the gate against training."""
+        return next((a for a in self.artifacts if a.file == IN_TORCH.get(role)), None)
+
+    @property
+    def files(self) -> list[Artifact]:
+        """Files that ship: the rows that are not a model in PyTorch which `models` has."""
+        models = [IN_TORCH[role] for role in IN_TORCH if self.models.of(role) is not None]
+        return [a for a in self.artifacts if a.file not in models]
+
     def shown_score(self, role: str) -> float:
         """The score from which detections of one of `ROLES` are in `pictures`."""
         figures = self.models.of(role)
@@ -391,88 +408,3 @@ class Report(_Part):
         if isinstance(label, int) and 0 <= label < len(self.classes):
             return self.classes[label]
         return str(label)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """metrics.csv of one training by columns: `columns[name]` is a list of (step, value), empty cells left out."""
-
-    columns: dict[str, list[tuple[float, float]]]
-
-
-@dataclass(frozen=True)
-class Document:
-    run_dir: Path
-    report: Report
-    metrics: dict[str, Metrics]  # of the models that have a metrics.csv
-    recipe: str | None
-
-
-def read_document(run_dir: Path) -> Document:
-    """Read everything the report shows. Raises UserError for a missing or bad file."""
-    folder = RunFolder(run_dir)
-    path = folder.report
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; give the folder of a finished run (runs/<name>)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
-    try:
-        value = json.loads(text, parse_constant=lambda _: None)  # NaN and Infinity: not measured
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); run the command again") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise UserError(f"{path}: not a report ({one_line(error)})") from None
-    metrics = {role: _read_metrics(folder.training(role).metrics) for role in ROLES}
-    recipe = folder.recipe
-    return Document(
-        run_dir=run_dir,
-        report=parse_report(value, source=str(path)),
-        metrics={role: m for role, m in metrics.items() if m is not None},
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
-    )
-
-
-def parse_report(value: Any, source: str = "report.json") -> Report:
-    """Check the content of a report.json. Raises UserError that names the first wrong key."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{source}: expected an object at the top, got {type(value).__name__}")
-    try:
-        return Report.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        problem = "is missing" if first["type"] == "missing" else one_line(first["msg"])
-        raise UserError(f"{source}: {key}: {problem}") from None
-
-
-def _read_metrics(path: Path) -> Metrics | None:
-    """Read the curves of a training; None where there are none. Of a step that was written twice, after a resume, the
-    last value counts."""
-    if not path.is_file():
-        return None
-    columns: dict[str, dict[float, float]] = {}
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.DictReader(file)
-        if "step" not in (rows.fieldnames or ()):
-            raise UserError(f"{path}:1: no column 'step'; the first line must name the columns")
-        for row in rows:
-            step = _number(row["step"], path, rows.line_num, "step")
-            for name, cell in row.items():
-                if step is None or name is None or name == "step":
-                    continue
-                number = _number(cell, path, rows.line_num, name)
-                if number is not None:
-                    columns.setdefault(name, {})[step] = number
-    return Metrics({name: sorted(points.items()) for name, points in columns.items()})
-
-
-def _number(cell: str | None, path: Path, line: int, column: str) -> float | None:
-    if cell is None or not cell.strip():
-        return None
-    try:
-        number = float(cell)
-    except ValueError:
-        raise UserError(f"{path}:{line}: {column}: {cell[:40]!r} is not a number") from None
-    return number if math.isfinite(number) else None

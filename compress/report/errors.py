@@ -59,7 +59,7 @@ def errors_section(report: Report) -> Errors | None:
     for a in looked_at:
         errors = (a.analysis.errors if a.analysis else None) or {}
         cells = [errors.get(kind) for kind in KINDS]
-        costs.append((a.file, [("–", "") if c is None else (figure(c.points, 1), f"{c.count:,}") for c in cells]))
+        costs.append((a.label, [("–", "") if c is None else (figure(c.points, 1), f"{c.count:,}") for c in cells]))
     slices = list(dict.fromkeys((s.name, s.images) for a in looked_at for s in _slices(a)))
     names = ["small", "medium", "large"]
     columns = [("All", ""), *((name.capitalize(), "") for name in names)]
@@ -67,7 +67,7 @@ def errors_section(report: Report) -> Errors | None:
     for a in looked_at:
         found = {(s.name, s.images): s.map for s in _slices(a)}
         values = [a.map, a.map_small, a.map_medium, a.map_large, *(found.get(key) for key in slices)]
-        maps.append((a.file, [figure(value, 1) for value in values]))
+        maps.append((a.label, [figure(value, 1) for value in values]))
     first = looked_at[0]
     assert first.analysis is not None
     classes = _classes(first.analysis.confusion, report.classes)
@@ -77,7 +77,7 @@ def errors_section(report: Report) -> Errors | None:
         costs=costs,
         columns=[*columns, *((name, f"{images:,} image{'' if images == 1 else 's'}") for name, images in slices)],
         maps=maps,
-        file=first.file,
+        file=first.label,
         score=CONFUSED_SCORE,
         matrix=_matrix(first.analysis.confusion, classes) if few and classes else None,
         pairs=[] if few else _pairs(first.analysis.confusion),

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.manifest import TEACHER
-from compress.report.document import STUDENT_IN_TORCH, TEACHER_IN_TORCH, Artifact, Figures, Models, Report
+from compress.manifest import STUDENT, TEACHER
+from compress.report.document import Artifact, Figures, Report
 from compress.report.text import figure, milliseconds, percent, ratio, signed
 
 
 def first_lines(report: Report) -> str:
     """Say what was compressed and by how much, in sentences made only of measured figures. Of a pruned student: what it
     keeps of the teacher, its fastest file, the same detector without teacher, and how many images say so."""
-    models, artifacts = report.models, report.artifacts
+    models = report.models
     if models.student is not None and models.is_pruned:
         keeps = "keeps" if report.pruning is None or report.pruning.of == TEACHER else "has"
-        words = [_share(models.teacher, models.student, keeps), _file(artifacts), _alone(report, models.student)]
+        words = [_share(models.teacher, models.student, keeps), _file(report), _alone(report, models.student)]
         if report.validation_images:
             words.append(f"One seed; mAP on {report.validation_images:,} validation images.")
         return " ".join(filter(None, words))
-    return headline(models, artifacts)
+    return headline(report)
 
 
-def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
+def headline(report: Report) -> str:
     """Those of a student that is not pruned."""
+    models = report.models
     teacher, baseline, student = models.teacher, models.baseline, models.student
     if student is None:
         return "This run has no student figures: there is nothing to compare yet."
@@ -57,12 +58,14 @@ def headline(models: Models, artifacts: Sequence[Artifact]) -> str:
         else:
             word = "above" if gain > 0 else "below"
             sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained from the labels alone.")
-    best = fastest(artifacts)
+    best = fastest(report.files)
     if best and best.map is not None:
         sentences.append(
             f"Exported as {best.file}, it answers in {milliseconds(best.p50)} (median) at {best.map:.1f} mAP."
         )
-    return " ".join(sentences)
+    else:
+        sentences.append(_badly_timed(report.files))
+    return " ".join(filter(None, sentences))
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ class Tile:
     tone: str = ""
 
 
-def tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
+def tiles(report: Report) -> list[Tile]:
     """mAP, parameters, compute, latency and gate of the student."""
+    models = report.models
     teacher, baseline = models.teacher or Figures(), models.baseline or Figures()
     student = models.student or Figures()
     row = [Tile("Student mAP", figure(student.map, 1), "", "not measured")]
@@ -99,30 +103,29 @@ def tiles(models: Models, artifacts: Sequence[Artifact]) -> list[Tile]:
         if big and small:
             note = f"{figure(big, 1)} {unit} in the teacher: {ratio(big, small)}"
         row.append(Tile(label, figure(small, 2 if (small or 0) < 10 else 1), unit if small is not None else "", note))
-    best = fastest(artifacts)
+    return [*row, _latency_tile(report.files), _gate_tile(report)]
+
+
+def _latency_tile(files: Sequence[Artifact]) -> Tile:
+    best = fastest(files)
     if best:
-        row.append(Tile("Latency, median", figure(best.p50, 2), "ms", best.file))
-    else:
-        measured = any(a.p50 is not None for a in artifacts)
-        row.append(Tile("Latency, median", "–", "", "no artifact passed its gate" if measured else "not measured"))
-    passed = sum(a.gate == "pass" for a in artifacts)
-    failed = sum(a.gate == "fail" for a in artifacts)
-    idle = len(artifacts) - passed - failed
-    if not artifacts:
-        row.append(Tile("Accuracy gate", "–", "", "no artifact was exported"))
-    else:
-        words = [f"{failed} failed"] * bool(failed) + [f"{idle} not run"] * bool(idle)
-        tone = "bad" if failed else "" if idle else "good"
-        row.append(
-            Tile(
-                "Accuracy gate",
-                f"{passed} of {len(artifacts)}",
-                "passed",
-                ", ".join(words) or "all passed",
-                tone,
-            )
-        )
-    return row
+        return Tile("Latency, median", figure(best.p50, 2), "ms", best.file)
+    why = "not measured well" if _doubted(files) else "no file passed its gate"
+    return Tile("Latency, median", "–", "", why if any(a.p50 is not None for a in files) else "not measured")
+
+
+def _gate_tile(report: Report) -> Tile:
+    """How many files passed. The student in PyTorch is what they are compared with, and counts only where it fails."""
+    files, student = report.files, report.in_torch(STUDENT)
+    if not files:
+        return Tile("Accuracy gate", "–", "", "no artifact was exported")
+    passed, failed = (sum(a.gate == gate for a in files) for gate in ("pass", "fail"))
+    idle = len(files) - passed - failed
+    words = [f"{failed} failed"] * bool(failed) + [f"{idle} not run"] * bool(idle)
+    if student is not None and student.gate == "fail":
+        words, failed = [*words, "the student itself fails against training"], failed + 1
+    tone = "bad" if failed else "" if idle else "good"
+    return Tile("Accuracy gate", f"{passed} of {len(files)}", "passed", ", ".join(words) or "all passed", tone)
 
 
 def _share(teacher: Figures | None, student: Figures, keeps: str) -> str:
@@ -141,19 +144,20 @@ def _share(teacher: Figures | None, student: Figures, keeps: str) -> str:
     return f"The student {keeps} {' and '.join(kept)}." if kept else "The student's mAP was not measured."
 
 
-def _file(artifacts: Sequence[Artifact]) -> str:
+def _file(report: Report) -> str:
     """The fastest file that passed its gate, against the teacher in PyTorch; and the student there, whose factor is the
     cut's alone."""
-    best = fastest(artifacts)
+    best = fastest(report.files)
     if best is None or best.p50 is None:
-        return "No file passed its gate with a measured latency." if artifacts else ""
+        unknown = "No file passed its gate with a measured latency."
+        return _badly_timed(report.files) or (unknown if report.files else "")
     teacher, student = (
-        next((a.p50 for a in artifacts if a.file == file), None) for file in (TEACHER_IN_TORCH, STUDENT_IN_TORCH)
+        None if row is None else row.well_timed for row in (report.in_torch(TEACHER), report.in_torch(STUDENT))
     )
     speed = f"answers in {milliseconds(best.p50)} (median)"
     if teacher:
         times = f"{milliseconds(best.p50)} against {milliseconds(teacher)}, medians of one image"
-        if student and best.file != STUDENT_IN_TORCH:
+        if student:
             times += f"; in PyTorch the student is {teacher / student:.1f} times as fast"
         speed = f"is {teacher / best.p50:.1f} times as fast as the teacher in PyTorch ({times})"
     if best.map_drop is None:
@@ -192,7 +196,23 @@ def _taught_by(report: Report) -> tuple[str, bool]:
     return "the teacher" if labelled else "distillation", False
 
 
-def fastest(artifacts: Sequence[Artifact]) -> Artifact | None:
-    """The lowest median among the artifacts that passed their gate."""
-    timed = [(a.p50, index) for index, a in enumerate(artifacts) if a.gate == "pass" and a.p50 is not None]
-    return artifacts[min(timed)[1]] if timed else None
+def fastest(files: Sequence[Artifact]) -> Artifact | None:
+    """The lowest median among the files that passed their gate, of those that were measured well."""
+    timed = [(a.well_timed, index) for index, a in enumerate(files) if a.gate == "pass" and a.well_timed is not None]
+    return files[min(timed)[1]] if timed else None
+
+
+def _doubted(files: Sequence[Artifact]) -> Artifact | None:
+    """The first file that passed its gate, and was timed, but not well."""
+    return next((a for a in files if a.gate == "pass" and a.p50 is not None and a.latency_doubts), None)
+
+
+def _badly_timed(files: Sequence[Artifact]) -> str:
+    """Say that no latency is worth a sentence, and how to repeat it; empty where none was measured."""
+    found = _doubted(files)
+    if found is None:
+        return ""
+    return (
+        f"How fast {found.file} is was not measured well ({'; '.join(found.latency_doubts)}): "
+        f"compress benchmark {found.file.partition(' ')[0]} repeats it when the machine is quiet."
+    )

@@ -16,8 +16,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from compress.report.charts import round_ticks, tick_text
-from compress.report.document import Document, Report, Uncertainty
+from compress.report.document import Report, Uncertainty
 from compress.report.pictures import Panel, PhotoError, Photos, class_kinds, draw_boxes, photo_svg
+from compress.report.reading import Document
 
 RAMP = ((63, 0, 145), (138, 21, 146), (207, 48, 116), (255, 99, 60), (255, 175, 68), (252, 238, 12))
 """RGB at even steps: lightness 0.34 to 0.93 and hue 290° to 465° of OKLCH, chroma 0.2 or what sRGB holds."""

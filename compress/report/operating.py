@@ -31,10 +31,10 @@ def operating_section(report: Report) -> Operating | None:
     found = [a for a in report.artifacts if a.operating_point is not None and a.analysis and a.analysis.curve]
     if not found:
         return None
-    points = [(a.file, a.operating_point) for a in found if a.operating_point is not None]
+    points = [(a.label, a.operating_point) for a in found if a.operating_point is not None]
     first, drawn = points[0][1], found[:MOST_FILES]
     spots = [(p.recall, p.precision, p.score, p.f1) for _, p in points]
-    key = [(f"s{index}", a.file) for index, a in enumerate(drawn)]
+    key = [(f"s{index}", a.label) for index, a in enumerate(drawn)]
     over_recall, over_score = [], []
     for (kind, file), a, (recall, precision, score, f1) in zip(key, drawn, spots, strict=False):
         over_recall += [Series(kind, _over_recall(a), file), Series(kind, [(recall, precision)], file)]

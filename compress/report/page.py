@@ -16,16 +16,28 @@ from markupsafe import Markup
 from compress.manifest import BASELINE, FINE_TUNED, TEACHER, RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
-from compress.report.document import Artifact, Document, Models, read_document
+from compress.report.document import IN_TORCH, Artifact, Models, Report
 from compress.report.errors import errors_section
 from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.operating import operating_section
 from compress.report.pictures import MATCH_IOU, Photos, draw_pictures, shown_from
 from compress.report.pruning import pruning_section
-from compress.report.tables import artifact_row, class_table, engine_row, model_table, more_than_usual, pseudo_labels
+from compress.report.reading import Document, read_document
+from compress.report.tables import (
+    artifact_row,
+    class_table,
+    engine_row,
+    model_table,
+    more_than_usual,
+    pseudo_labels,
+    reference_words,
+)
 from compress.report.text import date, flat, lower
 from deploy.core.files import write_text
+
+DOUBT = " (not measured well)"
+"""Stands behind the name of such a row."""
 
 
 def build_report(run_dir: Path) -> Path:
@@ -49,14 +61,18 @@ def build_report(run_dir: Path) -> Path:
         name=report.name,
         created=date(report.created),
         headline=first_lines(report),
-        tiles=tiles(report.models, report.artifacts),
+        tiles=tiles(report),
         missing=_missing(document),
-        table=model_table(report.models),
+        table=model_table(report),
         pruned=report.models.is_pruned,
         pruning=pruning_section(report),
         pseudo=pseudo_labels(report),
-        artifacts=[artifact_row(a) for a in report.artifacts],
-        limit=more_than_usual(report.artifacts),
+        artifacts=[artifact_row(a) for a in report.files],
+        reference=reference_words(report),
+        timed=[artifact_row(a) for a in report.artifacts],
+        doubtful=any(a.latency_doubts for a in report.artifacts),
+        repeat=_repeat(report, run_dir),
+        limit=more_than_usual(report.files),
         engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
         trade=_trade_chart(report.models, report.artifacts),
         levels=any(f and f.map is not None for f in map(report.models.of, _levels(report.models))),
@@ -91,11 +107,17 @@ def _missing(document: Document) -> list[str]:
         )
     if models.student is None:
         words.append("No student: report.json holds no student figures.")
-    if not report.artifacts:
+    if not report.files:
         words.append("No artifacts: nothing was exported, so there is neither a gate nor a latency.")
     elif all(a.p50 is None for a in report.artifacts):
         words.append("No latency: none of the artifacts was benchmarked.")
     return words
+
+
+def _repeat(report: Report, run_dir: Path) -> str:
+    """The command that measures the files again."""
+    files = dict.fromkeys(str(run_dir / a.file.partition(" ")[0]) for a in report.files if a.latency_doubts)
+    return f"compress benchmark {' '.join(files)}" if files else ""
 
 
 def _levels(models: Models) -> tuple[str, str]:
@@ -105,16 +127,22 @@ def _levels(models: Models) -> tuple[str, str]:
 
 def _trade_chart(models: Models, artifacts: Sequence[Artifact]) -> Markup | None:
     spots = [
-        Spot(a.file, a.p50, a.map, {"pass": "pass", "fail": "fail"}.get(a.gate, "notrun"))
+        Spot(
+            a.label + " ?" * bool(a.latency_doubts),
+            a.p50,
+            a.map,
+            {"pass": "pass", "fail": "fail"}.get(a.gate, "notrun") + " doubtful" * bool(a.latency_doubts),
+        )
         for a in artifacts
         if a.p50 is not None and a.map is not None
     ]
     if not spots:
         return None
+    drawn = {a.file for a in artifacts if a.p50 is not None and a.map is not None}
     levels = [
         (role.replace(".", "-"), f"{lower(models.titles[role])} {figures.map:.1f}", figures.map)
         for role in _levels(models)
-        if (figures := models.of(role)) and figures.map is not None
+        if (figures := models.of(role)) and figures.map is not None and IN_TORCH.get(role) not in drawn
     ]
     words = "; ".join(f"{s.label}: {s.x:.2f} ms, {s.y:.1f} mAP" for s in spots)
     return scatter_chart(
@@ -131,7 +159,7 @@ def _latency_chart(artifacts: Sequence[Artifact]) -> Markup | None:
     for a in artifacts:
         values = [v for v in a.latency_ms.model_dump().values() if v is not None] if a.latency_ms else []
         if values and a.p50 is not None:
-            ranges.append(Range(a.file, values))
+            ranges.append(Range(a.label + DOUBT * bool(a.latency_doubts), values, bool(a.latency_doubts)))
     if not ranges:
         return None
     words = "; ".join(f"{r.label}: {r.values[0]:.2f} to {r.values[-1]:.2f} ms" for r in ranges)

@@ -18,7 +18,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from compress.manifest import BASELINE, STUDENT, TEACHER
-from compress.report.document import Box, Document, Picture, Report
+from compress.report.document import Box, Picture, Report
+from compress.report.reading import Document
 from compress.report.text import lower
 from deploy.core.boxes import iou
 from deploy.core.card import SHOWN_SCORE

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER
-from compress.report.document import (
-    Artifact,
-    Engine,
-    Figures,
-    Layers,
-    Models,
-    Report,
-)
+from compress.report.document import Artifact, Engine, Figures, Layers, Models, Report
 from compress.report.text import figure, lower, ratio, signed
 
 
@@ -36,8 +29,10 @@ class ModelTable:
     comparisons: list[tuple[str, list[Cell]]]
 
 
-def model_table(models: Models) -> ModelTable | None:
-    """A row for each model, then the student against those that it is compared with; None without any model."""
+def model_table(report: Report) -> ModelTable | None:
+    """A row for each model, with its latency in PyTorch, then the student against those that it is compared with; None
+    without any model."""
+    models = report.models
     if not any(models.of(role) for role in models.titles):
         return None
     limit = more_than_usual(models.of(role) for role in models.titles)
@@ -49,10 +44,13 @@ def model_table(models: Models) -> ModelTable | None:
         ("Params, M", "params_m", 2),
         ("GFLOPs", "gflops", 2),
     ]
+    timed = any(row is not None and row.p50 is not None for row in map(report.in_torch, models.titles))
     rows, comparisons = [], []
     for role, title in models.titles.items():
         figures = models.of(role)
         cells = [Cell(figure(getattr(figures, key), digits)) for _, key, digits in columns] if figures else []
+        if figures and timed:
+            cells.append(_latency(report.in_torch(role)))
         rows.append((role, title, cells))
     student = models.student
     for role in (BASELINE, FINE_TUNED, TEACHER):
@@ -61,8 +59,36 @@ def model_table(models: Models) -> ModelTable | None:
             continue
         judge = role != TEACHER
         cells = [_against(key, getattr(student, key), getattr(other, key), judge=judge) for _, key, _ in columns]
+        if timed:
+            cells.append(_times_as_fast(report.in_torch(STUDENT), report.in_torch(role)))
         comparisons.append((f"Student against {_named(role, models)}", cells))
-    return ModelTable([name for name, _, _ in columns], rows, comparisons)
+    return ModelTable([*(name for name, _, _ in columns), *["PyTorch, ms"] * timed], rows, comparisons)
+
+
+def _latency(row: Artifact | None) -> Cell:
+    if row is None or row.p50 is None:
+        return Cell("–")
+    return Cell(f"{row.p50:.2f} ?", "doubt") if row.latency_doubts else Cell(f"{row.p50:.2f}")
+
+
+def _times_as_fast(student: Artifact | None, other: Artifact | None) -> Cell:
+    """A ratio of two latencies, where both were measured well."""
+    if student is None or other is None or not student.well_timed or not other.well_timed:
+        return Cell("–")
+    return Cell(f"{other.well_timed / student.well_timed:.1f}× as fast")
+
+
+def reference_words(report: Report) -> str:
+    """Say what the files are compared with, and how it stands to what training measured."""
+    row = report.in_torch(STUDENT)
+    if row is None or row.map is None or report.models.student is None:
+        return ""
+    words = f"The reference has {row.map:.1f} mAP on this path"
+    if row.training_drop is not None and report.models.student.map is not None:
+        words += f", where training measured {report.models.student.map:.1f}"
+    if row.gate == "fail":
+        words += f"; it fails its own gate: {row.reason or 'it is not what training measured'}"
+    return f"{words}."
 
 
 def _named(role: str, models: Models) -> str:
@@ -120,6 +146,8 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
             why = "; ".join(filter(None, (why, f"differs most in images {pictures}")))
     return {
         "file": a.file,
+        "label": a.label,
+        "doubts": "; ".join(a.latency_doubts),
         "backend": a.backend or (a.engine.machine.library if a.engine else "–"),
         "precision": a.precision or "–",
         "size": figure(a.size_mb, 1),

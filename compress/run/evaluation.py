@@ -258,7 +258,8 @@ def _benchmark(plan: EvaluationPlan, timed: dict[str, Runner]) -> dict[str, Any]
 
 
 def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
-    """p50..p99 of one image (scope `h2d+compute+d2h`), and the best throughput over the batch sizes."""
+    """p50..p99 of one image (scope `h2d+compute+d2h`), the best throughput over the batch sizes, and why not to believe
+    them."""
     cells = [cell for cell in report.cells if cell.runner == name and cell.scope == "h2d+compute+d2h"]
     single = min(cells, key=lambda cell: cell.batch_size)
     return {
@@ -266,6 +267,7 @@ def _latency(report: latency.BenchmarkReport, name: str) -> dict[str, Any]:
         "latency_ms": {name: round(single.latency_ms[name].value, 3) for name in ("p50", "p90", "p95", "p99")},
         "latency_batch": single.batch_size,
         "throughput_ips": round(max(cell.throughput_ips.value for cell in cells), 1),
+        "latency_doubts": latency.doubts(report, cells),
     }
 
 

@@ -27,9 +27,9 @@ from compress.manifest import (
     TEACHER_CHECK,
     RunFolder,
 )
-from compress.report import build_report, summary_table
-from compress.report.document import parse_report
+from compress.report import build_report, doubt_lines, summary_table
 from compress.report.headline import first_lines
+from compress.report.reading import parse_report
 from compress.run.samples import detection_pictures, uncertainty_pictures
 from deploy.core.card import SHOWN_SCORE
 from deploy.core.environment import environment
@@ -97,11 +97,12 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
 
 
 def show_report(folder: RunFolder) -> None:
-    """Print the first lines and the table of a run's report.json, and why files fail the gate."""
+    """Print the first lines and the table of a run's report.json, why files fail the gate, and what was measured
+    badly."""
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     open_console().print(first_lines(parse_report(report)), markup=False)
     open_console().print(summary_table(report))
-    for line in failures(report["artifacts"]):
+    for line in [*failures(report["artifacts"]), *doubt_lines(report, folder.path)]:
         open_console().print(line, markup=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ figures are, `compare` which artifact is faster, `show` and `picture` what peopl
 from __future__ import annotations
 
 from deploy.latency.compare import compare_cells, compare_reports, slower
-from deploy.latency.measure import benchmark
+from deploy.latency.measure import benchmark, doubts
 from deploy.latency.results import (
     BenchmarkReport,
     BoundedThroughput,
@@ -44,6 +44,7 @@ __all__ = [
     "compare_cells",
     "compare_reports",
     "comparison_table",
+    "doubts",
     "offline_lines",
     "read_report",
     "report_table",

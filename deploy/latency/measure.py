@@ -206,8 +206,7 @@ def warnings(cells: Sequence[Cell], facts: dict[str, Any]) -> list[str]:
     """Reasons to doubt the figures, for their reader."""
     found = []
     for cell in cells:
-        if not cell.warm_up.stable:
-            found.append(f"{cell.runner}, {cell.where}: not stable after {cell.warm_up.seconds:.1f} s of warm-up")
+        found += [f"{cell.runner}, {cell.where}: {why}" for why in _unsteady(cell)]
     few = [p for p in PERCENTILES if not all(cell.latency_ms[name_of(p)].supported for cell in cells)]
     if few:
         needs = ", ".join(f"{name_of(p)} {calls_needed(p)}" for p in few)
@@ -219,6 +218,12 @@ def warnings(cells: Sequence[Cell], facts: dict[str, Any]) -> list[str]:
     if facts["cpu"]["governor"] not in (None, "performance"):
         found.append(f"the CPU governor is '{facts['cpu']['governor']}', not 'performance'")
     return found
+
+
+def doubts(report: BenchmarkReport, cells: Sequence[Cell]) -> list[str]:
+    """Reasons not to believe the figures of some cells of a report: a warm-up that did not settle, and what disturbed
+    the machine meanwhile. Its load before the measurement is none: that may be the caller's own work."""
+    return list(dict.fromkeys([why for cell in cells for why in _unsteady(cell)] + troubles(report.readings)))
 
 
 def after(before: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +245,10 @@ def quiet_collector() -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _unsteady(cell: Cell) -> list[str]:
+    return [] if cell.warm_up.stable else [f"not stable after {cell.warm_up.seconds:.1f} s of warm-up"]
 
 
 def _check(batch_sizes: Sequence[int], scopes: Sequence[str], seconds: float, rounds: int) -> None:

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from compress.report import build_report, summary_table
+from compress.report import build_report, doubt_lines, summary_table
 from compress.report.charts import log_ticks, round_ticks, thin
 from compress.report.document import Artifact, Box, Figures, Models, Report
 from compress.report.headline import headline
 from compress.report.pictures import count_matches
 from deploy.core.errors import UserError
-from tests.helpers.report_pages import HOSTILE, Page, full_report, write_run
+from tests.helpers.report_pages import HOSTILE, Page, full_report, pruned_report, write_run
 
 
 @pytest.fixture
@@ -211,15 +211,48 @@ def test_unreadable_picture_is_said(tmp_path: Path) -> None:
 
 
 def test_headline_tells_a_loss_as_a_loss() -> None:
-    text = headline(
-        Models(
-            teacher=Figures(map=50, params_m=5),
-            baseline=Figures(map=42),
-            student=Figures(map=41, params_m=10),
-        ),
-        [Artifact(file="a.onnx", gate="fail", map=41.0)],
-    )
+    models = Models(teacher=Figures(map=50, params_m=5), baseline=Figures(map=42), student=Figures(map=41, params_m=10))
+    text = headline(Report(name="run", models=models, artifacts=[Artifact(file="a.onnx", gate="fail", map=41.0)]))
     assert "2.0× more parameters" in text and "1.0 points below" in text and "a.onnx" not in text
+
+
+def test_a_latency_that_was_not_measured_well_is_marked_and_in_no_headline(tmp_path: Path) -> None:
+    report = pruned_report()
+    teacher, student, fp32, int8 = report["artifacts"]
+    page = Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8"))
+    assert "is 8.0 times as fast as the teacher in PyTorch" in page.text and "not measured well" not in page.text
+    assert "2 of 2" in page.text, "the student in PyTorch is what files are compared with, the teacher does not ship"
+
+    why = "not stable after 6.0 s of warm-up"
+    int8["latency_doubts"] = teacher["latency_doubts"] = [why]
+    page = Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8"))
+    assert "Its file student.onnx answers in 1.91 ms (median)" in page.text and "times as fast as" not in page.text
+    assert page.text.count(why) == 2 and "1.02 ?" in page.text and "8.16 ?" in page.text and "1.91 ?" not in page.text
+    assert f"compress benchmark {tmp_path / 'student.int8.onnx'}" in page.text
+    assert "student.int8.onnx (not measured well)" in page.text, "in the charts"
+
+    fp32["latency_doubts"] = student["latency_doubts"] = ["other processes used 60% of the CPU"]
+    page = Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8"))
+    assert "How fast student.onnx is was not measured well (other processes used 60% of the CPU)" in page.text
+    assert "answers in" not in page.text
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(summary_table(report))
+    lines = {line.split()[0]: line.split() for line in console.export_text().splitlines() if line.strip()}
+    assert lines["student"][1:] == ["73.9", "–", "–", "1.00", "0.34", "5.10", "?", "–", "reference"]
+    assert lines["teacher"][-3:-1] == ["8.16", "?"] and "student.safetensors" not in lines
+    assert doubt_lines(report, Path("runs/a")) == [
+        f"latency not measured well (teacher (torch), student.int8.onnx): {why}",
+        "latency not measured well (student (torch), student.onnx): other processes used 60% of the CPU",
+        "when the machine is quiet: compress benchmark runs/a/student.int8.onnx runs/a/student.onnx",
+    ]
+
+
+def test_a_student_that_is_not_what_was_trained_fails_the_gate(tmp_path: Path) -> None:
+    report = pruned_report()
+    report["artifacts"][1] |= {"gate": "fail", "training_drop": 3.0, "reason": "first step that differs: pixels"}
+    page = Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8"))
+    assert "the student itself fails against training" in page.text
+    assert "it fails its own gate: first step that differs: pixels" in page.text
 
 
 def test_count_matches_takes_each_object_once() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.report import build_report
-from compress.report.document import parse_report
 from compress.report.errors import MOST_CLASSES, errors_section
+from compress.report.reading import parse_report
 from deploy.core.detection_table import DetectionTable
 from deploy.validate.analysis import analyse, image_slices
 from deploy.validate.coco import evaluate_coco

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.report import build_report
-from compress.report.document import parse_report
 from compress.report.operating import MOST_FILES, operating_section
+from compress.report.reading import parse_report
 from deploy.core.detection_table import DetectionTable
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import score_curves

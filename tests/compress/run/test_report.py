@@ -18,7 +18,7 @@ from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.manifest import BASELINE, FINE_TUNED, PRUNE, PRUNED, STUDENT, Manifest, RunFolder
 from compress.prune.search import Means, prune
-from compress.report.document import read_document
+from compress.report.reading import read_document
 from compress.run.report import ReportPlan, _detectors, _models, write_report
 
 FIGURES = {"map": 50.0, "per_class": {}}

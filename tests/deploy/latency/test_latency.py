@@ -22,6 +22,7 @@ from deploy.latency import (
     benchmark,
     compare_reports,
     comparison_table,
+    doubts,
     offline_lines,
     read_report,
     report_table,
@@ -29,6 +30,7 @@ from deploy.latency import (
     write_markdown,
     write_report,
 )
+from deploy.latency.results import Reading
 from deploy.latency.telemetry import Telemetry, troubles
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers.fake_runners import FakeClock, FakeRunner, StagedFake, correlated, small_images
@@ -190,6 +192,13 @@ def test_warm_up_waits_for_a_slow_start_and_tells_when_it_never_settles(images: 
     report = benchmark({"g": growing}, images, scopes=[H2D], seconds=0.1, rounds=2, warm_up_seconds=0.3, clock=clock)
     assert not report.cells[0].warm_up.stable
     assert any("g, single-stream, h2d+compute+d2h, batch 1: not stable after" in line for line in report.warnings)
+    calm = report.model_copy(update={"readings": []})
+    (why,) = doubts(calm, report.cells[:1])
+    assert why.startswith("not stable after") and doubts(calm, []) == []
+    busy = Reading(second=1, cpu_mhz=None, load=None, foreign_cpu=0.6, gpus=None)
+    assert doubts(report.model_copy(update={"readings": [busy]}), report.cells[:1]) == [
+        why, "other processes used 60% of the CPU during the measurement",
+    ]  # fmt: skip
     assert any(line.startswith("too few calls") and "p99 1000, p99.9 10000" in line for line in report.warnings)
 
 

@@ -1,0 +1,2 @@
+// A name for the dialog of the search, which Material leaves without one.
+document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
