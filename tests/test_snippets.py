@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import raccoons, snippets, tiny_recipe
+from tests.helpers import snippets, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("few_rounds")
 
@@ -20,8 +20,6 @@ QUICKER = {
     r"batch_size: 8": "batch_size: 4",
     r"warmup_steps: 10": "warmup_steps: 1",
     r"batch_sizes: \[1, 8\], seconds: 1\b": "batch_sizes: [1], seconds: 0.02",
-    r"--budget 10min": "--budget 1s",
-    r"compress run raccoon.yaml": "compress run raccoon.yaml --set train.steps=12 --set teacher.train.steps=12",
     r"--seconds 1\b": "--seconds 0.1 --rounds 2 --warm-up 0.1",
 }
 NOT_HERE = ("git clone", "make ", "python3 -m venv", "pip install")
@@ -36,9 +34,8 @@ def test_every_snippet_runs(document: Path, tmp_path: Path, monkeypatch: pytest.
     )  # minutes become seconds
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    raccoons.draw(tmp_path)
-    shown = list(snippets.snippets(document))
-    assert len(shown) >= 3
+    shown = [snippet for snippet in snippets.snippets(document) if "compress init" not in snippet.text]
+    assert len(shown) >= 3  # the other is test_newcomer.py's
     for snippet in shown:
         snippets.run(snippet, tmp_path, quicker=QUICKER, left_out=NOT_HERE)
 
