@@ -32,7 +32,12 @@ def export(
         typer.Argument(metavar="CHECKPOINT", help="A student.safetensors; for --trt and --triton-repo also .onnx."),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Default: the checkpoint's name with .onnx.")
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The fp32 file; others stand beside it, FILE.int8.onnx. Default: the checkpoint's name with .onnx.",
+        ),
     ] = None,
     images: Annotated[
         Path | None,
