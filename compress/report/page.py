@@ -16,7 +16,7 @@ from markupsafe import Markup
 from compress.manifest import BASELINE, FINE_TUNED, TEACHER, RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
-from compress.report.document import IN_TORCH, Artifact, Models, Report
+from compress.report.document import IN_TORCH, STUDENT_IN_TORCH, Artifact, Models, Report
 from compress.report.errors import errors_section
 from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
@@ -67,9 +67,10 @@ def build_report(run_dir: Path) -> Path:
         pruned=report.models.is_pruned,
         pruning=pruning_section(report),
         pseudo=pseudo_labels(report),
-        artifacts=[artifact_row(a) for a in report.files],
+        artifacts=[artifact_row(a, report.compared(a.file, STUDENT_IN_TORCH)) for a in report.files],
         reference=reference_words(report),
         timed=[artifact_row(a) for a in report.artifacts],
+        intervals=bool(report.comparisons),
         doubtful=any(a.latency_doubts for a in report.artifacts),
         repeat=_repeat(report, run_dir),
         limit=more_than_usual(report.files),

@@ -28,6 +28,7 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.report import build_report, doubt_lines, summary_table
+from compress.report.gains import compared, recalls
 from compress.report.headline import first_lines
 from compress.report.reading import parse_report
 from compress.run.samples import detection_pictures, uncertainty_pictures
@@ -36,6 +37,7 @@ from deploy.core.environment import environment
 from deploy.core.files import write_json
 from deploy.validate.coco import load_annotations
 from deploy.validate.differences import in_words
+from deploy.validate.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
         with progress("uncertainty") as step:
             teacher = detectors[TEACHER].to(plan.device)
             uncertainty = uncertainty_pictures(plan.val, teacher, shown[TEACHER], progress=step)
+    kept, names = Kept(plan.folder.evaluation), [row["file"] for row in artifacts]
+    score = shown.get(STUDENT, SHOWN_SCORE)
+    found = recalls(kept, names, score)
     report = {
         "name": plan.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,7 +89,9 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
         "models": models,
         "pruning": _pruning(plan, detectors),
         "validation_images": len(plan.val),
-        "artifacts": list(artifacts),
+        "comparisons": compared(kept, names),
+        "recall_score": score,
+        "artifacts": [{**row, "recall": found[row["file"]]} if row["file"] in found else row for row in artifacts],
         "methods": list(plan.methods),
         "pseudo_labels": plan.pseudo_labels,
         "environment": environment(),

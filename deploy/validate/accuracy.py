@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import HalfPrecision, ModelCard, card_from_file
+from deploy.core.detection_table import DetectionTable
 from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
@@ -38,7 +39,7 @@ from deploy.runtimes.pictures import (
     load_batches,
     picture_detections,
 )
-from deploy.validate.analysis import Analysis, analyse, image_slices
+from deploy.validate.analysis import CONFUSED_SCORE, Analysis, analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
 from deploy.validate.collected import Collected
 from deploy.validate.differences import most_different
@@ -126,6 +127,7 @@ def validate(
     batch_size: int = 8,
     limit: int | None = None,
     progress: Progress | None = None,
+    keep: Callable[[str, DetectionTable], None] = lambda name, table: None,
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
@@ -133,7 +135,8 @@ def validate(
         to reach something itself.
     expected: by name of a runner, the mAP that training measured for its weights on these images.
     max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
-    likewise. progress(done, total) is called after every batch of images.
+    likewise. progress(done, total) is called after every batch of images. keep(name, detections) is called with all
+    that a runner found.
 
     Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
     are not those of the annotations, a file that was calibrated on one of the images, or a runner whose outputs cannot
@@ -156,12 +159,15 @@ def validate(
     measured = {}
     for name, runner in runners.items():
         table = outcomes[name].detections.table()
+        keep(name, table)
         metrics = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
         scored = score_curves(truth, table, runner.card.category_ids)
+        point = scored.point()
+        looked_at = analyse(truth, table, slices, CONFUSED_SCORE if point is None else point.score)
         measured[name] = _Measured(
-            replace(metrics, operating_point=scored.point()),
+            replace(metrics, operating_point=point),
             detection_ece(truth, table),
-            replace(analyse(truth, table, slices), curve=scored.of_all.samples()),
+            replace(looked_at, curve=scored.of_all.samples()),
         )
     bars = _Bars(reference, expected or {}, max_map_drop)
     return _compared(runners, files, outcomes, measured, bars)
