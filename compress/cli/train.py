@@ -153,11 +153,14 @@ def _train(recipe: Recipe, path: Path, how: How, *, distillation: bool) -> None:
 
 
 @commands.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/.")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/.")],
+    pictures: Annotated[int | None, typer.Option(help="How many to choose anew from what the run kept.")] = None,
+) -> None:
     """Write a run's report.html again."""
     from compress.report import build_report
 
-    print(f"report: {build_report(run_dir)}")
+    print(f"report: {build_report(run_dir, pictures)}")
     folder = RunFolder(run_dir)
     if folder.onnx().is_file():
         next_command("benchmark", folder.onnx())

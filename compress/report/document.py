@@ -260,7 +260,12 @@ class Box(_Part):
 
 
 class Picture(_Part):
+    """Boxes on an image of the validation set. kind, why: it was chosen (`gallery`). files: boxes of exported files."""
+
     image: str
+    kind: str = ""
+    why: str = ""
+    files: dict[str, list[Box]] = {}
     ground_truth: list[Box] | None = None
     teacher: list[Box] | None = None
     baseline: list[Box] | None = None

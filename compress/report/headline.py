@@ -198,7 +198,7 @@ def _nothing_to_teach(report: Report) -> str:
     """Say so where the teacher is not above what the labels alone reach; empty where it is, or nobody knows."""
     alone = FINE_TUNED if report.models.fine_tuned else BASELINE
     found = report.compared(TEACHER, alone)
-    if found is None or found.low > 0:
+    if found is None or found.low > 0 or report.models.teacher is None or report.models.teacher.map is None:
         return ""
     lead = f"{signed(found.points, 1)} over the student trained from the labels alone"
     return f"The teacher has nothing to teach that these images show: {lead} ({found.in_words()})."

@@ -446,8 +446,8 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     pictures = data.val_identity.get("val_pictures")
     judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
     rows = evaluate(judged, made)
-    shown, limit = teacher if measured else None, deploy.max_detections
-    kept = KeptPlan(folder, val, split.images, data.canvas, shown, data.val_identity, limit, device)
+    limit = deploy.max_detections
+    kept = KeptPlan(folder, val, split.images, data.canvas, teacher, data.val_identity, limit, device)
     keep_evaluation(kept, manifest)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:

@@ -152,7 +152,8 @@ def test_entries_are_the_teachers_maps_in_pixels_of_the_files(tmp_path: Path) ->
     teacher = GFL(3, build_backbone("nano", weights="none"), neck_channels=32, head_depth=0).eval()
     torch.nn.init.normal_(teacher.head.gfl_cls.weight, std=0.2)
     seen = []
-    entries = uncertainty_pictures(val, teacher, 0.3, progress=lambda done, total: seen.append((done, total)))
+    pictures = [{"id": val.image_ids[i], "image": str(val.path(i)), "kind": "best"} for i in (3, 0, 2, 1)]
+    entries = uncertainty_pictures(val, teacher, 0.3, pictures, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, len(entries)) for i in range(4)]
     report = Report.model_validate({"name": "a", "models": {}, "uncertainty": json.loads(json.dumps(entries))})
     for entry in report.uncertainty:
