@@ -60,52 +60,60 @@ def build_report(run_dir: Path, pictures: int | None = None) -> Path:
     report = document.report
     photos = Photos(run_dir, len(report.pictures))
     drawn = draw_pictures(document, photos)
-    templates = Environment(
+    html = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            name=report.name,
+            created=date(report.created),
+            headline=first_lines(report),
+            tiles=tiles(report),
+            missing=_missing(document),
+            table=model_table(report),
+            pruned=report.models.is_pruned,
+            pruning=pruning_section(report),
+            pseudo=pseudo_labels(report),
+            artifacts=[artifact_row(a, report.compared(a.file, STUDENT_IN_TORCH)) for a in report.files],
+            reference=reference_words(report),
+            timed=[artifact_row(a) for a in report.artifacts],
+            intervals=bool(report.comparisons),
+            doubtful=any(a.latency_doubts for a in report.artifacts),
+            repeat=_repeat(report, run_dir),
+            limit=more_than_usual(report.files),
+            engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
+            trade=_trade_chart(report.models, report.artifacts),
+            levels=any(f and f.map is not None for f in map(report.models.of, _levels(report.models))),
+            latency=_latency_chart(report.artifacts),
+            curves=curves(document),
+            classes=class_table(report.models),
+            operating=operating_section(report),
+            errors=errors_section(report),
+            pictures=drawn,
+            filters=filters(drawn),
+            colours=COLORS,
+            colour_of=class_kinds([Box(box=(0, 0, 0, 0), label=name) for name in report.classes], report),
+            uncertainty=draw_uncertainty(document, photos),
+            shown_from=shown_from(report),
+            match_iou=MATCH_IOU,
+            environment=list(flat(report.environment)),
+            commands=report.commands,
+            recipe=document.recipe,
+        )
+    )
+    path = RunFolder(run_dir).page
+    write_text(path, html)
+    return path
+
+
+def templates() -> Environment:
+    """The templates of pages."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = templates.get_template("report.html.j2").render(
-        name=report.name,
-        created=date(report.created),
-        headline=first_lines(report),
-        tiles=tiles(report),
-        missing=_missing(document),
-        table=model_table(report),
-        pruned=report.models.is_pruned,
-        pruning=pruning_section(report),
-        pseudo=pseudo_labels(report),
-        artifacts=[artifact_row(a, report.compared(a.file, STUDENT_IN_TORCH)) for a in report.files],
-        reference=reference_words(report),
-        timed=[artifact_row(a) for a in report.artifacts],
-        intervals=bool(report.comparisons),
-        doubtful=any(a.latency_doubts for a in report.artifacts),
-        repeat=_repeat(report, run_dir),
-        limit=more_than_usual(report.files),
-        engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
-        trade=_trade_chart(report.models, report.artifacts),
-        levels=any(f and f.map is not None for f in map(report.models.of, _levels(report.models))),
-        latency=_latency_chart(report.artifacts),
-        curves=curves(document),
-        classes=class_table(report.models),
-        operating=operating_section(report),
-        errors=errors_section(report),
-        pictures=drawn,
-        filters=filters(drawn),
-        colours=COLORS,
-        colour_of=class_kinds([Box(box=(0, 0, 0, 0), label=name) for name in report.classes], report),
-        uncertainty=draw_uncertainty(document, photos),
-        shown_from=shown_from(report),
-        match_iou=MATCH_IOU,
-        environment=list(flat(report.environment)),
-        commands=report.commands,
-        recipe=document.recipe,
-    )
-    path = RunFolder(run_dir).page
-    write_text(path, html)
-    return path
 
 
 def _with_pictures(report: Report, run_dir: Path, many: int) -> Report:
