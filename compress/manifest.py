@@ -109,6 +109,11 @@ class RunFolder:
         """Held by the process that works in the folder."""
         return self.path / "run.lock"
 
+    @property
+    def loggers(self) -> Path:
+        """Identifiers of the run at loggers of other tools, where the recipe names some."""
+        return self.path / "loggers.json"
+
     def weights(self, name: str = STUDENT) -> Path:
         """The checkpoint that a training leaves: `student.safetensors`."""
         return self.path / f"{name}.safetensors"

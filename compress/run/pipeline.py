@@ -9,9 +9,10 @@ This file and the dry run are the only ones that hold a whole recipe: everything
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -40,6 +41,7 @@ from compress.manifest import (
 from compress.run.data import Datasets, labelled_split, open_data, splits
 from compress.run.data_notes import canvas_notes, notes_about
 from compress.run.folder import about_what_is_left, need_whole, working_in, write_recipe
+from compress.run.loggers import files_of, final_table, logging_run
 from compress.run.parts import Parts, named_identity
 from compress.run.plans import (
     checks_on,
@@ -47,6 +49,7 @@ from compress.run.plans import (
     data_plan,
     distillation_plan,
     labelling_of,
+    logging_plan,
     qad_plan,
     quantizing,
     student_plan,
@@ -64,14 +67,12 @@ from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, matc
 from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
+from compress.training.loggers.opened import OpenLoggers, need_packages
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.import_path import import_object
 from deploy.validate.coco import CocoMetrics
-
-if TYPE_CHECKING:
-    pass
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -134,6 +135,7 @@ def _do(
 
     if parts.student is not None and recipe.student.prune is not None:
         raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
+    need_packages(recipe.loggers)
     recipe = with_whole_student(recipe)
     fabric = _launch(recipe)
     kind = parts.student_class(recipe.student.detector)
@@ -146,13 +148,15 @@ def _do(
         rehearse(recipe, parts, fabric, distillation=distillation, without_data=without_data)
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
-    with working_in(folder, fabric):
+    with working_in(folder, fabric), ExitStack() as stack:
         if not resume:
             need_whole(folder, labelling_of(recipe))
         on_first_process(fabric, lambda: write_recipe(folder, dump_recipe(recipe), whole=False))
         manifest = Manifest(folder.path, versions())
         data = open_data(data_plan(recipe), fabric)
-        _train(_Run(recipe, parts, fabric, data, folder, manifest, console, resume), distillation=distillation)
+        loggers = stack.enter_context(logging_run(fabric, logging_plan(recipe), folder, console, resume=resume))
+        work = _Run(recipe, parts, fabric, data, folder, manifest, console, resume, loggers)
+        _train(work, distillation=distillation)
         if ships and is_first_process():
             if kind.exportable is None:
                 _ship(recipe, parts, data, manifest)
@@ -162,6 +166,9 @@ def _do(
                     f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
                     f"its weights are {folder.weights()}, its figures stand above"
                 )
+        if manifest.worked and is_first_process():
+            reported = ships and kind.exportable is None
+            loggers.table(final_table(folder, reported=reported), files_of(folder))
         if not manifest.worked:
             console.print(
                 f"{folder.path}: everything was done already and its inputs are the same; nothing was repeated"
@@ -213,6 +220,7 @@ class _Run:
     manifest: Manifest
     console: Console
     resume: bool
+    loggers: OpenLoggers
     pruned: PrunedStudent | None = None
 
     @property
@@ -385,7 +393,8 @@ class _Run:
         }
 
         def work() -> dict[str, Any]:
-            return train(self.fabric, replace(plan, identity=inputs), self.data, resume=self.resume)
+            told = replace(plan, identity=inputs, loggers=self.loggers)
+            return train(self.fabric, told, self.data, resume=self.resume)
 
         outputs = [self.folder.weights(plan.name)]
         result: dict[str, Any] = self.manifest.stage(plan.name, inputs, outputs, work, write=self.fabric.is_global_zero)
@@ -394,7 +403,8 @@ class _Run:
     def train_on_int8_grids(self, teacher: Detector | None) -> None:
         from compress.run.qad import distill_quantized
 
-        plan, taught = qad_plan(self.recipe, self.data, self.parts), self._taught(teacher)
+        plan = replace(qad_plan(self.recipe, self.data, self.parts), loggers=self.loggers)
+        taught = self._taught(teacher)
         result = distill_quantized(
             self.fabric, plan, self.data, self.manifest, teacher=teacher, taught=taught, resume=self.resume
         )

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.config.data import Data, Split
-from compress.config.recipe import Recipe, recipe_sha256
+from compress.config.recipe import Recipe, recipe_content, recipe_sha256
 from compress.data.coco import CocoDetection
 from compress.data.digests import PictureDigests
 from compress.manifest import STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, RunFolder
 from compress.run.data import DataPlan, Datasets, labelled_split, splits, validation_set
+from compress.run.loggers import LoggingPlan
 from compress.run.parts import Parts
 from compress.run.pruned import CutPlan, PrunedStudent, whole_student
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan
@@ -36,6 +37,11 @@ def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
     folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
     return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
+
+
+def logging_plan(recipe: Recipe) -> LoggingPlan:
+    """Plan what loggers are told of a recipe's run."""
+    return LoggingPlan(recipe.loggers, recipe.name, recipe_content(recipe), recipe_sha256(recipe))
 
 
 def training_labels(

@@ -34,6 +34,7 @@ from compress.run.data import Datasets
 from compress.run.parts import describe as describe_part
 from compress.training.distributed import on_first_process
 from compress.training.evaluate import evaluate
+from compress.training.loggers.opened import OpenLoggers
 from compress.training.loop import Training, check_length, fit, steps_of, without_effect
 from compress.training.place import place_for, publish, telling_what_stays
 from deploy.core.errors import UserError
@@ -124,6 +125,7 @@ class TrainingPlan:
     recipe_sha256: for the checkpoint's record.
     build: gives the detector for a number of classes, in the place of `model`.
     max_detections: of an image that count where it is measured, if more than COCO's 100.
+    loggers: of other tools, that are told how it goes.
     """
 
     name: str
@@ -140,6 +142,7 @@ class TrainingPlan:
     recipe_sha256: str = ""
     build: Callable[[int], Detector] | None = None
     max_detections: int = DETECTIONS
+    loggers: OpenLoggers | None = None
 
     def detector(self, num_classes: int) -> Detector:
         """The detector as its training begins with it."""
@@ -200,6 +203,7 @@ def train(
         teacher=teacher,
         methods=methods,
         cache=cache,
+        loggers=plan.loggers,
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)

@@ -1,4 +1,4 @@
-"""Log of a training: a live line on a terminal, plain lines elsewhere, metrics.csv, TensorBoard."""
+"""Log of a training: a live line on a terminal, plain lines elsewhere, metrics.csv, TensorBoard, other loggers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.progress import (
 
 from compress.console import open_console
 from compress.manifest import TrainingFolder
+from compress.training.loggers.opened import OpenLoggers
 from deploy.core.files import naming, write_text
 from deploy.validate.coco import CocoMetrics
 
@@ -35,7 +36,16 @@ class TrainingLog:
     grad_<method>, scale_<method>, and what they report (variance_<level>_<method>); map (filled at evaluations).
     """
 
-    def __init__(self, folder: TrainingFolder, name: str, total: int, *, from_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        folder: TrainingFolder,
+        name: str,
+        total: int,
+        from_step: int,
+        loggers: OpenLoggers | None = None,
+        *,
+        enabled: bool,
+    ) -> None:
         self._enabled = enabled
         if not enabled:
             return
@@ -50,6 +60,7 @@ class TrainingLog:
             TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self._console, disable=not self._live,
         )  # fmt: skip
         self._task = self._progress.add_task(name, total=total, completed=from_step, text="")
+        self._loggers = loggers
         self._events = folder.tensorboard
         with naming(self._events):
             self._board = _tensorboard(self._events, from_step)
@@ -90,10 +101,12 @@ class TrainingLog:
             **observed,
         }
         self._rows.append(row)
+        figures = {key: value for key, value in row.items() if key not in ("step", "epoch", "seconds")}
         with naming(self._events):
-            for key, value in row.items():
-                if key not in ("step", "epoch", "seconds"):
-                    self._board.add_scalar(key, value, step)
+            for key, value in figures.items():
+                self._board.add_scalar(key, value, step)
+        if self._loggers is not None:
+            self._loggers.row(self._name, step, {"epoch": epoch, **figures})
         text = f"loss {loss:.3f}  " + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in losses.items())
         self._progress.update(self._task, completed=step, text=text)
         now = time.perf_counter()
@@ -101,29 +114,23 @@ class TrainingLog:
             self._printed = now
             left = (now - self._started) / max(1, step - self._from_step) * (self._total - step)
             self._console.print(f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}")
-            self._write()
+            self.write()
 
     def evaluated(self, step: int, epoch: int, metrics: CocoMetrics) -> None:
         """Record the metrics of an evaluation, and write metrics.csv."""
         if not self._enabled:
             return
         seconds = self._rows[-1]["seconds"] if self._rows else 0.0
-        self._rows.append(
-            {
-                "step": step,
-                "epoch": epoch,
-                "seconds": seconds,
-                "map": metrics.map,
-                "map50": metrics.map50,
-                "map75": metrics.map75,
-            }
-        )
+        found = {"map": metrics.map, "map50": metrics.map50, "map75": metrics.map75}
+        self._rows.append({"step": step, "epoch": epoch, "seconds": seconds, **found})
+        if self._loggers is not None:
+            self._loggers.row(self._name, step, found)
         with naming(self._events):
             self._board.add_scalar("map", metrics.map, step)
         self._progress.console.print(
             f"{self._name}: step {step}/{self._total}: mAP {metrics.map:.2f}, AP50 {metrics.map50:.2f}",
         )
-        self._write()
+        self.write()
 
     def stop(self, last_line: str | None = None) -> None:
         """End the progress display, show a line if there is one, and write everything."""
@@ -131,11 +138,16 @@ class TrainingLog:
             self._progress.stop()
             if last_line is not None:
                 self._console.print(last_line, markup=False, soft_wrap=True)
-            self._write()
+            self.write()
             with naming(self._events):
                 self._board.close()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write everything that was recorded."""
+        if not self._enabled:
+            return
+        with naming(self._events):
+            self._board.flush()
         columns = list(dict.fromkeys(key for row in self._rows for key in row))
         order = sorted(columns, key=lambda column: column.startswith(OBSERVED))  # stable: those come last
         text = io.StringIO()
