@@ -102,8 +102,8 @@ def shown_from(report: Report) -> str:
     roles = [role for role in _PANELS[1:] if any(getattr(picture, role) is not None for picture in report.pictures)]
     scores = {report.models.titles[role]: report.shown_score(role) for role in roles if role in report.models.titles}
     if len(set(scores.values())) < 2:
-        return f"Detections with a score of at least {next(iter(scores.values()), SHOWN_SCORE):g}."
-    words = ", ".join(f"{lower(title)} {score:g}" for title, score in scores.items())
+        return f"Detections with a score of at least {next(iter(scores.values()), SHOWN_SCORE):.3g}."
+    words = ", ".join(f"{lower(title)} {score:.3g}" for title, score in scores.items())
     return f"Detections from the score of each model's best F1 on: {words}."
 
 

@@ -93,7 +93,9 @@ def test_what_cannot_be_compared_says_why(tmp_path: Path) -> None:
     assert [key for key, _ in found.machines] == ["cpu.model"]
 
 
-def test_doubtful_latencies_are_marked_and_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doubtful_latencies_are_marked_and_mistakes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = full_report()["artifacts"]
     report[0]["latency_doubts"] = ["not stable"]
     documents = [read_document(run(tmp_path / "a", "a", artifacts=report)), read_document(run(tmp_path / "b", "b"))]
