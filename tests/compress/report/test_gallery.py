@@ -13,46 +13,15 @@ from compress.report import build_report
 from compress.report.document import Box, Report
 from compress.report.gallery import KINDS, choose
 from compress.report.pictures import FULL_SIZE, LONGEST_SIDE, Photos, class_kinds
-from deploy.core.detection_table import DetectionTable
 from deploy.core.draw import COLORS
 from deploy.core.errors import UserError
-from deploy.validate.kept import Kept, keep_detections, keep_labels
-from tests.helpers.coco_sets import A, B, C, row, truth
+from deploy.validate.kept import Kept
+from tests.helpers.kept_run import FILES, IMAGES, SHOWN, keep_run
 from tests.helpers.report_pages import Page, full_report, write_run
-
-IMAGES = 8
-
-
-def keep(run: Path) -> Kept:
-    """Image 0 is all wrong, 1 half right, 2 right with two objects, 3 right; the teacher alone sees more on 4, the file
-    on 5; nothing is on 6 and 7."""
-    boxes = [{"bbox": A, "image_id": i, "category_id": i % 2} for i in range(6)]
-    boxes += [{"bbox": B, "image_id": i} for i in (0, 1, 2)]
-    document = truth(*boxes, images=range(IMAGES), categories=range(2))
-    right = [row(A, 0.9, i, i % 2) for i in range(1, 6)] + [row(B, 0.8, 2)]
-    student = [*right, row(C, 0.7, 0), row(C, 0.1, 3)]  # the last is below the operating point
-    folder = run / "evaluation"
-    keep_labels(folder, document, run)
-    tables = {
-        "student": student,
-        "student.safetensors": student,
-        "teacher": [*student, row(C, 0.9, 4), row(B, 0.4, 5)],
-        "student.int8.onnx": [*student, row(C, 0.6, 5)],
-        "student.onnx": student,
-    }
-    for name, rows in tables.items():
-        keep_detections(folder, name, DetectionTable.from_rows(rows))
-    for i in range(IMAGES):
-        Image.linear_gradient("L").resize((80, 60)).rotate(45 * i).convert("RGB").save(run / f"{i}.png")
-    return Kept(folder)
-
-
-FILES = ("student.safetensors", "student.onnx", "student.int8.onnx")
-SHOWN = {"student": 0.5, "teacher": 0.5}
 
 
 def test_each_picture_is_there_for_a_reason(tmp_path: Path) -> None:
-    found = choose(keep(tmp_path), SHOWN, FILES, 5)
+    found = choose(keep_run(tmp_path), SHOWN, FILES, 5)
     assert {entry["id"]: (entry["kind"], entry["why"]) for entry in found} == {
         0: ("worst", "Among the worst: 0 of 2 objects found, 1 extra"),
         2: ("best", "Among the best: 2 of 2 objects found, 0 extra"),
@@ -71,7 +40,7 @@ def test_each_picture_is_there_for_a_reason(tmp_path: Path) -> None:
 
 
 def test_as_many_as_asked_for_and_each_image_once(tmp_path: Path) -> None:
-    kept = keep(tmp_path)
+    kept = keep_run(tmp_path)
     for many in (1, 3, IMAGES, 100):
         ids = [entry["id"] for entry in choose(kept, SHOWN, FILES, many)]
         assert len(ids) == len(set(ids)) == min(many, IMAGES)
@@ -79,7 +48,7 @@ def test_as_many_as_asked_for_and_each_image_once(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_reasons_and_can_be_asked_for_more(tmp_path: Path) -> None:
-    keep(tmp_path)
+    keep_run(tmp_path)
     report: dict[str, Any] = {**full_report(), "pictures": [], "classes": ["class 0", "class 1"]}
     report["artifacts"] = [{"file": file, "gate": "pass"} for file in FILES]
     html = build_report(write_run(tmp_path, report), 6).read_text(encoding="utf-8")

@@ -22,9 +22,10 @@ from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.distill.uncertainty import predictive_uncertainty
 from compress.report import build_report
+from compress.report.charts import round_ticks
 from compress.report.curves import _method_charts
 from compress.report.document import Report
-from compress.report.heat import MOST_OPAQUE, RAMP, _colour
+from compress.report.heat import FLAT, MOST_OPAQUE, RAMP, _colour, _legend
 from compress.run.samples import uncertainty_pictures
 from deploy.core.errors import UserError
 from tests.helpers.report_pages import HOSTILE, Page, full_report, write_run
@@ -192,3 +193,14 @@ def test_lines_of_one_chart(tmp_path: Path, small: str, logarithmic: bool) -> No
     assert html.count('class="line s0" points') == html.count('class="line s1" points') == 1
     assert ("Logarithmic axis" in html) == logarithmic
     assert "Distillation: fgd_fg" in html and "Distillation: grad" not in html
+
+
+def test_the_numbers_of_the_scale_are_not_cut() -> None:
+    for top in (FLAT, 0.08, 0.25, 3):
+        scale = _legend(round_ticks(0, top, 4))
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', scale)[1])  # type: ignore[index]
+        numbers = re.findall(r'<text x="([\d.]+)"[^>]*>([\d.e-]+)<', scale)
+        assert len(numbers) >= 3
+        for x, text in numbers:
+            half = 6.6 * len(text) / 2  # at 11.5 pixels a digit is at most that wide
+            assert half <= float(x) <= width - half, (top, text)
