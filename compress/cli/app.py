@@ -1,7 +1,7 @@
 """The command line: its groups of commands, and how a process ends.
 
-Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted. A user's mistake is one `error: …` line on
-stderr (one a problem for a recipe with several), never a traceback; a traceback is our mistake.
+Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted, 143 terminated (SIGTERM). A user's mistake is one
+`error: …` line on stderr (one a problem for a recipe with several), never a traceback; a traceback is our mistake.
 
 A module of this folder that has `commands` holds a group, and no list names it: every function with
 `@commands.command` is a command; its signature is what `--help` shows. Imports of the packages that do the work stand
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,6 +24,7 @@ import typer
 
 from compress import __version__
 from compress.cli.exits import to_stderr
+from deploy.core import interrupts
 from deploy.core.errors import LocalUserError, UserError
 
 app = typer.Typer(
@@ -80,15 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        command = typer.main.get_command(app)
-        with command.make_context("compress", list(arguments)) as context:
-            command.invoke(context)
-        sys.stdout.flush()
+        with interrupts.listening():
+            command = typer.main.get_command(app)
+            with command.make_context("compress", list(arguments)) as context:
+                command.invoke(context)
+            sys.stdout.flush()
     except typer.Exit as stop:
         return int(stop.exit_code)
+    except interrupts.Terminated:
+        to_stderr(f"terminated{_how_to_resume(arguments)}")
+        return 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         to_stderr(f"interrupted{_how_to_resume(arguments)}")
-        return 130
+        return 128 + signal.SIGINT
     except UserError as error:
         for line in str(error).splitlines():
             to_stderr(f"error: {line}", everywhere=isinstance(error, LocalUserError))
