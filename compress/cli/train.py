@@ -156,11 +156,28 @@ def _train(recipe: Recipe, path: Path, how: How, *, distillation: bool) -> None:
 
 
 @commands.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/.")]) -> None:
-    """Write a run's report.html again."""
-    from compress.report import build_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="A folder below runs/; several are compared.")],
+    pictures: Annotated[int | None, typer.Option(help="How many to choose anew from what the run kept.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Page of a comparison. Default: compare.html beside the runs.")
+    ] = None,
+) -> None:
+    """Write a run's report.html again, or a page that compares runs."""
+    from compress.report import build_report, compare_runs
 
-    print(f"report: {build_report(run_dir)}")
+    if len(runs) > 1:
+        if pictures is not None:
+            raise UserError("--pictures: belongs to the report of one run")
+        page = out or runs[0].parent / "compare.html"
+        for line in compare_runs(runs, page):
+            print(line)
+        print(f"comparison: {page}")
+        return
+    if out is not None:
+        raise UserError("--out: belongs to a comparison of runs; a report is written into its run")
+    run_dir = runs[0]
+    print(f"report: {build_report(run_dir, pictures)}")
     folder = RunFolder(run_dir)
     if folder.onnx().is_file():
         next_command("serve", folder.onnx())

@@ -439,6 +439,7 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     from compress.export.onnx import SAMPLES
     from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
+    from compress.run.kept import KeptPlan, keep_evaluation
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, show_report, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
@@ -460,6 +461,9 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     pictures = data.val_identity.get("val_pictures")
     judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
     rows = evaluate(judged, made)
+    limit = deploy.max_detections
+    kept = KeptPlan(folder, val, split.images, data.canvas, teacher, data.val_identity, limit, device)
+    keep_evaluation(kept, manifest)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0
