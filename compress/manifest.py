@@ -72,6 +72,11 @@ class RunFolder:
         return self.path / "benchmark.json"
 
     @property
+    def evaluation(self) -> Path:
+        """Folder of the validation labels and of what each model and file found (`deploy.validate.kept`)."""
+        return self.path / "evaluation"
+
+    @property
     def labelled(self) -> Path:
         """COCO file of the training images that keep their labels, where the recipe has `labels`."""
         return self.path / "labelled.json"
@@ -103,6 +108,11 @@ class RunFolder:
     def lock(self) -> Path:
         """Held by the process that works in the folder."""
         return self.path / "run.lock"
+
+    @property
+    def loggers(self) -> Path:
+        """Identifiers of the run at loggers of other tools, where the recipe names some."""
+        return self.path / "loggers.json"
 
     def weights(self, name: str = STUDENT) -> Path:
         """The checkpoint that a training leaves: `student.safetensors`."""

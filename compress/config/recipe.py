@@ -20,10 +20,11 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from compress.config.base import Seed, Settings, broken_rule
+from compress.config.base import Seed, Settings, added_later, broken_rule
 from compress.config.data import Data
 from compress.config.deploy import Deploy
 from compress.config.families import FAMILY_FACTS, Abilities, families_with
+from compress.config.loggers import Loggers
 from compress.config.messages import problems
 from compress.config.methods import Methods
 from compress.config.model import Model, Student
@@ -63,6 +64,8 @@ class Recipe(Settings):
     pruned weights. Without either, the pruned student is itself what the labels alone make of them."""
     deploy: Deploy = Deploy()
     """The exported file."""
+    loggers: Loggers = added_later(Loggers())
+    """Where figures go besides the run folder."""
 
     @property
     def run_dir(self) -> Path:
@@ -295,17 +298,18 @@ def check_distills(recipe: Recipe, where: object, *, own_methods: bool = False) 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.dump(_content(recipe), Dumper=Dumper, sort_keys=False, width=110)
+    return yaml.dump(recipe_content(recipe), Dumper=Dumper, sort_keys=False, width=110)
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments and written-out defaults do
+    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments, written-out defaults and `loggers` do
     not change it."""
-    canonical = json.dumps(_content(recipe), sort_keys=True, separators=(",", ":"))
+    content = {key: value for key, value in recipe_content(recipe).items() if key != "loggers"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _content(recipe: Recipe) -> dict[str, Any]:
+def recipe_content(recipe: Recipe) -> dict[str, Any]:
     """All settings as JSON. A student that is cut has the one key, also where its architecture is known by now."""
     content = recipe.model_dump(mode="json")
     if recipe.student.prune is not None:

@@ -8,10 +8,11 @@ This file and the dry run are the only ones that hold a whole recipe: everything
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -40,6 +41,7 @@ from compress.manifest import (
 from compress.run.data import Datasets, labelled_split, open_data, splits
 from compress.run.data_notes import canvas_notes, notes_about
 from compress.run.folder import about_what_is_left, need_whole, working_in, write_recipe
+from compress.run.loggers import files_of, final_table, logging_run
 from compress.run.parts import Parts, named_identity
 from compress.run.plans import (
     checks_on,
@@ -47,6 +49,8 @@ from compress.run.plans import (
     data_plan,
     distillation_plan,
     labelling_of,
+    logging_plan,
+    outlook,
     qad_plan,
     quantizing,
     student_plan,
@@ -64,14 +68,13 @@ from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, matc
 from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
+from compress.training.loggers.opened import OpenLoggers, need_packages
+from compress.training.time_left import NOTHING_LATER, Later
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.import_path import import_object
 from deploy.validate.coco import CocoMetrics
-
-if TYPE_CHECKING:
-    pass
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
 """Settings of training that say where it runs, not what comes out."""
@@ -134,6 +137,7 @@ def _do(
 
     if parts.student is not None and recipe.student.prune is not None:
         raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
+    need_packages(recipe.loggers)
     recipe = with_whole_student(recipe)
     fabric = _launch(recipe)
     kind = parts.student_class(recipe.student.detector)
@@ -146,13 +150,16 @@ def _do(
         rehearse(recipe, parts, fabric, distillation=distillation, without_data=without_data)
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
-    with working_in(folder, fabric):
+    with working_in(folder, fabric), ExitStack() as stack:
         if not resume:
             need_whole(folder, labelling_of(recipe))
         on_first_process(fabric, lambda: write_recipe(folder, dump_recipe(recipe), whole=False))
         manifest = Manifest(folder.path, versions())
         data = open_data(data_plan(recipe), fabric)
-        _train(_Run(recipe, parts, fabric, data, folder, manifest, console, resume), distillation=distillation)
+        loggers = stack.enter_context(logging_run(fabric, logging_plan(recipe), folder, console, resume=resume))
+        later = outlook(recipe, parts, len(data.train), distillation=distillation, ships=ships)
+        work = _Run(recipe, parts, fabric, data, folder, manifest, console, resume, loggers, later)
+        _train(work, distillation=distillation)
         if ships and is_first_process():
             if kind.exportable is None:
                 _ship(recipe, parts, data, manifest)
@@ -162,6 +169,9 @@ def _do(
                     f"not exported, validated or benchmarked: a {name} cannot be exported: {kind.exportable}; "
                     f"its weights are {folder.weights()}, its figures stand above"
                 )
+        if manifest.worked and is_first_process():
+            reported = ships and kind.exportable is None
+            loggers.table(final_table(folder, reported=reported), files_of(folder))
         if not manifest.worked:
             console.print(
                 f"{folder.path}: everything was done already and its inputs are the same; nothing was repeated"
@@ -213,6 +223,8 @@ class _Run:
     manifest: Manifest
     console: Console
     resume: bool
+    loggers: OpenLoggers
+    later: Mapping[str, Later]
     pruned: PrunedStudent | None = None
 
     @property
@@ -385,7 +397,9 @@ class _Run:
         }
 
         def work() -> dict[str, Any]:
-            return train(self.fabric, replace(plan, identity=inputs), self.data, resume=self.resume)
+            later = self.later.get(plan.name, NOTHING_LATER)
+            told = replace(plan, identity=inputs, loggers=self.loggers, later=later)
+            return train(self.fabric, told, self.data, resume=self.resume)
 
         outputs = [self.folder.weights(plan.name)]
         result: dict[str, Any] = self.manifest.stage(plan.name, inputs, outputs, work, write=self.fabric.is_global_zero)
@@ -394,7 +408,8 @@ class _Run:
     def train_on_int8_grids(self, teacher: Detector | None) -> None:
         from compress.run.qad import distill_quantized
 
-        plan, taught = qad_plan(self.recipe, self.data, self.parts), self._taught(teacher)
+        plan = replace(qad_plan(self.recipe, self.data, self.parts), loggers=self.loggers)
+        taught = self._taught(teacher)
         result = distill_quantized(
             self.fabric, plan, self.data, self.manifest, teacher=teacher, taught=taught, resume=self.resume
         )
@@ -424,6 +439,7 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     from compress.export.onnx import SAMPLES
     from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
+    from compress.run.kept import KeptPlan, keep_evaluation
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, show_report, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
@@ -445,6 +461,9 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     pictures = data.val_identity.get("val_pictures")
     judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
     rows = evaluate(judged, made)
+    limit = deploy.max_detections
+    kept = KeptPlan(folder, val, split.images, data.canvas, teacher, data.val_identity, limit, device)
+    keep_evaluation(kept, manifest)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0

@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.config.data import Data, Split
-from compress.config.recipe import Recipe, recipe_sha256
+from compress.config.recipe import Recipe, recipe_content, recipe_sha256
 from compress.data.coco import CocoDetection
 from compress.data.digests import PictureDigests
-from compress.manifest import STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, RunFolder
+from compress.manifest import BASELINE, STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, RunFolder
 from compress.run.data import DataPlan, Datasets, labelled_split, splits, validation_set
+from compress.run.loggers import LoggingPlan
 from compress.run.parts import Parts
 from compress.run.pruned import CutPlan, PrunedStudent, whole_student
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan
-from compress.run.trainings import Distillation, TrainingPlan
+from compress.run.trainings import Distillation, TrainingPlan, pictures_of
+from compress.training.time_left import Later
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ def data_plan(recipe: Recipe) -> DataPlan:
     """Plan the images of a recipe's run."""
     folder, deploy = RunFolder(recipe.run_dir), recipe.deploy
     return DataPlan(recipe.data, recipe.runs, folder, recipe.labels, deploy.input_size, deploy.max_detections)
+
+
+def logging_plan(recipe: Recipe) -> LoggingPlan:
+    """Plan what loggers are told of a recipe's run."""
+    return LoggingPlan(recipe.loggers, recipe.name, recipe_content(recipe), recipe_sha256(recipe))
 
 
 def training_labels(
@@ -120,6 +127,32 @@ def training_plans(recipe: Recipe, parts: Parts, *, distillation: bool) -> list[
         learns = distillation_plan(recipe, parts) if distillation else Distillation()
         plans.append(replace(student_plan(recipe), distillation=learns))
     return plans
+
+
+def outlook(recipe: Recipe, parts: Parts, images: int, *, distillation: bool, ships: bool) -> dict[str, Later]:
+    """What comes after each training of a run on so many images. That of a student on pseudo labels is not known."""
+    known = {plan.name: plan for plan in training_plans(recipe, parts, distillation=distillation)}
+    alone = pictures_of(recipe.train, images)
+    stages: list[tuple[str, int | None]] = []
+    if TEACHER in known:
+        stages.append((TEACHER, pictures_of(known[TEACHER].settings, images)))
+    if distillation and recipe.pseudo_labels is not None:
+        stages.append(("labelling", None))
+    if recipe.student.prune is not None:
+        stages.append(("cut", None))
+    if distillation and recipe.baseline:
+        stages.append((BASELINE, alone))
+    stages.append((STUDENT, alone if STUDENT in known else None))
+    if distillation and recipe.deploy.int8.qad is not None:
+        stages.append(("qad", recipe.deploy.int8.qad.steps * recipe.train.batch_size))
+    stages += [(name, None) for name in ("export", "validate", "benchmark") if ships]
+    return {
+        name: Later(
+            sum(pictures or 0 for _, pictures in stages[index:]),
+            tuple(name for name, pictures in stages[index:] if pictures is None),
+        )
+        for index, (name, _) in enumerate(stages, start=1)
+    }
 
 
 def cut_plan(recipe: Recipe, checkpoint: str) -> CutPlan:

@@ -18,6 +18,7 @@ from compress.run.data import Datasets
 from compress.run.quantize import Quantizing
 from compress.run.trainings import Distillation, evaluate_on
 from compress.training.distributed import on_first_process
+from compress.training.loggers.opened import OpenLoggers
 from compress.training.qad.export import calibrated_grids, load_grids
 from compress.training.qad.train import QadTraining, qad_schedule, train_quantized
 from deploy.core.files import sha256_of, write_json
@@ -32,7 +33,7 @@ class QadPlan:
     train: settings of that training. qad: how the one on grids differs.
     quantizing: what calibrates. input_size, resize_short_long: canvas (height, width), and (short, long) that images
         are not enlarged beyond, pixels.
-    folder: where the results go.
+    folder: where the results go. loggers: of other tools, that are told how it goes.
     """
 
     student: Path
@@ -48,6 +49,7 @@ class QadPlan:
     seed: int
     workers: int
     recipe_sha256: str
+    loggers: OpenLoggers | None = None
 
     def training(
         self,
@@ -73,6 +75,7 @@ class QadPlan:
             workers=self.workers,
             identity=identity,
             recipe_sha256=self.recipe_sha256,
+            loggers=self.loggers,
         )
 
 

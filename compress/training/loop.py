@@ -30,7 +30,10 @@ from compress.training.checkpoint import Checkpoints, State
 from compress.training.distributed import mean_over_processes, share_buffers, sum_over_processes
 from compress.training.learner import Learner, total_loss
 from compress.training.log import TrainingLog
+from compress.training.loggers.opened import OpenLoggers
 from compress.training.optimizer import build_optimizer, learning_rate, moving_average
+from compress.training.time_left import NOTHING_LATER, Later, TimeLeft
+from deploy.core import interrupts
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.validate.coco import CocoMetrics
@@ -51,6 +54,7 @@ class Training:
         evaluate: gives the validation metrics of a detector; called on every process.
         identity: hash of everything that shapes the result; a checkpoint of another identity is not resumed.
         teacher, methods: what the student learns from besides the labels. cache: of the teacher, if it has one.
+        loggers: of other tools, that are told how it goes. later: what the run does after it.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Training:
     teacher: Detector | None = None
     methods: Mapping[str, WeightedMethod] = field(default_factory=dict)
     cache: TeacherCache | None = None
+    loggers: OpenLoggers | None = None
+    later: Later = NOTHING_LATER
 
     @property
     def epoch_steps(self) -> int:
@@ -77,6 +83,13 @@ class Training:
     def stops(self) -> dict[str, int | None]:
         """stop_epoch by method."""
         return {name: weighted.stop_epoch for name, weighted in self.methods.items()}
+
+    def start_log(self, from_step: int, *, enabled: bool) -> TrainingLog:
+        """The log, from a step on."""
+        left = TimeLeft(self.total - from_step, self.settings.batch_size, self.later)
+        log = TrainingLog(self.folder, self.name, self.total, from_step, left, self.loggers, enabled=enabled)
+        log.start()
+        return log
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the weights are evaluated after so many steps: at the end, and every `eval_every` epochs."""
@@ -123,8 +136,7 @@ def fit(
     modules = {"student": student, "methods": learner.methods} | ({} if average is None else {"average": average})
     checkpoints = Checkpoints(training.folder, fabric, modules, optimizer, identity=training.identity, total=total)
     state = checkpoints.restore() if resume else State()
-    log = TrainingLog(training.folder, training.name, total, from_step=state.step, enabled=fabric.is_global_zero)
-    log.start()
+    log = training.start_log(state.step, enabled=fabric.is_global_zero)
 
     learner.train()
     started = time.perf_counter() - state.seconds
@@ -172,6 +184,7 @@ def fit(
             log.evaluated(state.step, epoch, metrics)
             checkpoints.evaluated(state, metrics, weights, keep_best=settings.select == "best")
         if state.step % (settings.checkpoint_every or epoch_steps) == 0 and state.step < stop:
+            log.write()  # no row before a checkpoint is made again
             checkpoints.save(state)
     checkpoints.save(state)
     log.stop(None if training.cache is None else training.cache.summary(reduce))
@@ -235,7 +248,9 @@ def without_effect(name: str, settings: Train, batches: int) -> list[str]:
 def _batches_from(loader: DataLoader[Any], position: int) -> Iterator[Batch]:
     """The batches of `loader` from a position on, endlessly from epoch to epoch."""
     loader.batch_sampler.set_position(0, position)  # type: ignore[union-attr]
-    return iter(loader)
+    for batch in loader:
+        interrupts.check()
+        yield batch
 
 
 def _is_finite(value: Tensor, reduce: Reduce | None) -> bool:

@@ -23,6 +23,7 @@ from compress.distill.teacher_cache import TeacherCache
 from compress.distill.weighting import WeightedMethod
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder, fingerprint
 from compress.training.distributed import on_first_process
+from compress.training.loggers.opened import OpenLoggers
 from compress.training.loop import Training, fit
 from compress.training.place import place_for, publish, telling_what_stays
 from compress.training.qad.fake_quant import FakeQuantized, fold_batch_norms, load_quantizable
@@ -45,7 +46,7 @@ class QadTraining:
     adapters: `last.ckpt` of a training by the same methods, whose own weights they go on with; where that file is not
         there, or None, they start anew.
     identity: everything that shapes the result (JSON-able), `start` included.
-    recipe_sha256: for the checkpoint's record.
+    recipe_sha256: for the checkpoint's record. loggers: of other tools, that are told how it goes.
     """
 
     student: Path
@@ -62,6 +63,7 @@ class QadTraining:
     workers: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
     recipe_sha256: str = ""
+    loggers: OpenLoggers | None = None
 
 
 def train_quantized(
@@ -112,6 +114,7 @@ def train_quantized(
         teacher=teacher,
         methods=methods,
         cache=cache,
+        loggers=plan.loggers,
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, network, training, resume=resume, max_steps=max_steps)

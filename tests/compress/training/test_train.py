@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress.config.recipe import Recipe
 from compress.config.train import Schedule
 from compress.detectors.build import build_detector
 from compress.distill.weighting import TrainingPosition
@@ -107,6 +108,12 @@ def test_kill_and_resume_is_exact(tmp_path: Path, moment: str, family: str | Non
     train(whole)
     assert_same(last_checkpoint(whole), last_checkpoint(killed))
     assert_same(*(load_file(recipe.run_dir / "student.safetensors") for recipe in (whole, killed)))
+    steps = [[row.split(",")[0] for row in rows_of(recipe)] for recipe in (whole, killed)]
+    assert steps[0] == steps[1] == ["step", "1", "10", "12", "12"]
+
+
+def rows_of(recipe: Recipe) -> list[str]:
+    return (recipe.run_dir / "student" / "metrics.csv").read_text().splitlines()
 
 
 def test_an_unfinished_checkpoint_of_other_settings_is_refused_and_a_finished_one_replaced(tmp_path: Path) -> None:

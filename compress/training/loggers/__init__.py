@@ -1,0 +1,1 @@
+"""Loggers of other tools beside metrics.csv and TensorBoard, one file each."""
