@@ -21,7 +21,7 @@ from compress.training.evaluate import detect
 from deploy.core.detection_table import DetectionTable
 from deploy.core.files import sha256_of
 from deploy.validate.coco import DETECTIONS, load_annotations
-from deploy.validate.kept import LABELS, detections_file, keep_detections, keep_labels
+from deploy.validate.kept import detections_file, keep_detections, keep_labels
 
 BATCH = 8
 
@@ -47,11 +47,7 @@ def keep_evaluation(plan: KeptPlan, manifest: Manifest) -> None:
     if plan.max_detections > DETECTIONS:
         settings = {"max_detections": plan.max_detections}
 
-    def labels() -> None:
-        keep_labels(folder, load_annotations(plan.val.annotations), plan.images)
-
-    data = {"data": sha256_of(plan.val.annotations), "images": str(plan.images.absolute())}
-    manifest.stage("keep labels", data, [folder / LABELS], labels)
+    keep_labels(folder, load_annotations(plan.val.annotations), plan.images)  # no stage: images may lie elsewhere today
     files = {role: plan.folder.weights(role) for role in (BASELINE, FINE_TUNED, STUDENT) if _is_of_run(plan, role)}
     if plan.teacher is not None:
         files = {TEACHER: checkpoint_file(plan.teacher), **files}
