@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.exits import gate_failed, next_command
+from compress.cli.exits import gate_failed, next_command, results_file
 from compress.cli.groups import with_groups
 from compress.cli.options import (
     JsonOut,
@@ -154,7 +154,7 @@ def benchmark(
     with _image_files(images, opened[0]) as files:
         measured = _measure(runners, files, load, time, sizes=sizes, scopes=scopes, rates=rates, tolerance=tolerance)
     _show(measured, output, tolerance)
-    next_command("doctor")
+    next_command("serve", artifacts[0])
 
 
 def _check_output(output: OutputFlags) -> None:
@@ -207,7 +207,8 @@ def _show(measured: BenchmarkReport, output: OutputFlags, tolerance: float | Non
     for warning in measured.warnings:
         print(f"warning: {warning}")
     if output.json_out is not None:
-        latency.write_report(output.json_out, measured)
+        with results_file(output.json_out) as place:
+            latency.write_report(place, measured)
     if output.markdown is not None:
         latency.write_markdown(output.markdown, measured)
     if tolerance is not None:
@@ -229,7 +230,6 @@ def _compare_results(old: Path, new: Path, *, tolerance: float) -> None:
         "interval; files measured together, compress benchmark OLD.onnx NEW.onnx, are compared more reliably"
     )
     _need_fast_enough(latency.slower(comparisons), tolerance * 100)
-    next_command("benchmark", "--help")
 
 
 def _need_fast_enough(slower: Sequence[Any], tolerance: float) -> None:

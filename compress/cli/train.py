@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
-from compress.cli.exits import gate_failed, is_rank_zero, next_command
+from compress.cli.exits import gate_failed, is_rank_zero, next_command, or_command
 from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set, WithoutData
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
 from deploy.core.errors import UserError
@@ -121,7 +121,10 @@ def _run(recipe: Recipe, how: How, *, again: tuple[str, ...] = ()) -> None:
     print(f"report: {folder.page}")
     if failed:
         gate_failed(f"gate of {recipe.deploy.max_map_drop:g} mAP points: {', '.join(failed)}")
-    next_command("benchmark", folder.onnx(), "--batch", "1,8")
+    from compress.run.data import splits
+
+    next_command("predict", folder.onnx(), splits(recipe.data, recipe.runs, write=False)[1].images)
+    or_command("serve", folder.onnx())
 
 
 def _detector_of(recipe: Recipe) -> str:
@@ -177,6 +180,6 @@ def report(
     print(f"report: {build_report(run_dir, pictures)}")
     folder = RunFolder(run_dir)
     if folder.onnx().is_file():
-        next_command("benchmark", folder.onnx())
+        next_command("serve", folder.onnx())
     elif folder.weights().is_file():
         next_command("export", folder.weights())
