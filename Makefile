@@ -15,7 +15,7 @@ MMDET_BASE ?= $(shell for python in python3.11 python3.12; do \
 	$$python -c 'import ensurepip' >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-exhaustive test-mmdet lint format docs bench clean
+.PHONY: help quickstart test test-exhaustive test-mmdet lint format docs bench release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -50,6 +50,9 @@ bench: .venv/.dev  ## speed against PyTorch and, with MMDET_PYTHON=/path/to/pyth
 	@for suite in vs_mmdet data_path latency; do \
 	$(BIN)/python -m benchmarks $$suite || failed="$$failed $$suite"; done; \
 	test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
+
+release-check: .venv/.dev  ## build the wheel and run its quickstart in an empty environment elsewhere (TAG=v0.1.0 before a release)
+	.ci/release-check $(TAG)
 
 clean:  ## remove the environments and caches, never runs/
 	rm -rf .venv .venv-mmdet .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

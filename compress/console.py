@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress
 
+from deploy.core import interrupts
+
 WIDTH_WITHOUT_TERMINAL = 160  # characters; a log has no edge to wrap at
 
 
@@ -29,6 +31,7 @@ def progress(what: str, *, at_least: int = 0) -> Iterator[Callable[[int, int], N
 
         def advance(done: int, total: int) -> None:
             nonlocal before
+            interrupts.check()
             if bar.disable and total >= at_least and done * 10 // total > before * 10 // total:
                 print(f"{what}: {done} of {total}", flush=True)
             before = done

@@ -72,6 +72,11 @@ class RunFolder:
         return self.path / "benchmark.json"
 
     @property
+    def evaluation(self) -> Path:
+        """Folder of the validation labels and of what each model and file found (`deploy.validate.kept`)."""
+        return self.path / "evaluation"
+
+    @property
     def labelled(self) -> Path:
         """COCO file of the training images that keep their labels, where the recipe has `labels`."""
         return self.path / "labelled.json"

@@ -1,7 +1,7 @@
 """The command line: its groups of commands, and how a process ends.
 
-Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted. A user's mistake is one `error: …` line on
-stderr (one a problem for a recipe with several), never a traceback; a traceback is our mistake.
+Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted, 143 terminated (SIGTERM). A user's mistake is one
+`error: …` line on stderr (one a problem for a recipe with several), never a traceback; a traceback is our mistake.
 
 A module of this folder that has `commands` holds a group, and no list names it: every function with
 `@commands.command` is a command; its signature is what `--help` shows. Imports of the packages that do the work stand
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,7 +23,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from compress import __version__
-from compress.cli.exits import to_stderr
+from compress.cli.exits import own_stdout, to_stderr
+from deploy.core import interrupts
 from deploy.core.errors import LocalUserError, UserError
 
 app = typer.Typer(
@@ -33,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+WITH_COMMAS = ("--names", "--classes", "--provider", "--precision", "--scope", "--save", "--batch", "--rate")
+"""Options that take several values."""
 COMPLETE = "_COMPRESS_COMPLETE"
 """Set by what `compress --install-completion` puts into the shell, which then asks for words."""
 IN_HELP = (
@@ -80,15 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        command = typer.main.get_command(app)
-        with command.make_context("compress", list(arguments)) as context:
-            command.invoke(context)
-        sys.stdout.flush()
+        with own_stdout(), interrupts.listening():
+            command = typer.main.get_command(app)
+            with command.make_context("compress", list(arguments)) as context:
+                command.invoke(context)
+            sys.stdout.flush()
     except typer.Exit as stop:
         return int(stop.exit_code)
+    except interrupts.Terminated:
+        to_stderr(f"terminated{_how_to_resume(arguments)}")
+        return 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         to_stderr(f"interrupted{_how_to_resume(arguments)}")
-        return 130
+        return 128 + signal.SIGINT
     except UserError as error:
         for line in str(error).splitlines():
             to_stderr(f"error: {line}", everywhere=isinstance(error, LocalUserError))
@@ -101,7 +109,7 @@ def _exit_code(arguments: list[str]) -> int:
         return 2
     except _UsageProblem as error:
         message: str = error.format_message()  # type: ignore[attr-defined]
-        to_stderr(f"error: {' '.join(message.replace('Value error, ', '').split())}")
+        to_stderr(f"error: {' '.join(message.replace('Value error, ', '').split())}{_about_commas(message, arguments)}")
         return 2
     except BrokenPipeError:  # `compress … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
@@ -132,6 +140,14 @@ def _missing_package(error: ImportError) -> str | None:
     if isinstance(error, ModuleNotFoundError) and extra is not None:
         return f"{package} is not installed; this command needs: pip install 'compress-detectors[{extra}]'"
     return None
+
+
+def _about_commas(message: str, arguments: list[str]) -> str:
+    """The end of an error about words too many, where they are meant as values of an option: `--names a b c`."""
+    for option, word in zip(arguments, arguments[2:], strict=False):
+        if option in WITH_COMMAS and not word.startswith("-") and "extra argument" in message:
+            return f"; several values of {option} are one word with commas, as in {option} a,b,c"
+    return ""
 
 
 def _how_to_resume(arguments: list[str]) -> str:

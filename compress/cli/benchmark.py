@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compress.cli.exits import gate_failed, next_command
+from compress.cli.exits import gate_failed, next_command, results_file
 from compress.cli.groups import with_groups
 from compress.cli.options import (
     JsonOut,
@@ -25,6 +25,7 @@ from compress.cli.options import (
     provider_names,
 )
 from deploy.core.errors import UserError
+from deploy.core.shown import first_of_each
 from deploy.runtimes.providers import ON_CPU
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def benchmark(
     with _image_files(images, opened[0]) as files:
         measured = _measure(runners, files, load, time, sizes=sizes, scopes=scopes, rates=rates, tolerance=tolerance)
     _show(measured, output, tolerance)
-    next_command("doctor")
+    next_command("serve", artifacts[0])
 
 
 def _check_output(output: OutputFlags) -> None:
@@ -202,12 +203,12 @@ def _show(measured: BenchmarkReport, output: OutputFlags, tolerance: float | Non
         console.print(latency.comparison_table(measured.comparisons, tolerance=(tolerance or 0.0) / 100))
     for line in [*latency.offline_lines(measured.cells), *latency.bounded_lines(measured.bounded)]:
         print(line)
-    for note in measured.notes:
-        print(f"note: {note}")
-    for warning in measured.warnings:
-        print(f"warning: {warning}")
+    for level, lines in (("note", measured.notes), ("warning", measured.warnings)):
+        for line in first_of_each(lines, lambda _: None, lambda _, count: f"and {count} more, all in --json"):
+            print(f"{level}: {line}")
     if output.json_out is not None:
-        latency.write_report(output.json_out, measured)
+        with results_file(output.json_out) as place:
+            latency.write_report(place, measured)
     if output.markdown is not None:
         latency.write_markdown(output.markdown, measured)
     if tolerance is not None:
@@ -229,7 +230,6 @@ def _compare_results(old: Path, new: Path, *, tolerance: float) -> None:
         "interval; files measured together, compress benchmark OLD.onnx NEW.onnx, are compared more reliably"
     )
     _need_fast_enough(latency.slower(comparisons), tolerance * 100)
-    next_command("benchmark", "--help")
 
 
 def _need_fast_enough(slower: Sequence[Any], tolerance: float) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.exits import gate_failed, next_command
+from compress.cli.options import JsonOut, need_json_place, write_results
 from deploy.core.errors import UserError
 
 commands = typer.Typer()
@@ -25,19 +26,23 @@ def check_model(
     backbone_options: Annotated[
         str | None, typer.Option("--backbone-options", metavar="YAML", help="Arguments of a backbone of your own.")
     ] = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Check a detector of your own, in seconds: one line a check.
 
     Shapes, loss and gradient, export, saving and resuming, on generated images. Exit code 1 if a check fails."""
+    need_json_place(json_out)
     of_model, of_backbone = _mapping(options, "--options"), _mapping(backbone_options, "--backbone-options")
     from compress.run.conformance import check_model as checks
 
-    failed = []
+    failed, results = [], []
     for check in checks(detector, options=of_model, backbone=backbone, backbone_options=of_backbone):
         state = "fail" if check.problem else "skip" if check.skipped else "ok"
         detail = check.problem or check.skipped
         print(f"{state:<4} {check.name}{f': {detail}' if detail else ''}")
         failed += [check.name] if check.problem else []
+        results.append({"check": check.name, "state": state, "detail": detail or None})
+    write_results(json_out, results)
     if failed:
         gate_failed(f"{detector}: {', '.join(failed)}")
     print(f"{detector}: fit for training, export and serving; in a recipe: {_section(detector, options)}")

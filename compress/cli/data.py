@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import JsonOut, Resume, need_folder, need_json_place
+from compress.cli.options import JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
+from deploy.core.shown import some
 
 if TYPE_CHECKING:
     from compress.data.check import Checked
@@ -168,10 +169,7 @@ def check(
     other = None if against is None else (against, images if against_images is None else against_images)
     with progress("checking", at_least=2000) as advance:
         checked = find_problems(annotations, images, against=other, max_detections=max_detections, progress=advance)
-    if json_out is not None:
-        from deploy.core.files import write_json
-
-        write_json(json_out, checked.to_dict())
+    write_results(json_out, checked.to_dict())
     for line in checked.lines():
         print(line)
     print(f"{annotations}: {_described(checked)}")
@@ -182,13 +180,24 @@ def check(
         f"{annotations}: fit for training{f', {notes}' if checked.notes else ''}; "
         f"in a recipe, data.train.annotations, with data.train.images: {images}"
     )
-    next_command("run", "--help")
+    next_command(*_after_check(annotations, images, other))
+
+
+def _after_check(annotations: Path, images: Path, other: tuple[Path, Path] | None) -> list[Any]:
+    """What leads on from a file without errors: a look at the other one of the pair, dividing it, or a recipe."""
+    if other is not None:
+        more = [] if other[1] == images else ["--images", other[1]]
+        return ["init", annotations, other[0], "--images", images, *more]
+    train, val = annotations.with_name("train.json"), annotations.with_name("val.json")
+    if annotations in (train, val) and train.is_file() and val.is_file():
+        return ["data", "check", train, "--images", images, "--against", val]
+    return ["data", "split", annotations, "--images", images]
 
 
 def _described(checked: Checked) -> str:
     """Counts of images, boxes and classes; of the classes the ten with most boxes."""
     boxes = sorted(checked.boxes.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {count}" for name, count in boxes[:10]) + (", ..." if len(boxes) > 10 else "")
+    shown = some(f"{name} {count}" for name, count in boxes)
     return f"{checked.image_count} images, {sum(checked.boxes.values())} boxes of {len(boxes)} classes: {shown}"
 
 
@@ -230,7 +239,7 @@ def split(
         print(f"{part.out}: {part.images} images, {sum(part.boxes.values())} boxes")
         absent = [name for name, count in part.boxes.items() if not count]
         if absent:
-            print(f"note: {part.out}: no box of {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}")
+            print(f"note: {part.out}: no box of {some(absent)}")
     if made.together:
         print(f"note: {made.together} images stay with others, because they are copies or of one group")
     if images is None:
@@ -362,6 +371,7 @@ def pseudo_label(
     flags: LabelFlags = LabelFlags(),
     work: WorkFlags = WorkFlags(),
     resume: Resume = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Let teachers label images: COCO JSON with scores, regions to ignore and the classes looked for."""
     from compress.pseudo.images import images_in
@@ -369,6 +379,7 @@ def pseudo_label(
     from compress.pseudo.label import pseudo_label as label
     from compress.pseudo.settings import Settings
 
+    need_json_place(json_out)
     settings = Settings(flags.tau, flags.tau_ignore, flags.merge, flags.iou, work.short, work.long, work.batch)
     if flags.thresholds_root is not None and flags.thresholds_from is None:
         raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
@@ -403,6 +414,7 @@ def pseudo_label(
         quiet=not is_rank_zero(),
     )
     if summary is not None:
+        write_results(json_out, {"file": str(out), **asdict(summary)})
         print(
             f"{out}: {summary.labels} labels and {summary.regions} regions to ignore in {summary.images} images, "
             f"{summary.empty} of them without any; {summary.skipped} images left out"

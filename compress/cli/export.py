@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.config.data import Split
 
 commands = typer.Typer()
+OUT_HELP = "The fp32 file; others lie beside it, as x.int8.onnx. Default: the checkpoint's name with .onnx."
 
 
 @commands.command()
@@ -31,9 +32,7 @@ def export(
         Path,
         typer.Argument(metavar="CHECKPOINT", help="A student.safetensors; for --trt and --triton-repo also .onnx."),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Default: the checkpoint's name with .onnx.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help=OUT_HELP)] = None,
     images: Annotated[
         Path | None,
         typer.Option("--images", metavar="DIR", help="Images to check the file on. Default: the run's own."),

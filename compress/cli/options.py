@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from compress.cli.exits import STDOUT, only_results_on_stdout, results_file
 from deploy.core.errors import UserError
 from deploy.runtimes.providers import PROVIDERS
 
@@ -35,7 +36,10 @@ Providers = Annotated[
         help="Where .onnx files run: cpu, cuda, tensorrt; openvino, openvino-gpu, openvino-npu. Several: on each.",
     ),
 ]
-JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there.")]
+JsonOut = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results there; -: to stdout, and nothing else."),
+]
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,22 @@ def need_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}: {folder}: no such folder")
 
 
-def need_json_place(file: Path | None, option: str = "--json") -> None:
-    """Find out before the long work that the results can be written."""
+def write_results(file: Path | None, results: Any) -> None:
+    """Write results as JSON where they were asked for. Values that JSON has no form for are errors."""
     if file is None:
+        return
+    from deploy.core.files import write_json
+
+    with results_file(file) as place:
+        write_json(place, results)
+
+
+def need_json_place(file: Path | None, option: str = "--json") -> None:
+    """Find out before the long work that the results can be written; from here on stdout may be for them alone."""
+    if file is None:
+        return
+    if file == STDOUT and option == "--json":
+        only_results_on_stdout()
         return
     from deploy.core.files import need_place
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,16 @@ import typer
 
 from compress.cli.exits import next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import ThresholdFlags, need_file, need_json_place, provider_names, refuse, values_of
+from compress.cli.options import (
+    JsonOut,
+    ThresholdFlags,
+    need_file,
+    need_json_place,
+    provider_names,
+    refuse,
+    values_of,
+    write_results,
+)
 from compress.cli.student import Student, read_student
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
@@ -119,6 +128,7 @@ def prune(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Cut nothing: show what each layer's channels are worth.")
     ] = False,
+    json_out: JsonOut = None,
 ) -> None:
     """Cut a checkpoint to a budget: the least important channels leave all layers.
 
@@ -126,6 +136,7 @@ def prune(
     falls until something teaches it. Settings that are not given come from the recipe.yaml beside CHECKPOINT, or are
     the defaults.
     """
+    need_json_place(json_out)
     settings = _settings(budget, flags, of_images, sensitivity=sensitivity)
     from compress.config.teacher import ZOO_PREFIX
 
@@ -155,10 +166,14 @@ def prune(
     plan = CheckpointPruning(checkpoint, out, settings, size, limits, deploy, labels, optional)
     with _options_named(sensitivity=sensitivity):
         if sensitivity:
-            _show_sensitivity(plan, sensitivity_of(plan, print))
+            found = sensitivity_of(plan, print)
+            write_results(json_out, {"file": str(plan.sensitivities), **found})
+            _show_sensitivity(plan, found)
             next_command("prune", checkpoint, "--gflops", 0.5, "--shares", "sensitivity", *_given(flags, of_images))
         else:
-            _show(plan, prune_checkpoint(plan, print))
+            made = prune_checkpoint(plan, print)
+            write_results(json_out, {**asdict(made), "path": str(made.path)})
+            _show(plan, made)
             next_command("distill", "RECIPE", "--set", f"student={_in_a_recipe(plan)}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
-from compress.cli.exits import gate_failed, is_rank_zero, next_command
+from compress.cli.exits import gate_failed, is_rank_zero, next_command, or_command
 from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set, WithoutData
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
 from deploy.core.errors import UserError
@@ -121,7 +121,10 @@ def _run(recipe: Recipe, how: How, *, again: tuple[str, ...] = ()) -> None:
     print(f"report: {folder.page}")
     if failed:
         gate_failed(f"gate of {recipe.deploy.max_map_drop:g} mAP points: {', '.join(failed)}")
-    next_command("benchmark", folder.onnx(), "--batch", "1,8")
+    from compress.run.data import splits
+
+    next_command("predict", folder.onnx(), splits(recipe.data, recipe.runs, write=False)[1].images)
+    or_command("serve", folder.onnx())
 
 
 def _detector_of(recipe: Recipe) -> str:
@@ -153,13 +156,30 @@ def _train(recipe: Recipe, path: Path, how: How, *, distillation: bool) -> None:
 
 
 @commands.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/.")]) -> None:
-    """Write a run's report.html again."""
-    from compress.report import build_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="A folder below runs/; several are compared.")],
+    pictures: Annotated[int | None, typer.Option(help="How many to choose anew from what the run kept.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Page of a comparison. Default: compare.html beside the runs.")
+    ] = None,
+) -> None:
+    """Write a run's report.html again, or a page that compares runs."""
+    from compress.report import build_report, compare_runs
 
-    print(f"report: {build_report(run_dir)}")
+    if len(runs) > 1:
+        if pictures is not None:
+            raise UserError("--pictures: belongs to the report of one run")
+        page = out or runs[0].parent / "compare.html"
+        for line in compare_runs(runs, page):
+            print(line)
+        print(f"comparison: {page}")
+        return
+    if out is not None:
+        raise UserError("--out: belongs to a comparison of runs; a report is written into its run")
+    run_dir = runs[0]
+    print(f"report: {build_report(run_dir, pictures)}")
     folder = RunFolder(run_dir)
     if folder.onnx().is_file():
-        next_command("benchmark", folder.onnx())
+        next_command("serve", folder.onnx())
     elif folder.weights().is_file():
         next_command("export", folder.weights())

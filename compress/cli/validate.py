@@ -18,6 +18,7 @@ from compress.cli.options import (
     need_folder,
     need_json_place,
     provider_names,
+    write_results,
 )
 from deploy.core.errors import UserError
 
@@ -93,8 +94,7 @@ def validate(
             progress=progress,
         )
     open_console().print(validation.results_table(results))
-    if json_out is not None:
-        validation.write_results(json_out, results)
+    write_results(json_out, [result.to_dict() for result in results])
     for result in results if reference is None else ():
         _say_what_training_measured(result.name, runners[result.name].card.val_map, result.metrics.map, max_map_drop)
     for result in results:

@@ -6,6 +6,7 @@ batches that one rank alone would see.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -191,12 +192,22 @@ def _collate(
     return collate(samples, canvas)
 
 
+def _begin_worker(_: int) -> None:
+    """In a loader process: when the training ends while a picture is handed over, that is no error to tell of."""
+    sys.excepthook = _tell_unless_the_training_ended
+
+
+def _tell_unless_the_training_ended(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, ConnectionError | EOFError | KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _options(workers: int, canvas: tuple[int, int] | Canvases | None = None, *, keys: bool = False) -> dict[str, Any]:
     return dict(
         num_workers=workers,
         collate_fn=partial(_collate, canvas=canvas, keys=keys),
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
         # Starting an iteration draws a worker seed; from its own generator, the global state stays as it was.
         generator=torch.Generator().manual_seed(0),
     )

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER
+from compress.report.text import signed
 from deploy.core.card import SHOWN_SCORE, OperatingPoint
+from deploy.validate.analysis import CONFUSED_SCORE
 
 ROLES = (TEACHER, PRUNED, BASELINE, FINE_TUNED, STUDENT)
 """Models that a report may hold, in the order that they are shown in."""
@@ -169,12 +171,23 @@ class Slice(_Part):
     map: Number = None
 
 
+class ShapeMap(_Part):
+    """mAP on the objects of a shape, in percent."""
+
+    name: str
+    objects: int
+    map: Number = None
+
+
 class Analysis(_Part):
     """errors: by kind. confusion: class of an object (None: no object), class of the detection (None: not found) and
-    how often. curve: score, precision and recall of what scores at least as much, highest score first."""
+    how often, of detections with a score of at least `confusion_score`. curve: score, precision and recall of what
+    scores at least as much, highest score first."""
 
     errors: dict[str, ErrorCost] | None = None
     slices: list[Slice] = []
+    shapes: list[ShapeMap] = []
+    confusion_score: float = CONFUSED_SCORE
     confusion: list[tuple[str | None, str | None, int]] = []
     curve: list[tuple[float, float, float]] = []
 
@@ -184,7 +197,7 @@ class Artifact(_Part):
     training measured for these weights; `agreement` a share, 0 to 1; `map_at_max` as of a model; `engine` of a file
     that TensorRT built. `latency_doubts`: why latency and throughput were not measured well. `reason`: why the gate
     fails; `differs_most`: the pictures that show it. `map_small` and so on: of objects of a size; `analysis`: what an
-    mAP does not say."""
+    mAP does not say; `recall`: share of the objects of each class that are found at `Report.recall_score`."""
 
     file: str
     backend: str = ""
@@ -210,6 +223,7 @@ class Artifact(_Part):
     map_large: Number = None
     operating_point: OperatingPoint | None = None
     analysis: Analysis | None = None
+    recall: dict[str, Number] = {}
 
     @field_validator("gate")
     @classmethod
@@ -246,7 +260,12 @@ class Box(_Part):
 
 
 class Picture(_Part):
+    """Boxes on an image of the validation set. kind, why: it was chosen (`gallery`). files: boxes of exported files."""
+
     image: str
+    kind: str = ""
+    why: str = ""
+    files: dict[str, list[Box]] = {}
     ground_truth: list[Box] | None = None
     teacher: list[Box] | None = None
     baseline: list[Box] | None = None
@@ -371,8 +390,30 @@ class Pruning(_Part):
     latency: PruningLatency | None = None
 
 
+class Comparison(_Part):
+    """points: of mAP that a model or file has more than another on the same images; low, high: its 95 % interval over
+    draws of them."""
+
+    of: str
+    against: str
+    points: float
+    low: float
+    high: float
+
+    @property
+    def is_noise(self) -> bool:
+        """The difference cannot be told from none."""
+        return self.low <= 0 <= self.high
+
+    def in_words(self) -> str:
+        """`95 % interval −0.4 to +2.1`, and whether that is noise."""
+        noise = ", cannot be told from noise" if self.is_noise else ""
+        return f"95\N{NO-BREAK SPACE}% interval {signed(self.low, 1)} to {signed(self.high, 1)}{noise}"
+
+
 class Report(_Part):
     """report.json; name and models make it one, the rest may be absent. validation_images: that all mAP are of.
+    comparisons: of models and files whose detections were kept. recall_score: that the recall of files is of.
     methods: of distillation; None: an earlier build did not say."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -380,6 +421,8 @@ class Report(_Part):
     created: str = ""
     classes: list[str] = []
     validation_images: int | None = None
+    comparisons: list[Comparison] = []
+    recall_score: Number = None
     pruning: Pruning | None = None
     artifacts: list[Artifact] = []
     methods: list[str] | None = None
@@ -388,6 +431,10 @@ class Report(_Part):
     commands: list[str] = []
     pictures: list[Picture] = []
     uncertainty: list[Uncertainty] = []
+
+    def compared(self, of: str, against: str) -> Comparison | None:
+        """How sure a difference is; None: it was not looked at."""
+        return next((row for row in self.comparisons if (row.of, row.against) == (of, against)), None)
 
     def in_torch(self, role: str) -> Artifact | None:
         """The row of a model in PyTorch: its latency, and of the student the gate against training."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.report.document import Artifact, Report, Slice
-from compress.report.text import figure
-from deploy.validate.analysis import CONFUSED_SCORE
+from compress.manifest import STUDENT
+from compress.report.document import Artifact, Report, ShapeMap, Slice
+from compress.report.text import figure, signed
 from deploy.validate.tide import KINDS
 
 MOST_CLASSES = 12
@@ -34,9 +34,20 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class LostRecall:
+    """Of detections with a score of at least `score`: classes, the student's recall, and the points that each file
+    loses, with a CSS class."""
+
+    score: float
+    files: list[str]
+    rows: list[tuple[str, str, list[tuple[str, str]]]]
+
+
+@dataclass(frozen=True)
 class Errors:
     """kinds: title and explanation of each kind of error. costs: file, and for each kind its points and how many.
-    columns: of mAP, all, by size and by slice, with the number of images. maps: file and cells.
+    columns: of mAP, all, by size, shape and slice, with the number of objects or images. maps: file and cells.
+    recall: classes whose recall files lose; None: nobody looked, or none loses any.
     file: whose classes are confused, at a score of at least `score`; matrix or, of many classes, pairs.
     """
 
@@ -48,6 +59,7 @@ class Errors:
     score: float
     matrix: Confused | None
     pairs: list[Pair]
+    recall: LostRecall | None
 
 
 def errors_section(report: Report) -> Errors | None:
@@ -60,13 +72,16 @@ def errors_section(report: Report) -> Errors | None:
         errors = (a.analysis.errors if a.analysis else None) or {}
         cells = [errors.get(kind) for kind in KINDS]
         costs.append((a.label, [("–", "") if c is None else (figure(c.points, 1), f"{c.count:,}") for c in cells]))
+    shapes = list(dict.fromkeys((s.name, s.objects) for a in looked_at for s in _shapes(a)))
     slices = list(dict.fromkeys((s.name, s.images) for a in looked_at for s in _slices(a)))
     names = ["small", "medium", "large"]
     columns = [("All", ""), *((name.capitalize(), "") for name in names)]
     maps = []
     for a in looked_at:
         found = {(s.name, s.images): s.map for s in _slices(a)}
-        values = [a.map, a.map_small, a.map_medium, a.map_large, *(found.get(key) for key in slices)]
+        shaped = {(s.name, s.objects): s.map for s in _shapes(a)}
+        values = [a.map, a.map_small, a.map_medium, a.map_large, *(shaped.get(key) for key in shapes)]
+        values += [found.get(key) for key in slices]
         maps.append((a.label, [figure(value, 1) for value in values]))
     first = looked_at[0]
     assert first.analysis is not None
@@ -75,12 +90,17 @@ def errors_section(report: Report) -> Errors | None:
     return Errors(
         kinds=[(kind.capitalize(), words) for kind, words in KINDS.items()],
         costs=costs,
-        columns=[*columns, *((name, f"{images:,} image{'' if images == 1 else 's'}") for name, images in slices)],
+        columns=[
+            *columns,
+            *((name.capitalize(), f"{number:,} object{'' if number == 1 else 's'}") for name, number in shapes),
+            *((name, f"{images:,} image{'' if images == 1 else 's'}") for name, images in slices),
+        ],
         maps=maps,
         file=first.label,
-        score=CONFUSED_SCORE,
+        score=first.analysis.confusion_score,
         matrix=_matrix(first.analysis.confusion, classes) if few and classes else None,
         pairs=[] if few else _pairs(first.analysis.confusion),
+        recall=_lost_recall(report),
     )
 
 
@@ -91,6 +111,30 @@ Counts = Sequence[tuple[str | None, str | None, int]]
 
 def _slices(a: Artifact) -> list[Slice]:
     return a.analysis.slices if a.analysis else []
+
+
+def _shapes(a: Artifact) -> list[ShapeMap]:
+    return a.analysis.shapes if a.analysis else []
+
+
+def _lost_recall(report: Report) -> LostRecall | None:
+    """The classes of which some file finds fewer objects than the student in PyTorch, most lost first."""
+    student, score = report.in_torch(STUDENT), report.recall_score
+    files = [a for a in report.files if a.recall]
+    if student is None or not student.recall or not files or score is None:
+        return None
+    losses: dict[str, list[float | None]] = {}
+    for name, value in student.recall.items():
+        others = [a.recall.get(name) for a in files]
+        if value is not None:
+            losses[name] = [None if other is None else 100 * (value - other) for other in others]
+    worst = {name: max((loss for loss in row if loss is not None), default=0.0) for name, row in losses.items()}
+    order = sorted((name for name in losses if worst[name] > 0.05), key=lambda name: -worst[name])[:MOST_CLASSES]
+    rows = []
+    for name in order:
+        cells = [("–", "") if x is None else (signed(-x, 1), "bad" if x > 0.05 else "") for x in losses[name]]
+        rows.append((name, figure(100 * (student.recall[name] or 0), 1), cells))
+    return LostRecall(score, [a.label for a in files], rows)
 
 
 def _classes(counts: Counts, order: Sequence[str]) -> list[str]:

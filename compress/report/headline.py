@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.manifest import STUDENT, TEACHER
+from compress.manifest import BASELINE, FINE_TUNED, STUDENT, TEACHER
 from compress.report.document import Artifact, Figures, Report
 from compress.report.text import figure, milliseconds, percent, ratio, signed
 
@@ -17,6 +17,7 @@ def first_lines(report: Report) -> str:
     if models.student is not None and models.is_pruned:
         keeps = "keeps" if report.pruning is None or report.pruning.of == TEACHER else "has"
         words = [_share(models.teacher, models.student, keeps), _file(report), _alone(report, models.student)]
+        words.append(_nothing_to_teach(report))
         if report.validation_images:
             words.append(f"One seed; mAP on {report.validation_images:,} validation images.")
         return " ".join(filter(None, words))
@@ -52,12 +53,15 @@ def headline(report: Report) -> str:
     else:
         sentences.append("The student's mAP was not measured.")
     if baseline and baseline.map is not None and student.map is not None:
-        gain = student.map - baseline.map
+        gain, found = student.map - baseline.map, report.compared(STUDENT, BASELINE)
+        sure = f" ({found.in_words()})" if found else ""
         if round(gain, 1) == 0:
-            sentences.append("It ends level with the same student trained from the labels alone.")
+            sentences.append(f"It ends level with the same student trained from the labels alone{sure}.")
         else:
             word = "above" if gain > 0 else "below"
-            sentences.append(f"That is {abs(gain):.1f} points {word} the same student trained from the labels alone.")
+            alone = "the same student trained from the labels alone"
+            sentences.append(f"That is {abs(gain):.1f} points {word} {alone}{sure}.")
+    sentences.append(_nothing_to_teach(report))
     best = fastest(report.files)
     if best and best.map is not None:
         sentences.append(
@@ -87,9 +91,11 @@ def tiles(report: Report) -> list[Tile]:
     row = [Tile("Student mAP", figure(student.map, 1), "", "not measured")]
     if student.map is not None:
         if baseline.map is not None:
-            gain = student.map - baseline.map
-            tone = "good" if gain > 0 else "bad"
-            row[0] = Tile("Student mAP", figure(student.map, 1), "", f"{signed(gain, 1)} over the baseline", tone)
+            gain, found = student.map - baseline.map, report.compared(STUDENT, BASELINE)
+            noise = found is not None and found.is_noise
+            tone = "" if noise else "good" if gain > 0 else "bad"
+            note = f"{signed(gain, 1)} over the baseline" + ", cannot be told from noise" * noise
+            row[0] = Tile("Student mAP", figure(student.map, 1), "", note, tone)
         else:
             row[0] = Tile("Student mAP", figure(student.map, 1), "", "no baseline to compare with")
         if models.is_pruned and teacher.map:
@@ -180,12 +186,22 @@ def _alone(report: Report, student: Figures) -> str:
     words = f"The same small detector {', '.join(reached)}"
     if tuned is None or student.map is None:
         return f"{words}."
-    gain = round(student.map - tuned, 1)
+    gain, found = round(student.map - tuned, 1), report.compared(STUDENT, FINE_TUNED)
     what, several = _taught_by(report)
-    s = "" if several else "s"
+    s, sure = "" if several else "s", f" ({found.in_words()})" if found else ""
     if gain == 0:
-        return f"{words}: {what} make{s} no difference."
-    return f"{words}: {what} {'add' if gain > 0 else 'cost'}{s} {abs(gain):.1f}."
+        return f"{words}: {what} make{s} no difference{sure}."
+    return f"{words}: {what} {'add' if gain > 0 else 'cost'}{s} {abs(gain):.1f}{sure}."
+
+
+def _nothing_to_teach(report: Report) -> str:
+    """Say so where the teacher is not above what the labels alone reach; empty where it is, or nobody knows."""
+    alone = FINE_TUNED if report.models.fine_tuned else BASELINE
+    found = report.compared(TEACHER, alone)
+    if found is None or found.low > 0 or report.models.teacher is None or report.models.teacher.map is None:
+        return ""
+    lead = f"{signed(found.points, 1)} over the student trained from the labels alone"
+    return f"The teacher has nothing to teach that these images show: {lead} ({found.in_words()})."
 
 
 def _taught_by(report: Report) -> tuple[str, bool]:

@@ -141,7 +141,7 @@ def _colour(share: float) -> tuple[tuple[int, int, int], float]:
 
 def _legend(ticks: Sequence[float]) -> Markup:
     """The ramp over grey, as it lies over a picture, with its numbers."""
-    width, height, left = 300, 14, 12
+    width, height, left = 300, 14, 28  # left: half of the longest number, which is centred on the end
     stops = Markup("").join(
         Markup('<stop offset="{:.0%}" stop-color="rgb({},{},{})" stop-opacity="{:.2f}"/>').format(share, *rgb, alpha)
         for share in (i / 10 for i in range(11))

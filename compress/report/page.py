@@ -8,6 +8,7 @@ filled in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,12 +17,13 @@ from markupsafe import Markup
 from compress.manifest import BASELINE, FINE_TUNED, TEACHER, RunFolder
 from compress.report.charts import Range, Spot, range_chart, scatter_chart
 from compress.report.curves import curves
-from compress.report.document import IN_TORCH, Artifact, Models, Report
+from compress.report.document import IN_TORCH, ROLES, STUDENT_IN_TORCH, Artifact, Box, Models, Picture, Report
 from compress.report.errors import errors_section
+from compress.report.gallery import MOST, choose
 from compress.report.headline import first_lines, tiles
 from compress.report.heat import draw_uncertainty
 from compress.report.operating import operating_section
-from compress.report.pictures import MATCH_IOU, Photos, draw_pictures, shown_from
+from compress.report.pictures import MATCH_IOU, Photos, class_kinds, draw_pictures, filters, shown_from
 from compress.report.pruning import pruning_section
 from compress.report.reading import Document, read_document
 from compress.report.tables import (
@@ -34,64 +36,96 @@ from compress.report.tables import (
     reference_words,
 )
 from compress.report.text import date, flat, lower
+from deploy.core.draw import COLORS
+from deploy.core.errors import UserError
 from deploy.core.files import write_text
+from deploy.validate.kept import Kept
 
 DOUBT = " (not measured well)"
 """Stands behind the name of such a row."""
 
 
-def build_report(run_dir: Path) -> Path:
+def build_report(run_dir: Path, pictures: int | None = None) -> Path:
     """Write `run_dir`/report.html from its report.json, metrics.csv files and recipe.yaml; return the path.
+
+    pictures: how many are chosen anew from what the run kept; None: those of report.json.
 
     Raises UserError (one line) when report.json is missing or a file is malformed. Teacher, baseline,
     artifacts, curves and pictures may be absent: the page says what is missing.
     """
     run_dir = Path(run_dir)
     document = read_document(run_dir)
+    if pictures is not None:
+        document = replace(document, report=_with_pictures(document.report, run_dir, pictures))
     report = document.report
-    photos = Photos(run_dir)
-    templates = Environment(
+    photos = Photos(run_dir, len(report.pictures))
+    drawn = draw_pictures(document, photos)
+    html = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            name=report.name,
+            created=date(report.created),
+            headline=first_lines(report),
+            tiles=tiles(report),
+            missing=_missing(document),
+            table=model_table(report),
+            pruned=report.models.is_pruned,
+            pruning=pruning_section(report),
+            pseudo=pseudo_labels(report),
+            artifacts=[artifact_row(a, report.compared(a.file, STUDENT_IN_TORCH)) for a in report.files],
+            reference=reference_words(report),
+            timed=[artifact_row(a) for a in report.artifacts],
+            intervals=bool(report.comparisons),
+            doubtful=any(a.latency_doubts for a in report.artifacts),
+            repeat=_repeat(report, run_dir),
+            limit=more_than_usual(report.files),
+            engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
+            trade=_trade_chart(report.models, report.artifacts),
+            levels=any(f and f.map is not None for f in map(report.models.of, _levels(report.models))),
+            latency=_latency_chart(report.artifacts),
+            curves=curves(document),
+            classes=class_table(report.models),
+            operating=operating_section(report),
+            errors=errors_section(report),
+            pictures=drawn,
+            filters=filters(drawn),
+            colours=COLORS,
+            colour_of=class_kinds([Box(box=(0, 0, 0, 0), label=name) for name in report.classes], report),
+            uncertainty=draw_uncertainty(document, photos),
+            shown_from=shown_from(report),
+            match_iou=MATCH_IOU,
+            environment=list(flat(report.environment)),
+            commands=report.commands,
+            recipe=document.recipe,
+        )
+    )
+    path = RunFolder(run_dir).page
+    write_text(path, html)
+    return path
+
+
+def templates() -> Environment:
+    """The templates of pages."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = templates.get_template("report.html.j2").render(
-        name=report.name,
-        created=date(report.created),
-        headline=first_lines(report),
-        tiles=tiles(report),
-        missing=_missing(document),
-        table=model_table(report),
-        pruned=report.models.is_pruned,
-        pruning=pruning_section(report),
-        pseudo=pseudo_labels(report),
-        artifacts=[artifact_row(a) for a in report.files],
-        reference=reference_words(report),
-        timed=[artifact_row(a) for a in report.artifacts],
-        doubtful=any(a.latency_doubts for a in report.artifacts),
-        repeat=_repeat(report, run_dir),
-        limit=more_than_usual(report.files),
-        engines=[engine_row(a.file, a.engine) for a in report.artifacts if a.engine],
-        trade=_trade_chart(report.models, report.artifacts),
-        levels=any(f and f.map is not None for f in map(report.models.of, _levels(report.models))),
-        latency=_latency_chart(report.artifacts),
-        curves=curves(document),
-        classes=class_table(report.models),
-        operating=operating_section(report),
-        errors=errors_section(report),
-        pictures=draw_pictures(document, photos),
-        uncertainty=draw_uncertainty(document, photos),
-        shown_from=shown_from(report),
-        match_iou=MATCH_IOU,
-        environment=list(flat(report.environment)),
-        commands=report.commands,
-        recipe=document.recipe,
-    )
-    path = RunFolder(run_dir).page
-    write_text(path, html)
-    return path
+
+
+def _with_pictures(report: Report, run_dir: Path, many: int) -> Report:
+    if not 1 <= many <= MOST:
+        raise UserError(f"--pictures: from 1 to {MOST}, got {many}")
+    shown = {role: report.shown_score(role) for role in ROLES}
+    entries = choose(Kept(RunFolder(run_dir).evaluation), shown, [a.file for a in report.artifacts], many)
+    if not entries:
+        raise UserError(
+            f"--pictures: {run_dir} holds no {RunFolder(run_dir).evaluation.name}/ to choose from; run its recipe again"
+        )
+    return report.model_copy(update={"pictures": [Picture.model_validate(entry) for entry in entries]})
 
 
 def _missing(document: Document) -> list[str]:

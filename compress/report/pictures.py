@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,18 @@ from PIL import Image
 
 from compress.manifest import BASELINE, STUDENT, TEACHER
 from compress.report.document import Box, Picture, Report
+from compress.report.gallery import KINDS
 from compress.report.reading import Document
 from compress.report.text import lower
 from deploy.core.boxes import iou
 from deploy.core.card import SHOWN_SCORE
+from deploy.core.draw import COLORS
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
 
 LONGEST_SIDE = 640  # pixels of an embedded image
+FULL_SIZE = 24  # pictures that are embedded so; more are smaller, so that all together take about as much room
 MATCH_IOU = 0.5
-_COLOURS = 10  # classes .k0 … .k9 of the style sheet
 _MOST_TAGS = 12  # more boxes than this in one panel: colours and tool tips only, no text on the picture
 _PANELS = ("ground_truth", TEACHER, BASELINE, STUDENT)
 
@@ -42,10 +45,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class DrawnPicture:
+    """problem: why there is nothing to see. legend: CSS class and name of each class. kind, why: it is there."""
+
     name: str
-    problem: str | None  # why there is nothing to see
+    problem: str | None
     panels: list[Panel]
-    legend: list[tuple[str, str]]  # (CSS class, class name)
+    legend: list[tuple[str, str]]
+    kind: str = ""
+    why: str = ""
 
 
 class PhotoError(Exception):
@@ -55,8 +62,10 @@ class PhotoError(Exception):
 class Photos:
     """The images of one page. Each is embedded where it is drawn first and referred to after that."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, many: int = 1) -> None:
+        """many: images that will be embedded."""
         self._run_dir = run_dir
+        self._longest = round(LONGEST_SIDE * min(1.0, (FULL_SIZE / max(many, 1)) ** 0.5))
         self._read: dict[Path, tuple[int, str, tuple[int, int]]] = {}  # path → number, data URI, size
         self._drawn: set[int] = set()
 
@@ -80,7 +89,7 @@ class Photos:
             raise PhotoError(f"The image {image} was not found when this page was written.")
         if path not in self._read:
             try:
-                uri, size = _embed(path)
+                uri, size = _embed(path, self._longest)
             except UserError as error:
                 reason = str(error).removeprefix(f"{path}: ")
                 raise PhotoError(f"The image {image} could not be read ({reason}).") from None
@@ -93,8 +102,8 @@ def shown_from(report: Report) -> str:
     roles = [role for role in _PANELS[1:] if any(getattr(picture, role) is not None for picture in report.pictures)]
     scores = {report.models.titles[role]: report.shown_score(role) for role in roles if role in report.models.titles}
     if len(set(scores.values())) < 2:
-        return f"Detections with a score of at least {next(iter(scores.values()), SHOWN_SCORE):g}."
-    words = ", ".join(f"{lower(title)} {score:g}" for title, score in scores.items())
+        return f"Detections with a score of at least {next(iter(scores.values()), SHOWN_SCORE):.3g}."
+    words = ", ".join(f"{lower(title)} {score:.3g}" for title, score in scores.items())
     return f"Detections from the score of each model's best F1 on: {words}."
 
 
@@ -108,15 +117,17 @@ def _draw(picture: Picture, document: Document, photos: Photos) -> DrawnPicture:
     try:
         width, height = photos.size(picture.image)
     except PhotoError as error:
-        return DrawnPicture(name, str(error), [], [])
+        return DrawnPicture(name, str(error), [], [], picture.kind, picture.why)
 
-    drawn_boxes = [b for key in _PANELS for b in getattr(picture, key) or ()]
+    shown: dict[str, list[Box] | None] = {key: getattr(picture, key) for key in _PANELS}
+    if picture.files:  # beside the student that it is compared with
+        shown = {**{key: boxes for key, boxes in shown.items() if key != BASELINE}, **picture.files}
+    drawn_boxes = [b for boxes in shown.values() for b in boxes or ()]
     kinds = class_kinds(drawn_boxes, document.report)
     panels: list[Panel] = []
     titles = {"ground_truth": "Ground truth", **document.report.models.titles}
-    for key in _PANELS:
-        title = titles[key]
-        boxes: list[Box] | None = getattr(picture, key)
+    for key, boxes in shown.items():
+        title = titles.get(key, key)
         if boxes is None:
             what = "No ground truth recorded." if key == "ground_truth" else f"No {key} detections recorded."
             panels.append(Panel(title, what, None))
@@ -125,7 +136,15 @@ def _draw(picture: Picture, document: Document, photos: Photos) -> DrawnPicture:
         drawn = draw_boxes(boxes, document.report, kinds, width, height)
         alt = f"{name}, {title.lower()}: {caption}"
         panels.append(Panel(title, caption, photo_svg((width, height), alt, photos.draw(picture.image), drawn)))
-    return DrawnPicture(name, None, panels, [(kind, name) for name, kind in kinds.items()])
+    legend = [(kind, name) for name, kind in kinds.items()]
+    return DrawnPicture(name, None, panels, legend, picture.kind, picture.why)
+
+
+def filters(pictures: Sequence[DrawnPicture]) -> list[tuple[str, str, int]]:
+    """What the page can show of its pictures: kind, title and how many; empty where there is nothing to choose."""
+    count = Counter(picture.kind for picture in pictures)
+    found = [(kind, title, count[kind]) for kind, title in KINDS.items() if count[kind]]
+    return found if len(found) > 1 else []
 
 
 def photo_svg(size: tuple[int, int], alt: str, *parts: Markup) -> Markup:
@@ -136,17 +155,20 @@ def photo_svg(size: tuple[int, int], alt: str, *parts: Markup) -> Markup:
 
 
 def class_kinds(boxes: Sequence[Box], report: Report) -> dict[str, str]:
-    """CSS class of the colour of each class name that occurs, in the order of the report's classes."""
+    """CSS class of the colour of each class name that occurs, in the order of the report's classes: that of its place
+    among them, in every picture and as deploy draws it. Names that are not among them come after those."""
     present = {report.class_name(b.label) for b in boxes}
-    names = [c for c in report.classes if c in present] + sorted(present.difference(report.classes))
-    return {name: f"k{i % _COLOURS}" for i, name in enumerate(names)}
+    known = list(dict.fromkeys(report.classes))
+    places = {name: place for place, name in enumerate([*known, *sorted(present.difference(known))])}
+    return {name: f"k{place % len(COLORS)}" for name, place in places.items() if name in present}
 
 
-def _embed(path: Path) -> tuple[str, tuple[int, int]]:
-    """A JPEG data URI and the (width, height) of the file in its upright orientation."""
+def _embed(path: Path, longest: int) -> tuple[str, tuple[int, int]]:
+    """A JPEG data URI with so many pixels on the longest side, and the (width, height) of the file in its upright
+    orientation."""
     image = Image.fromarray(load_image(path))
     size = image.size
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), size

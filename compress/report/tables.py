@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.manifest import BASELINE, FINE_TUNED, PRUNED, STUDENT, TEACHER
-from compress.report.document import Artifact, Engine, Figures, Layers, Models, Report
+from compress.report.document import Artifact, Comparison, Engine, Figures, Layers, Models, Report
 from compress.report.text import figure, lower, ratio, signed
 
 
 @dataclass(frozen=True)
 class Cell:
-    """tone: CSS class: good, bad or nothing."""
+    """tone: CSS class: good, bad or nothing. small: what stands below."""
 
     text: str
     tone: str = ""
+    small: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,18 @@ def model_table(report: Report) -> ModelTable | None:
             continue
         judge = role != TEACHER
         cells = [_against(key, getattr(student, key), getattr(other, key), judge=judge) for _, key, _ in columns]
+        found = report.compared(STUDENT, role)
+        if found is not None:
+            tone = "" if found.is_noise else cells[0].tone
+            cells[0] = Cell(cells[0].text, tone, _range(found))
         if timed:
             cells.append(_times_as_fast(report.in_torch(STUDENT), report.in_torch(role)))
         comparisons.append((f"Student against {_named(role, models)}", cells))
     return ModelTable([*(name for name, _, _ in columns), *["PyTorch, ms"] * timed], rows, comparisons)
+
+
+def _range(found: Comparison | None) -> str:
+    return "" if found is None else f"{signed(found.low, 1)} to {signed(found.high, 1)}"
 
 
 def _latency(row: Artifact | None) -> Cell:
@@ -133,8 +142,8 @@ def pseudo_labels(report: Report) -> list[str]:
     return words
 
 
-def artifact_row(a: Artifact) -> dict[str, Any]:
-    """The cells of an exported file."""
+def artifact_row(a: Artifact, found: Comparison | None = None) -> dict[str, Any]:
+    """The cells of an exported file. found: how it stands to the student in PyTorch."""
     latency = {
         name: figure(getattr(a.latency_ms, name) if a.latency_ms else None, 2) for name in ("p50", "p90", "p95", "p99")
     }
@@ -153,8 +162,9 @@ def artifact_row(a: Artifact) -> dict[str, Any]:
         "size": figure(a.size_mb, 1),
         "map": figure(a.map, 1),
         "map_at_max": figure(a.map_at_max, 1),
-        "drop": figure(a.map_drop, 2),
-        "training_drop": figure(a.training_drop, 2),
+        "drop": figure(a.map_drop, 2).replace("-", "−"),
+        "drop_range": "" if found is None else f"{signed(-found.high, 2)} to {signed(-found.low, 2)}",
+        "training_drop": figure(a.training_drop, 2).replace("-", "−"),
         "agreement": "–" if a.agreement is None else f"{100 * a.agreement:.1f} %",
         "throughput": figure(a.throughput_ips, 0 if (a.throughput_ips or 0) >= 100 else 1),
         "in_float32": "" if a.half is None else ", ".join(f"{name} {why}" for name, why in a.half.float32.items()),

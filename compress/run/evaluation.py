@@ -33,6 +33,7 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, runner_kind
 from deploy.runtimes.providers import OPENVINO, openings
 from deploy.validate.coco import POINT
+from deploy.validate.kept import detections_file, keep_detections
 
 MAP_FIGURES = ("map", "map_small", "map_medium", "map_large", "max_detections", "map_at_max", "mar_at_max", POINT)
 
@@ -77,7 +78,8 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
     if plan.settings.runners is not None:
         inputs["runners"] = list(plan.settings.runners)
     gate = {"max_map_drop": plan.settings.max_map_drop}
-    proofs = plan.manifest.stage("validate", inputs | gate, [], lambda: validate_files(plan, opened.runners))
+    found = [detections_file(plan.folder.evaluation, name) for name in opened.runners]
+    proofs = plan.manifest.stage("validate", inputs | gate, found, lambda: validate_files(plan, opened.runners))
     timed = {**_teacher(plan), **opened.runners}
     inputs |= {"machine": machine(), "benchmark": plan.settings.benchmark.model_dump(mode="json")}
     if plan.teacher is not None:
@@ -107,6 +109,7 @@ def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[
                 expected=_expected(plan, runners),
                 max_map_drop=plan.settings.max_map_drop,
                 progress=done,
+                keep=lambda name, table: keep_detections(plan.folder.evaluation, name, table),
             )
     except UserError as error:
         if step is None:

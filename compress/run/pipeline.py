@@ -8,7 +8,7 @@ This file and the dry run are the only ones that hold a whole recipe: everything
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ from compress.run.plans import (
     distillation_plan,
     labelling_of,
     logging_plan,
+    outlook,
     qad_plan,
     quantizing,
     student_plan,
@@ -68,6 +69,7 @@ from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, 
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.training.loggers.opened import OpenLoggers, need_packages
+from compress.training.time_left import NOTHING_LATER, Later
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -155,7 +157,8 @@ def _do(
         manifest = Manifest(folder.path, versions())
         data = open_data(data_plan(recipe), fabric)
         loggers = stack.enter_context(logging_run(fabric, logging_plan(recipe), folder, console, resume=resume))
-        work = _Run(recipe, parts, fabric, data, folder, manifest, console, resume, loggers)
+        later = outlook(recipe, parts, len(data.train), distillation=distillation, ships=ships)
+        work = _Run(recipe, parts, fabric, data, folder, manifest, console, resume, loggers, later)
         _train(work, distillation=distillation)
         if ships and is_first_process():
             if kind.exportable is None:
@@ -221,6 +224,7 @@ class _Run:
     console: Console
     resume: bool
     loggers: OpenLoggers
+    later: Mapping[str, Later]
     pruned: PrunedStudent | None = None
 
     @property
@@ -393,7 +397,8 @@ class _Run:
         }
 
         def work() -> dict[str, Any]:
-            told = replace(plan, identity=inputs, loggers=self.loggers)
+            later = self.later.get(plan.name, NOTHING_LATER)
+            told = replace(plan, identity=inputs, loggers=self.loggers, later=later)
             return train(self.fabric, told, self.data, resume=self.resume)
 
         outputs = [self.folder.weights(plan.name)]
@@ -434,6 +439,7 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     from compress.export.onnx import SAMPLES
     from compress.run.artifacts import make, plans_of_a_run
     from compress.run.evaluation import EvaluationPlan, evaluate
+    from compress.run.kept import KeptPlan, keep_evaluation
     from compress.run.report import ReportPlan, commands, labelled_by_teachers, show_report, write_report
 
     deploy, folder = recipe.deploy, RunFolder(recipe.run_dir)
@@ -455,6 +461,9 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     pictures = data.val_identity.get("val_pictures")
     judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
     rows = evaluate(judged, made)
+    limit = deploy.max_detections
+    kept = KeptPlan(folder, val, split.images, data.canvas, teacher, data.val_identity, limit, device)
+    keep_evaluation(kept, manifest)
     labelling, pseudo = labelling_of(recipe), None
     if labelling is not None:
         has_labels = recipe.labels is None or recipe.labels.fraction > 0

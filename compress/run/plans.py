@@ -26,7 +26,8 @@ from compress.run.loggers import LoggingPlan
 from compress.run.parts import Parts
 from compress.run.pruned import CutPlan, PrunedStudent, whole_student
 from compress.run.pseudo_labels import LabellingPlan, fine_tuning, labelling_plan
-from compress.run.trainings import Distillation, TrainingPlan
+from compress.run.trainings import Distillation, TrainingPlan, pictures_of
+from compress.training.time_left import Later
 from deploy.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -170,6 +171,32 @@ def trainings_to_come(
 
 def _without_weights(model: Model) -> Model:
     return model if model.weights == "none" else model.model_copy(update={"weights": "none"})
+
+
+def outlook(recipe: Recipe, parts: Parts, images: int, *, distillation: bool, ships: bool) -> dict[str, Later]:
+    """What comes after each training of a run on so many images. That of a student on pseudo labels is not known."""
+    known = {plan.name: plan for plan in training_plans(recipe, parts, distillation=distillation)}
+    alone = pictures_of(recipe.train, images)
+    stages: list[tuple[str, int | None]] = []
+    if TEACHER in known:
+        stages.append((TEACHER, pictures_of(known[TEACHER].settings, images)))
+    if distillation and recipe.pseudo_labels is not None:
+        stages.append(("labelling", None))
+    if recipe.student.prune is not None:
+        stages.append(("cut", None))
+    if distillation and recipe.baseline:
+        stages.append((BASELINE, alone))
+    stages.append((STUDENT, alone if STUDENT in known else None))
+    if distillation and recipe.deploy.int8.qad is not None:
+        stages.append(("qad", recipe.deploy.int8.qad.steps * recipe.train.batch_size))
+    stages += [(name, None) for name in ("export", "validate", "benchmark") if ships]
+    return {
+        name: Later(
+            sum(pictures or 0 for _, pictures in stages[index:]),
+            tuple(name for name, pictures in stages[index:] if pictures is None),
+        )
+        for index, (name, _) in enumerate(stages, start=1)
+    }
 
 
 def cut_plan(recipe: Recipe, checkpoint: str) -> CutPlan:

@@ -335,7 +335,7 @@ def _check_teachers(
             identity={**data.val_identity, "limits": list(plan.limits)},
             shown=resized_images(*plan.limits),
             min_map=plan.min_map,
-            report=console.print,
+            report=lambda line: console.print(f"pseudo labels: {line}"),
             write=write,
             max_detections=plan.max_detections,
         )

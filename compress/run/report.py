@@ -28,14 +28,20 @@ from compress.manifest import (
     RunFolder,
 )
 from compress.report import build_report, doubt_lines, summary_table
+from compress.report.gains import compared, recalls
+from compress.report.gallery import PICTURES, choose
 from compress.report.headline import first_lines
 from compress.report.reading import parse_report
-from compress.run.samples import detection_pictures, uncertainty_pictures
+from compress.run.samples import one_of_each, uncertainty_pictures
 from deploy.core.card import SHOWN_SCORE
 from deploy.core.environment import environment
 from deploy.core.files import write_json
+from deploy.validate.bootstrap import TIMES
 from deploy.validate.coco import load_annotations
 from deploy.validate.differences import in_words
+from deploy.validate.kept import Kept
+
+MANY_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,18 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
     detectors = _detectors(plan)
     models = _models(plan, detectors)
     shown = {name: _shown_score(figures) for name, figures in models.items()}
-    drawn = {name: detectors[name] for name in (TEACHER, BASELINE, STUDENT) if name in detectors}
-    pictures = detection_pictures(plan.val, drawn, shown, plan.input_size)
+    kept, names = Kept(plan.folder.evaluation), [row["file"] for row in artifacts]
+    pictures = choose(kept, shown, names, PICTURES)
     uncertainty = []
     if TEACHER in detectors and Capability.DENSE in detectors[TEACHER].capabilities:
         with progress("uncertainty") as step:
             teacher = detectors[TEACHER].to(plan.device)
-            uncertainty = uncertainty_pictures(plan.val, teacher, shown[TEACHER], progress=step)
+            uncertainty = uncertainty_pictures(plan.val, teacher, shown[TEACHER], one_of_each(pictures), progress=step)
+    score = shown.get(STUDENT, SHOWN_SCORE)
+    found = recalls(kept, names, score)
+    quiet = len(plan.val) < MANY_IMAGES  # then the intervals take no time worth a line in a log
+    with progress("intervals", at_least=TIMES + 1 if quiet else 0) as step:
+        comparisons = compared(kept, names, step)
     report = {
         "name": plan.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,7 +95,9 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
         "models": models,
         "pruning": _pruning(plan, detectors),
         "validation_images": len(plan.val),
-        "artifacts": list(artifacts),
+        "comparisons": comparisons,
+        "recall_score": score,
+        "artifacts": [{**row, "recall": found[row["file"]]} if row["file"] in found else row for row in artifacts],
         "methods": list(plan.methods),
         "pseudo_labels": plan.pseudo_labels,
         "environment": environment(),

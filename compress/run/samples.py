@@ -1,8 +1,8 @@
-"""Validation pictures for report.json: what each detector finds on them, and where the teacher is uncertain."""
+"""Where the teacher is uncertain on validation pictures, for report.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,40 +13,32 @@ from compress.data.coco import CocoDetection
 from compress.detectors.base import Detector, ImageDetections
 from compress.distill.uncertainty import RATE, SAMPLES, predictive_uncertainty
 
-PICTURES = 6
 UNCERTAIN_PICTURES = 4
 
 
-def detection_pictures(
-    val: CocoDetection, detectors: Mapping[str, Detector], shown: Mapping[str, float], canvas: tuple[int, int]
-) -> list[dict[str, Any]]:
-    """Ground truth and detections of a few images, on this canvas: entries of `pictures` in report.json. shown: the
-    score from which those of each detector are kept."""
-    pictures = []
-    for index in _spread(val, PICTURES):
-        batch = collate([val[index]], canvas)
-        target = batch.targets[0]
-        scale = target.original_size[1] / target.size[1]
-        truth = [
-            {"box": [round(x * scale, 1) for x in box], "label": val.categories[label]}
-            for box, label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True)
-        ]
-        found = {name: _detect(detector, batch, val, shown[name]) for name, detector in detectors.items()}
-        pictures.append({"image": str(val.path(index)), "ground_truth": truth, **found})
-    return pictures
+def one_of_each(pictures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the pictures of a report the first of each kind, then others, UNCERTAIN_PICTURES in all."""
+    kinds = [picture["kind"] for picture in pictures]
+    first = [picture for place, picture in enumerate(pictures) if picture["kind"] not in kinds[:place]]
+    return [*first, *(picture for picture in pictures if picture not in first)][:UNCERTAIN_PICTURES]
 
 
 def uncertainty_pictures(
-    val: CocoDetection, teacher: Detector, shown: float, *, progress: Callable[[int, int], None] | None = None
+    val: CocoDetection,
+    teacher: Detector,
+    shown: float,
+    pictures: Sequence[Mapping[str, Any]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The teacher's detections and Monte Carlo dropout maps: entries of `uncertainty` in report.json.
 
-    The same images as the first of `detection_pictures`, on the teacher's device, and its detections from the score
-    `shown` on. `progress` is called with (images done, images).
+    Of the images of these pictures, on the teacher's device, and its detections from the score `shown` on. `progress`
+    is called with (images done, images).
     """
     entries: list[dict[str, Any]] = []
-    chosen = _spread(val, PICTURES)[:UNCERTAIN_PICTURES]
-    for index in chosen:
+    for picture in pictures:
+        index = val.image_ids.index(picture["id"])
         batch = collate([val[index]]).to(teacher.mean.device)
         target = batch.targets[0]
         found = predictive_uncertainty(teacher, batch.images)
@@ -54,7 +46,7 @@ def uncertainty_pictures(
         scales = (original / side for original, side in zip(target.original_size, target.size, strict=True))
         entries.append(
             {
-                "image": str(val.path(index)),
+                "image": picture["image"],
                 "samples": SAMPLES,
                 "rate": RATE,
                 "teacher": _detect(teacher, batch, val, shown),
@@ -64,14 +56,8 @@ def uncertainty_pictures(
             }
         )
         if progress is not None:
-            progress(len(entries), len(chosen))
+            progress(len(entries), len(pictures))
     return entries
-
-
-def _spread(val: CocoDetection, most: int) -> list[int]:
-    """Indices of images with several objects, spread over the set; of any images where no image has several."""
-    busy = [index for index in range(len(val)) if len(val[index][1].labels) >= 2] or list(range(len(val)))
-    return busy[:: max(1, len(busy) // most)][:most]
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from compress.training.evaluate import evaluate
 from compress.training.loggers.opened import OpenLoggers
 from compress.training.loop import Training, check_length, fit, steps_of, without_effect
 from compress.training.place import place_for, publish, telling_what_stays
+from compress.training.time_left import NOTHING_LATER, Later
 from deploy.core.errors import UserError
 from deploy.validate.coco import DETECTIONS, CocoMetrics
 
@@ -125,7 +126,7 @@ class TrainingPlan:
     recipe_sha256: for the checkpoint's record.
     build: gives the detector for a number of classes, in the place of `model`.
     max_detections: of an image that count where it is measured, if more than COCO's 100.
-    loggers: of other tools, that are told how it goes.
+    loggers: of other tools, that are told how it goes. later: what the run does after it.
     """
 
     name: str
@@ -143,6 +144,7 @@ class TrainingPlan:
     build: Callable[[int], Detector] | None = None
     max_detections: int = DETECTIONS
     loggers: OpenLoggers | None = None
+    later: Later = NOTHING_LATER
 
     def detector(self, num_classes: int) -> Detector:
         """The detector as its training begins with it."""
@@ -204,6 +206,7 @@ def train(
         methods=methods,
         cache=cache,
         loggers=plan.loggers,
+        later=plan.later,
     )
     with telling_what_stays(plan.folder, plan.name, place):
         result = fit(fabric, detector, training, resume=resume, max_steps=max_steps)
@@ -217,13 +220,17 @@ def train(
     return {**result.to_dict(), "canvas": list(data.canvas)}
 
 
+def pictures_of(settings: Train, images: int) -> int:
+    """Pictures that a training on so many images looks at, every pass counted."""
+    return steps_of(settings, images // (settings.batch_size // settings.accumulate))[1] * settings.batch_size
+
+
 def need_room(
     cache: TeacherCache, settings: Train, images: TrainingImages, methods: Mapping[str, WeightedMethod]
 ) -> None:
     """Raise UserError where a training would fill the disk with its teacher's outputs."""
     assert settings.views is not None, "the recipe was validated"
-    batches = len(images) // (settings.batch_size // settings.accumulate)
-    visits = steps_of(settings, batches)[1] * settings.batch_size
+    visits = pictures_of(settings, len(images))
     parts = looked_at(weighted.method for weighted in methods.values())
     views = different(settings.views, images.outcomes())
     cache.need_room(Canvases.for_all(images).counts(images), views, visits, parts)

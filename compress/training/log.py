@@ -15,17 +15,18 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from compress.console import open_console
 from compress.manifest import TrainingFolder
 from compress.training.loggers.opened import OpenLoggers
+from compress.training.time_left import TimeLeft
 from deploy.core.files import naming, write_text
 from deploy.validate.coco import CocoMetrics
 
 OBSERVED = ("map", "grad_", "scale_", "variance_")  # how columns that are no losses begin
-PLAIN_EVERY_S = 15.0  # seconds between plain lines when the output is not a terminal
+PLAIN_EVERY_S = 15.0  # seconds between plain lines when the output is not a terminal, at the beginning
+PLAIN_SHARE = 0.05  # of the time that a training has taken, later
 
 
 class TrainingLog:
@@ -42,6 +43,7 @@ class TrainingLog:
         name: str,
         total: int,
         from_step: int,
+        left: TimeLeft,
         loggers: OpenLoggers | None = None,
         *,
         enabled: bool,
@@ -57,10 +59,11 @@ class TrainingLog:
         self._live = sys.stdout.isatty()
         self._progress = Progress(
             TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self._console, disable=not self._live,
+            TextColumn("{task.fields[left]}"), TextColumn("{task.fields[text]}"),
+            console=self._console, disable=not self._live,
         )  # fmt: skip
-        self._task = self._progress.add_task(name, total=total, completed=from_step, text="")
-        self._loggers = loggers
+        self._task = self._progress.add_task(name, total=total, completed=from_step, text="", left="")
+        self._loggers, self._left = loggers, left
         self._events = folder.tensorboard
         with naming(self._events):
             self._board = _tensorboard(self._events, from_step)
@@ -76,6 +79,7 @@ class TrainingLog:
     def tick(self, step: int) -> None:
         """Move the progress display to a step of which nothing is recorded."""
         if self._enabled:
+            self._left.step()
             self._progress.update(self._task, completed=step)
 
     def step(
@@ -90,6 +94,7 @@ class TrainingLog:
         """Record one row: the losses of this step, and what else was observed (gradient norms, scales …)."""
         if not self._enabled:
             return
+        self._left.step()
         loss = sum(losses.values())
         row: dict[str, Any] = {
             "step": step,
@@ -108,12 +113,15 @@ class TrainingLog:
         if self._loggers is not None:
             self._loggers.row(self._name, step, {"epoch": epoch, **figures})
         text = f"loss {loss:.3f}  " + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in losses.items())
-        self._progress.update(self._task, completed=step, text=text)
+        left = str(self._left)
+        self._progress.update(self._task, completed=step, text=text, left=left)
         now = time.perf_counter()
-        if not self._live and (now - self._printed > PLAIN_EVERY_S or step == self._total):
+        pause = max(PLAIN_EVERY_S, PLAIN_SHARE * (now - self._started))
+        if not self._live and (now - self._printed > pause or step == self._total):
             self._printed = now
-            left = (now - self._started) / max(1, step - self._from_step) * (self._total - step)
-            self._console.print(f"{self._name}: step {step}/{self._total}, {left:.0f} s left, {text}")
+            line = f"{self._name}: step {step}/{self._total}"
+            line += f", {text}" if step == self._total else f", {left}; {text}"
+            self._console.print(line, soft_wrap=True)
             self.write()
 
     def evaluated(self, step: int, epoch: int, metrics: CocoMetrics) -> None:
@@ -131,6 +139,7 @@ class TrainingLog:
             f"{self._name}: step {step}/{self._total}: mAP {metrics.map:.2f}, AP50 {metrics.map50:.2f}",
         )
         self.write()
+        self._left.pause()
 
     def stop(self, last_line: str | None = None) -> None:
         """End the progress display, show a line if there is one, and write everything."""

@@ -32,6 +32,8 @@ from compress.training.learner import Learner, total_loss
 from compress.training.log import TrainingLog
 from compress.training.loggers.opened import OpenLoggers
 from compress.training.optimizer import build_optimizer, learning_rate, moving_average
+from compress.training.time_left import NOTHING_LATER, Later, TimeLeft
+from deploy.core import interrupts
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.validate.coco import CocoMetrics
@@ -52,7 +54,7 @@ class Training:
         evaluate: gives the validation metrics of a detector; called on every process.
         identity: hash of everything that shapes the result; a checkpoint of another identity is not resumed.
         teacher, methods: what the student learns from besides the labels. cache: of the teacher, if it has one.
-        loggers: of other tools, that are told how it goes.
+        loggers: of other tools, that are told how it goes. later: what the run does after it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Training:
     methods: Mapping[str, WeightedMethod] = field(default_factory=dict)
     cache: TeacherCache | None = None
     loggers: OpenLoggers | None = None
+    later: Later = NOTHING_LATER
 
     @property
     def epoch_steps(self) -> int:
@@ -83,7 +86,8 @@ class Training:
 
     def start_log(self, from_step: int, *, enabled: bool) -> TrainingLog:
         """The log, from a step on."""
-        log = TrainingLog(self.folder, self.name, self.total, from_step, self.loggers, enabled=enabled)
+        left = TimeLeft(self.total - from_step, self.settings.batch_size, self.later)
+        log = TrainingLog(self.folder, self.name, self.total, from_step, left, self.loggers, enabled=enabled)
         log.start()
         return log
 
@@ -244,7 +248,9 @@ def without_effect(name: str, settings: Train, batches: int) -> list[str]:
 def _batches_from(loader: DataLoader[Any], position: int) -> Iterator[Batch]:
     """The batches of `loader` from a position on, endlessly from epoch to epoch."""
     loader.batch_sampler.set_position(0, position)  # type: ignore[union-attr]
-    return iter(loader)
+    for batch in loader:
+        interrupts.check()
+        yield batch
 
 
 def _is_finite(value: Tensor, reduce: Reduce | None) -> bool:

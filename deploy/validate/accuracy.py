@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from deploy.core.boxes import pairwise_iou
 from deploy.core.card import HalfPrecision, ModelCard, card_from_file
-from deploy.core.detections import Detections
+from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
 from deploy.core.image import load_image, read_image_bytes
@@ -38,7 +37,8 @@ from deploy.runtimes.pictures import (
     load_batches,
     picture_detections,
 )
-from deploy.validate.analysis import Analysis, analyse, image_slices
+from deploy.validate.agreement import Agreement, agreement_of
+from deploy.validate.analysis import CONFUSED_SCORE, Analysis, analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
 from deploy.validate.collected import Collected
 from deploy.validate.differences import most_different
@@ -46,30 +46,8 @@ from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import score_curves
 from deploy.validate.score_calibration import detection_ece
 
-AGREEMENT_SCORE = 0.3
-AGREEMENT_SLACK = 0.05
-AGREEMENT_IOU = 0.9
 DIAGNOSED_IMAGES = 2
 NO_REFERENCE = "not run: no reference"
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of two detectors, whether they are right or wrong.
-
-    A detection with score ≥ 0.3 is *confirmed* when the other side has one of the same class with IoU ≥ 0.9
-    and score ≥ 0.25 (the slack keeps a score at the border from counting as a disagreement); one to one,
-    best IoU first.
-    """
-
-    share: float
-    """Confirmed detections of both sides over all detections of both sides with score ≥ 0.3, in 0..1."""
-    detections: int
-    """Detections of both sides with score ≥ 0.3."""
-    mean_score_difference: float
-    """Mean |Δ score| of the matched pairs; NaN without pairs."""
-    mean_box_difference_px: float
-    """Mean over the matched pairs of the largest of the four coordinate differences; NaN without pairs."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +104,7 @@ def validate(
     batch_size: int = 8,
     limit: int | None = None,
     progress: Progress | None = None,
+    keep: Callable[[str, DetectionTable], None] = lambda name, table: None,
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
@@ -133,7 +112,8 @@ def validate(
         to reach something itself.
     expected: by name of a runner, the mAP that training measured for its weights on these images.
     max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
-    likewise. progress(done, total) is called after every batch of images.
+    likewise. progress(done, total) is called after every batch of images. keep(name, detections) is called with all
+    that a runner found.
 
     Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
     are not those of the annotations, a file that was calibrated on one of the images, or a runner whose outputs cannot
@@ -156,12 +136,15 @@ def validate(
     measured = {}
     for name, runner in runners.items():
         table = outcomes[name].detections.table()
+        keep(name, table)
         metrics = evaluate_coco(truth, table, max_detections=runner.card.max_detections)
         scored = score_curves(truth, table, runner.card.category_ids)
+        point = scored.point()
+        looked_at = analyse(truth, table, slices, CONFUSED_SCORE if point is None else point.score)
         measured[name] = _Measured(
-            replace(metrics, operating_point=scored.point()),
+            replace(metrics, operating_point=point),
             detection_ece(truth, table),
-            replace(analyse(truth, table, slices), curve=scored.of_all.samples()),
+            replace(looked_at, curve=scored.of_all.samples()),
         )
     bars = _Bars(reference, expected or {}, max_map_drop)
     return _compared(runners, files, outcomes, measured, bars)
@@ -327,7 +310,7 @@ def _compared(
                 metrics=metrics,
                 d_ece=measured[name].d_ece,
                 map_drop=drop,
-                agreement=None if base is None else _agreement(base.detections, outcome.detections),
+                agreement=None if base is None else agreement_of(base.detections, outcome.detections),
                 gate=gate,
                 images=len(files),
                 seconds=outcome.seconds,
@@ -451,45 +434,6 @@ def _gate(drop: float | None, max_map_drop: float, reference_spoiled: bool = Fal
     if math.isnan(drop):
         return "not run: no ground truth"
     return "pass" if drop <= max_map_drop + 1e-9 else "fail"
-
-
-def _agreement(left: Mapping[int, Detections], right: Mapping[int, Detections]) -> Agreement:
-    confirmed = total = 0
-    scores: list[float] = []
-    boxes: list[float] = []
-    for image_id, a in left.items():
-        b = right[image_id]
-        total += int((a.scores >= AGREEMENT_SCORE).sum() + (b.scores >= AGREEMENT_SCORE).sum())
-        for i, j in _pairs(a, b):
-            pair = (float(a.scores[i]), float(b.scores[j]))
-            confirmed += sum(score >= AGREEMENT_SCORE for score in pair)
-            scores.append(abs(pair[0] - pair[1]))
-            boxes.append(float(np.abs(a.boxes[i] - b.boxes[j]).max()))
-    return Agreement(
-        share=confirmed / total if total else math.nan,
-        detections=total,
-        mean_score_difference=float(np.mean(scores)) if scores else math.nan,
-        mean_box_difference_px=float(np.mean(boxes)) if boxes else math.nan,
-    )
-
-
-def _pairs(a: Detections, b: Detections) -> list[tuple[int, int]]:
-    """One-to-one pairs of one class with IoU ≥ 0.9, at least one side ≥ 0.3 and both ≥ 0.25; best IoU
-    first."""
-    rows = np.flatnonzero(a.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
-    columns = np.flatnonzero(b.scores >= AGREEMENT_SCORE - AGREEMENT_SLACK)
-    iou = pairwise_iou(a.boxes[rows], b.boxes[columns])
-    possible = (iou >= AGREEMENT_IOU) & (a.labels[rows][:, None] == b.labels[columns][None])
-    possible &= np.maximum(a.scores[rows][:, None], b.scores[columns][None]) >= AGREEMENT_SCORE
-    pairs: list[tuple[int, int]] = []
-    used_a, used_b = set(), set()
-    for flat in np.argsort(-iou, axis=None, kind="stable"):
-        i, j = divmod(int(flat), len(columns))
-        if possible[i, j] and i not in used_a and j not in used_b:
-            used_a.add(i)
-            used_b.add(j)
-            pairs.append((int(rows[i]), int(columns[j])))
-    return pairs
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:

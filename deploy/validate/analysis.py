@@ -13,10 +13,11 @@ from deploy.core.detection_table import DetectionTable
 from deploy.validate.average_precision import curves, matched_at_half
 from deploy.validate.coco import DETECTIONS, percent
 from deploy.validate.ground_truth import GroundTruth
+from deploy.validate.shapes import Shape, map_by_shape
 from deploy.validate.tide import TideErrors, tide_errors
 
 CONFUSED_SCORE = 0.3
-"""Detections of at least this score are counted as confused."""
+"""Detections of at least this score are counted as confused where no operating point was measured."""
 CROWDED = ((0, 4), (5, 14), (15, None))
 """Images are sliced by the number of their objects, crowds aside."""
 
@@ -34,13 +35,16 @@ class Slice:
 class Analysis:
     """errors: of TIDE; None without an object. slices: mAP on some of the images.
     confusion: class of the object, class of the detection and how often, most frequent first, right ones included.
-        None stands for no object and for no detection.
+        None stands for no object and for no detection. Of detections with a score of at least `confusion_score`.
+    shapes: mAP on wide, square and tall objects.
     curve: (score, precision, recall) of keeping what scores at least so much, as `ScoreCurve.samples` gives it."""
 
     errors: TideErrors | None
     slices: list[Slice]
     confusion: list[tuple[str | None, str | None, int]]
     curve: list[tuple[float, float, float]] = field(default_factory=list)
+    confusion_score: float = CONFUSED_SCORE
+    shapes: list[Shape] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: NaN becomes None."""
@@ -50,15 +54,22 @@ class Analysis:
         ]
         errors = None if self.errors is None else self.errors.to_dict()
         lists = {"confusion": [list(row) for row in self.confusion], "curve": [list(row) for row in self.curve]}
-        return {"errors": errors, "slices": slices, **lists}
+        shapes = [shape.to_dict() for shape in self.shapes]
+        score = {"confusion_score": self.confusion_score}
+        return {"errors": errors, "slices": slices, "shapes": shapes, **lists, **score}
 
 
-def analyse(truth: GroundTruth, table: DetectionTable, slices: Mapping[str, np.ndarray]) -> Analysis:
-    """Look at finite detections of images and categories of `truth`. slices: by name, which of its images: bool [i]."""
+def analyse(
+    truth: GroundTruth, table: DetectionTable, slices: Mapping[str, np.ndarray], score: float = CONFUSED_SCORE
+) -> Analysis:
+    """Look at finite detections of images and categories of `truth`. slices: by name, which of its images: bool [i].
+    score: from which detections are shown, and confused with others."""
     return Analysis(
         tide_errors(truth, table, DETECTIONS),
         [_on_slice(truth, table, name, chosen) for name, chosen in slices.items()],
-        confusion(truth, table),
+        confusion(truth, table, score),
+        confusion_score=score,
+        shapes=map_by_shape(truth, table),
     )
 
 
@@ -77,12 +88,14 @@ def image_slices(truth: GroundTruth, images: Iterable[Mapping[str, Any]]) -> dic
     return {name: chosen for name, chosen in found.items() if chosen.any()}
 
 
-def confusion(truth: GroundTruth, table: DetectionTable) -> list[tuple[str | None, str | None, int]]:
-    """Count pairs of an object and a detection, whatever their classes, as `Analysis` holds them: detections of a score
-    ≥ 0.3, best first, take the free object of the largest IoU ≥ 0.5 in their image. Those that only match a crowd are
-    left out."""
+def confusion(
+    truth: GroundTruth, table: DetectionTable, score: float = CONFUSED_SCORE
+) -> list[tuple[str | None, str | None, int]]:
+    """Count pairs of an object and a detection, whatever their classes, as `Analysis` holds them: detections of at
+    least this score, best first, take the free object of the largest IoU ≥ 0.5 in their image. Those that only match a
+    crowd are left out."""
     blind = replace(truth, category_ids=np.zeros(1, np.int64), categories=np.zeros_like(truth.categories))
-    shown = np.flatnonzero(table.scores.astype(np.float64) >= CONFUSED_SCORE)
+    shown = np.flatnonzero(table.scores.astype(np.float64) >= score)
     one_class = replace(table, category_ids=np.broadcast_to(np.int64(0), len(table)))
     found = matched_at_half(blind, one_class, shown)
     nothing = len(truth.category_ids)

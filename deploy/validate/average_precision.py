@@ -99,6 +99,34 @@ def matched_at_half(
     return Matched(rows.numbers[counted], places[found[counted]])
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """Detections of each class, best first, with what they found among objects of any size. classes, images: places in
+    the ground truth [n]. rows: numbers in the table [n]. hit: bool [n, 10], has found an object that counts at each of
+    IOUS. counted: bool [n, 10], counts itself, as a hit or as wrong."""
+
+    classes: np.ndarray
+    images: np.ndarray
+    rows: np.ndarray
+    hit: np.ndarray
+    counted: np.ndarray
+
+
+def ranked(truth: GroundTruth, table: DetectionTable, limit: int) -> Ranked:
+    """Match as `curves` does. limit: how many detections of a class in an image count."""
+    objects, rows = _Objects(truth), _Rows(truth, table, None, limit)
+    hit, skip, _ = _match(objects, rows)
+    classes, images = np.divmod(rows.groups, max(len(truth.image_ids), 1))
+    order = np.lexsort((-table.scores[rows.numbers], classes))  # stable: of equal scores, images in their order
+    return Ranked(
+        classes=classes[order].astype(np.int32),
+        images=images[order].astype(np.int32),
+        rows=rows.numbers[order],
+        hit=hit.columns(order, 0),
+        counted=~skip.columns(order, 0),
+    )
+
+
 def curve(hits: np.ndarray, counted: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision at each of RECALLS [m, 101], and the last recall [m].
 

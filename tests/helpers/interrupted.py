@@ -1,4 +1,5 @@
-"""Work that is killed, or whose disk is full, at moments that a seed chooses; and the same work taken up again.
+"""Work that is killed, is sent a signal, or whose disk is full, at moments that a seed chooses; and the same work taken
+up again.
 
     python -m tests.helpers.interrupted run kill FOLDER SEED COUNT
 
@@ -15,11 +16,13 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +58,7 @@ class Outcome:
     said: str
     moments: int
     """Changes of the file system until then."""
+    seconds: float
     wrong: list[str] = field(default_factory=list)
 
 
@@ -104,6 +108,12 @@ def _export(folder: Path) -> list[str]:
 
 
 WORK = {
+    "train": Work(  # with loader processes
+        start=lambda folder: None,
+        first=lambda folder: ["train", str(tiny_recipe.recipe_file(folder)), *STUDENT, "--set", "data.workers=2"],
+        again=lambda folder: [*WORK["train"].first(folder), "--resume"],
+        result=lambda folder: _results(folder, "student.safetensors", "recipe.yaml"),
+    ),
     # An older run of the same name, with another seed, is there and finished.
     "run": Work(
         start=lambda folder: quietly(_run(folder, "--set", "seed=7")),
@@ -129,6 +139,7 @@ WORK = {
 }  # fmt: skip
 
 
+SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 ROOM = {"run": 11_000_000, "export": 1_500_000, "pseudo-label": 50_000}
 """Bytes that each needs for a while beside what it leaves, and some."""
 
@@ -146,7 +157,7 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
     reference = in_child(lambda: command(work.first(at)))
     assert reference.ended == 0, reference
     shutil.copytree(at, whole)
-    most = size_of(at) + ROOM[kind]
+    most = size_of(at) + ROOM.get(kind, 0)
     found = []
     for _ in range(count):
         share = chance.random()
@@ -155,6 +166,11 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
             shutil.copytree(start, at)
             outcome = in_child(lambda: command(work.first(at)), kill_at=1 + int(share * reference.moments))
             allowed = (-signal.SIGKILL, 0)  # it may have changed less than the first time
+        elif how in SIGNALS:
+            shutil.copytree(start, at)
+            outcome = in_child(lambda: command(work.first(at)), send=SIGNALS[how], after=share * reference.seconds)
+            allowed = (128 + SIGNALS[how], 0)  # it may have been done by then
+            outcome.wrong += _told_otherwise(outcome)
         else:
             with disk(at, before + 20_000 + int(share * (most - before))) as grow:
                 shutil.copytree(start, at, dirs_exist_ok=True)
@@ -165,7 +181,7 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
             allowed = (0, 2)
         if outcome.ended not in allowed:
             outcome.wrong.append(f"ended with {outcome.ended}")
-        if how == "kill":
+        if how != "full":
             outcome.wrong += left_wrong(at, start, whole, work)
             finish(outcome, at, whole, work)
         elif outcome.ended == 2:
@@ -175,6 +191,15 @@ def main(kind: str, how: str, folder: Path, seed: int, count: int) -> list[dict[
         found.append({"share": round(share, 3), **vars(outcome)})
         print(kind, how, json.dumps(found[-1])[:600], file=sys.stderr, flush=True)
     return found
+
+
+def _told_otherwise(outcome: Outcome) -> list[str]:
+    """What is wrong with what an interrupted command said: one line about it, how to go on, and no other error."""
+    told = [line for line in outcome.said.splitlines() if "; continue with: compress " in line]
+    loud = [word for word in ("Traceback", "Exception ignored", "error:", "Error") if word in outcome.said]
+    if outcome.ended != 0 and (loud or len(told) != 1 or not told[0].endswith(" --resume")):
+        return [f"said {outcome.said[-1500:]!r}"]
+    return []
 
 
 def size_of(folder: Path) -> int:
@@ -216,9 +241,12 @@ def finish(outcome: Outcome, at: Path, whole: Path, work: Work) -> None:
         outcome.wrong.append(f"left behind: {left}")
 
 
-def in_child(work: Callable[[], object], *, kill_at: int = 0) -> Outcome:
+def in_child(
+    work: Callable[[], object], *, kill_at: int = 0, send: signal.Signals | None = None, after: float = 0.0
+) -> Outcome:
     """Do it in a forked process, which what it prints comes back from. kill_at: its change of the file system, counted
-    from 1, before which it is killed; 0: none."""
+    from 1, before which it is killed; 0: none. send: a signal that it gets so many seconds `after` it began to listen.
+    """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counted:
         child = os.fork()
         if child == 0:
@@ -228,6 +256,7 @@ def in_child(work: Callable[[], object], *, kill_at: int = 0) -> Outcome:
                     os.dup2(output.fileno(), stream)
                 export.datetime = types.SimpleNamespace(UTC=None, datetime=_Clock)  # type: ignore[attr-defined]
                 _count(counted.fileno(), kill_at)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may have ignored it
                 work()
                 code = 0
             except SystemExit as stop:
@@ -237,11 +266,31 @@ def in_child(work: Callable[[], object], *, kill_at: int = 0) -> Outcome:
                     sys.stdout.flush()
                     sys.stderr.flush()
                 os._exit(code)
+        started = time.perf_counter()
+        if send is not None:
+            _send(child, send, after)
         _, status = os.waitpid(child, 0)
+        seconds = time.perf_counter() - started
         output.seek(0)
         said = output.read().decode(errors="replace")
         moments = int(os.pread(counted.fileno(), 20, 0) or 0)
-    return Outcome(os.waitstatus_to_exitcode(status), said, moments)
+    return Outcome(os.waitstatus_to_exitcode(status), said, moments, seconds)
+
+
+def _send(child: int, number: signal.Signals, after: float) -> None:
+    """Send a signal to a process that may end before."""
+    until = time.perf_counter() + after
+    while time.perf_counter() < until or not _listens(child, number):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.005)
+    os.kill(child, number)
+
+
+def _listens(child: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for a signal. Python has one for SIGINT from the start."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
+    return caught is None or bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "tempfile.mkstemp", "shutil.rmtree")

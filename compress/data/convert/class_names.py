@@ -97,6 +97,8 @@ def _data_yaml(path: Path, text: str, where: str) -> Classes:
     count = content.get("nc")
     if isinstance(count, str) and count.strip().isdecimal() and int(count) != len(names):
         raise UserError(f"{where}: nc is {count}, and there are {len(names)} names; one of them is wrong")
+    if "kpt_shape" in content:  # a line of key points cannot be told from a polygon
+        raise UserError(f"{where}: kpt_shape: its labels are key points, which are not read; export the set as boxes")
     base, notes = _base(path, content.get("path"))
     return Classes(names, path, base, _sets(content, where), notes)
 

@@ -1,4 +1,5 @@
-"""YOLO text labels: one `.txt` an image with `class cx cy w h` a line, in shares of the image's width and height.
+"""YOLO text labels: one `.txt` an image with `class cx cy w h` a line, in shares of the image's width and height; of a
+polygon, `class x1 y1 x2 y2 x3 y3 …`, the box around it.
 
 Understood are the layouts of Ultralytics (`images/train` with `labels/train`, or `train/images` with `train/labels`;
 `data.yaml`), of Darknet and CVAT (`obj.data`, lists of images), and labels beside the images.
@@ -128,6 +129,8 @@ class _Reader:
     without: list[Path] = field(default_factory=list)
     images_of: dict[Path, Path] = field(default_factory=dict)
     """The image of each label file that was used."""
+    polygons: list[str] = field(default_factory=list)
+    """Where the lines stand that are polygons."""
     twice: list[tuple[Path, Path, Path]] = field(default_factory=list)
 
     def pictures(self, paths: Iterable[Path]) -> list[Picture]:
@@ -146,7 +149,9 @@ class _Reader:
         boxes = []
         for number, line in enumerate(_lines(label_file), start=1):
             if line.strip():
-                label, shares = parse_line(line, len(self.names), f"{label_file}:{number}")
+                where = f"{label_file}:{number}"
+                label, shares = parse_line(line, len(self.names), where)
+                self.polygons += [where] if len(line.split()) > 5 else []
                 boxes.append(Box(label, _in_pixels(shares, width, height)))
         return Picture(path, width, height, boxes)
 
@@ -168,6 +173,11 @@ class _Reader:
             notes.append(
                 f"{len(self.without)} of {self.read} images have no label file and count as images without objects, "
                 f"the first is {self.without[0]}"
+            )
+        if self.polygons:
+            notes.append(
+                f"{len(self.polygons)} labels are polygons, of which the box around them is taken; the first is "
+                f"{self.polygons[0]}"
             )
         if self.twice:
             file, one, two = self.twice[0]
@@ -206,14 +216,16 @@ def _under_labels(image: Path, folder: Path) -> Iterator[Path]:
 
 
 def parse_line(line: str, classes: int, where: str) -> tuple[int, tuple[float, float, float, float]]:
-    """Class number and (cx, cy, w, h) of a line. Raises UserError, beginning with `where`."""
+    """Class number and (cx, cy, w, h) of a line, of a polygon those of the box around it. Raises UserError, beginning
+    with `where`."""
     fields = line.split()
-    if len(fields) != 5:
+    polygon = len(fields) > 6 and len(fields) % 2 == 1
+    if len(fields) != 5 and not polygon:
         hint = ""
         if len(fields) == 6:
             hint = "; a sixth, such as the score of a prediction, has no place in a label"
         elif len(fields) > 6:
-            hint = "; polygons, turned boxes and key points are not boxes, export the set as boxes"
+            hint = "; turned boxes with an angle and key points are not boxes, export the set as boxes"
         raise UserError(f"{where}: expected `class cx cy w h`, found {len(fields)} fields{hint}")
     try:
         number = float(fields[0])
@@ -225,13 +237,21 @@ def parse_line(line: str, classes: int, where: str) -> tuple[int, tuple[float, f
     if not 0 <= label < classes:
         raise UserError(f"{where}: class {label} has no name; {classes} names were given (0..{classes - 1})")
     try:
-        cx, cy, w, h = (float(field) for field in fields[1:])
+        numbers = [float(field) for field in fields[1:]]
     except ValueError:
-        raise UserError(f"{where}: the box must be four numbers, found {' '.join(fields[1:])!r}") from None
+        what = "the polygon must be" if polygon else "the box must be four"
+        raise UserError(f"{where}: {what} numbers, found {' '.join(fields[1:])!r}") from None
+    cx, cy, w, h = _around(numbers) if polygon else numbers
     # not (…): NaN is neither inside nor outside
-    if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in (cx, cy, w, h)) or w <= 0 or h <= 0:
+    if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in (*numbers, cx, cy, w, h)) or w <= 0 or h <= 0:
         raise UserError(f"{where}: the box must be shares of the image in (0, 1], found {line.strip()!r}")
     return label, (cx, cy, w, h)
+
+
+def _around(polygon: Sequence[float]) -> tuple[float, float, float, float]:
+    """(cx, cy, w, h) of the box around x1, y1, x2, y2, …"""
+    (low_x, high_x), (low_y, high_y) = ((min(ends), max(ends)) for ends in (polygon[::2], polygon[1::2]))
+    return (low_x + high_x) / 2, (low_y + high_y) / 2, high_x - low_x, high_y - low_y
 
 
 def _in_pixels(shares: tuple[float, float, float, float], width: int, height: int) -> tuple[float, float, float, float]:

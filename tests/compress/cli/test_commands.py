@@ -47,8 +47,17 @@ def test_data_commands(run: Run) -> None:
     code, out, _ = run("data synthetic made --train 3 --val 2 --size 64 --classes 3")
     assert code == 0
     assert out.splitlines()[-1] == "next: compress data check made/train.json --images made/images"
-    code, out, _ = run("data check made/train.json --images made/images")
-    assert code == 0 and out.splitlines()[-1] == "next: compress run --help"
+    against = "next: compress data check made/train.json --images made/images --against made/val.json"
+    for name in ("train", "val"):
+        code, out, _ = run(f"data check made/{name}.json --images made/images")
+        assert code == 0 and out.splitlines()[-1] == against
+    code, out, _ = run(against.removeprefix("next: compress "))
+    assert (
+        code == 0 and out.splitlines()[-1] == "next: compress init made/train.json made/val.json --images made/images"
+    )
+    shutil.move("made/train.json", "made/all.json")
+    code, out, _ = run("data check made/all.json --images made/images")
+    assert code == 0 and out.splitlines()[-1] == "next: compress data split made/all.json --images made/images"
 
 
 def test_report_names_a_next_step_that_exists(run: Run) -> None:
@@ -57,7 +66,7 @@ def test_report_names_a_next_step_that_exists(run: Run) -> None:
     Path("folder_report/student.safetensors").touch()
     assert run("report folder_report")[1].endswith("next: compress export folder_report/student.safetensors\n")
     Path("folder_report/student.onnx").touch()
-    assert run("report folder_report")[1].endswith("next: compress benchmark folder_report/student.onnx\n")
+    assert run("report folder_report")[1].endswith("next: compress serve folder_report/student.onnx\n")
 
 
 def test_wrong_data_fails_the_check(run: Run) -> None:
@@ -202,7 +211,8 @@ def test_quickstart_runs_the_packaged_recipe(run: Run, pipeline: types.ModuleTyp
     recipe, options = pipeline.calls[0]
     assert (code, recipe.name, recipe.seed) == (0, "quickstart", 3)
     assert options == {"resume": True, "dry_run": False, "without_data": False}
-    assert out.splitlines()[-1] == "next: compress benchmark runs/quickstart/student.onnx --batch 1,8"
+    assert out.splitlines()[-2].startswith("next: compress predict runs/quickstart/student.onnx runs/data/")
+    assert out.splitlines()[-1] == "or:   compress serve runs/quickstart/student.onnx"
 
 
 def test_a_dry_run_names_the_real_one(run: Run, pipeline: types.ModuleType) -> None:

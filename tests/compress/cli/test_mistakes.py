@@ -99,6 +99,7 @@ from tests.helpers.command_line import Run
         ("data check good.json --images none", "--images: none: no such folder"),
         ("data check good.json --images images --against none.json", "none.json"),
         ("data check good.json --images images --against-images images", "--against-images: belongs to --against"),
+        ("data convert yolo images x.json --names a b c", "several values of --names are one word with commas"),
         ("data check good.json --images images --json none/x.json", "--json: none/x.json: its folder does not exist"),
         # checkpoints and exported files
         ("export none.safetensors", "none.safetensors: no such file"),

@@ -201,7 +201,10 @@ def test_names_that_look_like_a_file_are_not_names(divided: Path, names: str) ->
     [
         ("0 0.5 0.5 0.5", "found 4 fields"),
         ("0 0.5 0.5 0.5 0.5 0.9", "found 6 fields; a sixth"),
-        ("0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2", "polygons"),
+        ("0 0.5 0.5 0.5 0.5 0.1 0.2 2 0.3 0.4", "found 10 fields; turned boxes with an angle and key points"),
+        ("0 0.1 0.1 0.2 0.1 1.2 0.2", "shares of the image"),
+        ("0 0.1 0.1 0.2 0.1 0.3 0.1", "shares of the image"),
+        ("0 0.1 0.1 0.2 0.1 wide 0.2", "the polygon must be numbers"),
         ("cat 0.5 0.5 0.5 0.5", "class must be an integer, found 'cat'"),
         ("0.5 0.5 0.5 0.5 0.5", "class must be an integer, found '0.5'"),
         ("inf 0.5 0.5 0.5 0.5", "class must be an integer, found 'inf'"),
@@ -221,6 +224,20 @@ def test_bad_yolo_lines_name_file_and_line(tmp_path: Path, line: str, message: s
         from_yolo(tmp_path, "cat,dog", tmp_path / "out.json")
     assert str(caught.value).startswith(f"{tmp_path / 'labels' / 'a.txt'}:2: ")
     assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
+
+
+def test_the_box_around_a_polygon_is_taken(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png")
+    text(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.5 0.5\n1 0.25 0.5 0.75 0.25 0.5 1 0.3 0.6\n")
+    read = read_yolo(tmp_path, "cat,dog")
+    (found,) = (one for pictures in read.splits.values() for one in pictures)
+    x, y, w, h = found.boxes[1].box
+    assert (x / found.width, y / found.height, w / found.width, h / found.height) == (0.25, 0.25, 0.5, 0.75)
+    where = tmp_path / "labels" / "a.txt"
+    assert f"1 labels are polygons, of which the box around them is taken; the first is {where}:2" in read.notes
+    text(tmp_path / "data.yaml", "names: [cat, dog]\nkpt_shape: [17, 3]\n")
+    with pytest.raises(UserError, match="kpt_shape: its labels are key points, which are not read"):
+        read_yolo(tmp_path)
 
 
 def test_other_yolo_mistakes(tmp_path: Path) -> None:

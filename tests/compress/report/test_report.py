@@ -13,8 +13,9 @@ from rich.console import Console
 from compress.report import build_report, doubt_lines, summary_table
 from compress.report.charts import log_ticks, round_ticks, thin
 from compress.report.document import Artifact, Box, Figures, Models, Report
-from compress.report.headline import headline
+from compress.report.headline import first_lines, headline
 from compress.report.pictures import count_matches
+from compress.report.reading import parse_report
 from deploy.core.errors import UserError
 from tests.helpers.report_pages import HOSTILE, Page, full_report, pruned_report, write_run
 
@@ -238,13 +239,43 @@ def test_a_latency_that_was_not_measured_well_is_marked_and_in_no_headline(tmp_p
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(summary_table(report))
     lines = {line.split()[0]: line.split() for line in console.export_text().splitlines() if line.strip()}
-    assert lines["student"][1:] == ["73.9", "–", "–", "1.00", "0.34", "5.10", "?", "–", "reference"]
-    assert lines["teacher"][-3:-1] == ["8.16", "?"] and "student.safetensors" not in lines
+    assert lines["student"][1:] == ["73.9", "–", "–", "1.00", "0.34", "5.10?", "–", "reference"]
+    assert lines["teacher"][-2] == "8.16?" and "student.safetensors" not in lines
     assert doubt_lines(report, Path("runs/a")) == [
         f"latency not measured well (teacher (torch), student.int8.onnx): {why}",
         "latency not measured well (student (torch), student.onnx): other processes used 60% of the CPU",
         "when the machine is quiet: compress benchmark runs/a/student.int8.onnx runs/a/student.onnx",
     ]
+
+
+def test_a_gain_stands_with_its_interval_and_noise_is_called_noise(tmp_path: Path) -> None:
+    report = full_report()
+    report["comparisons"] = [
+        {"of": "student", "against": "baseline", "points": 3.0, "low": 1.2, "high": 4.9},
+        {"of": "teacher", "against": "baseline", "points": 8.0, "low": 5.0, "high": 11.0},
+        {"of": "student.onnx", "against": "student.safetensors", "points": -0.05, "low": -0.25, "high": 0.125},
+    ]
+    text = Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8")).text
+    assert "3.0 points above the same student trained from the labels alone (95\xa0% interval +1.2 to +4.9)." in text
+    assert "noise" not in text.replace("cannot be told from noise. How much", "") and "nothing to teach" not in text
+    assert "+3.0+1.2 to +4.9" in text and "0.05−0.12 to +0.25" in text, "a drop has the other sign"
+
+    for row in report["comparisons"][:2]:
+        row |= {"low": -0.5}
+    html = build_report(write_run(tmp_path, report)).read_text(encoding="utf-8")
+    text = Page(html).text
+    assert "labels alone (95\xa0% interval −0.5 to +4.9, cannot be told from noise)." in text
+    assert "The teacher has nothing to teach that these images show: +8.0 over" in text
+    assert "+3.0 over the baseline, cannot be told from noise" in text
+    assert '<td class="">+3.0<small' in html and '<td class="good">+3.0<small' not in html
+
+    report = {**pruned_report(), "comparisons": [
+        {"of": "student", "against": "baseline.pruned", "points": 2.5, "low": -0.1, "high": 5.0},
+        {"of": "teacher", "against": "baseline.pruned", "points": -0.2, "low": -2.0, "high": -0.1},
+    ]}  # fmt: skip
+    text = first_lines(parse_report(report))
+    assert "distillation adds 2.5 (95\xa0% interval −0.1 to +5.0, cannot be told from noise)." in text
+    assert "nothing to teach that these images show: −0.2 over" in text
 
 
 def test_a_student_that_is_not_what_was_trained_fails_the_gate(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_errors_slices_and_confused_classes_are_shown(tmp_path: Path) -> None:
     report = {**full_report(), "artifacts": [looked_at(), {"file": "student.engine", "gate": "not run: no GPU"}]}
     html = build_report(write_run(tmp_path, report)).read_text(encoding="utf-8")
     page = Page(html)
-    for text in ("right box (IoU 0.5 or more), wrong class", "<night>", "mAP by size and slice", HOSTILE):
+    for text in ("right box (IoU 0.5 or more), wrong class", "<night>", "mAP by size, shape and slice", HOSTILE):
         assert text in page.text, text
     assert 'href="#errors"' in html and "<night>" not in html
     section = errors_section(parse_report(report))
@@ -48,11 +48,29 @@ def test_errors_slices_and_confused_classes_are_shown(tmp_path: Path) -> None:
     shown = {kind: cell for kind, cell in zip(kinds, costs, strict=True) if cell != ("0.0", "0")}
     # mended, half of the second class is found: 51 of 101 recalls, in one of two classes
     assert shown == {"Classification": ("25.2", "1"), "Missed": ("0.0", "1")}
-    assert section.columns[4:] == [("0 to 4 objects", "2 images"), ("<night>", "1 image")]
-    assert len(maps) == len(section.columns) and maps[5] == "0.0"
+    assert section.columns[4:] == [
+        ("Wide", "0 objects"), ("Square", "3 objects"), ("Tall", "1 object"),
+        ("0 to 4 objects", "2 images"), ("<night>", "1 image"),
+    ]  # fmt: skip
+    assert len(maps) == len(section.columns) and maps[4:6] == ["–", "50.0"] and maps[8] == "0.0"
     assert section.matrix is not None and section.matrix.columns == ["disc", HOSTILE, "not found"]
     counts = [(name, [text for text, _ in cells]) for name, cells in section.matrix.rows]
     assert counts == [("disc", ["1", "·", "·"]), (HOSTILE, ["1", "·", "1"]), ("no object", ["·", "·", ""])]
+
+
+def test_files_that_lose_recall_are_shown_with_the_classes(tmp_path: Path) -> None:
+    student = {**looked_at(), "file": "student.safetensors", "recall": {"disc": 0.8, HOSTILE: 0.5, "never seen": None}}
+    fp32 = {**looked_at(), "recall": {"disc": 0.8, HOSTILE: 0.5, "never seen": None}}
+    int8 = {**fp32, "file": "student.int8.onnx", "recall": {"disc": 0.85, HOSTILE: 0.375, "never seen": None}}
+    report = {**full_report(), "artifacts": [student, fp32, int8], "recall_score": 0.27}
+    section = errors_section(parse_report(report))
+    assert section is not None and section.recall is not None
+    assert section.recall.files == ["student.onnx", "student.int8.onnx"]
+    assert section.recall.rows == [(HOSTILE, "50.0", [("0.0", ""), ("−12.5", "bad")])]
+    text = Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8")).text
+    assert "a score of at least 0.27, the student's operating point" in text and "−12.5" in text
+    report["artifacts"] = [student, fp32]
+    assert "No file loses any." in Page(build_report(write_run(tmp_path, report)).read_text(encoding="utf-8")).text
 
 
 def test_of_many_classes_the_confused_pairs_are_named(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from compress.detectors.backbones import build_backbone
 from compress.detectors.gfl import GFL
 from compress.distill.uncertainty import predictive_uncertainty
 from compress.report import build_report
+from compress.report.charts import round_ticks
 from compress.report.curves import _method_charts
 from compress.report.document import Report
-from compress.report.heat import MOST_OPAQUE, RAMP, _colour
+from compress.report.heat import FLAT, MOST_OPAQUE, RAMP, _colour, _legend
 from compress.run.samples import uncertainty_pictures
 from deploy.core.errors import UserError
 from tests.helpers.report_pages import HOSTILE, Page, full_report, write_run
@@ -152,7 +153,8 @@ def test_entries_are_the_teachers_maps_in_pixels_of_the_files(tmp_path: Path) ->
     teacher = GFL(3, build_backbone("nano", weights="none"), neck_channels=32, head_depth=0).eval()
     torch.nn.init.normal_(teacher.head.gfl_cls.weight, std=0.2)
     seen = []
-    entries = uncertainty_pictures(val, teacher, 0.3, progress=lambda done, total: seen.append((done, total)))
+    pictures = [{"id": val.image_ids[i], "image": str(val.path(i)), "kind": "best"} for i in (3, 0, 2, 1)]
+    entries = uncertainty_pictures(val, teacher, 0.3, pictures, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, len(entries)) for i in range(4)]
     report = Report.model_validate({"name": "a", "models": {}, "uncertainty": json.loads(json.dumps(entries))})
     for entry in report.uncertainty:
@@ -191,3 +193,14 @@ def test_lines_of_one_chart(tmp_path: Path, small: str, logarithmic: bool) -> No
     assert html.count('class="line s0" points') == html.count('class="line s1" points') == 1
     assert ("Logarithmic axis" in html) == logarithmic
     assert "Distillation: fgd_fg" in html and "Distillation: grad" not in html
+
+
+def test_the_numbers_of_the_scale_are_not_cut() -> None:
+    for top in (FLAT, 0.08, 0.25, 3):
+        scale = _legend(round_ticks(0, top, 4))
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', scale)[1])  # type: ignore[index]
+        numbers = re.findall(r'<text x="([\d.]+)"[^>]*>([\d.e-]+)<', scale)
+        assert len(numbers) >= 3
+        for x, text in numbers:
+            half = 6.6 * len(text) / 2  # at 11.5 pixels a digit is at most that wide
+            assert half <= float(x) <= width - half, (top, text)

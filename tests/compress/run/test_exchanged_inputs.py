@@ -14,13 +14,14 @@ import pytest
 from tests.helpers import exchanged_inputs
 from tests.helpers.exchanged_inputs import TRAINED, Faked, document, picture, save_teacher
 
-CHECKS = {"teacher_check", "pseudo labels: check of teacher 1"}
+CHECKS = {"teacher_check", "pseudo labels: check of teacher 1", "keep teacher"}
 LABELS = {"pseudo labels: folder 1"}
 TRAININGS = {"baseline", "student.pseudo", "student"}
+RETRAINED = {*TRAININGS, "keep baseline"}
 MEASURED = {"validate", "benchmark", "report"}
 FILES = {"export", "export fp16", "export int8", "export qad"}
 INT8 = {"qad calibration", "qad", "export int8", "export qad"}
-BEHIND_THE_STUDENT = {*INT8, *FILES, *MEASURED}
+BEHIND_THE_STUDENT = {*INT8, *FILES, *MEASURED, "keep student"}
 
 
 def new_picture(name: str) -> Callable[[Path], None]:
@@ -60,10 +61,10 @@ ROWS = {
     "nothing": Row(nothing, set()),
     "times of the files": Row(touched, set()),
     "folder of the training pictures": Row(read_elsewhere, set(), ("data.train.images={folder}/elsewhere",)),
-    "training picture": Row(new_picture("train/train1.png"), TRAININGS | BEHIND_THE_STUDENT),
-    "training labels": Row(moved_box("train.json"), TRAININGS | BEHIND_THE_STUDENT),
-    "validation picture": Row(new_picture("val/val1.png"), CHECKS | TRAININGS | BEHIND_THE_STUDENT),
-    "validation labels": Row(moved_box("val.json"), CHECKS | TRAININGS | BEHIND_THE_STUDENT),
+    "training picture": Row(new_picture("train/train1.png"), RETRAINED | BEHIND_THE_STUDENT),
+    "training labels": Row(moved_box("train.json"), RETRAINED | BEHIND_THE_STUDENT),
+    "validation picture": Row(new_picture("val/val1.png"), CHECKS | RETRAINED | BEHIND_THE_STUDENT),
+    "validation labels": Row(moved_box("val.json"), CHECKS | RETRAINED | BEHIND_THE_STUDENT),
     "unlabelled picture": Row(
         new_picture("more/more1.png"), LABELS | {"student.pseudo", "student"} | BEHIND_THE_STUDENT
     ),
@@ -75,7 +76,7 @@ ROWS = {
         lambda folder: save_teacher(folder / "teacher.safetensors", seed=1),
         CHECKS | LABELS | {"student.pseudo", "student"} | BEHIND_THE_STUDENT,
     ),
-    "data.flip": Row(nothing, TRAININGS | BEHIND_THE_STUDENT, ("data.flip=0.1",)),
+    "data.flip": Row(nothing, RETRAINED | BEHIND_THE_STUDENT, ("data.flip=0.1",)),
     "data.workers": Row(nothing, set(), ("data.workers=1",)),
     "methods": Row(nothing, {"student.pseudo", "student"} | BEHIND_THE_STUDENT, ("methods.bckd.weight=2",)),
     "pseudo_labels.tau": Row(
@@ -93,7 +94,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("exchanged") / "inputs"
     exchanged_inputs.make_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
-        assert set(Faked(patch).run(folder)) == {*CHECKS, *LABELS, *TRAININGS, *BEHIND_THE_STUDENT}
+        assert set(Faked(patch).run(folder)) == {*CHECKS, *LABELS, *RETRAINED, *BEHIND_THE_STUDENT}
     return folder, Path(shutil.copytree(folder, folder.with_name("copy")))
 
 
@@ -125,7 +126,8 @@ def test_what_ends_in_the_same_bits_does_nothing_behind_it_again(
     assert set(faked.run(tmp_path, **run)) == {*trainings, "export fp16", "export int8", *MEASURED}
     picture(tmp_path / "val" / "val0.png", (1, 2, 5))
     checked_on = {"export", "export fp16", "export int8", "export qad"}
-    assert set(faked.run(tmp_path, **run)) == {*trainings, *CHECKS, *checked_on, *MEASURED}
+    kept = {"keep baseline", "keep student"}
+    assert set(faked.run(tmp_path, **run)) == {*trainings, *CHECKS, *checked_on, *kept, *MEASURED}
 
 
 def test_calibration_on_training_pictures_knows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import evaluate_coco, read_annotations
+from deploy.validate.kept import Kept
 from tests.helpers import tiny_recipe
 from tests.helpers.cheap_exports import rounds
 from tests.helpers.training_runs import fabric
@@ -63,9 +64,25 @@ def test_the_report_has_measured_figures_for_everything(run_dir: Path) -> None:
 
 def test_the_report_shows_where_the_teacher_is_unsure(run_dir: Path) -> None:
     report = json.loads((run_dir / "report.json").read_text())
-    assert [entry["image"] for entry in report["uncertainty"]] == [p["image"] for p in report["pictures"][:4]]
-    for entry, picture in zip(report["uncertainty"], report["pictures"], strict=False):
-        assert len(entry["rows"]) == 64 // 8 and entry["teacher"] == picture["teacher"]
+    pictures = {picture["image"]: picture for picture in report["pictures"]}
+    assert len({entry["image"] for entry in report["uncertainty"]}) == 4
+    for entry in report["uncertainty"]:
+        found, kept = entry["teacher"], pictures[entry["image"]]["teacher"]
+        assert len(entry["rows"]) == 64 // 8 and [box["label"] for box in found] == [box["label"] for box in kept]
+        assert [box["score"] for box in found] == pytest.approx([box["score"] for box in kept], abs=0.002)
+
+
+def test_a_run_keeps_what_its_models_and_files_found(run_dir: Path) -> None:
+    report, kept = json.loads((run_dir / "report.json").read_text()), Kept(run_dir / "evaluation")
+    for name in ("teacher", "baseline", "student"):
+        found = evaluate_coco(kept.truth, kept.table(name))
+        assert found.map == pytest.approx(report["models"][name]["map"], abs=1e-3), "as training measured"
+    for row in report["artifacts"][1:]:
+        assert evaluate_coco(kept.truth, kept.table(row["file"])).map == pytest.approx(row["map"], abs=1e-9)
+        assert set(row["recall"]) == set(report["classes"])
+    pairs = {(row["of"], row["against"]): row for row in report["comparisons"]}
+    assert {("student", "baseline"), ("teacher", "baseline"), ("student.onnx", "student.safetensors")} <= set(pairs)
+    assert all(row["low"] <= row["points"] <= row["high"] for row in pairs.values())
     assert "Monte Carlo dropout on the teacher" in (run_dir / "report.html").read_text()
 
 

@@ -19,6 +19,7 @@ from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.manifest import BASELINE, FINE_TUNED, PRUNE, PRUNED, STUDENT, Manifest, RunFolder
 from compress.prune.search import Means, prune
 from compress.report.reading import read_document
+from compress.run.kept import KeptPlan, keep_evaluation
 from compress.run.report import ReportPlan, _detectors, _models, write_report
 
 FIGURES = {"map": 50.0, "per_class": {}}
@@ -49,15 +50,19 @@ def test_a_pruned_students_cut_and_models_are_in_the_report(tmp_path: Path, val:
     for name in (PRUNED, BASELINE, FINE_TUNED, STUDENT):
         save(folder, name, found.detector, manifest, cut if name == PRUNED else {"metrics": FIGURES, "seconds": 1.5})
     plan = ReportPlan("run", folder, val, (64, 64), None, False, None, (), prune=Prune(gflops=0.5), methods=["fgd"])
+    keep_evaluation(KeptPlan(folder, val, tmp_path / "data/images", (64, 64)), manifest)
     write_report(plan, [])
     report = read_document(folder.path).report
+    assert [(row.of, row.against) for row in report.comparisons] == [(STUDENT, BASELINE), (STUDENT, FINE_TUNED)]
     assert report.validation_images == 2 and report.pruning is not None
     assert report.models.pruned is not None and report.models.pruned.map == 2.5
     assert report.models.fine_tuned is not None and report.models.fine_tuned.gflops == pytest.approx(found.found)
     order = [name for name, _ in whole.named_modules()]
     assert [row.name for row in report.pruning.rows] == sorted((row["name"] for row in found.rows), key=order.index)
     assert (report.pruning.of, report.pruning.importance) == ("teacher", "group_norm")
-    assert set(report.pictures[0].model_dump(exclude_none=True)) == {"image", "ground_truth", BASELINE, STUDENT}
+    picture = report.pictures[0]
+    assert Path(picture.image).is_file() and picture.ground_truth and picture.teacher is None
+    assert picture.baseline is not None and picture.student is not None
 
     alone = replace(plan, teacher=str(folder.weights(BASELINE)), methods=())  # a teacher that was cut, not measured
     models = _models(alone, _detectors(alone))

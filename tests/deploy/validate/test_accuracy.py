@@ -22,7 +22,8 @@ from deploy.core.image import load_image
 from deploy.runtimes import pictures
 from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate.accuracy import AGREEMENT_SCORE, detect_all, results_table, validate, write_results
+from deploy.validate.accuracy import detect_all, results_table, validate, write_results
+from deploy.validate.agreement import AGREEMENT_SCORE
 from deploy.validate.coco import evaluate_coco
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import operating_point

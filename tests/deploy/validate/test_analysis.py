@@ -104,6 +104,11 @@ def test_confusion_by_hand() -> None:
     rows = [row(A, 0.9, category=2), row(A, 0.5, category=5), row(B, 0.7, category=2), row(A, 0.29, category=5)]
     found = confusion(GroundTruth.of(document), DetectionTable.from_rows(rows))
     assert sorted(found, key=str) == [("class 5", "class 2", 1), ("class 5", None, 1), (None, "class 5", 1)]
+    labels, table = GroundTruth.of(document), DetectionTable.from_rows(rows)
+    strict = analyse(labels, table, {}, score=0.9)
+    assert sorted(strict.confusion, key=str) == [("class 5", "class 2", 1), ("class 5", None, 1)]
+    assert strict.to_dict()["confusion_score"] == 0.9
+    assert len(confusion(labels, table, 0.1)) == 3 and confusion(labels, table, 0.1)[0] == (None, "class 5", 2)
 
 
 def test_slices_are_evaluated_alone() -> None:
