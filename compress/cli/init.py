@@ -143,7 +143,8 @@ def _source(teacher: str) -> Source:
     """What `--from` names."""
     from typing import get_args
 
-    from compress.config.teacher import ZOO_PREFIX, Source, Torchvision
+    from compress.config.base import ZOO_PREFIX
+    from compress.config.teacher import Source, Torchvision
 
     def exists(path: Path) -> str:
         if not path.exists():

@@ -138,7 +138,7 @@ def prune(
     """
     need_json_place(json_out)
     settings = _settings(budget, flags, of_images, sensitivity=sensitivity)
-    from compress.config.teacher import ZOO_PREFIX
+    from compress.config.base import ZOO_PREFIX
 
     if not checkpoint.startswith(ZOO_PREFIX):
         need_file(Path(checkpoint))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -32,6 +33,26 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+ZOO_PREFIX = "zoo:"
+"""What the name of a published checkpoint begins with, in the place of a file's."""
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether `name` can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
+    return (name.startswith(ZOO_PREFIX) and name != ZOO_PREFIX) or Path(name).suffix in (".safetensors", ".pth")
+
+
+def checkpoint_name(name: str) -> str:
+    """Return `name` if it can be a checkpoint."""
+    if not is_checkpoint(name):
+        raise PydanticCustomError(
+            "rule",
+            "{problem}",
+            {"problem": f"'{name}' is neither a .safetensors file, a .pth file, nor zoo:<name>"},
+        )
+    return name
 
 
 def broken_rule(key: str | tuple[str, ...], problem: str) -> PydanticCustomError:

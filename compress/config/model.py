@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule
+from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule, is_checkpoint
 from compress.config.families import BACKBONES, FAMILY_FACTS, SPECIAL, families_with
 from compress.config.messages import did_you_mean
 from compress.config.prune import Prune
@@ -54,8 +54,9 @@ class Model(Settings):
     and tiny2x, to train from scratch on a CPU. rf_detr: nano, small, medium, large or base. lw_detr: tiny, small,
     medium, large or xlarge. null: as `options` say."""
     init: str | None = added_later()
-    """Real-time DETRs: start from a detector of this kind of transformers, a folder or its name on the Hub; class
-    layers begin anew where the number of classes differs. null: random weights."""
+    """Start from a detector of the same architecture: a .safetensors file of this project, an official mmdet GFL .pth
+    file or zoo:<name>; of real-time DETRs a folder of transformers or its name on the Hub. Class layers begin anew
+    where the classes differ. null: random weights."""
     options: Options | None = added_later()
     """Real-time DETRs: values of the library's configuration. Otherwise arguments of a detector of your own."""
     backbone: Backbone | ImportPath | None = None
@@ -105,7 +106,7 @@ class Model(Settings):
 
     def bare(self) -> Model:
         """Return the same architecture with random weights and nothing frozen."""
-        return self.model_copy(update={"weights": "none", "frozen_stages": -1, "norm_eval": False})
+        return self.model_copy(update={"weights": "none", "init": None, "frozen_stages": -1, "norm_eval": False})
 
     def own_parts(self) -> dict[str, str]:
         """Import paths of the user's own parts, by key."""
@@ -121,6 +122,14 @@ class Model(Settings):
     def is_own(self) -> bool:
         """Whether the detector is a class of the user's."""
         return is_import_path(self.detector)
+
+    def _init_rules(self, init: str) -> None:
+        if self.is_own:
+            raise broken_rule("init", "is for the built-in detectors; load weights in your own class")
+        if not is_checkpoint(init):
+            raise broken_rule("init", f"'{init}' is neither a .safetensors file, a .pth file, nor zoo:<name>")
+        if self.weights != "none":
+            raise broken_rule("weights", "are those of a backbone, and init has a whole detector's; leave them out")
 
     def _whole_rules(self) -> None:
         """Rules of a detector that is built as a whole."""
@@ -152,9 +161,10 @@ class Model(Settings):
         if self.is_whole:
             self._whole_rules()
             return
-        for key in ("size", "init"):
-            if getattr(self, key) is not None:
-                raise broken_rule(key, f"is for {families_with('sizes')}; leave it out")
+        if self.size is not None:
+            raise broken_rule("size", f"is for {families_with('sizes')}; leave it out")
+        if self.init is not None:
+            self._init_rules(self.init)
         if not self.is_own:
             if self.backbone is None:
                 raise broken_rule("backbone", "missing")

@@ -8,24 +8,18 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import Fraction, ImportPath, Options, Positive, Settings, added_later, broken_rule
+from compress.config.base import (
+    Fraction,
+    ImportPath,
+    Options,
+    Positive,
+    Settings,
+    added_later,
+    broken_rule,
+    checkpoint_name,
+)
 from compress.config.model import Model
 from compress.config.train import Train
-
-ZOO_PREFIX = "zoo:"
-"""What the name of a published checkpoint begins with, in the place of a file's."""
-
-
-def checkpoint_name(name: str) -> str:
-    """Return `name` if it can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
-    if not (name.startswith(ZOO_PREFIX) and name != ZOO_PREFIX) and Path(name).suffix not in (".safetensors", ".pth"):
-        raise PydanticCustomError(
-            "rule",
-            "{problem}",
-            {"problem": f"'{name}' is neither a .safetensors file, a .pth file, nor zoo:<name>"},
-        )
-    return name
-
 
 NO_CLASS = ("", "n/a", "background", "__background__")
 """What files call a label that stands for nothing, in small letters."""

@@ -23,6 +23,7 @@ from lightning.fabric import Fabric
 from PIL import Image
 from rich.console import Console
 
+from compress.config.base import ZOO_PREFIX
 from compress.config.data import Split
 from compress.config.model import Model
 from compress.config.recipe import Recipe
@@ -320,6 +321,9 @@ def _zoo(name: str, classes: int) -> Detector:
 
 
 def _without_download(model: Model, console: Console, who: str) -> Model:
+    if model.init is not None and model.init.removeprefix(ZOO_PREFIX) in ZOO:
+        console.print(f"dry run: the {who}'s {model.init} is not downloaded; random weights stand in")
+        return model.model_copy(update={"init": None})
     if model.weights != "imagenet":
         return model
     console.print(f"dry run: the {who}'s ImageNet weights are not downloaded; random ones stand in")

@@ -65,7 +65,7 @@ from compress.run.pseudo_labels import (
     label_images,
 )
 from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, match_teacher, open_given
-from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, train
+from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, start_identity, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
 from compress.training.loggers.opened import OpenLoggers, need_packages
@@ -393,6 +393,7 @@ class _Run:
                 if plan.build is not None
                 else named_identity("named_model", plan.model.own_parts())
             ),
+            **start_identity(plan),
             **plan.identity,
         }
 

@@ -170,7 +170,9 @@ def trainings_to_come(
 
 
 def _without_weights(model: Model) -> Model:
-    return model if model.weights == "none" else model.model_copy(update={"weights": "none"})
+    if model.weights == "none" and (model.init is None or model.is_whole):
+        return model
+    return model.model_copy(update={"weights": "none", "init": None})
 
 
 def outlook(recipe: Recipe, parts: Parts, images: int, *, distillation: bool, ships: bool) -> dict[str, Later]:

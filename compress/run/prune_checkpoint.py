@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress.config.base import ZOO_PREFIX
 from compress.config.data import Split
 from compress.config.deploy import Deploy
 from compress.config.prune import Cut
-from compress.config.teacher import ZOO_PREFIX
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector

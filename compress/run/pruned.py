@@ -12,11 +12,12 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
+from compress.config.base import ZOO_PREFIX
 from compress.config.data import Data
 from compress.config.deploy import Deploy
 from compress.config.model import Model, Student
 from compress.config.prune import Prune
-from compress.config.teacher import ZOO_PREFIX, Teacher
+from compress.config.teacher import Teacher
 from compress.detectors.base import Detector
 from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import (

@@ -5,7 +5,7 @@ Everything here works the same in one process and in several; process 0 writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from compress.data.loader import eval_loader, train_loader
 from compress.data.views import Canvases, Views, different
 from compress.detectors.base import Capability, Detector
 from compress.detectors.build import build_detector, inherit, model_of
-from compress.detectors.checkpoints import ModelRecord, check_described, load_detector, save_detector
+from compress.detectors.checkpoints import (
+    ModelRecord,
+    begin_from,
+    check_described,
+    checkpoint_file,
+    load_detector,
+    save_detector,
+)
 from compress.distill.build import build_methods
 from compress.distill.level_matching import describe
 from compress.distill.method import Method
@@ -39,6 +46,7 @@ from compress.training.loop import Training, check_length, fit, steps_of, withou
 from compress.training.place import place_for, publish, telling_what_stays
 from compress.training.time_left import NOTHING_LATER, Later
 from deploy.core.errors import UserError
+from deploy.core.files import sha256_of
 from deploy.validate.coco import DETECTIONS, CocoMetrics
 
 EVAL_BATCH = 8
@@ -150,8 +158,12 @@ class TrainingPlan:
         """The detector as its training begins with it."""
         if self.build is not None:
             return self.build(num_classes)
-        key = "teacher.model" if self.name == TEACHER else "student"
-        return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile, key=key)
+        return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile, key=self.key)
+
+    @property
+    def key(self) -> str:
+        """Key of the recipe's section that describes the detector."""
+        return "teacher.model" if self.name == TEACHER else "student"
 
 
 def check(plan: TrainingPlan, images: int) -> list[str]:
@@ -175,7 +187,7 @@ def train(
     place = on_first_process(fabric, lambda: place_for(plan.folder, plan.name, identity, resume=resume))
     fabric.seed_everything(plan.seed, verbose=False)
     detector, teacher = plan.detector(len(data.train.categories)), plan.teacher
-    renewed = getattr(detector, "renewed", ())
+    renewed = begin(plan, detector, data.train.categories)
     if renewed and fabric.is_global_zero:
         _say(f"{plan.name}: {len(renewed)} class layers begin anew: what it starts from has other classes")
     if plan.build is not None:
@@ -223,6 +235,24 @@ def train(
 def pictures_of(settings: Train, images: int) -> int:
     """Pictures that a training on so many images looks at, every pass counted."""
     return steps_of(settings, images // (settings.batch_size // settings.accumulate))[1] * settings.batch_size
+
+
+def begin(plan: TrainingPlan, detector: Detector, class_names: Sequence[str]) -> Sequence[str]:
+    """Give `detector` the weights that its `init` says. Returns the class layers that begin anew.
+
+    Raises UserError for a checkpoint of another architecture.
+    """
+    model = plan.model
+    if plan.build is not None or plan.start is not None or model.init is None or model.is_whole:
+        return getattr(detector, "renewed", ())
+    return begin_from(detector, model.init, class_names, f"{plan.key}.init")
+
+
+def start_identity(plan: TrainingPlan) -> dict[str, str]:
+    """Identify the checkpoint that the detector begins from, as JSON; empty where it has none of ours."""
+    if plan.build is not None or plan.model.init is None or plan.model.is_whole:
+        return {}
+    return {"init": sha256_of(checkpoint_file(plan.model.init))}
 
 
 def need_room(
