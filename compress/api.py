@@ -310,7 +310,8 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """report.json: `models` with their mAP, `artifacts` with mAP, latency and gate, `environment` and more.
+        """report.json: `models` with their mAP, `comparisons` with intervals, `artifacts` with mAP, latency and gate,
+        and more.
 
         Raises UserError where there is none: `compress.run` writes it, `distill` and `train` do not.
         """

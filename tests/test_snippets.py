@@ -34,8 +34,8 @@ def test_every_snippet_runs(document: Path, tmp_path: Path, monkeypatch: pytest.
     )  # minutes become seconds
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    shown = list(snippets.snippets(document))
-    assert len(shown) >= 3
+    shown = [snippet for snippet in snippets.snippets(document) if "compress init" not in snippet.text]
+    assert len(shown) >= 3  # the other is test_newcomer.py's
     for snippet in shown:
         snippets.run(snippet, tmp_path, quicker=QUICKER, left_out=NOT_HERE)
 

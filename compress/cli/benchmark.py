@@ -25,6 +25,7 @@ from compress.cli.options import (
     provider_names,
 )
 from deploy.core.errors import UserError
+from deploy.core.shown import first_of_each
 from deploy.runtimes.providers import ON_CPU
 
 if TYPE_CHECKING:
@@ -202,10 +203,9 @@ def _show(measured: BenchmarkReport, output: OutputFlags, tolerance: float | Non
         console.print(latency.comparison_table(measured.comparisons, tolerance=(tolerance or 0.0) / 100))
     for line in [*latency.offline_lines(measured.cells), *latency.bounded_lines(measured.bounded)]:
         print(line)
-    for note in measured.notes:
-        print(f"note: {note}")
-    for warning in measured.warnings:
-        print(f"warning: {warning}")
+    for level, lines in (("note", measured.notes), ("warning", measured.warnings)):
+        for line in first_of_each(lines, lambda _: None, lambda _, count: f"and {count} more, all in --json"):
+            print(f"{level}: {line}")
     if output.json_out is not None:
         with results_file(output.json_out) as place:
             latency.write_report(place, measured)

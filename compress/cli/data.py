@@ -15,6 +15,7 @@ from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
 from compress.cli.options import JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
+from deploy.core.shown import some
 
 if TYPE_CHECKING:
     from compress.data.check import Checked
@@ -196,7 +197,7 @@ def _after_check(annotations: Path, images: Path, other: tuple[Path, Path] | Non
 def _described(checked: Checked) -> str:
     """Counts of images, boxes and classes; of the classes the ten with most boxes."""
     boxes = sorted(checked.boxes.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {count}" for name, count in boxes[:10]) + (", ..." if len(boxes) > 10 else "")
+    shown = some(f"{name} {count}" for name, count in boxes)
     return f"{checked.image_count} images, {sum(checked.boxes.values())} boxes of {len(boxes)} classes: {shown}"
 
 
@@ -238,7 +239,7 @@ def split(
         print(f"{part.out}: {part.images} images, {sum(part.boxes.values())} boxes")
         absent = [name for name, count in part.boxes.items() if not count]
         if absent:
-            print(f"note: {part.out}: no box of {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}")
+            print(f"note: {part.out}: no box of {some(absent)}")
     if made.together:
         print(f"note: {made.together} images stay with others, because they are copies or of one group")
     if images is None:

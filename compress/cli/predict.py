@@ -17,6 +17,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import RunnerFlags, need_finite, provider_names
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES
+from deploy.core.shown import MOST, some
 
 if TYPE_CHECKING:
     from deploy.core.card import ModelCard
@@ -133,8 +134,6 @@ def predict(
 
 # --- details --------------------------------------------------------------------------------------------
 
-MOST_PROBLEMS = 10  # are printed
-
 
 class _Summary:
     """What to say at the end."""
@@ -157,7 +156,7 @@ def _take(seen: Iterator[Seen], sources: list[Source], outputs: Outputs | None, 
                     outputs.add(one)
                 if one.problem is not None:
                     summary.problems += 1
-                    if summary.problems <= MOST_PROBLEMS:
+                    if summary.problems <= MOST:
                         to_stderr(f"error: {one.problem}")
                 else:
                     summary.frames += 1
@@ -173,12 +172,11 @@ def _take(seen: Iterator[Seen], sources: list[Source], outputs: Outputs | None, 
 
 
 def _say(summary: _Summary, card: ModelCard, score: float | None) -> None:
-    names = ", ".join(f"{count} {name}" for name, count in summary.classes.most_common(10))
-    more = len(summary.classes) - 10
+    names = some(f"{count} {name}" for name, count in summary.classes.most_common())
     source = "the default" if card.operating_point is None else "best F1 on validation"
     print(
         f"{summary.frames} frames, {summary.frames - summary.empty} with detections: "
-        f"{names or 'nothing'}{f' and {more} more classes' if more > 0 else ''}; score from "
+        f"{names or 'nothing'}; score from "
         + (f"{card.shown_score:.2f} ({source})" if score is None else f"{score:.2f}")
     )
     if score is not None and score < card.score_threshold:

@@ -15,6 +15,7 @@ from deploy.core.image import load_image, pixel_doubt
 from deploy.core.image_folder import missing
 from deploy.core.progress import Progress
 from deploy.core.same_files import FileContents, shared
+from deploy.core.shown import first_of_each
 from deploy.validate.coco import images_without_size, read_annotations
 from deploy.validate.labels import KINDS, MOST_OBJECTS, Finding, label_findings
 
@@ -64,18 +65,13 @@ class Checked:
             ],
         }
 
-    def lines(self, most: int = 10) -> list[str]:
-        """A line a finding, errors first; of each kind at most so many, and then how many more there are."""
-        kinds = Counter(problem.kind for problem in self.problems)
-        shown: Counter[str] = Counter()
-        lines = []
-        for problem in self.problems:
-            shown[problem.kind] += 1
-            if shown[problem.kind] <= most:
-                lines.append(str(problem))
-            if shown[problem.kind] == kinds[problem.kind] > most:
-                lines.append(f"{problem.level}: and {kinds[problem.kind] - most} more: {KINDS[problem.kind][1]}")
-        return lines
+    def lines(self) -> list[str]:
+        """A line a finding, errors first; of each kind the first few, and then how many more there are."""
+
+        def more(problem: Problem, count: int) -> str:
+            return f"{problem.level}: and {count} more: {KINDS[problem.kind][1]}"
+
+        return first_of_each(self.problems, lambda problem: problem.kind, more)
 
 
 def check(

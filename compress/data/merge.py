@@ -16,6 +16,7 @@ from typing import Any
 
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
+from deploy.core.shown import some
 from deploy.validate.coco import NO_NUMBERS, load_annotations
 
 
@@ -219,8 +220,7 @@ def _notes(sets: Sequence[Labelled], document: Mapping[str, Any]) -> Iterator[st
         known = {row["name"] for row in one.content["categories"]}
         lacks = [name for name in names if name not in known]
         if lacks:
-            shown = ", ".join(lacks[:10]) + (", ..." if len(lacks) > 10 else "")
-            yield f"{one.file}: has no category {shown}; its pictures count as without any"
+            yield f"{one.file}: has no category {some(lacks)}; its pictures count as without any"
         rows = one.content["images"]
         absent = [row["file_name"] for row in rows if not (one.folder / row["file_name"]).is_file()]
         if absent:

@@ -33,11 +33,12 @@ from compress.config.families import BACKBONES
 from compress.config.model import Model
 from compress.detectors.base import Detector
 from compress.detectors.build import FAMILIES, assemble
-from compress.detectors.weights import listed, load_exactly, read_tensors
+from compress.detectors.weights import load_exactly, read_tensors
 from deploy.core.card import OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, sha256_of
 from deploy.core.import_path import is_import_path
+from deploy.core.shown import some
 
 HEADER_KEY = "metadata_json"
 NATIVE_SUFFIX = ".safetensors"
@@ -403,7 +404,7 @@ def _record_of_mmdet(path: Path, state: Mapping[str, Tensor]) -> ModelRecord:
     needed = ("neck.lateral_convs.0.conv.weight", "bbox_head.gfl_cls.weight", "bbox_head.gfl_reg.weight")
     absent = [key for key in needed if key not in state]
     if absent:
-        raise UserError(f"{path}: not an mmdet GFL checkpoint; missing {len(absent)} key(s): {listed(absent)}")
+        raise UserError(f"{path}: not an mmdet GFL checkpoint; missing {len(absent)} key(s): {some(absent)}")
     blocks = tuple(_count(state, rf"backbone\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     kind = "bottleneck" if any(re.match(r"backbone\.layer\d\.\d+\.conv3\.", key) for key in state) else "basic"
     if (kind, blocks) not in _RESNETS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deploy.core.errors import UserError, first_line
-
-LISTED_KEYS = 8  # a message stays one readable line: the first few keys, then a count
+from deploy.core.shown import some
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -90,7 +89,7 @@ def load_exactly(
         if key in state and state[key].shape != tensor.shape
     ]
     problems = [
-        f"{what} {len(keys)} key(s): {listed(keys)}"
+        f"{what} {len(keys)} key(s): {some(keys)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape for", misshapen))
         if keys
     ]
@@ -107,10 +106,3 @@ def state_sha256(module: nn.Module) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def listed(keys: Iterable[str]) -> str:
-    """`a, b, c and 4 more`."""
-    keys = list(keys)
-    more = len(keys) - LISTED_KEYS
-    return ", ".join(keys[:LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")

@@ -13,6 +13,7 @@ import numpy as np
 from compress.manifest import BASELINE, FINE_TUNED, STUDENT, TEACHER
 from compress.report.document import STUDENT_IN_TORCH
 from deploy.core.detection_table import DetectionTable
+from deploy.core.progress import Progress
 from deploy.validate.average_precision import matched_at_half
 from deploy.validate.bootstrap import TIMES, Matches, drawn_aps, interval, mean_ap
 from deploy.validate.ground_truth import GroundTruth
@@ -28,20 +29,20 @@ PAIRS = (
 """Models that are compared where both are there."""
 
 
-def compared(kept: Kept, files: Iterable[str]) -> list[dict[str, Any]]:
+def compared(kept: Kept, files: Iterable[str], progress: Progress | None = None) -> list[dict[str, Any]]:
     """Entries of `comparisons` in report.json: `points` of mAP that `of` has more than `against`, and where 95 % of the
     drawn sets have that. files: names of exported files, which are compared with the student in PyTorch."""
     pairs = [*PAIRS, *((file, STUDENT_IN_TORCH) for file in files if file != STUDENT_IN_TORCH)]
     pairs = [(of, against) for of, against in pairs if of in kept and against in kept]
-    return differences(kept, pairs) if kept and pairs else []
+    return differences(kept, pairs, progress) if kept and pairs else []
 
 
-def differences(kept: Kept, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The entries of pairs that are there."""
+def differences(kept: Kept, pairs: Sequence[tuple[str, str]], progress: Progress | None = None) -> list[dict[str, Any]]:
+    """The entries of pairs that are there. progress(done, total) is called after every drawn set."""
     names = dict.fromkeys(name for pair in pairs for name in pair)
     matches = {name: Matches(kept.truth, kept.table(name)) for name in names}
     values = {name: float(mean_ap(each.value())) for name, each in matches.items()}
-    drawn = {name: mean_ap(aps) for name, aps in drawn_aps(matches, TIMES).items()}
+    drawn = {name: mean_ap(aps) for name, aps in drawn_aps(matches, TIMES, progress=progress).items()}
     rows = []
     for of, against in pairs:
         found = interval(values[of] - values[against], drawn[of] - drawn[against])

@@ -94,7 +94,7 @@ def _times(a: Artifact | None) -> tuple[str, str]:
     """Median and p99, the median with a mark where it was not measured well."""
     if a is None:
         return "–", "–"
-    return figure(a.p50, 2) + " ?" * bool(a.latency_doubts), figure(a.p99, 2)
+    return figure(a.p50, 2) + "?" * bool(a.latency_doubts), figure(a.p99, 2)
 
 
 def _gate(a: Artifact) -> Text:

@@ -45,6 +45,7 @@ from compress.manifest import TrainingFolder
 from compress.training.loop import Training, fit
 from deploy.core.errors import UserError
 from deploy.core.import_path import is_import_path
+from deploy.core.shown import some
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.validate.coco import CocoMetrics
 
@@ -211,9 +212,9 @@ def _loss(subject: _Subject) -> str | None:
     trained = [(name, p) for name, p in detector.named_parameters() if p.requires_grad]
     idle = [name for name, p in trained if p.grad is None or not bool(p.grad.any())]
     if idle:
-        return f"no gradient reaches {_listed(idle)}; freeze what does not train with requires_grad_(False)"
+        return f"no gradient reaches {some(idle)}; freeze what does not train with requires_grad_(False)"
     wild = [name for name, p in trained if p.grad is not None and not p.grad.isfinite().all()]
-    return f"the gradient of {_listed(wild)} is not finite" if wild else None
+    return f"the gradient of {some(wild)} is not finite" if wild else None
 
 
 def _empty(subject: _Subject) -> str | None:
@@ -298,7 +299,7 @@ def _resuming(subject: _Subject) -> str | None:
     twice = _trained(subject, data, parts, [2, None])
     different = [key for key, value in once.items() if not torch.equal(value, twice[key])]
     if different:
-        return f"stopped and resumed it ends with other values of {_listed(different)} than trained in one go"
+        return f"stopped and resumed it ends with other values of {some(different)} than trained in one go"
     return None
 
 
@@ -454,11 +455,6 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 def _close(a: list[Tensor], b: list[Tensor]) -> bool:
     """Equal but for the order of sums, which depends on sizes and memory formats."""
     return len(a) == len(b) and all(torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in zip(a, b, strict=True))
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _where(error: Exception) -> str:

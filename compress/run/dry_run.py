@@ -1,17 +1,19 @@
 """`--dry-run`: build everything that a recipe names and take one real training step on made-up images.
 
 The recipe's own images are looked at before: both files are read, the first pictures are opened, and the steps of each
-training are counted. Where they are missing, that is an error, unless `without_data` says that it is meant.
+training are counted. Where they are missing, that is an error, unless `without_data` says that it is meant. At the end
+a few steps are timed on them, and how long the run will take is estimated.
 
 Nothing is downloaded and nothing is kept. Weights that would have to be downloaded (the zoo's teacher, ImageNet
-backbones) are random here, and the output says so. Images are at most 256 px on the short side and two a process,
-so that a recipe for eight GPUs can be rehearsed on a laptop.
+backbones) are random here, and the output says so. Made-up images are at most 256 px on the short side and two a
+process, so that a recipe for eight GPUs can be rehearsed on a laptop.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,17 @@ from compress.config.model import Model
 from compress.config.recipe import Recipe
 from compress.config.teacher import Source, Teacher
 from compress.console import open_console
-from compress.data.synthetic import class_names
+from compress.data.synthetic import class_names, generate
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord, zoo_model
 from compress.manifest import STUDENT, RunFolder
+from compress.pseudo.images import images_in
 from compress.run.data import DataPlan, open_data, open_splits
+from compress.run.estimate import Sets, stages_of_run
+from compress.run.estimate import lines as estimate_lines
 from compress.run.parts import Parts
-from compress.run.plans import data_plan, training_plans
+from compress.run.plans import data_plan, training_plans, trainings_to_come
 from compress.run.pruned import check_source, rehearse_cut
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
@@ -41,18 +46,29 @@ from compress.run.teacher import key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, check, train
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
+from compress.training.distributed import on_first_process
 from compress.training.loop import steps_of
 from deploy.core.errors import UserError
+from deploy.latency.telemetry import Telemetry
 from deploy.validate.coco import read_annotations
 
 SHORT_PX, LONG_PX = 256, 448
 OPENED = 8  # pictures of each set
 
 
-def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool, without_data: bool = False) -> None:
-    """Raises UserError for what would also stop the real run."""
+def dry_run(
+    recipe: Recipe,
+    parts: Parts,
+    fabric: Fabric,
+    *,
+    distillation: bool,
+    without_data: bool = False,
+    ships: bool = False,
+) -> None:
+    """ships: the run would also make and measure files. Raises UserError for what would also stop the real run."""
     console = open_console(quiet=not fabric.is_global_zero)
-    categories = _data(recipe, parts, console, distillation=distillation, without_data=without_data)
+    seen = _data(recipe, parts, console, distillation=distillation, without_data=without_data)
+    categories = seen.categories
     if recipe.student.prune is not None:
         recipe = _cut(recipe, categories, console, distillation=distillation)
     inherit = recipe.teacher is not None and recipe.teacher.inherit
@@ -92,18 +108,30 @@ def dry_run(recipe: Recipe, parts: Parts, fabric: Fabric, *, distillation: bool,
             build=parts.student,
         )
         result = train(fabric, plan, data, max_steps=1)
+        sets = _drawn(recipe, place / "drawn", fabric) if recipe.data.synthetic is not None else seen.sets
+        if sets is not None:
+            for line in _estimate(recipe, parts, fabric, sets, teacher, distillation=distillation, ships=ships):
+                console.print(line, markup=False, soft_wrap=True)
     console.print(
         f"dry run of {recipe.name}: {result['steps']} step on made-up images; everything fits together",
     )
 
 
-def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool, without_data: bool) -> dict[int, str]:
-    """Look at the images and count the steps. Returns the categories by id; COCO's where no data are there, and that
-    was meant."""
+@dataclass(frozen=True)
+class _Seen:
+    """Of the recipe's images: the categories by id, COCO's where no data are there, and that was meant; and the
+    images, if they are there."""
+
+    categories: dict[int, str]
+    sets: Sets | None = None
+
+
+def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool, without_data: bool) -> _Seen:
+    """Look at the images and count the steps."""
     data = recipe.data
     if data.synthetic is not None:
         _say_lengths(recipe, parts, data.synthetic.train, console, distillation=distillation)
-        return dict(enumerate(class_names(data.synthetic.classes), start=1))
+        return _Seen(dict(enumerate(class_names(data.synthetic.classes), start=1)))
     assert data.train is not None and data.val is not None, "the recipe was validated"
     lost = [
         f"data.{key}.{what}: {path}: no such {'file' if what == 'annotations' else 'folder'}"
@@ -116,10 +144,11 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     if lost:
         for split in (data.train, data.val):
             if split.annotations.is_file():
-                return {row["id"]: row["name"] for row in read_annotations(split.annotations)["categories"]}
+                found = read_annotations(split.annotations)["categories"]
+                return _Seen({row["id"]: row["name"] for row in found})
         console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
-        return dict(COCO_CATEGORIES)
-    train, val, _ = open_splits(data_plan(recipe), data.train, data.val, cache=False)
+        return _Seen(dict(COCO_CATEGORIES))
+    train, val, canvas = open_splits(data_plan(recipe), data.train, data.val, cache=False)
     for images in (train, val):
         for index in range(min(OPENED, len(images))):
             images[index]
@@ -131,7 +160,57 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     )
     if count:
         _say_lengths(recipe, parts, count, console, distillation=distillation)
-    return dict(zip(train.category_ids, train.categories, strict=True))
+    sets = Sets(train, val, count, len(val), data.cache, canvas)
+    return _Seen(dict(zip(train.category_ids, train.categories, strict=True)), sets)
+
+
+def _drawn(recipe: Recipe, folder: Path, fabric: Fabric) -> Sets:
+    """A few of the images that the run would draw."""
+    wanted = recipe.data.synthetic
+    assert wanted is not None, "the caller looks"
+    trained = recipe.train if recipe.teacher is None or recipe.teacher.train is None else recipe.teacher.train
+    few = {"train": min(wanted.train, max(recipe.train.batch_size, trained.batch_size)), "val": min(wanted.val, OPENED)}
+    on_first_process(fabric, lambda: generate(folder, **{**wanted.model_dump(), **few}))
+    train, val = (Split(annotations=folder / f"{name}.json", images=folder / "images") for name in few)
+    opened = open_splits(data_plan(recipe), train, val, cache=False)
+    return Sets(opened[0], opened[1], wanted.train, wanted.val, recipe.data.cache, opened[2])
+
+
+def _estimate(
+    recipe: Recipe,
+    parts: Parts,
+    fabric: Fabric,
+    sets: Sets,
+    teacher: Detector | None,
+    *,
+    distillation: bool,
+    ships: bool,
+) -> list[str]:
+    """Lines that say how long the run will take."""
+    if distillation and recipe.labels is not None and recipe.labels.fraction == 0:
+        return ["how long it takes is not estimated: that depends on what the teachers label"]
+    pseudo, unlabelled, left_out = recipe.pseudo_labels if distillation else None, 0, []
+    given = teacher if recipe.teacher is None or recipe.teacher.train is None else None
+    if pseudo is not None:
+        unlabelled = sum(len(images_in(folder)) for folder in pseudo.unlabeled if folder.is_dir())
+        if recipe.labels is not None:
+            unlabelled += round(sets.images / recipe.labels.fraction) - sets.images
+        left_out += [] if given is not None else ["the labelling"]
+    if recipe.student.prune is not None:
+        left_out.append("the cut")
+    if recipe.deploy.int8.guided or recipe.deploy.engines is not None:
+        left_out.append("the search for int8 layers" if recipe.deploy.int8.guided else "engines")
+    with Telemetry() as machine:
+        stages = stages_of_run(
+            fabric,
+            trainings_to_come(recipe, parts, teacher, distillation=distillation),
+            sets,
+            given=given,
+            unlabelled=unlabelled,
+            deploy=recipe.deploy if ships else None,
+        )
+        machine.read()
+    return estimate_lines(stages, fabric.device, left_out=left_out, readings=machine.readings)
 
 
 def _say_lengths(recipe: Recipe, parts: Parts, images: int, console: Console, *, distillation: bool) -> None:

@@ -147,7 +147,7 @@ def _do(
     for path in recipe.deploy.runners or ():
         import_object(path, "deploy.runners")  # before the training, which takes long
     if dry_run:
-        rehearse(recipe, parts, fabric, distillation=distillation, without_data=without_data)
+        rehearse(recipe, parts, fabric, distillation=distillation, without_data=without_data, ships=ships)
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
     with working_in(folder, fabric), ExitStack() as stack:

@@ -7,15 +7,25 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.config.data import Data, Split
+from compress.config.model import Model
 from compress.config.recipe import Recipe, recipe_content, recipe_sha256
 from compress.data.coco import CocoDetection
 from compress.data.digests import PictureDigests
-from compress.manifest import BASELINE, STUDENT, STUDENT_ON_PSEUDO_LABELS, TEACHER, RunFolder
+from compress.detectors.base import Detector
+from compress.manifest import (
+    BASELINE,
+    FINE_TUNED,
+    STUDENT,
+    STUDENT_ON_INT8_GRIDS,
+    STUDENT_ON_PSEUDO_LABELS,
+    TEACHER,
+    RunFolder,
+)
 from compress.run.data import DataPlan, Datasets, labelled_split, splits, validation_set
 from compress.run.loggers import LoggingPlan
 from compress.run.parts import Parts
 from compress.run.pruned import CutPlan, PrunedStudent, whole_student
-from compress.run.pseudo_labels import LabellingPlan, labelling_plan
+from compress.run.pseudo_labels import LabellingPlan, fine_tuning, labelling_plan
 from compress.run.trainings import Distillation, TrainingPlan, pictures_of
 from compress.training.time_left import Later
 from deploy.core.errors import UserError
@@ -122,11 +132,45 @@ def training_plans(recipe: Recipe, parts: Parts, *, distillation: bool) -> list[
     is not."""
     plans = []
     if distillation and recipe.teacher is not None and recipe.teacher.train is not None:
-        plans.append(replace(student_plan(recipe), name=TEACHER, settings=recipe.teacher.train))
+        assert recipe.teacher.model is not None, "the recipe was validated"
+        of_teacher = replace(student_plan(recipe), name=TEACHER, model=recipe.teacher.model, build=None)
+        plans.append(replace(of_teacher, settings=recipe.teacher.train))
     if not distillation or recipe.pseudo_labels is None:
         learns = distillation_plan(recipe, parts) if distillation else Distillation()
         plans.append(replace(student_plan(recipe), distillation=learns))
     return plans
+
+
+def trainings_to_come(
+    recipe: Recipe, parts: Parts, teacher: Detector | None, *, distillation: bool
+) -> list[TrainingPlan]:
+    """All trainings of a run in their order, without weights that would have to be downloaded, to see what they cost.
+
+    teacher: what the student learns from, with any weights. The plan of a student on pseudo labels has no images.
+    """
+    plans = [plan for plan in training_plans(recipe, parts, distillation=distillation) if plan.name == TEACHER]
+    alone = student_plan(recipe, parts)
+    learns = distillation_plan(recipe, parts) if distillation else Distillation()
+    pseudo = recipe.pseudo_labels if distillation else None
+    if distillation and recipe.baseline:
+        plans.append(replace(alone, name=BASELINE))
+        if recipe.student.prune is not None and (learns.names or pseudo is not None):
+            plans.append(replace(alone, name=FINE_TUNED))
+    taught = replace(alone, teacher=teacher, distillation=learns)
+    if pseudo is None or pseudo.fine_tune is None:
+        plans.append(taught)
+    else:
+        plans.append(replace(taught, name=STUDENT_ON_PSEUDO_LABELS))
+        plans.append(replace(alone, settings=fine_tuning(recipe.train, pseudo.fine_tune)))
+    qad = recipe.deploy.int8.qad
+    if distillation and qad is not None:
+        settings = recipe.train.model_copy(update={"steps": qad.steps, "epochs": None, "eval_every": None})
+        plans.append(replace(taught, name=STUDENT_ON_INT8_GRIDS, settings=settings))
+    return [replace(plan, model=_without_weights(plan.model)) for plan in plans]
+
+
+def _without_weights(model: Model) -> Model:
+    return model if model.weights == "none" else model.model_copy(update={"weights": "none"})
 
 
 def outlook(recipe: Recipe, parts: Parts, images: int, *, distillation: bool, ships: bool) -> dict[str, Later]:

@@ -25,7 +25,7 @@ from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.base import Detector
 from compress.detectors.checkpoints import ModelRecord
-from compress.detectors.weights import listed, state_sha256
+from compress.detectors.weights import state_sha256
 from compress.prune.graph import PruningGraph, pruning_graph
 from compress.prune.importance import importances
 from compress.prune.order import Drops
@@ -38,6 +38,7 @@ from compress.versions import versions
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError, first_line
 from deploy.core.image_folder import spread
+from deploy.core.shown import some
 from deploy.validate.coco import evaluate_coco, load_annotations
 from deploy.validate.ground_truth import GroundTruth
 
@@ -120,7 +121,7 @@ def prune_detector(
     }
     if found.whole_layers:
         say(
-            f"note: {listed(found.whole_layers)} keep all channels: without some of them the detector would compute "
+            f"note: {some(found.whole_layers)} keep all channels: without some of them the detector would compute "
             "something else"
         )
     if found.note is not None:
@@ -229,10 +230,10 @@ def _check_images(
             f"prune.{key}: {value} needs labelled training images, and there are none; give some, or take {instead}"
         )
     if len(images.categories) != num_classes or class_names not in (None, images.categories):
-        own = str(num_classes) if class_names is None else listed(class_names)
+        own = str(num_classes) if class_names is None else some(class_names)
         raise UserError(
             f"prune.{key}: {value} looks at labels, and the classes of {images.annotations} "
-            f"({listed(images.categories)}) are not the detector's ({own}); give the images that it was trained on, or "
+            f"({some(images.categories)}) are not the detector's ({own}); give the images that it was trained on, or "
             f"take {instead}"
         )
 

@@ -36,9 +36,12 @@ from compress.run.samples import one_of_each, uncertainty_pictures
 from deploy.core.card import SHOWN_SCORE
 from deploy.core.environment import environment
 from deploy.core.files import write_json
+from deploy.validate.bootstrap import TIMES
 from deploy.validate.coco import load_annotations
 from deploy.validate.differences import in_words
 from deploy.validate.kept import Kept
+
+MANY_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
             uncertainty = uncertainty_pictures(plan.val, teacher, shown[TEACHER], one_of_each(pictures), progress=step)
     score = shown.get(STUDENT, SHOWN_SCORE)
     found = recalls(kept, names, score)
+    quiet = len(plan.val) < MANY_IMAGES  # then the intervals take no time worth a line in a log
+    with progress("intervals", at_least=TIMES + 1 if quiet else 0) as step:
+        comparisons = compared(kept, names, step)
     report = {
         "name": plan.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -89,7 +95,7 @@ def write_report(plan: ReportPlan, artifacts: Sequence[Mapping[str, Any]]) -> No
         "models": models,
         "pruning": _pruning(plan, detectors),
         "validation_images": len(plan.val),
-        "comparisons": compared(kept, names),
+        "comparisons": comparisons,
         "recall_score": score,
         "artifacts": [{**row, "recall": found[row["file"]]} if row["file"] in found else row for row in artifacts],
         "methods": list(plan.methods),

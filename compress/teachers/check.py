@@ -19,6 +19,7 @@ from compress.teachers.base import BoxTeacher, DetectorTeacher, Preprocessing, S
 from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
+from deploy.core.shown import some
 from deploy.validate.coco import DETECTIONS, CocoMetrics, evaluate_coco, load_annotations
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import operating_point
@@ -26,7 +27,6 @@ from deploy.validate.operating_point import operating_point
 TOLERANCE = 0.5
 """Means and deviations of pixels that differ by less are the same: people round them."""
 BATCH = 8
-LISTED = 12
 
 
 def check_teacher(
@@ -128,16 +128,16 @@ def class_lines(teacher: BoxTeacher, labels: Sequence[int], categories: Sequence
         return [f"{start}all {len(categories)} classes, in the same order"]
     pairs = [(name, categories[label]) for name, label in zip(names, labels, strict=True) if label >= 0]
     same = [category for name, category in pairs if name == category]
-    lines = [f"{start}{len(same)} classes matched by name: {listed(same)}"] if same else []
+    lines = [f"{start}{len(same)} classes matched by name: {some(same)}"] if same else []
     renamed = [f"{name} → {category}" for name, category in pairs if name != category]
     if renamed:
-        lines.append(f"{start}classes by the class map: {listed(renamed)}")
+        lines.append(f"{start}classes by the class map: {some(renamed)}")
     dropped = [name for name, label in zip(names, labels, strict=True) if label < 0]
     if dropped:
-        lines.append(f"{start}left out: {listed(dropped)}")
+        lines.append(f"{start}left out: {some(dropped)}")
     unknown = [name for label, name in enumerate(categories) if label not in labels]
     if unknown:
-        lines.append(f"{start}it does not look for: {listed(unknown)}")
+        lines.append(f"{start}it does not look for: {some(unknown)}")
     return lines
 
 
@@ -214,12 +214,6 @@ def described(preprocessing: Preprocessing) -> str:
         if values is not None:
             parts.append(f"{name} {' '.join(f'{value:.4g}' for value in values)}")
     return ", ".join(parts)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.detectors.weights import listed
 from deploy.core.errors import UserError, first_line
+from deploy.core.shown import some
 
 
 def need_mmdet() -> None:
@@ -139,11 +139,11 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], problem: str) -> 
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"{problem}: {listed(lines)}") from error
+        raise UserError(f"{problem}: {some(lines)}") from error
     constant = ("num_batches_tracked", "integral.project")  # absent in old files, and of no influence or always equal
     missing = [key for key in result.missing_keys if not key.endswith(constant)]
     wrong = [("missing", missing), ("unexpected", result.unexpected_keys)]
-    problems = [f"{what} {len(keys)} key(s): {listed(keys)}" for what, keys in wrong if keys]
+    problems = [f"{what} {len(keys)} key(s): {some(keys)}" for what, keys in wrong if keys]
     if problems:
         raise UserError(f"{problem}: {'; '.join(problems)}")
 

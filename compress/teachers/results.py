@@ -30,6 +30,7 @@ from compress.teachers.first_look import BOXES, SHARE
 from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
+from deploy.core.shown import some
 
 
 class ResultsTeacher:
@@ -86,7 +87,7 @@ class ResultsTeacher:
         for index, row in enumerate(rows):
             where = f"{path}: {'annotations' if self._by_name else ''}[{index}]"
             if row["category_id"] not in label:
-                raise UserError(f"{where}: category_id {row['category_id']} has no name; known ids are {_some(ids)}")
+                raise UserError(f"{where}: category_id {row['category_id']} has no name; known ids are {some(ids)}")
             key = keys.get(row["image_id"]) if self._by_name else row["image_id"]
             if key is None:
                 raise UserError(f"{where}: image_id {row['image_id']} is not among the images")
@@ -220,7 +221,3 @@ def _checked(
             if not fits:
                 raise UserError(f"{path}: {name}[{index}]: {key} must be {_WORDS[kind]}, found {str(row[key])[:60]}")
     return rows
-
-
-def _some(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

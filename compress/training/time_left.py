@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -70,8 +71,8 @@ class TimeLeft:
 
 def in_words(seconds: float) -> str:
     """A duration as exact as an estimate is: `40 s`, `7 min`, `3.5 h`."""
-    if seconds < 57.5:
-        return f"{5 * round(seconds / 5)} s"
+    if seconds <= 55:
+        return f"{5 * math.ceil(seconds / 5)} s"
     if seconds < 5370:
         return f"{max(1, round(seconds / 60))} min"
     return f"{seconds / 3600:.1f} h"

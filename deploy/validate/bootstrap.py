@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deploy.core.detection_table import DetectionTable
+from deploy.core.progress import Progress
 from deploy.validate.average_precision import IOUS, RECALLS, ranked
 from deploy.validate.coco import DETECTIONS
 from deploy.validate.ground_truth import GroundTruth
@@ -83,14 +84,19 @@ def draws(images: int, times: int = TIMES, seed: int = 0) -> Iterator[np.ndarray
         yield np.bincount(rng.integers(images, size=images), minlength=images)
 
 
-def drawn_aps(matches: Mapping[str, Matches], times: int = TIMES, seed: int = 0) -> dict[str, np.ndarray]:
-    """AP of each class on drawn sets, float64 [times, k], of detectors on the same images, which share the draws."""
+def drawn_aps(
+    matches: Mapping[str, Matches], times: int = TIMES, seed: int = 0, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """AP of each class on drawn sets, float64 [times, k], of detectors on the same images, which share the draws.
+    progress(done, total) is called after every draw."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in matches}
     images = {each.images for each in matches.values()}
     assert len(images) <= 1, "detectors of the same images"
-    for counts in draws(images.pop(), times, seed) if images else ():
+    for done, counts in enumerate(draws(images.pop(), times, seed) if images else (), start=1):
         for name, each in matches.items():
             found[name].append(each.ap(counts))
+        if progress is not None:
+            progress(done, times)
     return {name: np.stack(rows) for name, rows in found.items()}
 
 

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 from compress.data.convert.coco_file import by_folder, canonical, choose, nearest, read_size
 from deploy.core.errors import UserError
 from deploy.core.image_folder import IMAGE_SUFFIXES, find_files
+from deploy.core.shown import some
 from deploy.validate.coco import images_without_size, read_annotations
 
 _ROBOFLOW = "_annotations.coco.json"
@@ -187,7 +188,7 @@ def _drop_unused(contents: Sequence[dict[str, Any]]) -> list[str]:
     unused = [row["name"] for row in contents[0]["categories"] if row["id"] not in used]
     for content in contents:
         content["categories"] = [row for row in content["categories"] if row["id"] in used]
-    return [f"{len(unused)} categories without boxes are left out: {', '.join(unused[:10])}"] if unused else []
+    return [f"{len(unused)} categories without boxes are left out: {some(unused)}"] if unused else []
 
 
 def _together(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def test_later_trainings_count_at_the_same_pace_a_picture(clock: Clock) -> None:
 
 
 def test_words() -> None:
-    assert [in_words(s) for s in (0, 12, 57, 58, 89, 5369, 5370, 12_600)] == [
-        "0 s", "10 s", "55 s", "1 min", "1 min", "89 min", "1.5 h", "3.5 h"
+    assert [in_words(s) for s in (0, 1, 12, 55, 56, 89, 5369, 5370, 12_600)] == [
+        "0 s", "5 s", "15 s", "55 s", "1 min", "1 min", "89 min", "1.5 h", "3.5 h"
     ]  # fmt: skip
 
 
