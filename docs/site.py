@@ -6,9 +6,12 @@ on the repository's host and on the site alike, without being rewritten.
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "build" / "site-source"
@@ -26,6 +29,8 @@ def main() -> None:
             target.write_text(page(file.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             shutil.copyfile(file, target)
+        if file.suffix == ".ipynb":
+            target.with_suffix(".md").write_text(notebook_page(file, target), encoding="utf-8")
 
 
 def gathered(root: Path) -> list[Path]:
@@ -35,8 +40,30 @@ def gathered(root: Path) -> list[Path]:
 
 
 def page(text: str) -> str:
-    """A page as MkDocs reads it: in a table's code it shows the backslash of `\\|`, which GitHub needs."""
-    return re.sub(r"^\|.*$", lambda row: re.sub(r"`[^`]*`", _bare_pipes, row[0]), text, flags=re.MULTILINE)
+    """A page as MkDocs reads it: in a table's code it shows the backslash of `\\|`, which GitHub needs. Notebooks are
+    pages here."""
+    text = re.sub(r"^\|.*$", lambda row: re.sub(r"`[^`]*`", _bare_pipes, row[0]), text, flags=re.MULTILINE)
+    return text.replace(".ipynb)", ".md)")
+
+
+def notebook_page(notebook: Path, target: Path) -> str:
+    """A notebook as a page, with what its cells printed; pictures become files beside `target`."""
+    parts = []
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        text = "".join(cell["source"])
+        parts.append(page(text) if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            parts.append(_output(output, target.with_name(f"{target.stem}-{number}.png")))
+    title, rest = parts[0], "\n\n".join(parts[1:])
+    return f'{title}\n\n<a href="{notebook.name}" download>The notebook</a>, to run it yourself.\n\n{rest}\n'
+
+
+def _output(output: dict[str, Any], picture: Path) -> str:
+    data = output.get("data", {})
+    if "image/png" in data:
+        picture.write_bytes(base64.b64decode(data["image/png"]))
+        return f"![what the cell above shows]({picture.name})"
+    return "```text\n" + "".join(output.get("text") or data["text/plain"]).rstrip() + "\n```"
 
 
 def _bare_pipes(code: re.Match[str]) -> str:
