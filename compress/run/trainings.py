@@ -21,10 +21,10 @@ from compress.data.concat import TrainingImages
 from compress.data.loader import eval_loader, train_loader
 from compress.data.views import Canvases, Views, different
 from compress.detectors.base import Capability, Detector
+from compress.detectors.begin import begin_from
 from compress.detectors.build import build_detector, inherit, model_of
 from compress.detectors.checkpoints import (
     ModelRecord,
-    begin_from,
     check_described,
     checkpoint_file,
     load_detector,

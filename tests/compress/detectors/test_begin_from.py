@@ -10,8 +10,9 @@ import torch
 
 from compress.config.model import Model
 from compress.config.recipe import load_recipe
+from compress.detectors.begin import begin_from
 from compress.detectors.build import build_detector
-from compress.detectors.checkpoints import ModelRecord, begin_from, load_detector, save_detector
+from compress.detectors.checkpoints import ModelRecord, load_detector, save_detector
 from compress.run import pipeline
 from deploy.core.errors import UserError
 from tests.helpers import random_teacher, tiny_recipe
