@@ -50,6 +50,7 @@ from compress.teachers.load import open_teacher
 from compress.training.distributed import on_first_process
 from compress.training.loop import steps_of
 from deploy.core.errors import UserError
+from deploy.core.shown import counted
 from deploy.latency.telemetry import Telemetry
 from deploy.validate.coco import read_annotations
 
@@ -158,8 +159,8 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     count = len(train) if recipe.labels is None else round(len(train) * recipe.labels.fraction)
     labelled = "" if recipe.labels is None else f", about {count} of them with labels"
     console.print(
-        f"data: {len(train)} training images{labelled}, {len(val)} for validation, {len(train.categories)} classes; "
-        f"the first {OPENED} of both could be read",
+        f"data: {len(train)} training images{labelled}, {len(val)} for validation, "
+        f"{counted(len(train.categories), 'class')}; the first {OPENED} of both could be read",
     )
     if count:
         _say_lengths(recipe, parts, count, console, distillation=distillation)
