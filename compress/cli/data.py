@@ -15,7 +15,7 @@ from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
 from compress.cli.options import JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
-from deploy.core.shown import some
+from deploy.core.shown import counted, some
 
 if TYPE_CHECKING:
     from compress.data.check import Checked
@@ -198,7 +198,10 @@ def _described(checked: Checked) -> str:
     """Counts of images, boxes and classes; of the classes the ten with most boxes."""
     boxes = sorted(checked.boxes.items(), key=lambda item: -item[1])
     shown = some(f"{name} {count}" for name, count in boxes)
-    return f"{checked.image_count} images, {sum(checked.boxes.values())} boxes of {len(boxes)} classes: {shown}"
+    return (
+        f"{counted(checked.image_count, 'image')}, {counted(sum(checked.boxes.values()), 'box')} of "
+        f"{counted(len(boxes), 'class')}: {shown}"
+    )
 
 
 @data_app.command("split")

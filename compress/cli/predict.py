@@ -17,7 +17,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import RunnerFlags, need_finite, provider_names
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES
-from deploy.core.shown import MOST, some
+from deploy.core.shown import MOST, counted, some
 
 if TYPE_CHECKING:
     from deploy.core.card import ModelCard
@@ -175,7 +175,7 @@ def _say(summary: _Summary, card: ModelCard, score: float | None) -> None:
     names = some(f"{count} {name}" for name, count in summary.classes.most_common())
     source = "the default" if card.operating_point is None else "best F1 on validation"
     print(
-        f"{summary.frames} frames, {summary.frames - summary.empty} with detections: "
+        f"{counted(summary.frames, 'frame')}, {summary.frames - summary.empty} with detections: "
         f"{names or 'nothing'}; score from "
         + (f"{card.shown_score:.2f} ({source})" if score is None else f"{score:.2f}")
     )

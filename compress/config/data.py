@@ -46,8 +46,8 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 class Data(Settings):
     """The images, and what happens to them before the network. Either `synthetic`, or `train` and `val`."""
 
-    train: Split | None = None
-    """Training set."""
+    train: Split | Annotated[tuple[Split, ...], Field(min_length=1)] | None = None
+    """Training set, or a list of them, such as people's labels and a teacher's; categories of one name are one."""
     val: Split | None = None
     """Validation set; never trained on."""
     synthetic: Synthetic | None = None
@@ -83,6 +83,13 @@ class Data(Settings):
         if short > self.long:
             raise broken_rule("short", f"{short} is more than data.long, {self.long}")
         return self
+
+    @property
+    def train_sets(self) -> dict[str, Split]:
+        """The sets of `train` by their keys in a recipe: `train`, or `train.0`, `train.1` and so on."""
+        if self.train is None or isinstance(self.train, Split):
+            return {} if self.train is None else {"train": self.train}
+        return {f"train.{index}": split for index, split in enumerate(self.train)}
 
     @property
     def eval_short(self) -> int:

@@ -70,8 +70,9 @@ def _data_key(item: Any, data: Any) -> tuple[Key, bool]:
     """The error's key in the data: pydantic's location without the names it gives to a union's members."""
     key: list[str | int] = []
     dropped = False
-    for part in item["loc"]:
-        here = isinstance(data, dict) and (part in data or item["type"] == "missing")
+    for place, part in enumerate(item["loc"], start=1):
+        missing = item["type"] == "missing" and place == len(item["loc"])
+        here = isinstance(data, dict) and (part in data or missing)
         here = here or (isinstance(data, list) and isinstance(part, int))
         if not here:
             dropped = True

@@ -78,7 +78,7 @@ def merged(sets: Sequence[Labelled]) -> tuple[dict[str, Any], Path]:
     Raises UserError: a picture in two sets, two categories of one name in a set, an annotation of an image or category
     that is not there, and classes that nobody looked for (`info.coverage`) in some of the pictures only.
     """
-    common = _common([one.folder for one in sets])
+    common = common_folder([one.folder for one in sets])
     categories, licenses = _Rows(sets, "categories"), _Rows(sets, "licenses")
     image_ids, annotation_ids = _Ids(sets, "images"), _Ids(sets, "annotations")
     images: list[dict[str, Any]] = []
@@ -179,7 +179,7 @@ def _name(picture: str, name: str, common: Path) -> str:
     return name if os.path.isabs(name) else Path(os.path.relpath(picture, common)).as_posix()
 
 
-def _common(folders: Sequence[Path]) -> Path:
+def common_folder(folders: Sequence[Path]) -> Path:
     """The folder, if it is the same for all, or the closest that holds them: relative where it lies below here."""
     if len({os.path.abspath(folder) for folder in folders}) == 1:
         return folders[0]

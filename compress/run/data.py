@@ -16,13 +16,14 @@ from compress.data import synthetic
 from compress.data.coco import CocoDetection
 from compress.data.digests import RECORD, PictureDigests, together
 from compress.data.label_split import split_labels
+from compress.data.merge import Labelled, common_folder, merged
 from compress.data.transforms import eval_transform, train_transform
-from compress.manifest import RunFolder
+from compress.manifest import RunFolder, fingerprint
 from compress.training.distributed import on_first_process
 from deploy.core.canvas import fit_size
 from deploy.core.errors import UserError
-from deploy.core.files import sha256_of
-from deploy.validate.coco import read_annotations
+from deploy.core.files import sha256_of, write_json
+from deploy.validate.coco import load_annotations, read_annotations
 from deploy.validate.labels import MOST_OBJECTS
 
 
@@ -89,10 +90,12 @@ class Datasets:
 
 def splits(data: Data, runs: Path, *, write: bool = True, digests: PictureDigests | None = None) -> tuple[Split, Split]:
     """Return where the training and validation images are. Synthetic data are drawn first, into `runs`/data, unless
-    they are there as they were drawn."""
+    they are there as they were drawn; several training sets are joined in a file there."""
     if data.synthetic is None:
         assert data.train is not None and data.val is not None, "the recipe was validated"
-        return data.train, data.val
+        if isinstance(data.train, Split):
+            return data.train, data.val
+        return _joined(list(data.train), runs / "data", write=write), data.val
     settings = _as_before_styles(data.synthetic.model_dump())
     name = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = runs / "data" / f"synthetic-{name}-v{synthetic.VERSION}"
@@ -237,6 +240,25 @@ def padding(dataset: CocoDetection, data: Data, canvas: tuple[int, int]) -> floa
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _joined(sets: list[Split], folder: Path, *, write: bool) -> Split:
+    """Several training sets as one, in a file whose name says where they lie.
+
+    Raises UserError as `compress.data.merge.merged`.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    places = {str(index): [str(one.annotations), str(one.images)] for index, one in enumerate(sets)}
+    out = folder / f"joined-{fingerprint(places)[:16]}.json"
+    images = Path(common_folder([one.images for one in sets]))
+    if write:
+        document, images = merged(
+            [Labelled(one.annotations, one.images, load_annotations(one.annotations)) for one in sets]
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, document)
+    return Split(annotations=out, images=images)
 
 
 def _divide(given: Split, labels: Labels, folder: RunFolder) -> None:

@@ -35,7 +35,7 @@ from compress.detectors.build import build_detector, model_size
 from compress.detectors.checkpoints import COCO_CATEGORIES, ZOO, ModelRecord, zoo_model
 from compress.manifest import STUDENT, RunFolder
 from compress.pseudo.images import images_in
-from compress.run.data import DataPlan, open_data, open_splits
+from compress.run.data import DataPlan, open_data, open_splits, splits
 from compress.run.estimate import Sets, stages_of_run
 from compress.run.estimate import lines as estimate_lines
 from compress.run.parts import Parts
@@ -50,6 +50,7 @@ from compress.teachers.load import open_teacher
 from compress.training.distributed import on_first_process
 from compress.training.loop import steps_of
 from deploy.core.errors import UserError
+from deploy.core.shown import counted
 from deploy.latency.telemetry import Telemetry
 from deploy.validate.coco import read_annotations
 
@@ -133,31 +134,33 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     if data.synthetic is not None:
         _say_lengths(recipe, parts, data.synthetic.train, console, distillation=distillation)
         return _Seen(dict(enumerate(class_names(data.synthetic.classes), start=1)))
-    assert data.train is not None and data.val is not None, "the recipe was validated"
+    assert data.val is not None, "the recipe was validated"
+    sets_given = [*data.train_sets.items(), ("val", data.val)]
     lost = [
         f"data.{key}.{what}: {path}: no such {'file' if what == 'annotations' else 'folder'}"
-        for key, split in (("train", data.train), ("val", data.val))
+        for key, split in sets_given
         for what, path in (("annotations", split.annotations), ("images", split.images))
         if not path.exists()
     ]
     if lost and not without_data:
         raise UserError("\n".join([*lost[:-1], f"{lost[-1]}; to rehearse without it, add --without-data"]))
     if lost:
-        for split in (data.train, data.val):
+        for _, split in sets_given:
             if split.annotations.is_file():
                 found = read_annotations(split.annotations)["categories"]
                 return _Seen({row["id"]: row["name"] for row in found})
-        console.print(f"dry run: {data.train.annotations} is not there; COCO's 80 classes stand in")
+        console.print(f"dry run: {sets_given[0][1].annotations} is not there; COCO's 80 classes stand in")
         return _Seen(dict(COCO_CATEGORIES))
-    train, val, canvas = open_splits(data_plan(recipe), data.train, data.val, cache=False)
+    with tempfile.TemporaryDirectory() as place:  # where several training sets are joined
+        train, val, canvas = open_splits(data_plan(recipe), *splits(data, Path(place)), cache=False)
     for images in (train, val):
         for index in range(min(OPENED, len(images))):
             images[index]
     count = len(train) if recipe.labels is None else round(len(train) * recipe.labels.fraction)
     labelled = "" if recipe.labels is None else f", about {count} of them with labels"
     console.print(
-        f"data: {len(train)} training images{labelled}, {len(val)} for validation, {len(train.categories)} classes; "
-        f"the first {OPENED} of both could be read",
+        f"data: {len(train)} training images{labelled}, {len(val)} for validation, "
+        f"{counted(len(train.categories), 'class')}; the first {OPENED} of both could be read",
     )
     if count:
         _say_lengths(recipe, parts, count, console, distillation=distillation)
@@ -238,7 +241,9 @@ def _cut(recipe: Recipe, categories: dict[int, str], console: Console, *, distil
     """The recipe with a student of the pruned architecture, or of one like it."""
     prune, data = recipe.student.prune, recipe.data
     assert prune is not None, "the caller looks"
-    if data.train is None or data.train.annotations.is_file():  # otherwise COCO's classes stand in, which say nothing
+    if all(
+        split.annotations.is_file() for split in data.train_sets.values()
+    ):  # otherwise COCO's classes stand in, which say nothing
         check_source(prune, recipe.teacher, list(categories.values()), distillation=distillation)
     side = min(data.eval_short, SHORT_PX) // 32 * 32 or 32
     model = rehearse_cut(recipe.student, len(categories), (side, side), recipe.seed)

@@ -74,6 +74,7 @@ from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.import_path import import_object
+from deploy.core.shown import counted
 from deploy.validate.coco import CocoMetrics
 
 NOT_THE_RESULT = {"devices", "accelerator", "kernels"}
@@ -236,7 +237,8 @@ class _Run:
         data, fabric = self.data, self.fabric
         self.console.print(
             f"{self.recipe.name}: {len(data.train) if data.has_labels else 0} training and {len(data.val)} validation "
-            f"images, {len(data.train.categories)} classes, {fabric.world_size} process(es) on {fabric.device.type}",
+            f"images, {counted(len(data.train.categories), 'class')}, {counted(fabric.world_size, 'process')} on "
+            f"{fabric.device.type}",
         )
         sets = (data.train_split, data.train), (data.val_split, data.val)
         notes = notes_about(*sets, data.has_labels) if fabric.is_global_zero else []

@@ -35,6 +35,7 @@ from compress.teachers.base import size_of_training
 from compress.teachers.load import open_teacher
 from compress.training.distributed import launch
 from deploy.core.errors import UserError
+from deploy.core.shown import counted
 from deploy.validate.coco import read_annotations
 
 OBJECT_PX = 16
@@ -89,7 +90,7 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
     shapes = "of several shapes" if facts.mixed else f"about {facts.sides[1]} x {facts.sides[0]}"
     say(
         f"{facts.images} training and {facts.val_images} validation images {shapes}, {facts.boxes} boxes of "
-        f"{facts.classes} class{'es' if facts.classes > 1 else ''}; three quarters of the objects are larger than "
+        f"{counted(facts.classes, 'class')}; three quarters of the objects are larger than "
         f"{facts.object_share:.1%} of the picture's long side"
     )
     taught = _teaching(wishes, fabric)

@@ -16,6 +16,7 @@ from compress.config.teacher import Source
 from compress.detectors.base import Detector
 from compress.run.estimate import about
 from deploy.core.environment import usable_cores
+from deploy.core.shown import counted
 
 TEACHER_LONGER = 1.5  # than its student
 CACHE_SHARE = 0.2
@@ -123,7 +124,7 @@ def recipe_text(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching, de
     )
     files = "[fp32, fp16]\n  providers: [cuda]" if device == "cuda" else "[fp32, int8]"
     rows = [
-        f"# For {facts.images} images of {facts.classes} class{'es' if facts.classes > 1 else ''} and a run of about "
+        f"# For {facts.images} images of {counted(facts.classes, 'class')} and a run of about "
         f"{about(wishes.budget)} on {device}; written by compress init.",
         "# All keys: docs/recipe.md. More steps, larger images (short, long) and a larger backbone win most.",
         f"name: {wishes.name}",

@@ -17,6 +17,12 @@ def some(words: Iterable[object]) -> str:
     return ", ".join(listed[:MOST]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(number: int, word: str) -> str:
+    """`1 class`, `3 classes`: a number with its noun, which is regular."""
+    ending = "" if number == 1 else "es" if word.endswith(("s", "x")) else "s"
+    return f"{number} {word}{ending}"
+
+
 def first_of_each(
     items: Sequence[Item], kind: Callable[[Item], Hashable], more: Callable[[Item, int], str]
 ) -> list[str]:

@@ -84,7 +84,7 @@ def test_the_check_writes_what_it_found(run: Run) -> None:
     found = json.loads(Path("found.json").read_text())
     assert (code, found["fit"], found["errors"], found["boxes"]) == (0, True, 0, {"thing": 1})
     assert f"{found['notes']} note" in out.splitlines()[-2] or found["notes"] == 0
-    assert "good.json: 1 images, 1 boxes of 1 classes: thing 1" in out.splitlines()
+    assert "good.json: 1 image, 1 box of 1 class: thing 1" in out.splitlines()
     code, out, err = run("data check good.json --images images --against good.json")
     assert code == 1 and "images/a.png: image 1: is also in good.json" in out and "1 error" in err
 

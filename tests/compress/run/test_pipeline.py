@@ -214,3 +214,36 @@ def test_portrait_photographs_go_through(tmp_path: Path) -> None:
     assert mixed.runs == recipe.runs
     report = json.loads((pipeline.run(mixed) / "report.json").read_text())
     assert report["artifacts"][-1]["gate"] == "pass"
+
+
+def test_several_training_sets_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """People's labels beside a teacher's: joined by names of classes, trained on together, and joined anew when one of
+    them changes."""
+    plan = plans.data_plan(tiny_recipe.recipe(tmp_path))
+    train, val = splits(plan.data, plan.runs)
+    document = read_annotations(train.annotations)
+    half = len(document["images"]) // 2
+    parts = []
+    for number, rows in enumerate((document["images"][:half], document["images"][half:])):
+        ids = {row["id"] for row in rows}
+        boxes = [row for row in document["annotations"] if row["image_id"] in ids]
+        parts.append(tmp_path / f"part{number}.json")
+        parts[-1].write_text(json.dumps({**document, "images": rows, "annotations": boxes}))
+    sets = ", ".join(f"{{annotations: {part}, images: {train.images}}}" for part in parts)
+    recipe = tiny_recipe.recipe(
+        tmp_path, "data.synthetic=null", f"data.train=[{sets}]",
+        f"data.val={{annotations: {val.annotations}, images: {val.images}}}", "teacher=null", "methods={}",
+    )  # fmt: skip
+    pipeline.distill(recipe, dry_run=True, distillation=False)
+    assert f"data: {2 * half} training images, " in capsys.readouterr().out
+    pipeline.distill(recipe, distillation=False)
+    weights = (recipe.run_dir / "student.safetensors").read_bytes()
+    joined = next((recipe.runs / "data").glob("joined-*.json"))
+    assert len(read_annotations(joined)["annotations"]) == len(document["annotations"])
+    parts[1].write_text(json.dumps({**json.loads(parts[1].read_text()), "annotations": []}))
+    capsys.readouterr()
+    pipeline.distill(recipe, distillation=False)
+    assert (recipe.run_dir / "student.safetensors").read_bytes() != weights
+    parts[1].unlink()
+    with pytest.raises(UserError, match=r"data\.train\.1\.annotations: .*part1\.json: no such file"):
+        pipeline.distill(recipe, dry_run=True, distillation=False)

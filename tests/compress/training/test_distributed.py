@@ -141,7 +141,7 @@ def test_two_processes_label_as_one_does(tmp_path: Path) -> None:
     ]  # fmt: skip
     one = pipeline.distill(tiny_recipe.recipe(tmp_path, *settings, "name=one")) / "pseudo"
     shown = compress(PYTHON, "distill", str(tiny_recipe.recipe_file(tmp_path)), *overrides([*settings, "name=two"]))
-    assert "2 process(es)" in shown
+    assert "2 processes on" in shown
     two = tmp_path / "runs" / "two" / "pseudo"
     assert sorted(file.name for file in two.iterdir()) == ["folder-1.json", "training-images.json"]
     for file in two.iterdir():

@@ -209,7 +209,7 @@ def test_what_was_written_before_is_no_source(
     (tmp_path / "a.png").write_bytes(encode(RED))
     for arguments in (["."], ["."], [".", "--out", "deep/er"], ["."], ["predictions"]):
         assert predict(tmp_path, monkeypatch, onnx, *arguments) == 0
-        assert "1 frames, 1 with" in capsys.readouterr().out
+        assert "1 frame, 1 with" in capsys.readouterr().out
 
 
 def test_a_data_set_says_which_classes_were_looked_for(
