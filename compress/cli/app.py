@@ -151,7 +151,8 @@ def _about_commas(message: str, arguments: list[str]) -> str:
 
 
 def _how_to_resume(arguments: list[str]) -> str:
-    if not arguments or arguments[0] not in ("quickstart", "run", "distill", "train", "pseudo-label"):
+    resumable = ("quickstart", "run", "distill", "train", "pseudo-label")
+    if not arguments or arguments[0] not in resumable or "--dry-run" in arguments:
         return ""
     continues = "--resume" in arguments or arguments[0] == "quickstart"
     again = [*arguments, *([] if continues else ["--resume"])]

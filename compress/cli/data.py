@@ -176,9 +176,10 @@ def check(
     notes = f"{checked.notes} note{'s' * (checked.notes != 1)}"
     if checked.errors:
         gate_failed(f"{annotations}: {checked.errors} error{'s' * (checked.errors > 1)}, {notes}")
+    role = "val" if annotations.stem.startswith(("val", "test")) else "train"
     print(
         f"{annotations}: fit for training{f', {notes}' if checked.notes else ''}; "
-        f"in a recipe, data.train.annotations, with data.train.images: {images}"
+        f"in a recipe, data.{role}.annotations, with data.{role}.images: {images}"
     )
     next_command(*_after_check(annotations, images, other))
 

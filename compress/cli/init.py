@@ -89,7 +89,13 @@ def _sets(data: list[Path], images: list[Path]) -> tuple[Split, Split]:
         raise UserError("--images: at most twice, for training and for validation")
     for folder in images:
         need_folder(folder, "--images")
+    for place in data:
+        if not place.exists():
+            raise UserError(f"{place}: no such file")
     if len(data) == 1 and data[0].is_dir():
+        others = sorted(file for file in data[0].glob("*.json") if file.stem not in ("train", "val"))
+        if len(others) == 1 and not (data[0] / "train.json").exists():
+            raise UserError(f"{others[0]}: one file is not enough; divide it with: compress data split {others[0]}")
         data = [data[0] / "train.json", data[0] / "val.json"]
         for file in data:
             if not file.is_file():

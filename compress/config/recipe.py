@@ -106,6 +106,8 @@ class Recipe(Settings):
                 )
 
     def _training_rules(self) -> None:
+        if self.student.init is not None and self.teacher is not None and self.teacher.inherit:
+            raise broken_rule("teacher.inherit", "would replace the neck and head that student.init brings; keep one")
         trained: dict[str, Model] = {"student": self.student}
         if self.teacher is not None and self.teacher.train is not None and self.teacher.model is not None:
             trained["teacher.model"] = self.teacher.model

@@ -201,6 +201,8 @@ def _nothing_to_teach(report: Report) -> str:
     if found is None or found.low > 0 or report.models.teacher is None or report.models.teacher.map is None:
         return ""
     lead = f"{signed(found.points, 1)} over the student trained from the labels alone"
+    if found.points > 0:
+        return f"These images cannot show whether the teacher has anything to teach: {lead} ({found.in_words()})."
     return f"The teacher has nothing to teach that these images show: {lead} ({found.in_words()})."
 
 

@@ -58,12 +58,11 @@ def model_table(report: Report) -> ModelTable | None:
         other = models.of(role)
         if student is None or other is None:
             continue
-        judge = role != TEACHER
-        cells = [_against(key, getattr(student, key), getattr(other, key), judge=judge) for _, key, _ in columns]
         found = report.compared(STUDENT, role)
+        judge = role != TEACHER and not (found is not None and found.is_noise)
+        cells = [_against(key, getattr(student, key), getattr(other, key), judge=judge) for _, key, _ in columns]
         if found is not None:
-            tone = "" if found.is_noise else cells[0].tone
-            cells[0] = Cell(cells[0].text, tone, _range(found))
+            cells[0] = Cell(cells[0].text, cells[0].tone, _range(found))
         if timed:
             cells.append(_times_as_fast(report.in_torch(STUDENT), report.in_torch(role)))
         comparisons.append((f"Student against {_named(role, models)}", cells))
@@ -211,9 +210,10 @@ class ClassTable:
     rows: list[tuple[str, list[tuple[str, float | None, str]], Cell]]
 
 
-def class_table(models: Models) -> ClassTable | None:
+def class_table(report: Report) -> ClassTable | None:
     """A row a class, best student AP first (that of another model where there is no student); None without any. The
     student is compared with the model that learned like it, but for the teacher."""
+    models = report.models
     per_class: dict[str, dict[str, float | None]] = {
         role: figures.per_class
         for role in models.titles
@@ -229,11 +229,13 @@ def class_table(models: Models) -> ClassTable | None:
         return 1.0 if value is None else -value
 
     other = next((role for role in (FINE_TUNED, BASELINE) if role in per_class), None)
+    found = None if other is None else report.compared(STUDENT, other)
+    judge = not (found is not None and found.is_noise)  # of classes there is no interval
     rows = []
     for name in sorted(names, key=rank):
         bars = [(role, figures.get(name), figure(figures.get(name), 1)) for role, figures in per_class.items()]
         student, reference = per_class.get(STUDENT, {}).get(name), per_class.get(other or "", {}).get(name)
-        rows.append((name, bars, _against("map", student, reference, judge=True)))
+        rows.append((name, bars, _against("map", student, reference, judge=judge)))
     roles = [(role, models.titles[role]) for role in per_class]
     against = None if other is None else "labels alone" if other == FINE_TUNED else lower(models.titles[other])
     return ClassTable(roles, against, rows)

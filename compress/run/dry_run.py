@@ -43,7 +43,7 @@ from compress.run.plans import data_plan, training_plans, trainings_to_come
 from compress.run.pruned import check_source, rehearse_cut
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
-from compress.run.teacher import key_of, match_teacher, open_given
+from compress.run.teacher import NO_CLASS_SHARED, key_of, match_teacher, open_given
 from compress.run.trainings import Distillation, TrainingPlan, check, train
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
@@ -156,6 +156,10 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     for images in (train, val):
         for index in range(min(OPENED, len(images))):
             images[index]
+    files = [{images.path(index) for index in range(len(images))} for images in (train, val)]
+    both = len(files[0] & files[1])
+    if both:
+        console.print(f"note: {both} of {len(val)} validation images are also training images: mAP says little")
     count = len(train) if recipe.labels is None else round(len(train) * recipe.labels.fraction)
     labelled = "" if recipe.labels is None else f", about {count} of them with labels"
     console.print(
@@ -269,7 +273,10 @@ def _teacher(
     assert settings is not None
     if settings.given:
         teacher = _open(settings, categories, fabric, console)
-        return match_teacher(teacher, key_of(settings), names, learning, student)[0]
+        detector, labels = match_teacher(teacher, key_of(settings), names, learning, student)
+        if labels and max(labels) < 0:
+            console.print(f"teacher {teacher.file}: {NO_CLASS_SHARED}", markup=False)
+        return detector
     return _untrained(settings, len(names), console)
 
 

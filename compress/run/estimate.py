@@ -1,7 +1,8 @@
 """What a run will take on this machine: a few steps of each training are timed here, and counted out.
 
 Steps are timed on the run's own images at their real size, as the training does them. Large ones are done with fewer
-images and scaled up. Nothing is kept. Figures are good to about a third, on a machine that does nothing else.
+images and scaled up. Nothing is kept. Figures are good to about a half, on a machine that does nothing else. Memory is
+that of the trainings.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from lightning.fabric import Fabric
@@ -24,7 +26,6 @@ from compress.distill.weighting import TrainingPosition
 from compress.manifest import STUDENT_ON_PSEUDO_LABELS, fingerprint
 from compress.run.trainings import EVAL_BATCH, TrainingPlan
 from compress.training.distributed import sum_over_processes
-from compress.training.evaluate import detect
 from compress.training.learner import Learner, total_loss
 from compress.training.loop import steps_of
 from compress.training.optimizer import build_optimizer
@@ -158,6 +159,7 @@ def step_cost(fabric: Fabric, detector: Detector, plan: TrainingPlan, sets: Sets
     return StepCost(_together(seconds * parts, loading * parts, plan.workers, fabric.device), peak)
 
 
+@torch.no_grad()
 def seconds_an_image(detector: Detector, sets: Sets, device: torch.device) -> float:
     """Time to find the objects of a validation image, loading included."""
     count = min(len(sets.val), 1 if sets.canvas[0] * sets.canvas[1] > LARGE_PX else EVAL_BATCH)
@@ -170,7 +172,7 @@ def seconds_an_image(detector: Detector, sets: Sets, device: torch.device) -> fl
         batch = next(batches, None)
         if batch is None:
             break
-        detect(detector, [batch], sets.val.category_ids, device)
+        detector.decode(detector(batch.images.to(device)), batch.sizes)
         _wait(device)
         times.append((time.perf_counter() - started) / len(batch.targets))
     detector.train(was_training)
@@ -235,7 +237,7 @@ def _timed(
         loading.append(loaded - started)
         if computing[-1] > 10 and step:  # enough is known
             break
-    return min(computing[1:]), max(0.0, min(loading) - decoding), _peak(fabric.device)
+    return mean(computing[1:]), max(0.0, mean(loading) - decoding), _peak(fabric.device)
 
 
 def _decoding(images: CocoDetection, count: int) -> float:

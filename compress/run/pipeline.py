@@ -154,6 +154,8 @@ def _do(
     with working_in(folder, fabric), ExitStack() as stack:
         if not resume:
             need_whole(folder, labelling_of(recipe))
+        elif not folder.stages() and not folder.path.joinpath("recipe.yaml").exists():
+            console.print(f"{folder.path}: there is nothing to resume; this run begins anew", markup=False)
         on_first_process(fabric, lambda: write_recipe(folder, dump_recipe(recipe), whole=False))
         manifest = Manifest(folder.path, versions())
         data = open_data(data_plan(recipe), fabric)

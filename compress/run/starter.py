@@ -26,10 +26,11 @@ from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector
 from compress.pseudo.images import images_in
 from compress.run.data import open_splits, padding
-from compress.run.estimate import Sets, stages_of_run
+from compress.run.estimate import Sets, about, stages_of_run
 from compress.run.parts import Parts
 from compress.run.plans import data_plan, trainings_to_come
 from compress.run.starter_text import Choice, Draft, Facts, Teaching, Wishes, recipe_text
+from compress.run.teacher import NO_CLASS_SHARED
 from compress.run.trainings import Distillation
 from compress.teachers.base import size_of_training
 from compress.teachers.load import open_teacher
@@ -93,7 +94,7 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
         f"{counted(facts.classes, 'class')}; three quarters of the objects are larger than "
         f"{facts.object_share:.1%} of the picture's long side"
     )
-    taught = _teaching(wishes, fabric)
+    taught = _teaching(wishes, fabric, say)
     limits = taught.limits or image_limits(facts, LARGEST[device])
     least = min(limits[1], max(SMALLEST, _to_32(OBJECT_PX / facts.object_share)))
     batch = batch_size(facts.images)
@@ -109,10 +110,14 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
         if shrunk is not None:
             break
     draft, seconds = replace(draft, limits=shrunk or limits), seconds * _pixels(shrunk or limits) / _pixels(limits)
-    draft = replace(draft, steps=steps_for(draft.steps, seconds, wishes.budget - fixed, facts.images, batch))
+    steps = steps_for(draft.steps, seconds, wishes.budget - fixed, facts.images, batch)
+    draft = replace(draft, steps=steps, seconds=fixed + seconds * steps / draft.steps)
     draft = replace(draft, head_norm=_head_norm(draft, wishes, facts, taught))
     for line in reasons(draft, facts, limits):
         say(line)
+    if draft.seconds > 1.15 * wishes.budget:
+        say(f"note: the budget of {about(wishes.budget)} is too short for any run; this one takes about "
+            f"{about(draft.seconds)}")  # fmt: skip
     text = recipe_text(draft, wishes, facts, taught, device)
     _read(text)
     return text
@@ -183,7 +188,7 @@ def reasons(draft: Draft, facts: Facts, limits: tuple[int, int]) -> list[str]:
     if px < OBJECT_PX * 0.9:
         lines.append(f"note: a quarter of the objects are smaller than {px:.0f} px then; larger images would help")
     if draft.limits != limits:
-        lines.append(f"note: images of {_sizes(limits)} would suit the objects; the budget does not allow them")
+        lines.append(f"note: images of {_sizes(limits)} would be better; the budget does not allow them")
     wanted = enough(facts.images, draft.batch)
     if draft.steps < 0.9 * wanted:
         lines.append(f"note: {wanted} steps would be good; the budget allows {draft.steps}")
@@ -193,8 +198,8 @@ def reasons(draft: Draft, facts: Facts, limits: tuple[int, int]) -> list[str]:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _teaching(wishes: Wishes, fabric: Fabric) -> Teaching:
-    """What the student can learn from."""
+def _teaching(wishes: Wishes, fabric: Fabric, say: Callable[[str], None]) -> Teaching:
+    """What the student can learn from. say: takes a line about a teacher of other classes."""
     source = wishes.teacher
     if source is None:
         return Teaching(CHOICES, method=f"fgd: {FGD}", inherit=True)
@@ -203,7 +208,10 @@ def _teaching(wishes: Wishes, fabric: Fabric) -> Teaching:
     detector = teacher.detector
     refusals = []
     if detector is not None and not set(source.given) & set(BOXES_ALONE):
-        choices = tuple(replace(choice, student=_shaped(choice, detector)) for choice in CHOICES)
+        shaped = [replace(choice, student=_shaped(choice, detector)) for choice in CHOICES]
+        choices = tuple({str(choice.student): choice for choice in shaped}.values())  # some are now one
+        if not set(teacher.class_names or names.values()) & set(names.values()):
+            say(f"teacher {teacher.file}: {NO_CLASS_SHARED}")
         known = list(teacher.class_names or names.values())
         same = known == list(names.values()) and detector.num_classes == len(names)
         for method, inherit in _ways(detector, source, same=same):

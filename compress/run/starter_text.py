@@ -74,6 +74,7 @@ class Draft:
     """A recipe before it is written.
 
     limits: (short, long) of the images. steps: of the student. batch: images a step. head_norm: of the student.
+    seconds: that the whole run is expected to take.
     """
 
     choice: Choice
@@ -81,6 +82,7 @@ class Draft:
     steps: int
     batch: int
     head_norm: str = "group"
+    seconds: float = 0.0
 
     def epochs(self, facts: Facts, steps: int) -> float:
         """Passes over the images in so many steps."""
@@ -125,7 +127,7 @@ def recipe_text(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching, de
     files = "[fp32, fp16]\n  providers: [cuda]" if device == "cuda" else "[fp32, int8]"
     rows = [
         f"# For {facts.images} images of {counted(facts.classes, 'class')} and a run of about "
-        f"{about(wishes.budget)} on {device}; written by compress init.",
+        f"{about(draft.seconds)} on this {device}; written by compress init.",
         "# All keys: docs/recipe.md. More steps, larger images (short, long) and a larger backbone win most.",
         f"name: {wishes.name}",
         "seed: 0",

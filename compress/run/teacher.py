@@ -21,6 +21,7 @@ from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
 from deploy.core.errors import UserError
 
+NO_CLASS_SHARED = "knows none of the data's classes; its maps can teach, its mAP here is not measured"
 UNNAMED = ("teacher", "teacher.checkpoint", "teacher.custom")
 """Teachers that may leave the names of their classes to the data."""
 

@@ -39,7 +39,7 @@ from compress.distill.weighting import WeightedMethod
 from compress.manifest import TEACHER, RunFolder, fingerprint
 from compress.run.data import Datasets
 from compress.run.parts import describe as describe_part
-from compress.training.distributed import on_first_process
+from compress.training.distributed import is_first_process, on_first_process
 from compress.training.evaluate import evaluate
 from compress.training.loggers.opened import OpenLoggers
 from compress.training.loop import Training, check_length, fit, steps_of, without_effect
@@ -245,6 +245,8 @@ def begin(plan: TrainingPlan, detector: Detector, class_names: Sequence[str]) ->
     model = plan.model
     if plan.build is not None or plan.start is not None or model.init is None or model.is_whole:
         return getattr(detector, "renewed", ())
+    if is_first_process():
+        _say(f"{plan.name}: begins from {model.init}")
     return begin_from(detector, model.init, class_names, f"{plan.key}.init")
 
 

@@ -146,10 +146,10 @@ def test_the_results_of_the_repository(tmp_path: Path) -> None:
         ("qad", "quickstart-all-cpu", "int8 QAD", "mAP", 2, 18.519),
         ("pseudo_memory", "images of 64 x 64", "5000 images", "peak", None, 741.7),
         ("method_cost", "nano of nano2x, 8 images of 96", "fgd", "added time", None, 10.26),
-        ("recipe", "bccd", "student", "mAP", None, 56.871),
+        ("recipe", "bccd", "student", "mAP", None, 59.473),
     ],
 )  # fmt: skip
 def test_well_known_figures(suite: str, case: str, variant: str, metric: str, seed: int | None, value: float) -> None:
     """Figures that documents have named, as measured in November 2026; who measures one anew changes it here."""
     (row,) = results.of(read(), suite, case, variant=variant, metric=metric, seed=seed)
-    assert row.value == pytest.approx(value, rel=1e-3) and row.date == "2026-11-21"
+    assert row.value == pytest.approx(value, rel=1e-3) and row.date.startswith("2026-11-")

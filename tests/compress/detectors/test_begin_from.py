@@ -75,7 +75,9 @@ def test_a_training_begins_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     recipe = tiny_recipe.recipe(tmp_path, *still, f"student.init={file}")
     pipeline.distill(recipe, dry_run=True)
     pipeline.distill(recipe, distillation=False)
-    assert "student: 2 class layers begin anew: what it starts from has other classes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"student: begins from {file}" in shown
+    assert "student: 2 class layers begin anew: what it starts from has other classes" in shown
     start, trained = (load_detector(path)[0].state_dict() for path in (file, recipe.run_dir / "student.safetensors"))
     convolutions = [key for key, value in start.items() if value.dim() == 4 and "gfl_cls" not in key]
     assert len(convolutions) > 10
@@ -100,9 +102,10 @@ def test_a_training_begins_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "{backbone: resnet18, weights: imagenet, init: a.pth}",
             "student.weights: are those of a backbone",
         ),
+        ("{backbone: nano, init: a.pth}\nteacher.inherit=true", "teacher.inherit: would replace the neck and head"),
         ("{detector: 'm:D', init: a.pth}", "student.init: is for the built-in detectors"),
     ],
 )
 def test_what_a_recipe_may_say(student: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=problem):
-        load_recipe(tiny_recipe.recipe_file(tmp_path), [f"student={student}"])
+        load_recipe(tiny_recipe.recipe_file(tmp_path), f"student={student}".splitlines())

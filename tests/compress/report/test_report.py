@@ -265,7 +265,7 @@ def test_a_gain_stands_with_its_interval_and_noise_is_called_noise(tmp_path: Pat
     html = build_report(write_run(tmp_path, report)).read_text(encoding="utf-8")
     text = Page(html).text
     assert "labels alone (95\xa0% interval −0.5 to +4.9, cannot be told from noise)." in text
-    assert "The teacher has nothing to teach that these images show: +8.0 over" in text
+    assert "These images cannot show whether the teacher has anything to teach: +8.0 over" in text
     assert "+3.0 over the baseline, cannot be told from noise" in text
     assert '<td class="">+3.0<small' in html and '<td class="good">+3.0<small' not in html
 

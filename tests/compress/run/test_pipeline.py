@@ -168,6 +168,9 @@ def test_a_dry_run_looks_at_the_data(tmp_path: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr().out
 
     images = len(read_annotations(train.annotations)["images"])
+    assert "validation images are also training images" not in rehearse()
+    same = rehearse(f"data.val={{annotations: {train.annotations}, images: {train.images}}}")
+    assert f"note: {images} of {images} validation images are also training images" in same
     shown = rehearse("train.steps=null", "train.epochs=6", "train.schedule.warmup_steps=1")
     assert f"data: {images} training images, " in shown and "3 classes; the first 8 of both could be read" in shown
     assert f"of 4 images, 6.0 epochs of {images} images" in shown

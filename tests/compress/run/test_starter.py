@@ -16,6 +16,9 @@ from compress import cli
 from compress.config.data import Split
 from compress.config.recipe import Recipe, load_recipe
 from compress.config.teacher import Source
+from compress.data.coco import CocoDetection
+from compress.data.transforms import eval_transform
+from compress.detectors.checkpoints import load_detector
 from compress.run import estimate, starter
 from compress.run.starter import starter_recipe
 from compress.run.starter_text import Facts, Wishes
@@ -108,15 +111,18 @@ def test_a_recipe_passes_its_rehearsal(
 def test_the_budget_decides(tmp_path: Path, quick: dict[str, float]) -> None:
     """With less time: fewer steps, then a smaller detector and smaller images; what is lost is said."""
     seen = []
-    for index, seconds in enumerate((100_000.0, 3500.0, 800.0, 60.0)):
+    for index, seconds in enumerate((100_000.0, 3500.0, 800.0, 35.0)):
         recipe, said = written("tiny objects", tmp_path / str(index), seconds)
         student, steps = recipe.student, recipe.train.steps or 0
         seen.append((student.backbone, student.neck_channels, recipe.data.long, steps, "\n".join(said)))
     rich, medium, tight, hopeless = seen
     assert rich[:4] == ("resnet18", 128, 640, 2400) and "chosen: resnet18 student" in rich[4]
     assert medium[:2] == ("nano", 64) and starter.ENOUGH[0] <= medium[3] < 2400
-    assert tight[:2] == ("nano", 32) and tight[2] < 640 and "would suit the objects" in tight[4]
+    assert tight[:2] == ("nano", 32) and tight[2] < 640
+    assert "images of 640 x 480 would be better; the budget does not allow them" in tight[4]
     assert hopeless[3] < starter.ENOUGH[0] and "would be good; the budget allows" in hopeless[4]
+    assert "the budget of 35 s is too short for any run; this one takes about" in hopeless[4]
+    assert "too short" not in tight[4]
 
 
 @given(
@@ -169,6 +175,16 @@ def test_a_teacher_of_boxes_alone_needs_pictures_to_label(tmp_path: Path, quick:
     assert recipe.teacher is None and not recipe.methods.enabled()
     assert recipe.pseudo_labels is not None and recipe.pseudo_labels.unlabeled == (more,)
     assert recipe.pseudo_labels.teachers == (Source(results=results),)
+
+
+def test_a_teacher_of_more_classes_is_timed(tmp_path: Path) -> None:
+    train, val, images = draw(KINDS["one class"], tmp_path / "data")
+    transform = eval_transform(64, 96)
+    opened = [CocoDetection(file, images, transform) for file in (train, val)]
+    names = tuple(f"c{label}" for label in range(20))
+    detector = load_detector(Path(random_teacher.teacher(tmp_path / "t.safetensors", names, 0)))[0]
+    sets = estimate.Sets(opened[0], opened[1], 40, 12, False, (96, 96))
+    assert 0 < estimate.seconds_an_image(detector, sets, torch.device("cpu")) < 60
 
 
 def test_steps_are_counted_out() -> None:
