@@ -204,7 +204,7 @@ def settings_of(family: str) -> list[str]:
     ("family", "teacher", "precisions"),
     [
         ("fcos", "faster_rcnn", ["fp32"]),
-        ("retinanet", "retinanet", ["fp32"]),
+        pytest.param("retinanet", "retinanet", ["fp32"], marks=pytest.mark.exhaustive),
         pytest.param("fcos", "fcos", ["fp32", "fp16"], marks=pytest.mark.exhaustive),
     ],
 )

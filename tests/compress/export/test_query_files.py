@@ -27,7 +27,7 @@ from deploy.quantize.qdq import Target
 from deploy.runtimes.onnx import OnnxRunner
 from tests.helpers import tiny_detr
 
-KINDS = [DFine, RfDetr, *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (RTDetrV2, LwDetr))]
+KINDS = [DFine, *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (RfDetr, RTDetrV2, LwDetr))]
 
 
 @pytest.fixture(scope="module", params=KINDS)

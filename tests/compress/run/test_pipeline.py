@@ -192,6 +192,7 @@ def test_a_dry_run_looks_at_the_data(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
+@pytest.mark.exhaustive
 @rounds(4)
 def test_portrait_photographs_go_through(tmp_path: Path) -> None:
     """Images of several sizes and ratios, none of them the canvas; validation in the original pixels."""

@@ -77,6 +77,7 @@ def test_two_processes_equal_one(one: Path, tmp_path: Path, launcher: list[str])
     assert_equal(one, tmp_path / "runs" / "tiny")
 
 
+@pytest.mark.exhaustive
 def test_two_processes_equal_one_with_a_cache_of_the_teacher(one: Path, tmp_path: Path) -> None:
     """Both fill one; each entry of theirs is there once, with the same bits."""
     settings = [*start_from(one.parents[1] / "nano.pth"), "train.views=2", "data.photometric=true"]

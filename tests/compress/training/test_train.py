@@ -88,8 +88,10 @@ def queries(family: str) -> tuple[str, ...]:
     ("moment", "family"),
     [
         ("step", None),
-        ("step", "d_fine"),
-        *(pytest.param("step", name, marks=pytest.mark.exhaustive) for name in ("rt_detr_v2", "rf_detr", "lw_detr")),
+        *(
+            pytest.param("step", name, marks=pytest.mark.exhaustive)
+            for name in ("d_fine", "rt_detr_v2", "rf_detr", "lw_detr")
+        ),
         pytest.param("write", None, marks=pytest.mark.exhaustive),
     ],
 )
