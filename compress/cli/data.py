@@ -173,6 +173,8 @@ def check(
     for line in checked.lines():
         print(line)
     print(f"{annotations}: {_described(checked)}")
+    if checked.sizes:
+        print(f"{annotations}: {_sizes(checked)}")
     notes = f"{checked.notes} note{'s' * (checked.notes != 1)}"
     if checked.errors:
         gate_failed(f"{annotations}: {checked.errors} error{'s' * (checked.errors > 1)}, {notes}")
@@ -203,6 +205,17 @@ def _described(checked: Checked) -> str:
         f"{counted(checked.image_count, 'image')}, {counted(sum(checked.boxes.values()), 'box')} of "
         f"{counted(len(boxes), 'class')}: {shown}"
     )
+
+
+def _sizes(checked: Checked) -> str:
+    """Sizes of pictures and of objects in them."""
+    small, middle, large = ("x".join(map(str, size)) for size in checked.sizes)
+    pictures = (
+        f"pictures of {small}" if small == large else f"pictures from {small} to {large}, the middle one {middle}"
+    )
+    if checked.object_share is None:
+        return pictures
+    return f"{pictures}; a quarter of the objects are smaller than {checked.object_share:.1%} of the long side"
 
 
 @data_app.command("split")

@@ -85,6 +85,10 @@ def test_the_check_writes_what_it_found(run: Run) -> None:
     assert (code, found["fit"], found["errors"], found["boxes"]) == (0, True, 0, {"thing": 1})
     assert f"{found['notes']} note" in out.splitlines()[-2] or found["notes"] == 0
     assert "good.json: 1 image, 1 box of 1 class: thing 1" in out.splitlines()
+    share = found["object_share"]
+    assert (
+        f"good.json: pictures of 64x64; a quarter of the objects are smaller than {share:.1%} of the long side" in out
+    )
     code, out, err = run("data check good.json --images images --against good.json")
     assert code == 1 and "images/a.png: image 1: is also in good.json" in out and "1 error" in err
 
