@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: Ctrl-C would reach no test
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     from tests.helpers.cpu_budget import CpuReport
 
     config.pluginmanager.register(CpuReport(config.getoption("--cpu-report")), "cpu-report")

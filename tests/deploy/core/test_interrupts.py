@@ -18,7 +18,9 @@ def wait():
 
 def run(code: str) -> tuple[int, str, str]:
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-c", BEGIN + code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + code], env=environment, capture_output=True, text=True, timeout=600
+    )
     return done.returncode, done.stdout, done.stderr
 
 
