@@ -116,13 +116,16 @@ def ranked(truth: GroundTruth, table: DetectionTable, limit: int) -> Ranked:
     """Match as `curves` does. limit: how many detections of a class in an image count."""
     objects, rows = _Objects(truth), _Rows(truth, table, None, limit)
     hit, skip, _ = _match(objects, rows)
-    classes, images = np.divmod(rows.groups, max(len(truth.image_ids), 1))
-    order = np.lexsort((-table.scores[rows.numbers], classes))  # stable: of equal scores, images in their order
+    numbers, groups = rows.numbers, rows.groups
+    del objects, rows  # most of the memory
+    images = max(len(truth.image_ids), 1)
+    order = np.lexsort((-table.scores[numbers], (groups // images).astype(np.int32)))  # stable: images in their order
+    numbers, groups = numbers[order], groups[order]
     return Ranked(
-        classes=classes[order].astype(np.int32),
-        images=images[order].astype(np.int32),
-        rows=rows.numbers[order],
-        hit=hit.columns(order, 0),
+        classes=(groups // images).astype(np.int32),
+        images=(groups % images).astype(np.int32),
+        rows=numbers,
+        hit=hit.columns(order, 0).copy(),  # of what holds the bits of other areas as well
         counted=~skip.columns(order, 0),
     )
 

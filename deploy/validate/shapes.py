@@ -44,16 +44,17 @@ def map_by_shape(truth: GroundTruth, table: DetectionTable) -> list[Shape]:
 
 def _of_shape(truth: GroundTruth, table: DetectionTable, name: str, low: float, high: float) -> Shape:
     inside = _inside(truth.boxes, low, high)
-    of_shape = replace(truth, areas=np.where(inside, truth.areas, -1.0))  # an area that is none does not count
-    found = ranked(of_shape, table, DETECTIONS)
-    counted = found.counted & (found.hit | _inside(table.xywh(found.rows), low, high)[:, None])
-    objects = np.bincount(truth.categories[of_shape.counts], minlength=len(truth.category_ids))
+    only = replace(truth, areas=np.where(inside, truth.areas, -1.0))  # an area that is none does not count
+    found = ranked(only, table, DETECTIONS)
+    objects = np.bincount(truth.categories[only.counts], minlength=len(truth.category_ids))
     bounds = np.searchsorted(found.classes, np.arange(len(objects) + 1))
     classes = np.flatnonzero(objects)
     aps = []
     for k in classes:
-        rows = slice(bounds[k], bounds[k + 1])
-        aps.append(curve(found.hit[rows], counted[rows], int(objects[k]))[0].mean())
+        rows = slice(bounds[k], bounds[k + 1])  # a class at a time: of all it would be most of the memory
+        of_shape = _inside(table.xywh(found.rows[rows]), low, high)
+        counted = found.counted[rows] & (found.hit[rows] | of_shape[:, None])
+        aps.append(curve(found.hit[rows], counted, int(objects[k]))[0].mean())
     return Shape(name, int(objects.sum()), float(np.mean(aps) * 100) if aps else math.nan)
 
 
