@@ -25,7 +25,7 @@ from compress.cli.options import (
     provider_names,
 )
 from deploy.core.errors import UserError
-from deploy.core.shown import first_of_each
+from deploy.core.shown import counted, first_of_each
 from deploy.runtimes.providers import ON_CPU
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _need_fast_enough(slower: Sequence[Any], tolerance: float) -> None:
         worst = max(slower, key=lambda found: found.ratio.value)
         gate_failed(
             f"{worst.other} is more than {tolerance:g} % slower than {worst.base}: {worst.figure} "
-            f"{worst.ratio.value - 1:+.1%} ({worst.where}); {len(slower)} figure{'s' * (len(slower) > 1)} in all"
+            f"{worst.ratio.value - 1:+.1%} ({worst.where}); {counted(len(slower), 'figure')} in all"
         )
 
 

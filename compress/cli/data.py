@@ -175,9 +175,9 @@ def check(
     print(f"{annotations}: {_described(checked)}")
     if checked.sizes:
         print(f"{annotations}: {_sizes(checked)}")
-    notes = f"{checked.notes} note{'s' * (checked.notes != 1)}"
+    notes = counted(checked.notes, "note")
     if checked.errors:
-        gate_failed(f"{annotations}: {checked.errors} error{'s' * (checked.errors > 1)}, {notes}")
+        gate_failed(f"{annotations}: {counted(checked.errors, 'error')}, {notes}")
     role = "val" if annotations.stem.startswith(("val", "test")) else "train"
     print(
         f"{annotations}: fit for training{f', {notes}' if checked.notes else ''}; "

@@ -372,6 +372,11 @@ class Methods(Settings):
         terms = {name: getattr(self, name) for name in type(self).model_fields if name != "uet"}
         return {name: term for name, term in terms.items() if term is not None} | self.own
 
+    @property
+    def end_early(self) -> bool:
+        """Whether one ends before the training; its adapters get no gradient from then on."""
+        return any(term.stop_epoch is not None for term in self.enabled().values())
+
     def of_teacher(self) -> dict[str, Term]:
         """Those of them that learn from the recipe's teacher."""
         return {name: term for name, term in self.enabled().items() if term.needs_teacher}

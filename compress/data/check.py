@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.data.sizes import object_shares, picture_sizes
 from deploy.core.errors import UserError
 from deploy.core.image import load_image, pixel_doubt
 from deploy.core.image_folder import missing
@@ -121,17 +122,9 @@ def check(
 
 def _sizes(document: Mapping[str, Any]) -> tuple[Sequence[tuple[int, int]], float | None]:
     """`sizes` and `object_share` of `Checked`."""
-    known = {
-        row["id"]: (row["width"], row["height"])
-        for row in document["images"]
-        if all(isinstance(row.get(key), int) and row[key] > 0 for key in ("width", "height"))
-    }
-    ordered = sorted(known.values(), key=lambda size: size[0] * size[1])
-    shares = sorted(
-        math.sqrt(row["bbox"][2] * row["bbox"][3]) / max(known[row["image_id"]])
-        for row in document["annotations"]
-        if row["image_id"] in known and min(row["bbox"][2:]) > 0
-    )
+    known = picture_sizes(document)
+    ordered = sorted(known.values(), key=math.prod)
+    shares = object_shares(document, known)
     sizes = [ordered[0], ordered[len(ordered) // 2], ordered[-1]] if ordered else []
     return sizes, shares[len(shares) // 4] if shares else None
 

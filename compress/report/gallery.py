@@ -16,6 +16,7 @@ from compress.manifest import BASELINE, STUDENT, TEACHER
 from compress.report.document import STUDENT_IN_TORCH
 from deploy.core.card import SHOWN_SCORE
 from deploy.core.detection_table import DetectionTable
+from deploy.core.shown import counted
 from deploy.validate.average_precision import matched_at_half
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.kept import Kept
@@ -109,14 +110,14 @@ def _queues(kept: Kept, found: Mapping[str, _Shown], others: Mapping[str, _Shown
     there, hits, extra = _counts(kept.truth, student)
     f1 = 2 * hits / np.maximum(there + hits + extra, 1)
 
-    def counted(word: str) -> Callable[[int], str]:
+    def told(word: str) -> Callable[[int], str]:
         return lambda i: f"{word}: {hits[i]} of {there[i]} objects found, {extra[i]} extra"
 
     wrong = np.flatnonzero((there > hits) | (extra > 0))
     some = np.flatnonzero(there > 0)
     worst = wrong[np.lexsort((-(there - hits + extra)[wrong], f1[wrong]))]
     best = some[np.lexsort((-there[some], -f1[some]))]
-    queues = {"worst": _queue(worst, counted("Among the worst")), "best": _queue(best, counted("Among the best"))}
+    queues = {"worst": _queue(worst, told("Among the worst")), "best": _queue(best, told("Among the best"))}
     if TEACHER in found:
         apart = _apart(kept.truth, student, found[TEACHER])
         queues["teacher"] = _queue(_most(apart), lambda i: f"Teacher and student differ: {_boxes(apart[i])}")
@@ -148,7 +149,7 @@ def _most(apart: np.ndarray) -> np.ndarray:
 
 
 def _boxes(number: int) -> str:
-    return f"{number} box{'' if number == 1 else 'es'} that only one of them has"
+    return f"{counted(int(number), 'box')} that only one of them has"
 
 
 def _entry(

@@ -251,11 +251,9 @@ def _joined(sets: list[Split], folder: Path, *, write: bool) -> Split:
         return sets[0]
     places = {str(index): [str(one.annotations), str(one.images)] for index, one in enumerate(sets)}
     out = folder / f"joined-{fingerprint(places)[:16]}.json"
-    images = Path(common_folder([one.images for one in sets]))
+    images = common_folder([one.images for one in sets])
     if write:
-        document, images = merged(
-            [Labelled(one.annotations, one.images, load_annotations(one.annotations)) for one in sets]
-        )
+        document, _ = merged([Labelled(one.annotations, one.images, load_annotations(one.annotations)) for one in sets])
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, document)
     return Split(annotations=out, images=images)

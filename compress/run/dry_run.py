@@ -39,11 +39,11 @@ from compress.run.data import DataPlan, open_data, open_splits, splits
 from compress.run.estimate import Sets, stages_of_run
 from compress.run.estimate import lines as estimate_lines
 from compress.run.parts import Parts
-from compress.run.plans import data_plan, training_plans, trainings_to_come
+from compress.run.plans import data_plan, on_pseudo_labels, training_plans, trainings_to_come
 from compress.run.pruned import check_source, rehearse_cut
 from compress.run.pseudo_labels import LabellingPlan, labelling_plan, only_labels
 from compress.run.pseudo_labels import rehearse as rehearse_labels
-from compress.run.teacher import NO_CLASS_SHARED, key_of, match_teacher, open_given
+from compress.run.teacher import NO_CLASS_SHARED, key_of, match_teacher, open_given, untrained_teacher
 from compress.run.trainings import Distillation, TrainingPlan, check, train
 from compress.teachers.base import BoxTeacher, DetectorTeacher
 from compress.teachers.load import open_teacher
@@ -215,6 +215,7 @@ def _estimate(
             sets,
             given=given,
             unlabelled=unlabelled,
+            labelled=on_pseudo_labels(recipe),
             deploy=recipe.deploy if ships else None,
         )
         machine.read()
@@ -245,9 +246,8 @@ def _cut(recipe: Recipe, categories: dict[int, str], console: Console, *, distil
     """The recipe with a student of the pruned architecture, or of one like it."""
     prune, data = recipe.student.prune, recipe.data
     assert prune is not None, "the caller looks"
-    if all(
-        split.annotations.is_file() for split in data.train_sets.values()
-    ):  # otherwise COCO's classes stand in, which say nothing
+    # Where they are not there, COCO's classes stand in, which say nothing.
+    if all(split.annotations.is_file() for split in data.train_sets.values()):
         check_source(prune, recipe.teacher, list(categories.values()), distillation=distillation)
     side = min(data.eval_short, SHORT_PX) // 32 * 32 or 32
     model = rehearse_cut(recipe.student, len(categories), (side, side), recipe.seed)
@@ -283,8 +283,8 @@ def _teacher(
 def _untrained(settings: Teacher, num_classes: int, console: Console) -> Detector:
     """A teacher that the run would train first."""
     assert settings.model is not None
-    model = _without_download(settings.model, console, "teacher")
-    return freeze(build_detector(model, num_classes, 0, key="teacher.model"))
+    _without_download(settings.model, console, "teacher")
+    return untrained_teacher(settings, num_classes)
 
 
 def _labellers(recipe: Recipe, categories: dict[int, str], fabric: Fabric, console: Console) -> list[BoxTeacher]:

@@ -7,7 +7,6 @@ that of the trainings.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,12 +22,14 @@ from compress.data.coco import CocoDetection
 from compress.data.loader import eval_loader, train_loader
 from compress.detectors.base import Detector
 from compress.distill.weighting import TrainingPosition
-from compress.manifest import STUDENT_ON_PSEUDO_LABELS, fingerprint
+from compress.manifest import fingerprint
 from compress.run.trainings import EVAL_BATCH, TrainingPlan
 from compress.training.distributed import sum_over_processes
 from compress.training.learner import Learner, total_loss
 from compress.training.loop import steps_of
 from compress.training.optimizer import build_optimizer
+from compress.training.time_left import in_words
+from deploy.core.environment import usable_cores
 from deploy.core.image import load_image
 from deploy.latency.results import Reading
 from deploy.latency.telemetry import troubles
@@ -83,6 +84,7 @@ def stages_of_run(
     *,
     given: Detector | None = None,
     unlabelled: int = 0,
+    labelled: str | None = None,
     deploy: Deploy | None = None,
 ) -> list[Stage]:
     """The stages of a run in their order.
@@ -90,7 +92,7 @@ def stages_of_run(
     Args:
         plans: its trainings.
         given: a teacher that is there already, which is measured on the validation images.
-        unlabelled: pictures that teachers label, and that the student then trains on as well.
+        unlabelled: pictures that teachers label. labelled: name of the training that sees them as well.
         deploy: of the recipe, where files are made and measured.
     """
     stages = []
@@ -101,7 +103,7 @@ def stages_of_run(
             stages.append(Stage("pseudo labels", f"of {unlabelled} images", look * unlabelled))
     known: dict[str, StepCost] = {}
     for plan in plans:
-        more = unlabelled if plan.distillation.names or plan.name == STUDENT_ON_PSEUDO_LABELS else 0
+        more = unlabelled if plan.name == labelled else 0
         stages.append(training_stage(fabric, plan, replace(sets, images=sets.images + more), known))
     if deploy is not None:
         student = plans[-1].detector(len(sets.train.categories)).to(fabric.device)
@@ -188,26 +190,15 @@ def lines(
         left_out: what takes time and is not in it.
         readings: of the machine while it was made.
     """
-    rows = [(s.name, s.what, about(s.seconds), _memory(s.memory)) for s in stages]
+    rows = [(s.name, s.what, in_words(s.seconds), _memory(s.memory)) for s in stages]
     highest = max((s.memory for s in stages if s.memory is not None), default=None)
-    rows.append(("in all", "", about(sum(s.seconds for s in stages)), _memory(highest)))
+    rows.append(("in all", "", in_words(sum(s.seconds for s in stages)), _memory(highest)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     cores = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     missing = f"; without {', '.join(left_out)}" if left_out else ""
     head = f"estimate, from steps timed here on {device.type}{cores}{missing}:"
     table = ["  " + "  ".join((*map(str.ljust, row, widths), row[3])).rstrip() for row in rows]
     return [head, *table, *(f"  {trouble}: alone it would be faster" for trouble in troubles(readings))]
-
-
-def about(seconds: float) -> str:
-    """A length of time in words, to two figures: 40 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.2g} h"
-    return f"{seconds / 86400:.2g} days"
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -253,7 +244,7 @@ def _together(computing: float, loading: float, workers: int, device: torch.devi
     """Seconds of a step whose images are loaded by so many processes beside it, which share a CPU with it."""
     if workers == 0:
         return computing + loading
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     busy = (computing * min(torch.get_num_threads(), cores) if device.type == "cpu" else 0.0) + loading
     return max(computing, loading / workers, busy / cores)
 

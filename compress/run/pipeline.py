@@ -20,7 +20,6 @@ from rich.console import Console
 
 from compress.config.recipe import Recipe, dump_recipe
 from compress.config.teacher import Teacher
-from compress.config.train import Train
 from compress.console import open_console
 from compress.detectors.base import Detector, freeze
 from compress.detectors.build import build_detector
@@ -54,6 +53,7 @@ from compress.run.plans import (
     qad_plan,
     quantizing,
     student_plan,
+    teacher_plan,
     training_plans,
     with_whole_student,
 )
@@ -64,7 +64,14 @@ from compress.run.pseudo_labels import (
     fine_tuning,
     label_images,
 )
-from compress.run.teacher import checkpoint_to_show, has_a_teacher, key_of, match_teacher, open_given
+from compress.run.teacher import (
+    checkpoint_to_show,
+    has_a_teacher,
+    key_of,
+    match_teacher,
+    open_given,
+    untrained_teacher,
+)
 from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, start_identity, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
 from compress.training.distributed import is_first_process, launch, on_first_process
@@ -140,7 +147,7 @@ def _do(
         raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
     need_packages(recipe.loggers)
     recipe = with_whole_student(recipe)
-    fabric = _launch(recipe)
+    fabric = launch(recipe.train, unused_parameters=recipe.methods.end_early)
     kind = parts.student_class(recipe.student.detector)
     problem = recipe.student_problem(kind)
     if problem is not None:
@@ -154,7 +161,7 @@ def _do(
     with working_in(folder, fabric), ExitStack() as stack:
         if not resume:
             need_whole(folder, labelling_of(recipe))
-        elif not folder.stages() and not folder.path.joinpath("recipe.yaml").exists():
+        elif not folder.recipe.exists():
             console.print(f"{folder.path}: there is nothing to resume; this run begins anew", markup=False)
         on_first_process(fabric, lambda: write_recipe(folder, dump_recipe(recipe), whole=False))
         manifest = Manifest(folder.path, versions())
@@ -173,8 +180,7 @@ def _do(
                     f"its weights are {folder.weights()}, its figures stand above"
                 )
         if manifest.worked and is_first_process():
-            reported = ships and kind.exportable is None
-            loggers.table(final_table(folder, reported=reported), files_of(folder))
+            loggers.table(final_table(folder, reported=ships and kind.exportable is None), files_of(folder))
         if not manifest.worked:
             console.print(
                 f"{folder.path}: everything was done already and its inputs are the same; nothing was repeated"
@@ -265,7 +271,7 @@ class _Run:
         """Load or train the teacher, and measure it on the validation images before a student learns from it."""
         settings = self.recipe.teacher
         if self.parts.teacher is None and settings is not None and settings.train is not None:
-            return self._trained_teacher(settings, settings.train)
+            return self._trained_teacher(settings)
         names = dict(zip(self.data.train.category_ids, self.data.train.categories, strict=True))
         teacher = open_given(settings, self.parts.teacher, self.fabric.device, names)
         named, key = teacher.class_names is not None, key_of(None if self.parts.teacher is not None else settings)
@@ -290,23 +296,19 @@ class _Run:
         )
         return detector
 
-    def _trained_teacher(self, settings: Teacher, schedule: Train) -> Detector:
-        assert settings.model is not None, "the recipe was validated"
-        classes = len(self.data.train.categories)
-        model = settings.model.model_copy(update={"weights": "none"})
-        untrained = build_detector(model, classes, 0, key="teacher.model")
+    def _trained_teacher(self, settings: Teacher) -> Detector:
+        untrained = untrained_teacher(settings, len(self.data.train.categories))
         distillation_plan(self.recipe, self.parts).check(self._new_student(), untrained)
-        plan = replace(student_plan(self.recipe), name=TEACHER, model=settings.model, settings=schedule)
+        plan = teacher_plan(self.recipe)
         self._stage(plan)
         teacher, record = load_detector(self.folder.weights(TEACHER))
-        freeze(teacher)
-        teacher.to(self.fabric.device)
+        freeze(teacher).to(self.fabric.device)
+        limit = plan.max_detections
 
         def check() -> dict[str, Any]:
-            limit = plan.max_detections
             return {"metrics": evaluate_on(teacher, self.data, self.fabric, plan.workers, limit).to_dict()}
 
-        inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **limit_input(plan.max_detections)}
+        inputs = {"data": self.data.val_identity, "weights": state_sha256(teacher), **limit_input(limit)}
         measured = self.manifest.stage(TEACHER_CHECK, inputs, [], check, write=self.fabric.is_global_zero)
         found = CocoMetrics.from_dict(measured["metrics"])
         kind = " ".join(name for name in (record.model.detector, record.model.backbone) if name)
@@ -491,9 +493,3 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     inputs |= {"versions": versions()}
     manifest.stage(REPORT, inputs, [folder.report, folder.page], lambda: write_report(report, rows))
     show_report(folder)
-
-
-def _launch(recipe: Recipe) -> Fabric:
-    # The adapters of a method that ends before the training get no gradient from then on.
-    ends = any(term.stop_epoch is not None for term in recipe.methods.enabled().values())
-    return launch(recipe.train, unused_parameters=ends)

@@ -127,14 +127,19 @@ def student_plan(recipe: Recipe, parts: Parts | None = None, pruned: PrunedStude
     )
 
 
+def teacher_plan(recipe: Recipe) -> TrainingPlan:
+    """The teacher that a recipe trains first."""
+    teacher = recipe.teacher
+    assert teacher is not None and teacher.model is not None and teacher.train is not None, "the caller looks"
+    return replace(student_plan(recipe), name=TEACHER, model=teacher.model, settings=teacher.train)
+
+
 def training_plans(recipe: Recipe, parts: Parts, *, distillation: bool) -> list[TrainingPlan]:
     """The trainings whose number of images is known beforehand: that of a student that also learns from pseudo labels
     is not."""
     plans = []
     if distillation and recipe.teacher is not None and recipe.teacher.train is not None:
-        assert recipe.teacher.model is not None, "the recipe was validated"
-        of_teacher = replace(student_plan(recipe), name=TEACHER, model=recipe.teacher.model, build=None)
-        plans.append(replace(of_teacher, settings=recipe.teacher.train))
+        plans.append(teacher_plan(recipe))
     if not distillation or recipe.pseudo_labels is None:
         learns = distillation_plan(recipe, parts) if distillation else Distillation()
         plans.append(replace(student_plan(recipe), distillation=learns))
@@ -157,10 +162,8 @@ def trainings_to_come(
         if recipe.student.prune is not None and (learns.names or pseudo is not None):
             plans.append(replace(alone, name=FINE_TUNED))
     taught = replace(alone, teacher=teacher, distillation=learns)
-    if pseudo is None or pseudo.fine_tune is None:
-        plans.append(taught)
-    else:
-        plans.append(replace(taught, name=STUDENT_ON_PSEUDO_LABELS))
+    plans.append(replace(taught, name=STUDENT if pseudo is None else on_pseudo_labels(recipe) or STUDENT))
+    if pseudo is not None and pseudo.fine_tune is not None:
         plans.append(replace(alone, settings=fine_tuning(recipe.train, pseudo.fine_tune)))
     qad = recipe.deploy.int8.qad
     if distillation and qad is not None:
@@ -175,22 +178,23 @@ def _without_weights(model: Model) -> Model:
     return model.model_copy(update={"weights": "none", "init": None})
 
 
+def on_pseudo_labels(recipe: Recipe) -> str | None:
+    """Name of the training on what teachers label; None: they label nothing."""
+    if recipe.pseudo_labels is None:
+        return None
+    return STUDENT if recipe.pseudo_labels.fine_tune is None else STUDENT_ON_PSEUDO_LABELS
+
+
 def outlook(recipe: Recipe, parts: Parts, images: int, *, distillation: bool, ships: bool) -> dict[str, Later]:
     """What comes after each training of a run on so many images. That of a student on pseudo labels is not known."""
-    known = {plan.name: plan for plan in training_plans(recipe, parts, distillation=distillation)}
-    alone = pictures_of(recipe.train, images)
-    stages: list[tuple[str, int | None]] = []
-    if TEACHER in known:
-        stages.append((TEACHER, pictures_of(known[TEACHER].settings, images)))
-    if distillation and recipe.pseudo_labels is not None:
-        stages.append(("labelling", None))
-    if recipe.student.prune is not None:
-        stages.append(("cut", None))
-    if distillation and recipe.baseline:
-        stages.append((BASELINE, alone))
-    stages.append((STUDENT, alone if STUDENT in known else None))
-    if distillation and recipe.deploy.int8.qad is not None:
-        stages.append(("qad", recipe.deploy.int8.qad.steps * recipe.train.batch_size))
+    plans = trainings_to_come(recipe, parts, None, distillation=distillation)
+    unknown = on_pseudo_labels(recipe) if distillation else None
+    stages: list[tuple[str, int | None]] = [
+        (plan.name, None if plan.name == unknown else pictures_of(plan.settings, images)) for plan in plans
+    ]
+    between = [("labelling", None)] * (unknown is not None) + [("cut", None)] * (recipe.student.prune is not None)
+    own = sum(plan.name == TEACHER for plan in plans)
+    stages[own:own] = between
     stages += [(name, None) for name in ("export", "validate", "benchmark") if ships]
     return {
         name: Later(

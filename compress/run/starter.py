@@ -18,23 +18,26 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from compress.config.data import Split
+from compress.config.data import Data, Split
 from compress.config.recipe import Recipe, load_recipe
 from compress.config.teacher import BOXES_ALONE, Source
 from compress.config.yaml_document import Document
-from compress.detectors.base import Detector, freeze
+from compress.data.coco import CocoDetection
+from compress.data.sizes import object_shares, picture_sizes
+from compress.detectors.base import Detector
 from compress.detectors.build import build_detector
 from compress.pseudo.images import images_in
-from compress.run.data import open_splits, padding
-from compress.run.estimate import Sets, about, stages_of_run
+from compress.run.data import canvas, open_splits, padding
+from compress.run.estimate import Sets, stages_of_run
 from compress.run.parts import Parts
-from compress.run.plans import data_plan, trainings_to_come
+from compress.run.plans import data_plan, on_pseudo_labels, trainings_to_come
 from compress.run.starter_text import Choice, Draft, Facts, Teaching, Wishes, recipe_text
-from compress.run.teacher import NO_CLASS_SHARED
+from compress.run.teacher import NO_CLASS_SHARED, untrained_teacher
 from compress.run.trainings import Distillation
 from compress.teachers.base import size_of_training
 from compress.teachers.load import open_teacher
 from compress.training.distributed import launch
+from compress.training.time_left import in_words
 from deploy.core.errors import UserError
 from deploy.core.shown import counted
 from deploy.validate.coco import read_annotations
@@ -94,16 +97,17 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
         f"{counted(facts.classes, 'class')}; three quarters of the objects are larger than "
         f"{facts.object_share:.1%} of the picture's long side"
     )
-    taught = _teaching(wishes, fabric, say)
+    taught = _teaching(wishes, facts, fabric, say)
     limits = taught.limits or image_limits(facts, LARGEST[device])
     least = min(limits[1], max(SMALLEST, _to_32(OBJECT_PX / facts.object_share)))
     batch = batch_size(facts.images)
     fitting = [choice for choice in taught.choices if not choice.pretrained or _has_time(wishes, device)]
     draft = Draft(fitting[-1], limits, enough(facts.images, batch), batch)
+    sets = _opened(draft, wishes, facts, taught)
     for choice in fitting:
         say(f"timing a {choice.student['backbone']} student with {choice.student['neck_channels']} channels ...")
         draft = replace(draft, choice=choice)
-        seconds, fixed = _cost(draft, wishes, facts, taught, fabric)
+        seconds, fixed = _cost(draft, sets, wishes, facts, taught, fabric)
         last = choice is fitting[-1]
         floor = max(min(limits[1], SMALLEST), least // 2) if last else max(least, 0.7 * limits[1])
         shrunk = _shrunk(limits, wishes.budget - fixed, seconds, floor, last=last)
@@ -112,12 +116,12 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
     draft, seconds = replace(draft, limits=shrunk or limits), seconds * _pixels(shrunk or limits) / _pixels(limits)
     steps = steps_for(draft.steps, seconds, wishes.budget - fixed, facts.images, batch)
     draft = replace(draft, steps=steps, seconds=fixed + seconds * steps / draft.steps)
-    draft = replace(draft, head_norm=_head_norm(draft, wishes, facts, taught))
+    draft = replace(draft, head_norm=_head_norm(draft, sets.val))
     for line in reasons(draft, facts, limits):
         say(line)
     if draft.seconds > 1.15 * wishes.budget:
-        say(f"note: the budget of {about(wishes.budget)} is too short for any run; this one takes about "
-            f"{about(draft.seconds)}")  # fmt: skip
+        say(f"note: the budget of {in_words(wishes.budget)} is too short for any run; this one takes about "
+            f"{in_words(draft.seconds)}")  # fmt: skip
     text = recipe_text(draft, wishes, facts, taught, device)
     _read(text)
     return text
@@ -129,20 +133,20 @@ def facts_of(train: Split, val: Split) -> Facts:
     Raises UserError for files that cannot be used, and without a box.
     """
     documents = [read_annotations(split.annotations, sizes=True, images=split.images) for split in (train, val)]
-    sizes = {row["id"]: (row["width"], row["height"]) for row in documents[0]["images"]}
-    boxes = [row for row in documents[0]["annotations"] if not row.get("iscrowd") and row["image_id"] in sizes]
-    if not boxes or not documents[1]["annotations"]:
-        empty = (train if not boxes else val).annotations
-        raise UserError(f"{empty}: it has no box to {'train on' if not boxes else 'evaluate on'}")
-    shares = [math.sqrt(row["bbox"][2] * row["bbox"][3]) / max(sizes[row["image_id"]]) for row in boxes]
+    sizes = picture_sizes(documents[0])
+    shares = object_shares(documents[0], sizes)
+    if not shares or not documents[1]["annotations"]:
+        empty = (val if shares else train).annotations
+        raise UserError(f"{empty}: it has no box to {'evaluate on' if shares else 'train on'}")
+    boxes = [row for row in documents[0]["annotations"] if not row.get("iscrowd")]
     sides = np.array(list(sizes.values()), float)
     ratios = sides[:, 0] / sides[:, 1]
     counts = np.unique([row["image_id"] for row in boxes], return_counts=True)[1]
     return Facts(
         images=len(sizes),
         val_images=len(documents[1]["images"]),
-        boxes=len(boxes),
-        classes=len(documents[0]["categories"]),
+        boxes=len(shares),
+        names={row["id"]: row["name"] for row in documents[0]["categories"]},
         sides=(int(np.median(sides.min(1))), int(np.median(sides.max(1)))),
         mixed=bool(np.quantile(ratios, 0.95) > 1.1 * np.quantile(ratios, 0.05)),
         object_share=max(1e-4, float(np.quantile(shares, 0.25))),
@@ -198,12 +202,12 @@ def reasons(draft: Draft, facts: Facts, limits: tuple[int, int]) -> list[str]:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _teaching(wishes: Wishes, fabric: Fabric, say: Callable[[str], None]) -> Teaching:
+def _teaching(wishes: Wishes, facts: Facts, fabric: Fabric, say: Callable[[str], None]) -> Teaching:
     """What the student can learn from. say: takes a line about a teacher of other classes."""
     source = wishes.teacher
     if source is None:
         return Teaching(CHOICES, method=f"fgd: {FGD}", inherit=True)
-    names = {row["id"]: row["name"] for row in read_annotations(wishes.train.annotations)["categories"]}
+    names = facts.names
     teacher = open_teacher(source, fabric.device, categories=names)
     detector = teacher.detector
     refusals = []
@@ -269,17 +273,29 @@ def _has_time(wishes: Wishes, device: str) -> bool:
     return device == "cuda" or wishes.budget >= PRETRAINED_HOURS * 3600
 
 
-def _cost(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching, fabric: Fabric) -> tuple[float, float]:
+def _opened(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching) -> Sets:
+    """The images at the size of the draft."""
+    recipe = _read(recipe_text(draft, wishes, facts, taught, "cpu"))
+    train, val, size = open_splits(data_plan(recipe), wishes.train, wishes.val, cache=False)
+    return Sets(train, val, len(train), len(val), recipe.data.cache, size)
+
+
+def _cost(
+    draft: Draft, sets: Sets, wishes: Wishes, facts: Facts, taught: Teaching, fabric: Fabric
+) -> tuple[float, float]:
     """Seconds of the trainings, and of the rest of the run."""
     recipe = _read(recipe_text(draft, wishes, facts, taught, fabric.device.type))
-    train, val, canvas = open_splits(data_plan(recipe), wishes.train, wishes.val, cache=False)
-    sets = Sets(train, val, len(train), len(val), recipe.data.cache, canvas)
-    teacher = taught.given or (_untrained(recipe, facts.classes) if taught.source is None else None)
+    teacher = taught.given
+    if taught.source is None and recipe.teacher is not None:
+        teacher = untrained_teacher(recipe.teacher, facts.classes)
     if teacher is not None:
         teacher.to(fabric.device)
     plans = trainings_to_come(recipe, Parts(), teacher, distillation=True)
     more = 0 if wishes.unlabeled is None else len(images_in(wishes.unlabeled))
-    stages = stages_of_run(fabric, plans, sets, given=taught.given, unlabelled=more, deploy=recipe.deploy)
+    labelled = on_pseudo_labels(recipe)
+    stages = stages_of_run(
+        fabric, plans, sets, given=taught.given, unlabelled=more, labelled=labelled, deploy=recipe.deploy
+    )
     names = {plan.name for plan in plans}
     trainings = sum(stage.seconds for stage in stages if stage.name in names)
     return trainings, sum(stage.seconds for stage in stages) - trainings
@@ -291,12 +307,6 @@ def _read(text: str) -> Recipe:
 
 def _data(text: str) -> dict[str, Any]:
     return Document("recipe").read(text)
-
-
-def _untrained(recipe: Recipe, classes: int) -> Detector:
-    assert recipe.teacher is not None and recipe.teacher.model is not None, "the draft trains one"
-    model = recipe.teacher.model.model_copy(update={"weights": "none"})
-    return freeze(build_detector(model, classes, 0, key="teacher.model"))
 
 
 def _shrunk(
@@ -317,11 +327,11 @@ def _shrunk(
     return max(32, min(long, round(limits[0] * long / limits[1]))), long
 
 
-def _head_norm(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching) -> str:
+def _head_norm(draft: Draft, val: CocoDetection) -> str:
     """The norm that fits: padding moves the statistics that GroupNorm takes of a picture."""
-    recipe = _read(recipe_text(draft, wishes, facts, taught, "cpu"))
-    _, val, canvas = open_splits(data_plan(recipe), wishes.train, wishes.val, cache=False)
-    return "batch" if padding(val, recipe.data, canvas) > PADDED else "group"
+    short, long = draft.limits
+    data = Data.model_construct(short=short, long=long)
+    return "batch" if padding(val, data, canvas(val, data)) > PADDED else "group"
 
 
 def _to_32(side: float) -> int:

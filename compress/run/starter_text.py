@@ -14,7 +14,7 @@ import yaml
 from compress.config.data import Split
 from compress.config.teacher import Source
 from compress.detectors.base import Detector
-from compress.run.estimate import about
+from compress.training.time_left import in_words
 from deploy.core.environment import usable_cores
 from deploy.core.shown import counted
 
@@ -44,20 +44,25 @@ class Wishes:
 class Facts:
     """Of the pictures and their objects.
 
-    images, val_images, boxes, classes: counts. sides: (short, long) of the middle picture. mixed: pictures of several
-    shapes. object_share: side of an object as a share of its picture's long side; three quarters have more.
-    most_objects: in one picture. bytes: of all decoded pictures.
+    images, val_images, boxes: counts. names: of the classes, by id. sides: (short, long) of the middle picture.
+    mixed: pictures of several shapes. object_share: side of an object as a share of its picture's long side; three
+    quarters have more. most_objects: in one picture. bytes: of all decoded pictures.
     """
 
     images: int
     val_images: int
     boxes: int
-    classes: int
+    names: Mapping[int, str]
     sides: tuple[int, int]
     mixed: bool
     object_share: float
     most_objects: int
     bytes: int
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def recipe_text(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching, de
     files = "[fp32, fp16]\n  providers: [cuda]" if device == "cuda" else "[fp32, int8]"
     rows = [
         f"# For {facts.images} images of {counted(facts.classes, 'class')} and a run of about "
-        f"{about(draft.seconds)} on this {device}; written by compress init.",
+        f"{in_words(draft.seconds)} on this {device}; written by compress init.",
         "# All keys: docs/recipe.md. More steps, larger images (short, long) and a larger backbone win most.",
         f"name: {wishes.name}",
         "seed: 0",

@@ -10,7 +10,8 @@ from compress.config.methods import Methods
 from compress.config.pseudo import PseudoLabels
 from compress.config.teacher import Teacher
 from compress.data.coco import CocoDetection
-from compress.detectors.base import Capability, Detector
+from compress.detectors.base import Capability, Detector, freeze
+from compress.detectors.build import build_detector
 from compress.detectors.checkpoints import load_teacher_checkpoint
 from compress.detectors.weights import state_sha256
 from compress.manifest import TEACHER, RunFolder
@@ -52,6 +53,13 @@ def open_given(
         return part
     assert settings is not None, "there is a section, or an object"
     return open_teacher(settings, device, categories=categories)
+
+
+def untrained_teacher(settings: Teacher, num_classes: int) -> Detector:
+    """A teacher that a run trains first, as it is before: frozen, with random weights."""
+    assert settings.model is not None, "the recipe was validated"
+    model = settings.model.model_copy(update={"weights": "none"})
+    return freeze(build_detector(model, num_classes, 0, key="teacher.model"))
 
 
 def match_teacher(

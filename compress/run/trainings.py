@@ -161,6 +161,11 @@ class TrainingPlan:
         return build_detector(self.model, num_classes, self.seed, compiled=self.settings.compile, key=self.key)
 
     @property
+    def init(self) -> str | None:
+        """The checkpoint that the detector begins from; None also for a whole one, which loads its own when built."""
+        return None if self.build is not None or self.model.is_whole else self.model.init
+
+    @property
     def key(self) -> str:
         """Key of the recipe's section that describes the detector."""
         return "teacher.model" if self.name == TEACHER else "student"
@@ -242,19 +247,16 @@ def begin(plan: TrainingPlan, detector: Detector, class_names: Sequence[str]) ->
 
     Raises UserError for a checkpoint of another architecture.
     """
-    model = plan.model
-    if plan.build is not None or plan.start is not None or model.init is None or model.is_whole:
+    if plan.start is not None or plan.init is None:
         return getattr(detector, "renewed", ())
     if is_first_process():
-        _say(f"{plan.name}: begins from {model.init}")
-    return begin_from(detector, model.init, class_names, f"{plan.key}.init")
+        _say(f"{plan.name}: begins from {plan.init}")
+    return begin_from(detector, plan.init, class_names, f"{plan.key}.init")
 
 
 def start_identity(plan: TrainingPlan) -> dict[str, str]:
     """Identify the checkpoint that the detector begins from, as JSON; empty where it has none of ours."""
-    if plan.build is not None or plan.model.init is None or plan.model.is_whole:
-        return {}
-    return {"init": sha256_of(checkpoint_file(plan.model.init))}
+    return {} if plan.init is None else {"init": sha256_of(checkpoint_file(plan.init))}
 
 
 def need_room(

@@ -70,9 +70,11 @@ class TimeLeft:
 
 
 def in_words(seconds: float) -> str:
-    """A duration as exact as an estimate is: `40 s`, `7 min`, `3.5 h`."""
+    """A duration as exact as an estimate is: `40 s`, `7 min`, `3.5 h`, `2.3 days`."""
     if seconds <= 55:
         return f"{5 * math.ceil(seconds / 5)} s"
     if seconds < 5370:
         return f"{max(1, round(seconds / 60))} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"

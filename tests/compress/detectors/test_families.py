@@ -24,6 +24,7 @@ from compress.distill.method import Outputs
 from compress.run import pipeline, plans
 from compress.run.data import open_data
 from compress.run.trainings import train
+from compress.training.distributed import launch
 from deploy.core.errors import UserError
 from kernels.ops.iou_loss import giou_loss
 from tests.helpers import tiny_recipe
@@ -251,7 +252,7 @@ def test_training_goes_on_exactly(tmp_path: Path) -> None:
     weights = []
     for folder, stops in (("a", [None]), ("b", [3, None])):
         recipe = tiny_recipe.recipe(tmp_path / folder, *settings_of("faster_rcnn"), "baseline=false")
-        fabric = pipeline._launch(recipe)
+        fabric = launch(recipe.train, unused_parameters=recipe.methods.end_early)
         data = open_data(plans.data_plan(recipe), fabric)
         for stop in stops:
             train(fabric, plans.student_plan(recipe), data, resume=True, max_steps=stop)

@@ -67,8 +67,8 @@ def test_later_trainings_count_at_the_same_pace_a_picture(clock: Clock) -> None:
 
 
 def test_words() -> None:
-    assert [in_words(s) for s in (0, 1, 12, 55, 56, 89, 5369, 5370, 12_600)] == [
-        "0 s", "5 s", "15 s", "55 s", "1 min", "1 min", "89 min", "1.5 h", "3.5 h"
+    assert [in_words(s) for s in (0, 1, 12, 55, 56, 89, 5369, 5370, 12_600, 200_000)] == [
+        "0 s", "5 s", "15 s", "55 s", "1 min", "1 min", "89 min", "1.5 h", "3.5 h", "2.3 days"
     ]  # fmt: skip
 
 
@@ -80,3 +80,12 @@ def test_a_run_knows_what_comes_after_each_training(tmp_path: Path) -> None:
     assert whole["teacher"] == Later(48, files) and whole["baseline"] == Later(24, files)
     assert whole["student"] == Later(0, files)
     assert outlook(recipe, Parts(), 24, distillation=False, ships=False)["student"] == NOTHING_LATER
+
+
+def test_a_run_that_prunes_trains_what_the_cut_left_as_well(tmp_path: Path) -> None:
+    """Baseline, the pruned weights on labels alone, student: 24 pictures each."""
+    prune = "student={prune: {of: teacher, gflops: 0.5}}"
+    recipe = tiny_recipe.recipe(tmp_path, "baseline=true", prune)
+    whole = outlook(recipe, Parts(), 24, distillation=True, ships=False)
+    assert whole["teacher"] == Later(72, ("cut",)) and whole["baseline"] == Later(48)
+    assert whole["baseline.pruned"] == Later(24) and whole["student"] == NOTHING_LATER

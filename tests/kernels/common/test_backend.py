@@ -122,7 +122,6 @@ def test_cuda_asked_for_is_refused_without_nvcc(on_gpu: Tensor, monkeypatch: pyt
 
 
 def test_training_is_refused_at_its_start(tmp_path: Path, on_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.run import pipeline
     from compress.training import distributed
     from deploy.core.errors import UserError
     from tests.helpers import tiny_recipe
@@ -133,4 +132,4 @@ def test_training_is_refused_at_its_start(tmp_path: Path, on_gpu: Tensor, monkey
     monkeypatch.setattr(distributed, "Fabric", lambda **_: fabric)
     recipe = tiny_recipe.recipe(tmp_path, "train.kernels=cuda")
     with backend.use("auto"), pytest.raises(UserError, match=r"(?s)^train.kernels cuda: .*nvcc.*'torch'"):
-        pipeline._launch(recipe)
+        distributed.launch(recipe.train, unused_parameters=recipe.methods.end_early)
