@@ -11,9 +11,18 @@ import typer
 from compress.cli.build import TritonRepo, add_to_triton, deliver, engine_plan
 from compress.cli.exits import next_command
 from compress.cli.groups import HIDDEN, with_groups
-from compress.cli.options import EngineFlags, QuantizeFlags, ThresholdFlags, need_file, refuse, values_of
+from compress.cli.options import (
+    EngineFlags,
+    FormFlags,
+    QuantizeFlags,
+    ThresholdFlags,
+    need_file,
+    refuse,
+    values_of,
+)
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
+from compress.cli.targets import For, make_others, target_names
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
@@ -30,7 +39,7 @@ OUT_HELP = "The fp32 file; others lie beside it, as x.int8.onnx. Default: the ch
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="A student.safetensors; for --trt and --triton-repo also .onnx."),
+        typer.Argument(metavar="CHECKPOINT", help="A student.safetensors; for what is made of .onnx files also one."),
     ],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help=OUT_HELP)] = None,
     images: Annotated[
@@ -47,6 +56,8 @@ def export(
         typer.Option("--precision", metavar="P,P", help=f"Of {', '.join(PRECISIONS)}. Default: fp32."),
     ] = None,
     quantize: Annotated[QuantizeFlags, HIDDEN] = QuantizeFlags(),
+    for_: For = None,
+    form: FormFlags = FormFlags(),
     trt: Annotated[
         bool, typer.Option("--trt", help="Also build a TensorRT engine, with a card, for this GPU.")
     ] = False,
@@ -63,15 +74,22 @@ def export(
     if not trt:
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
+    targets, others = target_names(for_), for_ is not None or any(values_of(form).values())
     if checkpoint.suffix == ONNX_SUFFIX:
-        if not trt and triton_repo is None:
-            raise UserError(f"{checkpoint}: is an ONNX file already; give --trt or --triton-repo")
+        if not trt and triton_repo is None and not others:
+            raise UserError(
+                f"{checkpoint}: is an ONNX file already; give --for, --static-batch, --labels, --input, --trt or "
+                "--triton-repo"
+            )
         making = {"--images": images, "--input-size": input_size, "--precision": precision}
         making |= {**values_of(thresholds), **values_of(quantize)}
         refuse(making, f"is about making an ONNX file, and {checkpoint} is one already; give its checkpoint")
-        if not trt:
+        made = make_others([checkpoint], targets, form, None if trt else out)
+        if not trt and not others:
             refuse({"--out": out}, "names the engine here; add --trt")
-        next_command("benchmark", deliver(checkpoint, out, plan, triton_repo))
+        if trt or triton_repo is not None:
+            made = [deliver(checkpoint, out, plan, triton_repo)]
+        _measure(made)
         return
     named, out = out is not None, out or checkpoint.with_suffix(ONNX_SUFFIX)
     if out.suffix != ONNX_SUFFIX:
@@ -97,11 +115,21 @@ def export(
     how = quantizing(student, quantize, out) if any(PRECISIONS[name].quantized for name in wanted) else None
     checks, split = student.checks()
     make_files(ArtifactPlan(checkpoint, files, student.settings, checks, how, on_grids=grids is not None, engines=plan))
+    make_others([file.path for file in files], targets, form)
     if triton_repo is not None:
         for artifact in [file.engine if trt else file.path for file in files]:
             if artifact is not None:
                 add_to_triton(triton_repo, artifact)
     _next([file.path for file in files], out, split, images)
+
+
+def _measure(made: Sequence[Path]) -> None:
+    """Print the next command for files that can be run here."""
+    from deploy.runtimes.open import SUFFIXES
+
+    files = [file for file in made if file.suffix in SUFFIXES]
+    if files:
+        next_command("benchmark", *files)
 
 
 def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path | None) -> None:

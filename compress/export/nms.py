@@ -80,7 +80,8 @@ def select_detections(
     locations, classes = scores.shape[1], scores.shape[2]
     count = min(candidates, locations * classes)
     top_scores, pairs = scores.flatten(1).topk(count)  # [B, N], descending: precedence is the index order
-    where = pairs // classes  # [B, N] location; `//` stays an integer division in ONNX, torch.div(floor) does not
+    # [B, N] location. As `//` it would be eight nodes in ONNX, among them an Equal of booleans that runtimes refuse.
+    where: Tensor = torch.ops.prims.div(pairs, torch.tensor(classes))
     labels = pairs - where * classes
     top_boxes = boxes.gather(1, where[:, :, None].expand(-1, -1, 4))
     extent = top_boxes[..., 2:] - top_boxes[..., :2]

@@ -101,6 +101,24 @@ class OperatingPoint(BaseModel):
         )
 
 
+class Form(BaseModel):
+    """What a file takes and gives where that is not what `compress export` writes at first: see `deploy.graph.form`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: int | None = Field(default=None, ge=1)
+    """The one batch size that the file takes; None: any."""
+    labels: Literal["int64", "int32"] = "int64"
+    images: Literal["uint8", "float32"] = "uint8"
+    """Type of the pixels, whose values are 0 to 255 in both."""
+
+    def in_words(self) -> str:
+        """For people: what is not as usual."""
+        said = [] if self.batch is None else [f"a fixed batch of {self.batch}"]
+        said += [] if self.labels == "int64" else [f"{self.labels} labels"]
+        return ", ".join(said + ([] if self.images == "uint8" else [f"{self.images} pixels"])) or "the usual form"
+
+
 class ModelCard(BaseModel):
     """Facts of a deployable file, which it carries itself. `input_size` is (height, width) in pixels."""
 
@@ -130,6 +148,7 @@ class ModelCard(BaseModel):
     """None for a file without int8 layers."""
     half: HalfPrecision | None = None
     """None for a file without float16, and for one made before it was measured."""
+    form: Form = Form()
     checkpoint_sha256: str = ""
     recipe_sha256: str = ""
     operating_point: OperatingPoint | None = None
@@ -154,6 +173,12 @@ class ModelCard(BaseModel):
         if self.operating_point is not None and len(self.operating_point.class_scores) != len(self.class_names):
             raise ValueError(f"operating_point: class_scores must be {len(self.class_names)}, one a class")
         return self
+
+
+def need_plain(card: ModelCard, path: Path, what: str) -> None:
+    """Raise UserError for a file of a form of its own. what: is done with the usual one, as in "engines are built"."""
+    if card.form != Form():
+        raise UserError(f"{path}: has {card.form.in_words()}; {what} from the file that compress export writes first")
 
 
 def network_precision(precision: Mapping[str, str]) -> str:

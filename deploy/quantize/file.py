@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from deploy.core.boxes import iou
-from deploy.core.card import METADATA_KEY, Quantization, parse_card
+from deploy.core.card import METADATA_KEY, Quantization, need_plain, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.precision import precisions, set_card
@@ -59,6 +59,7 @@ class Quantizer:
         self.reduce_range = target == "cpu" and (not integer_dot_product() if reduce_range is None else reduce_range)
         self.model = _load(self.source)
         self.card = parse_card(_metadata(self.model), str(source))
+        need_plain(self.card, source, "int8 files are made")
         self.structure = structure_of(self.model.graph, str(source))
         self.canvases = canvases(images.files, self.card)
         self.ranges = activation_ranges(self.model, self.canvases, method)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from deploy.core.card import ModelCard
+from deploy.core.card import Form, ModelCard
 from deploy.core.errors import UserError
 
 
@@ -72,3 +73,24 @@ def check_images(images: np.ndarray, card: ModelCard) -> None:
             f"{card.name}: images must be uint8 [batch, {', '.join(map(str, wanted))}], "
             f"got {images.dtype} {list(images.shape)}"
         )
+
+
+def in_form(form: Form, run: Callable[[np.ndarray], Sequence[np.ndarray]], images: np.ndarray) -> DetectionBatch:
+    """Give images, uint8 [B, 3, H, W], to a file of a form, and bring what it gives into ours.
+
+    run: (images of the form's type and batch) → boxes, scores, labels, count. A fixed batch that is not full ends in
+    black images, whose detections are thrown away.
+    """
+    images = images.astype(form.images, copy=False)
+    batch = form.batch or len(images)
+    pieces = []
+    for first in range(0, len(images), batch):
+        piece = images[first : first + batch]
+        if len(piece) < batch:
+            piece = np.concatenate([piece, np.zeros((batch - len(piece), *piece.shape[1:]), piece.dtype)])
+        pieces.append(run(piece))
+    boxes, scores, labels, count = (
+        parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*pieces, strict=True)
+    )
+    most = len(images)
+    return DetectionBatch(boxes[:most], scores[:most], labels[:most].astype(np.int64, copy=False), count[:most])

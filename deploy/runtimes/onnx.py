@@ -13,15 +13,16 @@ import numpy as np
 import onnxruntime
 
 from deploy.core import cuda_driver
-from deploy.core.card import METADATA_KEY, card_from_session, network_precision, parse_card
+from deploy.core.card import METADATA_KEY, Form, card_from_session, need_plain, network_precision, parse_card
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.onnx_scan import scan_onnx
-from deploy.runtimes.base import DetectionBatch, check_images
+from deploy.runtimes.base import DetectionBatch, check_images, in_form
 from deploy.runtimes.providers import ONNX_RUNTIME
 
 _OUTPUTS = ["boxes", "scores", "labels", "count"]
+_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ class OnnxRunner:
         self.threads = threads
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
-        if inputs != [("images", "tensor(uint8)")] or outputs != _OUTPUTS:
+        if inputs != [("images", _TYPES[self.card.form.images])] or outputs != _OUTPUTS:
             raise UserError(f"{path}: not a deployable file: it takes {inputs} and gives {outputs}")
         self._device = device
-        self._binding = None if self.active_providers[0] == "cpu" else self._session.io_binding()
+        bound = self.active_providers[0] != "cpu" and self.card.form == Form()
+        self._binding = self._session.io_binding() if bound else None
         self._uploaded: np.ndarray | None = None
-        self._fetched: list[np.ndarray] = []
+        self._fetched: DetectionBatch | None = None
 
     @property
     def backend(self) -> str:
@@ -104,7 +106,10 @@ class OnnxRunner:
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
-        return DetectionBatch(*self._session.run(_OUTPUTS, {"images": images}))
+        return in_form(self.card.form, self._run, images)
+
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        return self._session.run(_OUTPUTS, {"images": images})
 
     def upload(self, images: np.ndarray) -> None:
         """See `deploy.runtimes.base.StagedRunner`. On the CPU there is nothing to move."""
@@ -121,7 +126,7 @@ class OnnxRunner:
         if self._uploaded is None:
             raise RuntimeError("compute() before upload()")
         if self._binding is None:
-            self._fetched = self._session.run(_OUTPUTS, {"images": self._uploaded})
+            self._fetched = in_form(self.card.form, self._run, self._uploaded)
             return
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
@@ -131,7 +136,11 @@ class OnnxRunner:
         return None
 
     def fetch(self) -> DetectionBatch:
-        return DetectionBatch(*(self._fetched if self._binding is None else self._binding.copy_outputs_to_cpu()))
+        if self._binding is not None:
+            return DetectionBatch(*self._binding.copy_outputs_to_cpu())
+        if self._fetched is None:
+            raise RuntimeError("fetch() before compute()")
+        return self._fetched
 
 
 def machine_key(device: int = 0) -> str:
@@ -174,6 +183,7 @@ def _tensorrt_settings(path: Path, wanted: TensorRTProvider, device: int) -> tup
     """The file to open, and the options of the TensorRT provider. Number formats follow the card: TensorRT 10 uses
     fp16 and int8 kernels only where they are allowed."""
     card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+    need_plain(card, path, "engines are built")
     formats = "+".join(card.precision.values())
     folder = wanted.cache.absolute() / machine_key(device)
     folder.mkdir(parents=True, exist_ok=True)

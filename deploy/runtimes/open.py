@@ -9,7 +9,7 @@ A new runtime is a module with a runner (`deploy.runtimes.base.Runner`) and a ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deploy.runtimes.onnx import TensorRTProvider
     from deploy.runtimes.openvino import OpenVINO
 
+OPENVINO_SUFFIX = ".xml"
 OwnRunner = str | Callable[[Path], Runner]
 """A user's own runner: an import path, or the class itself. It is called with the path of the file."""
 
@@ -76,6 +77,17 @@ def _open_engine(path: Path, providers: Sequence[str], **options: Any) -> Runner
     return TensorRTRunner(path, **options)
 
 
+def _open_openvino(path: Path, providers: Sequence[str], *, openvino: OpenVINO | None, **options: Any) -> Runner:
+    from deploy.runtimes.openvino import OpenVINORunner
+
+    device = next((OPENVINO[name] for name in providers if name in OPENVINO), "CPU")
+    return OpenVINORunner(path, device, threads=options["threads"], settings=openvino)
+
+
+_OF_OPENVINO = Option(
+    "is about files in OpenVINO; give an .xml, or an .onnx and --provider openvino",
+    ("openvino", "openvino-gpu", "openvino-npu"),
+)
 RUNNERS: dict[str, RunnerKind] = {
     ONNX_SUFFIX: RunnerKind(
         "ONNX Runtime or OpenVINO",
@@ -88,11 +100,11 @@ RUNNERS: dict[str, RunnerKind] = {
             "tensorrt": Option(
                 "is about .onnx files on the TensorRT provider; give one and --provider tensorrt", ("tensorrt",)
             ),
-            "openvino": Option(
-                "is about .onnx files in OpenVINO; give one and --provider openvino",
-                ("openvino", "openvino-gpu", "openvino-npu"),
-            ),
+            "openvino": _OF_OPENVINO,
         },
+    ),
+    OPENVINO_SUFFIX: RunnerKind(
+        "OpenVINO", _open_openvino, options={"threads": Option(), "openvino": replace(_OF_OPENVINO, providers=())}
     ),
     ENGINE_SUFFIX: RunnerKind(
         "TensorRT",
@@ -118,8 +130,7 @@ def open_runner(
     cuda_graph: bool = False,
     runner: OwnRunner | None = None,
 ) -> Runner:
-    """A runner for the file at `path`, in the runtime of its suffix: `.onnx` in ONNX Runtime or OpenVINO, `.engine` in
-    TensorRT.
+    """A runner for the file at `path`, in the runtime of its suffix: see `RUNNERS`.
 
     What is for the files of another suffix is not looked at, so that a command opens all its files alike.
 
@@ -249,10 +260,10 @@ def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
 
 
 def _check_useful(option: str, argument: str, files: Sequence[Path], providers: Sequence[str]) -> None:
-    rule = next(kind.options[argument] for kind in RUNNERS.values() if argument in kind.options)
-    takes_it = any(argument in RUNNERS[file.suffix].options for file in files if file.suffix in RUNNERS)
-    if not takes_it or (rule.providers and not set(rule.providers) & set(providers)):
-        raise UserError(f"{option}: {rule.refusal}")
+    rules = [RUNNERS[file.suffix].options.get(argument) for file in files if file.suffix in RUNNERS]
+    if not any(rule and (not rule.providers or set(rule.providers) & set(providers)) for rule in rules):
+        refusal = next(kind.options[argument].refusal for kind in RUNNERS.values() if argument in kind.options)
+        raise UserError(f"{option}: {refusal}")
 
 
 def _open_own(path: Path, runner: OwnRunner) -> Runner:

@@ -1,4 +1,5 @@
-"""A deployable ONNX file in OpenVINO, on its CPU, GPU or NPU device. No torch; `openvino` is imported when one opens.
+"""A deployable file in OpenVINO, on its CPU, GPU or NPU device: .onnx, or the .xml that `deploy.targets.openvino` makes
+of one. No torch; `openvino` is imported when one opens.
 
 The network is compiled once, for one image. A batch is as many requests, `streams` of them at a time: on a CPU that
 takes no longer than a compiled batch, no time at all for a size that was never seen, and gives an image the same
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from deploy.core.card import METADATA_KEY, network_precision, parse_card
+from deploy.core.card import METADATA_KEY, ModelCard, need_plain, network_precision, parse_card
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
+from deploy.core.files import ONNX_SUFFIX
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images
 
@@ -62,12 +64,14 @@ class OpenVINORunner:
         for name, number in (("threads", threads), ("streams", wanted.streams)):
             if number is not None and number < 1:
                 raise UserError(f"{name} must be at least 1, got {number}")
-        openvino = load_openvino()
-        self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+        load_openvino()
+        self.card = _card(path)
+        if self.card.form.batch not in (None, 1):
+            need_plain(self.card, path, "OpenVINO computes one image at a time")
         self._path = path
         self.threads = threads
         self._device = device
-        self._compiled = self._compile(openvino, threads or usable_cores(), wanted)
+        self._compiled = self._compile(threads or usable_cores(), wanted)
         outputs = {name: output.get_shape() for output in self._compiled.outputs for name in output.get_names()}
         if not set(_OUTPUTS) <= set(outputs):
             raise UserError(f"{path}: not a deployable file: it gives {sorted(outputs)}")
@@ -114,7 +118,7 @@ class OpenVINORunner:
         for name, values in found.items():
             values[index] = request.get_tensor(name).data[0]
 
-    def _compile(self, openvino: ModuleType, threads: int, wanted: OpenVINO) -> Any:
+    def _compile(self, threads: int, wanted: OpenVINO) -> Any:
         core = _core()
         if self._device not in {name.partition(".")[0] for name in core.available_devices}:
             found = ", ".join(core.available_devices) or "none"
@@ -152,6 +156,18 @@ def load_openvino() -> ModuleType:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _card(path: Path) -> ModelCard:
+    if path.suffix == ONNX_SUFFIX:
+        return parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+    try:
+        model = _core().read_model(str(path))
+    except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
+        raise UserError(f"{path}: OpenVINO cannot load it: {_reason(error)}") from error
+    return parse_card(
+        model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None, str(path)
+    )
 
 
 @cache

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from deploy.core.card import METADATA_KEY, parse_card
+from deploy.core.card import METADATA_KEY, need_plain, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, atomic_path, need_place, sha256_of
 from deploy.core.progress import Progress
@@ -78,6 +78,7 @@ def build_engine(
     need_place(engine)
     parsed = parse_network(onnx)
     model = parse_card(parsed.facts.metadata.get(METADATA_KEY), str(onnx))
+    need_plain(model, onnx, "engines are built")
     precision = claimed_precision(engine.name) or claimed_precision(onnx.name, model)
     compute = compute_layers(parsed.trt, parsed.network)
     if problem := contradiction(precision, compute, None):
@@ -149,6 +150,7 @@ def refit_engine(engine: Path, onnx: Path, out: Path | None = None) -> EngineCar
         raise UserError(f"{engine}: built without --refit or --strip, its weights are fixed: {rebuild(card)}")
     parsed = parse_network(onnx)
     model = parse_card(parsed.facts.metadata.get(METADATA_KEY), str(onnx))
+    need_plain(model, onnx, "engines are built")
     if parsed.facts.structure_sha256 != card.structure_sha256:
         raise UserError(f"{onnx}: not the structure that {engine} was built from (layers, shapes or constants differ)")
     changed = {name for name, digest in parsed.facts.weights.items() if card.weights_sha256.get(name) != digest}

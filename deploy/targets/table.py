@@ -1,0 +1,57 @@
+"""The runtimes that `compress export --for` knows, and how a file for each is made.
+
+A new one is a module with a function and a row here. Where files of it can be run on a desktop, they have a row in
+`deploy.runtimes.open` as well, so that they are validated and measured like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.core.errors import UserError
+from deploy.core.files import ONNX_SUFFIX
+
+
+@dataclass(frozen=True)
+class Target:
+    """Row of the table.
+
+    make: (exported .onnx file, place) writes what the runtime takes to the place, whole or not at all, and returns a
+    line about it for people. It imports what it needs itself. Raises UserError, one line: a package that is missing, a
+    file that the runtime cannot take and what to give it instead.
+    ending: in place of the exported file's `.onnx`.
+    """
+
+    make: Callable[[Path, Path], str]
+    ending: str
+
+
+def _openvino(source: Path, place: Path) -> str:
+    from deploy.targets.openvino import make
+
+    return make(source, place)
+
+
+def _tract(source: Path, place: Path) -> str:
+    from deploy.targets.tract import make
+
+    return make(source, place)
+
+
+TARGETS: dict[str, Target] = {
+    "openvino": Target(_openvino, ".xml"),
+    "tract": Target(_tract, ".tract.onnx"),
+}
+"""Name in --for → how its file is made."""
+
+
+def place_for(source: Path, target: str, out: Path | None = None) -> Path:
+    """Where the file of a target goes. Raises UserError for an `out` of another ending."""
+    ending = TARGETS[target].ending
+    if out is None:
+        return source.with_name(source.name.removesuffix(ONNX_SUFFIX) + ending)
+    if not out.name.endswith(ending):
+        raise UserError(f"--out: {out} does not end in {ending}")
+    return out
