@@ -113,7 +113,10 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
         shrunk = _shrunk(limits, wishes.budget - fixed, seconds, floor, last=last)
         if shrunk is not None:
             break
-    draft, seconds = replace(draft, limits=shrunk or limits), seconds * _pixels(shrunk or limits) / _pixels(limits)
+    if shrunk is not None and shrunk != limits:  # a step has a part that does not go with the pixels
+        draft = replace(draft, limits=shrunk)
+        say(f"timing it on images of {_sizes(shrunk)} ...")
+        seconds, fixed = _cost(draft, _opened(draft, wishes, facts, taught), wishes, facts, taught, fabric)
     steps = steps_for(draft.steps, seconds, wishes.budget - fixed, facts.images, batch)
     draft = replace(draft, steps=steps, seconds=fixed + seconds * steps / draft.steps)
     draft = replace(draft, head_norm=_head_norm(draft, sets.val))
@@ -336,10 +339,6 @@ def _head_norm(draft: Draft, val: CocoDetection) -> str:
 
 def _to_32(side: float) -> int:
     return max(32, round(side / 32) * 32)
-
-
-def _pixels(limits: tuple[int, int]) -> int:
-    return limits[0] * limits[1]
 
 
 def _sizes(limits: tuple[int, int]) -> str:
