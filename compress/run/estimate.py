@@ -35,7 +35,7 @@ from deploy.latency.telemetry import troubles
 TRIAL = 2  # images of the first steps; one where they are large
 LARGE_PX = 640 * 640
 QUICK_S = 1.0  # steps of a trial that are faster are timed once more with all of a batch's images
-TIMED_S, TIMED_STEPS = 3.0, 12  # for so long, or so many
+TIMED_S, TIMED_STEPS = 2.0, 12  # for so long, or so many
 COPIES = 4  # of a weight that trains: itself, gradient, two moments
 EXPORT_S = 25.0
 """Seconds that a file takes to be exported and compared with torch, as seen for small detectors on two cores; it is not
