@@ -18,14 +18,29 @@ from deploy.core.files import ONNX_SUFFIX
 class Target:
     """Row of the table.
 
-    make: (exported .onnx file, place) writes what the runtime takes to the place, whole or not at all, and returns a
-    line about it for people. It imports what it needs itself. Raises UserError, one line: a package that is missing, a
-    file that the runtime cannot take and what to give it instead.
+    make: (exported .onnx file, place) writes what the runtime takes to the place, and returns a few words about it for
+    people. It imports what it needs itself. Raises UserError, one line: a package that is missing, a file that the
+    runtime cannot take and what to give it instead.
     ending: in place of the exported file's `.onnx`.
+    runs: there is a row in `deploy.runtimes.open`, by which the file is tried before it gets its name. What does not
+    run here must be written whole or not at all by `make` itself.
     """
 
     make: Callable[[Path, Path], str]
     ending: str
+    runs: bool = True
+
+
+def _litert(source: Path, place: Path) -> str:
+    from deploy.targets.litert import make
+
+    return make(source, place)
+
+
+def _mnn(source: Path, place: Path) -> str:
+    from deploy.targets.mnn import make
+
+    return make(source, place)
 
 
 def _openvino(source: Path, place: Path) -> str:
@@ -41,6 +56,8 @@ def _tract(source: Path, place: Path) -> str:
 
 
 TARGETS: dict[str, Target] = {
+    "litert": Target(_litert, ".tflite"),
+    "mnn": Target(_mnn, ".mnn"),
     "openvino": Target(_openvino, ".xml"),
     "tract": Target(_tract, ".tract.onnx"),
 }
