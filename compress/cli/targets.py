@@ -11,7 +11,7 @@ import typer
 
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
-from deploy.targets.table import TARGETS, place_for
+from deploy.targets.table import REFUSED, TARGETS, place_for
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class OtherFlags:
         """The runtimes of --for. Raises UserError for an unknown one."""
         names = [] if self.for_ is None else [name.strip() for name in self.for_.split(",")]
         for name in names:
+            if name in REFUSED:
+                raise UserError(f"--for {name}: {REFUSED[name]}")
             if name not in TARGETS:
                 raise UserError(f"--for: '{name[:60]}' is none of {', '.join(TARGETS)}")
         return list(dict.fromkeys(names))

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.core.card import METADATA_KEY, Form, need_plain, network_precision, parse_card, write_card_beside
+from deploy.core.card import METADATA_KEY, Form, ModelCard, need_plain, network_precision, parse_card, write_card_beside
 from deploy.core.errors import UserError
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.mnn import load_mnn
@@ -22,11 +22,7 @@ def make(source: Path, place: Path) -> str:
     load_mnn()
     card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
     need_plain(card, source, "files of MNN are made")
-    if card.quantization is not None:
-        raise UserError(
-            f"{source}: MNN's converter takes its QuantizeLinear nodes and makes a network that gives nothing (seen "
-            "with 3.6.1): give the fp32 file, and quantize that with MNN's own tools"
-        )
+    _refuse_int8(card, source)
     with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs
         words = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--modelFile", str(source.absolute()),
                  "--MNNModel", str(place.absolute()), "--bizCode", "compress",
@@ -37,3 +33,11 @@ def make(source: Path, place: Path) -> str:
         raise UserError(f"{source}: MNN's converter fails: {''.join(last)[:300]}")
     write_card_beside(card.model_copy(update={"form": Form(labels="int32")}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json"
+
+
+def _refuse_int8(card: ModelCard, source: Path) -> None:
+    if card.quantization is not None:
+        raise UserError(
+            f"{source}: MNN's converter takes its QuantizeLinear nodes and makes a network that gives nothing (seen "
+            "with 3.6.1): give the fp32 file, and quantize that with MNN's own tools"
+        )

@@ -55,13 +55,26 @@ def _tract(source: Path, place: Path) -> str:
     return make(source, place)
 
 
+def _tvm(source: Path, place: Path) -> str:
+    from deploy.targets.tvm import make
+
+    return make(source, place)
+
+
 TARGETS: dict[str, Target] = {
     "litert": Target(_litert, ".tflite"),
     "mnn": Target(_mnn, ".mnn"),
     "openvino": Target(_openvino, ".xml"),
     "tract": Target(_tract, ".tract.onnx"),
+    "tvm": Target(_tvm, ".tvm.onnx", runs=False),
 }
 """Name in --for → how its file is made."""
+REFUSED: dict[str, str] = {
+    "coreml": "coremltools 9 reads programs of PyTorch and TensorFlow, and no ONNX file",
+    "ncnn": "pnnx 20261020, its converter, leaves out TopK, GatherElements and more with a note and ends well; ncnn "
+    "cannot load what is left. On the same devices run MNN or LiteRT: --for mnn, --for litert",
+}
+"""Name in --for → why there is no file for it."""
 
 
 def place_for(source: Path, target: str, out: Path | None = None) -> Path:
