@@ -6,9 +6,10 @@ gigabytes of dictionaries in every worker.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,6 +167,22 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             unlabeled_classes=self._unlabeled_classes,
         )
         return image, target
+
+    def subset(self, indices: Sequence[int], *, cache: bool = False) -> CocoDetection:
+        """Some of the images, in this order. cache: decode them now, as the whole set does."""
+        part = copy.copy(self)
+        part.image_ids = tuple(self.image_ids[index] for index in indices)
+        part._names = [self._names[index] for index in indices]
+        part.sizes = [self.sizes[index] for index in indices]
+        part.aspect_ratios = self.aspect_ratios[list(indices)]
+        rows = [torch.arange(*self._offsets[index : index + 2]) for index in indices]
+        part._offsets = np.cumsum([0] + [len(row) for row in rows]).tolist()
+        chosen = torch.cat(rows)
+        part._boxes, part._labels, part._crowd = self._boxes[chosen], self._labels[chosen], self._crowd[chosen]
+        part._scores = None if self._scores is None else self._scores[chosen]
+        part._uncertain = None if self._uncertain is None else self._uncertain[chosen]
+        part._cache = part._decode_all() if cache else None
+        return part
 
     def network_sizes(self) -> list[tuple[int, int]]:
         """(height, width) that each image has after `transform`, at most; pixels."""

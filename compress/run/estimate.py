@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 
@@ -24,24 +25,23 @@ from compress.detectors.base import Detector
 from compress.distill.weighting import TrainingPosition
 from compress.manifest import fingerprint
 from compress.run.trainings import EVAL_BATCH, TrainingPlan
-from compress.training.distributed import sum_over_processes
-from compress.training.learner import Learner, total_loss
-from compress.training.loop import steps_of
-from compress.training.optimizer import build_optimizer
+from compress.training.loop import batches_from, steps_of
+from compress.training.step import NotFiniteError, Stepper
 from compress.training.time_left import in_words
-from deploy.core.environment import usable_cores
-from deploy.core.image import load_image
+from deploy.core.errors import UserError
 from deploy.latency.results import Reading
 from deploy.latency.telemetry import troubles
 
 TRIAL = 2  # images of the first steps; one where they are large
 LARGE_PX = 640 * 640
 QUICK_S = 1.0  # steps of a trial that are faster are timed once more with all of a batch's images
+TIMED_S, TIMED_STEPS = 2.0, 12  # for so long, or so many
 COPIES = 4  # of a weight that trains: itself, gradient, two moments
 EXPORT_S = 25.0
 """Seconds that a file takes to be exported and compared with torch, as seen for small detectors on two cores; it is not
 timed beforehand."""
-WARM_UP = 2.0  # a measurement of latency takes so many times its seconds, with warm-up
+WARM_UP_S = 5.0
+"""Seconds until latencies settle, as seen on two cores of a shared machine; at most 10, under one on a quiet one."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _files(deploy: Deploy, sets: Sets, look: float, *, teacher: bool) -> Stage:
     """Export, validation, latency. look: seconds an image of the student in torch."""
     files, benchmark = len(deploy.precisions), deploy.benchmark
     runs = files * len(deploy.providers) + 1
-    measured = (runs + teacher) * len(benchmark.batch_sizes) * benchmark.seconds * WARM_UP
+    measured = (runs + teacher) * len(benchmark.batch_sizes) * (benchmark.seconds + WARM_UP_S)
     what = f"{files} exported, validated and measured"
     return Stage("files", what, files * EXPORT_S + runs * sets.val_images * look + measured)
 
@@ -142,23 +142,18 @@ def step_cost(fabric: Fabric, detector: Detector, plan: TrainingPlan, sets: Sets
     settings = plan.settings
     share = settings.batch_size // settings.accumulate // fabric.world_size
     methods = plan.distillation.build(detector, plan.teacher)
-    learner = Learner(detector, methods, plan.teacher, sum_over_processes(fabric))
-    optimizer = build_optimizer(learner, settings.optimizer, fused=fabric.device.type == "cpu")
-    weights = sum(p.numel() * p.element_size() for p in learner.parameters() if p.requires_grad)
+    stepper = Stepper(fabric, detector, settings, teacher=plan.teacher, methods=methods)
+    weights = sum(p.numel() * p.element_size() for p in stepper.learner.parameters() if p.requires_grad)
     fixed = weights * (COPIES + (settings.ema is not None))
-    model, fabric_optimizer = fabric.setup(learner, optimizer)
-    learner.train()
-    trial = min(share, 1 if sets.canvas[0] * sets.canvas[1] > LARGE_PX else TRIAL, len(sets.train))
+    done = min(share, 1 if sets.canvas[0] * sets.canvas[1] > LARGE_PX else TRIAL, len(sets.train))
     before = _resident(fabric.device)
-    seconds, loading, peak = _timed(fabric, model, fabric_optimizer, plan, sets, trial)
-    done = trial
-    if seconds < QUICK_S and share > trial and len(sets.train) >= share:
-        seconds, loading, peak = _timed(fabric, model, fabric_optimizer, plan, sets, share)
+    seconds, peak = _timed(fabric, stepper, plan, sets, done, enough_s=0)
+    if seconds < QUICK_S and len(sets.train) >= share:
         done = share
+        seconds, peak = _timed(fabric, stepper, plan, sets, done, enough_s=TIMED_S)
     if peak is not None and before is not None and done < share:
         peak = before + fixed + max(0, peak - before - fixed) * share // done
-    parts = settings.accumulate * share / done
-    return StepCost(_together(seconds * parts, loading * parts, plan.workers, fabric.device), peak)
+    return StepCost(seconds * share / done, peak)
 
 
 @torch.no_grad()
@@ -205,48 +200,25 @@ def lines(
 
 
 def _timed(
-    fabric: Fabric, model: torch.nn.Module, optimizer: torch.optim.Optimizer, plan: TrainingPlan, sets: Sets, count: int
-) -> tuple[float, float, int | None]:
-    """Seconds of a step with so many images, seconds of loading them, and the highest memory."""
-    batches = iter(train_loader(sets.train, batch_size=count * fabric.world_size, seed=plan.seed, workers=0,
-                                rank=fabric.global_rank, world_size=fabric.world_size))  # fmt: skip
-    decoding = _decoding(sets.train, count) if sets.cached else 0.0
+    fabric: Fabric, stepper: Stepper, plan: TrainingPlan, sets: Sets, count: int, *, enough_s: float
+) -> tuple[float, int | None]:
+    """Seconds of a step with so many images, which the training's own loader reads, and the highest memory."""
+    together = count * fabric.world_size
+    few = np.linspace(0, len(sets.train) - 1, min(len(sets.train), 2 * together)).astype(int).tolist()
+    loader = train_loader(sets.train.subset(few, cache=sets.cached), batch_size=together, seed=plan.seed,
+                          workers=plan.workers, rank=fabric.global_rank, world_size=fabric.world_size)  # fmt: skip
     _forget_peak(fabric.device)
-    computing, loading = [], []
-    for step in range(3):
+    batches = batches_from(loader, 0)
+    times: list[float] = []
+    while len(times) < 2 or (sum(times[1:]) < enough_s and len(times) <= TIMED_STEPS):  # the first is slower
         started = time.perf_counter()
-        batch = next(batches)
-        loaded = time.perf_counter()
-        batch = batch.to(fabric.device)
-        losses = model(batch, TrainingPosition(step, 1000, 100))
-        fabric.backward(total_loss(losses))
-        fabric.clip_gradients(model, optimizer, max_norm=plan.settings.clip_norm or 1e9, error_if_nonfinite=False)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        try:
+            stepper.take(batches, TrainingPosition(len(times), 1000, 100), plan.settings.optimizer.lr * 1e-3)
+        except NotFiniteError as error:
+            raise UserError(f"{plan.name}: {error} at the first steps, on the run's own images") from None
         _wait(fabric.device)
-        computing.append(time.perf_counter() - loaded)
-        loading.append(loaded - started)
-        if computing[-1] > 10 and step:  # enough is known
-            break
-    return mean(computing[1:]), max(0.0, mean(loading) - decoding), _peak(fabric.device)
-
-
-def _decoding(images: CocoDetection, count: int) -> float:
-    """Seconds to decode so many pictures."""
-    looked = min(count, len(images))
-    started = time.perf_counter()
-    for index in range(looked):
-        load_image(images.path(index))
-    return (time.perf_counter() - started) * count / looked
-
-
-def _together(computing: float, loading: float, workers: int, device: torch.device) -> float:
-    """Seconds of a step whose images are loaded by so many processes beside it, which share a CPU with it."""
-    if workers == 0:
-        return computing + loading
-    cores = usable_cores()
-    busy = (computing * min(torch.get_num_threads(), cores) if device.type == "cpu" else 0.0) + loading
-    return max(computing, loading / workers, busy / cores)
+        times.append(time.perf_counter() - started)
+    return mean(times[1:]), _peak(fabric.device)
 
 
 def _wait(device: torch.device) -> None:

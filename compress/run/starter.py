@@ -57,6 +57,9 @@ PRETRAINED_HOURS = 2.0
 PADDED = 0.15
 """Share of padding from which a head without statistics of the picture is taken."""
 
+SPENT = 0.85
+"""Share of the budget that a recipe is made for: machines are seldom as quiet again as while they were timed."""
+
 FGD = "{weight: auto, ratio: 10, temperature: 5, beta: 5e-3, relation: 5e-5}"
 """Settings of the method that wins most in docs/methods."""
 
@@ -110,11 +113,14 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
         seconds, fixed = _cost(draft, sets, wishes, facts, taught, fabric)
         last = choice is fitting[-1]
         floor = max(min(limits[1], SMALLEST), least // 2) if last else max(least, 0.7 * limits[1])
-        shrunk = _shrunk(limits, wishes.budget - fixed, seconds, floor, last=last)
+        shrunk = _shrunk(limits, SPENT * wishes.budget - fixed, seconds, floor, last=last)
         if shrunk is not None:
             break
-    draft, seconds = replace(draft, limits=shrunk or limits), seconds * _pixels(shrunk or limits) / _pixels(limits)
-    steps = steps_for(draft.steps, seconds, wishes.budget - fixed, facts.images, batch)
+    if shrunk is not None and shrunk != limits:  # a step has a part that does not go with the pixels
+        draft = replace(draft, limits=shrunk)
+        say(f"timing it on images of {_sizes(shrunk)} ...")
+        seconds, fixed = _cost(draft, _opened(draft, wishes, facts, taught), wishes, facts, taught, fabric)
+    steps = steps_for(draft.steps, seconds, SPENT * wishes.budget - fixed, facts.images, batch)
     draft = replace(draft, steps=steps, seconds=fixed + seconds * steps / draft.steps)
     draft = replace(draft, head_norm=_head_norm(draft, sets.val))
     for line in reasons(draft, facts, limits):
@@ -336,10 +342,6 @@ def _head_norm(draft: Draft, val: CocoDetection) -> str:
 
 def _to_32(side: float) -> int:
     return max(32, round(side / 32) * 32)
-
-
-def _pixels(limits: tuple[int, int]) -> int:
-    return limits[0] * limits[1]
 
 
 def _sizes(limits: tuple[int, int]) -> str:

@@ -9,7 +9,6 @@ checkpoint holds everything else. On the CPU, k steps, a kill, and N - k steps g
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,21 +16,21 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from compress.config.train import Train
 from compress.data.batch import Batch
-from compress.detectors.base import Detector, Reduce
+from compress.detectors.base import Detector
 from compress.distill.teacher_cache import TeacherCache
 from compress.distill.weighting import TrainingPosition, WeightedMethod
 from compress.manifest import TrainingFolder
 from compress.training.checkpoint import Checkpoints, State
-from compress.training.distributed import mean_over_processes, share_buffers, sum_over_processes
-from compress.training.learner import Learner, total_loss
+from compress.training.distributed import mean_over_processes, share_buffers
+from compress.training.learner import Learner
 from compress.training.log import TrainingLog
 from compress.training.loggers.opened import OpenLoggers
-from compress.training.optimizer import build_optimizer, learning_rate, moving_average
+from compress.training.optimizer import learning_rate
+from compress.training.step import NotFiniteError, Stepper
 from compress.training.time_left import NOTHING_LATER, Later, TimeLeft
 from deploy.core import interrupts
 from deploy.core.errors import UserError
@@ -125,12 +124,11 @@ def fit(
     """
     check_length(training.name, training.settings, len(training.loader), training.stops)
     settings, total, epoch_steps = training.settings, training.total, training.epoch_steps
-    reduce = sum_over_processes(fabric)
-    learner = Learner(student, training.methods, training.teacher, reduce, training.cache)
-    optimizer = build_optimizer(learner, settings.optimizer, fused=fabric.device.type == "cpu")
+    stepper = Stepper(
+        fabric, student, settings, teacher=training.teacher, methods=training.methods, cache=training.cache
+    )
+    learner, average, optimizer = stepper.learner, stepper.average, stepper.optimizer
     rate = learning_rate(settings.schedule, total, epoch_steps)
-    fabric_learner, fabric_optimizer = fabric.setup(learner, optimizer)
-    average = moving_average(student, settings.ema)
     weights = student if average is None else average.module  # what is evaluated and kept
     assert isinstance(weights, Detector)
     modules = {"student": student, "methods": learner.methods} | ({} if average is None else {"average": average})
@@ -138,43 +136,22 @@ def fit(
     state = checkpoints.restore() if resume else State()
     log = training.start_log(state.step, enabled=fabric.is_global_zero)
 
-    learner.train()
     started = time.perf_counter() - state.seconds
     stop = total if max_steps is None else min(total, max_steps)
-    images = _batches_from(training.loader, state.step * settings.accumulate)
+    images = batches_from(training.loader, state.step * settings.accumulate)
     while state.step < stop:
         epoch = state.step // epoch_steps
-        for group in optimizer.param_groups:
-            group["lr"] = settings.optimizer.lr * group.get("factor", 1.0) * rate(state.step)
-        means: dict[str, Tensor] = {}
-        batches: list[Batch] = []
-        for part in range(settings.accumulate):
-            batches.append(next(images).to(fabric.device, non_blocking=True))
-            with fabric.no_backward_sync(fabric_learner, enabled=part < settings.accumulate - 1):
-                losses = fabric_learner(batches[-1], TrainingPosition(state.step, total, epoch_steps))
-                loss = total_loss(losses) / settings.accumulate
-                if not _is_finite(loss.detach(), reduce):
-                    _stop("loss", losses, batches, learner, fabric, training, state.step)
-                fabric.backward(loss)
-            for key, value in losses.items():
-                means[key] = means.get(key, 0) + value.detach() / settings.accumulate
-        norm = fabric.clip_gradients(
-            fabric_learner, fabric_optimizer, max_norm=settings.clip_norm or math.inf, error_if_nonfinite=False
-        )
-        assert norm is not None
-        # Before the step, while the weights are still good. fp16's scaler expects overflows and skips such steps.
-        if settings.precision != "fp16" and not _is_finite(norm, None):
-            _stop("gradient", losses, batches, learner, fabric, training, state.step)
-        fabric_optimizer.step()
-        fabric_optimizer.zero_grad(set_to_none=True)
-        if average is not None:
-            average.update_parameters(student)
+        position = TrainingPosition(state.step, total, epoch_steps)
+        try:
+            taken = stepper.take(images, position, settings.optimizer.lr * rate(state.step))
+        except NotFiniteError as error:
+            _stop(error, learner, fabric, training, state.step)
 
         state.step += 1
         state.seconds = time.perf_counter() - started
         if state.step % LOG_EVERY == 0 or state.step in (1, stop):
-            observed = {key: float(value) for key, value in {"grad_norm": norm, **learner.observations()}.items()}
-            values = mean_over_processes(means, reduce, fabric.world_size)
+            observed = {key: float(value) for key, value in {"grad_norm": taken.norm, **learner.observations()}.items()}
+            values = mean_over_processes(taken.losses, stepper.reduce, fabric.world_size)
             log.step(state.step, epoch, state.seconds, optimizer.param_groups[0]["lr"], values, observed)
         else:
             log.tick(state.step)
@@ -187,10 +164,18 @@ def fit(
             log.write()  # no row before a checkpoint is made again
             checkpoints.save(state)
     checkpoints.save(state)
-    log.stop(None if training.cache is None else training.cache.summary(reduce))
+    log.stop(None if training.cache is None else training.cache.summary(stepper.reduce))
     if state.best:
         student.load_state_dict(checkpoints.load_best(state))
     return FitResult(CocoMetrics.from_dict(state.best) if state.best else None, state.step, state.seconds)
+
+
+def batches_from(loader: DataLoader[Any], position: int) -> Iterator[Batch]:
+    """The batches of a training loader from a position on, endlessly from epoch to epoch."""
+    loader.batch_sampler.set_position(0, position)  # type: ignore[union-attr]
+    for batch in loader:
+        interrupts.check()
+        yield batch
 
 
 def steps_of(settings: Train, batches: int) -> tuple[int, int]:
@@ -245,28 +230,7 @@ def without_effect(name: str, settings: Train, batches: int) -> list[str]:
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _batches_from(loader: DataLoader[Any], position: int) -> Iterator[Batch]:
-    """The batches of `loader` from a position on, endlessly from epoch to epoch."""
-    loader.batch_sampler.set_position(0, position)  # type: ignore[union-attr]
-    for batch in loader:
-        interrupts.check()
-        yield batch
-
-
-def _is_finite(value: Tensor, reduce: Reduce | None) -> bool:
-    """Whether a scalar is finite on all processes: a NaN survives the sum, so that they stop together."""
-    return bool(torch.isfinite(value if reduce is None else reduce(value.clone())))
-
-
-def _stop(
-    what: str,
-    losses: dict[str, Tensor],
-    batches: list[Batch],
-    learner: Learner,
-    fabric: Fabric,
-    training: Training,
-    step: int,
-) -> NoReturn:
+def _stop(error: NotFiniteError, learner: Learner, fabric: Fabric, training: Training, step: int) -> NoReturn:
     """Save what is needed to see it again (the weights before the step, the step's batches) and raise.
 
     BatchNorm's running statistics have seen the step's forward pass; training mode does not read them.
@@ -275,9 +239,9 @@ def _stop(
         "nonfinite.pt" if fabric.world_size == 1 else f"nonfinite-rank{fabric.global_rank}.pt"
     )
     with atomic_path(path) as temporary:
-        torch.save({"step": step, "batches": batches, "learner": learner.state_dict()}, temporary)
-    terms = ", ".join(f"{key} {value.item():g}" for key, value in losses.items())
+        torch.save({"step": step, "batches": error.batches, "learner": learner.state_dict()}, temporary)
+    terms = ", ".join(f"{key} {value.item():g}" for key, value in error.losses.items())
     raise UserError(
-        f"{training.name}: the {what} is not finite at step {step} ({terms}); batches and weights are saved in {path} "
+        f"{training.name}: {error} at step {step} ({terms}); batches and weights are saved in {path} "
         "for replay; a lower optimizer.lr, a longer schedule.warmup_steps or clip_norm usually helps"
-    )
+    ) from None

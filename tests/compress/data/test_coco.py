@@ -82,6 +82,22 @@ def test_cache_gives_the_same_pixels_without_the_files(document: dict[str, Any],
             assert torch.equal(image, again) and torch.equal(target.boxes, other.boxes)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_subset_gives_what_the_whole_gives(
+    document: dict[str, Any], save: Save, tmp_path: Path, cache: bool
+) -> None:
+    whole = CocoDetection(save(document), tmp_path / "images", eval_transform(64, 96), cache=cache)
+    chosen = [len(whole) - 1, 0]
+    part = whole.subset(chosen, cache=cache)
+    assert len(part) == 2 and part.num_boxes == sum(len(whole[index][1].labels) for index in chosen)
+    for place, index in enumerate(chosen):
+        (image, target), (wanted, wanted_target) = part[(place, 3)], whole[(index, 3)]
+        torch.testing.assert_close(image, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(target.boxes, wanted_target.boxes, rtol=0, atol=0)
+        assert target.labels.tolist() == wanted_target.labels.tolist() and target.image_id == wanted_target.image_id
+        assert part.path(place) == whole.path(index) and part.aspect_ratios[place] == whole.aspect_ratios[index]
+
+
 def test_boxes_out_of_the_frame_disappear(document: dict[str, Any], save: Save, tmp_path: Path) -> None:
     def shift(image: torch.Tensor, boxes: torch.Tensor, ignore: torch.Tensor) -> Any:
         boxes[0] = torch.tensor([5.0, 5.0, 5.0, 9.0])
