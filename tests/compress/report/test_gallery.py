@@ -78,7 +78,7 @@ def test_a_class_has_one_colour_that_of_its_label_everywhere() -> None:
 
     assert kinds("class 3") == {"class 3": "k3"} and kinds(3, "class 1") == {"class 1": "k1", "class 3": "k3"}
     assert kinds(names[-1]) == {names[-1]: "k1"} and kinds("b", "a") == {"a": "k2", "b": "k3"}
-    page = (Path(__file__).parents[3] / "deploy/serve/page/app.js").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "deploy/serve/page/view.js").read_text(encoding="utf-8")
     listed = re.search(r"const COLOURS = \[(.*?)\]", page, re.DOTALL)
     assert listed is not None and re.findall(r'"(#\w+)"', listed[1]) == list(COLORS), "the server's page"
 
