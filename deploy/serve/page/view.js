@@ -280,10 +280,10 @@ function every(on) {
 
 // ---- files
 
-// The pixels of a picture file as they are stored: browsers turn some kinds of files and not others, so the bytes that
-// say so are made unreadable first. Throws where the browser knows no such picture.
+// The pixels of a picture file (an ArrayBuffer) as they are stored: browsers turn some kinds of files and not others, so
+// the bytes that say so are made unreadable first, in a copy. Throws where the browser knows no such picture.
 export async function storedPixels(bytes, options = {}) {
-  const copy = new Uint8Array(bytes);
+  const copy = new Uint8Array(bytes.slice(0));
   const exif = { 0xff: /Exif\0\0/g, 0x89: /eXIf/g, 0x52: /EXIF/g }[copy[0]]; // of JPEG, PNG and WebP
   if (exif) {
     for (const { index } of new TextDecoder("latin1").decode(copy).matchAll(exif)) copy.fill(0x78, index, index + 4);
