@@ -22,7 +22,7 @@ from compress.cli.options import (
 )
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
-from compress.cli.targets import For, make_others, target_names
+from compress.cli.targets import For, WebRuntime, keep_runtime, make_others, target_names
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
@@ -57,6 +57,7 @@ def export(
     ] = None,
     quantize: Annotated[QuantizeFlags, HIDDEN] = QuantizeFlags(),
     for_: For = None,
+    web_runtime: WebRuntime = None,
     form: FormFlags = FormFlags(),
     trt: Annotated[
         bool, typer.Option("--trt", help="Also build a TensorRT engine, with a card, for this GPU.")
@@ -75,6 +76,7 @@ def export(
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
     targets, others = target_names(for_), for_ is not None or any(values_of(form).values())
+    keep_runtime(web_runtime, targets)
     if checkpoint.suffix == ONNX_SUFFIX:
         if not trt and triton_repo is None and not others:
             raise UserError(

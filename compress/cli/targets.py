@@ -17,6 +17,12 @@ For = Annotated[
     str | None,
     typer.Option("--for", metavar="NAME,NAME", help=f"Also files for other runtimes: {', '.join(TARGETS)}."),
 ]
+WebRuntime = Annotated[
+    Path | None,
+    typer.Option(
+        "--web-runtime", metavar="DIR", help="ONNX Runtime Web for --for web, unpacked. Default: npm fetches it once."
+    ),
+]
 
 
 def target_names(text: str | None) -> list[str]:
@@ -26,6 +32,16 @@ def target_names(text: str | None) -> list[str]:
         if name not in TARGETS:
             raise UserError(f"--for: '{name[:60]}' is none of {', '.join(TARGETS)}")
     return list(dict.fromkeys(names))
+
+
+def keep_runtime(folder: Path | None, targets: Sequence[str]) -> None:
+    """Take --web-runtime, if it was given. Raises UserError where no target ships one."""
+    takers = [TARGETS[name].keep_runtime for name in targets]
+    keep = next((taker for taker in takers if taker is not None), None)
+    if folder is not None and keep is None:
+        raise UserError("--web-runtime: is about --for web; add it")
+    if folder is not None and keep is not None:
+        keep(folder)
 
 
 def make_others(files: Sequence[Path], targets: Sequence[str], form: FormFlags, out: Path | None = None) -> list[Path]:
@@ -42,7 +58,8 @@ def make_others(files: Sequence[Path], targets: Sequence[str], form: FormFlags, 
             made.append(_formed(file, form, out))
         for name in targets:
             place = place_for(file, name, out)
-            need_place(place)
+            if not TARGETS[name].folder:
+                need_place(place)
             print(TARGETS[name].make(file, place))
             made.append(place)
     return made

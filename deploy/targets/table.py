@@ -22,10 +22,15 @@ class Target:
     line about it for people. It imports what it needs itself. Raises UserError, one line: a package that is missing, a
     file that the runtime cannot take and what to give it instead.
     ending: in place of the exported file's `.onnx`.
+    folder: the place is a folder, of any name. `make` refuses one that it did not write.
+    keep_runtime: takes what the target ships of its runtime from a folder of the user's (--web-runtime) into the cache.
+    None: it ships nothing.
     """
 
     make: Callable[[Path, Path], str]
     ending: str
+    folder: bool = False
+    keep_runtime: Callable[[Path], None] | None = None
 
 
 def _openvino(source: Path, place: Path) -> str:
@@ -40,9 +45,22 @@ def _tract(source: Path, place: Path) -> str:
     return make(source, place)
 
 
+def _web(source: Path, place: Path) -> str:
+    from deploy.targets.web import make
+
+    return make(source, place)
+
+
+def _keep_web_runtime(folder: Path) -> None:
+    from deploy.targets.web_runtime import keep_runtime
+
+    keep_runtime(folder)
+
+
 TARGETS: dict[str, Target] = {
     "openvino": Target(_openvino, ".xml"),
     "tract": Target(_tract, ".tract.onnx"),
+    "web": Target(_web, ".web", folder=True, keep_runtime=_keep_web_runtime),
 }
 """Name in --for → how its file is made."""
 
@@ -52,6 +70,6 @@ def place_for(source: Path, target: str, out: Path | None = None) -> Path:
     ending = TARGETS[target].ending
     if out is None:
         return source.with_name(source.name.removesuffix(ONNX_SUFFIX) + ending)
-    if not out.name.endswith(ending):
+    if not TARGETS[target].folder and not out.name.endswith(ending):
         raise UserError(f"--out: {out} does not end in {ending}")
     return out

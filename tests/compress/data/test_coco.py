@@ -83,9 +83,7 @@ def test_cache_gives_the_same_pixels_without_the_files(document: dict[str, Any],
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_subset_gives_what_the_whole_gives(
-    document: dict[str, Any], save: Save, tmp_path: Path, cache: bool
-) -> None:
+def test_a_subset_gives_what_the_whole_gives(document: dict[str, Any], save: Save, tmp_path: Path, cache: bool) -> None:
     whole = CocoDetection(save(document), tmp_path / "images", eval_transform(64, 96), cache=cache)
     chosen = [len(whole) - 1, 0]
     part = whole.subset(chosen, cache=cache)
