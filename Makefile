@@ -15,7 +15,7 @@ MMDET_BASE ?= $(shell for python in python3.11 python3.12; do \
 	$$python -c 'import ensurepip' >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-exhaustive test-mmdet lint format docs bench release-check clean
+.PHONY: help quickstart test test-exhaustive test-mmdet test-runtimes lint format docs bench release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -32,6 +32,9 @@ test-exhaustive: .venv/.dev  ## what `make test` leaves out: every GPU target, e
 test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet itself (see docs/mmdet.md)
 	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'
 	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest --disable-warnings tests/parity_mmdet
+
+test-runtimes: .venv-runtimes/.runtimes  ## the quickstart's student in LiteRT, MNN, OpenVINO and tract, with its mAP in each
+	PATH="$(CURDIR)/.venv-onnx2tf/bin:$$PATH" OMP_NUM_THREADS=2 .venv-runtimes/bin/python -m pytest -s tests/runtimes
 
 lint: .venv/.dev docs  ## ruff, mypy, and the documents as a site
 	$(BIN)/ruff check .
@@ -55,7 +58,7 @@ release-check: .venv/.dev  ## build the wheel and run its quickstart in an empty
 	.ci/release-check $(TAG)
 
 clean:  ## remove the environments and caches, never runs/
-	rm -rf .venv .venv-mmdet .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-mmdet .venv-runtimes .venv-onnx2tf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH; make PYTHON=/path/to/python" >&2; exit 2; }
@@ -70,6 +73,16 @@ clean:  ## remove the environments and caches, never runs/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
 	$(BIN)/python tests/trt_rig/install.py
 	@touch $@ .venv/.train
+
+# onnx2tf fixes the versions of all that it needs, so it is apart.
+.venv-runtimes/.runtimes: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH; make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x .venv-runtimes/bin/python || $(PYTHON) -m venv .venv-runtimes
+	.venv-runtimes/bin/python -m pip install --quiet --disable-pip-version-check \
+	--editable '.[train,serve,openvino,litert,mnn,tract]' 'pytest>=8.3' 'hypothesis>=6.115' ncnn pnnx coremltools
+	test -x .venv-onnx2tf/bin/python || $(PYTHON) -m venv .venv-onnx2tf
+	.venv-onnx2tf/bin/python -m pip install --quiet --disable-pip-version-check onnx2tf
+	@touch $@
 
 # mmcv's operators are compiled against the torch that is there: about eight minutes, and no wheel of another build.
 $(MMDET_VENV)/.mmdet:

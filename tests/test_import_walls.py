@@ -25,7 +25,7 @@ ROOMS = {
         ("runtimes",),
         ("validate", "latency"),
         ("quantize",),
-        ("serve",),
+        ("serve", "targets"),
         ("predict",),
         ("model",),
     ],
@@ -305,7 +305,7 @@ def test_the_recipe_loads_without_torch() -> None:
 
 # ------------------------------------------------------------------------------------------------------ sizes
 
-MOST = {"compress": (13, 5), "deploy": (9, 2)}  # folders, loose modules (the package's own two files do not count)
+MOST = {"compress": (13, 5), "deploy": (10, 2)}  # folders, loose modules (the package's own two files do not count)
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
 EVERYTHING = ("compress", "deploy", "kernels", "benchmarks", "examples", "docs", "tests")
 LONG_FILES: dict[str, str] = {}

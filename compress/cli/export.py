@@ -13,7 +13,6 @@ from compress.cli.exits import next_command
 from compress.cli.groups import HIDDEN, with_groups
 from compress.cli.options import (
     EngineFlags,
-    FormFlags,
     QuantizeFlags,
     ThresholdFlags,
     need_file,
@@ -22,13 +21,14 @@ from compress.cli.options import (
 )
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
-from compress.cli.targets import For, WebRuntime, keep_runtime, make_others, target_names
+from compress.cli.targets import OtherFlags, keep_runtimes, make_others
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     from compress.config.data import Split
+    from compress.run.engines import EnginePlan
 
 commands = typer.Typer()
 OUT_HELP = "The fp32 file; others lie beside it, as x.int8.onnx. Default: the checkpoint's name with .onnx."
@@ -56,9 +56,7 @@ def export(
         typer.Option("--precision", metavar="P,P", help=f"Of {', '.join(PRECISIONS)}. Default: fp32."),
     ] = None,
     quantize: Annotated[QuantizeFlags, HIDDEN] = QuantizeFlags(),
-    for_: For = None,
-    web_runtime: WebRuntime = None,
-    form: FormFlags = FormFlags(),
+    others: OtherFlags = OtherFlags(),
     trt: Annotated[
         bool, typer.Option("--trt", help="Also build a TensorRT engine, with a card, for this GPU.")
     ] = False,
@@ -75,23 +73,13 @@ def export(
     if not trt:
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
-    targets, others = target_names(for_), for_ is not None or any(values_of(form).values())
-    keep_runtime(web_runtime, targets)
+    targets = others.targets
+    keep_runtimes(others, targets)
     if checkpoint.suffix == ONNX_SUFFIX:
-        if not trt and triton_repo is None and not others:
-            raise UserError(
-                f"{checkpoint}: is an ONNX file already; give --for, --static-batch, --labels, --input, --trt or "
-                "--triton-repo"
-            )
         making = {"--images": images, "--input-size": input_size, "--precision": precision}
         making |= {**values_of(thresholds), **values_of(quantize)}
         refuse(making, f"is about making an ONNX file, and {checkpoint} is one already; give its checkpoint")
-        made = make_others([checkpoint], targets, form, None if trt else out)
-        if not trt and not others:
-            refuse({"--out": out}, "names the engine here; add --trt")
-        if trt or triton_repo is not None:
-            made = [deliver(checkpoint, out, plan, triton_repo)]
-        _measure(made)
+        _of_exported(checkpoint, targets, others, out, plan, triton_repo)
         return
     named, out = out is not None, out or checkpoint.with_suffix(ONNX_SUFFIX)
     if out.suffix != ONNX_SUFFIX:
@@ -117,12 +105,33 @@ def export(
     how = quantizing(student, quantize, out) if any(PRECISIONS[name].quantized for name in wanted) else None
     checks, split = student.checks()
     make_files(ArtifactPlan(checkpoint, files, student.settings, checks, how, on_grids=grids is not None, engines=plan))
-    make_others([file.path for file in files], targets, form)
+    make_others([file.path for file in files], targets, others)
     if triton_repo is not None:
         for artifact in [file.engine if trt else file.path for file in files]:
             if artifact is not None:
                 add_to_triton(triton_repo, artifact)
     _next([file.path for file in files], out, split, images)
+
+
+def _of_exported(
+    file: Path,
+    targets: Sequence[str],
+    others: OtherFlags,
+    out: Path | None,
+    plan: EnginePlan | None,
+    triton_repo: Path | None,
+) -> None:
+    """Make what was asked for of an ONNX file. plan: of an engine; None: none is wanted."""
+    if plan is None and triton_repo is None and not others.any:
+        raise UserError(
+            f"{file}: is an ONNX file already; give --for, --static-batch, --labels, --input, --trt or --triton-repo"
+        )
+    if plan is None and not others.any:
+        refuse({"--out": out}, "names the engine here; add --trt")
+    made = make_others([file], targets, others, out if plan is None else None)
+    if plan is not None or triton_repo is not None:
+        made = [deliver(file, out if plan is not None else None, plan, triton_repo)]
+    _measure(made)
 
 
 def _measure(made: Sequence[Path]) -> None:

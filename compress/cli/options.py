@@ -82,19 +82,6 @@ class QuantizeFlags:
 
 
 @dataclass(frozen=True)
-class FormFlags:
-    """Options of another form of exported files, see `deploy.graph.form`."""
-
-    static_batch: Annotated[
-        int | None, typer.Option("--static-batch", min=1, help="The file takes this batch size alone.")
-    ] = None
-    labels: Annotated[Literal["int32"] | None, typer.Option("--labels", help="Type of the labels.")] = None
-    input: Annotated[
-        Literal["float"] | None, typer.Option("--input", help="Pixels 0 to 255 as float32 instead of uint8.")
-    ] = None
-
-
-@dataclass(frozen=True)
 class EngineFlags:
     """Options of engine builds."""
 

@@ -3,69 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from compress.cli.options import FormFlags, values_of
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
-from deploy.targets.table import TARGETS, place_for
-
-For = Annotated[
-    str | None,
-    typer.Option("--for", metavar="NAME,NAME", help=f"Also files for other runtimes: {', '.join(TARGETS)}."),
-]
-WebRuntime = Annotated[
-    Path | None,
-    typer.Option(
-        "--web-runtime", metavar="DIR", help="ONNX Runtime Web for --for web, unpacked. Default: npm fetches it once."
-    ),
-]
+from deploy.targets.table import REFUSED, TARGETS, place_for
 
 
-def target_names(text: str | None) -> list[str]:
-    """The runtimes of --for. Raises UserError for an unknown one."""
-    names = [] if text is None else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in TARGETS:
-            raise UserError(f"--for: '{name[:60]}' is none of {', '.join(TARGETS)}")
-    return list(dict.fromkeys(names))
+@dataclass(frozen=True)
+class OtherFlags:
+    """Options of what is made of an exported file besides."""
+
+    for_: Annotated[
+        str | None,
+        typer.Option("--for", metavar="NAME,NAME", help=f"Also files for other runtimes: {', '.join(TARGETS)}."),
+    ] = None
+    web_runtime: Annotated[
+        Path | None,
+        typer.Option("--web-runtime", metavar="DIR", help="Its runtime for --for web, unpacked. Default: npm brings it."),
+    ] = None
+    static_batch: Annotated[
+        int | None, typer.Option("--static-batch", min=1, help="Also a file that takes this batch size alone.")
+    ] = None
+    labels: Annotated[Literal["int32"] | None, typer.Option("--labels", help="Also a file with such labels.")] = None
+    input: Annotated[
+        Literal["float"] | None, typer.Option("--input", help="Also a file that takes pixels as float32, 0 to 255.")
+    ] = None
+
+    @property
+    def form(self) -> bool:
+        """Another form is wanted: one file with all of it."""
+        return any(value is not None for value in (self.static_batch, self.labels, self.input))
+
+    @property
+    def any(self) -> bool:
+        return self.form or self.for_ is not None
+
+    @property
+    def targets(self) -> list[str]:
+        """The runtimes of --for. Raises UserError for an unknown one."""
+        names = [] if self.for_ is None else [name.strip() for name in self.for_.split(",")]
+        for name in names:
+            if name in REFUSED:
+                raise UserError(f"--for {name}: {REFUSED[name]}")
+            if name not in TARGETS:
+                raise UserError(f"--for: '{name[:60]}' is none of {', '.join(TARGETS)}")
+        return list(dict.fromkeys(names))
 
 
-def keep_runtime(folder: Path | None, targets: Sequence[str]) -> None:
-    """Take --web-runtime, if it was given. Raises UserError where no target ships one."""
-    takers = [TARGETS[name].keep_runtime for name in targets]
-    keep = next((taker for taker in takers if taker is not None), None)
-    if folder is not None and keep is None:
-        raise UserError("--web-runtime: is about --for web; add it")
-    if folder is not None and keep is not None:
-        keep(folder)
+def keep_runtimes(wanted: OtherFlags, targets: Sequence[str]) -> None:
+    """Take what a target ships of its runtime out of --web-runtime, before anything is made.
+
+    targets: `wanted.targets`. Raises UserError where none of them ships one, or it is not in there.
+    """
+    if wanted.web_runtime is None:
+        return
+    takers = [keep for name in targets if (keep := TARGETS[name].keep_runtime) is not None]
+    if not takers:
+        raise UserError("--web-runtime: is about a page; add --for web")
+    for keep in takers:
+        keep(wanted.web_runtime)
 
 
-def make_others(files: Sequence[Path], targets: Sequence[str], form: FormFlags, out: Path | None = None) -> list[Path]:
+def make_others(
+    files: Sequence[Path], targets: Sequence[str], wanted: OtherFlags, out: Path | None = None
+) -> list[Path]:
     """Make of each exported file what was asked for, and say so. Returns what was written.
 
-    out: where it goes, of one file and one wish; None: beside the file.
+    targets: `wanted.targets`. out: where it goes, of one file and one wish; None: beside the file.
     """
-    wished = any(value is not None for value in values_of(form).values())
-    if out is not None and len(files) * (len(targets) + wished) > 1:
+    if out is not None and len(files) * (len(targets) + wanted.form) > 1:
         raise UserError(f"--out: {out} names one file, and several are made; leave it out")
+    from deploy.targets.make import make_for
+
     made = []
     for file in files:
-        if wished:
-            made.append(_formed(file, form, out))
+        if wanted.form:
+            made.append(_formed(file, wanted, out))
         for name in targets:
             place = place_for(file, name, out)
             if not TARGETS[name].folder:
                 need_place(place)
-            print(TARGETS[name].make(file, place))
+            print(f"{place}: {make_for(name, file, place)}")
             made.append(place)
     return made
 
 
-def _formed(file: Path, flags: FormFlags, out: Path | None) -> Path:
+def _formed(file: Path, flags: OtherFlags, out: Path | None) -> Path:
     from deploy.core.card import Form
     from deploy.graph.form import reform
 
@@ -80,5 +108,5 @@ def _formed(file: Path, flags: FormFlags, out: Path | None) -> Path:
         raise UserError(f"--out: {place} does not end in {ONNX_SUFFIX}")
     need_place(place)
     card = reform(file, place, form)
-    print(f"{place}: {card.form.in_words()}; the same answers as {file.name}, to the bit")
+    print(f"{place}: {card.form.in_words()}; computes what {file.name} does, to the bit")
     return place

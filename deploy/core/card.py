@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.core.errors import UserError, first_line
+from deploy.core.files import write_text
 
 METADATA_KEY = "compress"
 PROCESSING = "pre- and post-processing"
@@ -206,6 +207,28 @@ def card_from_file(path: Path) -> ModelCard:
 def card_from_session(session: Any, where: str = "model") -> ModelCard:
     """The card of an open `onnxruntime.InferenceSession`. Raises UserError, naming `where`."""
     return parse_card(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), where)
+
+
+def card_beside(path: Path) -> ModelCard:
+    """The card of a file that cannot carry it: `student.mnn` has `student.mnn.json`. Raises UserError."""
+    file = _beside(path)
+    try:
+        return parse_card(file.read_text(encoding="utf-8"), str(file))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: no such file; it is the card of {path.name}, made with it: keep both together"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
+
+
+def write_card_beside(card: ModelCard, path: Path) -> None:
+    """Write what `card_beside` reads."""
+    write_text(_beside(path), card.model_dump_json(indent=1))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
 
 
 def parse_card(text: str | None, where: str) -> ModelCard:

@@ -84,11 +84,30 @@ def _open_openvino(path: Path, providers: Sequence[str], *, openvino: OpenVINO |
     return OpenVINORunner(path, device, threads=options["threads"], settings=openvino)
 
 
+def _open_tract(path: Path, providers: Sequence[str]) -> Runner:
+    from deploy.runtimes.tract import TractRunner
+
+    return TractRunner(path)
+
+
+def _open_mnn(path: Path, providers: Sequence[str], **options: Any) -> Runner:
+    from deploy.runtimes.mnn import MNNRunner
+
+    return MNNRunner(path, **options)
+
+
+def _open_litert(path: Path, providers: Sequence[str], **options: Any) -> Runner:
+    from deploy.runtimes.litert import LiteRTRunner
+
+    return LiteRTRunner(path, **options)
+
+
 _OF_OPENVINO = Option(
     "is about files in OpenVINO; give an .xml, or an .onnx and --provider openvino",
     ("openvino", "openvino-gpu", "openvino-npu"),
 )
 RUNNERS: dict[str, RunnerKind] = {
+    ".tract.onnx": RunnerKind("tract", _open_tract),
     ONNX_SUFFIX: RunnerKind(
         "ONNX Runtime or OpenVINO",
         _open_onnx,
@@ -113,10 +132,12 @@ RUNNERS: dict[str, RunnerKind] = {
             "cuda_graph": Option("is about engines, and none is given; make one with compress build"),
         },
     ),
+    ".mnn": RunnerKind("MNN", _open_mnn, options={"threads": Option()}),
+    ".tflite": RunnerKind("LiteRT", _open_litert, options={"threads": Option()}),
 }
-"""Suffix → how such a file is run."""
+"""Ending of a name → how such a file is run; the first that fits."""
 
-SUFFIXES = tuple(RUNNERS)
+SUFFIXES = tuple(ending for ending in RUNNERS if ending.count(".") == 1)
 
 
 def open_runner(
@@ -236,18 +257,24 @@ def check_artifact(path: Path) -> None:
 
 def runner_kind(path: Path) -> RunnerKind:
     """The row of `RUNNERS` for the file at `path`. Raises UserError for another suffix."""
-    if path.suffix not in RUNNERS:
-        raise UserError(f"{path}: neither {' nor '.join(SUFFIXES)}; make one with compress export")
-    return RUNNERS[path.suffix]
+    kind = _kind(path)
+    if kind is None:
+        raise UserError(f"{path}: ends in none of {', '.join(SUFFIXES)}; make one with compress export")
+    return kind
 
 
 def readable_file(runner: Runner) -> Path | None:
     """The file of a runner when the values inside it can be read one by one, else None."""
     path = getattr(runner, "path", None)
-    return path if isinstance(path, Path) and path.suffix in RUNNERS and RUNNERS[path.suffix].readable else None
+    kind = _kind(path) if isinstance(path, Path) else None
+    return path if kind is not None and kind.readable else None
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path) -> RunnerKind | None:
+    return next((kind for ending, kind in RUNNERS.items() if path.name.endswith(ending)), None)
 
 
 def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
@@ -260,7 +287,7 @@ def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
 
 
 def _check_useful(option: str, argument: str, files: Sequence[Path], providers: Sequence[str]) -> None:
-    rules = [RUNNERS[file.suffix].options.get(argument) for file in files if file.suffix in RUNNERS]
+    rules = [kind.options.get(argument) for kind in map(_kind, files) if kind is not None]
     if not any(rule and (not rule.providers or set(rule.providers) & set(providers)) for rule in rules):
         refusal = next(kind.options[argument].refusal for kind in RUNNERS.values() if argument in kind.options)
         raise UserError(f"{option}: {refusal}")

@@ -7,12 +7,10 @@ processor can.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from deploy.core.card import METADATA_KEY, Form, need_plain, parse_card
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.openvino import load_openvino
 
@@ -23,16 +21,11 @@ def make(source: Path, place: Path) -> str:
     card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
     need_plain(card, source, "files of OpenVINO are made")
     weights = place.with_suffix(".bin")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model = openvino.Core().read_model(str(source))
-            model.reshape({"images": [1, 3, *card.input_size]})
-        except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
-            raise UserError(f"{source}: OpenVINO cannot read it: {error}".splitlines()[0]) from error
-        model.set_rt_info(card.model_copy(update={"form": Form(batch=1)}).model_dump_json(), METADATA_KEY)
-        written = Path(folder) / place.name
-        openvino.save_model(model, str(written), compress_to_fp16=False)
-        with atomic_path(weights) as temporary, atomic_path(place) as network:
-            temporary.write_bytes(written.with_suffix(".bin").read_bytes())
-            network.write_bytes(written.read_bytes())
-    return f"{place} and {weights.name}, {weights.stat().st_size / 1e6:.1f} MB; one image at a time"
+    try:
+        model = openvino.Core().read_model(str(source))
+        model.reshape({"images": [1, 3, *card.input_size]})
+    except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
+        raise UserError(f"{source}: OpenVINO cannot read it: {error}".splitlines()[0]) from error
+    model.set_rt_info(card.model_copy(update={"form": Form(batch=1)}).model_dump_json(), METADATA_KEY)
+    openvino.save_model(model, str(place), compress_to_fp16=False)
+    return f"{weights.stat().st_size / 1e6:.1f} MB in {weights.name} beside it; one image at a time"

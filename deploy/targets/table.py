@@ -18,10 +18,12 @@ from deploy.core.files import ONNX_SUFFIX
 class Target:
     """Row of the table.
 
-    make: (exported .onnx file, place) writes what the runtime takes to the place, whole or not at all, and returns a
-    line about it for people. It imports what it needs itself. Raises UserError, one line: a package that is missing, a
-    file that the runtime cannot take and what to give it instead.
+    make: (exported .onnx file, place) writes what the runtime takes to the place, and returns a few words about it for
+    people. It imports what it needs itself. Raises UserError, one line: a package that is missing, a file that the
+    runtime cannot take and what to give it instead.
     ending: in place of the exported file's `.onnx`.
+    runs: there is a row in `deploy.runtimes.open`, by which the file is tried before it gets its name. What does not
+    run here must be written whole or not at all by `make` itself.
     folder: the place is a folder, of any name. `make` refuses one that it did not write.
     keep_runtime: takes what the target ships of its runtime from a folder of the user's (--web-runtime) into the cache.
     None: it ships nothing.
@@ -29,8 +31,21 @@ class Target:
 
     make: Callable[[Path, Path], str]
     ending: str
+    runs: bool = True
     folder: bool = False
     keep_runtime: Callable[[Path], None] | None = None
+
+
+def _litert(source: Path, place: Path) -> str:
+    from deploy.targets.litert import make
+
+    return make(source, place)
+
+
+def _mnn(source: Path, place: Path) -> str:
+    from deploy.targets.mnn import make
+
+    return make(source, place)
 
 
 def _openvino(source: Path, place: Path) -> str:
@@ -41,6 +56,12 @@ def _openvino(source: Path, place: Path) -> str:
 
 def _tract(source: Path, place: Path) -> str:
     from deploy.targets.tract import make
+
+    return make(source, place)
+
+
+def _tvm(source: Path, place: Path) -> str:
+    from deploy.targets.tvm import make
 
     return make(source, place)
 
@@ -58,11 +79,20 @@ def _keep_web_runtime(folder: Path) -> None:
 
 
 TARGETS: dict[str, Target] = {
+    "litert": Target(_litert, ".tflite"),
+    "mnn": Target(_mnn, ".mnn"),
     "openvino": Target(_openvino, ".xml"),
     "tract": Target(_tract, ".tract.onnx"),
-    "web": Target(_web, ".web", folder=True, keep_runtime=_keep_web_runtime),
+    "tvm": Target(_tvm, ".tvm.onnx", runs=False),
+    "web": Target(_web, ".web", runs=False, folder=True, keep_runtime=_keep_web_runtime),
 }
 """Name in --for → how its file is made."""
+REFUSED: dict[str, str] = {
+    "coreml": "coremltools 9 reads programs of PyTorch and TensorFlow, and no ONNX file",
+    "ncnn": "pnnx 20261020, its converter, leaves out TopK, GatherElements and more with a note and ends well; ncnn "
+    "cannot load what is left. On the same devices run MNN or LiteRT: --for mnn, --for litert",
+}
+"""Name in --for → why there is no file for it."""
 
 
 def place_for(source: Path, target: str, out: Path | None = None) -> Path:

@@ -12,4 +12,4 @@ from deploy.graph.form import reform
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     card = reform(source, place, Form(batch=1, labels="int32"))
-    return f"{place}, {place.stat().st_size / 1e6:.1f} MB; {card.form.in_words()}"
+    return f"{place.stat().st_size / 1e6:.1f} MB; {card.form.in_words()}"

@@ -38,7 +38,7 @@ def make(source: Path, place: Path) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / 1e6
     return (
-        f"{place}, {size:.1f} MB, {source.stat().st_size / 1e6:.1f} of them the model; look at it with "
+        f"{size:.1f} MB, {source.stat().st_size / 1e6:.1f} of them the model; look at it with "
         f"`python -m http.server --directory {place}`"
     )
 

@@ -161,7 +161,7 @@ def test_mistakes_read_as_on_the_command_line(content: dict[str, Any], tmp_path:
         compress.open(tmp_path / "a.onnx", input_size=(64, 64))
     with pytest.raises(UserError, match=r"threads: of exported files, and .*a.safetensors is a checkpoint"):
         compress.open(tmp_path / "a.safetensors", threads=1)
-    with pytest.raises(UserError, match=r"a.txt: neither .onnx nor .engine"):
+    with pytest.raises(UserError, match=r"a.txt: ends in none of .onnx, .xml, .engine"):
         compress.open(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"student.safetensors: not found: the student is not trained yet"):
         api.Run(tmp_path).student  # noqa: B018

@@ -113,7 +113,7 @@ def test_what_is_no_picture_is_said_in_one_line(model: deploy.Model, folder: Pat
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         model.detect([PNG], batch_size=0)
-    with pytest.raises(UserError, match=r"neither .onnx nor .engine"):
+    with pytest.raises(UserError, match=r"ends in none of .onnx, .xml, .engine"):
         deploy.open(folder / "notes.txt")
 
 

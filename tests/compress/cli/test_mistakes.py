@@ -174,7 +174,7 @@ from tests.helpers.command_line import Run
             )
         ),
         ("validate none.onnx --data good.json --images images", "none.onnx: no such file"),
-        ("validate model.pt --data good.json --images images", "model.pt: neither .onnx nor .engine"),
+        ("validate model.pt --data good.json --images images", "model.pt: ends in none of .onnx, .xml, .engine"),
         ("validate text.onnx --data good.json --images images", "text.onnx"),
         ("validate text.onnx text.onnx --data good.json --images images", "text.onnx: given twice"),
         ("validate text.onnx --data none.json --images images", "--data: none.json: no such file"),

@@ -58,8 +58,8 @@ def test_each_file_gets_the_options_of_its_runtime(tmp_path: Path, monkeypatch: 
     [
         ([ONNX], ("cpu",), {"ep_context": True}, "--ep-context: is about .onnx files on the TensorRT provider"),
         ([ENGINE], ("tensorrt",), {"trt_cache": Path("c")}, "--trt-cache: is about .onnx files on the TensorRT"),
-        ([ONNX], ("cpu",), {"openvino_streams": 2}, "--openvino-streams: is about .onnx files in OpenVINO"),
-        ([ENGINE], ("openvino",), {"openvino_cache": Path("c")}, "--openvino-cache: is about .onnx files in OpenVINO"),
+        ([ONNX], ("cpu",), {"openvino_streams": 2}, "--openvino-streams: is about files in OpenVINO"),
+        ([ENGINE], ("openvino",), {"openvino_cache": Path("c")}, "--openvino-cache: is about files in OpenVINO"),
         ([ONNX], ("tensorrt",), {"cuda_graph": True}, "--cuda-graph: is about engines, and none is given"),
     ],
 )
@@ -75,7 +75,10 @@ def test_files_that_cannot_be_opened(tmp_path: Path, tiny_onnx: Path) -> None:
     (tmp_path / "m.pt").touch()
     for files, message in (
         ([tmp_path / "none.onnx"], "no such file"),
-        ([tmp_path / "m.pt"], r"m.pt: neither .onnx nor .engine; make one with compress export"),
+        (
+            [tmp_path / "m.pt"],
+            r"m.pt: ends in none of .onnx, .xml, .engine, .mnn, .tflite; make one with compress export",
+        ),
         ([tiny_onnx, tiny_onnx], "given twice"),
     ):
         with pytest.raises(UserError, match=message):

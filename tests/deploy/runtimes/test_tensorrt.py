@@ -304,7 +304,7 @@ def test_engines_that_do_not_fit_are_refused(
 
 
 def test_what_is_missing_is_named(tmp_path: Path, tiny_onnx: Path) -> None:
-    with pytest.raises(UserError, match=r"neither .onnx nor .engine"):
+    with pytest.raises(UserError, match=r"ends in none of .onnx, .xml, .engine"):
         open_runner(tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"no such file|tensorrt is not installed"):
         open_runner(tmp_path / "none.engine")

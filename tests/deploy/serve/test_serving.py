@@ -445,7 +445,7 @@ def test_mistakes_on_the_command_line(
     model = str(red_onnx)
     for arguments, message in (
         (["none.onnx"], "none.onnx: no such file"),
-        ([str(ROOT / "README.md")], "neither .onnx nor .engine"),
+        ([str(ROOT / "README.md")], "ends in none of .onnx, .xml, .engine"),
         ([str(text)], "ONNX Runtime cannot load it"),
         ([model, model], "a second model named 'red': give NAME="),
         ([f"a b={model}"], "'a b': not a model name"),

@@ -73,7 +73,7 @@ def test_what_is_in_it(package: Path, red: Path, tmp_path: Path) -> None:
     web_runtime.keep_runtime(package)
     place = tmp_path / "red.web"
     said = TARGETS["web"].make(red, place)
-    assert "red.web" in said and "http.server" in said
+    assert "http.server --directory" in said and "red.web" in said
     about = json.loads((place / "model.json").read_text())
     assert set(about["files"]) == _files(place) and about["runtime"] == web_runtime.VERSION
     assert ModelCard.model_validate(about["card"]) == card_from_file(red) == card_from_file(place / about["model"])

@@ -433,7 +433,7 @@ def test_an_engine_of_an_onnx_file(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "is an ONNX file already; give --trt or --triton-repo"),
+        ("", "is an ONNX file already; give --for"),
         ("--trt --batch 8,1", "--batch: '8,1': an engine has a smallest, a best and a largest batch"),
         ("--trt --batch 1,2,3,4", "--batch: '1,2,3,4'"),
         ("--trt --workspace-gb 0", "--workspace-gb: "),

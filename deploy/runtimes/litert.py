@@ -1,0 +1,61 @@
+"""A file of `deploy.targets.litert` in LiteRT, once TensorFlow Lite, on its CPU. No torch; `ai_edge_litert` is imported
+when one opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.core.card import card_beside
+from deploy.core.environment import usable_cores
+from deploy.core.errors import UserError, first_line
+from deploy.runtimes.base import DetectionBatch, check_images, in_form
+
+INSTALL = "pip install 'compress-detectors[litert]'"
+_OUTPUTS = ("boxes", "scores", "labels", "count")
+
+
+class LiteRTRunner:
+    """Runs `path` on the CPU (XNNPACK), an image at a time, which is channels last there. threads: None: one a core.
+
+    Raises UserError when LiteRT or the card beside the file is missing, and for a file that it cannot load.
+    """
+
+    backend, on_cpu = "litert cpu", True
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        self.threads = threads
+        self.card = card_beside(path)
+        interpreter = load_litert()
+        try:
+            self._interpreter = interpreter(model_path=str(path), num_threads=threads or usable_cores())
+            self._network = self._interpreter.get_signature_runner()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: LiteRT cannot load it: {first_line(error)}") from error
+        names = sorted(self._network.get_output_details())
+        if names != sorted(_OUTPUTS):
+            raise UserError(f"{path}: not a deployable file: it gives {names}")
+
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
+        check_images(images, self.card)
+        return in_form(self.card.form, self._run, images)
+
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        found = self._network(images=np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+        return [found[name] for name in _OUTPUTS]
+
+
+def load_litert() -> Any:
+    """LiteRT's `Interpreter`. Raises UserError when the package is missing."""
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ModuleNotFoundError as error:
+        raise UserError(f"ai-edge-litert is not installed: {INSTALL}") from error
+    except (ImportError, OSError) as error:
+        raise UserError(f"ai-edge-litert does not load: {first_line(error)}") from error
+    return Interpreter

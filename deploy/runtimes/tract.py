@@ -1,0 +1,55 @@
+"""A file of `deploy.targets.tract` in tract, the runtime of Rust, by its Python package. No torch; `tract` is imported
+when one opens. It computes on one thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from deploy.core.card import METADATA_KEY, parse_card
+from deploy.core.errors import UserError, first_line
+from deploy.core.onnx_scan import scan_onnx
+from deploy.runtimes.base import DetectionBatch, check_images, in_form
+
+INSTALL = "pip install 'compress-detectors[tract]'"
+
+
+class TractRunner:
+    """Runs `path` on the CPU, an image at a time. Raises UserError when tract is missing, and for a file of another
+    form."""
+
+    backend, on_cpu = "tract cpu", True
+
+    def __init__(self, path: Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        tract = load_tract()
+        self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+        if self.card.form.batch is None or self.card.form.labels != "int32":
+            raise UserError(f"{path}: tract takes a fixed batch and int32 labels: compress export {path} --for tract")
+        try:
+            self._model = tract.onnx().load(str(path)).into_model().into_runnable()
+        except Exception as error:  # its own type, made when the library is there
+            raise UserError(f"{path}: tract cannot load it: {first_line(error)}") from error
+
+    def __call__(self, images: np.ndarray) -> DetectionBatch:
+        check_images(images, self.card)
+        return in_form(self.card.form, self._run, images)
+
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        # Outputs have the names of their nodes, so that only their order says which is which.
+        return [value.to_numpy() for value in self._model.run([np.ascontiguousarray(images)])]
+
+
+def load_tract() -> ModuleType:
+    """The package. Raises UserError when it is missing."""
+    try:
+        import tract
+    except ModuleNotFoundError as error:
+        raise UserError(f"tract is not installed: {INSTALL}") from error
+    except (ImportError, OSError) as error:
+        raise UserError(f"tract does not load: {first_line(error)}") from error
+    return tract

@@ -1,0 +1,50 @@
+"""LiteRT, once TensorFlow Lite: Android, microcontrollers, Edge TPUs. By onnx2tf, with a card beside the file.
+
+onnx2tf fixes the versions of all that it needs, NumPy and onnx among them, so it has an environment of its own and is
+called as a command. It wants shapes that are constants, and fetches pictures from the network unless it finds some.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from deploy.core.card import METADATA_KEY, Form, network_precision, parse_card, write_card_beside
+from deploy.core.errors import UserError
+from deploy.core.onnx_scan import scan_onnx
+
+CONVERTER = "onnx2tf"
+INSTALL = f"pipx install {CONVERTER}"
+_PICTURES = "calibration_image_sample_data_20x128x128x3_float32.npy"
+"""The name under which onnx2tf looks for pictures before it asks the network. It compares its own steps on them."""
+
+
+def make(source: Path, place: Path) -> str:
+    """See `deploy.targets.table.Target`."""
+    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    precision = network_precision(card.precision)
+    if precision != "fp32":
+        why = "stops at quantized convolutions" if "int8" in precision else "makes a file of it that finds nothing"
+        raise UserError(f"{source}: is {precision}, and {CONVERTER} {why} (seen with 1.29): give the fp32 file")
+    command = shutil.which(CONVERTER)
+    if command is None:
+        raise UserError(f"{CONVERTER} is not on PATH; it needs an environment of its own: {INSTALL}")
+    from deploy.graph.form import reform
+
+    with tempfile.TemporaryDirectory() as folder:
+        form = Form(batch=1)
+        card = reform(source, Path(folder) / "model.onnx", form)
+        np.save(Path(folder) / _PICTURES, np.random.default_rng(0).random((20, 128, 128, 3), np.float32))
+        words = [command, "-i", "model.onnx", "-o", "made", "-osd", "-n"]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
+        written = Path(folder) / "made" / "model_float32.tflite"
+        if not written.is_file():
+            said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line]
+            raise UserError(f"{source}: {CONVERTER} fails: {''.join(said[-1:])[:300] or done.returncode}")
+        shutil.move(written, place)
+    write_card_beside(card, place)
+    return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json; one image at a time"

@@ -1,0 +1,73 @@
+"""Making a file for another runtime, and trying it before it gets its name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from deploy.core.boxes import pairwise_iou
+from deploy.core.card import network_precision
+from deploy.core.errors import UserError
+from deploy.runtimes.base import Runner
+from deploy.runtimes.open import open_runner
+from deploy.targets.table import TARGETS
+
+_PICTURES = 4
+"""Of noise, on which a new file is compared with the one that it was made of."""
+_FOUND, _SCORE = {"float": 0.95, "int8": 0.75}, {"float": 0.01, "int8": 0.05}
+"""Share of the detections that must be there again, with scores that differ by no more. Runtimes compute int8 in their
+own ways, and noise leaves many scores alike."""
+
+
+def make_for(target: str, source: Path, place: Path) -> str:
+    """Make the file of a target, which finds what the exported one finds. Returns a few words about it for people.
+
+    Raises UserError as `Target.make` does, and where the runtime finds other things in it; what was at the place stays.
+    """
+    row = TARGETS[target]
+    if not row.runs:
+        return row.make(source, place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
+        new = Path(folder) / place.name
+        said = row.make(source, new)
+        other = open_runner(new)
+        in_bf16 = network_precision(other.card.precision) == "bf16"  # which ONNX Runtime does not compute
+        runner = open_runner(source, ("openvino",) if in_bf16 else ("cpu",))
+        again, least = _found_again(runner, other), _FOUND[_kind(other)]
+        if again is None:
+            said += "; not compared, nothing is found in noise: compress validate compares them on pictures"
+        elif again < least:
+            raise UserError(
+                f"{source}: the file for {target} finds {again:.0%} of what this one finds on pictures of noise "
+                f"({least:.0%} at least): {other.backend} or its converter computes something else; nothing was written"
+            )
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == new):  # the file itself comes last
+            os.replace(file, place.parent / file.name)
+    return said
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _kind(runner: Runner) -> str:
+    return "float" if runner.card.quantization is None else "int8"
+
+
+def _found_again(runner: Runner, other: Runner) -> float | None:
+    """Share of the detections on noise that both find: of one class, an IoU of 0.9 and like scores. None: there are
+    none."""
+    noise = np.random.default_rng(0).integers(0, 256, (_PICTURES, 3, *runner.card.input_size), np.uint8)
+    wanted, found, most = runner(noise), other(noise), _SCORE[_kind(runner)]
+    total = again = 0
+    for image in range(len(noise)):
+        a, b = (slice(int(side.count[image])) for side in (wanted, found))
+        alike = pairwise_iou(wanted.boxes[image, a], found.boxes[image, b]) >= 0.9
+        alike &= np.abs(wanted.scores[image, a][:, None] - found.scores[image, b]) <= most
+        alike &= wanted.labels[image, a][:, None] == found.labels[image, b]
+        total += max(alike.shape)
+        again += int(alike.any(1).sum())
+    return again / total if total else None

@@ -1,0 +1,97 @@
+"""Files for other runtimes give ONNX Runtime's detections; what a runtime cannot take is refused in a line.
+
+All of them together, with mAP of a trained student: `make test-runtimes`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from deploy.core.errors import UserError
+from deploy.runtimes.open import open_runner
+from deploy.targets import litert
+from deploy.targets.make import make_for
+from deploy.targets.table import TARGETS, Target, place_for
+from tests.helpers.tiny_onnx import pictures
+
+NEEDS = {"openvino": "openvino", "tract": "tract", "mnn": "MNN"}
+
+
+@pytest.mark.parametrize("target", NEEDS)
+def test_detections_are_onnx_runtimes(target: str, tiny_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip(NEEDS[target], reason=f"{NEEDS[target]} is not installed: the extra {target} has it")
+    place = place_for(tmp_path / "tiny.onnx", target)
+    assert " MB" in make_for(target, tiny_onnx, place)
+    runner = open_runner(place)
+    assert runner.backend.startswith(target) and runner.on_cpu
+    wanted = open_runner(tiny_onnx)(pictures(3))
+    found = runner(pictures(3))
+    assert wanted.count.min() > 0
+    for name, value in vars(wanted).items():
+        assert getattr(found, name).dtype == value.dtype
+        np.testing.assert_allclose(getattr(found, name), value, rtol=0, atol=0.05 if name == "boxes" else 1e-4)
+    kept = [np.array(value) for value in vars(found).values()]
+    runner(pictures(3)[::-1])
+    assert all(np.array_equal(a, b) for a, b in zip(kept, vars(found).values(), strict=True)), "they are no views"
+
+
+def test_what_lies_beside_a_file_is_missed(tiny_onnx: Path, tmp_path: Path) -> None:
+    pytest.importorskip("MNN", reason="MNN is not installed: the extra mnn has it")
+    make_for("mnn", tiny_onnx, tmp_path / "tiny.mnn")
+    (tmp_path / "tiny.mnn.json").unlink()
+    with pytest.raises(UserError, match=r"tiny.mnn.json: no such file; it is the card of tiny.mnn"):
+        open_runner(tmp_path / "tiny.mnn")
+
+
+def test_the_converter_for_litert_is_named(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"onnx2tf is not on PATH; .*: {litert.INSTALL}"):
+        make_for("litert", tiny_onnx, tmp_path / "tiny.tflite")
+
+
+def test_a_failing_converter_is_one_line(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left behind, and what was there before stays."""
+    program = tmp_path / "onnx2tf"
+    program.write_text("#!/bin/sh\necho 'ERROR: no such operator'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    place = tmp_path / "tiny.tflite"
+    place.write_text("before")
+    with pytest.raises(UserError, match="onnx2tf fails: ERROR: no such operator"):
+        make_for("litert", tiny_onnx, place)
+    assert place.read_text() == "before" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "onnx2tf",
+        "tiny.tflite",
+    ]
+
+
+def test_a_file_that_finds_other_things_is_not_written(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter that says that it succeeded is not believed."""
+
+    def spoil(source: Path, place: Path) -> str:
+        model = onnx.load(str(source))
+        for item in model.graph.initializer:
+            if len(item.dims) == 4:
+                values = onnx.numpy_helper.to_array(item)
+                item.CopyFrom(onnx.numpy_helper.from_array(np.flip(values, 0).copy(), item.name))
+        onnx.save(model, str(place))
+        return "1 MB"
+
+    place = tmp_path / "other.onnx"
+    place.write_text("before")
+    monkeypatch.setitem(TARGETS, "own", Target(spoil, ".onnx"))
+    with pytest.raises(UserError, match=r"the file for own finds \d+% of what this one finds on pictures of noise"):
+        make_for("own", tiny_onnx, place)
+    assert place.read_text() == "before" and list(tmp_path.iterdir()) == [place]
+
+
+def test_another_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--out: .*x.onnx does not end in .mnn"):
+        place_for(tmp_path / "tiny.onnx", "mnn", tmp_path / "x.onnx")
+    assert place_for(tmp_path / "tiny.int8.onnx", "mnn").name == "tiny.int8.mnn"
