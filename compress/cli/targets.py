@@ -24,7 +24,9 @@ class OtherFlags:
     ] = None
     web_runtime: Annotated[
         Path | None,
-        typer.Option("--web-runtime", metavar="DIR", help="Its runtime for --for web, unpacked. Default: npm brings it."),
+        typer.Option(
+            "--web-runtime", metavar="DIR", help="Its runtime for --for web, unpacked. Default: npm brings it."
+        ),
     ] = None
     static_batch: Annotated[
         int | None, typer.Option("--static-batch", min=1, help="Also a file that takes this batch size alone.")
