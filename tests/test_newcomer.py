@@ -24,7 +24,7 @@ def test_six_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     raccoons.draw(tmp_path)
     block = next(snippet for snippet in snippets.snippets(README) if "compress init" in snippet.text)
     assert block.text.count("$ ") <= 6 and all(line.startswith("$ compress ") for line in block.text.splitlines())
-    snippets.run(block, tmp_path, quicker=QUICKER, left_out=())
+    snippets.run([block], tmp_path, quicker=QUICKER, left_out=())
     shown = capsys.readouterr().out
     assert "20 images, 20 boxes" in shown and "everything fits together\nnext: compress run raccoon.yaml\n" in shown
     recipe = load_recipe(tmp_path / "raccoon.yaml")

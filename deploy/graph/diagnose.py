@@ -33,6 +33,8 @@ from deploy.graph.structure import BOXES, SCORES, needed_for
 
 LIMITS = {"fp32": 1e-3, "fp16": 0.03, "int8": 0.25}
 """Largest noise-to-signal ratio that a format explains at any depth."""
+STORED = "initializer"
+"""In place of an operator: a weight that the file holds."""
 JUMP = 3.0
 """A node that multiplies the worst ratio of its inputs by more than this made the error itself."""
 _WEIGHT_LIMIT = {"fp32": 1e-6, "fp16": 2e-3, "int8": 0.05}  # constants are rounded once
@@ -67,7 +69,8 @@ class Divergence:
 
     def __str__(self) -> str:
         origin = "made by" if self.introduced else "accumulated up to"
-        return f"first diverging tensor: '{self.tensor}', {origin} node '{self.node}' ({self.op}): {self.detail}"
+        where = "stored in the file" if self.op == STORED else f"{origin} node '{self.node}' ({self.op})"
+        return f"first diverging tensor: '{self.tensor}', {where}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -321,7 +324,7 @@ def _first(bad: _Graph, ratios: dict[str, float], details: dict[str, str], numbe
                 detail = f"this weight is off by {ratios[name]:.2g} of its size"
                 maker = bad.maker.get(name)
                 return Divergence(
-                    name, maker.name if maker else "", maker.op_type if maker else "initializer",
+                    name, maker.name if maker else "", maker.op_type if maker else STORED,
                     ratios[name], _WEIGHT_LIMIT[number_format], 0.0, True, detail,
                 )  # fmt: skip
         worst = max((ratios[name] for name in node.input if name in ratios), default=0.0)

@@ -51,20 +51,21 @@ def server(
     environment: dict[str, str] | None = None,
     ready: bool = True,
     limits: dict[str, Any] | None = None,
+    folder: Path = ROOT,
 ) -> Iterator[Server]:
-    """`compress serve ARGUMENTS` on a free port, ready; killed at the end if it still runs.
+    """`compress serve ARGUMENTS` in `folder`, on a free port, ready; killed at the end if it still runs.
 
     limits: the one argument is a file, and it is served with these `Settings`, of which not all are options."""
     command = [sys.executable, "-m", "compress", "serve", "--port", "0", *map(str, arguments)]
     if limits is not None:
         (file,) = arguments
         command = [sys.executable, "-c", _WITH_LIMITS, str(file), json.dumps(limits)]
-    with tempfile.TemporaryDirectory() as folder:
-        log_file = Path(folder) / "log"
+    with tempfile.TemporaryDirectory() as logs:
+        log_file = Path(logs) / "log"
         with log_file.open("w") as log:
             process = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=folder,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -56,6 +56,7 @@ def test_the_gate_fails_a_harmed_float_file_and_names_the_tensor(
     assert [row.gate for row in result] == ["pass", "fail"]
     assert result[0].diagnosis is None
     assert result[1].diagnosis is not None and f"first diverging tensor: '{name}'" in result[1].diagnosis
+    assert ("stored in the file" in result[1].diagnosis) is (harm is wrong_weight)
 
 
 @pytest.mark.parametrize("harm", [log_of_negative, overflowing_cast])
