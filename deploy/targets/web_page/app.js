@@ -2,12 +2,14 @@
 // only its own folder for files, and no picture leaves it.
 
 import { decode, readPixels } from "./decode.js";
-import { backends, openDetector, threads } from "./detector.js";
+import { backends, openDetector } from "./detector.js";
 import { $, badge, clear, listen, make, problem, showAnswer, showCard, showLatency, showPlace, startAt
 } from "./view.js";
 
 const SHOWN = 2048; // pixels; a larger picture is shown smaller
-const state = { about: null, detector: null, files: [], at: 0, pixels: null, turn: 0, url: null };
+// turn: number of what is shown, so that late answers about something else are dropped; opening: likewise of detectors.
+const state = { about: null, detector: null, files: [], at: 0, turn: 0, opening: 0, url: null,
+  busy: Promise.resolve() };
 
 // ---- the model
 
@@ -25,7 +27,7 @@ async function start() {
     if (asked && !names.includes(asked)) problem(`?backend=${asked}: this browser has ${names.join(" and ")}`);
     else $("model").value = asked || names[0];
     $("model-row").hidden = names.length < 2;
-    $("threads").hidden = threads() > 1 || self.crossOriginIsolated;
+    $("threads").hidden = self.crossOriginIsolated;
     await open();
   } catch (error) {
     badge("server", "bad", "not ready");
@@ -35,12 +37,19 @@ async function start() {
 
 async function open() {
   const backend = $("model").value;
-  const turn = ++state.turn; // what is being detected ends first
-  await state.busy;
-  state.detector?.close();
+  const opening = ++state.opening;
+  const old = state.detector;
+  state.turn++;
   state.detector = null;
+  await state.busy;
+  old?.close();
   try {
-    state.detector = await openDetector(state.about, backend, (text) => badge("server", "idle", text));
+    const detector = await openDetector(state.about, backend, (text) => badge("server", "idle", text));
+    if (opening !== state.opening) {
+      detector.close();
+      return;
+    }
+    state.detector = detector;
   } catch (error) {
     badge("server", "bad", "not ready");
     problem(`${$("model").selectedOptions[0].textContent} cannot run this model: ${error.message || error}` +
@@ -49,16 +58,13 @@ async function open() {
   }
   badge("server", "good", `ready · ${state.detector.backend}`);
   showCard(state.about.card, state.detector.backend);
-  if (turn !== state.turn) return;
   if (!$("player").hidden) follow();
   else if (state.files.length) showFile(state.at);
 }
 
-// One at a time: the runtime has one memory. Returns what detect returns; null before the model is there.
-async function detect(pixels) {
-  await state.busy;
-  if (!state.detector) return null;
-  const running = state.detector.detect(pixels);
+// One after the other: the runtime has one memory. Gives what a detector's `detect` gives; null while there is none.
+function detect(pixels) {
+  const running = state.busy.then(() => state.detector?.detect(pixels) ?? null);
   state.busy = running.catch(() => {});
   return running;
 }
@@ -190,6 +196,7 @@ function stop() {
   for (const track of video.srcObject?.getTracks() || []) track.stop();
   video.srcObject = null;
   video.removeAttribute("src");
+  video.load(); // lets go of what it played
   if (state.url) URL.revokeObjectURL(state.url);
   state.url = null;
   $("player").hidden = true;

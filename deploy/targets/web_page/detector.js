@@ -37,11 +37,6 @@ export async function openDetector(about, backend, say) {
   return detector;
 }
 
-// Threads share memory, which a browser allows on isolated pages only.
-export function threads() {
-  return self.crossOriginIsolated ? Math.min(4, Math.ceil((navigator.hardwareConcurrency || 1) / 2)) : 1;
-}
-
 // ---- details
 
 // pixels: { width, height, data: RGBA bytes }. Returns { answer, ms: { canvas, inference } }.
@@ -62,6 +57,11 @@ async function detect(session, card, pixels) {
   for (const tensor of Object.values(out)) tensor.dispose();
   const { width, height } = pixels;
   return { answer: { width, height, detections }, ms: { canvas: middle - start, inference: end - middle } };
+}
+
+// Threads share memory, which a browser allows on isolated pages only.
+function threads() {
+  return self.crossOriginIsolated ? Math.min(4, Math.ceil((navigator.hardwareConcurrency || 1) / 2)) : 1;
 }
 
 async function loadRuntime() {

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from deploy.core.canvas import fit_canvas, to_original
-from deploy.core.card import OperatingPoint
+from deploy.core.card import Form, OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image
+from deploy.graph.form import reform
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.targets import web, web_runtime
 from tests.helpers.browser import CHROMIUM, Page, browser
@@ -89,9 +90,11 @@ def page(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page
 
 
 @pytest.fixture(scope="module")
-def red(page: Page, server: str) -> Page:
-    """The page of the red model, ready; tests leave it usable."""
-    _open(page, f"{server}/red/")
+def red(page: Page, server: str, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of the red model, ready; tests leave it usable. A picture chosen before that is looked at after it."""
+    page.open(f"{server}/red/")
+    _choose(page, _written(tmp_path_factory.mktemp("early"), "early.png"))
+    page.wait(f"{READY} && document.querySelector('#summary').textContent.startsWith('1 of 1')")
     return page
 
 
@@ -357,3 +360,18 @@ def test_webgpu(sites: Path, tiny_onnx: Path, tmp_path: Path) -> None:
         page.wait(READY + " && document.querySelector('#server').textContent.includes('wasm')")
         _open(page, f"{address}/tiny/")
         assert "wasm" in _text(page, "#server") and page.complaints == []
+
+
+@pytest.mark.exhaustive
+def test_another_form(sites: Path, tiny_onnx: Path) -> None:
+    reform(tiny_onnx, sites / "formed.onnx", Form(batch=1, labels="int32", images="float32"))
+    web.make(sites / "formed.onnx", sites / "formed")
+    files = [encode(scene) for scene in _scenes(5)]
+    with _serving(sites) as address, browser() as page:
+        _open(page, f"{address}/formed/")
+        assert _check_answers(tiny_onnx, files, _answers(page, files), boxes=2e-3, scores=2e-6) > 20
+        blocked = page.run("""new Promise((done) => {
+          document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
+          fetch("http://localhost:9/").catch(() => {});
+        })""")
+        assert blocked == "connect-src", "its content policy lets it ask another server"
