@@ -45,6 +45,18 @@ BASE = (
     "jinja2",
     "pycocotools",
 )
+OWNERS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "onnxruntime-directml",
+    "onnxruntime-training",
+)
+"""Distributions that write one folder, `onnxruntime`. Others ask for one of them: onnxruntime-qnn for the first."""
+KNOWN_OF_TENSORRT = {
+    "10.3": "int8 engines of some detectors do not build with 10.3, JetPack 6's, and do with 10.7",
+    "11.2": "11.2 was seen to fuse layers of some networks wrongly, in every precision: compress validate each engine",
+}
 DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13
 INSTALL_TRAIN = "pip install 'compress-detectors[train]'"
@@ -84,7 +96,11 @@ def examine() -> list[Finding]:
         check_onnxruntime(installed, driver),
         *check_providers(installed),
         check_tensorrt(installed),
-        check_openvino(installed, _openvino_devices() if "openvino" in installed else []),
+        check_openvino(
+            installed,
+            _openvino_devices() if "openvino" in installed else [],
+            bf16="openvino" in installed and _openvino_has_bf16(),
+        ),
         check_serve(installed),
         check_optional("triton", installed, "comes with torch on Linux; only GPU kernels need it"),
     ]
@@ -215,14 +231,14 @@ def check_driver(driver: str | None, torch_sees_cuda: bool | None) -> Finding:
 
 def check_onnxruntime(installed: Mapping[str, str], driver: str | None) -> Finding:
     """Check that one ONNX Runtime is installed, and fits the driver."""
-    found = {name: installed[name] for name in ("onnxruntime", "onnxruntime-gpu") if name in installed}
+    found = {name: installed[name] for name in OWNERS if name in installed}
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         remedy = "pip install --force-reinstall compress-detectors"
         return Finding("onnxruntime", "not installed", "broken", remedy)
-    if len(found) == 2:
+    if len(found) > 1:
         remedy = (
-            "they overwrite each other's files: pip uninstall -y onnxruntime onnxruntime-gpu; "
+            f"they overwrite each other's files, and the last one holds: pip uninstall -y {' '.join(found)}; "
             "pip install compress-detectors"
         )
         return Finding("onnxruntime", f"both {text.replace(', ', ' and ')}", "broken", remedy)
@@ -270,12 +286,13 @@ def check_tensorrt(installed: Mapping[str, str]) -> Finding:
         return Finding("tensorrt", version, "broken", "10.2.0 is known bad: pip install 'tensorrt>=10.3,<12'")
     if _release(version) < (10, 3) or _release(version) >= (12,):
         return Finding("tensorrt", version, "broken", "not supported: pip install 'tensorrt>=10.3,<12'")
-    return Finding("tensorrt", version)
+    known = KNOWN_OF_TENSORRT.get(".".join(map(str, _release(version)[:2])))
+    return Finding("tensorrt", version if known is None else f"{version}; {known}")
 
 
-def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str) -> Finding:
+def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str, *, bf16: bool = False) -> Finding:
     """Check that OpenVINO, if installed, is of a version that we know, and starts. devices: that it finds, or why it
-    does not start."""
+    does not start. bf16: the CPU has bfloat16, in which OpenVINO then computes unless it is told otherwise."""
     version = installed.get("openvino")
     if version is None:
         remedy = f"only --provider openvino needs it: {INSTALL_OPENVINO}"
@@ -285,7 +302,8 @@ def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str) -
     if isinstance(devices, str):
         remedy = f"pip install --force-reinstall 'openvino=={version}'"
         return Finding("openvino", f"{version} does not start: {devices}", "broken", remedy)
-    return Finding("openvino", f"{version}; finds {', '.join(devices) or 'no device'}")
+    default = "; computes in bfloat16 where nothing says otherwise, which compress does" if bf16 else ""
+    return Finding("openvino", f"{version}; finds {', '.join(devices) or 'no device'}{default}")
 
 
 def check_optional(name: str, installed: Mapping[str, str], remedy: str) -> Finding:
@@ -326,6 +344,16 @@ def _openvino_devices() -> list[str] | str:
         return list(openvino.Core().available_devices)
     except Exception as error:  # a lost library raises ImportError, a broken plugin RuntimeError
         return first_line(error)
+
+
+def _openvino_has_bf16() -> bool:
+    """The CPU has bfloat16; False where OpenVINO does not start."""
+    try:
+        import openvino
+
+        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except Exception:  # reported by _openvino_devices
+        return False
 
 
 def _torch_sees_cuda() -> bool | None:

@@ -71,6 +71,13 @@ class QuantizeFlags:
     calibration_method: Annotated[
         Literal["minmax", "percentile", "entropy"] | None, typer.Option(help="Default: minmax.")
     ] = None
+    reduce_range: Annotated[
+        bool | None,
+        typer.Option(
+            "--reduce-range/--full-range",
+            help="cpu files: weights of 7 bits, for processors without VNNI, or of 8. Default: what this one needs.",
+        ),
+    ] = None
     max_map_drop: Annotated[
         float | None,
         typer.Option("--max-map-drop", min=0, help="Keep layers in float until the loss is within these points."),

@@ -118,7 +118,8 @@ def trained_grids(checkpoint: Path, precisions: Sequence[str], flags: QuantizeFl
     grids = load_grids(file)
     settled = f"scales and float layers are those that were trained, in {file}"
     values = values_of(flags)
-    refuse({name: values[name] for name in ("--calibration-method", "--max-map-drop", "--data")}, settled)
+    fixed = ("--calibration-method", "--reduce-range", "--max-map-drop", "--data")
+    refuse({name: values[name] for name in fixed}, settled)
     if "mixed" in precisions:
         raise UserError(f"--precision: {file} was trained for an int8 file; a mixed one is made of student.safetensors")
     return grids
@@ -131,6 +132,7 @@ def with_flags(student: Student, flags: QuantizeFlags, grids: Grids | None, *, t
         "calibration": flags.calibration,
         "images": flags.calibration_images,
         "method": flags.calibration_method,
+        "reduce_range": flags.reduce_range,
     }
     int8 = {key: value for key, value in int8.items() if value is not None}
     if grids is not None:

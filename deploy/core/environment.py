@@ -49,6 +49,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def integer_dot_product() -> bool:
+    """Tell whether this machine multiplies uint8 by int8 without saturation (VNNI on x86; ARM always)."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
+        return True
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False  # unknown: 7 bits are safe everywhere
+    return bool({"avx512_vnni", "avx_vnni"} & set(flags.split()))
+
+
 def gpus() -> list[dict[str, Any]] | None:
     """One entry a GPU, an empty list when the driver sees none, None when it cannot be told (no pynvml or no
     driver)."""

@@ -11,6 +11,7 @@ import onnx
 
 from deploy.core.boxes import iou
 from deploy.core.card import METADATA_KEY, Quantization, need_plain, parse_card
+from deploy.core.environment import integer_dot_product
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.precision import precisions, set_card
@@ -19,7 +20,7 @@ from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES, structure_of
 from deploy.quantize.calibrate import CalibrationImages, Method, activation_ranges, canvases
 from deploy.quantize.grids import Grids, grids_of, trained_tensors
-from deploy.quantize.qdq import Target, check_format, integer_dot_product, quantize
+from deploy.quantize.qdq import Target, check_format, quantize
 from deploy.runtimes.onnx import OnnxRunner
 
 TRAINED = "trained"  # method of a file whose activation grids were learned

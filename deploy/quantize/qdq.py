@@ -17,9 +17,7 @@ At last a `cpu` graph is changed to what runs faster there with the same results
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -123,17 +121,6 @@ def check_format(model: onnx.ModelProto, target: Target) -> None:
             raise ValueError(f"{node.name}: the zero point is not 0")
     if not seen:
         raise ValueError("nothing is quantized")
-
-
-def integer_dot_product() -> bool:
-    """Tell whether this machine multiplies uint8 by int8 without saturation (VNNI on x86; ARM always)."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return True
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return False  # unknown: 7 bits are safe everywhere
-    return bool({"avx512_vnni", "avx_vnni"} & set(flags.split()))
 
 
 # ----------------------------------------------------------------------------------------------------

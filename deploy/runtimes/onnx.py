@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import onnxruntime
 
 from deploy.core import cuda_driver
-from deploy.core.card import METADATA_KEY, Form, card_from_session, need_plain, network_precision, parse_card
-from deploy.core.environment import usable_cores
+from deploy.core.card import METADATA_KEY, Form, ModelCard, card_from_session, need_plain, network_precision, parse_card
+from deploy.core.environment import integer_dot_product, usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.core.onnx_scan import scan_onnx
@@ -83,6 +84,12 @@ class OnnxRunner:
         if network_precision(self.card.precision) == "bf16":
             raise UserError(
                 f"{path}: ONNX Runtime would compute it in float32, not bfloat16: --provider openvino runs it"
+            )
+        if self.active_providers[0] == "cpu" and saturates(self.card):
+            print(
+                f"note: {path}: this processor adds products of 8-bit weights in 16 bits, and loses what does not fit "
+                "there, detections too: make the file with --reduce-range, and validate it here",
+                file=sys.stderr,
             )
         self.path = path
         self.threads = threads
@@ -159,6 +166,12 @@ def machine_key(device: int = 0) -> str:
     on = ("no GPU",) if gpu is None else (gpu.name, gpu.compute_capability)
     parts = ("onnxruntime", onnxruntime.__version__, *tensorrt, *on)
     return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+
+
+def saturates(card: ModelCard) -> bool:
+    """An int8 file whose weights use all bits, on a processor that has no integer dot product."""
+    made = card.quantization
+    return made is not None and made.target == "cpu" and made.weight_bits == 8 and not integer_dot_product()
 
 
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from deploy.core import cuda_driver
-from deploy.core.card import METADATA_KEY
+from deploy.core.card import METADATA_KEY, Quantization, card_from_file
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.runtimes.onnx import OnnxRunner, TensorRTProvider, _tensorrt_settings, machine_key
@@ -161,3 +161,25 @@ def test_settings_of_the_tensorrt_provider(carded: Path, machine: dict[str, str]
 def test_wrong_images_are_one_line_errors(tiny_onnx: Path, images: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"images must be uint8 \[batch, 3, 64, 96\]"):
         OnnxRunner(tiny_onnx, threads=1)(images)
+
+
+@pytest.mark.parametrize(("bits", "dot_product", "told"), [(8, False, True), (7, False, False), (8, True, False)])
+def test_weights_that_saturate_are_told_of(
+    bits: int,
+    dot_product: bool,
+    told: bool,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a processor without an integer dot product, where sums of 8-bit weights lose what does not fit."""
+    monkeypatch.setattr("deploy.runtimes.onnx.integer_dot_product", lambda: dot_product)
+    made = Quantization(target="cpu", weight_bits=bits, layers=1, method="minmax", images_sha256="", image_hashes=["0"])  # type: ignore[arg-type]
+    model = onnx.load(str(tiny_onnx))
+    card = card_from_file(tiny_onnx).model_copy(update={"quantization": made})
+    onnx.helper.set_model_props(model, {METADATA_KEY: card.model_dump_json()})
+    onnx.save(model, str(tmp_path / "int8.onnx"))
+    OnnxRunner(tmp_path / "int8.onnx", threads=1)
+    said = capsys.readouterr().err
+    assert ("make the file with --reduce-range" in said) is told and (told or not said)
