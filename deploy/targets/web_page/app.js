@@ -14,6 +14,7 @@ const state = { about: null, detector: null, files: [], at: 0, turn: 0, opening:
 // ---- the model
 
 async function start() {
+  badge("server", "idle", "loading");
   try {
     state.about = await (await fetch("./model.json")).json();
     const { card } = state.about;

@@ -4,7 +4,6 @@ against Python. The page itself: test_web_page.py."""
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import shutil
@@ -26,6 +25,7 @@ from deploy.targets import web, web_runtime
 from deploy.targets.table import TARGETS, place_for
 from tests.helpers.encoded_pictures import encode, kinds
 from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
+from tests.helpers.web_package import fake_package, name_package
 
 PAGE = Path(web.__file__).parent / "web_page"
 NODE = shutil.which("node")
@@ -33,19 +33,7 @@ NODE = shutil.which("node")
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A made-up package of the runtime, whose files are those that are expected, and an empty cache."""
-    package, pieces = tmp_path / "package", {}
-    for name, piece in web_runtime.PIECES.items():
-        content = f"content of {piece.source}".encode()
-        (package / piece.source).parent.mkdir(parents=True, exist_ok=True)
-        (package / piece.source).write_bytes(content)
-        pieces[name] = web_runtime.Piece(piece.source, hashlib.sha256(content).hexdigest(), piece.packed)
-    _name(package, web_runtime.VERSION)
-    monkeypatch.setattr(web_runtime, "CACHE", tmp_path / "cache")
-    for module in (web, web_runtime):
-        monkeypatch.setattr(module, "PIECES", pieces)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # there is no npm
-    return package
+    return fake_package(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -56,10 +44,6 @@ def red(tmp_path: Path) -> Path:
 def _red(path: Path, **changes: Any) -> Path:
     write_red_model(path, card=CARD.model_copy(update=changes))
     return path
-
-
-def _name(package: Path, version: str) -> None:
-    (package / "package.json").write_text(json.dumps({"name": web_runtime.NAME, "version": version}))
 
 
 def _files(folder: Path) -> set[str]:
@@ -155,7 +139,7 @@ def test_where_the_runtime_is_looked_for(package: Path, tmp_path: Path) -> None:
         shutil.rmtree(web_runtime.CACHE, ignore_errors=True)
         web_runtime.keep_runtime(given)
         assert {path.name for path in web_runtime.runtime_files().iterdir()} == set(web_runtime.PIECES)
-    _name(modules / web_runtime.NAME, "1.2.3")
+    name_package(modules / web_runtime.NAME, "1.2.3")
     with pytest.raises(UserError, match=r"node_modules/onnxruntime-web is onnxruntime-web 1.2.3; 1.30.0 is needed"):
         web_runtime.keep_runtime(modules)
     with pytest.raises(UserError, match=r"--web-runtime: .*bin holds no onnxruntime-web; give the package, unpacked"):
@@ -268,6 +252,7 @@ console.log(JSON.stringify(JSON.parse(fs.readFileSync("files.json"))
 
 
 @needs_node
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_the_orientation_is_read_as_in_python(tmp_path: Path) -> None:
     files = dict(kinds())
     shown = Image.fromarray(picture((20, 30), (2, 2, 9, 9)))
