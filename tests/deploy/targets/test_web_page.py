@@ -329,6 +329,7 @@ FOUR_CORES = "Object.defineProperty(Navigator.prototype, 'hardwareConcurrency', 
         (ISOLATED, WITHOUT_JSPI + FOUR_CORES, "wasm, 2 threads", "plain.wasm.gz"),
         (ISOLATED, FOUR_CORES, "wasm, 2 threads", "jspi.wasm.gz"),
     ],
+    ids=["plain", "plain, threads", "jspi, threads"],
 )
 def test_builds_and_threads(
     sites: Path, tiny_onnx: Path, headers: dict[str, str], script: str, says: str, loaded: str
