@@ -184,8 +184,8 @@ def write_search_split(
     chosen = free[:: max(1, len(free) // count)][:count]
     if not chosen:
         raise UserError(
-            f"{split.annotations}: every labelled image is used for calibration and none is left to measure mAP on; "
-            "calibrate on fewer, or give another labelled set"
+            f"deploy.int8.images: every labelled image of {split.annotations} is used for calibration, and none is "
+            "left to measure mAP on; calibrate on fewer (--calibration-images), or give other labelled images (--data)"
         )
     ids = {row["id"] for row in chosen}
     annotations = [row for row in content["annotations"] if row["image_id"] in ids]
