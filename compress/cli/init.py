@@ -44,8 +44,8 @@ def init(
         typer.Option(
             "--from",
             metavar="TEACHER",
-            help="Learn from this one: a checkpoint, zoo:NAME, a folder of transformers, a .onnx file of this program, "
-            "a model of torchvision. Default: train one first.",
+            help="Learn from this one: a checkpoint, zoo:NAME, one of transformers (folder, or owner/name on the Hub), "
+            "a .onnx file of this program, a model of torchvision. Default: train one first.",
         ),
     ] = None,
     unlabeled: Annotated[
@@ -167,11 +167,12 @@ def _source(teacher: str) -> Source:
         content = {"checkpoint": exists(path)}
     elif path.suffix == ".onnx":
         content = {"onnx": {"file": exists(path)}}
-    elif (path / "config.json").is_file():
+    elif (path / "config.json").is_file() or (re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not path.exists()):
         content = {"transformers": {"model": teacher}}
     else:
         raise UserError(
             f"--from: {teacher}: is no checkpoint (.safetensors, .pth), zoo:NAME, .onnx file, folder of transformers "
-            f"with a config.json, or model of torchvision ({', '.join(models)}); docs/teachers.md describes others"
+            "with a config.json or its name on the Hub (owner/name), or model of torchvision "
+            f"({', '.join(models)}); docs/teachers.md describes others"
         )
     return Source.model_validate_json(json.dumps(content))

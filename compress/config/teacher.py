@@ -90,7 +90,8 @@ class Transformers(Settings):
     """An object detector of transformers (extra `transformers`)."""
 
     model: Path
-    """Folder with config.json, preprocessor_config.json and weights, as `save_pretrained` writes it."""
+    """Folder with config.json, preprocessor_config.json and weights, as `save_pretrained` writes it; or its name on the
+    Hub (owner/name), which is downloaded once and kept where transformers keeps its files."""
 
 
 class OnnxInput(Settings):

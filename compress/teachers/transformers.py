@@ -18,7 +18,7 @@ import torch
 from compress.config.teacher import is_class
 from compress.detectors.base import Capability, Detector, ImageDetections
 from compress.detectors.build import wrapped
-from compress.detectors.transformers.load import quiet
+from compress.detectors.transformers.load import downloaded, quiet
 from compress.teachers.base import Preprocessing, Sample, View, final, original
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
@@ -28,7 +28,7 @@ class TransformersTeacher:
     """Teacher in a folder of transformers.
 
     Args:
-        folder: with config.json, preprocessor_config.json and weights.
+        folder: with config.json, preprocessor_config.json and weights; or the model's name on the Hub.
 
     Raises:
         UserError: transformers is not installed, or the folder holds no such detector.
@@ -37,6 +37,7 @@ class TransformersTeacher:
     view = View.ORIGINAL
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        folder = downloaded("teacher.transformers.model", str(folder))
         for name, writer in (("config.json", "a detector"), ("preprocessor_config.json", "its image processor")):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name} in it; save_pretrained of {writer} writes it there")

@@ -99,6 +99,23 @@ def located(key: str, name: str) -> tuple[str, str]:
     return name, f"{key}: {name}, on the Hub"
 
 
+def downloaded(key: str, name: str) -> Path:
+    """The folder of a model of transformers; of one on the Hub, fetched where it is not there yet.
+
+    Raises UserError, naming the setting `key`, for what can be neither or cannot be had.
+    """
+    source, where = located(key, name)
+    if Path(source).is_dir():
+        return Path(source)
+    imported("models")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # network, names, rights
+        raise UserError(f"{where}: cannot be had: {line_of(error)}") from error
+
+
 def configuration(source: str, where: str) -> Any:
     """The configuration of a model that was `located`. Raises UserError where it cannot be had."""
     transformers = imported("models")

@@ -101,6 +101,31 @@ def test_transformers_identity_and_preprocessing(tmp_path: Path) -> None:
     assert open_teacher(Source(transformers=Transformers(model=fine)), CPU).sha256 != first.sha256
 
 
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the library's cache, without a network; what is not in it is one line."""
+    from huggingface_hub import constants
+
+    from compress.cli.init import _source
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    kept = tmp_path / "models--owner--small"
+    folder = transformers_model(kept / "snapshots" / "0123", "rt_detr_v2", dict(enumerate(NAMES)))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0123")
+    monkeypatch.chdir(tmp_path)
+    teacher = open_teacher(_source("owner/small"), CPU)
+    assert teacher.class_names == NAMES
+    assert teacher.sha256 == open_teacher(Source(transformers=Transformers(model=folder)), CPU).sha256
+    with pytest.raises(
+        UserError, match=r"teacher.transformers.model: owner/other, on the Hub: cannot be had: "
+    ) as caught:
+        open_teacher(_source("owner/other"), CPU)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="nowhere: no such folder, and no name of the Hub"):
+        open_teacher(Source(transformers=Transformers(model=Path("nowhere"))), CPU)
+
+
 def test_transformers_mistakes_are_one_line(tmp_path: Path) -> None:
     folder = transformers_model(tmp_path / "m", "rt_detr_v2", {0: "a", 1: "b"})
 
