@@ -8,6 +8,7 @@ import typer
 
 from compress.cli.exits import gate_failed, next_command
 from compress.cli.options import JsonOut, need_json_place, write_results
+from deploy.core import interrupts
 
 commands = typer.Typer()
 
@@ -21,6 +22,7 @@ def doctor(json_out: JsonOut = None) -> None:
     from compress.doctor import examine, show
 
     findings = examine()
+    interrupts.check()  # a library that is imported may swallow one
     write_results(json_out, [asdict(finding) for finding in findings])
     if not show(findings):
         gate_failed("something is broken; the remedies stand above")
