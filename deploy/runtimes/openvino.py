@@ -165,7 +165,10 @@ def _card(path: Path) -> ModelCard:
         model = _core().read_model(str(path))
     except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
         raise UserError(f"{path}: OpenVINO cannot load it: {_reason(error)}") from error
-    keys = (METADATA_KEY, ["framework", METADATA_KEY])  # ours, and where its own converter keeps an ONNX file's metadata
+    keys = (
+        METADATA_KEY,
+        ["framework", METADATA_KEY],
+    )  # ours, and where its own converter keeps an ONNX file's metadata
     text = next((model.get_rt_info(key).astype(str) for key in keys if model.has_rt_info(key)), None)
     return parse_card(text, str(path))
 
