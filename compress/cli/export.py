@@ -21,7 +21,7 @@ from compress.cli.options import (
 )
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
-from compress.cli.targets import OtherFlags, make_others
+from compress.cli.targets import OtherFlags, keep_runtimes, make_others
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
@@ -74,6 +74,7 @@ def export(
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
     targets = others.targets
+    keep_runtimes(others, targets)
     if checkpoint.suffix == ONNX_SUFFIX:
         making = {"--images": images, "--input-size": input_size, "--precision": precision}
         making |= {**values_of(thresholds), **values_of(quantize)}

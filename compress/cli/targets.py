@@ -22,6 +22,12 @@ class OtherFlags:
         str | None,
         typer.Option("--for", metavar="NAME,NAME", help=f"Also files for other runtimes: {', '.join(TARGETS)}."),
     ] = None
+    web_runtime: Annotated[
+        Path | None,
+        typer.Option(
+            "--web-runtime", metavar="DIR", help="Its runtime for --for web, unpacked. Default: npm brings it."
+        ),
+    ] = None
     static_batch: Annotated[
         int | None, typer.Option("--static-batch", min=1, help="Also a file that takes this batch size alone.")
     ] = None
@@ -29,7 +35,6 @@ class OtherFlags:
     input: Annotated[
         Literal["float"] | None, typer.Option("--input", help="Also a file that takes pixels as float32, 0 to 255.")
     ] = None
-
     heads_only: Annotated[
         bool, typer.Option("--heads-only", help="Also the network alone; its caller decodes and suppresses.")
     ] = False
@@ -55,6 +60,20 @@ class OtherFlags:
         return list(dict.fromkeys(names))
 
 
+def keep_runtimes(wanted: OtherFlags, targets: Sequence[str]) -> None:
+    """Take what a target ships of its runtime out of --web-runtime, before anything is made.
+
+    targets: `wanted.targets`. Raises UserError where none of them ships one, or it is not in there.
+    """
+    if wanted.web_runtime is None:
+        return
+    takers = [keep for name in targets if (keep := TARGETS[name].keep_runtime) is not None]
+    if not takers:
+        raise UserError("--web-runtime: is about a page; add --for web")
+    for keep in takers:
+        keep(wanted.web_runtime)
+
+
 def make_others(
     files: Sequence[Path], targets: Sequence[str], wanted: OtherFlags, out: Path | None = None
 ) -> list[Path]:
@@ -74,7 +93,8 @@ def make_others(
             made.append(_heads(file, out))
         for name in targets:
             place = place_for(file, name, out)
-            need_place(place)
+            if not TARGETS[name].folder:
+                need_place(place)
             print(f"{place}: {make_for(name, file, place)}")
             made.append(place)
     return made

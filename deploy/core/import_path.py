@@ -20,6 +20,21 @@ def is_import_path(text: str) -> bool:
     return re.fullmatch(PATTERN, text) is not None
 
 
+def import_extra(module: str, extra: str, package: str | None = None) -> Any:
+    """Import a module that an extra of this project brings.
+
+    package: as pip knows it; None: as the module is called. Raises UserError in one line: it is not installed, or it
+    does not load.
+    """
+    package = package or module
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{package} is not installed: pip install 'compress-detectors[{extra}]'") from error
+    except (ImportError, OSError) as error:
+        raise UserError(f"{package} does not load: {first_line(error)}") from error
+
+
 def import_object(path: str, key: str) -> Any:
     """Import the object at `path`; modules in the working directory are found too, as with `python -m`.
 

@@ -4,16 +4,15 @@ when one opens."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from deploy.core.card import card_beside
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
+from deploy.core.import_path import import_extra
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
 
-INSTALL = "pip install 'compress-detectors[litert]'"
 _OUTPUTS = ("boxes", "scores", "labels", "count")
 
 
@@ -31,7 +30,7 @@ class LiteRTRunner:
             raise UserError(f"{path}: no such file")
         self.threads = threads
         self.card = card_beside(path)
-        interpreter = load_litert()
+        interpreter = import_extra("ai_edge_litert.interpreter", "litert", "ai-edge-litert").Interpreter
         try:
             self._interpreter = interpreter(model_path=str(path), num_threads=threads or usable_cores())
             self._network = self._interpreter.get_signature_runner()
@@ -48,14 +47,3 @@ class LiteRTRunner:
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         found = self._network(images=np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
         return [found[name] for name in _OUTPUTS]
-
-
-def load_litert() -> Any:
-    """LiteRT's `Interpreter`. Raises UserError when the package is missing."""
-    try:
-        from ai_edge_litert.interpreter import Interpreter
-    except ModuleNotFoundError as error:
-        raise UserError(f"ai-edge-litert is not installed: {INSTALL}") from error
-    except (ImportError, OSError) as error:
-        raise UserError(f"ai-edge-litert does not load: {first_line(error)}") from error
-    return Interpreter

@@ -11,10 +11,10 @@ import numpy as np
 
 from deploy.core.card import card_beside
 from deploy.core.environment import usable_cores
-from deploy.core.errors import UserError, first_line
+from deploy.core.errors import UserError
+from deploy.core.import_path import import_extra
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
 
-INSTALL = "pip install 'compress-detectors[mnn]'"
 _OUTPUTS = ["boxes", "scores", "labels", "count"]
 
 
@@ -56,12 +56,4 @@ class MNNRunner:
 
 def load_mnn() -> tuple[Any, Any]:
     """`MNN.expr` and `MNN.nn`. Raises UserError when the package is missing."""
-    try:
-        import MNN
-        import MNN.expr
-        import MNN.nn
-    except ModuleNotFoundError as error:
-        raise UserError(f"MNN is not installed: {INSTALL}") from error
-    except (ImportError, OSError) as error:
-        raise UserError(f"MNN does not load: {first_line(error)}") from error
-    return MNN.expr, MNN.nn
+    return import_extra("MNN.expr", "mnn", "MNN"), import_extra("MNN.nn", "mnn", "MNN")

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ from deploy.core.card import METADATA_KEY, ModelCard, need_plain, network_precis
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import ONNX_SUFFIX
+from deploy.core.import_path import import_extra
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images
 
-INSTALL = "pip install 'compress-detectors[openvino]'"
 _OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int32}
 _PLACE = re.compile(r"Exception from |Check '.*' failed at |FrontEnd API failed ")
 
@@ -146,15 +145,9 @@ class OpenVINORunner:
             raise UserError(f"{self._path}: OpenVINO cannot load it: {_reason(error)}") from error
 
 
-def load_openvino() -> ModuleType:
+def load_openvino() -> Any:
     """The package. Raises UserError when it is missing, or too old to know its own version."""
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise UserError(f"openvino is not installed: {INSTALL}") from error
-    except (ImportError, OSError) as error:
-        raise UserError(f"openvino does not load: {first_line(error)}") from error
-    return openvino
+    return import_extra("openvino", "openvino")
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -167,9 +160,12 @@ def _card(path: Path) -> ModelCard:
         model = _core().read_model(str(path))
     except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
         raise UserError(f"{path}: OpenVINO cannot load it: {_reason(error)}") from error
-    return parse_card(
-        model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None, str(path)
-    )
+    keys = (
+        METADATA_KEY,
+        ["framework", METADATA_KEY],
+    )  # ours, and where its own converter keeps an ONNX file's metadata
+    text = next((model.get_rt_info(key).astype(str) for key in keys if model.has_rt_info(key)), None)
+    return parse_card(text, str(path))
 
 
 @cache

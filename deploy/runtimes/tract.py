@@ -4,16 +4,14 @@ when one opens. It computes on one thread."""
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from deploy.core.card import METADATA_KEY, parse_card
 from deploy.core.errors import UserError, first_line
+from deploy.core.import_path import import_extra
 from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
-
-INSTALL = "pip install 'compress-detectors[tract]'"
 
 
 class TractRunner:
@@ -26,7 +24,7 @@ class TractRunner:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        tract = load_tract()
+        tract = import_extra("tract", "tract")
         self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
         if self.card.form.batch is None or self.card.form.labels != "int32":
             raise UserError(f"{path}: tract takes a fixed batch and int32 labels: compress export {path} --for tract")
@@ -42,14 +40,3 @@ class TractRunner:
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         # Outputs have the names of their nodes, so that only their order says which is which.
         return [value.to_numpy() for value in self._model.run([np.ascontiguousarray(images)])]
-
-
-def load_tract() -> ModuleType:
-    """The package. Raises UserError when it is missing."""
-    try:
-        import tract
-    except ModuleNotFoundError as error:
-        raise UserError(f"tract is not installed: {INSTALL}") from error
-    except (ImportError, OSError) as error:
-        raise UserError(f"tract does not load: {first_line(error)}") from error
-    return tract

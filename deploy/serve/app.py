@@ -12,6 +12,7 @@ from starlette.responses import PlainTextResponse
 
 from deploy.serve.batching import InferenceError
 from deploy.serve.bodies import ClientGoneError
+from deploy.serve.cameras import add_deepstack, add_doods
 from deploy.serve.detect import add_detection, add_models
 from deploy.serve.middleware import refusal_body, refusal_headers
 from deploy.serve.service import Service, error_answers, json_answer
@@ -34,6 +35,8 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     add_detection(app, service)
     add_models(app, service)
+    add_deepstack(app, service)
+    add_doods(app, service)
     _add_probes(app, service)
     add_server(app, service)
     add_inference(app, service)

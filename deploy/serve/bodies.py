@@ -94,6 +94,12 @@ class Bodies:
 
 async def multipart_files(request: Request, body: bytes, *, max_files: int) -> list[bytes]:
     """The contents of all parts that are files, in order. Raises RefusalError 400, and 413 for too many."""
+    return (await multipart_parts(request, body, max_files=max_files))[0]
+
+
+async def multipart_parts(request: Request, body: bytes, *, max_files: int) -> tuple[list[bytes], dict[str, str]]:
+    """The contents of all parts that are files, in order, and the others by name. Raises RefusalError as
+    `multipart_files` does."""
 
     async def whole() -> AsyncIterator[bytes]:
         yield body
@@ -101,8 +107,9 @@ async def multipart_files(request: Request, body: bytes, *, max_files: int) -> l
     parser = _InMemory(request.headers, whole(), max_files=max_files, max_fields=16)  # type: ignore[arg-type]
     try:
         form = await parser.parse()
-        files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-        return [await part.read() for part in files]
+        parts = form.multi_items()
+        fields = {name: part for name, part in parts if isinstance(part, str)}
+        return [await part.read() for _, part in parts if isinstance(part, UploadFile)], fields
     except (MultiPartException, FormParserError) as error:
         message = getattr(error, "message", "cannot be parsed")
         raise RefusalError(413 if message.startswith("Too many") else 400, f"bad multipart body: {message}") from error

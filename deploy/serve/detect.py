@@ -56,7 +56,7 @@ def add_detection(app: FastAPI, service: Service) -> None:
                 raise RefusalError(400, "annotate takes one picture")
             served = service.models.get(model)
             with admit(service, served, len(pictures), None if deadline_ms is None else deadline_ms / 1e3) as ticket:
-                work = _detect(service, served, ticket, pictures)
+                work = detect_pictures(service, served, ticket, pictures)
                 decoded, rows, decode_s = await unless_gone(request, work)
                 least = min_score if min_score is not None else served.card.shown_score if annotate else 0.0
                 images = [image_answer(*pair, served.card, least) for pair in zip(rows, decoded, strict=True)]
@@ -98,6 +98,49 @@ def add_models(app: FastAPI, service: Service) -> None:
         return found
 
 
+async def detect_pictures(
+    service: Service, served: Served, ticket: Ticket, pictures: list[bytes]
+) -> tuple[list[Decoded], list[Row], float]:
+    """Decode the pictures, find their objects, and say how many seconds the first took.
+
+    Raises OverloadedError when the deadline passes, on time: pictures of others may keep all decoders busy.
+    """
+    start = time.monotonic()
+
+    def check() -> None:
+        if len(pictures) > 1 and ticket.left_s > 0:
+            check_together(pictures, max_pixels=service.settings.request_pixels)
+
+    def decode_one(index: int) -> Decoded:
+        if ticket.left_s <= 0:
+            raise ticket.late()
+        return decode(
+            pictures[index],
+            served.card,
+            max_pixels=service.settings.max_pixels,
+            where="image" if len(pictures) == 1 else f"image {index}",
+        )
+
+    decoding: list[asyncio.Future[Decoded]] = []
+    try:
+        async with asyncio.timeout(max(0.0, ticket.left_s)):
+            if len(pictures) > 1:
+                await service.in_pool(check)
+            decoding += [asyncio.ensure_future(service.in_pool(partial(decode_one, i))) for i in range(len(pictures))]
+            decoded: list[Decoded] = await asyncio.gather(*decoding)
+    except TimeoutError:
+        raise ticket.late() from None
+    finally:
+        for future in decoding:  # of those that have not begun
+            future.cancel()
+    decode_s = time.monotonic() - start
+    rows = await run(service, served, ticket, [item.canvas for item in decoded])
+    return decoded, rows, decode_s
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
 def _pictures_body(most: int) -> dict[str, Any]:
     """The body of a request with up to `most` pictures, for the OpenAPI document."""
     picture = {"schema": {"type": "string", "format": "binary", "contentMediaType": "image/*"}}
@@ -130,40 +173,3 @@ async def _pictures(request: Request, data: bytes, most: int) -> list[bytes]:
             raise RefusalError(400, "the body is empty: send the picture as the body")
         return [data]
     raise RefusalError(415, "send a picture, or pictures as multipart/form-data")
-
-
-async def _detect(
-    service: Service, served: Served, ticket: Ticket, pictures: list[bytes]
-) -> tuple[list[Decoded], list[Row], float]:
-    """Raises OverloadedError when the deadline passes, on time: pictures of others may keep all decoders busy."""
-    start = time.monotonic()
-
-    def check() -> None:
-        if len(pictures) > 1 and ticket.left_s > 0:
-            check_together(pictures, max_pixels=service.settings.request_pixels)
-
-    def decode_one(index: int) -> Decoded:
-        if ticket.left_s <= 0:
-            raise ticket.late()
-        return decode(
-            pictures[index],
-            served.card,
-            max_pixels=service.settings.max_pixels,
-            where="image" if len(pictures) == 1 else f"image {index}",
-        )
-
-    decoding: list[asyncio.Future[Decoded]] = []
-    try:
-        async with asyncio.timeout(max(0.0, ticket.left_s)):
-            if len(pictures) > 1:
-                await service.in_pool(check)
-            decoding += [asyncio.ensure_future(service.in_pool(partial(decode_one, i))) for i in range(len(pictures))]
-            decoded: list[Decoded] = await asyncio.gather(*decoding)
-    except TimeoutError:
-        raise ticket.late() from None
-    finally:
-        for future in decoding:  # of those that have not begun
-            future.cancel()
-    decode_s = time.monotonic() - start
-    rows = await run(service, served, ticket, [item.canvas for item in decoded])
-    return decoded, rows, decode_s

@@ -54,7 +54,7 @@ class Service:
     def shed(self, path: str, query: bytes) -> RefusalError | None:
         """The refusal of a request that would certainly be refused, before its body is read and at a fraction of the
         cost: under overload this is what most requests get."""
-        if path == "/v1/detect" and b"model" not in query:
+        if path in ("/v1/detect", "/v1/vision/detection") and b"model" not in query:
             name = self.models.names[0]
         elif path.startswith("/v2/models/") and path.endswith("/infer"):
             name = path.split("/")[3]

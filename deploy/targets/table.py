@@ -24,11 +24,16 @@ class Target:
     ending: in place of the exported file's `.onnx`.
     runs: there is a row in `deploy.runtimes.open`, by which the file is tried before it gets its name. What does not
     run here must be written whole or not at all by `make` itself.
+    folder: the place is a folder, of any name. `make` refuses one that it did not write.
+    keep_runtime: takes what the target ships of its runtime from a folder of the user's (--web-runtime) into the cache.
+    None: it ships nothing.
     """
 
     make: Callable[[Path, Path], str]
     ending: str
     runs: bool = True
+    folder: bool = False
+    keep_runtime: Callable[[Path], None] | None = None
 
 
 def _litert(source: Path, place: Path) -> str:
@@ -61,12 +66,25 @@ def _tvm(source: Path, place: Path) -> str:
     return make(source, place)
 
 
+def _web(source: Path, place: Path) -> str:
+    from deploy.targets.web import make
+
+    return make(source, place)
+
+
+def _keep_web_runtime(folder: Path) -> None:
+    from deploy.targets.web_runtime import keep_runtime
+
+    keep_runtime(folder)
+
+
 TARGETS: dict[str, Target] = {
     "litert": Target(_litert, ".tflite"),
     "mnn": Target(_mnn, ".mnn"),
     "openvino": Target(_openvino, ".xml"),
     "tract": Target(_tract, ".tract.onnx"),
     "tvm": Target(_tvm, ".tvm.onnx", runs=False),
+    "web": Target(_web, ".web", runs=False, folder=True, keep_runtime=_keep_web_runtime),
 }
 """Name in --for → how its file is made."""
 REFUSED: dict[str, str] = {
@@ -84,6 +102,6 @@ def place_for(source: Path, target: str, out: Path | None = None) -> Path:
     ending = TARGETS[target].ending
     if out is None:
         return source.with_name(source.name.removesuffix(ONNX_SUFFIX) + ending)
-    if not out.name.endswith(ending):
+    if not TARGETS[target].folder and not out.name.endswith(ending):
         raise UserError(f"--out: {out} does not end in {ending}")
     return out

@@ -116,12 +116,12 @@ class Page:
 
 
 @contextmanager
-def browser() -> Iterator[Page]:
-    """A fresh Chromium with one empty tab."""
+def browser(*flags: str) -> Iterator[Page]:
+    """A fresh Chromium with one empty tab. flags: of its command line, besides those that every test needs."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            [CHROMIUM, *_FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
