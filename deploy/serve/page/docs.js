@@ -8,9 +8,9 @@ const make = (tag, content = "", attributes = {}, ...children) => {
   return element;
 };
 
-function table(head, rows) {
+function table(label, head, rows) {
   const body = rows.map((cells) => make("tr", "", {}, ...cells.map((cell) => make("td", cell))));
-  const wrapped = make("div", "", { class: "scroll" });
+  const wrapped = make("div", "", { class: "scroll", tabindex: "0", role: "region", "aria-label": label });
   wrapped.append(make("table", "", {}, make("thead", "", {}, make("tr", "", {}, ...head.map((h) => make("th", h)))),
     make("tbody", "", {}, ...body)));
   return wrapped;
@@ -39,14 +39,14 @@ function section(verb, path, operation) {
   if (operation.description) part.append(make("p", operation.description.replaceAll("`", ""), { class: "soft" }));
   const parameters = operation.parameters || [];
   if (parameters.length) {
-    part.append(table(["parameter", "in", "type", ""], parameters.map((one) => [one.name, one.in, kind(one.schema),
+    part.append(table(`Parameters of ${verb} ${path}`, ["parameter", "in", "type", "meaning"], parameters.map((one) => [one.name, one.in, kind(one.schema),
       one.description || one.schema?.description || ""])));
   }
   const bodies = Object.keys(operation.requestBody?.content || {});
   if (bodies.length) part.append(make("p", `Body: ${bodies.join(", ")}`));
-  part.append(table(["status", "meaning"], Object.entries(operation.responses).map(([status, response]) =>
+  part.append(table(`Answers of ${verb} ${path}`, ["status", "meaning"], Object.entries(operation.responses).map(([status, response]) =>
     [status, response.description.replaceAll("`", "")])));
-  part.append(make("pre", example(verb, path, operation)));
+  part.append(make("pre", example(verb, path, operation), { tabindex: "0", role: "region", "aria-label": `Call of ${verb} ${path}` }));
   return part;
 }
 
