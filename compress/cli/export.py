@@ -139,7 +139,7 @@ def _measure(made: Sequence[Path]) -> None:
     """Print the next command for files that can be run here."""
     from deploy.runtimes.open import SUFFIXES
 
-    files = [file for file in made if file.suffix in SUFFIXES]
+    files = [file for file in made if file.name.endswith(SUFFIXES)]
     if files:
         next_command("benchmark", *files)
 

@@ -261,10 +261,10 @@ def _looker(model: str, which: ModelFlags, opening: RunnerFlags, batch_size: int
     if not path.is_file() and not model.startswith("zoo:"):
         raise UserError(f"{model}: no such file")
     kinds = (*SUFFIXES, *CHECKPOINT_SUFFIXES)
-    if path.suffix not in kinds and not model.startswith("zoo:"):
+    if not path.name.endswith(kinds) and not model.startswith("zoo:"):
         raise UserError(f"{model}: ends in none of {', '.join(kinds)}")
     providers = provider_names(which.provider)
-    if path.suffix in SUFFIXES:
+    if path.name.endswith(SUFFIXES):
         options = opening.arguments([path], providers, max_batch=batch_size)
     opened = compress.open(model, providers, input_size=which.input_size, device=which.device, **options)
     return RunnerLooker(opened.runner, opened.name)

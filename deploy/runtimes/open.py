@@ -96,6 +96,12 @@ def _open_mnn(path: Path, providers: Sequence[str], **options: Any) -> Runner:
     return MNNRunner(path, **options)
 
 
+def _open_ncnn(path: Path, providers: Sequence[str], **options: Any) -> Runner:
+    from deploy.runtimes.ncnn import NCNNRunner
+
+    return NCNNRunner(path, **options)
+
+
 def _open_litert(path: Path, providers: Sequence[str], **options: Any) -> Runner:
     from deploy.runtimes.litert import LiteRTRunner
 
@@ -133,11 +139,15 @@ RUNNERS: dict[str, RunnerKind] = {
         },
     ),
     ".mnn": RunnerKind("MNN", _open_mnn, options={"threads": Option()}),
+    ".ncnn.param": RunnerKind("ncnn", _open_ncnn, options={"threads": Option()}),
     ".tflite": RunnerKind("LiteRT", _open_litert, options={"threads": Option()}),
 }
 """Ending of a name → how such a file is run; the first that fits."""
 
-SUFFIXES = tuple(ending for ending in RUNNERS if ending.count(".") == 1)
+SUFFIXES = tuple(
+    ending for ending in RUNNERS if not any(ending.endswith(other) for other in RUNNERS if other != ending)
+)
+"""Endings of all such names, without those that end in another one."""
 
 
 def open_runner(

@@ -48,6 +48,12 @@ def _mnn(source: Path, place: Path) -> str:
     return make(source, place)
 
 
+def _ncnn(source: Path, place: Path) -> str:
+    from deploy.targets.ncnn import make
+
+    return make(source, place)
+
+
 def _openvino(source: Path, place: Path) -> str:
     from deploy.targets.openvino import make
 
@@ -81,6 +87,7 @@ def _keep_web_runtime(folder: Path) -> None:
 TARGETS: dict[str, Target] = {
     "litert": Target(_litert, ".tflite"),
     "mnn": Target(_mnn, ".mnn"),
+    "ncnn": Target(_ncnn, ".ncnn.param"),
     "openvino": Target(_openvino, ".xml"),
     "tract": Target(_tract, ".tract.onnx"),
     "tvm": Target(_tvm, ".tvm.onnx", runs=False),
@@ -89,8 +96,6 @@ TARGETS: dict[str, Target] = {
 """Name in --for → how its file is made."""
 REFUSED: dict[str, str] = {
     "coreml": "coremltools 9 reads programs of PyTorch and TensorFlow, and no ONNX file",
-    "ncnn": "pnnx 20261020, its converter, leaves out TopK, GatherElements and more with a note and ends well; ncnn "
-    "cannot load what is left. On the same devices run MNN or LiteRT: --for mnn, --for litert",
 }
 """Name in --for → why there is no file for it."""
 DECODERS = Path(__file__).parent / "decoders"

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from deploy.core.card import Form, card_from_file
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX
-from deploy.graph.form import reform
-from deploy.targets import mnn
+from deploy.targets import mnn, ncnn
 from deploy.targets.make import make_for
 from deploy.targets.table import REFUSED, TARGETS, place_for
 from tests.runtimes.matrix import ROWS, Row
@@ -90,7 +88,7 @@ def test_map_is_onnx_runtimes(
 ) -> None:
     if isinstance(path := made[runtime, precision], str):
         ROWS.append(Row(runtime, precision, refused=path))
-        assert (runtime, precision) in {("mnn", "int8"), ("litert", "fp16"), ("litert", "int8")}
+        assert precision != "fp32" and runtime in {"litert", "ncnn", "mnn" if precision == "int8" else ""}
         return
     here, there = measured[path], measured[files[precision]]
     assert here["images"] == 300
@@ -100,20 +98,14 @@ def test_map_is_onnx_runtimes(
     assert abs(drop) <= MOST[precision]
 
 
-def test_ncnn_cannot_load_what_its_converter_leaves(files: dict[str, Path], tmp_path: Path) -> None:
-    """The refusal of --for ncnn. Loading raises no error, it answers -1."""
-    import ncnn
-    import pnnx
-
-    reform(files["fp32"], tmp_path / "student.onnx", Form(batch=1))
-    program = next(path for path in Path(pnnx.__file__).parent.rglob("pnnx") if path.is_file())
-    height, width = card_from_file(files["fp32"]).input_size
-    words = [program, "student.onnx", f"inputshape=[1,3,{height},{width}]u8"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    ignored = {line.split()[1] for line in (done.stdout + done.stderr).splitlines() if line.startswith("ignore ")}
-    assert done.returncode == 0 and {"TopK", "GatherElements"} <= ignored
-    assert ncnn.Net().load_param(str(tmp_path / "student.ncnn.param")) == -1
-    assert "leaves out TopK, GatherElements and more" in REFUSED["ncnn"]
+def test_ncnn_cannot_load_quantized_nodes(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal of an int8 file: without it, the file is made and then not written."""
+    monkeypatch.setattr(ncnn, "_refuse_int8", lambda *_: None)
+    with pytest.raises(UserError, match="ncnn cannot run what pnnx makes of it: ncnn cannot load it"):
+        make_for("ncnn", files["int8"], tmp_path / "student.ncnn.param")
+    assert not list(tmp_path.iterdir())
 
 
 def test_coremltools_reads_no_onnx(files: dict[str, Path]) -> None:

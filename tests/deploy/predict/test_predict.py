@@ -323,7 +323,7 @@ def test_coco_results_take_the_ids_of_a_data_set(
         (["red.onnx", "camera:97"], "camera:97: there is no /dev/video97"),
         (["gone.onnx", "a.png"], "gone.onnx: no such file"),
         (["empty", "a.png"], "empty: is a folder; name the file in it, such as empty/student.onnx"),
-        (["a.png", "a.png"], "a.png: ends in none of .onnx, .xml, .engine, .mnn, .tflite, .safetensors"),
+        (["a.png", "a.png"], "a.png: ends in none of .onnx, .xml, .engine, .mnn, .ncnn.param, .tflite, .safetensors"),
         (["red.onnx", "a.png", "--classes", " ,"], "--classes: names none"),
         (
             ["red.onnx", "a.png", "--save", "xml"],

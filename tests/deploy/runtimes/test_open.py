@@ -77,7 +77,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path, tiny_onnx: Path) -> None:
         ([tmp_path / "none.onnx"], "no such file"),
         (
             [tmp_path / "m.pt"],
-            r"m.pt: ends in none of .onnx, .xml, .engine, .mnn, .tflite; make one with compress export",
+            r"m.pt: ends in none of .onnx, .xml, .engine, .mnn, .ncnn.param, .tflite; make one with compress export",
         ),
         ([tiny_onnx, tiny_onnx], "given twice"),
     ):

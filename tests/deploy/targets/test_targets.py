@@ -13,12 +13,12 @@ import pytest
 
 from deploy.core.errors import UserError
 from deploy.runtimes.open import open_runner
-from deploy.targets import litert
+from deploy.targets import litert, ncnn
 from deploy.targets.make import make_for
 from deploy.targets.table import TARGETS, Target, place_for
 from tests.helpers.tiny_onnx import pictures
 
-NEEDS = {"openvino": "openvino", "tract": "tract", "mnn": "MNN"}
+NEEDS = {"openvino": "openvino", "tract": "tract", "mnn": "MNN", "ncnn": "ncnn"}
 
 
 @pytest.mark.parametrize("target", NEEDS)
@@ -51,6 +51,13 @@ def test_the_converter_for_litert_is_named(tiny_onnx: Path, tmp_path: Path, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=f"onnx2tf is not on PATH; .*: {litert.INSTALL}"):
         make_for("litert", tiny_onnx, tmp_path / "tiny.tflite")
+
+
+def test_what_ends_its_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ncnn does so with networks that it understands in part."""
+    monkeypatch.setattr(ncnn, "_TRY", "import os; os.abort()")
+    with pytest.raises(UserError, match=r"x.onnx: ncnn cannot run what pnnx makes of it: it ends the process"):
+        ncnn._try(Path("x.onnx"), tmp_path / "x.ncnn.param")
 
 
 def test_a_failing_converter_is_one_line(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
