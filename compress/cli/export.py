@@ -124,7 +124,8 @@ def _of_exported(
     """Make what was asked for of an ONNX file. plan: of an engine; None: none is wanted."""
     if plan is None and triton_repo is None and not others.any:
         raise UserError(
-            f"{file}: is an ONNX file already; give --for, --static-batch, --labels, --input, --trt or --triton-repo"
+            f"{file}: is an ONNX file already; give --for, --static-batch, --labels, --input, --heads-only, --trt or "
+            "--triton-repo"
         )
     if plan is None and not others.any:
         refuse({"--out": out}, "names the engine here; add --trt")

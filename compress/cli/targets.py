@@ -35,6 +35,9 @@ class OtherFlags:
     input: Annotated[
         Literal["float"] | None, typer.Option("--input", help="Also a file that takes pixels as float32, 0 to 255.")
     ] = None
+    heads_only: Annotated[
+        bool, typer.Option("--heads-only", help="Also the network alone; its caller decodes and suppresses.")
+    ] = False
 
     @property
     def form(self) -> bool:
@@ -43,7 +46,7 @@ class OtherFlags:
 
     @property
     def any(self) -> bool:
-        return self.form or self.for_ is not None
+        return self.form or self.heads_only or self.for_ is not None
 
     @property
     def targets(self) -> list[str]:
@@ -78,7 +81,7 @@ def make_others(
 
     targets: `wanted.targets`. out: where it goes, of one file and one wish; None: beside the file.
     """
-    if out is not None and len(files) * (len(targets) + wanted.form) > 1:
+    if out is not None and len(files) * (len(targets) + wanted.form + wanted.heads_only) > 1:
         raise UserError(f"--out: {out} names one file, and several are made; leave it out")
     from deploy.targets.make import make_for
 
@@ -86,6 +89,8 @@ def make_others(
     for file in files:
         if wanted.form:
             made.append(_formed(file, wanted, out))
+        if wanted.heads_only:
+            made.append(_heads(file, out))
         for name in targets:
             place = place_for(file, name, out)
             if not TARGETS[name].folder:
@@ -105,10 +110,28 @@ def _formed(file: Path, flags: OtherFlags, out: Path | None) -> Path:
     parts = [f"batch{form.batch}"] if form.batch else []
     parts += [name for name, given in ((form.labels, flags.labels), (form.images, flags.input)) if given is not None]
     place = file.with_name(".".join([file.name.removesuffix(ONNX_SUFFIX), *parts]) + ONNX_SUFFIX)
-    place = place if out is None else out
+    place = _onnx_place(place if out is None else out)
+    card = reform(file, place, form)
+    print(f"{place}: {card.form.in_words()}; computes what {file.name} does, to the bit")
+    return place
+
+
+def _heads(file: Path, out: Path | None) -> Path:
+    from deploy.graph.heads import cut_heads
+    from deploy.targets.table import DECODERS
+
+    place = _onnx_place(
+        file.with_name(file.name.removesuffix(ONNX_SUFFIX) + f".heads{ONNX_SUFFIX}") if out is None else out
+    )
+    heads = cut_heads(file, place).form.heads
+    assert heads is not None
+    print(f"{place}: gives {', '.join(heads.names)}; decode them as in {DECODERS}")
+    return place
+
+
+def _onnx_place(place: Path) -> Path:
+    """Raises UserError unless an .onnx file can be written there."""
     if place.suffix != ONNX_SUFFIX:
         raise UserError(f"--out: {place} does not end in {ONNX_SUFFIX}")
     need_place(place)
-    card = reform(file, place, form)
-    print(f"{place}: {card.form.in_words()}; computes what {file.name} does, to the bit")
     return place

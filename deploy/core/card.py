@@ -102,6 +102,32 @@ class OperatingPoint(BaseModel):
         )
 
 
+class Heads(BaseModel):
+    """What the output layers of a file give that ends with them, and what decoding needs besides the card: see
+    `deploy.core.heads`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strides: list[_Pixels] = Field(min_length=1)
+    """Unit of the distances of each level, in pixels of the canvas, finest level first. A level has
+    ceil(height / stride) by ceil(width / stride) places."""
+    bins: int = Field(ge=1)
+    """Values of each of a box's four sides, logits of its distances 0, 1, 2, … in strides; 1: the distance itself."""
+    offset: float = 0.0
+    """Centre of the first place in x and in y, as a share of the way to the next one."""
+    fitted: bool = False
+    """Places lie floor(height / h) and floor(width / w) pixels apart, as torchvision's do, where a level has h by w
+    places; a stride otherwise."""
+    centerness: bool = False
+    """Each place has a logit of its own, whose probability the scores are the geometric mean with."""
+
+    @property
+    def names(self) -> list[str]:
+        """The outputs in their order: `cls_8`, `box_8`, `cls_16`, …, with `ctr_8` behind the boxes of each level."""
+        kinds = ("cls", "box", "ctr") if self.centerness else ("cls", "box")
+        return [f"{kind}_{stride}" for stride in self.strides for kind in kinds]
+
+
 class Form(BaseModel):
     """What a file takes and gives where that is not what `compress export` writes at first: see `deploy.graph.form`."""
 
@@ -112,12 +138,15 @@ class Form(BaseModel):
     labels: Literal["int64", "int32"] = "int64"
     images: Literal["uint8", "float32"] = "uint8"
     """Type of the pixels, whose values are 0 to 255 in both."""
+    heads: Heads | None = None
+    """The file gives what its output layers do, and the caller decodes that; None: it gives detections."""
 
     def in_words(self) -> str:
         """For people: what is not as usual."""
         said = [] if self.batch is None else [f"a fixed batch of {self.batch}"]
         said += [] if self.labels == "int64" else [f"{self.labels} labels"]
-        return ", ".join(said + ([] if self.images == "uint8" else [f"{self.images} pixels"])) or "the usual form"
+        said += [] if self.images == "uint8" else [f"{self.images} pixels"]
+        return ", ".join(said + ([] if self.heads is None else ["outputs to be decoded"])) or "the usual form"
 
 
 class ModelCard(BaseModel):

@@ -35,8 +35,20 @@ _COMPARED = 4
 def reform(source: Path, out: Path, form: Form) -> ModelCard:
     """Write the exported file at `source` in another form to `out`. Returns its card.
 
+    Raises UserError as `formed` does: nothing is written then.
+    """
+    model, card = formed(source, form)
+    del model.graph.output[len(_OUTPUTS) :]
+    write_graph(model, card, out)
+    return card
+
+
+def formed(source: Path, form: Form) -> tuple[onnx.ModelProto, ModelCard]:
+    """The graph of the exported file at `source` in another form, and its card. Behind its outputs there are `SCORES`
+    and `BOXES`, where it has them.
+
     Raises UserError for a file that is no exported one, or has a form already, or whose graph is not understood, and
-    where the answers differ: nothing is written then.
+    where the answers differ.
     """
     source = Path(source)
     card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
@@ -44,23 +56,25 @@ def reform(source: Path, out: Path, form: Form) -> ModelCard:
     plain = onnx.load(str(source))
     extend = [name for name in (SCORES, BOXES) if any(name in node.output for node in plain.graph.node)]
     plain.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in extend)
-    formed = onnx.ModelProto()
-    formed.CopyFrom(plain)
+    model = onnx.ModelProto()
+    model.CopyFrom(plain)
     if form.images == "float32":
-        _take_floats(formed.graph, source)
+        _take_floats(model.graph, source)
     if form.labels == "int32":
-        _give_int32(formed.graph)
+        _give_int32(model.graph)
     if form.batch is not None:
-        formed = _fixed(formed, form.batch, source)
-    _compare(plain, formed, card.input_size, form, source)
-    del formed.graph.output[len(_OUTPUTS) :]
-    card = card.model_copy(update={"form": form})
-    set_card(formed, card)
-    onnx.checker.check_model(formed)
+        model = _fixed(model, form.batch, source)
+    _compare(plain, model, card.input_size, form, source)
+    return model, card.model_copy(update={"form": form})
+
+
+def write_graph(model: onnx.ModelProto, card: ModelCard, out: Path) -> None:
+    """Write the model with this card to `out`, once it is valid and ONNX Runtime loads it."""
+    set_card(model, card)
+    onnx.checker.check_model(model)
     with atomic_path(Path(out)) as temporary:
-        onnx.save(formed, str(temporary))
+        onnx.save(model, str(temporary))
         cpu_session(str(temporary))
-    return card
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from deploy.core.card import Form, ModelCard
+from deploy.core.card import ModelCard
 from deploy.core.errors import UserError
+from deploy.core.heads import decode
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ def check_images(images: np.ndarray, card: ModelCard) -> None:
         )
 
 
-def in_form(form: Form, run: Callable[[np.ndarray], Sequence[np.ndarray]], images: np.ndarray) -> DetectionBatch:
+def in_form(card: ModelCard, run: Callable[[np.ndarray], Sequence[np.ndarray]], images: np.ndarray) -> DetectionBatch:
     """Give images, uint8 [B, 3, H, W], to a file of a form, and bring what it gives into ours.
 
-    run: (images of the form's type and batch) → boxes, scores, labels, count. A fixed batch that is not full ends in
-    black images, whose detections are thrown away.
+    run: (images of the form's type and batch) → boxes, scores, labels, count; of a file that ends with its output
+    layers, what they give, which is decoded. A fixed batch that is not full ends in black images, whose detections are
+    thrown away.
     """
+    form = card.form
     images = images.astype(form.images, copy=False)
     batch = form.batch or len(images)
     pieces = []
@@ -88,7 +91,7 @@ def in_form(form: Form, run: Callable[[np.ndarray], Sequence[np.ndarray]], image
         piece = images[first : first + batch]
         if len(piece) < batch:
             piece = np.concatenate([piece, np.zeros((batch - len(piece), *piece.shape[1:]), piece.dtype)])
-        pieces.append(run(piece))
+        pieces.append(run(piece) if form.heads is None else decode(run(piece), card))
     boxes, scores, labels, count = (
         parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*pieces, strict=True)
     )

@@ -42,7 +42,7 @@ class LiteRTRunner:
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
-        return in_form(self.card.form, self._run, images)
+        return in_form(self.card, self._run, images)
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         found = self._network(images=np.ascontiguousarray(images.transpose(0, 2, 3, 1)))

@@ -44,7 +44,7 @@ class MNNRunner:
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
-        return in_form(self.card.form, self._run, images)
+        return in_form(self.card, self._run, images)
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         given = self._expr.const(np.ascontiguousarray(images), list(images.shape), self._expr.NCHW, self._expr.uint8)

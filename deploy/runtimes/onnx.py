@@ -93,9 +93,11 @@ class OnnxRunner:
             )
         self.path = path
         self.threads = threads
+        heads = self.card.form.heads
+        self._names = _OUTPUTS if heads is None else heads.names
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
-        if inputs != [("images", _TYPES[self.card.form.images])] or outputs != _OUTPUTS:
+        if inputs != [("images", _TYPES[self.card.form.images])] or outputs != self._names:
             raise UserError(f"{path}: not a deployable file: it takes {inputs} and gives {outputs}")
         self._device = device
         bound = self.active_providers[0] != "cpu" and self.card.form == Form()
@@ -113,10 +115,10 @@ class OnnxRunner:
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
-        return in_form(self.card.form, self._run, images)
+        return in_form(self.card, self._run, images)
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        return self._session.run(_OUTPUTS, {"images": images})
+        return self._session.run(self._names, {"images": images})
 
     def upload(self, images: np.ndarray) -> None:
         """See `deploy.runtimes.base.StagedRunner`. On the CPU there is nothing to move."""
@@ -133,7 +135,7 @@ class OnnxRunner:
         if self._uploaded is None:
             raise RuntimeError("compute() before upload()")
         if self._binding is None:
-            self._fetched = in_form(self.card.form, self._run, self._uploaded)
+            self._fetched = in_form(self.card, self._run, self._uploaded)
             return
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()

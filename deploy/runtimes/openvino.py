@@ -67,6 +67,8 @@ class OpenVINORunner:
         self.card = _card(path)
         if self.card.form.batch not in (None, 1):
             need_plain(self.card, path, "OpenVINO computes one image at a time")
+        if self.card.form.heads is not None:
+            need_plain(self.card, path, "OpenVINO's detections come")
         self._path = path
         self.threads = threads
         self._device = device

@@ -35,7 +35,7 @@ class TractRunner:
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
-        return in_form(self.card.form, self._run, images)
+        return in_form(self.card, self._run, images)
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         # Outputs have the names of their nodes, so that only their order says which is which.

@@ -93,6 +93,8 @@ REFUSED: dict[str, str] = {
     "cannot load what is left. On the same devices run MNN or LiteRT: --for mnn, --for litert",
 }
 """Name in --for → why there is no file for it."""
+DECODERS = Path(__file__).parent / "decoders"
+"""Folder of `deploy.core.heads` in C++ (`decode.hpp`) and JavaScript (`decode.mjs`)."""
 
 
 def place_for(source: Path, target: str, out: Path | None = None) -> Path:

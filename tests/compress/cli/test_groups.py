@@ -63,7 +63,7 @@ def test_export_shows_the_short_way_and_takes_the_long_one(capsys: pytest.Captur
     command = typer.main.get_command(cli.app).commands["export"]  # type: ignore[attr-defined]
     hidden = {option for p in command.params if getattr(p, "hidden", False) for option in p.opts}
     assert {"--target", "--calibration", "--max-map-drop", "--data", "--batch", "--refit", "--timing-cache"} <= hidden
-    assert len([p for p in command.params if not getattr(p, "hidden", False)]) <= 17
+    assert len([p for p in command.params if not getattr(p, "hidden", False)]) <= 18
     elsewhere = {
         option
         for name in ("quantize", "build")

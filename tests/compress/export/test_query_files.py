@@ -19,8 +19,10 @@ from compress.detectors.transformers.real_time_detr import DFine, RTDetrV2
 from compress.export.deployable import Deployable
 from compress.export.folded import folded
 from deploy.core.card import ModelCard
+from deploy.core.errors import UserError
 from deploy.graph import export
 from deploy.graph.export import export_onnx
+from deploy.graph.heads import cut_heads
 from deploy.quantize.calibrate import choose_images
 from deploy.quantize.file import Quantizer, output_error
 from deploy.quantize.qdq import Target
@@ -100,6 +102,13 @@ def test_int8_leaves_what_decides_in_float(file: Path, target: Target, tmp_path:
         assert layer.output == layer.name.removeprefix("model.").startswith(deciding), layer.name
     assert {layer.name.removeprefix("model.").partition(".")[0] for layer in named} >= expected
     OnnxRunner(report.path, ("cpu",))(tiny_detr.pictures())
+
+
+def test_it_is_not_cut_at_its_output_layers(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="cannot be cut at its output layers: its network chooses among its own queries"
+    ):
+        cut_heads(file, tmp_path / "heads.onnx")
 
 
 def test_rows_that_were_chosen_are_compared_with_the_nearest() -> None:
