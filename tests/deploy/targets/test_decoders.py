@@ -15,7 +15,7 @@ from deploy.core.heads import decode
 from deploy.targets.table import DECODERS
 
 CARD = ModelCard(
-    name="x", class_names=list("abc"), category_ids=[1, 2, 3], input_size=(64, 96), max_detections=40, candidates=500
+    name="x", class_names=list("abc"), category_ids=[1, 2, 3], input_size=(64, 96), max_detections=40, candidates=150
 )
 CASES = {
     "gfl": Heads(strides=[8, 16, 32, 64, 128], bins=17),
@@ -57,7 +57,8 @@ for (const { box, score, label } of decode(outputs, card)) console.log(...box, s
 
 
 def case(name: str) -> tuple[list[np.ndarray], ModelCard]:
-    """Random outputs with crowds; `ties` has many equal scores and boxes."""
+    """Random outputs with crowds. `ties` has many equal scores and boxes, boxes without an area, and scores and overlaps
+    that are as large as the thresholds."""
     heads, rng = CASES[name], np.random.default_rng(0)
     channels = {"cls": 3, "box": 4 * heads.bins, "ctr": 1}
     outputs = []
@@ -69,7 +70,9 @@ def case(name: str) -> tuple[list[np.ndarray], ModelCard]:
         if heads.bins == 1 and kind == "box":
             values = np.abs(values)
         outputs.append((np.round(values) if name == "ties" else values).astype(np.float32))
-    return outputs, CARD.model_copy(update={"form": Form(batch=1, images="float32", heads=heads)})
+    thresholds = {"score_threshold": 0.5, "nms_threshold": 0.5, "max_detections": 100} if name == "ties" else {}
+    form = Form(batch=1, images="float32", heads=heads)
+    return outputs, CARD.model_copy(update={"form": form, **thresholds})
 
 
 def check(lines: str, name: str) -> None:
