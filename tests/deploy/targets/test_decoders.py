@@ -57,8 +57,8 @@ for (const { box, score, label } of decode(outputs, card)) console.log(...box, s
 
 
 def case(name: str) -> tuple[list[np.ndarray], ModelCard]:
-    """Random outputs with crowds. `ties` has many equal scores and boxes, boxes without an area, and scores and overlaps
-    that are as large as the thresholds."""
+    """Random outputs with crowds. `ties` has many equal scores and boxes, boxes without an area, and scores and
+    overlaps that are as large as the thresholds."""
     heads, rng = CASES[name], np.random.default_rng(0)
     channels = {"cls": 3, "box": 4 * heads.bins, "ctr": 1}
     outputs = []
