@@ -26,10 +26,7 @@ _PICTURES = "calibration_image_sample_data_20x128x128x3_float32.npy"
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
-    precision = network_precision(card.precision)
-    if precision != "fp32":
-        why = "stops at quantized convolutions" if "int8" in precision else "makes a file of it that finds nothing"
-        raise UserError(f"{source}: is {precision}, and {CONVERTER} {why} (seen with 1.29): give the fp32 file")
+    _refuse_others(network_precision(card.precision), source)
     command = shutil.which(CONVERTER)
     if command is None:
         raise UserError(f"{CONVERTER} is not on PATH; it needs an environment of its own: {INSTALL}")
@@ -48,3 +45,11 @@ def make(source: Path, place: Path) -> str:
         shutil.move(written, place)
     write_card_beside(card, place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json; one image at a time"
+
+
+def _refuse_others(precision: str, source: Path) -> None:
+    if precision != "fp32":
+        raise UserError(
+            f"{source}: is {precision}, and {CONVERTER} makes a file of it that finds nothing (seen with 1.29): give "
+            "the fp32 file"
+        )

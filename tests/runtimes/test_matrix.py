@@ -14,7 +14,7 @@ import pytest
 
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX
-from deploy.targets import mnn, ncnn
+from deploy.targets import litert, mnn, ncnn
 from deploy.targets.make import make_for
 from deploy.targets.table import REFUSED, TARGETS, place_for
 from tests.runtimes.matrix import ROWS, Row
@@ -122,4 +122,15 @@ def test_mnn_answers_with_nothing(files: dict[str, Path], tmp_path: Path, monkey
     monkeypatch.setattr(mnn, "_refuse_int8", lambda *_: None)
     with pytest.raises(UserError, match="MNN gave 0 outputs, not 4"):
         make_for("mnn", files["int8"], tmp_path / "student.mnn")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_litert_finds_nothing(
+    precision: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal of what is not fp32: without it, the file is made and then not written."""
+    monkeypatch.setattr(litert, "_refuse_others", lambda *_: None)
+    with pytest.raises(UserError, match="the file for litert finds 0% of what this one finds"):
+        make_for("litert", files[precision], tmp_path / "student.tflite")
     assert not list(tmp_path.iterdir())
