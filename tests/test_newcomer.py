@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from compress.config.recipe import load_recipe
+from compress.run import estimate
 from tests.helpers import raccoons, snippets
 
 README = Path(__file__).parents[1] / "README.md"
@@ -21,6 +22,7 @@ QUICKER = {
 
 def test_six_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "TIMED_STEPS", 1)
     raccoons.draw(tmp_path)
     block = next(snippet for snippet in snippets.snippets(README) if "compress init" in snippet.text)
     assert block.text.count("$ ") <= 6 and all(line.startswith("$ compress ") for line in block.text.splitlines())
