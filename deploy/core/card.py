@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import write_text
+from deploy.core.onnx_scan import scan_onnx
 
 METADATA_KEY = "compress"
 PROCESSING = "pre- and post-processing"
@@ -231,6 +232,12 @@ def card_from_file(path: Path) -> ModelCard:
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         raise UserError(f"{path}: not a readable ONNX file: {first_line(error)}") from error
     return card_from_session(session, str(path))
+
+
+def scanned_card(path: Path) -> ModelCard:
+    """The card of the ONNX file at `path`, read from its bytes: no session is opened. Raises UserError as `scan_onnx`
+    does, and for a file without a card."""
+    return parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
 
 
 def card_from_session(session: Any, where: str = "model") -> ModelCard:

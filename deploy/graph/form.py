@@ -17,10 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from deploy.core.card import METADATA_KEY, Form, ModelCard, need_plain, parse_card
+from deploy.core.card import Form, ModelCard, need_plain, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
-from deploy.core.onnx_scan import scan_onnx
 from deploy.graph.precision import set_card
 from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES
@@ -51,7 +50,7 @@ def formed(source: Path, form: Form) -> tuple[onnx.ModelProto, ModelCard]:
     where the answers differ.
     """
     source = Path(source)
-    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    card = scanned_card(source)
     need_plain(card, source, "another form is made")
     plain = onnx.load(str(source))
     extend = [name for name in (SCORES, BOXES) if any(name in node.output for node in plain.graph.node)]

@@ -17,10 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from deploy.core.card import METADATA_KEY, Form, Heads, ModelCard, need_plain, network_precision, parse_card
+from deploy.core.card import Form, Heads, ModelCard, need_plain, network_precision, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.heads import dense, select
-from deploy.core.onnx_scan import scan_onnx
 from deploy.graph.form import formed, write_graph
 from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES, needed_for, structure_of
@@ -44,7 +43,7 @@ def cut_heads(source: Path, out: Path) -> ModelCard:
     detector with queries or anchors, or with boxes that are coded in a way that is not known: nothing is written then.
     """
     source = Path(source)
-    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    card = scanned_card(source)
     if "16" in (precision := network_precision(card.precision)):
         raise UserError(f"{source}: is {precision}; its network alone would compute in fp32: give the fp32 file")
     need_plain(card, source, "a network is cut")

@@ -8,9 +8,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, shape_inference
 
-from deploy.core.card import METADATA_KEY, PROCESSING, ModelCard, parse_card
+from deploy.core.card import METADATA_KEY, PROCESSING, ModelCard, scanned_card
 from deploy.core.files import atomic_path
-from deploy.core.onnx_scan import scan_onnx
 from deploy.graph.structure import Structure, part_of, structure_of
 
 _CONVERTING = ("Cast", "QuantizeLinear", "DequantizeLinear")
@@ -51,7 +50,7 @@ def compute_in(number_format: str, source: Path, out: Path) -> None:
     """Write the file at `source` with a card that has every part computed in another format. The graph is the same: a
     runtime that cannot compute so refuses the file."""
     model = onnx.load(str(source))
-    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    card = scanned_card(source)
     set_card(model, card.model_copy(update={"precision": dict.fromkeys(card.precision, number_format)}))
     with atomic_path(out) as temporary:
         onnx.save(model, str(temporary))

@@ -14,11 +14,10 @@ import numpy as np
 import onnxruntime
 
 from deploy.core import cuda_driver
-from deploy.core.card import METADATA_KEY, Form, ModelCard, card_from_session, need_plain, network_precision, parse_card
+from deploy.core.card import Form, ModelCard, card_from_session, need_plain, network_precision, scanned_card
 from deploy.core.environment import integer_dot_product, usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
-from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
 from deploy.runtimes.providers import ONNX_RUNTIME
 
@@ -80,7 +79,7 @@ class OnnxRunner:
         if file == path:
             self.card = card_from_session(self._session, str(path))
         else:
-            self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+            self.card = scanned_card(path)
         if network_precision(self.card.precision) == "bf16":
             raise UserError(
                 f"{path}: ONNX Runtime would compute it in float32, not bfloat16: --provider openvino runs it"
@@ -197,7 +196,7 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
 def _tensorrt_settings(path: Path, wanted: TensorRTProvider, device: int) -> tuple[Path, dict[str, str]]:
     """The file to open, and the options of the TensorRT provider. Number formats follow the card: TensorRT 10 uses
     fp16 and int8 kernels only where they are allowed."""
-    card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+    card = scanned_card(path)
     need_plain(card, path, "engines are built")
     formats = "+".join(card.precision.values())
     folder = wanted.cache.absolute() / machine_key(device)

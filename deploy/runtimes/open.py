@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.core.card import METADATA_KEY, ModelCard, network_precision, parse_card
+from deploy.core.card import ModelCard, network_precision, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 from deploy.core.import_path import call_own, import_object
-from deploy.core.onnx_scan import scan_onnx
 from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
 from deploy.runtimes.providers import OPENVINO, PROVIDERS, Provider
@@ -291,7 +290,7 @@ def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
     """The providers that compute in the file's precision; all where none does, of which opening it says why."""
     if len(providers) == 1 or not set(OPENVINO) & set(providers):  # ONNX Runtime's are all alike in this
         return providers
-    card = parse_card(scan_onnx(file).metadata.get(METADATA_KEY), str(file))
+    card = scanned_card(file)
     kind = PRECISIONS.get(network_precision(card.precision))
     return [name for name in providers if kind is None or not kind.providers or name in kind.providers] or providers
 

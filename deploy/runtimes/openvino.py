@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from deploy.core.card import METADATA_KEY, ModelCard, need_plain, network_precision, parse_card
+from deploy.core.card import METADATA_KEY, ModelCard, need_plain, network_precision, parse_card, scanned_card
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import ONNX_SUFFIX
 from deploy.core.import_path import import_extra
-from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images
 
 _OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int32}
@@ -155,7 +154,7 @@ def load_openvino() -> Any:
 
 def _card(path: Path) -> ModelCard:
     if path.suffix == ONNX_SUFFIX:
-        return parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+        return scanned_card(path)
     try:
         model = _core().read_model(str(path))
     except Exception as error:  # OpenVINO raises RuntimeError for whatever it is

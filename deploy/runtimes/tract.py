@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import METADATA_KEY, parse_card
+from deploy.core.card import scanned_card
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
 
 
@@ -25,7 +24,7 @@ class TractRunner:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         tract = import_extra("tract", "tract")
-        self.card = parse_card(scan_onnx(path).metadata.get(METADATA_KEY), str(path))
+        self.card = scanned_card(path)
         if self.card.form.batch is None or self.card.form.labels != "int32":
             raise UserError(f"{path}: tract takes a fixed batch and int32 labels: compress export {path} --for tract")
         try:

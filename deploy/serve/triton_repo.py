@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deploy.core.card import METADATA_KEY, ModelCard, need_plain, network_precision, parse_card
+from deploy.core.card import ModelCard, need_plain, network_precision, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, atomic_path, sha256_of, write_text
-from deploy.core.onnx_scan import scan_onnx
 from deploy.tensorrt.card import EngineCard, card_path, contradiction, read_engine_card, rebuild
 
 Kind = Literal["KIND_AUTO", "KIND_GPU", "KIND_CPU"]
@@ -62,7 +61,7 @@ class _TritonFiles:
 
 
 def _read_onnx(artifact: Path, max_batch: int) -> _Content:
-    card = parse_card(scan_onnx(artifact).metadata.get(METADATA_KEY), str(artifact))
+    card = scanned_card(artifact)
     need_plain(card, artifact, "Triton's models are made")
     if network_precision(card.precision) == "bf16":
         raise UserError(f"{artifact}: the server's ONNX Runtime does not compute in bfloat16: add the fp32 file")

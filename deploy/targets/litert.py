@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import METADATA_KEY, Form, network_precision, parse_card, write_card_beside
+from deploy.core.card import Form, network_precision, scanned_card, write_card_beside
 from deploy.core.errors import UserError
-from deploy.core.onnx_scan import scan_onnx
 
 CONVERTER = "onnx2tf"
 INSTALL = f"pipx install {CONVERTER}"
@@ -25,7 +24,7 @@ _PICTURES = "calibration_image_sample_data_20x128x128x3_float32.npy"
 
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
-    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    card = scanned_card(source)
     _refuse_others(network_precision(card.precision), source)
     command = shutil.which(CONVERTER)
     if command is None:

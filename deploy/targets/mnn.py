@@ -11,16 +11,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.core.card import METADATA_KEY, Form, ModelCard, need_plain, network_precision, parse_card, write_card_beside
+from deploy.core.card import Form, ModelCard, need_plain, network_precision, scanned_card, write_card_beside
 from deploy.core.errors import UserError
-from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.mnn import load_mnn
 
 
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     load_mnn()
-    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    card = scanned_card(source)
     need_plain(card, source, "files of MNN are made")
     _refuse_int8(card, source)
     with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs

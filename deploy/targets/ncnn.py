@@ -15,9 +15,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from deploy.core.card import METADATA_KEY, ModelCard, parse_card, write_card_beside
+from deploy.core.card import ModelCard, scanned_card, write_card_beside
 from deploy.core.errors import UserError
-from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.ncnn import load_ncnn, weights_beside
 from deploy.targets.table import DECODERS
 
@@ -39,7 +38,7 @@ def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     load_ncnn()
     program = _pnnx()
-    _refuse_int8(parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source)), source)
+    _refuse_int8(scanned_card(source), source)
     from deploy.graph.heads import cut_heads
 
     with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs

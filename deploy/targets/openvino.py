@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.core.card import METADATA_KEY, Form, need_plain, parse_card
+from deploy.core.card import METADATA_KEY, Form, need_plain, scanned_card
 from deploy.core.errors import UserError
-from deploy.core.onnx_scan import scan_onnx
 from deploy.runtimes.openvino import load_openvino
 
 
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     openvino = load_openvino()
-    card = parse_card(scan_onnx(source).metadata.get(METADATA_KEY), str(source))
+    card = scanned_card(source)
     need_plain(card, source, "files of OpenVINO are made")
     weights = place.with_suffix(".bin")
     try:
