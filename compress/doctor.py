@@ -96,11 +96,7 @@ def examine() -> list[Finding]:
         check_onnxruntime(installed, driver),
         *check_providers(installed),
         check_tensorrt(installed),
-        check_openvino(
-            installed,
-            _openvino_devices() if "openvino" in installed else [],
-            bf16="openvino" in installed and _openvino_has_bf16(),
-        ),
+        check_openvino(installed, *(_openvino() if "openvino" in installed else ([], False))),
         check_serve(installed),
         check_optional("triton", installed, "comes with torch on Linux; only GPU kernels need it"),
     ]
@@ -290,7 +286,7 @@ def check_tensorrt(installed: Mapping[str, str]) -> Finding:
     return Finding("tensorrt", version if known is None else f"{version}; {known}")
 
 
-def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str, *, bf16: bool = False) -> Finding:
+def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str, bf16: bool = False) -> Finding:
     """Check that OpenVINO, if installed, is of a version that we know, and starts. devices: that it finds, or why it
     does not start. bf16: the CPU has bfloat16, in which OpenVINO then computes unless it is told otherwise."""
     version = installed.get("openvino")
@@ -336,24 +332,16 @@ def _nvidia_smi() -> str | None:
     return "; ".join(lines) or None
 
 
-def _openvino_devices() -> list[str] | str:
-    """The devices, or why OpenVINO does not start."""
+def _openvino() -> tuple[list[str] | str, bool]:
+    """The devices, or why OpenVINO does not start; and whether the CPU has bfloat16."""
     try:
         import openvino
 
-        return list(openvino.Core().available_devices)
+        core = openvino.Core()
+        bf16 = "CPU" in core.available_devices and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return list(core.available_devices), bf16
     except Exception as error:  # a lost library raises ImportError, a broken plugin RuntimeError
-        return first_line(error)
-
-
-def _openvino_has_bf16() -> bool:
-    """The CPU has bfloat16; False where OpenVINO does not start."""
-    try:
-        import openvino
-
-        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    except Exception:  # reported by _openvino_devices
-        return False
+        return first_line(error), False
 
 
 def _torch_sees_cuda() -> bool | None:

@@ -40,7 +40,7 @@ from deploy.core.precisions import file_for
 from deploy.graph.precision import compute_in
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, open_runners
-from deploy.runtimes.openvino import load_openvino
+from deploy.runtimes.openvino import openvino_core
 from deploy.validate.accuracy import validate
 
 BACKBONE = "resnet18"
@@ -243,4 +243,4 @@ def _pictures(folder: Path) -> list[bytes]:
 
 
 def _has_bf16() -> bool:
-    return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -11,14 +11,7 @@ import typer
 from compress.cli.build import TritonRepo, add_to_triton, deliver, engine_plan
 from compress.cli.exits import next_command
 from compress.cli.groups import HIDDEN, with_groups
-from compress.cli.options import (
-    EngineFlags,
-    QuantizeFlags,
-    ThresholdFlags,
-    need_file,
-    refuse,
-    values_of,
-)
+from compress.cli.options import EngineFlags, QuantizeFlags, ThresholdFlags, need_file, refuse, values_of
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
 from compress.cli.targets import OtherFlags, keep_runtimes, make_others

@@ -62,8 +62,10 @@ class OpenVINORunner:
         for name, number in (("threads", threads), ("streams", wanted.streams)):
             if number is not None and number < 1:
                 raise UserError(f"{name} must be at least 1, got {number}")
-        load_openvino()
-        self.card = _card(path)
+        openvino_core()
+        # The .xml holds its card itself, so that it is read first; an .onnx file is only read where there is a device.
+        model = None if path.suffix == ONNX_SUFFIX else read_model(path)
+        self.card = scanned_card(path) if model is None else _card(model, path)
         if self.card.form.batch not in (None, 1):
             need_plain(self.card, path, "OpenVINO computes one image at a time")
         if self.card.form.heads is not None:
@@ -71,7 +73,7 @@ class OpenVINORunner:
         self._path = path
         self.threads = threads
         self._device = device
-        self._compiled = self._compile(threads or usable_cores(), wanted)
+        self._compiled = self._compile(model, threads or usable_cores(), wanted)
         outputs = {name: output.get_shape() for output in self._compiled.outputs for name in output.get_names()}
         if not set(_OUTPUTS) <= set(outputs):
             raise UserError(f"{path}: not a deployable file: it gives {sorted(outputs)}")
@@ -118,8 +120,8 @@ class OpenVINORunner:
         for name, values in found.items():
             values[index] = request.get_tensor(name).data[0]
 
-    def _compile(self, threads: int, wanted: OpenVINO) -> Any:
-        core = _core()
+    def _compile(self, model: Any, threads: int, wanted: OpenVINO) -> Any:
+        core = openvino_core()
         if self._device not in {name.partition(".")[0] for name in core.available_devices}:
             found = ", ".join(core.available_devices) or "none"
             raise UserError(f"{self._path}: OpenVINO finds no device {self._device} here; it finds {found}")
@@ -136,41 +138,38 @@ class OpenVINORunner:
             properties |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
         if wanted.cache is not None:
             properties["CACHE_DIR"] = str(wanted.cache.absolute())
+        model = model or read_model(self._path)
         try:
-            model = core.read_model(str(self._path))
             model.reshape({"images": [1, 3, *self.card.input_size]})
             return core.compile_model(model, self._device, properties)
         except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
             raise UserError(f"{self._path}: OpenVINO cannot load it: {_reason(error)}") from error
 
 
-def load_openvino() -> Any:
-    """The package. Raises UserError when it is missing, or too old to know its own version."""
-    return import_extra("openvino", "openvino")
+@cache
+def openvino_core() -> Any:
+    """OpenVINO, one a process: each would load the devices' libraries again. Raises UserError when the package is
+    missing, or too old to know its own version."""
+    return import_extra("openvino", "openvino").Core()
+
+
+def read_model(path: Path) -> Any:
+    """The network of an .onnx or .xml file. Raises UserError."""
+    core = openvino_core()
+    try:
+        return core.read_model(str(path))
+    except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
+        raise UserError(f"{path}: OpenVINO cannot load it: {_reason(error)}") from error
 
 
 # --- details --------------------------------------------------------------------------------------------
 
 
-def _card(path: Path) -> ModelCard:
-    if path.suffix == ONNX_SUFFIX:
-        return scanned_card(path)
-    try:
-        model = _core().read_model(str(path))
-    except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
-        raise UserError(f"{path}: OpenVINO cannot load it: {_reason(error)}") from error
-    keys = (
-        METADATA_KEY,
-        ["framework", METADATA_KEY],
-    )  # ours, and where its own converter keeps an ONNX file's metadata
+def _card(model: Any, path: Path) -> ModelCard:
+    """The card of an .xml file: ours, or the metadata that OpenVINO's own converter keeps of an ONNX file."""
+    keys = (METADATA_KEY, ["framework", METADATA_KEY])
     text = next((model.get_rt_info(key).astype(str) for key in keys if model.has_rt_info(key)), None)
     return parse_card(text, str(path))
-
-
-@cache
-def _core() -> Any:
-    """One a process: each would load the devices' libraries again."""
-    return load_openvino().Core()
 
 
 def _plain(value: Any) -> Any:

@@ -10,21 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.core.card import METADATA_KEY, Form, need_plain, scanned_card
-from deploy.core.errors import UserError
-from deploy.runtimes.openvino import load_openvino
+from deploy.core.import_path import import_extra
+from deploy.runtimes.openvino import read_model
 
 
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
-    openvino = load_openvino()
     card = scanned_card(source)
     need_plain(card, source, "files of OpenVINO are made")
     weights = place.with_suffix(".bin")
-    try:
-        model = openvino.Core().read_model(str(source))
-        model.reshape({"images": [1, 3, *card.input_size]})
-    except Exception as error:  # OpenVINO raises RuntimeError for whatever it is
-        raise UserError(f"{source}: OpenVINO cannot read it: {error}".splitlines()[0]) from error
+    model = read_model(source)
+    model.reshape({"images": [1, 3, *card.input_size]})
     model.set_rt_info(card.model_copy(update={"form": Form(batch=1)}).model_dump_json(), METADATA_KEY)
-    openvino.save_model(model, str(place), compress_to_fp16=False)
+    import_extra("openvino", "openvino").save_model(model, str(place), compress_to_fp16=False)
     return f"{weights.stat().st_size / 1e6:.1f} MB in {weights.name} beside it; one image at a time"

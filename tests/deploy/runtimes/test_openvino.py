@@ -182,6 +182,6 @@ def test_what_it_cannot_open_is_one_line(openvino: Any, tiny_onnx: Path, tmp_pat
 
 def test_without_the_package_it_says_what_to_install(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    runtime._core.cache_clear()
+    runtime.openvino_core.cache_clear()
     with pytest.raises(UserError, match=r"^openvino is not installed: pip install 'compress-detectors\[openvino\]'$"):
         open_runner(tiny_onnx, ("openvino",))
