@@ -7,7 +7,6 @@ called as a command. It wants shapes that are constants, and fetches pictures fr
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from deploy.core.card import Form, network_precision, scanned_card, write_card_beside
 from deploy.core.errors import UserError
+from deploy.targets.converter import convert
 
 CONVERTER = "onnx2tf"
 INSTALL = f"pipx install {CONVERTER}"
@@ -36,11 +36,8 @@ def make(source: Path, place: Path) -> str:
         card = reform(source, Path(folder) / "model.onnx", form)
         np.save(Path(folder) / _PICTURES, np.random.default_rng(0).random((20, 128, 128, 3), np.float32))
         words = [command, "-i", "model.onnx", "-o", "made", "-osd", "-n"]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
         written = Path(folder) / "made" / "model_float32.tflite"
-        if not written.is_file():
-            said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line]
-            raise UserError(f"{source}: {CONVERTER} fails: {''.join(said[-1:])[:300] or done.returncode}")
+        convert(source, words, CONVERTER, Path(folder), written)
         shutil.move(written, place)
     write_card_beside(card, place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json; one image at a time"

@@ -6,7 +6,6 @@ Its converter accepts quantized files of ours and says that it succeeded, but th
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from deploy.core.card import Form, ModelCard, need_plain, network_precision, scanned_card, write_card_beside
 from deploy.core.errors import UserError
 from deploy.runtimes.mnn import load_mnn
+from deploy.targets.converter import convert
 
 
 def make(source: Path, place: Path) -> str:
@@ -22,14 +22,11 @@ def make(source: Path, place: Path) -> str:
     card = scanned_card(source)
     need_plain(card, source, "files of MNN are made")
     _refuse_int8(card, source)
-    with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs
+    with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--modelFile", str(source.absolute()),
                  "--MNNModel", str(place.absolute()), "--bizCode", "compress",
                  *(["--fp16"] if "fp16" in network_precision(card.precision) else [])]  # fmt: skip
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
-    if done.returncode or not place.is_file():
-        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-        raise UserError(f"{source}: MNN's converter fails: {''.join(last)[:300]}")
+        convert(source, words, "MNN's converter", Path(folder), place)
     write_card_beside(card.model_copy(update={"form": Form(labels="int32")}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from deploy.core.card import ModelCard, scanned_card, write_card_beside
 from deploy.core.errors import UserError
 from deploy.runtimes.ncnn import load_ncnn, weights_beside
+from deploy.targets.converter import convert
 from deploy.targets.table import DECODERS
 
 _TRY = """
@@ -41,15 +42,12 @@ def make(source: Path, place: Path) -> str:
     _refuse_int8(scanned_card(source), source)
     from deploy.graph.heads import cut_heads
 
-    with tempfile.TemporaryDirectory() as folder:  # it leaves files where it runs
+    with tempfile.TemporaryDirectory() as folder:
         card = cut_heads(source, Path(folder) / "model.onnx")
         height, width = card.input_size
         words = [str(program), "model.onnx", f"inputshape=[1,3,{height},{width}]f32", "fp16=0"]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
         made = Path(folder) / "model.ncnn.param"
-        if done.returncode or not made.is_file():
-            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            raise UserError(f"{source}: pnnx fails: {''.join(last)[:300] or done.returncode}")
+        convert(source, words, "pnnx", Path(folder), made)
         place.write_text(_named(made.read_text(encoding="utf-8"), card), encoding="utf-8")
         shutil.move(weights_beside(made), weights_beside(place))
     write_card_beside(card, place)

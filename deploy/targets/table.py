@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from deploy.core.errors import UserError
@@ -36,46 +37,14 @@ class Target:
     keep_runtime: Callable[[Path], None] | None = None
 
 
-def _litert(source: Path, place: Path) -> str:
-    from deploy.targets.litert import make
+def _made_by(module: str) -> Callable[[Path, Path], str]:
+    """`make` of a module of this package, which is imported when it is called: most need what help does not."""
 
-    return make(source, place)
+    def make(source: Path, place: Path) -> str:
+        made: str = import_module(f"deploy.targets.{module}").make(source, place)
+        return made
 
-
-def _mnn(source: Path, place: Path) -> str:
-    from deploy.targets.mnn import make
-
-    return make(source, place)
-
-
-def _ncnn(source: Path, place: Path) -> str:
-    from deploy.targets.ncnn import make
-
-    return make(source, place)
-
-
-def _openvino(source: Path, place: Path) -> str:
-    from deploy.targets.openvino import make
-
-    return make(source, place)
-
-
-def _tract(source: Path, place: Path) -> str:
-    from deploy.targets.tract import make
-
-    return make(source, place)
-
-
-def _tvm(source: Path, place: Path) -> str:
-    from deploy.targets.tvm import make
-
-    return make(source, place)
-
-
-def _web(source: Path, place: Path) -> str:
-    from deploy.targets.web import make
-
-    return make(source, place)
+    return make
 
 
 def _keep_web_runtime(folder: Path) -> None:
@@ -85,13 +54,13 @@ def _keep_web_runtime(folder: Path) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    "litert": Target(_litert, ".tflite"),
-    "mnn": Target(_mnn, ".mnn"),
-    "ncnn": Target(_ncnn, ".ncnn.param"),
-    "openvino": Target(_openvino, ".xml"),
-    "tract": Target(_tract, ".tract.onnx"),
-    "tvm": Target(_tvm, ".tvm.onnx", runs=False),
-    "web": Target(_web, ".web", runs=False, folder=True, keep_runtime=_keep_web_runtime),
+    "litert": Target(_made_by("litert"), ".tflite"),
+    "mnn": Target(_made_by("mnn"), ".mnn"),
+    "ncnn": Target(_made_by("ncnn"), ".ncnn.param"),
+    "openvino": Target(_made_by("openvino"), ".xml"),
+    "tract": Target(_made_by("tract"), ".tract.onnx"),
+    "tvm": Target(_made_by("tvm"), ".tvm.onnx", runs=False),
+    "web": Target(_made_by("web"), ".web", runs=False, folder=True, keep_runtime=_keep_web_runtime),
 }
 """Name in --for → how its file is made."""
 REFUSED: dict[str, str] = {
