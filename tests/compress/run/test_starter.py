@@ -136,9 +136,9 @@ def test_smaller_images_are_not_opened_anew(tmp_path: Path, monkeypatch: pytest.
         return 1000.0, 30.0
 
     opened: list[Path] = []
-    open_coco = coco.read_annotations
+    open_coco = coco.label_tables
     monkeypatch.setattr(starter, "_cost", cost)
-    monkeypatch.setattr(coco, "read_annotations", lambda file, **how: (opened.append(file), open_coco(file, **how))[1])
+    monkeypatch.setattr(coco, "label_tables", lambda file, images: (opened.append(file), open_coco(file, images))[1])
     recipe, _ = written("one class", tmp_path, budget=700.0)
     assert [file.name for file in opened] == ["train.json", "val.json"]
     (first, sets), (last, smaller) = timed[0], timed[-1]
