@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from compress.cli.exits import STDOUT, only_results_on_stdout, results_file
 from deploy.core.errors import UserError
 from deploy.runtimes.providers import PROVIDERS
+
+if TYPE_CHECKING:
+    from deploy.core.on_ray import Cluster
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; recipes/ has examples.")]
 Set = Annotated[
@@ -170,6 +173,40 @@ class RunnerFlags:
             max_batch=max_batch,
         )
         return {"allow_fallback": self.allow_fallback, "threads": self.threads, **options}
+
+
+@dataclass(frozen=True)
+class ClusterFlags:
+    """Options of where the work is done."""
+
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="local: this process. ray: actors of a Ray cluster.")
+    ] = "local"
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of the cluster, or auto. Default: RAY_ADDRESS, or a Ray of this machine."),
+    ] = None
+    actors: Annotated[
+        int | None, typer.Option("--actors", min=1, help="Workers on the cluster. Default: all that have room.")
+    ] = None
+    num_cpus: Annotated[float | None, typer.Option("--num-cpus", min=0, help="For each of them. Default: 1.")] = None
+    num_gpus: Annotated[
+        float | None,
+        typer.Option("--num-gpus", min=0, help="For each, e.g. 0.5. Default: 1, without GPUs 0."),
+    ] = None
+
+    def cluster(self) -> Cluster | None:
+        """None: this process does the work. Raises UserError for an option that would do nothing."""
+        given = {name: value for name, value in values_of(self).items() if name != "--engine"}
+        if self.engine == "local":
+            refuse(given, "is about a Ray cluster; add --engine ray")
+            return None
+        from deploy.core.on_ray import Cluster, need_ray
+
+        need_ray()
+        if not (self.num_cpus or self.num_gpus) and (self.num_cpus, self.num_gpus) != (None, None):
+            raise UserError("--num-cpus: a worker needs a share of a processor or of a GPU; give one of them above 0")
+        return Cluster(self.address, self.actors, 1.0 if self.num_cpus is None else self.num_cpus, self.num_gpus)
 
 
 def values_of(flags: Any) -> dict[str, Any]:
