@@ -91,17 +91,17 @@ def measure(folder: str) -> dict[str, float]:
     out = Path(folder) / "pseudo.json"
     out.unlink(missing_ok=True)
     settings = Settings(tau=0.6, tau_ignore=0.5, short=SIDE, long=SIDE, batch_size=16)
-    before = _peak_mb()
+    before = peak_mb()
     started = time.perf_counter()
     images = images_in(Path(folder) / "images")
     summary = pseudo_label([f"{folder}/teacher.safetensors"], images, out, settings, quiet=True)
     assert summary is not None, "there is one shard"
     values = (
-        _peak_mb(), before, time.perf_counter() - started, summary.labels, summary.regions, out.stat().st_size / 2**20
+        peak_mb(), before, time.perf_counter() - started, summary.labels, summary.regions, out.stat().st_size / 2**20
     )  # fmt: skip
     return dict(zip(UNITS, values, strict=True))
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)

@@ -13,7 +13,7 @@ import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import ClusterFlags, JsonOut, Resume, need_folder, need_json_place, write_results
+from compress.cli.options import ActorFlags, JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
 from deploy.core.shown import counted, some
 
@@ -387,7 +387,7 @@ def pseudo_label(
     ] = None,
     flags: LabelFlags = LabelFlags(),
     work: WorkFlags = WorkFlags(),
-    where: ClusterFlags = ClusterFlags(),
+    where: ActorFlags = ActorFlags(),
     resume: Resume = False,
     json_out: JsonOut = None,
 ) -> None:

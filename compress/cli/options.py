@@ -180,23 +180,19 @@ class ClusterFlags:
     """Options of where the work is done."""
 
     engine: Annotated[
-        Literal["local", "ray"], typer.Option("--engine", help="local: this process. ray: actors of a Ray cluster.")
+        Literal["local", "ray"], typer.Option("--engine", help="local: here. ray: in processes of a Ray cluster.")
     ] = "local"
     address: Annotated[
         str | None,
         typer.Option("--address", help="Of the cluster, or auto. Default: RAY_ADDRESS, or a Ray of this machine."),
     ] = None
-    actors: Annotated[
-        int | None, typer.Option("--actors", min=1, help="Workers on the cluster. Default: all that have room.")
-    ] = None
-    num_cpus: Annotated[float | None, typer.Option("--num-cpus", min=0, help="For each of them. Default: 1.")] = None
+    num_cpus: Annotated[float | None, typer.Option("--num-cpus", min=0, help="For each process. Default: 1.")] = None
     num_gpus: Annotated[
-        float | None,
-        typer.Option("--num-gpus", min=0, help="For each, e.g. 0.5. Default: 1, without GPUs 0."),
+        float | None, typer.Option("--num-gpus", min=0, help="For each, e.g. 0.5. Default: 1, without GPUs 0.")
     ] = None
 
     def cluster(self) -> Cluster | None:
-        """None: this process does the work. Raises UserError for an option that would do nothing."""
+        """None: no cluster. Raises UserError for an option that would do nothing."""
         given = {name: value for name, value in values_of(self).items() if name != "--engine"}
         if self.engine == "local":
             refuse(given, "is about a Ray cluster; add --engine ray")
@@ -204,9 +200,19 @@ class ClusterFlags:
         from deploy.core.on_ray import Cluster, need_ray
 
         need_ray()
-        if not (self.num_cpus or self.num_gpus) and (self.num_cpus, self.num_gpus) != (None, None):
-            raise UserError("--num-cpus: a worker needs a share of a processor or of a GPU; give one of them above 0")
-        return Cluster(self.address, self.actors, 1.0 if self.num_cpus is None else self.num_cpus, self.num_gpus)
+        if self.num_cpus == 0 and not self.num_gpus:
+            raise UserError("--num-cpus: a process needs a share of a processor or of a GPU; give one of them above 0")
+        given = {name.removeprefix("--").replace("-", "_"): value for name, value in given.items()}
+        return Cluster(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class ActorFlags(ClusterFlags):
+    """The same for work that is divided among actors."""
+
+    actors: Annotated[
+        int | None, typer.Option("--actors", min=1, help="Processes on the cluster. Default: all that have room.")
+    ] = None
 
 
 def values_of(flags: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import typer
 from compress.cli.exits import gate_failed, next_command
 from compress.cli.groups import with_groups
 from compress.cli.options import (
+    ActorFlags,
     Artifacts,
-    ClusterFlags,
     JsonOut,
     Providers,
     RunnerFlags,
@@ -55,7 +55,7 @@ def validate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     provider: Providers = "cpu",
     opening: RunnerFlags = RunnerFlags(),
-    where: ClusterFlags = ClusterFlags(),
+    where: ActorFlags = ActorFlags(),
     json_out: JsonOut = None,
 ) -> None:
     """Measure the mAP of exported files, with a gate.

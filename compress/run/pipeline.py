@@ -74,7 +74,7 @@ from compress.run.teacher import (
 )
 from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, start_identity, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
-from compress.training.distributed import is_first_process, launch, on_first_process
+from compress.training.distributed import is_first_process, launch, need_common_folder, on_first_process
 from compress.training.loggers.opened import OpenLoggers, need_packages
 from compress.training.time_left import NOTHING_LATER, Later
 from compress.versions import versions
@@ -159,6 +159,7 @@ def _do(
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
     with working_in(folder, fabric), ExitStack() as stack:
+        need_common_folder(fabric, folder.path)
         if not resume:
             need_whole(folder, labelling_of(recipe))
         elif not folder.recipe.exists():

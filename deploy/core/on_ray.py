@@ -66,8 +66,30 @@ def map_in_order(
             place for an actor; an item whose workers died `TRIES` times; a node has another version of this project.
     """
     import_extra("ray.data", "ray", "ray[data]")
-    with _connected(cluster) as ray, _quiet(ray):
+    with connected(cluster) as ray, _quiet(ray):
         yield from _results(ray, cluster, make, items)
+
+
+@contextmanager
+def connected(cluster: Cluster, *, show: bool = False) -> Iterator[Any]:
+    """Ray, connected; a connection, or a Ray, that was made here is ended.
+
+    show: what the processes on the cluster print. Raises UserError: Ray is not installed or not reached."""
+    ray = import_extra("ray", "ray")
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls every restart of a worker an error
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    here = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=show, **here)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"ray: {address or 'Ray cannot be started here'}: {first_line(error)}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 # --- details --------------------------------------------------------------------------------------------
@@ -135,26 +157,6 @@ class _Broken:
 
 def _version() -> str:
     return importlib.metadata.version("compress-detectors")
-
-
-@contextmanager
-def _connected(cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected; a connection, or a Ray, that was made here is ended."""
-    ray = import_extra("ray", "ray")
-    if ray.is_initialized():
-        yield ray
-        return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls every restart of a worker an error
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    here = {} if address else {"include_dashboard": False}
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **here)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"ray: {address or 'Ray cannot be started here'}: {first_line(error)}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

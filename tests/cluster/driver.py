@@ -2,6 +2,8 @@
 
     python -m tests.cluster.driver label WORLD OUT '{"actors": 2, ...}'     # pseudo labels; the rest is a Cluster
     python -m tests.cluster.driver cluster                                  # a head and a node of one CPU each
+    python -m tests.cluster.driver compress SECONDS train RECIPE …          # a command that records every step; on host
+                                                                            # b reading an image takes SECONDS longer
 
 The cluster prints the address of its head, then its node goes without a word when a line comes in.
 """
@@ -9,11 +11,18 @@ The cluster prints the address of its head, then its node goes without a word wh
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from compress import cli
+from compress.data.coco import CocoDetection
 from compress.pseudo.images import images_in
+from compress.training import loop, pace
 from deploy.core.on_ray import Cluster
 from tests.helpers.random_teacher import make
 
@@ -44,8 +53,23 @@ def cluster() -> None:
     made.shutdown()
 
 
+def compress(slower: float, arguments: list[str]) -> None:
+    def slowly(self: CocoDetection, index: int) -> Tensor:
+        time.sleep(slower)
+        return read(self, index)
+
+    read = CocoDetection.image
+    if socket.gethostname() == "host-b" and slower:
+        CocoDetection.image = slowly  # type: ignore[method-assign]
+    loop.LOG_EVERY, pace.WINDOW = 1, 10
+    sys.argv = ["compress", *arguments]
+    cli.main()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "cluster":
         cluster()
+    elif sys.argv[1] == "compress":
+        compress(float(sys.argv[2]), sys.argv[3:])
     else:
         label(Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
