@@ -1,4 +1,4 @@
-"""A training whose processes Ray Train starts, on the nodes of a cluster: the same entry point, under another launcher."""
+"""A training whose processes Ray Train starts on the nodes of a cluster: the same entry point, another launcher."""
 
 from __future__ import annotations
 

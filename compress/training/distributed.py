@@ -115,11 +115,9 @@ def need_common_folder(fabric: Fabric, folder: Path) -> None:
     name = fabric.broadcast(f".seen-by-all-{os.getpid()}")
     token = folder / name
     on_first_process(fabric, token.touch)
-    hosts: list[str | None] = [None] * fabric.world_size
-    dist.all_gather_object(hosts, None if token.exists() else socket.gethostname())
+    found = gather(fabric, (socket.gethostname(), token.exists()))
     on_first_process(fabric, token.unlink)
-    first = fabric.broadcast(socket.gethostname())
-    blind = sorted({host for host in hosts if host is not None})
+    first, blind = found[0][0], sorted({host for host, sees in found if not sees})
     if blind:
         raise UserError(
             f"{folder}: {', '.join(blind)} cannot see this folder of {first}; put runs on a file system that all nodes "
@@ -160,6 +158,15 @@ def on_every_process(fabric: Fabric, work: Callable[[], Any]) -> None:
     first = next((text for text in messages if text is not None), None)
     if first is not None:
         raise UserError(first)
+
+
+def gather(fabric: Fabric, value: Result) -> list[Result]:
+    """The value of every process, in the order of their ranks. Every process calls it."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_processes(fabric: Fabric) -> Reduce | None:

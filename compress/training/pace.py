@@ -6,8 +6,9 @@ import socket
 from statistics import median
 
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
+
+from compress.training.distributed import gather
 
 WINDOW = 50
 """Steps that are looked at together."""
@@ -23,9 +24,7 @@ class Pace:
         self._fabric = fabric
         self._sums, self._steps = [0.0, 0.0], 0
         self._told: str | None = None
-        self._hosts = [""] * fabric.world_size
-        if fabric.world_size > 1:
-            dist.all_gather_object(self._hosts, socket.gethostname())
+        self._hosts = gather(fabric, socket.gethostname())
 
     def step(self, waiting: float, forward: float) -> str | None:
         """Take in the seconds of a step. Called on every process in every step; every `WINDOW` steps they compare.

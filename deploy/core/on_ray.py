@@ -83,7 +83,13 @@ def connected(cluster: Cluster, *, show: bool = False) -> Iterator[Any]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     here = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=show, **here)
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            logging_config=ray.LoggingConfig(log_level="ERROR"),
+            log_to_driver=show,
+            **here,
+        )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"ray: {address or 'Ray cannot be started here'}: {first_line(error)}") from error
     try:

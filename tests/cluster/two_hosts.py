@@ -7,9 +7,11 @@ with TwoHosts() as hosts:
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
@@ -47,15 +49,24 @@ class TwoHosts:
     def start(
         self, host: str, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """A command on a host, in a session of its own, which can be killed as a group."""
-        inside = ["nsenter", "--target", str(self._shell.pid), "--user", "--net", "--mount", "--preserve-credentials"]
+        """A command on a host."""
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', f"host-{host}"]
         return subprocess.Popen(
-            [*inside, "--wd=" + os.getcwd(), "ip", "netns", "exec", host, *named, *command],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            [*self._inside(), "--wd=" + os.getcwd(), "ip", "netns", "exec", host, *named, *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"wire-{host}",
                  **(environment or {})},
         )  # fmt: skip
+
+    def kill(self, host: str) -> None:
+        """All processes of a host at once, as when it loses its power."""
+        command = [*self._inside(), "ip", "netns", "pids", host]
+        for pid in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def _inside(self) -> list[str]:
+        return ["nsenter", "--target", str(self._shell.pid), "--user", "--net", "--mount", "--preserve-credentials"]
 
 
 @cache
@@ -83,5 +94,5 @@ def torchrun(host: str, *arguments: str, restarts: int = 0) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={ADDRESSES['a']}:29400", f"--local-addr={ADDRESSES[host]}", "--rdzv-id=run",
-        f"--max-restarts={restarts}", "-m", *arguments,
+        f"--rdzv-conf=is_host={int(host == 'a')},join_timeout=120", f"--max-restarts={restarts}", "-m", *arguments,
     ]  # fmt: skip
