@@ -116,14 +116,8 @@ def pseudo_label(
     lowest = finder(min(LOWEST_SCORE, float(tau_ignore.min())))
     labeller = _Labeller(images, settings, teachers, union, counts, tau, tau_ignore, lowest, skip_unreadable)
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
-    if out.exists():
-        if _is_of(parts.header_of(out), info, images):
-            parts.remove(out)
-            return None
-        if not replace:
-            raise UserError(
-                f"{out}: already exists, made with other settings or of other pictures; delete it, or name another file"
-            )
+    if _is_done(out, info, images, replace=replace):
+        return None
     document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
     place = parts.parts_folder(out)
     with _of_this_shard(), locked(place / f"{shard.index + 1}-of-{shard.count}.lock", str(out)):
@@ -250,6 +244,21 @@ def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
         raise UserError(f"{out}: already exists; delete it, or name another file")
     with _of_this_shard():
         parts.need_fresh(out, shard, resume=resume)
+
+
+def _is_done(out: Path, info: Mapping[str, Any], images: ImageList, *, replace: bool) -> bool:
+    """Whether the file is there; what a kill left of its parts is removed. Raises UserError where another one stands in
+    its place and is not to be replaced."""
+    if not out.exists():
+        return False
+    if _is_of(parts.header_of(out), info, images):
+        parts.remove(out)
+        return True
+    if not replace:
+        raise UserError(
+            f"{out}: already exists, made with other settings or of other pictures; delete it, or name another file"
+        )
+    return False
 
 
 def _is_of(written: Any, info: Mapping[str, Any], images: ImageList) -> bool:

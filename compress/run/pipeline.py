@@ -81,6 +81,7 @@ from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.import_path import import_object
+from deploy.core.on_ray import need_ray
 from deploy.core.shown import counted
 from deploy.validate.coco import CocoMetrics
 
@@ -146,6 +147,8 @@ def _do(
     if parts.student is not None and recipe.student.prune is not None:
         raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
     need_packages(recipe.loggers)
+    if recipe.ray is not None:
+        need_ray()
     recipe = with_whole_student(recipe)
     fabric = launch(recipe.train, unused_parameters=recipe.methods.end_early)
     kind = parts.student_class(recipe.student.detector)
@@ -467,7 +470,8 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
     pictures = data.val_identity.get("val_pictures")
-    judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
+    cluster = None if recipe.ray is None else recipe.ray.cluster()
+    judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device, cluster)
     rows = evaluate(judged, made)
     limit = deploy.max_detections
     kept = KeptPlan(folder, val, split.images, data.canvas, teacher, data.val_identity, limit, device)
