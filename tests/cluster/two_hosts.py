@@ -94,5 +94,6 @@ def torchrun(host: str, *arguments: str, restarts: int = 0) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={ADDRESSES['a']}:29400", f"--local-addr={ADDRESSES[host]}", "--rdzv-id=run",
-        f"--rdzv-conf=is_host={int(host == 'a')},join_timeout=120", f"--max-restarts={restarts}", "-m", *arguments,
+        f"--rdzv-conf=is_host={int(host == 'a')},join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=2",
+        "--monitor-interval=5", f"--max-restarts={restarts}", "-m", *arguments,
     ]  # fmt: skip
