@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from statistics import median
 
-import torch
 from lightning.fabric import Fabric
 
 from compress.training.distributed import gather
@@ -38,11 +37,9 @@ class Pace:
         self._steps += 1
         if self._steps < WINDOW:
             return None
-        mine = torch.tensor(self._sums, dtype=torch.float64) / self._steps
-        gathered = self._fabric.all_gather(mine.to(self._fabric.device, torch.float32))
-        assert isinstance(gathered, torch.Tensor)
+        gathered = gather(self._fabric, [total / self._steps for total in self._sums])
         self._sums, self._steps = [0.0, 0.0], 0
-        slow = slowest(gathered.tolist(), self._hosts)
+        slow = slowest(gathered, self._hosts)
         if slow is None or slow[0] == self._told:
             self._told = None if slow is None else self._told
             return None

@@ -66,6 +66,8 @@ class Stepper:
         self._clock = None if reduce is None else _ClockedReduce(reduce)
         self.reduce: Reduce | None = self._clock
         self.learner = Learner(student, methods, teacher, self.reduce, cache)
+        if self._clock is not None:
+            self.learner.register_forward_pre_hook(self._clock.start)  # after all have the buffers of the first one
         self.optimizer = build_optimizer(self.learner, settings.optimizer, fused=fabric.device.type == "cpu")
         self._ready, self._ready_optimizer = fabric.setup(self.learner, self.optimizer)
         self.average = moving_average(student, settings.ema)
@@ -88,8 +90,6 @@ class Stepper:
             began = time.perf_counter()
             batches.append(next(images).to(fabric.device, non_blocking=True))
             waiting += time.perf_counter() - began
-            if self._clock is not None:
-                self._clock.start()
             with fabric.no_backward_sync(self._ready, enabled=part < settings.accumulate - 1):
                 losses = self._ready(batches[-1], position)
                 loss = total_loss(losses) / settings.accumulate
@@ -125,7 +125,7 @@ class _ClockedReduce:
         self._began: float | None = None
         self.seconds = 0.0
 
-    def start(self) -> None:
+    def start(self, *called: object) -> None:
         self._began = time.perf_counter()
 
     def __call__(self, value: Tensor) -> Tensor:
