@@ -26,7 +26,7 @@ from deploy.core.import_path import import_extra
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TRIES = 10
+TRIES = 5
 """So often may the process die that works on an item, before the item is what is wrong."""
 
 

@@ -55,8 +55,7 @@ class TwoHosts:
             [*self._inside(), "--wd=" + os.getcwd(), "ip", "netns", "exec", host, *named, *command],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"wire-{host}",
-                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else an agent that comes later waits for an address for ever
-                
+                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # sharing it, an agent that comes later gets no address
                  **(environment or {})},
         )  # fmt: skip
 
