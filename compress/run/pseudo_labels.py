@@ -47,6 +47,7 @@ from compress.training.distributed import on_every_process, on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.same_files import FileContents
+from deploy.core.storage import is_folder
 from deploy.validate.coco import read_annotations
 
 STAGE = "pseudo labels"
@@ -205,7 +206,7 @@ def rehearse(
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
     for source in plan.settings.unlabeled:
-        if source.is_dir():
+        if is_folder(source):
             console.print(f"pseudo labels: {len(images_in(source))} images in {source}")
         else:
             console.print(f"dry run: {source} is not there; the run will need it")
