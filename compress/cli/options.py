@@ -42,6 +42,9 @@ JsonOut = Annotated[
     typer.Option("--json", metavar="FILE", help="Also write the results there; -: to stdout, and nothing else."),
 ]
 
+TURNED_OFF = {"--reduce-range": "--full-range"}
+"""Switches that are on, off or not given → their names when they are off."""
+
 
 @dataclass(frozen=True)
 class ThresholdFlags:
@@ -174,15 +177,18 @@ class RunnerFlags:
 
 
 def values_of(flags: Any) -> dict[str, Any]:
-    """Option → value, of a group of options; None or False where it was not given."""
-    return {f"--{field.name.replace('_', '-')}": getattr(flags, field.name) for field in fields(flags)}
+    """Option → value, of a group of options; None where it was not given."""
+    values = {
+        f"--{field.name.replace('_', '-')}": (getattr(flags, field.name), field.default) for field in fields(flags)
+    }
+    return {option: None if value is default is False else value for option, (value, default) in values.items()}
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
-    """Options that would do nothing are mistakes. options: name → value, None or False where it was not given."""
+    """Options that would do nothing are mistakes. options: name → value, None where it was not given."""
     for option, value in options.items():
-        if value is not None and value is not False:
-            raise UserError(f"{option}: {why}")
+        if value is not None:
+            raise UserError(f"{TURNED_OFF.get(option, option) if value is False else option}: {why}")
 
 
 def provider_names(text: str) -> list[str]:

@@ -148,7 +148,7 @@ def prune(
             "made from, such as student.safetensors"
         )
     if sensitivity:
-        refuse({"--out": out, "--force": force}, "is about a cut, and --sensitivity makes none; leave it out")
+        refuse({"--out": out, "--force": force or None}, "is about a cut, and --sensitivity makes none; leave it out")
     student = read_student(Path(checkpoint), of_images.images, of_images.input_size, ThresholdFlags())
     from compress.run.prune_checkpoint import CheckpointPruning, beside, need_new_file, prune_checkpoint, sensitivity_of
 

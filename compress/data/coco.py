@@ -1,7 +1,6 @@
-"""COCO detection files: reading with errors that name the place, and a dataset over them.
+"""Images with the labels of a COCO detection file, as a dataset.
 
-The annotations become a few flat tensors at once: a file with a million boxes costs tens of megabytes, not
-gigabytes of dictionaries in every worker.
+The labels stay in the columns of `compress.data.label_tables`, of which a loader's workers share one copy.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from compress.data.batch import Target
+from compress.data.index import label_tables
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
-from deploy.validate.coco import read_annotations
-from deploy.validate.labels import MOST_OBJECTS, WHILE_TRAINING, label_notes
+from deploy.validate.labels import MOST_OBJECTS
 
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(image uint8 [3, h, w], boxes float32 [n, 4] xyxy pixels, ignore bool [n]) to the same, as many boxes.
@@ -61,11 +59,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     categories: tuple[str, ...]
     """Names in ascending category-id order; the place in this tuple is the label."""
     category_ids: tuple[int, ...]
-    image_ids: tuple[int, ...]
-    sizes: list[tuple[int, int]]
-    """(height, width) of every image file, as the annotations say."""
-    aspect_ratios: np.ndarray
-    """float32 [len(self)], width / height."""
     dropped: Counter[str]
     """Counts of annotations that were left out, by reason."""
     label_notes: list[str]
@@ -84,54 +77,54 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         max_detections: int = MOST_OBJECTS,
     ) -> None:
         self.annotations, self.folder, self.transform = Path(annotations), Path(images), transform
-        document = read_annotations(self.annotations, sizes=True, images=self.folder)
-        if not document["categories"]:
-            raise UserError(f"{annotations}: categories: the list is empty, there is nothing to detect")
-        names = {category["id"]: category["name"] for category in document["categories"]}
-        self.category_ids = tuple(sorted(names))
-        self.categories = tuple(names[identifier] for identifier in self.category_ids)
-
-        entries = document["images"]
-        repeated = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
-        if repeated:
-            raise UserError(f"{annotations}: images: id {repeated[0]} is used more than once; ids must be unique")
-        labels = {value: i for i, value in enumerate(self.category_ids)}
-        self._unlabeled_classes = _unlabeled_classes(document, labels, self.annotations)
-        kept, self.dropped = _usable(document, labels, self._unlabeled_classes, self.annotations)
-        self.label_notes = label_notes(document, kinds=WHILE_TRAINING, max_detections=max_detections)
+        tables = self._tables = label_tables(self.annotations, self.folder)
+        self.categories, self.category_ids = tables.categories, tables.category_ids
+        self.dropped, self.label_notes = tables.dropped, tables.label_notes(max_detections)
+        self._unlabeled_classes = torch.tensor(tables.unlabeled, dtype=torch.int64) if tables.unlabeled else None
         self._with_scores = scores
+        chosen = np.ones(len(tables.image_ids), bool)
+        doubtful = np.zeros(len(chosen), bool) if tables.uncertain is None else tables.counts(tables.uncertain) > 0
         if drop_empty:
-            entries = [
-                entry
-                for entry in entries
-                if min(entry["width"], entry["height"]) >= 32
-                and any(not row.crowd for row in kept.get(entry["id"], ()))
-            ]
+            chosen &= (tables.sizes.min(1) >= 32) & (tables.objects > 0)
         if drop_uncertain:
-            rows = {entry["id"]: kept.get(entry["id"], []) for entry in entries}
-            entries = [
-                entry
-                for entry in entries
-                if any(not row.crowd for row in rows[entry["id"]])
-                or (self._unlabeled_classes is None and not any(row.uncertain for row in rows[entry["id"]]))
-            ]
-        if not entries:
+            chosen &= (tables.objects > 0) | (~doubtful & (not tables.unlabeled))
+        self._rows = np.flatnonzero(chosen).astype(np.int32)
+        if not len(self._rows):
             raise UserError(f"{annotations}: no usable image in it")
-        self._load_tables(entries, kept)
+        self._with_uncertain = bool(doubtful[self._rows].any())
         self._cache = self._decode_all() if cache else None
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._rows)
+
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        """Made anew at every look, as `sizes` is."""
+        return tuple(self._tables.image_ids[self._rows].tolist())
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every image file, as the annotations say."""
+        return [(height, width) for height, width in self._tables.sizes[self._rows].tolist()]
+
+    @property
+    def aspect_ratios(self) -> np.ndarray:
+        """float32 [len(self)], width / height."""
+        height, width = self._tables.sizes[self._rows].T
+        return (width / height).astype(np.float32)
 
     @property
     def num_boxes(self) -> int:
         """Boxes to learn or to find; crowd regions do not count."""
-        return int((~self._crowd).sum())
+        return int(self._tables.objects[self._rows].sum())
 
     @property
     def boxes_by_class(self) -> list[int]:
         """Boxes of each class, in the order of `categories`."""
-        return torch.bincount(self._labels[~self._crowd], minlength=len(self.categories)).tolist()
+        tables = self._tables
+        times = np.bincount(self._rows, minlength=len(tables.image_ids))  # that an image is in this set
+        of_box = np.repeat(times, np.diff(tables.ends, prepend=0)) * ~tables.crowd
+        return np.bincount(tables.labels, of_box, len(self.categories)).astype(int).tolist()
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         if isinstance(key, tuple):
@@ -142,13 +135,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return self._sample(key)
 
     def _sample(self, index: int) -> tuple[Tensor, Target]:
-        first, last = self._offsets[index], self._offsets[index + 1]
+        tables, row = self._tables, self._rows[index]
+        found = tables.rows_of(row)
         image, boxes, ignore = self.transform(
-            self.image(index), self._boxes[first:last].clone(), self._crowd[first:last].clone()
+            self.image(index), torch.tensor(tables.boxes[found]), torch.tensor(tables.crowd[found])
         )
-        labels = self._labels[first:last].clone()
-        scores = None if self._scores is None else self._scores[first:last].clone()
-        uncertain = None if self._uncertain is None else self._uncertain[first:last].clone()
+        labels = torch.tensor(tables.labels[found], dtype=torch.int64)
+        scores = uncertain = None
+        if self._with_scores:
+            scores = torch.ones(len(labels)) if tables.scores is None else torch.tensor(tables.scores[found])
+        if self._with_uncertain and tables.uncertain is not None:
+            uncertain = torch.tensor(tables.uncertain[found])
         keep = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])) if len(boxes) else None
         if keep is not None and not bool(keep.all()):
             boxes, labels, ignore = boxes[keep], labels[keep], ignore[keep]
@@ -160,9 +157,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             labels,
             ignore,
             scores,
-            self.image_ids[index],
+            int(tables.image_ids[row]),
             size,
-            self.sizes[index],
+            self._size(index),
             uncertain=uncertain,
             unlabeled_classes=self._unlabeled_classes,
         )
@@ -171,26 +168,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def subset(self, indices: Sequence[int], *, cache: bool = False) -> CocoDetection:
         """Some of the images, in this order. cache: decode them now, as the whole set does."""
         part = copy.copy(self)
-        part.image_ids = tuple(self.image_ids[index] for index in indices)
-        part._names = [self._names[index] for index in indices]
-        part.sizes = [self.sizes[index] for index in indices]
-        part.aspect_ratios = self.aspect_ratios[list(indices)]
-        rows = [torch.arange(*self._offsets[index : index + 2]) for index in indices]
-        part._offsets = np.cumsum([0] + [len(row) for row in rows]).tolist()
-        chosen = torch.cat(rows)
-        part._boxes, part._labels, part._crowd = self._boxes[chosen], self._labels[chosen], self._crowd[chosen]
-        part._scores = None if self._scores is None else self._scores[chosen]
-        part._uncertain = None if self._uncertain is None else self._uncertain[chosen]
+        part._rows = self._rows[np.asarray(indices, np.int64)]
         part._cache = part._decode_all() if cache else None
         return part
 
     def network_sizes(self) -> list[tuple[int, int]]:
         """(height, width) that each image has after `transform`, at most; pixels."""
+        sizes = self.sizes
         largest: dict[tuple[int, int], tuple[int, int]] = {
             size: self.transform.largest(*size)  # type: ignore[attr-defined]  # those of compress.data.transforms
-            for size in set(self.sizes)
+            for size in set(sizes)
         }
-        return [largest[size] for size in self.sizes]
+        return [largest[size] for size in sizes]
 
     def outcomes(self) -> float:
         """How many different images `transform` can make of one; infinity: countless."""
@@ -198,45 +187,33 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def name(self, index: int) -> str:
         """The image's `file_name`."""
-        return self._names[index]
+        return self._tables.name(self._rows[index])
 
     def path(self, index: int) -> Path:
         """The image's file."""
-        return self.folder / self._names[index]
+        return self.folder / self.name(index)
 
     def image(self, index: int) -> Tensor:
         """The image as in its file, turned as its EXIF data say: uint8 [3, h, w] RGB."""
         if self._cache is None:
             return self._decode(index)
-        height, width = self.sizes[index]
+        height, width = self._size(index)
         start = self._cache_offsets[index]
         flat = self._cache[start : start + height * width * 3]
         return flat.view(height, width, 3).permute(2, 0, 1)
 
-    def _load_tables(self, entries: list[dict[str, Any]], kept: dict[int, list[_Row]]) -> None:
-        self.image_ids = tuple(entry["id"] for entry in entries)
-        self._names = [entry["file_name"] for entry in entries]
-        self.sizes = [(entry["height"], entry["width"]) for entry in entries]
-        self.aspect_ratios = np.array([width / height for height, width in self.sizes], np.float32)
-        rows = [kept.get(identifier, []) for identifier in self.image_ids]
-        self._offsets = np.cumsum([0] + [len(row) for row in rows]).tolist()
-        flat = [item for row in rows for item in row]
-        self._boxes = torch.tensor([row.box for row in flat], dtype=torch.float32).reshape(-1, 4)
-        self._labels = torch.tensor([row.label for row in flat], dtype=torch.int64)
-        self._crowd = torch.tensor([row.crowd for row in flat], dtype=torch.bool)
-        scores = torch.tensor([row.score for row in flat], dtype=torch.float32)
-        self._scores = scores if self._with_scores else None
-        uncertain = torch.tensor([row.uncertain for row in flat], dtype=torch.bool)
-        self._uncertain = uncertain if bool(uncertain.any()) else None
+    def _size(self, index: int) -> tuple[int, int]:
+        height, width = self._tables.sizes[self._rows[index]].tolist()
+        return height, width
 
     def _decode(self, index: int) -> Tensor:
-        path = self.folder / self._names[index]
-        entry = f"image id {self.image_ids[index]} of {self.annotations}"
+        path = self.path(index)
+        entry = f"image id {self._tables.image_ids[self._rows[index]]} of {self.annotations}"
         try:
             image = load_tensor(path)
         except UserError as error:
             raise UserError(f"{error} ({entry})") from None
-        height, width = self.sizes[index]
+        height, width = self._size(index)
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}x{image.shape[1]}"
             raise UserError(f"{path}: the file is {found} pixels, the annotations say {width}x{height} ({entry})")
@@ -244,7 +221,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def _decode_all(self) -> Tensor:
         ends = np.cumsum([0] + [height * width * 3 for height, width in self.sizes])
-        self._cache_offsets: list[int] = ends[:-1].tolist()
+        self._cache_offsets = ends[:-1]
         total = int(ends[-1])
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if total > 0.8 * memory:
@@ -268,61 +245,3 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 def load_tensor(path: Path) -> Tensor:
     """`deploy.core.image.load_image` as uint8 [3, h, w], channels last in memory."""
     return torch.from_numpy(load_image(path)).permute(2, 0, 1)
-
-
-# --- details --------------------------------------------------------------------------------------------
-
-
-class _Row(NamedTuple):
-    """An annotation: box xyxy in pixels; uncertain: a crowd region that is to be ignored (of pseudo labels)."""
-
-    box: list[float]
-    label: int
-    crowd: bool
-    uncertain: bool
-    score: float
-
-
-def _unlabeled_classes(document: dict[str, Any], labels: dict[int, int], path: Path) -> Tensor | None:
-    """Labels that `info.coverage`, a list of category ids, does not have; None without it or when it has all."""
-    info = document.get("info")
-    coverage = info.get("coverage") if isinstance(info, dict) else None
-    if coverage is None:
-        return None
-    if not isinstance(coverage, list) or not all(type(value) is int and value in labels for value in coverage):
-        raise UserError(f"{path}: info.coverage: must be a list of ids of its categories, those that were looked for")
-    missing = sorted(set(labels.values()) - {labels[value] for value in coverage})
-    return torch.tensor(missing, dtype=torch.int64) if missing else None
-
-
-def _usable(
-    document: dict[str, Any], labels: dict[int, int], unlabeled_classes: Tensor | None, where: Path
-) -> tuple[dict[int, list[_Row]], Counter[str]]:
-    """Per image id the annotations to learn from; and how many fell out, and why."""
-    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in document["images"]}
-    kept: dict[int, list[_Row]] = {}
-    dropped: Counter[str] = Counter()
-    nobody_looked_for = set() if unlabeled_classes is None else set(unlabeled_classes.tolist())
-    for index, annotation in enumerate(document["annotations"]):
-        x, y, w, h = annotation["bbox"]
-        size = sizes.get(annotation["image_id"])
-        label = labels.get(annotation["category_id"])
-        if size is None:
-            dropped["unknown image"] += 1
-        elif label is None:
-            dropped["unknown category"] += 1
-        elif label in nobody_looked_for:
-            dropped["category not in info.coverage"] += 1
-        elif not (w >= 1 and h >= 1) or annotation.get("area", 1) <= 0:  # not (…): NaN counts as empty
-            dropped["empty box"] += 1
-        elif min(x + w, size[0]) <= max(x, 0) or min(y + h, size[1]) <= max(y, 0):
-            dropped["outside the image"] += 1
-        else:
-            crowd = bool(annotation.get("iscrowd", 0))
-            uncertain = crowd and bool(annotation.get("ignore", 0))
-            score = annotation.get("score", 1.0)
-            if type(score) not in (int, float) or not 0 <= score <= 1:
-                raise UserError(f"{where}: annotations[{index}]: score must be a number from 0 to 1, found {score!r}")
-            row = _Row([x, y, x + w, y + h], label, crowd, uncertain, score)
-            kept.setdefault(annotation["image_id"], []).append(row)
-    return kept, dropped

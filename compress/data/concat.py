@@ -17,8 +17,10 @@ from compress.data.coco import CocoDetection
 class TrainingImages(Protocol):
     """Images that `compress.data.loader.train_loader` reads."""
 
-    aspect_ratios: np.ndarray
-    """float32 [len(self)], width / height."""
+    @property
+    def aspect_ratios(self) -> np.ndarray:
+        """float32 [len(self)], width / height."""
+        ...
 
     def __len__(self) -> int: ...
 

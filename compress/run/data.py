@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from compress.config.data import Data, Split
 from compress.config.pseudo import Labels
 from compress.data import synthetic
-from compress.data.coco import CocoDetection
+from compress.data.coco import CocoDetection, Transform
 from compress.data.digests import RECORD, PictureDigests, together
 from compress.data.label_split import split_labels
 from compress.data.merge import Labelled, common_folder, merged
@@ -165,7 +165,7 @@ def open_splits(
     train = CocoDetection(
         train_split.annotations,
         train_split.images,
-        train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter),
+        _while_training(data),
         cache=cache and data.cache and labels,
         drop_empty=data.drop_empty and labels,
         max_detections=plan.max_detections,
@@ -182,6 +182,13 @@ def open_splits(
         if images.num_boxes == 0 and (labels or images is val):
             raise UserError(f"{split.annotations}: it has no box to {'train on' if images is train else 'evaluate on'}")
     return train, val, size
+
+
+def resize_splits(train: CocoDetection, val: CocoDetection, plan: DataPlan) -> tuple[int, int]:
+    """Resize opened images as `plan` says from here on; its files are those that are open. Returns the canvas of
+    `val`."""
+    train.transform = _while_training(plan.data)
+    return _while_evaluating(val, plan.data, plan.input_size)
 
 
 def picture_digests(runs: Path) -> PictureDigests:
@@ -216,9 +223,7 @@ def validation_set(
     `input_size`, or the smallest `canvas`."""
     transform = eval_transform(data.eval_short, data.long)
     val = CocoDetection(split.annotations, split.images, transform, cache=cache, max_detections=max_detections)
-    size = input_size or canvas(val, data)
-    val.transform = eval_transform(data.eval_short, data.long, size)
-    return val, size
+    return val, _while_evaluating(val, data, input_size)
 
 
 def canvas(dataset: CocoDetection, data: Data) -> tuple[int, int]:
@@ -240,6 +245,17 @@ def padding(dataset: CocoDetection, data: Data, canvas: tuple[int, int]) -> floa
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _while_training(data: Data) -> Transform:
+    return train_transform(data.short, data.long, data.flip, data.photometric, data.scale_jitter)
+
+
+def _while_evaluating(val: CocoDetection, data: Data, input_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Set the transform of validation images. Returns the canvas they are laid on."""
+    size = input_size or canvas(val, data)
+    val.transform = eval_transform(data.eval_short, data.long, size)
+    return size
 
 
 def _joined(sets: list[Split], folder: Path, *, write: bool) -> Split:

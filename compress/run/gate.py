@@ -76,7 +76,7 @@ def judge(
     if step is None and not lost:
         return Verdict()
     reason = f"first step that differs: {step or _declared(student, settings)}"
-    files = {student.val.image_ids[index]: student.val.path(index) for index in range(len(student.val))}
+    files = {number: student.val.path(index) for index, number in enumerate(student.val.image_ids)}
     deployed = detect_all({"file": runner}, files, BATCH)["file"].detections
     return Verdict(reason, step, most_different(_detections(student), deployed, files))
 

@@ -37,8 +37,9 @@ def uncertainty_pictures(
     is called with (images done, images).
     """
     entries: list[dict[str, Any]] = []
+    image_ids = val.image_ids
     for picture in pictures:
-        index = val.image_ids.index(picture["id"])
+        index = image_ids.index(picture["id"])
         batch = collate([val[index]]).to(teacher.mean.device)
         target = batch.targets[0]
         found = predictive_uncertainty(teacher, batch.images)

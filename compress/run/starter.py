@@ -27,7 +27,7 @@ from compress.data.sizes import object_shares, picture_sizes
 from compress.detectors.base import Detector
 from compress.detectors.build import build_detector
 from compress.pseudo.images import images_in
-from compress.run.data import canvas, open_splits, padding
+from compress.run.data import canvas, open_splits, padding, resize_splits
 from compress.run.estimate import Sets, stages_of_run
 from compress.run.parts import Parts
 from compress.run.plans import data_plan, on_pseudo_labels, trainings_to_come
@@ -119,7 +119,8 @@ def starter_recipe(wishes: Wishes, say: Callable[[str], None]) -> str:
     if shrunk is not None and shrunk != limits:  # a step has a part that does not go with the pixels
         draft = replace(draft, limits=shrunk)
         say(f"timing it on images of {_sizes(shrunk)} ...")
-        seconds, fixed = _cost(draft, _opened(draft, wishes, facts, taught), wishes, facts, taught, fabric)
+        sets = _resized(sets, draft, wishes, facts, taught)
+        seconds, fixed = _cost(draft, sets, wishes, facts, taught, fabric)
     steps = steps_for(draft.steps, seconds, SPENT * wishes.budget - fixed, facts.images, batch)
     draft = replace(draft, steps=steps, seconds=fixed + seconds * steps / draft.steps)
     draft = replace(draft, head_norm=_head_norm(draft, sets.val))
@@ -284,6 +285,13 @@ def _opened(draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching) -> Set
     recipe = _read(recipe_text(draft, wishes, facts, taught, "cpu"))
     train, val, size = open_splits(data_plan(recipe), wishes.train, wishes.val, cache=False)
     return Sets(train, val, len(train), len(val), recipe.data.cache, size)
+
+
+def _resized(sets: Sets, draft: Draft, wishes: Wishes, facts: Facts, taught: Teaching) -> Sets:
+    """The same images at the size of the draft; the annotations are not read once more."""
+    recipe = _read(recipe_text(draft, wishes, facts, taught, "cpu"))
+    size = resize_splits(sets.train, sets.val, data_plan(recipe))
+    return replace(sets, cached=recipe.data.cache, canvas=size)
 
 
 def _cost(

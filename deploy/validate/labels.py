@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,7 +77,10 @@ def label_findings(document: Mapping[str, Any], *, max_detections: int = MOST_OB
     yield from _categories(document)
     yield from _images(document)
     yield from _annotations(document)
-    yield from _crowded(document, max_detections)
+    for image in objects_of_images(document):
+        found = many_objects(*image, max_detections)
+        if found is not None:
+            yield found
 
 
 def label_notes(
@@ -95,12 +98,61 @@ def summary(findings: Iterable[Finding]) -> list[str]:
     for found in findings:
         count[found.kind] += 1
         first.setdefault(found.kind, found)
-    lines = []
-    for kind, (_, several) in KINDS.items():
-        if kind in first:
-            begins = f"{first[kind].where}: {first[kind].message}"
-            lines.append(begins if count[kind] == 1 else f"{count[kind]} {several}; the first: {begins}")
-    return lines
+    return [line(first[kind], count[kind]) for kind in KINDS if kind in first]
+
+
+def line(first: Finding, count: int) -> str:
+    """Tell of `count` findings of a kind."""
+    begins = f"{first.where}: {first.message}"
+    return begins if count == 1 else f"{count} {KINDS[first.kind][1]}; the first: {begins}"
+
+
+# The kinds of WHILE_TRAINING one by one, for those who have the labels as columns.
+
+
+def empty_categories(categories: Iterable[Mapping[str, Any]], used: Container[int]) -> Iterator[Finding]:
+    """used: ids of the categories that boxes have, in a document with boxes."""
+    for row in categories:
+        if row["id"] not in used:
+            yield Finding("empty-category", f"category {row['id']}", f"{row['name']!r} has no box; nothing teaches it")
+
+
+def box_twice(place: str, other: str) -> Finding:
+    """place, other: of the box and of the first one like it, from `place_of`."""
+    return Finding("box-twice", place, f"is {other} once more: same image, category and box")
+
+
+def place_of(annotation: Mapping[str, Any], position: int) -> str:
+    """An annotation by its id, or by its position in the list where it has none."""
+    identifier = annotation.get("id")
+    return f"annotations[{position}]" if identifier is None else f"annotation {identifier}"
+
+
+def objects_of_images(document: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """(image id, objects, most objects of one class) of every image that an annotation names, crowds aside, in the
+    order in which the annotations do."""
+    classes = Counter(
+        (row["image_id"], row["category_id"]) for row in document["annotations"] if not row.get("iscrowd")
+    )
+    images: Counter[Any] = Counter()
+    most: dict[Any, int] = {}
+    for (image, _), count in classes.items():
+        images[image] += count
+        most[image] = max(count, most.get(image, 0))
+    for image, count in images.items():
+        yield image, count, most[image]
+
+
+def many_objects(image: int, count: int, most: int, max_detections: int) -> Finding | None:
+    """About an image as `objects_of_images` gives it; None: all its objects count."""
+    said = []
+    if most > MOST_OBJECTS:
+        said.append(f"mAP counts {MOST_OBJECTS} detections of a class")
+    if count > max_detections:
+        said.append(f"an exported file gives deploy.max_detections, {max_detections}")
+    if not said:
+        return None
+    return Finding("many-objects", f"image {image}", f"holds {count} objects; {', and '.join(said)}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -123,12 +175,7 @@ def _categories(document: Mapping[str, Any]) -> Iterator[Finding]:
         )
         yield Finding("id-gap", "categories", text)
     if document["annotations"]:
-        used = {row["category_id"] for row in document["annotations"]}
-        for row in rows:
-            if row["id"] not in used:
-                yield Finding(
-                    "empty-category", f"category {row['id']}", f"{row['name']!r} has no box; nothing teaches it"
-                )
+        yield from empty_categories(rows, {row["category_id"] for row in document["annotations"]})
 
 
 def _images(document: Mapping[str, Any]) -> Iterator[Finding]:
@@ -172,8 +219,7 @@ def _annotations(document: Mapping[str, Any]) -> Iterator[Finding]:
         if not row.get("iscrowd", 0):
             other = first.setdefault((image, category, *box), position)
             if other != position:
-                text = f"is {_place(rows, other)} once more: same image, category and box"
-                yield Finding("box-twice", _place(rows, position), text)
+                yield box_twice(_place(rows, position), _place(rows, other))
 
 
 def _known_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -183,27 +229,7 @@ def _known_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _place(rows: Any, position: int) -> str:
-    identifier = rows[position].get("id")
-    return f"annotations[{position}]" if identifier is None else f"annotation {identifier}"
-
-
-def _crowded(document: Mapping[str, Any], max_detections: int) -> Iterator[Finding]:
-    classes = Counter(
-        (row["image_id"], row["category_id"]) for row in document["annotations"] if not row.get("iscrowd")
-    )
-    images: Counter[Any] = Counter()
-    most: dict[Any, int] = {}
-    for (image, _), count in classes.items():
-        images[image] += count
-        most[image] = max(count, most.get(image, 0))
-    for image, count in images.items():
-        said = []
-        if most[image] > MOST_OBJECTS:
-            said.append(f"mAP counts {MOST_OBJECTS} detections of a class")
-        if count > max_detections:
-            said.append(f"an exported file gives deploy.max_detections, {max_detections}")
-        if said:
-            yield Finding("many-objects", f"image {image}", f"holds {count} objects; {', and '.join(said)}")
+    return place_of(rows[position], position)
 
 
 def _is_inside(box: Any, size: tuple[int, int] | None) -> bool:

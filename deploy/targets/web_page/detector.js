@@ -65,7 +65,7 @@ function threads() {
 }
 
 async function loadRuntime() {
-  const runtime = await import(new URL(`${BUILD}.ort.js`, RUNTIME));
+  const runtime = await import(new URL("ort.js", RUNTIME));
   runtime.env.logLevel = "error";
   runtime.env.wasm.numThreads = threads();
   runtime.env.wasm.wasmPaths = { mjs: new URL(`${BUILD}.js`, RUNTIME).href };

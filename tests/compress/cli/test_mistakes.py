@@ -164,6 +164,7 @@ from tests.helpers.command_line import Run
         ("quantize good.yaml", "good.yaml: is no checkpoint; give a student.safetensors"),
         ("export text.safetensors --images images --precision ''", "--precision: '' is none of fp32, fp16, bf16, int8"),
         ("export text.safetensors --target cpu", "--target: is about int8 files; add --precision fp32,int8"),
+        ("export text.safetensors --full-range", "--full-range: is about int8 files; add --precision fp32,int8"),
         # known before the export: text.safetensors is never opened
         *(
             (f"export text.safetensors --images images --input-size 64x64 --precision int8 --max-map-drop 1 {m}", says)

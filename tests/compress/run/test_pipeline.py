@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from compress.data.coco import CocoDetection
 from compress.data.loader import eval_loader
 from compress.detectors.base import freeze
 from compress.detectors.checkpoints import load_teacher_checkpoint
@@ -129,19 +130,20 @@ def test_evaluation_equals_pycocotools_on_the_same_detections(run_dir: Path, mon
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
-def test_the_canvas_holds_every_image(run_dir: Path) -> None:
+def test_the_canvas_holds_every_image(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe.recipe(run_dir.parents[1])
     val = open_data(plans.data_plan(recipe), fabric()).val
     assert canvas(val, recipe.data) == (64, 64)
-    val.sizes = [(480, 640), (640, 480)]
+    monkeypatch.setattr(CocoDetection, "sizes", [(480, 640), (640, 480)])
     assert canvas(val, recipe.data) == (64, 64)
     wide = recipe.model_copy(update={"data": recipe.data.model_copy(update={"short": 48, "long": 64})})
     assert canvas(val, wide.data) == (64, 64)
-    val.sizes = [(480, 640)]
+    monkeypatch.setattr(CocoDetection, "sizes", [(480, 640)])
     assert canvas(val, wide.data) == (64, 64)  # 48 rounds up to 64
     assert canvas(val, wide.data.model_copy(update={"short": 32})) == (32, 64)
     assert padding(val, wide.data, (64, 128)) == 1 - 48 * 64 / (64 * 128)
-    val.sizes = [(480, 640), (640, 480), (64, 64)]  # resized: 48 x 64, 64 x 48, 48 x 48
+    monkeypatch.setattr(CocoDetection, "sizes", [(480, 640), (640, 480), (64, 64)])
+    # resized: 48 x 64, 64 x 48, 48 x 48
     assert padding(val, wide.data, (64, 64)) == pytest.approx(1 - (2 * 48 * 64 + 48 * 48) / (3 * 64 * 64))
 
 

@@ -16,6 +16,7 @@ from compress import cli
 from compress.config.data import Split
 from compress.config.recipe import Recipe, load_recipe
 from compress.config.teacher import Source
+from compress.data import coco
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.checkpoints import load_detector
@@ -124,6 +125,26 @@ def test_the_budget_decides(tmp_path: Path, quick: dict[str, float]) -> None:
     assert hopeless[3] < starter.ENOUGH[0] and "would be good; the budget allows" in hopeless[4]
     assert "the budget of 40 s is too short for any run; this one takes about" in hopeless[4]
     assert "too short" not in tight[4]
+
+
+def test_smaller_images_are_not_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget makes 160 x 120 smaller; then the sets that are open are timed at the smaller size."""
+    timed: list[tuple[Any, estimate.Sets]] = []
+
+    def cost(draft: Any, sets: estimate.Sets, *_: object) -> tuple[float, float]:
+        timed.append((draft.limits, sets))
+        return 1000.0, 30.0
+
+    opened: list[Path] = []
+    open_coco = coco.label_tables
+    monkeypatch.setattr(starter, "_cost", cost)
+    monkeypatch.setattr(coco, "label_tables", lambda file, images: (opened.append(file), open_coco(file, images))[1])
+    recipe, _ = written("one class", tmp_path, budget=700.0)
+    assert [file.name for file in opened] == ["train.json", "val.json"]
+    (first, sets), (last, smaller) = timed[0], timed[-1]
+    assert (first, last) == ((120, 160), (96, 128)) and last == (recipe.data.short, recipe.data.long)
+    assert sets.canvas == (128, 160) and smaller.canvas == (96, 128)
+    assert smaller.val[0][0].shape[1:] == (96, 128) and max(smaller.train[(0, 0)][0].shape[1:]) <= 128
 
 
 @given(

@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -27,6 +23,7 @@ from tests.helpers.browser import CHROMIUM, Page, browser
 from tests.helpers.encoded_pictures import encode, kinds
 from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
 from tests.helpers.videos import box_of, frames, write_video
+from tests.helpers.web_site import answers, serving
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the page is not tried")
 
@@ -53,28 +50,8 @@ def sites(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(sites: Path) -> Iterator[str]:
-    with _serving(sites) as address:
+    with serving(sites) as address:
         yield address
-
-
-@contextmanager
-def _serving(root: Path, headers: dict[str, str] | None = None, *, says_gzip: bool = False) -> Iterator[str]:
-    """A server of static files that knows nothing of the page; its address. says_gzip: that .gz files are packed."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def end_headers(self) -> None:
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            if says_gzip and self.path.endswith(".gz"):
-                self.send_header("Content-Encoding", "gzip")
-            super().end_headers()
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -137,25 +114,6 @@ def _written(folder: Path, name: str, box: tuple[int, int, int, int] | None = BO
 
 # ------------------------------------------------------------------------------------------------ the same answers
 
-DETECT = """(async () => {{
-  const {{ decode }} = await import("./decode.js");
-  const {{ openDetector }} = await import("./detector.js");
-  const about = await (await fetch("./model.json")).json();
-  globalThis.detector ??= await openDetector(about, "{backend}", () => {{}});
-  const answers = [];
-  for (const text of {files}) {{
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    answers.push((await detector.detect(await decode(new File([bytes], "x")))).answer);
-  }}
-  return answers;
-}})()"""
-
-
-def _answers(page: Page, files: list[bytes], backend: str = "wasm") -> list[dict[str, Any]]:
-    texts = json.dumps([base64.b64encode(file).decode() for file in files])
-    answers: list[dict[str, Any]] = page.run(DETECT.format(files=texts, backend=backend))
-    return answers
-
 
 def _scenes(count: int) -> list[Image.Image]:
     """Of every shape, with rectangles of many colours."""
@@ -171,32 +129,36 @@ def _scenes(count: int) -> list[Image.Image]:
     return scenes
 
 
-def _check_answers(
-    onnx: Path, files: list[bytes], answers: list[dict[str, Any]], *, boxes: float, scores: float
-) -> int:
+def _check_answers(onnx: Path, files: list[bytes], found: list[dict[str, Any]], *, boxes: float, scores: float) -> int:
     runner, many = OnnxRunner(onnx, threads=1), 0
-    for file, answer in zip(files, answers, strict=True):
+    for file, answer in zip(files, found, strict=True):
         pixels = decode_image(file)
         canvas, scale = fit_canvas(pixels, runner.card)
         want = runner(canvas[None])
         count = int(want.count[0])
-        found = answer["detections"]
-        assert (answer["height"], answer["width"]) == pixels.shape[:2] and len(found) == count
+        rows = answer["detections"]
+        assert (answer["height"], answer["width"]) == pixels.shape[:2] and len(rows) == count
         many += count
         wanted = to_original(want.boxes[0, :count], scale, pixels.shape[:2])
-        assert [one["label"] for one in found] == want.labels[0, :count].tolist()
-        assert [one["category_id"] for one in found] == [runner.card.category_ids[one["label"]] for one in found]
+        assert [one["label"] for one in rows] == want.labels[0, :count].tolist()
+        assert [one["category_id"] for one in rows] == [runner.card.category_ids[one["label"]] for one in rows]
         if count:
-            assert np.abs(np.array([one["box"] for one in found]) - wanted).max() <= boxes
-            assert np.abs(np.array([one["score"] for one in found]) - want.scores[0, :count]).max() <= scores
+            assert np.abs(np.array([one["box"] for one in rows]) - wanted).max() <= boxes
+            assert np.abs(np.array([one["score"] for one in rows]) - want.scores[0, :count]).max() <= scores
     return many
+
+
+def test_size(sites: Path) -> None:
+    """Besides the model: what the documents say."""
+    files = [path for path in (sites / "red").rglob("*") if path.is_file() and path.name != "model.onnx"]
+    assert sum(path.stat().st_size for path in files) < 8_000_000
 
 
 def test_answers_are_those_of_onnx_runtime(page: Page, server: str, tiny_onnx: Path) -> None:
     """PNG and JPEG: this browser decodes JPEG as we do."""
     files = [encode(scene) if number % 2 else encode(scene, "JPEG") for number, scene in enumerate(_scenes(20))]
     _open(page, f"{server}/tiny/")
-    assert _check_answers(tiny_onnx, files, _answers(page, files), boxes=2e-3, scores=2e-6) > 100
+    assert _check_answers(tiny_onnx, files, answers(page, files), boxes=2e-3, scores=2e-6) > 100
 
 
 PIXELS = """(async () => {{
@@ -224,8 +186,8 @@ def test_pictures_are_decoded_as_in_python(red: Page) -> None:
     faint.putalpha(Image.linear_gradient("L").resize(scene.size))
     files["faint"] = encode(faint)
     texts = json.dumps([base64.b64encode(file).decode() for file in files.values()])
-    answers = red.run(PIXELS.format(files=texts))
-    for (name, file), (height, width, data) in zip(files.items(), answers, strict=True):
+    shown = red.run(PIXELS.format(files=texts))
+    for (name, file), (height, width, data) in zip(files.items(), shown, strict=True):
         got = np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)
         want = decode_image(file)
         assert got.shape[:2] == want.shape[:2] and (got[..., :3] == want).all() and (got[..., 3] == 255).all(), name
@@ -335,23 +297,23 @@ def test_builds_and_threads(
     sites: Path, tiny_onnx: Path, headers: dict[str, str], script: str, says: str, loaded: str
 ) -> None:
     files = [encode(scene) for scene in _scenes(5)]
-    with _serving(sites, headers, says_gzip=True) as address, browser() as page:
+    with serving(sites, headers, says_gzip=True) as address, browser() as page:
         page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
         _open(page, f"{address}/tiny/", width=390, height=844, phone=True)
         assert says in _text(page, "#server") and page.run("document.querySelector('#threads').hidden") == bool(headers)
         assert page.run("document.documentElement.scrollWidth <= window.innerWidth"), "the page scrolls sideways"
         assert any(url.endswith(loaded) for url in page.requested) and page.complaints == []
-        assert _check_answers(tiny_onnx, files, _answers(page, files), boxes=2e-3, scores=2e-6) > 20
+        assert _check_answers(tiny_onnx, files, answers(page, files), boxes=2e-3, scores=2e-6) > 20
 
 
 @pytest.mark.exhaustive
 def test_webgpu(sites: Path, tiny_onnx: Path, tmp_path: Path) -> None:
     """On a graphics card that the CPU plays, which the page takes only when it is asked to."""
     files = [encode(scene) for scene in _scenes(5)]
-    with _serving(sites) as address, browser(*SOFTWARE_GPU) as page:
+    with serving(sites) as address, browser(*SOFTWARE_GPU) as page:
         _open(page, f"{address}/tiny/?backend=webgpu")
         assert "WebGPU" in _text(page, "#server")
-        found = _answers(page, files, "webgpu")
+        found = answers(page, files, "webgpu")
         assert _check_answers(tiny_onnx, files, found, boxes=0.05, scores=1e-4) > 20
         (tmp_path / "a.png").write_bytes(files[0])
         page.choose("#file", tmp_path / "a.png")
@@ -368,9 +330,9 @@ def test_another_form(sites: Path, tiny_onnx: Path) -> None:
     reform(tiny_onnx, sites / "formed.onnx", Form(batch=1, labels="int32", images="float32"))
     web.make(sites / "formed.onnx", sites / "formed")
     files = [encode(scene) for scene in _scenes(5)]
-    with _serving(sites) as address, browser() as page:
+    with serving(sites) as address, browser() as page:
         _open(page, f"{address}/formed/")
-        assert _check_answers(tiny_onnx, files, _answers(page, files), boxes=2e-3, scores=2e-6) > 20
+        assert _check_answers(tiny_onnx, files, answers(page, files), boxes=2e-3, scores=2e-6) > 20
         blocked = page.run("""new Promise((done) => {
           document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
           fetch("http://localhost:9/").catch(() => {});
