@@ -29,7 +29,7 @@ from pathlib import Path
 
 from compress.console import progress
 from deploy.core.files import write_text
-from deploy.core.storage import is_remote, refresh
+from deploy.core.storage import is_remote, refresh, shown
 
 RECORD = ".pictures.json"
 """Name of the record beside the run folders."""
@@ -121,11 +121,11 @@ def _read(record: Path | None) -> dict[str, Seen]:
 
 
 def _at_addresses(names: Sequence[str]) -> dict[str, str | None]:
-    """A digest of what the server says of each of the files that lie at an address: their size, ETag and time."""
+    """A digest of each of the files at addresses: where it lies, and what the server says of it (size, ETag, time)."""
     there = [name for name in dict.fromkeys(names) if is_remote(name)]
     versions = refresh([Path(name) for name in there])
     return {
-        name: None if version is None else hashlib.sha256(version.encode()).hexdigest()
+        name: None if version is None else hashlib.sha256(f"{shown(name)} {version}".encode()).hexdigest()
         for name, version in zip(there, versions, strict=True)
     }
 
