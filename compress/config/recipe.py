@@ -168,11 +168,11 @@ class Recipe(Settings):
                 "pseudo_labels.weighting",
                 f"score is for {families_with('weights_labels')} students; a {family} student needs hard",
             )
-        if pseudo.tau_ignore < pseudo.tau and not abilities.ignores_regions:
+        if (pseudo.tau is None or pseudo.tau_ignore != pseudo.tau) and not abilities.ignores_regions:
             return (
                 "pseudo_labels.tau_ignore",
-                f"a {family} student cannot learn from uncertain regions; set tau_ignore to {pseudo.tau:g}, equal to "
-                "tau, and there are none",
+                f"a {family} student cannot learn from uncertain regions; set tau and tau_ignore to one number"
+                f"{'' if pseudo.tau is None else f', {pseudo.tau:g}'}, and there are none",
             )
         return None
 

@@ -187,9 +187,10 @@ def label_images(
         + f", by {', '.join(teacher.file for teacher in teachers)}"
     )
     if not totals["labels"]:
+        tau = max(value for result in results for value in result["tau"].values())
         raise UserError(
             f"pseudo_labels: the teachers found no label in {totals['images']} images; lower pseudo_labels.tau "
-            f"({plan.settings.tau:g}), or check that the images are of their kind and size"
+            f"({tau:.3g}), or check that the images are of their kind and size"
         )
     with_labels = [data.train] if data.has_labels else []
     for (name, images), result in zip(lists, results, strict=True):
