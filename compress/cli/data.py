@@ -16,6 +16,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import ActorFlags, JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
 from deploy.core.shown import counted, some
+from deploy.core.storage import fetch, is_folder, url_of
 
 if TYPE_CHECKING:
     from compress.data.check import Checked
@@ -410,6 +411,9 @@ def pseudo_label(
         thresholds = Labelled(flags.thresholds_from, flags.thresholds_root)
         for line in label_notes(load_annotations(flags.thresholds_from), kinds=WHEN_MEASURING):
             print(f"note: {flags.thresholds_from}: {line}")
+    shard = _shard(work.shard)
+    if url_of(out) is not None and shard.count > 1:
+        raise UserError("--out: shards meet in a folder that all of them see; write there, and upload the file")
     listed = images_in(images, root)
     if is_rank_zero():
         from deploy.core.odd_pictures import odd_pictures
@@ -426,7 +430,7 @@ def pseudo_label(
         categories=flags.categories,
         table=None if flags.class_map is None else _class_table(flags.class_map),
         thresholds_from=thresholds,
-        shard=_shard(work.shard),
+        shard=shard,
         workers=work.workers,
         cluster=cluster,
         skip_unreadable=work.skip_unreadable,
@@ -442,7 +446,7 @@ def pseudo_label(
     elif is_rank_zero():
         print(f"{out}: complete" if out.exists() else f"{out}: this shard is done; the last one writes the file")
     if out.exists():
-        next_command("data", "check", out, "--images", images if images.is_dir() else root or images.parent)
+        next_command("data", "check", out, "--images", images if is_folder(images) else root or images.parent)
 
 
 def _shard(text: str | None) -> Shard:
@@ -462,7 +466,9 @@ def _shard(text: str | None) -> Shard:
 
 def _class_table(file: Path) -> dict[str, str | None]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(fetch(file).read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--class-map: {file}: {error.strerror}") from None
     except (ValueError, RecursionError):

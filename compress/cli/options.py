@@ -12,6 +12,7 @@ import typer
 
 from compress.cli.exits import STDOUT, only_results_on_stdout, results_file
 from deploy.core.errors import UserError
+from deploy.core.storage import fetch, is_folder, url_of
 from deploy.runtimes.providers import PROVIDERS
 
 if TYPE_CHECKING:
@@ -257,12 +258,12 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def need_file(file: Path) -> None:
-    if not file.is_file():
+    if not fetch(file).is_file():
         raise UserError(f"{file}: no such file")
 
 
 def need_folder(folder: Path, option: str) -> None:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{option}: {folder}: no such folder")
 
 
@@ -285,7 +286,7 @@ def need_json_place(file: Path | None, option: str = "--json") -> None:
         return
     from deploy.core.files import need_place
 
-    if not file.absolute().parent.exists():
+    if url_of(file) is None and not file.absolute().parent.exists():
         raise UserError(f"{option}: {file}: its folder does not exist")
     need_place(file)
 

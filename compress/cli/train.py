@@ -16,6 +16,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import ClusterFlags, Devices, DryRun, RecipeFile, Resume, Set, WithoutData
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
 from deploy.core.errors import UserError
+from deploy.core.storage import pull, shown
 
 if TYPE_CHECKING:
     from compress.config.recipe import Recipe
@@ -141,7 +142,7 @@ def _run(recipe: Recipe, how: How, *, where: Cluster | None = None, again: tuple
     folder = RunFolder(run_dir)
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
-    print(f"report: {folder.page}")
+    print(f"report: {shown(folder.page)}")
     if failed:
         gate_failed(f"gate of {recipe.deploy.max_map_drop:g} mAP points: {', '.join(failed)}")
     from compress.run.data import splits
@@ -189,18 +190,20 @@ def report(
     """Write a run's report.html again, or a page that compares runs."""
     from compress.report import build_report, compare_runs
 
+    for folder_at_address in runs:
+        pull(folder_at_address)
     if len(runs) > 1:
         if pictures is not None:
             raise UserError("--pictures: belongs to the report of one run")
         page = out or runs[0].parent / "compare.html"
         for line in compare_runs(runs, page):
             print(line)
-        print(f"comparison: {page}")
+        print(f"comparison: {shown(page)}")
         return
     if out is not None:
         raise UserError("--out: belongs to a comparison of runs; a report is written into its run")
     run_dir = runs[0]
-    print(f"report: {build_report(run_dir, pictures)}")
+    print(f"report: {shown(build_report(run_dir, pictures))}")
     folder = RunFolder(run_dir)
     if folder.onnx().is_file():
         next_command("serve", folder.onnx())

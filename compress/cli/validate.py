@@ -24,6 +24,7 @@ from compress.cli.options import (
     write_results,
 )
 from deploy.core.errors import UserError
+from deploy.core.storage import is_file, refresh
 
 if TYPE_CHECKING:
     from deploy.core.on_ray import Cluster
@@ -63,7 +64,7 @@ def validate(
     With --provider cpu,cuda,tensorrt each .onnx file runs on each of them; the reference is that file on the first one.
     Exit code 1 if a file loses too much against the reference."""
     need_folder(images, "--images")
-    if not data.is_file():
+    if not is_file(data):
         raise UserError(f"--data: {data}: no such file")
     providers = provider_names(provider)
     if reference is None and len(providers) > 1:
@@ -79,7 +80,9 @@ def validate(
     from deploy.validate.labels import WHEN_MEASURING, label_notes
 
     truth = load_annotations(data)
-    odd = odd_pictures([images / row["file_name"] for row in truth["images"]])
+    pictures = [images / row["file_name"] for row in truth["images"]]
+    refresh(pictures)
+    odd = odd_pictures(pictures)
     for line in [*label_notes(truth, kinds=WHEN_MEASURING), *([] if odd is None else [odd])]:
         print(f"note: {data}: {line}")
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]

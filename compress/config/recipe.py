@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from compress.config.base import Seed, Settings, added_later, broken_rule
+from compress.config.base import OutputLocation, Seed, Settings, added_later, broken_rule
 from compress.config.data import Data
 from compress.config.deploy import Deploy
 from compress.config.families import FAMILY_FACTS, Abilities, families_with
@@ -34,6 +34,7 @@ from compress.config.teacher import BOXES_ALONE, Source, Teacher
 from compress.config.train import Train
 from compress.config.yaml_document import Document, Dumper
 from deploy.core.errors import UserError, one_line
+from deploy.core.storage import fetch, place
 
 
 class Recipe(Settings):
@@ -43,7 +44,7 @@ class Recipe(Settings):
     """Name of the run and of its folder."""
     seed: Seed = 0
     """Seed of everything random in training."""
-    runs: Path = Path("runs")
+    runs: OutputLocation = Path("runs")
     """Folder of run folders."""
     data: Data
     """The images."""
@@ -170,11 +171,11 @@ class Recipe(Settings):
                 "pseudo_labels.weighting",
                 f"score is for {families_with('weights_labels')} students; a {family} student needs hard",
             )
-        if pseudo.tau_ignore < pseudo.tau and not abilities.ignores_regions:
+        if (pseudo.tau is None or pseudo.tau_ignore != pseudo.tau) and not abilities.ignores_regions:
             return (
                 "pseudo_labels.tau_ignore",
-                f"a {family} student cannot learn from uncertain regions; set tau_ignore to {pseudo.tau:g}, equal to "
-                "tau, and there are none",
+                f"a {family} student cannot learn from uncertain regions; set tau and tau_ignore to one number"
+                f"{'' if pseudo.tau is None else f', {pseudo.tau:g}'}, and there are none",
             )
         return None
 
@@ -285,7 +286,9 @@ def _load(
 
 def _text_of(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return fetch(place(path)).read_text(encoding="utf-8")
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:

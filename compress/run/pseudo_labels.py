@@ -48,6 +48,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.on_ray import Cluster
 from deploy.core.same_files import FileContents
+from deploy.core.storage import is_folder
 from deploy.validate.coco import read_annotations
 
 STAGE = "pseudo labels"
@@ -191,9 +192,10 @@ def label_images(
         + f", by {', '.join(teacher.file for teacher in teachers)}"
     )
     if not totals["labels"]:
+        tau = max(value for result in results for value in result["tau"].values())
         raise UserError(
             f"pseudo_labels: the teachers found no label in {totals['images']} images; lower pseudo_labels.tau "
-            f"({plan.settings.tau:g}), or check that the images are of their kind and size"
+            f"({tau:.3g}), or check that the images are of their kind and size"
         )
     with_labels = [data.train] if data.has_labels else []
     for (name, images), result in zip(lists, results, strict=True):
@@ -210,7 +212,7 @@ def rehearse(
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
     for source in plan.settings.unlabeled:
-        if source.is_dir():
+        if is_folder(source):
             console.print(f"pseudo labels: {len(images_in(source))} images in {source}")
         else:
             console.print(f"dry run: {source} is not there; the run will need it")

@@ -19,6 +19,7 @@ from compress.manifest import TrainingFolder
 from compress.training.distributed import gather, on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
+from deploy.core.storage import push
 from deploy.validate.coco import CocoMetrics
 
 
@@ -79,6 +80,7 @@ class Checkpoints:
             for path in self._folder.bests():  # only now: until here a kill goes back to the older one
                 if path != self._folder.best(state.best_step):
                     path.unlink()
+            push(self._folder.path, must=False)
 
         on_first_process(self._fabric, write)
 
