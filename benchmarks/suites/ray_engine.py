@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import child
+from benchmarks.lib.labelling import SIDE, draw, peak_mb, teacher
 from benchmarks.lib.photographs import write_photographs
 from benchmarks.lib.results import Case, Row
-from benchmarks.suites.pseudo_memory import SIDE, draw, peak_mb, teacher
 from compress.config.model import Model
 from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo import parts
