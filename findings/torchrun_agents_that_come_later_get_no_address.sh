@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.14.1, torchrun (torch.distributed.run) with --rdzv-backend=c10d, two agents and --max-restarts=3.
-# Expected: of two hosts one dies, with its agent, and comes back; its new agent joins the next round of the rendezvous, and
-# the training goes on on both. That is what restarts are for.
-# Happens: the agent that stayed has kept what it said about the store of the first round, and says it to nobody again; the
-# new one waits for MASTER_ADDR until its reads run out of time, and both end with a DistStoreError. That is the default since
-# the store of the rendezvous is shared with the training; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it work.
+# Expected: of two hosts one dies, with its agent, and comes back; its new agent joins the next round of the rendezvous,
+# and the training goes on on both. That is what restarts are for.
+# Happens: the agent that stayed has kept what it said about the store of the first round, and says it to nobody again;
+# the new one waits for MASTER_ADDR until its reads run out of time, and both end with a DistStoreError. That is the
+# default since the store of the rendezvous is shared with the training; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 mends it.
 # Seen:
 #   store shared (default): goes on: False, the late agent waited for MASTER_ADDR
 #   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: goes on: True, exit codes [0, 0]

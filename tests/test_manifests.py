@@ -1,7 +1,7 @@
 """The manifests for Kubernetes, against the schemas of the resources that they ask for.
 
 `golden/manifests.json` holds, of the published schemas, the part that the manifests use, with where it comes from; what
-is not in it is an unknown field. With CRDS=<folder with rayjobs.yaml and inferenceservices.yaml> the whole ones are used.
+is not in it is an unknown field. With CRDS=<folder of rayjobs.yaml and inferenceservices.yaml> the whole ones are used.
 """
 
 from __future__ import annotations
