@@ -13,7 +13,7 @@ import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import JsonOut, Resume, need_folder, need_json_place, write_results
+from compress.cli.options import ActorFlags, JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
 from deploy.core.shown import counted, some
 from deploy.core.storage import fetch, is_folder, url_of
@@ -388,6 +388,7 @@ def pseudo_label(
     ] = None,
     flags: LabelFlags = LabelFlags(),
     work: WorkFlags = WorkFlags(),
+    where: ActorFlags = ActorFlags(),
     resume: Resume = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -398,6 +399,7 @@ def pseudo_label(
     from compress.pseudo.settings import Settings
 
     need_json_place(json_out)
+    cluster = where.cluster()
     settings = Settings(flags.tau, flags.tau_ignore, flags.merge, flags.iou, work.short, work.long, work.batch)
     if flags.thresholds_root is not None and flags.thresholds_from is None:
         raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
@@ -430,6 +432,7 @@ def pseudo_label(
         thresholds_from=thresholds,
         shard=shard,
         workers=work.workers,
+        cluster=cluster,
         skip_unreadable=work.skip_unreadable,
         resume=resume,
         quiet=not is_rank_zero(),

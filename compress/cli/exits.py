@@ -72,7 +72,7 @@ def _suggest(what: str, command: tuple[Any, ...]) -> None:
 
 def is_rank_zero() -> bool:
     """Training with several devices starts this program once for each; one of them speaks."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    return next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0") == "0"
 
 
 def to_stderr(line: str, *, everywhere: bool = False) -> None:

@@ -29,6 +29,7 @@ from compress.config.messages import problems
 from compress.config.methods import Methods
 from compress.config.model import Model, Student
 from compress.config.pseudo import Labels, PseudoLabels
+from compress.config.ray import Ray
 from compress.config.teacher import BOXES_ALONE, Source, Teacher
 from compress.config.train import Train
 from compress.config.yaml_document import Document, Dumper
@@ -67,6 +68,8 @@ class Recipe(Settings):
     """The exported file."""
     loggers: Loggers = added_later(Loggers())
     """Where figures go besides the run folder."""
+    ray: Ray | None = added_later()
+    """A cluster that labels and validates; null: this machine does. {} for a Ray of this machine."""
 
     @property
     def run_dir(self) -> Path:
@@ -307,9 +310,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments, written-out defaults and `loggers` do
-    not change it."""
-    content = {key: value for key, value in recipe_content(recipe).items() if key != "loggers"}
+    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments, written-out defaults, `loggers` and `ray`
+    do not change it."""
+    content = {key: value for key, value in recipe_content(recipe).items() if key not in ("loggers", "ray")}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

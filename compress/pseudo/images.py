@@ -42,6 +42,11 @@ class ImageList:
         """The image files, in order."""
         return [self.folder / name for name in self.names]
 
+    def part(self, first: int, count: int) -> ImageList:
+        """Up to `count` images from the place `first` on."""
+        cut = slice(first, first + count)
+        return replace(self, ids=self.ids[cut], names=self.names[cut], sizes=self.sizes[cut])
+
     def sha256(self) -> str:
         """Hash of ids, names, sizes and lengths of the files (bytes; null if absent), in order. What is in the files is
         not in it: each part of a labelling records that of the pictures that it has labelled.

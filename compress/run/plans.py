@@ -108,6 +108,7 @@ def labelling_of(recipe: Recipe) -> LabellingPlan | None:
         student=recipe.student,
         run=RunFolder(recipe.run_dir),
         max_detections=recipe.deploy.max_detections,
+        cluster=None if recipe.ray is None else recipe.ray.cluster(),
     )
 
 
