@@ -194,7 +194,7 @@ def test_bad_answers_cost_time_and_nothing_else(server: S3Server) -> None:
     wanted = {f"photos/many/{number}.png": picture(number)[0] for number in range(12)}
     for name, data in wanted.items():
         server.put(name, data)
-    server.faults.begin(share=0.1)
+    server.faults.begin(share=0.1, seed=1)
     server.faults.slow_s, server.faults.cut = 0.005, {"many/7.png"}
     for name, data in wanted.items():
         assert storage.read_bytes(storage.place(f"s3://{name}")) == data
