@@ -127,7 +127,7 @@ def sha256_of(path: Path) -> str:
 
 def _check_place(path: Path) -> None:
     if is_remote(path):
-        raise UserError(f"{shown(path)}: is at an address, and nothing is written beside it; name a file with --out")
+        raise UserError(f"{shown(path)}: is at an address, where --out and --json write, and nothing else")
 
 
 _MARK = ".partial-"

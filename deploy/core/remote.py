@@ -42,6 +42,7 @@ PARALLEL = 16
 """Requests at the same time for lists of files."""
 FEW = 64
 """Files up to which each is asked for alone, not their whole folder listed."""
+LOCKS = 256
 NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 IN_EXTRA = ("s3fs", "fsspec", "aiohttp")
 """Packages that the extra `storage` installs; others are installed by their name."""
@@ -54,12 +55,13 @@ def fetch(url: str, path: Path, *, ask: bool, anew: bool = False) -> None:
         found = ask_for(url, lambda fs, name: _version(_file(fs.info(name), url)))
         held = held if held == found else None
     if held is None and ask:
-        with _alone(path):
+        with alone(path):
             if _held(path) in (None, before):  # else another process has fetched it meanwhile
                 _download(url, path)
     elif held is None:
         _download(url, path)
-    _asked.add(path)
+    if ask:
+        _asked.add(path)
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
@@ -169,6 +171,20 @@ def ask_for(url: str, what: Callable[[Any, str], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
+@contextmanager
+def alone(path: Path, kind: str = "files") -> Iterator[None]:
+    """One process and one thread at a time for a file; the others wait. There are few locks, which stay, so two files
+    may share one: who holds one of a kind may not wait for another of that kind."""
+    folder = cache_folder() / "locks" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / f"{crc32(str(path).encode()) % LOCKS:02x}", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 # --- details --------------------------------------------------------------------------------------------
 
 Version = list[Any]
@@ -205,7 +221,7 @@ def _version(info: dict[str, Any]) -> Version:
 
 def _file(info: dict[str, Any], url: str) -> dict[str, Any]:
     if info.get("type") == "directory":
-        raise UserError(f"{url}: is a folder; name the file")
+        raise Missing(f"{url}: is a folder; name the file")
     return info
 
 
@@ -317,19 +333,6 @@ def _removed(path: Path) -> list[Path]:
 
 def _order(file: Path) -> tuple[int, str]:
     return (LAST.index(file.name) + 1 if file.name in LAST else 0), str(file)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process and one thread at a time for a file; the others wait. There are few locks, which stay."""
-    folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / f"{crc32(str(path).encode()) % 256:02x}", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _say_once(line: str) -> None:

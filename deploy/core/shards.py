@@ -161,7 +161,7 @@ def _index(url: str) -> Index:
         versions = list(pool.map(_version, files))
     name = hashlib.sha256(json.dumps([files, versions]).encode()).hexdigest()[:32]
     folder = cache_folder() / "shards" / name
-    with remote._alone(folder):
+    with remote.alone(folder, "indices"):
         if not (folder / "index.json").is_file():
             _make(folder, files, versions)
     arrays: list[Any] = [_mapped(folder / f"{part}.npy") for part in ("keys", "rows", "text")]

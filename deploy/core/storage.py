@@ -25,6 +25,8 @@ from deploy.core.errors import UserError
 
 CACHE = "COMPRESS_STORAGE_CACHE"
 """Environment variable: the folder of the cache, instead of ~/.cache/compress/storage."""
+ENDPOINTS = ("FSSPEC_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+"""Environment variables that name another server for s3://."""
 STREAMS = ("rtsp", "rtmp", "rtmps", "udp", "tcp", "srt", "hls")
 """Addresses of moving pictures, which are no files."""
 FILES, TARS, WORK = "files", "tars", "work"
@@ -264,7 +266,7 @@ def _place(where: str | Path, tree: str) -> Path:
 
 
 def _server(scheme: str) -> str:
-    """The server that an environment variable names: two may have buckets of one name."""
-    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    """The server that one of `ENDPOINTS` names: two may have buckets of one name."""
+    address = next(filter(None, map(os.environ.get, ENDPOINTS)), "")
     name = re.sub(r"^[a-z]+://", "", address.rstrip("/")).replace("/", "_")
     return f"@{name}" if name and scheme in ("s3", "s3a") else ""

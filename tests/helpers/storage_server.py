@@ -22,11 +22,10 @@ import pytest
 
 @dataclass
 class Faults:
-    """What goes wrong. share: of the requests that are answered 503, drawn by `seed`. cut: ends of paths whose body is
+    """What goes wrong. share: of the requests that are answered 503 (`begin`). cut: ends of paths whose body is
     cut in the middle once. slow_s: before each answer. refused: ends of paths that nobody may read."""
 
     share: float = 0.0
-    seed: int = 0
     cut: set[str] = field(default_factory=set)
     slow_s: float = 0.0
     refused: tuple[str, ...] = ()
@@ -37,7 +36,11 @@ class Faults:
     """`METHOD path` of each."""
 
     def __post_init__(self) -> None:
-        self._random, self._lock = random.Random(self.seed), threading.Lock()
+        self._random, self._lock = random.Random(0), threading.Lock()
+
+    def begin(self, share: float, seed: int = 0) -> None:
+        """From here on so many requests are answered 503, the same ones for the same seed."""
+        self.share, self.injected, self._random = share, 0, random.Random(seed)
 
     def asked(self, text: str) -> bool:
         """Whether this request is answered 503."""
