@@ -120,6 +120,11 @@ SUITES = {
     "pseudo_memory": Suite(
         "memory of pseudo-labelling many images", "5 min", ("compress/pseudo/*.py", "compress/data/*.py")
     ),
+    "ray_engine": Suite(
+        "labelling by Ray against local processes: time, and memory of the driver",
+        "20 min",
+        ("compress/pseudo/*.py", "deploy/core/on_ray.py"),
+    ),
     "qad": Suite(
         "mAP that quantization-aware distillation gives back, over seeds",
         "20 min",

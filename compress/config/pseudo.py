@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compress.config.base import Count, Fraction, Positive, Seed, Settings, broken_rule
+from compress.config.base import Count, Fraction, Location, Positive, Seed, Settings, broken_rule
 from compress.config.teacher import Source
 
 
@@ -61,13 +61,14 @@ class PseudoLabels(Settings):
     """Who labels, each with the classes that it knows; null: the recipe's teacher."""
     min_map: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Stop when a teacher's mAP (percent) on the validation images, over the classes that it looks for, is lower."""
-    unlabeled: tuple[Path, ...] = ()
+    unlabeled: tuple[Location, ...] = ()
     """Folders of images, searched with all folders below them. Images of data.train and data.val that lie there, or
     files of the same content, are left out."""
-    tau: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Lowest score of a label."""
-    tau_ignore: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Lowest score of a region where something may be: neither object nor background. Equal to tau: no regions."""
+    tau: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lowest score of a label; null: where the teacher's file says that its F1 is best, 0.4 where none says so."""
+    tau_ignore: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lowest score of a region where something may be: neither object nor background; null: half of that of a label.
+    Equal to tau: no regions."""
     thresholds: Literal["fixed", "best_f1"] = "fixed"
     """fixed: tau for all classes. best_f1: for each class the threshold with the best F1 on the labelled images;
     tau_ignore keeps its ratio to it."""
@@ -102,7 +103,9 @@ class PseudoLabels(Settings):
             if b.is_relative_to(a):
                 where = "is listed twice" if a == b else f"lies in {first}, which is searched with all below it"
                 raise broken_rule("unlabeled", f"{second} {where}; name it once")
-        if self.tau_ignore > self.tau:
+        if self.tau_ignore is not None and self.tau is None:
+            raise broken_rule("tau_ignore", "is a share of what tau is; give tau beside it")
+        if self.tau_ignore is not None and self.tau is not None and self.tau_ignore > self.tau:
             raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
         if (self.short is None) != (self.long is None):
             raise broken_rule("short" if self.short is None else "long", "missing; short and long go together")

@@ -74,7 +74,7 @@ class Settings:
     def _labels_from(self, teachers: Sequence[BoxTeacher]) -> tuple[float, str]:
         if self.tau is not None:
             return self.tau, "as given"
-        measure = "--thresholds-from measures better ones on labelled images"
+        measure = "labelled images give better ones: --thresholds-from, in a recipe thresholds: best_f1"
         if len(teachers) > 1:
             return TAU, f"the default for several teachers; {measure}"
         file, point = teachers[0].file, operating_point_of(teachers[0])

@@ -226,11 +226,12 @@ def _doubted(files: Sequence[Artifact]) -> Artifact | None:
 
 
 def _badly_timed(files: Sequence[Artifact]) -> str:
-    """Say that no latency is worth a sentence, and how to repeat it; empty where none was measured."""
+    """Say that no latency is worth a sentence; empty where none was measured. Page and terminal have the command below,
+    with the files' paths."""
     found = _doubted(files)
     if found is None:
         return ""
     return (
-        f"How fast {found.file} is was not measured well ({'; '.join(found.latency_doubts)}): "
-        f"compress benchmark {found.file.partition(' ')[0]} repeats it when the machine is quiet."
+        f"How fast {found.file} is was not measured well ({'; '.join(found.latency_doubts)}); a command below "
+        "repeats it."
     )

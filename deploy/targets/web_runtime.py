@@ -53,8 +53,9 @@ PIECES = {
         packed=True,
     ),
 }
-"""Name in a page's `runtime/` → file of the package. A new version is a new number above and new hashes here. `ort.js` is
-named after another build, and drives both of these: of the package's own two for them, it lacks a check and file names.
+"""Name in a page's `runtime/` → file of the package. A new version is a new number above and new hashes here. `ort.js`
+is named after another build, and drives both of these: of the package's own two for them, it lacks a check and file
+names.
 Modules are named .js, since not every server knows .mjs as a script."""
 
 

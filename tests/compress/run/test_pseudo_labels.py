@@ -28,6 +28,7 @@ from compress.run.data import Datasets, open_data, splits
 from compress.run.pseudo_labels import PseudoLabelled, fine_tuning
 from compress.run.trainings import TrainingPlan
 from compress.teachers.load import open_teacher
+from deploy.core.card import OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from tests.helpers import tiny_recipe
@@ -316,6 +317,16 @@ def test_thresholds_are_measured_on_the_labelled_images(tmp_path: Path) -> None:
     assert set(provenance["tau"]) == set(NAMES) and set(provenance["tau"].values()) != {0.6}
 
 
+def test_labels_begin_where_the_teachers_f1_is_best(tmp_path: Path) -> None:
+    """Unless tau is given; regions begin at half of it."""
+    point = OperatingPoint(score=0.56, f1=0.7, precision=0.7, recall=0.7, class_scores=[None] * 3, images=9)
+    file = teacher(tmp_path / "t.safetensors", tuple(NAMES), 1, operating_point=point)
+    made = recipe(tmp_path, f"pseudo_labels={{teachers: [{{checkpoint: {file}}}], fine_tune: null}}")
+    folder = RunFolder(pipeline.distill(made)).pseudo_labels
+    provenance = read(folder / "training-images.json")["info"]["pseudo_labels"]
+    assert provenance["tau"] == dict.fromkeys(NAMES, 0.56) and provenance["tau_ignore"] == dict.fromkeys(NAMES, 0.28)
+
+
 def test_teachers_see_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teachers see them so in the check and when they label; the student's images stay as they are."""
     shown: list[tuple[tuple[int, ...], str]] = []
@@ -403,8 +414,9 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
         (["pseudo_labels.weighting=score", "student.detector=fcos"], r"weighting: score is for gfl students; a fcos"),
         (
             ["student.detector=faster_rcnn"],
-            r"tau_ignore: a faster_rcnn student .* set tau_ignore to 0\.6, equal to tau",
+            r"tau_ignore: a faster_rcnn student .* set tau and tau_ignore to one number, 0\.6, and there",
         ),
+        (["pseudo_labels.tau=null"], r"tau_ignore: is a share of what tau is; give tau beside it"),
         (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a is listed twice; name it once"),
         (["pseudo_labels.unlabeled=[a/b, a, ab]"], r"unlabeled: a/b lies in a, which is searched"),
         (["teacher={checkpoint: no.pth}"], r"--set teacher: is not used: pseudo_labels\.teachers label"),
