@@ -2,7 +2,7 @@
 one line.
 
 The cache is our own. fsspec's `filecache` keeps what it knows of all files in one JSON file, which it writes anew as a
-whole without a lock; `simplecache` never asks whether a file changed; and both fetch under the final name, where another
+whole without a lock; `simplecache` never asks whether a file changed; both fetch under the final name, where another
 process meets half a file.
 
 Layout: `files/s3/bucket/key` is a copy, and `versions/files/s3/bucket/key` says of what: size and ETag (or time) at the
