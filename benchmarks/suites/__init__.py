@@ -39,6 +39,17 @@ SUITES = {
         "10 min",
         ("compress/data/coco.py", "compress/data/loader.py", "compress/data/transforms.py", "deploy/core/image.py"),
     ),
+    "label_index": Suite(
+        "opening annotation files of the size of COCO's and of Objects365's",
+        "15 min",
+        (
+            "compress/data/coco.py",
+            "compress/data/index.py",
+            "compress/data/label_tables.py",
+            "compress/data/quick_tables.py",
+            "deploy/validate/coco.py",
+        ),
+    ),
     "pictures": Suite(
         "what another decoder or resize filter would cost in mAP",
         "5 min",

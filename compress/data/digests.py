@@ -9,7 +9,7 @@ trusted where it must be right: a file that was changed in the two seconds befor
 another change could leave the same times. A time that was set back by hand deceives nobody: the time of the last change
 of the inode counts too, which only the system sets.
 
-Of pictures at an address nothing is read: what the server says of them (size, ETag, time) stands for them.
+Of pictures at an address nothing is read: what the server says of them (size, ETag or time) stands for them.
 
 Several runs may use one record at once: each puts what it has read beside what is there, and the file is replaced as a
 whole. A record that is damaged, of another version or cannot be written costs time, nothing else.
@@ -121,7 +121,7 @@ def _read(record: Path | None) -> dict[str, Seen]:
 
 
 def _at_addresses(names: Sequence[str]) -> dict[str, str | None]:
-    """A digest of each of the files at addresses: where it lies, and what the server says of it (size, ETag, time)."""
+    """A digest of each of the files at addresses: of where it lies, and of what `refresh` says of it."""
     there = [name for name in dict.fromkeys(names) if is_remote(name)]
     versions = refresh([Path(name) for name in there])
     return {

@@ -69,19 +69,23 @@ def label_tables(annotations: Path, images: Path) -> LabelTables:
     place = folder / f"{digest}-{VERSION}.safetensors"
     if digest is None:
         return plain_tables(annotations, images)[0]
-    until = time.monotonic() + PATIENCE_S
-    while (found := _checked(place)) is None:
+    until, waited = time.monotonic() + PATIENCE_S, False
+    found: LabelTables | None = _checked(place)
+    while found is None:
         try:
             with locked(place.with_suffix(".lock"), str(place)):
-                found = _checked(place)  # by the one whose end was waited for
-                return found or _made(place, annotations, images, before)
+                found = _checked(place)
+                if found is None and not waited:
+                    return _made(place, annotations, images, before)
+            break  # whoever was waited for has made it, or could not
         except InUse:
             if time.monotonic() > until:
-                return _read(annotations, images)[0]
+                break
+            waited = True
             time.sleep(0.2)
-        except OSError:
-            return _read(annotations, images)[0]
-    return found
+        except OSError:  # there is no place for it
+            break
+    return found or _read(annotations, images)[0]
 
 
 def index_folder() -> Path:

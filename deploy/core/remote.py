@@ -2,10 +2,10 @@
 one line.
 
 The cache is our own. fsspec's `filecache` keeps what it knows of all files in one JSON file, which it writes anew as a
-whole, so that many processes lose each other's rows; `simplecache` never asks whether a file changed; and both write
-under the final name, where another process meets half a file.
+whole without a lock; `simplecache` never asks whether a file changed; both fetch under the final name, where another
+process meets half a file.
 
-Layout: `files/s3/bucket/key` is a copy, `versions/files/s3/bucket/key` says of what: the size, ETag and time at the
+Layout: `files/s3/bucket/key` is a copy, and `versions/files/s3/bucket/key` says of what: size and ETag (or time) at the
 address, and size, time and inode of the copy that it speaks of. A copy without such a line does not count. Copies are
 renamed into their place as a whole. One process at a time fetches a file; pictures, which are small and many, are
 fetched by whoever wants them, and the last one stays.
@@ -188,7 +188,10 @@ def alone(path: Path, kind: str = "files") -> Iterator[None]:
 # --- details --------------------------------------------------------------------------------------------
 
 Version = list[Any]
-"""Size in bytes, ETag and time at the address, as JSON; None for what a server does not say."""
+"""Size in bytes, and ETag or time at the address, as JSON; None and an empty text for what a server does not say."""
+TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "Digest")
+TIMES = ("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created")
+"""What fsspec's file systems call them."""
 _told: list[str] = []
 _sizes: dict[Path, int | None] = {}
 """Of files that this process has listed."""
@@ -214,9 +217,10 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _version(info: dict[str, Any]) -> Version:
-    time_there = next((info[key] for key in ("LastModified", "mtime", "updated", "last_modified") if info.get(key)), "")
-    tag = next((info[key] for key in ("ETag", "etag", "md5Hash", "content_settings") if info.get(key)), "")
-    return [info.get("size"), str(tag), str(time_there)]
+    """A time counts where there is no ETag: lists of some servers say it finer than answers about one file."""
+    tag = next((str(info[key]) for key in TAGS if info.get(key)), "")
+    changed = next((str(info[key]) for key in TIMES if info.get(key)), "")
+    return [info.get("size"), tag or changed]
 
 
 def _file(info: dict[str, Any], url: str) -> dict[str, Any]:

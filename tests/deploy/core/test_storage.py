@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -374,3 +377,29 @@ def test_nothing_is_written_over_a_copy(cache: Path) -> None:
         pass
     with pytest.raises(UserError, match=r"val\.json: is at an address, where --out and --json write"):
         need_place(place)
+
+
+def test_files_of_a_web_server(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists nothing, and says of a file when it changed."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "val.json").write_text("[1]")
+    handler = partial(Quiet, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        place = storage.place(f"http://127.0.0.1:{web.server_port}/val.json")
+        assert storage.fetch(place).read_text() == "[1]"
+        (tmp_path / "site" / "val.json").write_text("[2]")
+        os.utime(tmp_path / "site" / "val.json", (1e9, 1e9))
+        assert storage.fetch(place, anew=True).read_text() == "[2]"
+        assert storage.is_folder(place.parent / "images")
+        missing = place.with_name("no.json")
+        assert not storage.is_file(missing)
+        assert fails(f"{storage.url_of(missing)}") == f"{storage.url_of(missing)}: nothing is there"
+        web.shutdown()
+        thread.join()
