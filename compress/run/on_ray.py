@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.training.distributed import LAUNCHER
+from deploy.core import storage
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
 from deploy.core.on_ray import Cluster, connected
@@ -35,7 +36,11 @@ def train_on_ray(cluster: Cluster, work: Callable[[], Any], processes: int, runs
         gpus = cluster.num_gpus if cluster.num_gpus is not None else float(have.get("GPU", 0) > 0)
         trainer = torch.TorchTrainer(
             _process,
-            train_loop_config={"work": ray.cloudpickle.dumps(work), "folder": os.getcwd()},
+            train_loop_config={
+                "work": ray.cloudpickle.dumps(work),
+                "folder": os.getcwd(),
+                "cache": str(storage.cache_folder()),
+            },
             scaling_config=train.ScalingConfig(
                 num_workers=processes,
                 use_gpu=gpus > 0,
@@ -63,7 +68,7 @@ def _process(config: dict[str, Any]) -> None:
     import pickle
 
     os.chdir(config["folder"])
-    os.environ |= {"TORCHELASTIC_RUN_ID": "ray", LAUNCHER: "Ray Train"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "ray", LAUNCHER: "Ray Train", storage.CACHE: config["cache"]}
     pickle.loads(config["work"])()
 
 

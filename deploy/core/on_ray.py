@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from deploy.core import storage
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
 
@@ -116,7 +117,8 @@ class _Actor:
     """What runs in an actor. A UserError, of the worker's making too, is a result like others: it stops the work where
     it stands in the order, and Ray does not try it again."""
 
-    def __init__(self, pickled: bytes, version: str, tries: Any) -> None:
+    def __init__(self, pickled: bytes, version: str, tries: Any, cache: str) -> None:
+        os.environ[storage.CACHE] = cache  # the places of addresses are paths below it, here as at the driver
         self._work: Callable[[Any], Any] | None = None
         self._tries = tries
         try:
@@ -192,7 +194,7 @@ def _results(ray: Any, cluster: Cluster, make: Callable[[], Any], items: Sequenc
     # A block holds one item: blocks are what Ray retries, and items are large enough.
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
-        fn_constructor_args=(ray.cloudpickle.dumps(make), _version(), tries),
+        fn_constructor_args=(ray.cloudpickle.dumps(make), _version(), tries, str(storage.cache_folder())),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_cpus=cluster.num_cpus,
