@@ -15,7 +15,7 @@ MMDET_BASE ?= $(shell for python in python3.11 python3.12; do \
 	$$python -c 'import ensurepip' >/dev/null 2>&1 && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-exhaustive test-mmdet test-runtimes lint format docs bench release-check clean
+.PHONY: help quickstart test test-exhaustive test-mmdet test-runtimes test-cluster lint format docs bench release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -35,6 +35,9 @@ test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet it
 
 test-runtimes: .venv-runtimes/.runtimes  ## the quickstart's student in LiteRT, MNN, ncnn, OpenVINO, tract and a browser, with its mAP in each
 	PATH="$(CURDIR)/.venv-onnx2tf/bin:$$PATH" OMP_NUM_THREADS=2 .venv-runtimes/bin/python -m pytest -s tests/runtimes
+
+test-cluster: .venv/.dev  ## Ray clusters whose actors and nodes are killed, two hosts that train together
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "exhaustive or not exhaustive"
 
 lint: .venv/.dev docs  ## ruff, mypy, and the documents as a site
 	$(BIN)/ruff check .

@@ -57,6 +57,7 @@ BLOCKS = {
     "vs_mmdet": Block("vs_mmdet", by_case, named("times as fast")),
     "data_path": Block("data_path", by_case, named("throughput")),
     "data_path-ratio": Block("data_path", by_case, named("times as fast")),
+    "label_index": Block("label_index", tables.listing),
     "pictures": Block("pictures", by_case, named("mAP lost")),
     "pictures-pixels": Block("pictures", by_case, named("difference")),
     "latency": Block("latency", tables.listing, named("p50", "ratio of p50")),

@@ -25,6 +25,7 @@ from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES, ONNX_SUFFIX
 from deploy.core.image_folder import image_files
+from deploy.core.storage import is_file, is_remote, place, pull, push, shown, workplace
 from deploy.model import Model, open_model
 from deploy.runtimes.open import OwnRunner
 
@@ -174,9 +175,9 @@ class Checkpoint(Model):
         from compress.config.deploy import Deploy
         from compress.export.onnx import torch_runner
 
-        self.path = Path(path)
+        self.path = place(path)
         self._recipe_file = RunFolder(self.path.parent).recipe
-        if recipe is None and self._recipe_file.is_file():
+        if recipe is None and is_file(self._recipe_file):
             recipe = load_recipe(self._recipe_file, partial=True)
         self._recipe = recipe
         self._settings = Deploy() if recipe is None else recipe.deploy
@@ -214,7 +215,9 @@ class Checkpoint(Model):
             what = "calibration images" if quantized else "images"
             raise UserError(f"{precision}: there is no {self._recipe_file} to take {what} from")
         target, on_grids = self._target(precision)
-        path = file_for(self.path.with_suffix(ONNX_SUFFIX), precision) if out is None else Path(out)
+        if out is None and is_remote(self.path):
+            raise UserError(f"out: say where the file goes; {shown(self.path)} lies at an address")
+        path = file_for(self.path.with_suffix(ONNX_SUFFIX), precision) if out is None else workplace(out)
         if path.suffix != ONNX_SUFFIX:
             raise UserError(f"out: {path} does not end in {ONNX_SUFFIX}")
         short, long = self.card.short, self.card.long
@@ -235,6 +238,7 @@ class Checkpoint(Model):
             for artifact in make(plan):
                 if not artifact.made:
                     raise UserError(artifact.summary)
+        push(path)
         return open_model(path, PRECISIONS[precision].providers[:1] or "cpu")
 
     def prune(
@@ -271,7 +275,7 @@ class Checkpoint(Model):
         short, long = self.card.short or min(size), self.card.long or max(size)
         cut, given = read_cut(settings), None
         if annotations is not None and images is not None:
-            given = Split(annotations=Path(annotations), images=Path(images))
+            given = Split(annotations=place(annotations), images=place(images))
         needed = None if cut.needs_pictures is None else f"prune.{cut.needs_pictures}"
         labels = training_labels(self._recipe, given, needed, print)
         optional = needed is None and given is None
@@ -293,7 +297,7 @@ class Checkpoint(Model):
         from compress.training.qad.export import grids_file, load_grids
 
         file = grids_file(self.path)
-        if precision != "int8" or not file.is_file():
+        if precision != "int8" or not is_file(file):
             return self._settings.int8.target, False
         return load_grids(file).target, True
 
@@ -302,7 +306,9 @@ class Run:
     """Results of a run in its folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = workplace(folder)
+        if self.folder != Path(folder):
+            pull(self.folder)
         self._files = RunFolder(self.folder)
 
     def __repr__(self) -> str:
@@ -376,4 +382,4 @@ def _parts(
 
 def _files(images: str | Path | Sequence[str | Path]) -> list[Path]:
     """The image files of a folder, or those that are named."""
-    return image_files(Path(images)) if isinstance(images, str | Path) else [Path(image) for image in images]
+    return image_files(place(images)) if isinstance(images, str | Path) else [place(image) for image in images]

@@ -18,6 +18,7 @@ from typing import Any
 
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, sha256_of, write_json
+from deploy.core.storage import push
 
 TEACHER = "teacher"
 BASELINE = "baseline"
@@ -229,6 +230,7 @@ class Manifest:
                 "result": result,
             }
             write_json(self._path, {"stages": self._rows})
+            push(self._run_dir, must=False)
         return result
 
     def identity(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from deploy.core.detections import Detections
 from deploy.core.errors import UserError
 from deploy.core.image import Picture, read_picture
 from deploy.core.image_folder import image_files
+from deploy.core.storage import is_folder, place
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import OwnRunner, open_runner
 from deploy.runtimes.pictures import Fitted, detect_fitted, fit_picture, load_batches
@@ -75,11 +76,11 @@ class Model:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(pictures, str | Path):
-            pictures = image_files(Path(pictures))
+            pictures = image_files(place(pictures))
 
         def load(picture: Picture) -> tuple[Fitted, Path | None]:
-            path = Path(picture) if isinstance(picture, str | Path) else None
-            return fit_picture(read_picture(picture), self.card), path
+            path = place(picture) if isinstance(picture, str | Path) else None
+            return fit_picture(read_picture(picture if path is None else path), self.card), path
 
         for batch in load_batches(pictures, load, batch_size):
             found = detect_fitted(self.name, self.runner, [fitted for fitted, _ in batch])
@@ -128,14 +129,14 @@ class Model:
                 raise UserError(f"reference: needs a model, as open() gives it, got {type(reference).__name__}")
             compared = reference.name if reference.name != self.name else f"{reference.name} (reference)"
             runners[compared] = reference.runner
-        return validate(runners, Path(annotations), Path(images), reference=compared, **options)[0]
+        return validate(runners, place(annotations), place(images), reference=compared, **options)[0]
 
     def benchmark(self, images: Path | str | Sequence[Path | str], **options: Any) -> BenchmarkReport:
         """Latency with confidence intervals. images: a folder, or image files. options: `batch_sizes`, `scopes`,
         `seconds`, `rounds` and the others of `deploy.latency.benchmark`."""
         from deploy.latency import benchmark
 
-        files = image_files(Path(images)) if isinstance(images, str | Path) else [Path(image) for image in images]
+        files = image_files(place(images)) if isinstance(images, str | Path) else [place(image) for image in images]
         return benchmark({self.name: self.runner}, files, **options)
 
 
@@ -158,12 +159,12 @@ def open_model(
     Raises UserError for everything that keeps the file from running.
     """
     where = (providers,) if isinstance(providers, str) else tuple(providers)
-    return Model(open_runner(Path(path), where, runner=runner, **options), name=str(path))
+    return Model(open_runner(place(path), where, runner=runner, **options), name=str(path))
 
 
 def _is_one(pictures: Any) -> bool:
     if isinstance(pictures, str | Path):
-        return not Path(pictures).is_dir()
+        return not is_folder(place(pictures))
     if isinstance(pictures, np.ndarray):
         return pictures.ndim != 4
     several = isinstance(pictures, Iterable) and not isinstance(pictures, bytes | Image.Image)

@@ -39,6 +39,17 @@ SUITES = {
         "10 min",
         ("compress/data/coco.py", "compress/data/loader.py", "compress/data/transforms.py", "deploy/core/image.py"),
     ),
+    "label_index": Suite(
+        "opening annotation files of the size of COCO's and of Objects365's",
+        "15 min",
+        (
+            "compress/data/coco.py",
+            "compress/data/index.py",
+            "compress/data/label_tables.py",
+            "compress/data/quick_tables.py",
+            "deploy/validate/coco.py",
+        ),
+    ),
     "pictures": Suite(
         "what another decoder or resize filter would cost in mAP",
         "5 min",
@@ -108,6 +119,11 @@ SUITES = {
     ),
     "pseudo_memory": Suite(
         "memory of pseudo-labelling many images", "5 min", ("compress/pseudo/*.py", "compress/data/*.py")
+    ),
+    "ray_engine": Suite(
+        "labelling by Ray against local processes: time, and memory of the driver",
+        "20 min",
+        ("compress/pseudo/*.py", "deploy/core/on_ray.py"),
     ),
     "qad": Suite(
         "mAP that quantization-aware distillation gives back, over seeds",

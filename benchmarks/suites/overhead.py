@@ -34,7 +34,7 @@ from benchmarks.lib.results import ROOT, Case, Row
 from benchmarks.lib.server import started
 from deploy.core.card import card_from_file
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate.accuracy import detect_all, prepare
+from deploy.validate.detect import detect_all, prepare
 
 IMAGES, BATCH, REQUESTS = 64, 8, 400
 THROUGHPUT_BAR = ">= 0.9"

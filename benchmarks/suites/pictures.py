@@ -38,8 +38,8 @@ from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes.base import Runner
 from deploy.runtimes.pictures import Canvases, fit_pictures, picture_detections
-from deploy.validate.accuracy import Outcome
 from deploy.validate.coco import evaluate_coco
+from deploy.validate.detect import Outcome
 
 Read = Callable[[Path], np.ndarray]
 Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]

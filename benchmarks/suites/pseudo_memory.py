@@ -11,26 +11,17 @@ arithmetic from its number.
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
 from benchmarks.lib import child
+from benchmarks.lib.labelling import SIDE, draw, peak_mb, teacher
 from benchmarks.lib.results import Case, Row
-from compress.config.model import Model
-from compress.detectors.checkpoints import ModelRecord, save_detector
 from compress.pseudo.images import images_in
 from compress.pseudo.label import pseudo_label
 from compress.pseudo.settings import Settings
-
-SIDE = 64
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,48 +51,17 @@ UNITS = {"peak": "MB", "peak before the first image": "MB", "seconds": "s", "lab
 """Of what `measure` returns."""
 
 
-def teacher(path: Path) -> None:
-    """Random, with scores high enough that there is something to write for every image."""
-    record = ModelRecord(
-        model=Model(backbone="nano", neck_channels=32, head_depth=0),
-        num_classes=2,
-        class_names=("cat", "dog"),
-        category_ids=(1, 2),
-    )
-    torch.manual_seed(0)
-    detector = record.build()
-    with torch.no_grad():
-        detector.head.gfl_cls.weight.normal_(std=0.2)
-        detector.head.gfl_cls.bias.zero_()
-    save_detector(path, detector, metadata=record)
-
-
-def draw(folder: Path, count: int) -> None:
-    """Images 0 to `count`; those that are there stay."""
-    for index in range(count):
-        path = folder / f"{index // 1000:03}" / f"{index:06}.png"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cells = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(cells.repeat(SIDE // 8, 0).repeat(SIDE // 8, 1)).save(path, compress_level=1)
-
-
 def measure(folder: str) -> dict[str, float]:
     """Label all images of `folder`/images in this process."""
     out = Path(folder) / "pseudo.json"
     out.unlink(missing_ok=True)
     settings = Settings(tau=0.6, tau_ignore=0.5, short=SIDE, long=SIDE, batch_size=16)
-    before = _peak_mb()
+    before = peak_mb()
     started = time.perf_counter()
     images = images_in(Path(folder) / "images")
     summary = pseudo_label([f"{folder}/teacher.safetensors"], images, out, settings, quiet=True)
     assert summary is not None, "there is one shard"
     values = (
-        _peak_mb(), before, time.perf_counter() - started, summary.labels, summary.regions, out.stat().st_size / 2**20
+        peak_mb(), before, time.perf_counter() - started, summary.labels, summary.regions, out.stat().st_size / 2**20
     )  # fmt: skip
     return dict(zip(UNITS, values, strict=True))
-
-
-def _peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)

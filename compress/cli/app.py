@@ -23,6 +23,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from compress import __version__
+from compress.cli.addresses import addresses_as_paths
 from compress.cli.exits import own_stdout, to_stderr
 from deploy.core import interrupts
 from deploy.core.errors import LocalUserError, UserError
@@ -84,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        with own_stdout(), interrupts.listening():
+        with own_stdout(), interrupts.listening(), addresses_as_paths(arguments) as words:
             command = typer.main.get_command(app)
-            with command.make_context("compress", list(arguments)) as context:
+            with command.make_context("compress", words) as context:
                 command.invoke(context)
             sys.stdout.flush()
     except typer.Exit as stop:

@@ -13,9 +13,10 @@ import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command
 from compress.cli.groups import with_groups
-from compress.cli.options import JsonOut, Resume, need_folder, need_json_place, write_results
+from compress.cli.options import ActorFlags, JsonOut, Resume, need_folder, need_json_place, write_results
 from deploy.core.errors import UserError
 from deploy.core.shown import counted, some
+from deploy.core.storage import fetch, is_folder, url_of
 
 if TYPE_CHECKING:
     from compress.data.check import Checked
@@ -387,6 +388,7 @@ def pseudo_label(
     ] = None,
     flags: LabelFlags = LabelFlags(),
     work: WorkFlags = WorkFlags(),
+    where: ActorFlags = ActorFlags(),
     resume: Resume = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -397,6 +399,7 @@ def pseudo_label(
     from compress.pseudo.settings import Settings
 
     need_json_place(json_out)
+    cluster = where.cluster()
     settings = Settings(flags.tau, flags.tau_ignore, flags.merge, flags.iou, work.short, work.long, work.batch)
     if flags.thresholds_root is not None and flags.thresholds_from is None:
         raise UserError("--thresholds-root: belongs to --thresholds-from, which is not given")
@@ -408,6 +411,9 @@ def pseudo_label(
         thresholds = Labelled(flags.thresholds_from, flags.thresholds_root)
         for line in label_notes(load_annotations(flags.thresholds_from), kinds=WHEN_MEASURING):
             print(f"note: {flags.thresholds_from}: {line}")
+    shard = _shard(work.shard)
+    if url_of(out) is not None and shard.count > 1:
+        raise UserError("--out: shards meet in a folder that all of them see; write there, and upload the file")
     listed = images_in(images, root)
     if is_rank_zero():
         from deploy.core.odd_pictures import odd_pictures
@@ -424,8 +430,9 @@ def pseudo_label(
         categories=flags.categories,
         table=None if flags.class_map is None else _class_table(flags.class_map),
         thresholds_from=thresholds,
-        shard=_shard(work.shard),
+        shard=shard,
         workers=work.workers,
+        cluster=cluster,
         skip_unreadable=work.skip_unreadable,
         resume=resume,
         quiet=not is_rank_zero(),
@@ -439,7 +446,7 @@ def pseudo_label(
     elif is_rank_zero():
         print(f"{out}: complete" if out.exists() else f"{out}: this shard is done; the last one writes the file")
     if out.exists():
-        next_command("data", "check", out, "--images", images if images.is_dir() else root or images.parent)
+        next_command("data", "check", out, "--images", images if is_folder(images) else root or images.parent)
 
 
 def _shard(text: str | None) -> Shard:
@@ -459,7 +466,9 @@ def _shard(text: str | None) -> Shard:
 
 def _class_table(file: Path) -> dict[str, str | None]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(fetch(file).read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--class-map: {file}: {error.strerror}") from None
     except (ValueError, RecursionError):

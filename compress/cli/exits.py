@@ -12,6 +12,8 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
+from deploy.core.storage import shown
+
 
 def gate_failed(what: str) -> NoReturn:
     to_stderr(f"failed: {what}")
@@ -65,15 +67,15 @@ def results_file(place: Path) -> Iterator[Path]:
 
 def _suggest(what: str, command: tuple[Any, ...]) -> None:
     if is_rank_zero():
-        print(f"{what}{shlex.join(['compress', *map(str, command)])}")
+        print(f"{what}{shlex.join(['compress', *map(shown, command)])}")
 
 
 def is_rank_zero() -> bool:
     """Training with several devices starts this program once for each; one of them speaks."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    return next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0") == "0"
 
 
 def to_stderr(line: str, *, everywhere: bool = False) -> None:
     """`everywhere`: a line that this process alone can say, so it speaks even when it is not the first."""
     if everywhere or is_rank_zero():
-        print(line, file=sys.stderr)
+        print(shown(line), file=sys.stderr)

@@ -18,6 +18,7 @@ from compress.cli.targets import OtherFlags, keep_runtimes, make_others
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
+from deploy.core.storage import is_remote, shown
 from deploy.targets.table import TARGETS
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def export(
         refuse(making, f"is about making an ONNX file, and {checkpoint} is one already; give its checkpoint")
         _of_exported(checkpoint, targets, others, out, plan, triton_repo)
         return
+    if out is None and is_remote(checkpoint):
+        raise UserError(f"--out: say where the file goes; {shown(checkpoint)} lies at an address")
     named, out = out is not None, out or checkpoint.with_suffix(ONNX_SUFFIX)
     if out.suffix != ONNX_SUFFIX:
         raise UserError(f"--out: {out} does not end in {ONNX_SUFFIX}")

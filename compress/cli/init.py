@@ -12,6 +12,7 @@ import typer
 from compress.cli.exits import next_command
 from compress.cli.options import need_folder
 from deploy.core.errors import UserError
+from deploy.core.storage import is_file, is_remote, shown
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -90,7 +91,7 @@ def _sets(data: list[Path], images: list[Path]) -> tuple[Split, Split]:
     for folder in images:
         need_folder(folder, "--images")
     for place in data:
-        if not place.exists():
+        if not (is_file(place) or place.exists()):
             raise UserError(f"{place}: no such file")
     if len(data) == 1 and data[0].is_dir():
         others = sorted(file for file in data[0].glob("*.json") if file.stem not in ("train", "val"))
@@ -120,9 +121,9 @@ def _folder_of(annotations: Path) -> Path:
 
     names = [row["file_name"] for row in read_annotations(annotations)["images"][:LOOKED]]
     beside = annotations.parent
-    below = sorted(path for path in beside.iterdir() if path.is_dir())
+    below = [] if is_remote(beside) else sorted(path for path in beside.iterdir() if path.is_dir())
     for folder in (beside, beside / "images", *below, beside.parent / "images", beside.parent):
-        if names and all((folder / name).is_file() for name in names):
+        if names and all(is_file(folder / name) for name in names):
             return folder
     first = f", where {names[0]} is" if names else ""
     raise UserError(f"{annotations}: its images are not beside it; name their folder{first}, with --images")
@@ -153,9 +154,9 @@ def _source(teacher: str) -> Source:
     from compress.config.teacher import Source, Torchvision
 
     def exists(path: Path) -> str:
-        if not path.exists():
+        if not (is_file(path) or path.exists()):
             raise UserError(f"--from: {path}: no such file")
-        return str(path)
+        return shown(path)
 
     path, models = Path(teacher), get_args(Torchvision.model_fields["model"].annotation)
     content: dict[str, Any]

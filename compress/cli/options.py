@@ -6,13 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from compress.cli.exits import STDOUT, only_results_on_stdout, results_file
 from deploy.core.errors import UserError
+from deploy.core.storage import fetch, is_folder, url_of
 from deploy.runtimes.providers import PROVIDERS
+
+if TYPE_CHECKING:
+    from deploy.core.on_ray import Cluster
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; recipes/ has examples.")]
 Set = Annotated[
@@ -175,6 +179,46 @@ class RunnerFlags:
         return {"allow_fallback": self.allow_fallback, "threads": self.threads, **options}
 
 
+@dataclass(frozen=True)
+class ClusterFlags:
+    """Options of where the work is done."""
+
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="local: here. ray: in processes of a Ray cluster.")
+    ] = "local"
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of the cluster, or auto. Default: RAY_ADDRESS, or a Ray of this machine."),
+    ] = None
+    num_cpus: Annotated[float | None, typer.Option("--num-cpus", min=0, help="For each process. Default: 1.")] = None
+    num_gpus: Annotated[
+        float | None, typer.Option("--num-gpus", min=0, help="For each, e.g. 0.5. Default: 1, without GPUs 0.")
+    ] = None
+
+    def cluster(self) -> Cluster | None:
+        """None: no cluster. Raises UserError for an option that would do nothing."""
+        given = {name: value for name, value in values_of(self).items() if name != "--engine"}
+        if self.engine == "local":
+            refuse(given, "is about a Ray cluster; add --engine ray")
+            return None
+        from deploy.core.on_ray import Cluster, need_ray
+
+        need_ray()
+        if self.num_cpus == 0 and not self.num_gpus:
+            raise UserError("--num-cpus: a process needs a share of a processor or of a GPU; give one of them above 0")
+        given = {name.removeprefix("--").replace("-", "_"): value for name, value in given.items()}
+        return Cluster(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class ActorFlags(ClusterFlags):
+    """The same for work that is divided among actors."""
+
+    actors: Annotated[
+        int | None, typer.Option("--actors", min=1, help="Processes on the cluster. Default: all that have room.")
+    ] = None
+
+
 def values_of(flags: Any) -> dict[str, Any]:
     """Option → value, of a group of options; None where it was not given."""
     values = {
@@ -214,12 +258,12 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def need_file(file: Path) -> None:
-    if not file.is_file():
+    if not fetch(file).is_file():
         raise UserError(f"{file}: no such file")
 
 
 def need_folder(folder: Path, option: str) -> None:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{option}: {folder}: no such folder")
 
 
@@ -242,7 +286,7 @@ def need_json_place(file: Path | None, option: str = "--json") -> None:
         return
     from deploy.core.files import need_place
 
-    if not file.absolute().parent.exists():
+    if url_of(file) is None and not file.absolute().parent.exists():
         raise UserError(f"{option}: {file}: its folder does not exist")
     need_place(file)
 

@@ -18,6 +18,7 @@ from compress.cli.options import RunnerFlags, need_finite, provider_names
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES
 from deploy.core.shown import MOST, counted, some
+from deploy.core.storage import is_file
 
 if TYPE_CHECKING:
     from deploy.core.card import ModelCard
@@ -240,7 +241,7 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
 def _image_ids(annotations: Path) -> dict[str, int]:
     from deploy.validate.coco import load_annotations
 
-    if not annotations.is_file():
+    if not is_file(annotations):
         raise UserError(f"--annotations: {annotations}: no such file")
     return {row["file_name"]: row["id"] for row in load_annotations(annotations)["images"]}
 
@@ -258,7 +259,7 @@ def _looker(model: str, which: ModelFlags, opening: RunnerFlags, batch_size: int
     path, options = Path(model), {}
     if path.is_dir():
         raise UserError(f"{model}: is a folder; name the file in it, such as {path / 'student.onnx'}")
-    if not path.is_file() and not model.startswith("zoo:"):
+    if not model.startswith("zoo:") and not is_file(path):
         raise UserError(f"{model}: no such file")
     kinds = (*SUFFIXES, *CHECKPOINT_SUFFIXES)
     if not path.name.endswith(kinds) and not model.startswith("zoo:"):

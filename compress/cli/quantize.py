@@ -15,6 +15,7 @@ from compress.cli.student import Student, make_files, read_student
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS, TENSORRT, file_for
+from deploy.core.storage import is_file
 
 if TYPE_CHECKING:
     from compress.run.quantize import Quantizing
@@ -102,7 +103,7 @@ def check_flags(precisions: Sequence[str], flags: QuantizeFlags, images: Path | 
             )
     if flags.data is not None and (flags.max_map_drop is None or images is None):
         raise UserError("--data: only --max-map-drop uses it; give that too, and its images as --images")
-    if flags.data is not None and not flags.data.is_file():
+    if flags.data is not None and not is_file(flags.data):
         raise UserError(f"--data: {flags.data}: no such file")
     if flags.max_map_drop is not None:
         need_finite(flags.max_map_drop, "--max-map-drop")
@@ -180,7 +181,7 @@ def quantizing(student: Student, flags: QuantizeFlags, out: Path) -> Quantizing:
 
 def keep_trained(checkpoint: Path, out: Path) -> None:
     """`student.qad.onnx` of a run is an int8 file, which a float file of that name must not replace."""
-    if not checkpoint.with_suffix(".json").is_file() or not out.is_file():
+    if not is_file(checkpoint.with_suffix(".json")) or not out.is_file():
         return
     from deploy.core.card import card_from_file
 

@@ -11,6 +11,7 @@ from compress.cli.exits import gate_failed
 from compress.cli.options import ThresholdFlags, images_in, need_folder
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES, ONNX_SUFFIX
+from deploy.core.storage import is_file
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -72,7 +73,7 @@ def read_student(path: Path, images: Path | None, input_size: str | None, thresh
     given = {"input_size": _height_width(input_size), **vars(thresholds)}
     recipe_file = path.parent / "recipe.yaml"
     recipe = None
-    if not published and recipe_file.is_file():
+    if not published and is_file(recipe_file):
         from compress.config.recipe import load_recipe
 
         recipe = load_recipe(recipe_file, partial=True)  # the run may have had parts that were objects

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from compress.cli.exits import gate_failed, is_rank_zero, next_command, or_command
-from compress.cli.options import Devices, DryRun, RecipeFile, Resume, Set, WithoutData
+from compress.cli.groups import with_groups
+from compress.cli.options import ClusterFlags, Devices, DryRun, RecipeFile, Resume, Set, WithoutData
 from compress.manifest import STUDENT_ON_INT8_GRIDS, RunFolder
 from deploy.core.errors import UserError
+from deploy.core.storage import pull, shown
 
 if TYPE_CHECKING:
     from compress.config.recipe import Recipe
+    from deploy.core.on_ray import Cluster
 
 commands = typer.Typer()
 
@@ -32,6 +37,7 @@ def quickstart(settings: Set = None) -> None:
 
 
 @commands.command()
+@with_groups
 def run(
     recipe: RecipeFile,
     settings: Set = None,
@@ -39,13 +45,15 @@ def run(
     dry_run: DryRun = False,
     without_data: WithoutData = False,
     devices: Devices = None,
+    where: ClusterFlags = ClusterFlags(),
 ) -> None:
     """The whole path of a recipe, from data to report."""
     how = _how(resume, dry_run, without_data)
-    _run(_recipe(recipe, settings, devices), how, again=("run", str(recipe)))
+    _run(_recipe(recipe, settings, devices), how, where=where.cluster(), again=("run", str(recipe)))
 
 
 @commands.command()
+@with_groups
 def distill(
     recipe: RecipeFile,
     settings: Set = None,
@@ -53,16 +61,18 @@ def distill(
     dry_run: DryRun = False,
     without_data: WithoutData = False,
     devices: Devices = None,
+    where: ClusterFlags = ClusterFlags(),
 ) -> None:
     """Train a recipe's student with its teacher."""
     loaded = _recipe(recipe, settings, devices)
     from compress.config.recipe import check_distills
 
     check_distills(loaded, recipe)
-    _train(loaded, recipe, _how(resume, dry_run, without_data), distillation=True)
+    _train(loaded, recipe, _how(resume, dry_run, without_data), where.cluster(), distillation=True)
 
 
 @commands.command()
+@with_groups
 def train(
     recipe: RecipeFile,
     settings: Set = None,
@@ -70,12 +80,13 @@ def train(
     dry_run: DryRun = False,
     without_data: WithoutData = False,
     devices: Devices = None,
+    where: ClusterFlags = ClusterFlags(),
 ) -> None:
     """Train a recipe's student alone."""
     loaded = _recipe(recipe, settings, devices)
     if loaded.pseudo_labels is not None and is_rank_zero():
         print(f"{recipe}: pseudo_labels is not used here, no teacher labels; compress distill and compress run use it")
-    _train(loaded, recipe, _how(resume, dry_run, without_data), distillation=False)
+    _train(loaded, recipe, _how(resume, dry_run, without_data), where.cluster(), distillation=False)
 
 
 class How(TypedDict):
@@ -89,7 +100,8 @@ class How(TypedDict):
 def _how(resume: bool, dry_run: bool, without_data: bool) -> How:
     if without_data and not dry_run:
         raise UserError("--without-data: belongs to --dry-run; a run needs its data")
-    return {"resume": resume, "dry_run": dry_run, "without_data": without_data}
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0  # torchrun --max-restarts: it starts us again
+    return {"resume": resume or restarts, "dry_run": dry_run, "without_data": without_data}
 
 
 def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = None) -> Recipe:
@@ -104,10 +116,22 @@ def _recipe(path: Path, settings: Sequence[str] | None, devices: int | None = No
     return load_recipe(path, [*(settings or ()), *more])
 
 
-def _run(recipe: Recipe, how: How, *, again: tuple[str, ...] = ()) -> None:
+def _do(work: Callable[..., Path], recipe: Recipe, how: How, cluster: Cluster | None) -> Path:
+    """A function of the pipeline, here or in processes of a cluster. Returns the run folder."""
+    if cluster is None:
+        return work(recipe, **how)
+    if how["dry_run"]:
+        raise UserError("--dry-run: rehearses on this machine; leave out --engine ray")
+    from compress.run.on_ray import train_on_ray
+
+    train_on_ray(cluster, partial(work, recipe, **how), recipe.train.devices, recipe.runs, restarts=how["resume"])
+    return recipe.run_dir
+
+
+def _run(recipe: Recipe, how: How, *, where: Cluster | None = None, again: tuple[str, ...] = ()) -> None:
     from compress.run import pipeline
 
-    run_dir = pipeline.run(recipe, **how)
+    run_dir = _do(pipeline.run, recipe, how, where)
     if not is_rank_zero():
         return
     if how["dry_run"]:
@@ -118,7 +142,7 @@ def _run(recipe: Recipe, how: How, *, again: tuple[str, ...] = ()) -> None:
     folder = RunFolder(run_dir)
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     failed = [artifact["file"] for artifact in report["artifacts"] if artifact["gate"] == "fail"]
-    print(f"report: {folder.page}")
+    print(f"report: {shown(folder.page)}")
     if failed:
         gate_failed(f"gate of {recipe.deploy.max_map_drop:g} mAP points: {', '.join(failed)}")
     from compress.run.data import splits
@@ -140,10 +164,10 @@ def _is_exported(recipe: Recipe) -> bool:
     return detector_class(_detector_of(recipe), "student.detector").exportable is None
 
 
-def _train(recipe: Recipe, path: Path, how: How, *, distillation: bool) -> None:
+def _train(recipe: Recipe, path: Path, how: How, cluster: Cluster | None, *, distillation: bool) -> None:
     from compress.run import pipeline
 
-    folder = RunFolder(pipeline.distill(recipe, distillation=distillation, **how))
+    folder = RunFolder(_do(partial(pipeline.distill, distillation=distillation), recipe, how, cluster))
     if how["dry_run"]:
         next_command("distill" if distillation else "train", path)
     elif not _is_exported(recipe):
@@ -166,18 +190,20 @@ def report(
     """Write a run's report.html again, or a page that compares runs."""
     from compress.report import build_report, compare_runs
 
+    for folder_at_address in runs:
+        pull(folder_at_address)
     if len(runs) > 1:
         if pictures is not None:
             raise UserError("--pictures: belongs to the report of one run")
         page = out or runs[0].parent / "compare.html"
         for line in compare_runs(runs, page):
             print(line)
-        print(f"comparison: {page}")
+        print(f"comparison: {shown(page)}")
         return
     if out is not None:
         raise UserError("--out: belongs to a comparison of runs; a report is written into its run")
     run_dir = runs[0]
-    print(f"report: {build_report(run_dir, pictures)}")
+    print(f"report: {shown(build_report(run_dir, pictures))}")
     folder = RunFolder(run_dir)
     if folder.onnx().is_file():
         next_command("serve", folder.onnx())

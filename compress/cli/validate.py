@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ import typer
 from compress.cli.exits import gate_failed, next_command
 from compress.cli.groups import with_groups
 from compress.cli.options import (
+    ActorFlags,
     Artifacts,
     JsonOut,
     Providers,
@@ -21,9 +24,13 @@ from compress.cli.options import (
     write_results,
 )
 from deploy.core.errors import UserError
+from deploy.core.storage import is_file, refresh
 
 if TYPE_CHECKING:
+    from deploy.core.on_ray import Cluster
+    from deploy.runtimes.base import Runner
     from deploy.validate import ArtifactResult
+    from deploy.validate.detect import Detect
 
 commands = typer.Typer()
 
@@ -49,6 +56,7 @@ def validate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     provider: Providers = "cpu",
     opening: RunnerFlags = RunnerFlags(),
+    where: ActorFlags = ActorFlags(),
     json_out: JsonOut = None,
 ) -> None:
     """Measure the mAP of exported files, with a gate.
@@ -56,7 +64,7 @@ def validate(
     With --provider cpu,cuda,tensorrt each .onnx file runs on each of them; the reference is that file on the first one.
     Exit code 1 if a file loses too much against the reference."""
     need_folder(images, "--images")
-    if not data.is_file():
+    if not is_file(data):
         raise UserError(f"--data: {data}: no such file")
     providers = provider_names(provider)
     if reference is None and len(providers) > 1:
@@ -66,22 +74,25 @@ def validate(
     max_map_drop = 0.5 if max_map_drop is None else max_map_drop
     need_finite(max_map_drop, "--max-map-drop")
     need_json_place(json_out)
+    cluster = where.cluster()
     from deploy.core.odd_pictures import odd_pictures
     from deploy.validate.coco import load_annotations
     from deploy.validate.labels import WHEN_MEASURING, label_notes
 
     truth = load_annotations(data)
-    odd = odd_pictures([images / row["file_name"] for row in truth["images"]])
+    pictures = [images / row["file_name"] for row in truth["images"]]
+    refresh(pictures)
+    odd = odd_pictures(pictures)
     for line in [*label_notes(truth, kinds=WHEN_MEASURING), *([] if odd is None else [odd])]:
         print(f"note: {data}: {line}")
     files = [*artifacts, *([reference] if reference is not None and reference not in artifacts else [])]
     from deploy.runtimes.open import open_runners, runner_name
 
-    runners = open_runners(files, providers, **opening.arguments(files, providers, max_batch=batch_size))
+    options = opening.arguments(files, providers, max_batch=batch_size)
+    runners = open_runners(files, providers, **options)
     from compress.console import open_console
     from compress.console import progress as progress_of
     from deploy import validate as validation
-    from deploy.validate.differences import in_words
 
     with progress_of("validating") as progress:
         results = validation.validate(
@@ -92,30 +103,40 @@ def validate(
             max_map_drop=max_map_drop,
             batch_size=batch_size,
             progress=progress,
+            detect=_detect(cluster, partial(open_runners, files, providers, **options), runners),
         )
     open_console().print(validation.results_table(results))
     write_results(json_out, [result.to_dict() for result in results])
     for result in results if reference is None else ():
         _say_what_training_measured(result.name, runners[result.name].card.val_map, result.metrics.map, max_map_drop)
-    for result in results:
-        _say_what_an_map_does_not(result)
+    _say_what_an_map_does_not(results)
     failed = [result.name for result in results if result.gate == "fail"]
-    for result in results:
-        if result.diagnosis is not None:
-            print(f"{result.name}: {result.diagnosis}")
-        if result.pictures:
-            print(f"{result.name}: differs most in images {in_words(result.pictures)}")
     if failed:
         gate_failed(f"gate of {max_map_drop:g} mAP points: {', '.join(failed)}")
     next_command("benchmark", *files, "--images", images)
 
 
-def _say_what_an_map_does_not(result: ArtifactResult) -> None:
-    """Print the operating point of a file, and which errors cost it most."""
-    if result.metrics.operating_point is not None:
-        print(f"{result.name}: {result.metrics.operating_point.in_words()}")
-    if result.analysis is not None and result.analysis.errors is not None:
-        print(f"{result.name}: points of AP50 lost to errors (TIDE): {result.analysis.errors.in_words()}")
+def _detect(cluster: Cluster | None, open: Callable[[], Mapping[str, Runner]], runners: Mapping[str, Runner]) -> Detect:
+    """What runs the runners: this process, or actors of a cluster that open them for themselves."""
+    from deploy.validate.detect import RayDetection, detect_all
+
+    return detect_all if cluster is None else RayDetection(cluster, open, frozenset(runners))
+
+
+def _say_what_an_map_does_not(results: Sequence[ArtifactResult]) -> None:
+    """Print the operating point of each file, which errors cost it most, and why it fails."""
+    from deploy.validate.differences import in_words
+
+    for result in results:
+        if result.metrics.operating_point is not None:
+            print(f"{result.name}: {result.metrics.operating_point.in_words()}")
+        if result.analysis is not None and result.analysis.errors is not None:
+            print(f"{result.name}: points of AP50 lost to errors (TIDE): {result.analysis.errors.in_words()}")
+    for result in results:
+        if result.diagnosis is not None:
+            print(f"{result.name}: {result.diagnosis}")
+        if result.pictures:
+            print(f"{result.name}: differs most in images {in_words(result.pictures)}")
 
 
 def _say_what_training_measured(name: str, trained: float | None, found: float, limit: float) -> None:

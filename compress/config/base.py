@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PlainSerializer
 from pydantic_core import PydanticCustomError
 
 from deploy.core.import_path import PATTERN
+from deploy.core.storage import place, shown, workplace
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -17,6 +18,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 ImportPath = Annotated[str, Field(pattern=f"^{PATTERN}$", json_schema_extra={"format": "import-path"})]
 """A user's own part, `package.module:Name`; what it names is imported where it is used, not while reading a recipe."""
+Location = Annotated[Path, AfterValidator(place), PlainSerializer(shown, return_type=str, when_used="json")]
+"""A file or folder, also one at an address such as s3://bucket/name; what is written of it says the address."""
+OutputLocation = Annotated[Path, AfterValidator(workplace), PlainSerializer(shown, return_type=str, when_used="json")]
+"""A folder to write into, also one at an address."""
 Options = dict[str, JsonValue]
 """Arguments of a user's own part, by name."""
 

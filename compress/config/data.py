@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import Count, Fraction, Positive, Seed, Settings, broken_rule
+from compress.config.base import Count, Fraction, Location, Positive, Seed, Settings, broken_rule
 
 
 class Split(Settings):
     """One labelled set of images in COCO format."""
 
-    annotations: Path
+    annotations: Location
     """COCO instances JSON."""
-    images: Path
+    images: Location
     """Folder that the JSON's file names are relative to."""
 
 

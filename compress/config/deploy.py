@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compress.config.base import Fraction, ImportPath, Positive, Settings, Weight, added_later, broken_rule
+from compress.config.base import Fraction, ImportPath, Location, Positive, Settings, Weight, added_later, broken_rule
 from deploy.core.card import CANDIDATES, MAX_CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.precisions import PRECISIONS, PrecisionName, Target
 from deploy.runtimes.providers import Provider
@@ -38,7 +37,7 @@ class Int8(Settings):
 
     target: Target = "cpu"
     """Whose format: cpu is ONNX Runtime's, tensorrt TensorRT's. Each runs the other's, slowly; OpenVINO runs both."""
-    calibration: Path | None = None
+    calibration: Location | None = None
     """Folder of images, or COCO JSON beside its images, that the ranges come from; null: the training images."""
     images: Positive = 128
     """Calibration images, spread evenly over what there is."""

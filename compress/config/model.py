@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from compress.config.base import ImportPath, Options, Positive, Settings, added_later, broken_rule, is_checkpoint
+from compress.config.base import (
+    ImportPath,
+    Location,
+    Options,
+    Positive,
+    Settings,
+    added_later,
+    broken_rule,
+    is_checkpoint,
+)
 from compress.config.families import BACKBONES, FAMILY_FACTS, SPECIAL, families_with
 from compress.config.messages import did_you_mean
 from compress.config.prune import Prune
@@ -63,7 +72,7 @@ class Model(Settings):
     """Feature extractor, or the import path of a function that makes one; a detector of your own may go without."""
     backbone_options: Options | None = added_later()
     """Arguments of a backbone of your own."""
-    weights: Literal["imagenet", "none"] | Annotated[Path, AfterValidator(_weights_file)] = "none"
+    weights: Literal["imagenet", "none"] | Annotated[Location, AfterValidator(_weights_file)] = "none"
     """Start of the backbone: torchvision's ImageNet weights, random, or a file with such weights."""
     neck_channels: Annotated[int, Field(ge=32, multiple_of=32)] = 256
     """Channels of the pyramid and the head (a multiple of 32; a GroupNorm in the head takes 8 channels a group)."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compress.config.base import Count, Fraction, Positive, Seed, Settings, broken_rule
+from compress.config.base import Count, Fraction, Location, Positive, Seed, Settings, broken_rule
 from compress.config.teacher import Source
 
 
@@ -61,7 +61,7 @@ class PseudoLabels(Settings):
     """Who labels, each with the classes that it knows; null: the recipe's teacher."""
     min_map: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Stop when a teacher's mAP (percent) on the validation images, over the classes that it looks for, is lower."""
-    unlabeled: tuple[Path, ...] = ()
+    unlabeled: tuple[Location, ...] = ()
     """Folders of images, searched with all folders below them. Images of data.train and data.val that lie there, or
     files of the same content, are left out."""
     tau: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from compress.config.base import Seed, Settings, added_later, broken_rule
+from compress.config.base import OutputLocation, Seed, Settings, added_later, broken_rule
 from compress.config.data import Data
 from compress.config.deploy import Deploy
 from compress.config.families import FAMILY_FACTS, Abilities, families_with
@@ -29,10 +29,12 @@ from compress.config.messages import problems
 from compress.config.methods import Methods
 from compress.config.model import Model, Student
 from compress.config.pseudo import Labels, PseudoLabels
+from compress.config.ray import Ray
 from compress.config.teacher import BOXES_ALONE, Source, Teacher
 from compress.config.train import Train
 from compress.config.yaml_document import Document, Dumper
 from deploy.core.errors import UserError, one_line
+from deploy.core.storage import fetch, place
 
 
 class Recipe(Settings):
@@ -42,7 +44,7 @@ class Recipe(Settings):
     """Name of the run and of its folder."""
     seed: Seed = 0
     """Seed of everything random in training."""
-    runs: Path = Path("runs")
+    runs: OutputLocation = Path("runs")
     """Folder of run folders."""
     data: Data
     """The images."""
@@ -66,6 +68,8 @@ class Recipe(Settings):
     """The exported file."""
     loggers: Loggers = added_later(Loggers())
     """Where figures go besides the run folder."""
+    ray: Ray | None = added_later()
+    """A cluster that labels and validates; null: this machine does. {} for a Ray of this machine."""
 
     @property
     def run_dir(self) -> Path:
@@ -282,7 +286,9 @@ def _load(
 
 def _text_of(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return fetch(place(path)).read_text(encoding="utf-8")
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -304,9 +310,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments, written-out defaults and `loggers` do
-    not change it."""
-    content = {key: value for key, value in recipe_content(recipe).items() if key != "loggers"}
+    """SHA-256 of the settings, 64 hexadecimal digits; formatting, comments, written-out defaults, `loggers` and `ray`
+    do not change it."""
+    content = {key: value for key, value in recipe_content(recipe).items() if key not in ("loggers", "ray")}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

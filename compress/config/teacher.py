@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from compress.config.base import (
     Fraction,
     ImportPath,
+    Location,
     Options,
     Positive,
     Settings,
@@ -59,7 +60,7 @@ class Torchvision(Settings):
         "ssdlite320_mobilenet_v3_large",
     ]
     """Name of the function in torchvision.models.detection that builds it."""
-    weights: Literal["coco", "none"] | Path
+    weights: Literal["coco", "none"] | Location
     """coco: torchvision's own, downloaded; none: random; or a file with a state dict."""
     class_names: Names | None = None
     """Its classes in the order of its labels, without background; null: COCO's. A label that is not used is called
@@ -80,9 +81,9 @@ class Torchvision(Settings):
 class Mmdet(Settings):
     """A detector of mmdet (extra `mmdet`)."""
 
-    config: Path
+    config: Location
     """Config file."""
-    checkpoint: Path
+    checkpoint: Location
     """Weights."""
 
 
@@ -229,7 +230,7 @@ class Onnx(Settings):
     """A detector in an ONNX file: one that this project exported, or any other with a description of what it takes and
     gives."""
 
-    file: Path
+    file: Location
     """The file."""
     input: OnnxInput | None = None
     """What it takes; null: its defaults, or for a file of this project what its card says."""
@@ -275,7 +276,7 @@ class Source(Settings):
     """A detector of transformers."""
     onnx: Onnx | None = None
     """A detector in an ONNX file."""
-    results: Path | None = None
+    results: Location | None = None
     """COCO JSON with what a detector found: a list of results, or a whole document with images and categories."""
     custom: Custom | None = added_later()
     """A teacher of your own: a detector, or anything that gives boxes."""

@@ -18,6 +18,7 @@ from deploy.core.image_folder import missing
 from deploy.core.progress import Progress
 from deploy.core.same_files import FileContents, shared
 from deploy.core.shown import first_of_each
+from deploy.core.storage import is_file, refresh
 from deploy.validate.coco import images_without_size, read_annotations
 from deploy.validate.labels import KINDS, MOST_OBJECTS, Finding, label_findings
 
@@ -132,12 +133,13 @@ def _sizes(document: Mapping[str, Any]) -> tuple[Sequence[tuple[int, int]], floa
 def _pictures(file: Path, folder: Path, document: dict[str, Any], progress: Progress | None) -> Iterator[Problem]:
     """Decode all images. Sizes that the document does not say are filled in."""
     entries = document["images"]
+    refresh([folder / entry["file_name"] for entry in entries])
     unsized = {id(entry) for entry in images_without_size(document, str(file))}
 
     def look(entry: dict[str, Any]) -> list[Problem]:
         path = folder / entry["file_name"]
         where = f"image {entry['id']}"
-        if not path.is_file():
+        if not is_file(path, ask=False):
             return [Problem("no-file", where, missing(path) + _elsewhere(folder, entry["file_name"]), path)]
         try:
             pixels = load_image(path)

@@ -9,6 +9,8 @@ trusted where it must be right: a file that was changed in the two seconds befor
 another change could leave the same times. A time that was set back by hand deceives nobody: the time of the last change
 of the inode counts too, which only the system sets.
 
+Of pictures at an address nothing is read: what the server says of them (size, ETag or time) stands for them.
+
 Several runs may use one record at once: each puts what it has read beside what is there, and the file is replaced as a
 whole. A record that is damaged, of another version or cannot be written costs time, nothing else.
 """
@@ -27,6 +29,7 @@ from pathlib import Path
 
 from compress.console import progress
 from deploy.core.files import write_text
+from deploy.core.storage import is_remote, refresh, shown
 
 RECORD = ".pictures.json"
 """Name of the record beside the run folders."""
@@ -69,8 +72,10 @@ class PictureDigests:
             self._seen = _read(self._record)
         names = [os.path.abspath(file) for file in files]
         seen_before = self._seen
-        found = {name: _remembered(name, self._new.get(name, seen_before.get(name))) for name in dict.fromkeys(names)}
-        unread = [name for name, digest in found.items() if digest is None]
+        found: dict[str, str | None] = _at_addresses(names)
+        here = (name for name in dict.fromkeys(names) if name not in found)
+        found |= {name: _remembered(name, self._new.get(name, seen_before.get(name))) for name in here}
+        unread = [name for name, digest in found.items() if digest is None and not is_remote(name)]
         shown = progress("reading the pictures once") if len(unread) >= MANY else nullcontext(lambda done, total: None)
         with ThreadPoolExecutor(4) as pool, shown as advance:
             for done, (name, seen) in enumerate(zip(unread, pool.map(_look, unread), strict=True), start=1):
@@ -113,6 +118,16 @@ def _read(record: Path | None) -> dict[str, Seen]:
         return {name: tuple(seen) for name, seen in entries.items() if _is_entry(seen)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _at_addresses(names: Sequence[str]) -> dict[str, str | None]:
+    """A digest of each of the files at addresses: of where it lies, and of what `refresh` says of it."""
+    there = [name for name in dict.fromkeys(names) if is_remote(name)]
+    versions = refresh([Path(name) for name in there])
+    return {
+        name: None if version is None else hashlib.sha256(f"{shown(name)} {version}".encode()).hexdigest()
+        for name, version in zip(there, versions, strict=True)
+    }
 
 
 def _remembered(name: str, seen: Seen | None) -> str | None:

@@ -30,8 +30,9 @@ from safetensors.numpy import save_file
 
 from compress.data.digests import PictureDigests
 from compress.data.label_tables import LabelTables, plain_tables
-from deploy.core.files import atomic_path
+from deploy.core.files import atomic_path, sha256_of
 from deploy.core.lock import InUse, locked
+from deploy.core.storage import fetch, is_remote
 
 SMALLEST = 4 << 20
 """Bytes: the general reader takes less than half a second for that."""
@@ -57,27 +58,34 @@ def label_tables(annotations: Path, images: Path) -> LabelTables:
 
     Raises UserError as `compress.data.label_tables.plain_tables`.
     """
-    if not _is_large(annotations):
+    if not _is_large(fetch(annotations)):
         return plain_tables(annotations, images)[0]
     folder = index_folder()
     before = _state(annotations)
-    (digest,) = PictureDigests(folder / "digests.json").of([annotations])
+    if is_remote(annotations):  # what its server says of it is not what is in it
+        digest: str | None = sha256_of(annotations)
+    else:
+        (digest,) = PictureDigests(folder / "digests.json").of([annotations])
     place = folder / f"{digest}-{VERSION}.safetensors"
     if digest is None:
         return plain_tables(annotations, images)[0]
-    until = time.monotonic() + PATIENCE_S
-    while (found := _checked(place)) is None:
+    until, waited = time.monotonic() + PATIENCE_S, False
+    found: LabelTables | None = _checked(place)
+    while found is None:
         try:
             with locked(place.with_suffix(".lock"), str(place)):
-                found = _checked(place)  # by the one whose end was waited for
-                return found or _made(place, annotations, images, before)
+                found = _checked(place)
+                if found is None and not waited:
+                    return _made(place, annotations, images, before)
+            break  # whoever was waited for has made it, or could not
         except InUse:
             if time.monotonic() > until:
-                return _read(annotations, images)[0]
+                break
+            waited = True
             time.sleep(0.2)
-        except OSError:
-            return _read(annotations, images)[0]
-    return found
+        except OSError:  # there is no place for it
+            break
+    return found or _read(annotations, images)[0]
 
 
 def index_folder() -> Path:

@@ -95,9 +95,7 @@ class LabelTables:
         if not many.any():
             return list(self.notes)
         place = int(many.argmax())
-        image, count, most = (
-            column.tolist()[place] for column in (self.named_ids, self.named_objects, self.named_most)
-        )
+        image, count, most = (int(column[place]) for column in (self.named_ids, self.named_objects, self.named_most))
         first = many_objects(image, count, most, max_detections)
         assert first is not None, "it was chosen by the same limits"
         return [*self.notes, line(first, int(many.sum()))]

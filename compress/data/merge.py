@@ -17,6 +17,7 @@ from typing import Any
 from deploy.core.errors import UserError
 from deploy.core.files import write_json
 from deploy.core.shown import some
+from deploy.core.storage import is_file
 from deploy.validate.coco import NO_NUMBERS, load_annotations
 
 
@@ -222,7 +223,7 @@ def _notes(sets: Sequence[Labelled], document: Mapping[str, Any]) -> Iterator[st
         if lacks:
             yield f"{one.file}: has no category {some(lacks)}; its pictures count as without any"
         rows = one.content["images"]
-        absent = [row["file_name"] for row in rows if not (one.folder / row["file_name"]).is_file()]
+        absent = [row["file_name"] for row in rows if not is_file(one.folder / row["file_name"], ask=False)]
         if absent:
             yield (
                 f"{one.file}: {len(absent)} of {len(rows)} pictures are not in {one.folder}, {absent[0]} is the first; "

@@ -22,6 +22,7 @@ from typing import Any
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, write_json
 from deploy.core.same_files import FileContents
+from deploy.core.storage import is_file
 from deploy.validate.coco import NO_NUMBERS, load_annotations
 
 
@@ -136,7 +137,7 @@ def _groups(content: Mapping[str, Any], images: Path | None, pattern: str | None
             links[root(name)] = root(first.setdefault(key, name))
     if images is not None:
         paths = {images / name: name for name in names}
-        absent = next((path for path in paths if not path.is_file()), None)
+        absent = next((path for path in paths if not is_file(path, ask=False)), None)
         if absent is not None:
             raise UserError(f"--images: {absent}: the file is missing")
         contents = FileContents(paths)

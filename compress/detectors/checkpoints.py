@@ -34,6 +34,7 @@ from compress.config.model import Model
 from compress.detectors.base import Detector
 from compress.detectors.build import FAMILIES, assemble
 from compress.detectors.weights import load_exactly, read_tensors
+from deploy.core import storage
 from deploy.core.card import OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, sha256_of
@@ -334,7 +335,7 @@ def load_teacher_checkpoint(spec: str) -> tuple[Detector, ModelRecord]:
 def checkpoint_file(spec: str) -> Path:
     """The file behind `spec` (see `load_teacher_checkpoint`); one of the zoo is downloaded if need be."""
     if not spec.startswith("zoo:"):
-        return Path(spec).expanduser()
+        return storage.fetch(storage.place(spec).expanduser())
     name = spec.removeprefix("zoo:")
     if name in PACKAGED:
         return Path(__file__).parents[1] / "assets" / PACKAGED[name]

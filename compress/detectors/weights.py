@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deploy.core.errors import UserError, first_line
 from deploy.core.shown import some
+from deploy.core.storage import fetch
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises UserError when there is no such file, or it cannot be read, or holds no tensors.
     """
-    if not path.is_file():
+    if not fetch(path).is_file():
         raise UserError(f"{path}: no such file; give a .safetensors or .pth file with weights")
     if path.suffix == ".safetensors":
         try:

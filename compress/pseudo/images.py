@@ -20,6 +20,7 @@ from deploy.core.canvas import fit_size
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.image_folder import image_files
 from deploy.core.same_files import FileContents
+from deploy.core.storage import fetch, is_folder, is_remote, refresh
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,21 @@ class ImageList:
         """The image files, in order."""
         return [self.folder / name for name in self.names]
 
+    def part(self, first: int, count: int) -> ImageList:
+        """Up to `count` images from the place `first` on."""
+        cut = slice(first, first + count)
+        return replace(self, ids=self.ids[cut], names=self.names[cut], sizes=self.sizes[cut])
+
     def sha256(self) -> str:
         """Hash of ids, names, sizes and lengths of the files (bytes; null if absent), in order. What is in the files is
         not in it: each part of a labelling records that of the pictures that it has labelled.
         """
         digest = hashlib.sha256()
+        at_addresses = iter(refresh([file for file in self.files if is_remote(file)]))
         for entry in zip(self.ids, self.names, self.sizes, strict=True):
             file = self.folder / entry[1]
-            length = file.stat().st_size if file.is_file() else None
+            version = next(at_addresses) if is_remote(file) else None
+            length = version if is_remote(file) else file.stat().st_size if file.is_file() else None
             digest.update(json.dumps([*entry, length]).encode() + b"\n")
         return digest.hexdigest()
 
@@ -65,7 +73,7 @@ def images_in(source: Path, root: Path | None = None) -> ImageList:
     Raises:
         UserError: nothing there, no images, `root` with a folder, or a file that is not COCO JSON.
     """
-    if source.is_dir():
+    if source.suffix != ".json" and is_folder(source):
         if root is not None:
             raise UserError(f"{source}: is a folder of images; a second folder belongs to a JSON file only")
         names = [path.relative_to(source).as_posix() for path in image_files(source)]
@@ -73,7 +81,7 @@ def images_in(source: Path, root: Path | None = None) -> ImageList:
     if source.suffix != ".json":
         raise UserError(f"{source}: neither a folder of images nor a COCO .json file")
     folder = source.parent if root is None else root
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder}: no such folder")
     return _listed(source, folder)
 
@@ -179,7 +187,9 @@ def _as_it_is(chunk: Any) -> Any:
 
 def _listed(source: Path, folder: Path) -> ImageList:
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json.loads(fetch(source).read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

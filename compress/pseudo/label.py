@@ -7,8 +7,7 @@ tells how the file came about: hashes of the teachers, thresholds, settings.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,18 +21,19 @@ from compress.config.teacher import Source
 from compress.console import progress
 from compress.data.digests import PictureDigests, together
 from compress.pseudo import parts
-from compress.pseudo.images import Chunk, ImageList, Unreadable, chunk_count, images_in, read_chunks
-from compress.pseudo.merge import REST, Boxes, class_map, in_union, looked_for, merge, split, union_of
+from compress.pseudo.find import Finder, Found, Image, RayFinder, Teacher, Union, categories_of, open_teachers
+from compress.pseudo.images import ImageList, chunk_count, images_in
+from compress.pseudo.merge import Boxes, looked_for, split
 from compress.pseudo.parts import Shard, Summary
 from compress.pseudo.settings import Settings, unlike
-from compress.teachers.base import BoxTeacher, Sample, View
+from compress.teachers.base import BoxTeacher, View
 from compress.teachers.check import class_lines
-from compress.teachers.load import open_teacher
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import naming, need_place, sha256_of
 from deploy.core.lock import locked
-from deploy.validate.coco import load_annotations, read_annotations
+from deploy.core.on_ray import Cluster
+from deploy.validate.coco import load_annotations
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import score_curves
 
@@ -49,15 +49,6 @@ class Labelled:
     root: Path | None
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen teacher. labels: its classes in the common label space. size: (short, long) of what it is shown."""
-
-    boxes: BoxTeacher
-    labels: list[int]
-    size: tuple[int, int]
-
-
 def pseudo_label(
     sources: Sequence[Source | str | BoxTeacher],
     images: ImageList,
@@ -71,6 +62,7 @@ def pseudo_label(
     shard: Shard = Shard(0, 1),
     device: torch.device | None = None,
     workers: int = 0,
+    cluster: Cluster | None = None,
     skip_unreadable: bool = False,
     resume: bool = False,
     replace: bool = False,
@@ -94,6 +86,8 @@ def pseudo_label(
             far from that of the labels, the process that writes `out` prints a warning, even if `quiet`.
         device: default: the first GPU, or the one of LOCAL_RANK, or the CPU.
         workers: processes that decode images.
+        cluster: let the actors of a Ray cluster do the work. They open the teachers for themselves, so these must be
+            sources, and the shard the only one.
         skip_unreadable: leave out images that cannot be read, and list them in `skipped`; else they are an error.
         resume: go on with what an interrupted run left; pictures that were exchanged since are labelled anew.
         replace: an `out` of other pictures or settings stays until it is replaced; else it is an error.
@@ -108,26 +102,22 @@ def pseudo_label(
     """
     _check_place(out, shard, resume=resume or replace)
     table = table or {}
-    union, teachers = _load(sources, categories, table, device or _default_device(), settings)
-    for source, teacher in zip(sources, teachers, strict=True):
-        if isinstance(source, Source | str) and not quiet:
-            of_classes = class_lines(teacher.boxes, teacher.labels, [name for _, name in union])
-            print(*of_classes, *settings.size_lines(teacher.boxes), sep="\n")
-        note = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
-        if note is not None and not quiet:
-            print(note)
+    union = [] if categories is None else categories_of(categories)
+    union, teachers = open_teachers(sources, union, table, settings, device)
+    _tell(sources, teachers, union, images, settings, quiet=quiet)
     counts = looked_for([teacher.labels for teacher in teachers], len(union))
-    tau, tau_ignore = _thresholds(teachers, union, counts, settings, thresholds_from, workers, quiet=quiet)
-    labeller = _Labeller(images, settings, teachers, union, counts, tau, tau_ignore, workers, skip_unreadable)
+
+    def finder(lowest: float) -> Finder | RayFinder:
+        if cluster is None:
+            return Finder(teachers, counts, settings, lowest, workers)
+        return RayFinder(cluster, _reopened(sources, shard), union, table, settings, lowest, workers)
+
+    tau, tau_ignore = _thresholds(teachers, union, counts, settings, thresholds_from, finder, quiet=quiet)
+    lowest = finder(min(LOWEST_SCORE, float(tau_ignore.min())))
+    labeller = _Labeller(images, settings, teachers, union, counts, tau, tau_ignore, lowest, skip_unreadable)
     info = labeller.info(table, None if thresholds_from is None else sha256_of(thresholds_from.annotations))
-    if out.exists():
-        if _is_of(parts.header_of(out), info, images):
-            parts.remove(out)
-            return None
-        if not replace:
-            raise UserError(
-                f"{out}: already exists, made with other settings or of other pictures; delete it, or name another file"
-            )
+    if _is_done(out, info, images, replace=replace):
+        return None
     document = {"info": info, "categories": [{"id": number, "name": name} for number, name in union]}
     place = parts.parts_folder(out)
     with _of_this_shard(), locked(place / f"{shard.index + 1}-of-{shard.count}.lock", str(out)):
@@ -142,20 +132,13 @@ def pseudo_label(
 
 # --- details --------------------------------------------------------------------------------------------
 
-Union = list[tuple[int, str]]
-"""The common label space: (category id, name), the place is the label."""
-
-
-Shown = dict[tuple[int, int], Chunk]
-"""One chunk of images at each size, (short, long), that a teacher sees."""
-
 
 @dataclass(frozen=True)
 class _Labeller:
     """Labelling of one shard, with everything decided.
 
     union: the common label space. counts: teachers that look for each class, int64 [K].
-    tau, tau_ignore: lowest score of a label and of a region, a class, float64 [K].
+    tau, tau_ignore: lowest score of a label and of a region, a class, float64 [K]. finder: does the work.
     """
 
     images: ImageList
@@ -165,7 +148,7 @@ class _Labeller:
     counts: np.ndarray
     tau: np.ndarray
     tau_ignore: np.ndarray
-    workers: int
+    finder: Finder | RayFinder
     skip_unreadable: bool
 
     def info(self, table: Mapping[str, str | None], thresholds_sha256: str | None) -> dict[str, Any]:
@@ -196,33 +179,60 @@ class _Labeller:
             return digests.of(files[number * size : (number + 1) * size])
 
         done = parts.begin(out, shard, {"document": document}, pictures)
-        chunks = _read(self.images, numbers[done:], self.settings, self.teachers, self.workers)
+        chunks = self.finder.find(self.images, numbers[done:])
         part = parts.part_file(out, shard)
         with naming(part), open(part, "a", encoding="utf-8") as file, _telling(name, quiet) as advance:
-            for number, chunk in zip(numbers[done:], chunks, strict=True):
-                parts.append(file, {"number": number, "pictures": pictures(number), **self._labelled(chunk)})
+            for number, found in zip(numbers[done:], chunks, strict=True):
+                parts.append(file, {"number": number, "pictures": found.pictures, **self._labelled(found)})
                 advance(number // shard.count + 1, len(numbers))
 
-    def _labelled(self, chunk: Shown) -> dict[str, Any]:
+    def _labelled(self, found: Found) -> dict[str, Any]:
         """COCO rows of a chunk. Raises UserError for an image that cannot be read and is not to be skipped."""
-        samples, bad = _sorted_out(chunk)
-        if bad and not self.skip_unreadable:
+        if found.unreadable and not self.skip_unreadable:
             raise UserError(
-                f"{bad[0].reason}; --skip-unreadable, or pseudo_labels.skip_unreadable in a recipe, leaves such images "
-                "out"
+                f"{found.unreadable[0].reason}; --skip-unreadable, or pseudo_labels.skip_unreadable in a recipe, "
+                "leaves such images out"
             )
-        lowest = min(LOWEST_SCORE, float(self.tau_ignore.min()))
-        merged = _find(self.teachers, samples, self.settings, self.counts, lowest)
-        listed = samples[self.teachers[0].size]
         return {
-            "images": [_image_row(sample) for sample in listed],
+            "images": [_image_row(image) for image in found.images],
             "annotations": [
                 annotation
-                for sample, boxes in zip(listed, merged, strict=True)
-                for annotation in _annotations(sample, *split(boxes, self.tau, self.tau_ignore), self.union)
+                for image in found.images
+                for annotation in _annotations(image, *split(image.boxes, self.tau, self.tau_ignore), self.union)
             ],
-            "skipped": [item.name for item in bad],
+            "skipped": [item.name for item in found.unreadable],
         }
+
+
+def _tell(
+    sources: Sequence[Source | str | BoxTeacher],
+    teachers: Sequence[Teacher],
+    union: Union,
+    images: ImageList,
+    settings: Settings,
+    *,
+    quiet: bool,
+) -> None:
+    """Print what the teachers look for and see, of those that were opened here.
+
+    Raises UserError where one knows nothing about the images."""
+    for source, teacher in zip(sources, teachers, strict=True):
+        if isinstance(source, Source | str) and not quiet:
+            of_classes = class_lines(teacher.boxes, teacher.labels, [name for _, name in union])
+            print(*of_classes, *settings.size_lines(teacher.boxes), sep="\n")
+        note = teacher.boxes.covers(images.ids if images.listed else None, images.names, images.folder)
+        if note is not None and not quiet:
+            print(note)
+
+
+def _reopened(sources: Sequence[Source | str | BoxTeacher], shard: Shard) -> list[Source | str]:
+    """The sources, for others to open."""
+    if shard.count > 1:
+        raise UserError("shard: a Ray cluster divides the work itself; start one command, without shards or torchrun")
+    named = [source for source in sources if isinstance(source, Source | str)]
+    if len(named) < len(sources):
+        raise UserError("teachers: a Ray cluster opens them for itself; give files or sources, not open teachers")
+    return named
 
 
 def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
@@ -234,6 +244,21 @@ def _check_place(out: Path, shard: Shard, *, resume: bool) -> None:
         raise UserError(f"{out}: already exists; delete it, or name another file")
     with _of_this_shard():
         parts.need_fresh(out, shard, resume=resume)
+
+
+def _is_done(out: Path, info: Mapping[str, Any], images: ImageList, *, replace: bool) -> bool:
+    """Whether the file is there; what a kill left of its parts is removed. Raises UserError where another one stands in
+    its place and is not to be replaced."""
+    if not out.exists():
+        return False
+    if _is_of(parts.header_of(out), info, images):
+        parts.remove(out)
+        return True
+    if not replace:
+        raise UserError(
+            f"{out}: already exists, made with other settings or of other pictures; delete it, or name another file"
+        )
+    return False
 
 
 def _is_of(written: Any, info: Mapping[str, Any], images: ImageList) -> bool:
@@ -256,74 +281,20 @@ def _of_this_shard() -> Iterator[None]:
         raise LocalUserError(str(error)) from error
 
 
-def _default_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _load(
-    sources: Sequence[Source | str | BoxTeacher],
-    categories: Path | None,
-    table: Mapping[str, str | None],
-    device: torch.device,
-    settings: Settings,
-) -> tuple[Union, list[Teacher]]:
-    union: Union = []
-    if categories is not None:
-        union = _categories(categories)
-    loaded = []
-    for source in sources:
-        boxes: BoxTeacher
-        if isinstance(source, Source | str):
-            boxes = open_teacher(source, device, categories=dict(union) or None)
-        else:
-            boxes = source
-        if boxes.class_names is None:
-            raise UserError(f"teacher {boxes.file}: does not name its classes, so they cannot be matched")
-        loaded.append((boxes, boxes.class_names))
-    known = {name for _, names in loaded for name in names}
-    unknown = sorted(set(table) - known - {REST})
-    if unknown:
-        raise UserError(f"class map: no teacher has a class {unknown[0]!r}; they have {', '.join(sorted(known))}")
-    if categories is None:
-        union = list(enumerate(union_of([names for _, names in loaded], table), start=1))
-    names = [name for _, name in union]
-    if not names:
-        raise UserError("class map: it drops every class of every teacher, so there is nothing to look for")
-    sizes = settings.sizes([boxes for boxes, _ in loaded])
-    teachers = [
-        Teacher(boxes, class_map(theirs, names, table, teacher=f"teacher {boxes.file}"), size)
-        for (boxes, theirs), size in zip(loaded, sizes, strict=True)
-    ]
-    return union, teachers
-
-
-def _categories(file: Path) -> Union:
-    """Categories of a COCO file; its images and annotations do not matter."""
-    union = sorted((row["id"], row["name"]) for row in read_annotations(file)["categories"])
-    if not union:
-        raise UserError(f"{file}: categories: the list is empty, so there is no class to look for")
-    for what, values in zip(("id", "name"), zip(*union, strict=True), strict=True):
-        if len(set(values)) < len(union):
-            raise UserError(f"{file}: categories: two have the same {what}; ids and names must differ")
-    return union
-
-
 def _thresholds(
     teachers: Sequence[Teacher],
     union: Union,
     counts: np.ndarray,
     settings: Settings,
     split_: Labelled | None,
-    workers: int,
+    finder: Callable[[float], Finder | RayFinder],
     *,
     quiet: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per class the lowest score of a label and of a region: float64 [K] each. Says where they come from."""
     label_from, region_from, why = settings.thresholds([teacher.boxes for teacher in teachers])
     if split_ is not None:
-        tau = _measured(teachers, union, counts, settings, label_from, split_, workers, quiet=quiet)
+        tau = _measured(teachers, union, counts, settings, label_from, split_, finder(LOWEST_SCORE), quiet=quiet)
         return tau, tau * (region_from / label_from)
     if settings.tau is None and not quiet:
         print(f"threshold: {label_from:.3g} ({region_from:.3g} for regions to ignore), {why}")
@@ -337,7 +308,7 @@ def _measured(
     settings: Settings,
     otherwise: float,
     split_: Labelled,
-    workers: int,
+    finder: Finder | RayFinder,
     *,
     quiet: bool,
 ) -> np.ndarray:
@@ -348,16 +319,13 @@ def _measured(
         teacher.boxes.covers(images.ids, images.names, images.folder)
     tables = []
     total = chunk_count(images, settings.batch_size)
-    chunks = _read(images, range(total), settings, teachers, workers)
     with _telling("thresholds", quiet) as advance:
-        for number, chunk in enumerate(chunks, start=1):
-            samples, bad = _sorted_out(chunk)
-            if bad:
-                raise UserError(bad[0].reason)
-            merged = _find(teachers, samples, settings, counts, LOWEST_SCORE)
-            for sample, found in zip(samples[teachers[0].size], merged, strict=True):
-                image = np.full(len(found), sample.image_id, np.int64)
-                tables.append(DetectionTable(image, found.labels, found.boxes, found.scores, corners=True))
+        for number, found in enumerate(finder.find(images, range(total)), start=1):
+            if found.unreadable:
+                raise UserError(found.unreadable[0].reason)
+            for image in found.images:
+                ids, boxes = np.full(len(image.boxes), image.image_id, np.int64), image.boxes
+                tables.append(DetectionTable(ids, boxes.labels, boxes.boxes, boxes.scores, corners=True))
             advance(number, total)
     tau = np.full(len(union), otherwise)
     curves = score_curves(truth, DetectionTable.join(tables), range(len(union))).of_each
@@ -404,56 +372,12 @@ def _provenance(teacher: Teacher, settings: Settings) -> dict[str, Any]:
     return {"file": boxes.file, "sha256": boxes.sha256} | own
 
 
-def _read(
-    images: ImageList, numbers: Sequence[int], settings: Settings, teachers: Sequence[Teacher], workers: int
-) -> Iterator[Shown]:
-    """The chunks as the teachers see them. Images are decoded anew for each size, which is rarely more than one."""
-    sizes = list(dict.fromkeys(teacher.size for teacher in teachers))
-    readers = [
-        read_chunks(
-            images,
-            numbers,
-            size=settings.batch_size,
-            short=short,
-            long=long,
-            workers=workers,
-            views={teacher.boxes.view for teacher in teachers if teacher.size == (short, long)},
-        )
-        for short, long in sizes
-    ]
-    for chunks in zip(*readers, strict=True):
-        yield dict(zip(sizes, chunks, strict=True))
+def _image_row(image: Image) -> dict[str, Any]:
+    height, width = image.size
+    return {"id": image.image_id, "file_name": image.name, "width": width, "height": height}
 
 
-def _find(
-    teachers: Sequence[Teacher],
-    samples: Mapping[tuple[int, int], Sequence[Sample]],
-    settings: Settings,
-    counts: np.ndarray,
-    lowest: float,
-) -> list[Boxes]:
-    """Merged boxes of each image."""
-    found: list[list[Boxes]] = [[] for _ in samples[teachers[0].size]]
-    for teacher in teachers:
-        detections = teacher.boxes.detect(samples[teacher.size], score_threshold=lowest)
-        for mine, one in zip(found, detections, strict=True):
-            boxes = one.boxes.double().cpu().numpy(), one.scores.double().cpu().numpy(), one.labels.cpu().numpy()
-            mine.append(in_union(Boxes(*boxes), teacher.labels))
-    return [merge(one, how=settings.how, iou_threshold=settings.iou_threshold, counts=counts) for one in found]
-
-
-def _sorted_out(shown: Shown) -> tuple[dict[tuple[int, int], list[Sample]], list[Unreadable]]:
-    """The images that can be read, at each size; and those that cannot, which are the same at all sizes."""
-    samples = {size: [item for item in chunk if isinstance(item, Sample)] for size, chunk in shown.items()}
-    return samples, [item for item in next(iter(shown.values())) if isinstance(item, Unreadable)]
-
-
-def _image_row(sample: Sample) -> dict[str, Any]:
-    height, width = sample.size.original
-    return {"id": sample.image_id, "file_name": sample.name, "width": width, "height": height}
-
-
-def _annotations(sample: Sample, labels: Boxes, regions: Boxes, union: Union) -> Iterator[dict[str, Any]]:
+def _annotations(image: Image, labels: Boxes, regions: Boxes, union: Union) -> Iterator[dict[str, Any]]:
     """COCO rows without id, rounded to a hundredth of a pixel: what lies below is noise of the arithmetic."""
     for found, ignore in ((labels, 0), (regions, 1)):
         for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
@@ -461,7 +385,7 @@ def _annotations(sample: Sample, labels: Boxes, regions: Boxes, union: Union) ->
             width, height = round(x2 - x1, 2), round(y2 - y1, 2)
             if width > 0 and height > 0:
                 yield {
-                    "image_id": sample.image_id,
+                    "image_id": image.image_id,
                     "category_id": union[label][0],
                     "bbox": [x1, y1, width, height],
                     "area": round(width * height, 2),

@@ -23,6 +23,7 @@ from compress.report.text import figure, flat, milliseconds, signed
 from deploy.core.draw import COLORS
 from deploy.core.errors import UserError
 from deploy.core.files import write_text
+from deploy.core.storage import shown
 from deploy.validate.bootstrap import TIMES, Interval, Matches, drawn_aps, interval, mean_ap
 from deploy.validate.kept import Kept
 
@@ -106,7 +107,7 @@ class _Gain:
 def _names(documents: Sequence[Document]) -> list[str]:
     """Names of the runs, or their folders where two have one name."""
     names = [document.report.name for document in documents]
-    return names if len(set(names)) == len(names) else [str(document.run_dir) for document in documents]
+    return names if len(set(names)) == len(names) else [shown(document.run_dir) for document in documents]
 
 
 def _why_not(first: Report, other: Report, kept: Kept, found: Kept, name: str, second: str) -> str | None:

@@ -17,6 +17,7 @@ from compress.report.document import STUDENT_IN_TORCH
 from deploy.core.card import SHOWN_SCORE
 from deploy.core.detection_table import DetectionTable
 from deploy.core.shown import counted
+from deploy.core.storage import shown
 from deploy.validate.average_precision import matched_at_half
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.kept import Kept
@@ -166,7 +167,7 @@ def _entry(
     labels = [truth.names[label] for label in truth.categories[mine].tolist()]
     drawn = {role: _drawn(truth, place, shown) for role, shown in found.items()}
     return {
-        "image": str(kept.path(number)),
+        "image": shown(kept.path(number)),
         "id": number,
         "kind": kind,
         "why": why,

@@ -39,6 +39,7 @@ from compress.report.text import date, flat, lower
 from deploy.core.draw import COLORS
 from deploy.core.errors import UserError
 from deploy.core.files import write_text
+from deploy.core.storage import shown
 from deploy.validate.kept import Kept
 
 DOUBT = " (not measured well)"
@@ -150,7 +151,7 @@ def _missing(document: Document) -> list[str]:
 
 def _repeat(report: Report, run_dir: Path) -> str:
     """The command that measures the files again."""
-    files = dict.fromkeys(str(run_dir / a.file.partition(" ")[0]) for a in report.files if a.latency_doubts)
+    files = dict.fromkeys(shown(run_dir / a.file.partition(" ")[0]) for a in report.files if a.latency_doubts)
     return f"compress benchmark {' '.join(files)}" if files else ""
 
 

@@ -28,6 +28,7 @@ from deploy.core.card import SHOWN_SCORE
 from deploy.core.draw import COLORS
 from deploy.core.errors import UserError
 from deploy.core.image import load_image
+from deploy.core.storage import is_file, place
 
 LONGEST_SIDE = 640  # pixels of an embedded image
 FULL_SIZE = 24  # pictures that are embedded so; more are smaller, so that all together take about as much room
@@ -84,7 +85,7 @@ class Photos:
         )
 
     def _open(self, image: str) -> tuple[int, str, tuple[int, int]]:
-        path = next((p for p in (self._run_dir / image, Path(image)) if p.is_file()), None)
+        path = next((p for p in (self._run_dir / image, place(image)) if is_file(p, ask=False)), None)
         if path is None:
             raise PhotoError(f"The image {image} was not found when this page was written.")
         if path not in self._read:

@@ -31,6 +31,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of
 from deploy.core.image_folder import spread
 from deploy.core.precisions import PRECISIONS, TENSORRT, Target, file_for, sources
+from deploy.core.storage import is_file
 from deploy.graph.precision import compute_in
 from deploy.quantize.calibrate import CalibrationImages, choose_images
 from deploy.quantize.file import QuantizeReport
@@ -77,9 +78,9 @@ class Checks:
     def measured(self) -> tuple[CalibrationImages, str]:
         """Images to measure half precision on, spread evenly, and what they are in words. Training images that are
         not on this machine are not looked for: the file says which ones it was measured on."""
-        if self.train is not None and self.train.annotations.is_file():
+        if self.train is not None and is_file(self.train.annotations):
             files = split_files(self.train.annotations, self.train.images)
-            if all(file.is_file() for file in spread(files, MEASURED)):
+            if all(is_file(file, ask=False) for file in spread(files, MEASURED)):
                 return choose_images(files, MEASURED), "training images"
         return choose_images(self.images, MEASURED), "of the images that it was compared on"
 

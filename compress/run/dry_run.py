@@ -51,6 +51,7 @@ from compress.training.distributed import on_first_process
 from compress.training.loop import steps_of
 from deploy.core.errors import UserError
 from deploy.core.shown import counted
+from deploy.core.storage import is_file, is_folder
 from deploy.latency.telemetry import Telemetry
 from deploy.validate.coco import read_annotations
 
@@ -139,14 +140,14 @@ def _data(recipe: Recipe, parts: Parts, console: Console, *, distillation: bool,
     lost = [
         f"data.{key}.{what}: {path}: no such {'file' if what == 'annotations' else 'folder'}"
         for key, split in sets_given
-        for what, path in (("annotations", split.annotations), ("images", split.images))
-        if not path.exists()
+        for what, path, there in (("annotations", split.annotations, is_file), ("images", split.images, is_folder))
+        if not there(path)
     ]
     if lost and not without_data:
         raise UserError("\n".join([*lost[:-1], f"{lost[-1]}; to rehearse without it, add --without-data"]))
     if lost:
         for _, split in sets_given:
-            if split.annotations.is_file():
+            if is_file(split.annotations):
                 found = read_annotations(split.annotations)["categories"]
                 return _Seen({row["id"]: row["name"] for row in found})
         console.print(f"dry run: {sets_given[0][1].annotations} is not there; COCO's 80 classes stand in")
@@ -200,7 +201,7 @@ def _estimate(
     pseudo, unlabelled, left_out = recipe.pseudo_labels if distillation else None, 0, []
     given = teacher if recipe.teacher is None or recipe.teacher.train is None else None
     if pseudo is not None:
-        unlabelled = sum(len(images_in(folder)) for folder in pseudo.unlabeled if folder.is_dir())
+        unlabelled = sum(len(images_in(folder)) for folder in pseudo.unlabeled if is_folder(folder))
         if recipe.labels is not None:
             unlabelled += round(sets.images / recipe.labels.fraction) - sets.images
         left_out += [] if given is not None else ["the labelling"]
@@ -247,7 +248,7 @@ def _cut(recipe: Recipe, categories: dict[int, str], console: Console, *, distil
     prune, data = recipe.student.prune, recipe.data
     assert prune is not None, "the caller looks"
     # Where they are not there, COCO's classes stand in, which say nothing.
-    if all(split.annotations.is_file() for split in data.train_sets.values()):
+    if all(is_file(split.annotations) for split in data.train_sets.values()):
         check_source(prune, recipe.teacher, list(categories.values()), distillation=distillation)
     side = min(data.eval_short, SHORT_PX) // 32 * 32 or 32
     model = rehearse_cut(recipe.student, len(categories), (side, side), recipe.seed)

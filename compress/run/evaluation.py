@@ -6,8 +6,9 @@ measured. What cannot run here is a row with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from deploy.core.card import network_precision
 from deploy.core.environment import environment
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.core.on_ray import Cluster
 from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, runner_kind
 from deploy.runtimes.providers import OPENVINO, openings
 from deploy.validate.coco import POINT
+from deploy.validate.detect import Detect, RayDetection, detect_all
 from deploy.validate.kept import detections_file, keep_detections
 
 MAP_FIGURES = ("map", "map_small", "map_medium", "map_large", "max_detections", "map_at_max", "mar_at_max", POINT)
@@ -47,7 +50,7 @@ class EvaluationPlan:
     pictures: identifies their contents; None: they cannot change.
     teacher: a checkpoint whose latency stands beside the student's; None: no teacher is timed.
     categories: id → name, for a teacher that does not say which classes it knows.
-    device: where torch runs.
+    device: where torch runs. cluster: whose actors validate; None: this process does.
     """
 
     folder: RunFolder
@@ -60,6 +63,7 @@ class EvaluationPlan:
     teacher: str | None = None
     categories: Mapping[int, str] = field(default_factory=dict)
     device: str = "cpu"
+    cluster: Cluster | None = None
 
 
 def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
@@ -79,7 +83,9 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
         inputs["runners"] = list(plan.settings.runners)
     gate = {"max_map_drop": plan.settings.max_map_drop}
     found = [detections_file(plan.folder.evaluation, name) for name in opened.runners]
-    proofs = plan.manifest.stage("validate", inputs | gate, found, lambda: validate_files(plan, opened.runners))
+    proofs = plan.manifest.stage(
+        "validate", inputs | gate, found, lambda: validate_files(plan, opened.runners, _where(plan, opened))
+    )
     timed = {**_teacher(plan), **opened.runners}
     inputs |= {"machine": machine(), "benchmark": plan.settings.benchmark.model_dump(mode="json")}
     if plan.teacher is not None:
@@ -92,7 +98,9 @@ def evaluate(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> list[dict[s
     return [*rows, *opened.idle]
 
 
-def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[dict[str, Any]]:
+def validate_files(
+    plan: EvaluationPlan, runners: Mapping[str, Runner], detect: Detect = detect_all
+) -> list[dict[str, Any]]:
     """Measure runners, the student in torch among them by the name of its checkpoint and first, and put each to the
     gate. Returns `ArtifactResult.to_dict` of each."""
     reference = plan.folder.weights().name
@@ -110,6 +118,7 @@ def validate_files(plan: EvaluationPlan, runners: Mapping[str, Runner]) -> list[
                 max_map_drop=plan.settings.max_map_drop,
                 progress=done,
                 keep=lambda name, table: keep_detections(plan.folder.evaluation, name, table),
+                detect=detect,
             )
     except UserError as error:
         if step is None:
@@ -137,19 +146,24 @@ def machine() -> dict[str, Any]:
 
 @dataclass
 class _Opened:
-    """Runners by name, the reference first. files: what each runs. shipped: names of the files that the run made.
-    facts: more about a file for its row. idle: rows of what cannot run."""
+    """Runners by name, the reference first. files: what each runs. open: what opens it again. shipped: names of the
+    files that the run made. facts: more about a file for its row. idle: rows of what cannot run."""
 
-    runners: dict[str, Runner]
-    files: dict[str, Path]
+    runners: dict[str, Runner] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    open: dict[str, Callable[[], Runner]] = field(default_factory=dict)
     shipped: set[str] = field(default_factory=set)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     idle: list[dict[str, Any]] = field(default_factory=list)
 
+    def add(self, name: str, file: Path, open: Callable[[], Runner]) -> None:
+        self.runners[name], self.files[name], self.open[name] = open(), file, open
+
 
 def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
     student = plan.folder.weights()
-    opened = _Opened({student.name: _torch(plan, str(student))}, {student.name: student})
+    opened = _Opened()
+    opened.add(student.name, student, _torch(plan, str(student)))
     for artifact in artifacts:
         name, facts = artifact.path.name, _facts(artifact)
         gate = artifact.gate
@@ -161,7 +175,7 @@ def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
         for place, providers in enumerate(_places(artifact, plan.settings.providers)):
             called = name if place == 0 else f"{name} ({providers[0]})"
             try:
-                runner = open_runner(artifact.path, providers)
+                opened.add(called, artifact.path, partial(open_runner, artifact.path, providers))
             except UserError as error:
                 if artifact.engine is None and providers[0] not in OPENVINO:
                     raise
@@ -169,15 +183,13 @@ def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
                     {"file": called, "precision": artifact.precision, **facts, "gate": f"not run: {error}"}
                 )
                 continue
-            opened.runners[called], opened.files[called] = runner, artifact.path
             opened.shipped.add(called)
             if facts:
                 opened.facts[called] = facts
     exported = plan.folder.onnx()
     for path in plan.settings.runners or ():
         name = f"{exported.name} ({path.rpartition(':')[2]})"
-        opened.runners[name] = open_runner(exported, runner=path)
-        opened.files[name] = exported
+        opened.add(name, exported, partial(open_runner, exported, runner=path))
     return opened
 
 
@@ -198,8 +210,20 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
     return {"size_mb": round(card.engine_bytes / 1e6, 2), "engine": described}
 
 
-def _torch(plan: EvaluationPlan, checkpoint: str) -> Runner:
-    return torch_runner(
+def _where(plan: EvaluationPlan, opened: _Opened) -> Detect:
+    """What runs the runners over the images."""
+    if plan.cluster is None:
+        return detect_all
+    return RayDetection(plan.cluster, partial(_open_all, opened.open), frozenset(opened.open))
+
+
+def _open_all(open: Mapping[str, Callable[[], Runner]]) -> dict[str, Runner]:
+    return {name: make() for name, make in open.items()}
+
+
+def _torch(plan: EvaluationPlan, checkpoint: str) -> Callable[[], Runner]:
+    return partial(
+        torch_runner,
         checkpoint,
         plan.settings,
         plan.checks.input_size,
@@ -242,7 +266,7 @@ def _teacher(plan: EvaluationPlan) -> dict[str, Runner]:
     if reason is not None:
         open_console().print(f"benchmark: without the teacher, which cannot be exported: {reason}")
         return {}
-    return {TEACHER_IN_TORCH: _torch(plan, plan.teacher)}
+    return {TEACHER_IN_TORCH: _torch(plan, plan.teacher)()}
 
 
 def _benchmark(plan: EvaluationPlan, timed: dict[str, Runner]) -> dict[str, Any]:

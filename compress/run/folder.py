@@ -15,11 +15,13 @@ from compress.training.place import remove_replaced
 from deploy.core.errors import UserError
 from deploy.core.files import remove_temporaries, write_text
 from deploy.core.lock import locked
+from deploy.core.storage import pull, push
 
 
 @contextmanager
 def working_in(folder: RunFolder, fabric: Fabric) -> Iterator[None]:
-    """Hold the lock of a run folder, which is created: process 0 for all of them.
+    """Hold the lock of a run folder, which is created: process 0 for all of them. One at an address is brought up to
+    date here first, and there in the end.
 
     Raises UserError at once where another process works there.
     """
@@ -27,11 +29,13 @@ def working_in(folder: RunFolder, fabric: Fabric) -> Iterator[None]:
 
         def begin() -> None:
             stack.enter_context(locked(folder.lock, str(folder.path)))
+            pull(folder.path)
             remove_temporaries(folder.path)
             remove_replaced(folder)
 
         on_first_process(fabric, begin)
         yield
+        on_first_process(fabric, lambda: push(folder.path))
 
 
 @contextmanager

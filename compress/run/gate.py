@@ -22,7 +22,7 @@ from compress.run.steps import Difference, first_difference, varied_pictures
 from compress.training.evaluate import evaluate
 from deploy.core.card import CANDIDATES, MAX_DETECTIONS, NMS_THRESHOLD, SCORE_THRESHOLD
 from deploy.core.detections import Detections
-from deploy.validate.accuracy import detect_all
+from deploy.validate.detect import detect_all
 from deploy.validate.differences import most_different
 
 BATCH = 8

@@ -74,13 +74,14 @@ from compress.run.teacher import (
 )
 from compress.run.trainings import TrainingPlan, check, evaluate_on, need_room, start_identity, train
 from compress.teachers.check import check_teacher, limit_input, map_text, resized_images
-from compress.training.distributed import is_first_process, launch, on_first_process
+from compress.training.distributed import is_first_process, launch, need_common_folder, on_first_process
 from compress.training.loggers.opened import OpenLoggers, need_packages
 from compress.training.time_left import NOTHING_LATER, Later
 from compress.versions import versions
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.import_path import import_object
+from deploy.core.on_ray import need_ray
 from deploy.core.shown import counted
 from deploy.validate.coco import CocoMetrics
 
@@ -146,6 +147,8 @@ def _do(
     if parts.student is not None and recipe.student.prune is not None:
         raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
     need_packages(recipe.loggers)
+    if recipe.ray is not None:
+        need_ray()
     recipe = with_whole_student(recipe)
     fabric = launch(recipe.train, unused_parameters=recipe.methods.end_early)
     kind = parts.student_class(recipe.student.detector)
@@ -159,6 +162,7 @@ def _do(
         return recipe.run_dir
     folder, console = RunFolder(recipe.run_dir), open_console(quiet=not fabric.is_global_zero)
     with working_in(folder, fabric), ExitStack() as stack:
+        need_common_folder(fabric, folder.path)
         if not resume:
             need_whole(folder, labelling_of(recipe))
         elif not folder.recipe.exists():
@@ -466,7 +470,8 @@ def _ship(recipe: Recipe, parts: Parts, data: Datasets, manifest: Manifest) -> N
     device = "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     names = dict(zip(val.category_ids, val.categories, strict=True))
     pictures = data.val_identity.get("val_pictures")
-    judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device)
+    cluster = None if recipe.ray is None else recipe.ray.cluster()
+    judged = EvaluationPlan(folder, manifest, deploy, checks, split, val, pictures, teacher, names, device, cluster)
     rows = evaluate(judged, made)
     limit = deploy.max_detections
     kept = KeptPlan(folder, val, split.images, data.canvas, teacher, data.val_identity, limit, device)

@@ -29,6 +29,7 @@ from compress.run.pseudo_labels import LabellingPlan, fine_tuning, labelling_pla
 from compress.run.trainings import Distillation, TrainingPlan, pictures_of
 from compress.training.time_left import Later
 from deploy.core.errors import UserError
+from deploy.core.storage import is_file
 
 if TYPE_CHECKING:
     from compress.run.artifacts import Checks
@@ -80,7 +81,7 @@ def training_labels(
     labels = labelled_split(data_plan(recipe))
     if needed:
         splits(recipe.data, recipe.runs)
-    elif not labels.annotations.is_file():
+    elif not is_file(labels.annotations):
         say(f"note: mAP is not measured: {labels.annotations}, the run's training labels, is not here")
         return None
     return labels
@@ -107,6 +108,7 @@ def labelling_of(recipe: Recipe) -> LabellingPlan | None:
         student=recipe.student,
         run=RunFolder(recipe.run_dir),
         max_detections=recipe.deploy.max_detections,
+        cluster=None if recipe.ray is None else recipe.ray.cluster(),
     )
 
 
@@ -270,4 +272,4 @@ def quantizing(recipe: Recipe, digests: PictureDigests | None = None) -> Quantiz
 
 
 def _same_file(one: Split, other: Split) -> bool:
-    return one.annotations.exists() and other.annotations.exists() and one.annotations.samefile(other.annotations)
+    return all(map(is_file, (one.annotations, other.annotations))) and one.annotations.samefile(other.annotations)

@@ -27,6 +27,7 @@ from compress.run.pruned import NOT_TRAINED, load_whole, pruned_from
 from deploy.core.errors import UserError
 from deploy.core.files import CHECKPOINT_SUFFIXES, need_place
 from deploy.core.image_folder import spread
+from deploy.core.storage import is_file
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _labelled(plan: CheckpointPruning, split: Split, record: ModelRecord) -> Coc
     if images.num_boxes == 0:
         raise UserError(f"{split.annotations}: it has no box to measure mAP on")
     looked_at = spread(range(len(images)), plan.settings.images)
-    lost = [path for path in map(images.path, looked_at) if not path.is_file()]
+    lost = [path for path in map(images.path, looked_at) if not is_file(path, ask=False)]
     if lost:
         more = f" (and {len(lost) - 1} more of {len(looked_at)})" if len(lost) > 1 else ""
         raise UserError(f"{lost[0]}: an image of {split.annotations}{more}: the file is missing")

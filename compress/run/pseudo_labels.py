@@ -46,7 +46,9 @@ from compress.teachers.load import open_teacher
 from compress.training.distributed import on_every_process, on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
+from deploy.core.on_ray import Cluster
 from deploy.core.same_files import FileContents
+from deploy.core.storage import is_folder
 from deploy.validate.coco import read_annotations
 
 STAGE = "pseudo labels"
@@ -67,6 +69,7 @@ class LabellingPlan:
         are known.
     cache, drop_empty, workers: of the recipe's data.
     max_detections: of a class in an image that count where the teachers are measured.
+    cluster: whose actors label, driven by the first process; None: all processes of the run do.
     """
 
     settings: PseudoLabels
@@ -81,6 +84,7 @@ class LabellingPlan:
     drop_empty: bool
     workers: int
     max_detections: int
+    cluster: Cluster | None = None
 
     def file(self, name: str) -> Path:
         """The COCO file of a list."""
@@ -110,6 +114,7 @@ def labelling_plan(
     student: Model,
     run: RunFolder,
     max_detections: int,
+    cluster: Cluster | None = None,
 ) -> LabellingPlan:
     """Make the plan of a recipe's sections; a teacher that the run trains is its checkpoint."""
     sources: tuple[Source, ...]
@@ -143,6 +148,7 @@ def labelling_plan(
         drop_empty=data.drop_empty,
         workers=data.workers,
         max_detections=max_detections,
+        cluster=cluster,
     )
 
 
@@ -206,7 +212,7 @@ def rehearse(
     up; labels are rare then, and thresholds are not applied."""
     labels_of(plan, teachers, data.train.categories)
     for source in plan.settings.unlabeled:
-        if source.is_dir():
+        if is_folder(source):
             console.print(f"pseudo labels: {len(images_in(source))} images in {source}")
         else:
             console.print(f"dry run: {source} is not there; the run will need it")
@@ -378,26 +384,27 @@ def _label(
 
     on_first_process(fabric, prepare)
     labelled = Labelled(data.train_split.annotations, data.train_split.images)
-    on_every_process(
-        fabric,
-        lambda: pseudo_label(
-            teachers,
-            images,
-            out,
-            plan.how,
-            categories=data.train.annotations,
-            table=settings.class_map,
-            like=labelled if data.has_labels else None,
-            thresholds_from=labelled if settings.thresholds == "best_f1" else None,
-            shard=Shard(fabric.global_rank, fabric.world_size),
-            device=fabric.device,
-            workers=plan.workers,
-            skip_unreadable=settings.skip_unreadable,
-            resume=True,
-            replace=True,
-            quiet=not fabric.is_global_zero,
-        ),
+    shared = plan.cluster is None
+    label = partial(
+        pseudo_label,
+        teachers if shared else plan.sources,
+        images,
+        out,
+        plan.how,
+        categories=data.train.annotations,
+        table=settings.class_map,
+        like=labelled if data.has_labels else None,
+        thresholds_from=labelled if settings.thresholds == "best_f1" else None,
+        shard=Shard(fabric.global_rank, fabric.world_size) if shared else Shard(0, 1),
+        device=fabric.device,
+        workers=plan.workers,
+        cluster=plan.cluster,
+        skip_unreadable=settings.skip_unreadable,
+        resume=True,
+        replace=True,
+        quiet=not fabric.is_global_zero,
     )
+    on_every_process(fabric, label) if shared else on_first_process(fabric, label)
     document = read_annotations(out)
     kinds = [bool(row["iscrowd"]) for row in document["annotations"]]
     provenance = document["info"]["pseudo_labels"]

@@ -36,6 +36,7 @@ from compress.run.samples import one_of_each, uncertainty_pictures
 from deploy.core.card import SHOWN_SCORE
 from deploy.core.environment import environment
 from deploy.core.files import write_json
+from deploy.core.storage import shown
 from deploy.validate.bootstrap import TIMES
 from deploy.validate.coco import load_annotations
 from deploy.validate.differences import in_words
@@ -149,13 +150,14 @@ def labelled_by_teachers(
 def commands(folder: RunFolder, split: Split) -> list[str]:
     """Commands that make the run, and use its files."""
     exported = folder.onnx()
-    return [
+    lines = [
         f"compress run {folder.recipe}",
         f"compress export {folder.weights()}",
         f"compress validate {exported} --data {split.annotations} --images {split.images}",
         f"compress benchmark {exported} --images {split.images} --batch 1,8",
         f"compress report {folder.path}",
     ]
+    return [shown(line) for line in lines]
 
 
 # --- details --------------------------------------------------------------------------------------------

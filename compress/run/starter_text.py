@@ -17,6 +17,7 @@ from compress.detectors.base import Detector
 from compress.training.time_left import in_words
 from deploy.core.environment import usable_cores
 from deploy.core.shown import counted
+from deploy.core.storage import shown
 
 TEACHER_LONGER = 1.5  # than its student
 CACHE_SHARE = 0.2
@@ -232,7 +233,7 @@ def _flow(section: Mapping[str, Any]) -> str:
 
 
 def _quoted(path: Path) -> str:
-    return json.dumps(str(path), ensure_ascii=False)
+    return json.dumps(shown(path), ensure_ascii=False)
 
 
 def _memory() -> int:

@@ -30,7 +30,7 @@ from deploy.core.boxes import pairwise_iou
 from deploy.core.card import ModelCard
 from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import DetectionBatch
-from deploy.validate import accuracy
+from deploy.validate import detect
 
 Step = Literal["pixels", "canvas", "network", "suppression"]
 STEPS: tuple[Step, ...] = ("pixels", "canvas", "network", "suppression")
@@ -173,8 +173,8 @@ def in_training(detector: Detector, val: CocoDetection, index: int, canvas: tupl
 def in_deployment(runner: TorchRunner, val: CocoDetection, index: int) -> Trace:
     """Take the steps of `deploy.validate`: what it hands to a runner is recorded, not done again."""
     path, recorder = val.path(index), _Recorder(runner)
-    outcome = accuracy.detect_all({runner.card.name: recorder}, {index: path}, 1)[runner.card.name]
-    canvas, (pixels, fitted) = recorder.canvas, accuracy.prepare(path, runner.card)
+    outcome = detect.detect_all({runner.card.name: recorder}, {index: path}, 1)[runner.card.name]
+    canvas, (pixels, fitted) = recorder.canvas, detect.prepare(path, runner.card)
     scale = fitted.scales[0]
     scores, boxes = runner.module.dense(torch.from_numpy(canvas[None]).to(runner.device))
     found = outcome.detections[index]

@@ -24,6 +24,7 @@ from compress.teachers.onnx_output import boxes_of, on_canvas, output_names
 from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
+from deploy.core.storage import fetch
 from deploy.runtimes.onnx import OnnxRunner
 
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -203,7 +204,7 @@ def _hwc(sample: Sample) -> np.ndarray:
 
 
 def _open(path: Path, device: torch.device) -> onnxruntime.InferenceSession:
-    if not path.is_file():
+    if not fetch(path).is_file():
         raise UserError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -31,6 +31,7 @@ from deploy.core.card import SCORE_THRESHOLD
 from deploy.core.errors import LocalUserError, UserError
 from deploy.core.files import sha256_of
 from deploy.core.shown import some
+from deploy.core.storage import fetch
 
 
 class ResultsTeacher:
@@ -184,7 +185,9 @@ _WORDS = {int: "an integer", str: "text", list: "a list", float: "a number"}
 
 def _read(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(fetch(path).read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:

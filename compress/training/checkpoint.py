@@ -16,9 +16,10 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from compress.manifest import TrainingFolder
-from compress.training.distributed import on_first_process
+from compress.training.distributed import gather, on_first_process
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
+from deploy.core.storage import push
 from deploy.validate.coco import CocoMetrics
 
 
@@ -62,12 +63,14 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Write `last.ckpt`, then remove the weights of evaluations that are not the best any more."""
 
+        random = gather(self._fabric, torch.get_rng_state())
+
         def write() -> None:
             content = {
                 "modules": {name: module.state_dict() for name, module in self._modules.items()},
                 "optimizer": self._optimizer.state_dict(),
                 "precision": self._fabric._precision.state_dict(),  # the gradient scaler of fp16
-                "random": torch.get_rng_state(),
+                "random": random,
                 "identity": self._identity,
                 "finished": state.step >= self._total,
                 "state": vars(state),
@@ -77,6 +80,7 @@ class Checkpoints:
             for path in self._folder.bests():  # only now: until here a kill goes back to the older one
                 if path != self._folder.best(state.best_step):
                     path.unlink()
+            push(self._folder.path, must=False)
 
         on_first_process(self._fabric, write)
 
@@ -105,7 +109,8 @@ class Checkpoints:
             module.load_state_dict(content["modules"][name])
         self._optimizer.load_state_dict(content["optimizer"])
         self._fabric._precision.load_state_dict(content["precision"])
-        torch.set_rng_state(content["random"])
+        random = content["random"]  # of each process; in checkpoints of version 0.1 of the first one alone
+        torch.set_rng_state(random[self._fabric.global_rank] if isinstance(random, list) else random)
         return state
 
     def evaluated(self, state: State, metrics: CocoMetrics, weights: nn.Module, *, keep_best: bool) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
@@ -25,6 +29,8 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "fp16": "16-mixed",
 }
 """train.precision → Fabric's name for it."""
+LAUNCHER = "COMPRESS_LAUNCHER"
+"""Name for messages of a launcher that sets torchrun's variables."""
 LONGEST_WAIT = timedelta(hours=24)
 """How long processes wait for each other before they give up: process 0 alone measures what a cut costs, which may take
 hours, where torch's own limit is 10 or 30 minutes. So one that hangs, rather than ends, is noticed as late."""
@@ -39,18 +45,22 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
     Raises UserError for a device, precision or kernel backend that is not available here.
     """
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its banner would mix with our lines
-    started = int(os.environ.get("WORLD_SIZE", train.devices))
-    if started != train.devices and "TORCHELASTIC_RUN_ID" in os.environ:
+    there = launched()
+    if there is not None and there.processes != train.devices:
         raise UserError(
-            f"train.devices is {train.devices}, and torchrun started {started} processes; add --devices {started}"
+            f"train.devices is {train.devices}, and {there.launcher} started {there.processes} processes; "
+            f"add --devices {there.processes}"
         )
+    nodes = 1 if there is None else there.nodes
     several = DDPStrategy(timeout=LONGEST_WAIT, find_unused_parameters=unused_parameters)
     try:
         fabric = Fabric(
             accelerator=train.accelerator,
-            devices=train.devices,
+            devices=train.devices // nodes,
+            num_nodes=nodes,
             precision=PRECISIONS[train.precision],
             strategy="auto" if train.devices == 1 else several,
+            plugins=LightningEnvironment() if there is None and _is_slurm() else None,
         )
     except Exception as error:
         raise UserError(
@@ -66,6 +76,53 @@ def launch(train: Train, *, unused_parameters: bool = False) -> Fabric:
         raise UserError(f"train.kernels {train.kernels}: {error}") from None
     fabric.launch()
     return fabric
+
+
+class Launched(NamedTuple):
+    """Processes of a training that something else has started, as many on each of its nodes."""
+
+    launcher: str
+    processes: int
+    nodes: int
+
+
+def launched() -> Launched | None:
+    """What torchrun, Ray Train or SLURM has started, this process among it; None: nothing has.
+
+    Raises UserError where the nodes have different numbers of processes.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        processes, here = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        found = Launched(env.get(LAUNCHER, "torchrun"), processes, processes // here)
+    elif _is_slurm() and env["SLURM_NTASKS"] != "1":
+        found = Launched("srun", int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", "1")))
+        here = found.processes // found.nodes
+    else:
+        return None
+    if here * found.nodes != found.processes:
+        raise UserError(f"{found.launcher}: {found.processes} processes on {found.nodes} nodes; start as many on each")
+    return found
+
+
+def need_common_folder(fabric: Fabric, folder: Path) -> None:
+    """Find out before long work whether all nodes see `folder`, which process 0 has made.
+
+    Raises UserError on all processes, naming the nodes that do not.
+    """
+    if fabric.world_size == 1:
+        return
+    name = fabric.broadcast(f".seen-by-all-{os.getpid()}")
+    token = folder / name
+    on_first_process(fabric, token.touch)
+    found = gather(fabric, (socket.gethostname(), token.exists()))
+    on_first_process(fabric, token.unlink)
+    first, blind = found[0][0], sorted({host for host, sees in found if not sees})
+    if blind:
+        raise UserError(
+            f"{folder}: {', '.join(blind)} cannot see this folder of {first}; put runs on a file system that all nodes "
+            "share"
+        )
 
 
 def is_first_process() -> bool:
@@ -103,6 +160,15 @@ def on_every_process(fabric: Fabric, work: Callable[[], Any]) -> None:
         raise UserError(first)
 
 
+def gather(fabric: Fabric, value: Result) -> list[Result]:
+    """The value of every process, in the order of their ranks. Every process calls it."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over_processes(fabric: Fabric) -> Reduce | None:
     """A function that sums a tensor over the processes; None where there is one process."""
     if fabric.world_size == 1:
@@ -130,3 +196,12 @@ def share_buffers(module: nn.Module, fabric: Fabric) -> None:
     if fabric.world_size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _is_slurm() -> bool:
+    """Whether Fabric would take this process for one that srun has started. A batch script with one task may start its
+    processes itself."""
+    return SLURMEnvironment.detect()

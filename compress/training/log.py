@@ -141,6 +141,11 @@ class TrainingLog:
         self.write()
         self._left.pause()
 
+    def note(self, line: str | None) -> None:
+        """Show a line, if there is one."""
+        if self._enabled and line is not None:
+            self._progress.console.print(f"{self._name}: {line}", markup=False, soft_wrap=True)
+
     def stop(self, last_line: str | None = None) -> None:
         """End the progress display, show a line if there is one, and write everything."""
         if self._enabled:

@@ -30,6 +30,7 @@ from compress.training.learner import Learner
 from compress.training.log import TrainingLog
 from compress.training.loggers.opened import OpenLoggers
 from compress.training.optimizer import learning_rate
+from compress.training.pace import Pace
 from compress.training.step import NotFiniteError, Stepper
 from compress.training.time_left import NOTHING_LATER, Later, TimeLeft
 from deploy.core import interrupts
@@ -134,7 +135,7 @@ def fit(
     modules = {"student": student, "methods": learner.methods} | ({} if average is None else {"average": average})
     checkpoints = Checkpoints(training.folder, fabric, modules, optimizer, identity=training.identity, total=total)
     state = checkpoints.restore() if resume else State()
-    log = training.start_log(state.step, enabled=fabric.is_global_zero)
+    log, pace = training.start_log(state.step, enabled=fabric.is_global_zero), Pace(fabric)
 
     started = time.perf_counter() - state.seconds
     stop = total if max_steps is None else min(total, max_steps)
@@ -147,6 +148,7 @@ def fit(
         except NotFiniteError as error:
             _stop(error, learner, fabric, training, state.step)
 
+        log.note(pace.step(taken.waiting, taken.forward))
         state.step += 1
         state.seconds = time.perf_counter() - started
         if state.step % LOG_EVERY == 0 or state.step in (1, stop):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,10 +22,16 @@ from compress.training.optimizer import build_optimizer, moving_average
 
 
 class Taken(NamedTuple):
-    """What a step gave. losses: weighted scalars, means over the step's batches. norm: of the gradient, unclipped."""
+    """What a step gave.
+
+    losses: weighted scalars, means over the step's batches. norm: of the gradient, unclipped. waiting, forward: seconds
+    that this process waited for images, and computed until it needed the others; of one process alone forward is zero.
+    """
 
     losses: dict[str, Tensor]
     norm: Tensor
+    waiting: float
+    forward: float
 
 
 class NotFiniteError(Exception):
@@ -55,8 +62,12 @@ class Stepper:
         cache: TeacherCache | None = None,
     ) -> None:
         self._fabric, self._student, self._settings = fabric, student, settings
-        self.reduce: Reduce | None = sum_over_processes(fabric)
+        reduce = sum_over_processes(fabric)
+        self._clock = None if reduce is None else _ClockedReduce(reduce)
+        self.reduce: Reduce | None = self._clock
         self.learner = Learner(student, methods, teacher, self.reduce, cache)
+        if self._clock is not None:
+            self.learner.register_forward_pre_hook(self._clock.start)  # after all have the buffers of the first one
         self.optimizer = build_optimizer(self.learner, settings.optimizer, fused=fabric.device.type == "cpu")
         self._ready, self._ready_optimizer = fabric.setup(self.learner, self.optimizer)
         self.average = moving_average(student, settings.ema)
@@ -74,13 +85,17 @@ class Stepper:
             group["lr"] = rate * group.get("factor", 1.0)
         means: dict[str, Tensor] = {}
         batches: list[Batch] = []
+        waiting = forward = 0.0
         for part in range(settings.accumulate):
+            began = time.perf_counter()
             batches.append(next(images).to(fabric.device, non_blocking=True))
+            waiting += time.perf_counter() - began
             with fabric.no_backward_sync(self._ready, enabled=part < settings.accumulate - 1):
                 losses = self._ready(batches[-1], position)
                 loss = total_loss(losses) / settings.accumulate
                 if not _is_finite(loss.detach(), self.reduce):
                     raise NotFiniteError("loss", losses, batches)
+                forward += 0.0 if self._clock is None else self._clock.seconds
                 fabric.backward(loss)
             for key, value in losses.items():
                 means[key] = means.get(key, 0) + value.detach() / settings.accumulate
@@ -95,10 +110,30 @@ class Stepper:
         self._ready_optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self._student)
-        return Taken(means, norm)
+        return Taken(means, norm, waiting, forward)
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+class _ClockedReduce:
+    """A sum over the processes that knows when this one first asked for it: what comes later is also waiting for the
+    others."""
+
+    def __init__(self, reduce: Reduce) -> None:
+        self._reduce = reduce
+        self._began: float | None = None
+        self.seconds = 0.0
+
+    def start(self, *called: object) -> None:
+        self._began = time.perf_counter()
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if self._began is not None:
+            if value.is_cuda:
+                torch.cuda.synchronize(value.device)
+            self.seconds, self._began = time.perf_counter() - self._began, None
+        return self._reduce(value)
 
 
 def _is_finite(value: Tensor, reduce: Reduce | None) -> bool:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import write_text
 from deploy.core.onnx_scan import scan_onnx
+from deploy.core.storage import is_file
 
 METADATA_KEY = "compress"
 PROCESSING = "pre- and post-processing"
@@ -225,7 +226,7 @@ def card_from_file(path: Path) -> ModelCard:
     import onnxruntime  # reads the metadata without the `onnx` package, which a serving machine does not have
 
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -250,12 +251,10 @@ def card_from_session(session: Any, where: str = "model") -> ModelCard:
 def card_beside(path: Path) -> ModelCard:
     """The card of a file that cannot carry it: `student.mnn` has `student.mnn.json`. Raises UserError."""
     file = _beside(path)
+    if not is_file(file):
+        raise UserError(f"{file}: no such file; it is the card of {path.name}, made with it: keep both together")
     try:
         return parse_card(file.read_text(encoding="utf-8"), str(file))
-    except FileNotFoundError:
-        raise UserError(
-            f"{file}: no such file; it is the card of {path.name}, made with it: keep both together"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
 

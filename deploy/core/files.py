@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.core.errors import UserError
+from deploy.core.storage import fetch, is_remote, shown
 
 ONNX_SUFFIX, ENGINE_SUFFIX = ".onnx", ".engine"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -29,7 +30,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The temporary name keeps the suffix, because writers such as ONNX and Pillow look at it.
     The rename is atomic on one file system: a reader sees the old file or the new one, never a part.
+
+    Raises UserError for a place of what is at an address: it would be written over, or never be there.
     """
+    _check_place(path)
+    with whole_file(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """`atomic_path` for any place, also that of a copy."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +86,7 @@ def need_place(path: Path) -> None:
     will be made) does not take a new file.
     """
     path = Path(path)
+    _check_place(path)
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; name a file")
@@ -109,8 +121,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def sha256_of(path: Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open(fetch(Path(path)), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_place(path: Path) -> None:
+    if is_remote(path):
+        raise UserError(f"{shown(path)}: is at an address, where --out and --json write, and nothing else")
 
 
 _MARK = ".partial-"

@@ -28,6 +28,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from deploy.core.errors import UserError, first_line
 from deploy.core.image_folder import missing
+from deploy.core.storage import is_remote, read_bytes
 
 MAX_PIXELS = 2**29
 """Of a picture: 23,170 x 23,170. A larger one, at four bytes a pixel, leaves the 32-bit sizes of image libraries."""
@@ -63,7 +64,7 @@ def load_image(path: Path) -> np.ndarray:
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of what `load_image` gives, without decoding. Raises UserError as far as the header shows why."""
     try:
-        with open(path, "rb") as stream, open_picture(stream, str(path)) as file:
+        with _opened(path) as stream, open_picture(stream, str(path)) as file:
             _check_kind(file, str(path))
             return _upright_size(file)
     except OSError as error:
@@ -96,7 +97,9 @@ def check_pixels(pixels: np.ndarray) -> np.ndarray:
 def read_image_bytes(path: Path) -> bytes:
     """The encoded image. Raises UserError when it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -215,6 +218,10 @@ _MAGIC = (
     ("JPEG2000", b"\xff\x4f\xff\x51"),
     ("JPEG2000", b"\0\0\0\x0cjP  \r\n\x87\n"),
 )
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return io.BytesIO(read_bytes(path)) if is_remote(path) else open(path, "rb")
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> UserError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deploy.core.errors import UserError
+from deploy.core.storage import is_folder, is_remote, list_files
 
 Item = TypeVar("Item")
 
@@ -49,8 +50,10 @@ def find_files(folder: Path, suffixes: Collection[str], where: str = "") -> list
     named like what is looked for, or like a folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{where}{folder}: no such folder")
+    if is_remote(folder):
+        return list_files(folder, suffixes)
     found: list[str] = []
     links = [os.fspath(folder)]
     entered: set[str] = set()

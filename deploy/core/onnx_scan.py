@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.core.errors import UserError
+from deploy.core.storage import is_file
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def scan_onnx(path: Path) -> OnnxFacts:
     too short.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file, not an ONNX model")
@@ -279,7 +280,7 @@ def _check_external(path: Path, external: dict[str, int]) -> None:
         if Path(location).is_absolute() or ".." in Path(location).parts:
             raise UserError(f"{path}: its weights lie outside of its folder, in {location}: save it as one file")
         side = path.parent / location
-        if not side.is_file():
+        if not is_file(side):
             raise UserError(f"{path}: its weights are in {location}, which is not beside it: copy both files")
         size = side.stat().st_size
         if size < end:

@@ -25,6 +25,7 @@ import numpy as np
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image, load_image
 from deploy.core.image_folder import IMAGE_SUFFIXES, find_files
+from deploy.core.storage import STREAMS, fetch, is_file, is_folder, place
 from deploy.predict.video import VIDEO_SUFFIXES, Video, need_pyav
 
 MAX_BYTES = 2**28
@@ -32,7 +33,6 @@ MAX_BYTES = 2**28
 TIMEOUT_S = 30.0
 MARK = ".predictions"
 """File in a folder that predictions were written into."""
-STREAMS = ("rtsp", "rtmp", "rtmps", "udp", "tcp", "srt", "hls")
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,13 @@ def _sources(text: str, stdin: TextIO | None) -> Iterator[Source]:
         name = _last_part(text, "picture")
         video = PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
         yield _video(text, name) if video else PictureAddress(text, name)
-    elif scheme:
-        raise UserError(f"{text}: addresses begin with http://, https:// or {'://, '.join(STREAMS[:3])}://")
     else:
-        yield from _files(text)
+        yield from _files(str(place(text)))
 
 
 def _files(text: str) -> Iterator[Source]:
     path = Path(text)
-    if path.is_dir():
+    if is_folder(path):
         files = find_files(path, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
         below = {folder for file in files for folder in _between(file, path)}
         written = {folder for folder in below if (folder / MARK).exists()}
@@ -190,7 +188,7 @@ def _files(text: str) -> Iterator[Source]:
         if not files:
             raise UserError(f"{path}: no pictures and no videos in it")
         yield from (_file(file, file.relative_to(path).as_posix()) for file in files)
-    elif path.exists() or path.is_symlink():
+    elif is_file(path) or path.is_symlink() or path.exists():
         yield _file(path, path.name)
     elif glob.has_magic(text):
         matches = sorted(glob.glob(text, recursive=True))
@@ -215,6 +213,7 @@ def _file(path: Path, name: str) -> Source:
 def _video(address: str, name: str) -> Source:
     need_pyav(address)
     try:
+        fetch(Path(address))
         return VideoSource(Video.open(address), name)
     except UserError as error:
         return Unreadable(address, name, str(error))

@@ -26,6 +26,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import sha256_of
 from deploy.core.image import load_image
 from deploy.core.image_folder import image_files, spread
+from deploy.core.storage import is_file, is_folder
 from deploy.graph.structure import needed_for, structure_of
 
 Method = Literal["minmax", "percentile", "entropy"]
@@ -68,9 +69,9 @@ def list_images(source: Path, option: str = "--calibration") -> list[Path]:
 
     Raises UserError when there are none, naming `option`.
     """
-    if source.is_dir():
+    if source.suffix != ".json" and is_folder(source):
         return image_files(source, f"{option}: ")
-    if not source.is_file():
+    if not is_file(source):
         raise UserError(f"{option}: {source}: no such file or folder")
     try:
         names = [row["file_name"] for row in json.loads(source.read_text(encoding="utf-8"))["images"]]
@@ -82,7 +83,7 @@ def list_images(source: Path, option: str = "--calibration") -> list[Path]:
                 f"{option}: {source}: images[{index}].file_name is {json.dumps(name)[:60]}, which names no file"
             )
     for folder in (source.parent, source.parent / "images"):
-        if names and (folder / names[0]).is_file():
+        if names and is_file(folder / names[0], ask=False):
             return [folder / name for name in names]
     raise UserError(
         f"{option}: {source}: its images are neither beside it nor in a folder images beside it; name their folder"

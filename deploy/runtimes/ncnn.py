@@ -13,6 +13,7 @@ from deploy.core.card import card_beside
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError
 from deploy.core.import_path import import_extra
+from deploy.core.storage import is_file
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
 
 
@@ -28,7 +29,7 @@ class NCNNRunner:
         path = Path(path)
         weights = weights_beside(path)
         for file in (path, weights):
-            if not file.is_file():
+            if not is_file(file):
                 raise UserError(f"{file}: no such file")
         self.threads = threads
         self.card = card_beside(path)

@@ -18,6 +18,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX
 from deploy.core.import_path import call_own, import_object
 from deploy.core.precisions import PRECISIONS
+from deploy.core.storage import fetch, shown
 from deploy.runtimes.base import Runner
 from deploy.runtimes.providers import OPENVINO, PROVIDERS, Provider
 
@@ -177,6 +178,7 @@ def open_runner(
     Raises UserError for a file of another suffix, and for everything that keeps the file from running.
     """
     path = Path(path)
+    fetch(path, anew=True)  # a server loads its files again
     if runner is not None:
         return _open_own(path, runner)
     kind = runner_kind(path)
@@ -210,7 +212,7 @@ def open_runners(files: Sequence[Path], providers: Sequence[str] = ("cpu",), **o
 def runner_name(file: Path, provider: str, providers: Sequence[str]) -> str:
     """Name of the runner of a file: its path as it was given, with the provider where there are several."""
     several = len(providers) > 1 and runner_kind(file).has_providers
-    return f"{file} ({provider})" if several else str(file)
+    return f"{shown(file)} ({provider})" if several else shown(file)
 
 
 def runner_options(
@@ -259,7 +261,7 @@ def runner_options(
 
 def check_artifact(path: Path) -> None:
     """Raise UserError unless there is a file at `path` that one of `RUNNERS` opens."""
-    if not path.is_file():
+    if not fetch(path).is_file():
         raise UserError(f"{path}: no such file")
     runner_kind(path)
 

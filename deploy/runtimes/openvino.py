@@ -26,6 +26,7 @@ from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import ONNX_SUFFIX
 from deploy.core.import_path import import_extra
+from deploy.core.storage import is_file
 from deploy.runtimes.base import DetectionBatch, check_images
 
 _OUTPUTS = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int32}
@@ -57,8 +58,10 @@ class OpenVINORunner:
         self, path: Path, device: str = "CPU", *, threads: int | None = None, settings: OpenVINO | None = None
     ) -> None:
         path, wanted = Path(path), settings or OpenVINO()
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"{path}: no such file")
+        if path.suffix != ONNX_SUFFIX:
+            is_file(path.with_suffix(".bin"))  # OpenVINO itself looks for it
         for name, number in (("threads", threads), ("streams", wanted.streams)):
             if number is not None and number < 1:
                 raise UserError(f"{name} must be at least 1, got {number}")

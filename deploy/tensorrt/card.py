@@ -21,6 +21,7 @@ from deploy.core.card import ModelCard, network_precision
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of, write_text
 from deploy.core.precisions import PRECISIONS, PrecisionName
+from deploy.core.storage import is_file
 
 MAJORITY = 0.5
 """An engine is called fp16 or int8 when at least this share of its convolutions and matrix products with weights is."""
@@ -170,7 +171,7 @@ def write_engine_card(engine: Path, card: EngineCard) -> None:
 def read_engine_card(engine: Path) -> EngineCard:
     """The card beside `engine`. Raises UserError; does not look at the engine itself."""
     path = card_path(engine)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(
             f"{engine}: no card {path.name} beside it: copy both files, or build it: `compress build MODEL.onnx`"
         )
@@ -195,7 +196,7 @@ def open_engine(path: Path, here: Machine) -> tuple[bytes, EngineCard]:
     was built for another machine.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
     card = read_engine_card(path)
     if sha256_of(path) != card.engine_sha256:

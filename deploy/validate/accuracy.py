@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -26,21 +24,11 @@ from deploy.core.image import load_image, read_image_bytes
 from deploy.core.progress import Progress
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import readable_file
-from deploy.runtimes.pictures import (
-    Canvases,
-    Fitted,
-    canvases_of,
-    check_outputs,
-    finite_values,
-    fit_picture,
-    fit_pictures,
-    load_batches,
-    picture_detections,
-)
+from deploy.runtimes.pictures import fit_pictures
 from deploy.validate.agreement import Agreement, agreement_of
 from deploy.validate.analysis import CONFUSED_SCORE, Analysis, analyse, image_slices
 from deploy.validate.coco import CocoMetrics, evaluate_coco, load_annotations, sizes_of
-from deploy.validate.collected import Collected
+from deploy.validate.detect import Detect, Outcome, detect_all
 from deploy.validate.differences import most_different
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import score_curves
@@ -105,6 +93,7 @@ def validate(
     limit: int | None = None,
     progress: Progress | None = None,
     keep: Callable[[str, DetectionTable], None] = lambda name, table: None,
+    detect: Detect = detect_all,
 ) -> list[ArtifactResult]:
     """Run `runners` over all images of `annotations` (a COCO file; the files lie in `images`) and compare.
 
@@ -113,7 +102,7 @@ def validate(
     expected: by name of a runner, the mAP that training measured for its weights on these images.
     max_map_drop: largest allowed loss of mAP in points. limit: only the first images (by id), ground truth
     likewise. progress(done, total) is called after every batch of images. keep(name, detections) is called with all
-    that a runner found.
+    that a runner found. detect: runs them, here or elsewhere (`deploy.validate.detect`).
 
     Raises UserError for unreadable data, a reference that is not among the runners, a card whose categories
     are not those of the annotations, a file that was calibrated on one of the images, or a runner whose outputs cannot
@@ -131,7 +120,7 @@ def validate(
     truth = GroundTruth.of({**content, "images": rows})
 
     files = {row["id"]: Path(images) / row["file_name"] for row in rows}
-    outcomes = detect_all(runners, files, batch_size, progress, sizes=sizes_of(rows))
+    outcomes = detect(runners, files, batch_size, progress, sizes=sizes_of(rows))
     slices = image_slices(truth, rows)
     measured = {}
     for name, runner in runners.items():
@@ -181,83 +170,7 @@ def write_results(path: Path, results: list[ArtifactResult]) -> None:
     write_json(path, [row.to_dict() for row in results])
 
 
-@dataclass
-class Outcome:
-    """Answers of one runner for all images, by their ids."""
-
-    detections: Collected = field(default_factory=Collected)
-    """The finite ones, in pixels of the original images."""
-    spoiled: list[int] = field(default_factory=list)
-    """Images where the runner also gave values that are not finite."""
-    seconds: float = 0.0
-    """Time spent in the runner."""
-
-
-def detect_all(
-    runners: Mapping[str, Runner],
-    files: Mapping[int, Path],
-    batch_size: int,
-    progress: Progress | None = None,
-    *,
-    sizes: Mapping[int, tuple[int, int]] | None = None,
-) -> dict[str, Outcome]:
-    """Run every runner over the same images (id → file), each of which is decoded once, and laid once on each kind of
-    canvas that the runners take, while they run on those before it.
-
-    sizes: (height, width) that the images must have, of those where it is known.
-
-    Raises UserError for an image that cannot be read or is of another size, and for outputs that cannot be what they
-    are called.
-    """
-    outcomes = {name: Outcome() for name in runners}
-    known = {} if sizes is None else sizes
-    cards = {_canvas_of(runner.card): runner.card for runner in runners.values()}
-
-    def load(item: tuple[int, Path]) -> tuple[int, dict[_Canvas, Fitted]]:
-        pixels = load_image(item[1])
-        (height, width), wanted = pixels.shape[:2], known.get(item[0])
-        if wanted is not None and (height, width) != wanted:
-            raise UserError(
-                f"{item[1]}: the file is {width}x{height} pixels, the annotations say {wanted[1]}x{wanted[0]}; "
-                "their boxes are of another picture"
-            )
-        return item[0], {canvas: fit_picture(pixels, card) for canvas, card in cards.items()}
-
-    done = 0
-    for batch in load_batches(files.items(), load, batch_size):
-        together = {canvas: canvases_of([fitted[canvas] for _, fitted in batch]) for canvas in cards}
-        for name, runner in runners.items():
-            canvases = together[_canvas_of(runner.card)]
-            start = time.perf_counter()
-            found = runner(canvases.images)
-            outcomes[name].seconds += time.perf_counter() - start
-            check_outputs(name, found, len(batch))
-            finite = np.asarray(finite_values(found).all(-1))
-            for i, detections in enumerate(picture_detections(found, canvases, runner.card)):
-                image_id = batch[i][0]
-                outcomes[name].detections.add(image_id, detections)
-                if not finite[i]:
-                    outcomes[name].spoiled.append(image_id)
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(files))
-    return outcomes
-
-
-def prepare(path: Path, card: ModelCard) -> tuple[np.ndarray, Canvases]:
-    """Read one picture and lay it on the canvas of a card, as `detect_all` does: pixels uint8 [h, w, 3], and canvas."""
-    pixels = load_image(path)
-    return pixels, fit_pictures([pixels], card)
-
-
 # ----------------------------------------------------------------------------------------------------
-
-_Canvas = tuple[tuple[int, int], tuple[int, int, int], int | None, int | None]
-
-
-def _canvas_of(card: ModelCard) -> _Canvas:
-    """All that `fit_canvas` looks at: cards that agree in it share their canvases."""
-    return card.input_size, card.pad_color, card.short, card.long
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from deploy.core.card import OperatingPoint
 from deploy.core.detection_table import DetectionTable
 from deploy.core.errors import UserError
 from deploy.core.image import image_size
+from deploy.core.storage import fetch
 from deploy.validate.average_precision import Curves, curves
 from deploy.validate.ground_truth import GroundTruth
 
@@ -158,7 +159,9 @@ def read_annotations(path: Path, *, sizes: bool = False, images: Path | None = N
             index in it and the key); an image without size that cannot be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(fetch(Path(path)).read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError:

@@ -30,6 +30,15 @@ class Collected(Mapping[int, Detections]):
             column.extend(values)
         self._places[image_id] = slice(start, len(self._scores))
 
+    def extend(self, other: Collected) -> None:
+        """Take in the detections of further pictures of the same model."""
+        if self._model is None:
+            self._model = other._model
+        start = len(self._scores)
+        for mine, theirs in ((self._boxes, other._boxes), (self._scores, other._scores), (self._labels, other._labels)):
+            mine.extend(theirs.values())
+        self._places |= {image: slice(start + rows.start, start + rows.stop) for image, rows in other._places.items()}
+
     def __getitem__(self, image_id: int) -> Detections:
         rows = self._places[image_id]
         assert self._model is not None, "it holds a picture"
@@ -61,6 +70,9 @@ class _Column:
 
     def __len__(self) -> int:
         return self._used
+
+    def __getstate__(self) -> dict[str, object]:  # without the room to grow
+        return {**self.__dict__, "_all": self.values()}
 
     def extend(self, values: np.ndarray) -> None:
         needed = self._used + len(values)

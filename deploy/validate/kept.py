@@ -21,6 +21,7 @@ import numpy as np
 from deploy.core.detection_table import COLUMNS, DetectionTable
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, write_json
+from deploy.core.storage import place, shown
 from deploy.validate.coco import load_annotations
 from deploy.validate.ground_truth import GroundTruth
 
@@ -37,7 +38,7 @@ def keep_labels(folder: Path, content: Mapping[str, Any], images: Path) -> None:
     write_json(
         folder / LABELS,
         {
-            "info": {FOLDER: str(Path(images).absolute())},
+            "info": {FOLDER: shown(Path(images).absolute())},
             "images": [_some(entry, IMAGE_FIELDS) for entry in content["images"]],
             "categories": [_some(entry, ("id", "name")) for entry in content["categories"]],
             "annotations": [_some(entry, BOX_FIELDS) for entry in content["annotations"]],
@@ -94,7 +95,7 @@ class Kept:
 
     def path(self, image_id: int) -> Path:
         """The file of an image, where it lay."""
-        return Path(self.content.get("info", {}).get(FOLDER, "")) / self._names[image_id]
+        return place(self.content.get("info", {}).get(FOLDER, "")) / self._names[image_id]
 
     def table(self, name: str) -> DetectionTable:
         """The detections of a name. Raises UserError for a damaged file."""

@@ -17,6 +17,7 @@ from compress.export.onnx import export_checkpoint
 from compress.training.qad.fake_quant import FakeQuantized, load_quantizable
 from deploy.core.card import ModelCard, card_from_file
 from deploy.core.errors import UserError
+from deploy.core.storage import fetch
 from deploy.graph.export import ExportMismatchError
 from deploy.quantize.calibrate import CalibrationImages
 from deploy.quantize.file import Quantizer, QuantizeReport, dense_outputs, output_error
@@ -83,7 +84,7 @@ def grids_file(checkpoint: Path) -> Path:
 def load_grids(path: Path) -> Grids:
     """Read `student.qad.json`. Raises UserError."""
     try:
-        return Grids.model_validate_json(path.read_text(encoding="utf-8"))
+        return Grids.model_validate_json(fetch(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it is written beside the checkpoint by a run with int8.qad") from None
     except (OSError, UnicodeDecodeError, ValidationError) as error:

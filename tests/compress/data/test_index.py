@@ -174,6 +174,51 @@ def test_any_file_is_seen_as_the_general_reader_sees_it(
         assert first == again == outcome(file, **options)
 
 
+def annotation(**changes: Any) -> Document:
+    return {"image_id": 10, "category_id": 3, "bbox": [1, 2, 8, 9], **changes}
+
+
+SPECIAL: dict[str, list[Document]] = {
+    "zeros of both signs": [annotation(bbox=[-0.0, 0, 9, 9]), annotation(bbox=[0, 0.0, 9, 9])],
+    "the same crowd region": [annotation(bbox=[3, 3, 9, 9], iscrowd=1)] * 2,
+    "the same box of an unknown image": [annotation(image_id=99), annotation(image_id=98), annotation(image_id=99)],
+    "other images come first": [annotation(image_id=14, bbox=[n, 1, 8, 8]) for n in range(9)],
+    "an unknown image comes first": [annotation(image_id=99, bbox=[n, 1, 8, 8]) for n in range(9)],
+    "most are crowd regions": [annotation(image_id=14, bbox=[n, 1, 8, 8], iscrowd=n % 4 > 0) for n in range(9)],
+    "ignored without being a crowd region": [annotation(ignore=1)],
+    "sums that floats do not hold": [annotation(bbox=[-(2**53) - 1, 0, 2**53 + 3, 9])],
+    "a score out of range": [annotation(score=1.5)],
+    "a negative score of what is dropped": [annotation(score=-1, category_id=99)],
+    "a score of text": [annotation(score="1")],
+    "half a crowd": [annotation(iscrowd=0.5)],
+    "two crowds": [annotation(iscrowd=2)],
+    "half ignored": [annotation(ignore=0.5)],
+    "a box that is no number": [annotation(bbox=[math.nan, 0, 9, 9])],
+    "a large area": [annotation(area=10**305)],
+    "an id of many digits": [annotation(image_id=10**30), annotation(id=10**30), annotation(id=10**30)],
+    "an id that is true": [annotation(id=True)],
+    "no box": [{"image_id": 10, "category_id": 3}],
+}
+
+
+@pytest.mark.parametrize("case", [*SPECIAL, "an image twice", "a class twice", "not UTF-8", "nothing"])
+def test_a_special_file_is_seen_as_the_general_reader_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr(CocoDetection, "image", no_pixels)
+    document = ordinary()
+    document["annotations"] = SPECIAL.get(case, []) + document["annotations"]
+    if case.endswith("twice"):
+        section = "images" if case == "an image twice" else "categories"
+        document[section].append({**document[section][0], "name": "again"})
+    file = tmp_path / "labels.json"
+    content = json.dumps(document, ensure_ascii=False).encode()
+    file.write_bytes(content.replace("ü".encode(), b"\xff") if case == "not UTF-8" else content)
+    found = [outcome(file, scores=True, max_detections=7)]
+    monkeypatch.setattr(index, "SMALLEST", NEVER)
+    assert found == [outcome(file, scores=True, max_detections=7)]
+
+
 @pytest.mark.parametrize("options", [{}, {"drop_empty": True}, {"drop_uncertain": True, "scores": True}])
 def test_an_ordinary_file_has_an_index(
     tmp_path: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress.pseudo import label
+from compress.pseudo import find
 from compress.pseudo.images import images_in, read_chunks
 from compress.pseudo.parts import Shard, parts_folder
 from deploy.core.errors import LocalUserError, UserError
@@ -54,7 +54,7 @@ def test_pictures_exchanged_before_it_is_continued_are_labelled_anew(
         return read_chunks(images, numbers, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(label, "read_chunks", counting)
+        patch.setattr(find, "read_chunks", counting)
         make(folder, out, resume=True)
     assert seen == [1, 2, 3, 4, 5]
     make(folder, tmp_path / "whole.json")

@@ -22,7 +22,7 @@ from compress.data.check import check
 from compress.data.coco import CocoDetection
 from compress.data.transforms import eval_transform
 from compress.detectors.checkpoints import load_detector
-from compress.pseudo import label, parts
+from compress.pseudo import find, parts
 from compress.pseudo.images import images_in, read_chunks
 from compress.pseudo.label import Labelled
 from compress.pseudo.parts import Shard, part_file, parts_folder
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(world: Path, tmp_path: Path, mon
             return read_chunks(images, numbers, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(label, "read_chunks", counting)
+            patch.setattr(find, "read_chunks", counting)
             make(world, out, resume=True)
         assert seen == list(range(sum(end <= size for end in ends) - 1, 6))  # nothing is done twice
         assert out.read_bytes() == (world / "whole.json").read_bytes()

@@ -28,7 +28,7 @@ from deploy.quantize.calibrate import canvases as calibration_canvases
 from deploy.runtimes.base import DetectionBatch
 from deploy.serve.decode import decode as decode_request
 from deploy.serve.settings import RefusalError
-from deploy.validate.accuracy import detect_all
+from deploy.validate.detect import detect_all
 from tests.helpers.fake_runners import TINY_CARD, FakeClock
 from tests.helpers.picture_corpus import PictureFile, kinds, pairs, suffix
 

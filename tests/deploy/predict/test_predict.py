@@ -319,7 +319,7 @@ def test_coco_results_take_the_ids_of_a_data_set(
         (["red.onnx", "gone.jpg"], "gone.jpg: no such file or folder"),
         (["red.onnx", "*.jpg"], "*.jpg: nothing is named so"),
         (["red.onnx", "empty"], "empty: no pictures and no videos in it"),
-        (["red.onnx", "ftp://host/a.jpg"], "addresses begin with http://, https:// or rtsp://"),
+        (["red.onnx", "nosuch://a/b.png"], "nosuch://a/b.png: Protocol not known: nosuch"),
         (["red.onnx", "camera:97"], "camera:97: there is no /dev/video97"),
         (["gone.onnx", "a.png"], "gone.onnx: no such file"),
         (["empty", "a.png"], "empty: is a folder; name the file in it, such as empty/student.onnx"),

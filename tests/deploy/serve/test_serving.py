@@ -29,7 +29,7 @@ from deploy.core.errors import UserError
 from deploy.core.image import load_image
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.serve.client import Client, ServerError
-from deploy.validate.accuracy import detect_all
+from deploy.validate.detect import detect_all
 from tests.helpers.encoded_pictures import encode, hostile, kinds, with_exif
 from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
 from tests.helpers.server_process import ROOT, Server, server

@@ -22,9 +22,10 @@ from deploy.core.image import load_image
 from deploy.runtimes import pictures
 from deploy.runtimes.base import DetectionBatch, Runner
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.validate.accuracy import detect_all, results_table, validate, write_results
+from deploy.validate.accuracy import results_table, validate, write_results
 from deploy.validate.agreement import AGREEMENT_SCORE
 from deploy.validate.coco import evaluate_coco
+from deploy.validate.detect import detect_all
 from deploy.validate.ground_truth import GroundTruth
 from deploy.validate.operating_point import operating_point
 from tests.helpers.fake_runners import TINY_CARD, FakeClock, FakeRunner, small_images

@@ -1,0 +1,224 @@
+"""Work on a Ray cluster: the items of a list go to actors by Ray Data, and their results come back in the list's order.
+
+    for result in map_in_order(Cluster(actors=4), make_worker, items):
+        ...
+
+Ray starts, restarts and feeds the actors. What comes back does not depend on how many there are, nor on which of them
+died on the way: an item whose actor or node is killed goes to another one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from deploy.core import storage
+from deploy.core.errors import UserError, first_line
+from deploy.core.import_path import import_extra
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+TRIES = 5
+"""So often may the process die that works on an item, before the item is what is wrong."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which cluster, and how much of it."""
+
+    address: str | None = None
+    """As `ray.init` takes it: `auto`, `ray://host:10001`; None: that of RAY_ADDRESS, or else Ray is started here."""
+    actors: int | None = None
+    """Most workers at once; None: as many as the cluster has room for when the work begins."""
+    num_cpus: float = 1.0
+    """Processors for each."""
+    num_gpus: float | None = None
+    """GPUs for each, which may be a part of one; None: one where the cluster has GPUs, else none."""
+    images: int = 64
+    """Images in a piece of work, about; what a worker that dies takes with it, to be done again."""
+
+
+def need_ray() -> None:
+    """Raise UserError unless Ray is installed, before other work."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("ray is not installed: pip install 'compress-detectors[ray]'")
+
+
+def map_in_order(
+    cluster: Cluster, make: Callable[[], Callable[[Item], Result]], items: Sequence[Item]
+) -> Iterator[Result]:
+    """The results of `make()(item)` for every item, in their order, while later ones are worked on.
+
+    Args:
+        make: builds the worker, once in each actor; with what it holds it must be picklable, as items and results.
+        items: pieces of some seconds of work each; they lie in Ray's object store until they are done.
+
+    Raises:
+        UserError: what a worker raised, the first in the order of the items; Ray is not installed or not reached; no
+            place for an actor; an item whose workers died `TRIES` times; a node has another version of this project.
+    """
+    import_extra("ray.data", "ray", "ray[data]")
+    with connected(cluster) as ray, _quiet(ray):
+        yield from _results(ray, cluster, make, items)
+
+
+@contextmanager
+def connected(cluster: Cluster, *, show: bool = False) -> Iterator[Any]:
+    """Ray, connected; a connection, or a Ray, that was made here is ended.
+
+    show: what the processes on the cluster print. Raises UserError: Ray is not installed or not reached."""
+    ray = import_extra("ray", "ray")
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls every restart of a worker an error
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    here = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            logging_config=ray.LoggingConfig(log_level="ERROR"),
+            log_to_driver=show,
+            **here,
+        )
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"ray: {address or 'Ray cannot be started here'}: {first_line(error)}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+# --- details --------------------------------------------------------------------------------------------
+
+
+class _Tries:
+    """How often each piece was begun: Ray itself begins again for ever."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        self._begun[number] += 1
+        return self._begun[number]
+
+
+class _Actor:
+    """What runs in an actor. A UserError, of the worker's making too, is a result like others: it stops the work where
+    it stands in the order, and Ray does not try it again."""
+
+    def __init__(self, pickled: bytes, version: str, tries: Any, cache: str) -> None:
+        os.environ[storage.CACHE] = cache  # the places of addresses are paths below it, here as at the driver
+        self._work: Callable[[Any], Any] | None = None
+        self._tries = tries
+        try:
+            if _version() != version:
+                raise UserError(
+                    f"ray: node {os.uname().nodename} has version {_version()} of compress-detectors, "
+                    f"this command {version}; install one version on all"
+                )
+            self._work = pickle.loads(pickled)()
+        except UserError as error:
+            self._broken = str(error)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[bytes]]:
+        results = map(self._one, batch["number"], batch["item"])
+        return {"result": [pickle.dumps(result, pickle.HIGHEST_PROTOCOL) for result in results]}
+
+    def _one(self, number: int, pickled: bytes) -> Any:
+        if self._work is None:
+            return _Broken(self._broken)
+        if self._begin(int(number)) > TRIES:
+            return _Broken(
+                f"ray: {TRIES} workers died at piece {number + 1} of the work; memory is the usual reason: give fewer "
+                "--actors or a smaller --batch"
+            )
+        try:
+            return self._work(pickle.loads(pickled))
+        except UserError as error:
+            return _Broken(str(error))
+
+    def _begin(self, number: int) -> int:
+        ray = import_extra("ray", "ray")
+        try:
+            return int(ray.get(self._tries.begin.remote(number)))
+        except ray.exceptions.RayError:  # the counter was on a node that went: it is a first try
+            return 1
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """The message of a UserError that a worker raised."""
+
+    message: str
+
+
+def _version() -> str:
+    return importlib.metadata.version("compress-detectors")
+
+
+@contextmanager
+def _quiet(ray: Any) -> Iterator[None]:
+    """Ray Data in the order of the items, without its own progress display and notes."""
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.execution_options.preserve_order
+    log = logging.getLogger("ray.data")
+    level = log.level
+    context.enable_progress_bars, context.execution_options.preserve_order = False, True
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.execution_options.preserve_order = before
+        log.setLevel(level)
+
+
+def _results(ray: Any, cluster: Cluster, make: Callable[[], Any], items: Sequence[Any]) -> Iterator[Any]:
+    if not items:
+        return
+    have = ray.cluster_resources()
+    num_gpus = cluster.num_gpus if cluster.num_gpus is not None else float(have.get("GPU", 0) > 0)
+    actors = min(_room(have, cluster, num_gpus), len(items))
+    rows = [{"number": n, "item": pickle.dumps(item, pickle.HIGHEST_PROTOCOL)} for n, item in enumerate(items)]
+    tries = ray.remote(num_cpus=0, max_restarts=-1)(_Tries).remote()
+    # A block holds one item: blocks are what Ray retries, and items are large enough.
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Actor,
+        fn_constructor_args=(ray.cloudpickle.dumps(make), _version(), tries, str(storage.cache_folder())),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+        num_cpus=cluster.num_cpus,
+        num_gpus=num_gpus,
+    )
+    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch["result"].to_pylist():
+            result = pickle.loads(row)
+            if isinstance(result, _Broken):
+                raise UserError(result.message)
+            yield result
+
+
+def _room(have: Mapping[str, float], cluster: Cluster, num_gpus: float) -> int:
+    """So many actors fit into the cluster, or the fewer that are asked for. A cluster that can grow shows only what it
+    has, so more may be asked for of one that was given by its address."""
+    wanted = {"CPU": cluster.num_cpus, "GPU": num_gpus}
+    fit = min(int(have.get(kind, 0) / share + 1e-6) for kind, share in wanted.items() if share > 0)
+    if fit < 1:
+        found = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in wanted)
+        raise UserError(
+            f"ray: no worker has room: each is to have {cluster.num_cpus:g} CPU and {num_gpus:g} GPU, "
+            f"the cluster has {found}; change --num-cpus or --num-gpus"
+        )
+    if cluster.actors is None:
+        return fit
+    return cluster.actors if cluster.address is not None else min(cluster.actors, fit)

@@ -1,0 +1,149 @@
+"""Work on a Ray of this machine: order, mistakes, workers that die; and validation on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from compress.cli.options import ActorFlags
+from deploy.core import on_ray
+from deploy.core.errors import UserError
+from deploy.core.on_ray import TRIES, Cluster, map_in_order
+from deploy.runtimes.onnx import OnnxRunner
+from deploy.runtimes.open import open_runners
+from deploy.validate.detect import RayDetection, detect_all
+from tests.helpers.red_rectangle_model import picture, write_red_model
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine() -> Iterator[None]:
+    """One Ray for all of them, with two processors whatever there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def worker(kind: str, notes: Path) -> Callable[[int], int]:
+    """Squares numbers, in its own way."""
+    if kind == "cannot begin":
+        raise UserError("no such teacher")
+
+    def square(number: int) -> int:
+        if kind == "the first is slow" and number == 0:
+            time.sleep(1)
+        if kind == "one is wrong" and number >= 3:
+            raise UserError(f"{number} is too much")
+        if kind == "one kills" and number == 3:
+            with open(notes, "a") as file:
+                file.write("x")
+            os._exit(1)
+        if kind == "once" and number == 3 and not notes.exists():
+            notes.touch()
+            os._exit(1)
+        return number**2
+
+    return square
+
+
+def work(kind: str, notes: Path, **cluster: Any) -> list[int]:
+    return list(map_in_order(Cluster(**cluster), partial(worker, kind, notes), range(8)))
+
+
+@pytest.mark.parametrize("kind", ["the first is slow", "once"])
+def test_results_come_in_order(kind: str, tmp_path: Path) -> None:
+    assert work(kind, tmp_path / "notes", actors=2) == [number**2 for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("one is wrong", "3 is too much"),
+        ("cannot begin", "no such teacher"),
+        pytest.param(
+            "one kills",
+            f"ray: {TRIES} workers died at piece 4 of the work; memory is the usual reason",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(kind: str, line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{line}"):
+        work(kind, tmp_path / "notes", actors=2)
+    assert kind != "one kills" or (tmp_path / "notes").read_text() == "x" * TRIES
+
+
+@pytest.mark.parametrize(
+    ("cluster", "line"),
+    [
+        ({"num_gpus": 0.5}, "ray: no worker has room: each is to have 1 CPU and 0.5 GPU, the cluster has 2 CPU, 0 GPU"),
+        ({"num_cpus": 4}, "ray: no worker has room: each is to have 4 CPU and 0 GPU, the cluster has 2 CPU, 0 GPU"),
+    ],
+)
+def test_more_than_there_is(cluster: dict[str, float], line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{line}"):
+        work("", tmp_path, **cluster)
+
+
+def test_another_version_on_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(on_ray, "_version", lambda: "0.0.9")
+    with pytest.raises(UserError, match=r"^ray: node \S+ has version \S+ of compress-detectors, this command 0\.0\.9"):
+        work("", tmp_path)
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"ray is not installed: pip install 'compress-detectors\[ray\]'"):
+        ActorFlags(engine="ray").cluster()
+
+
+def test_options_that_would_do_nothing() -> None:
+    with pytest.raises(UserError, match=r"^--actors: is about a Ray cluster; add --engine ray"):
+        ActorFlags(actors=2).cluster()
+    with pytest.raises(UserError, match=r"^--num-cpus: a process needs a share"):
+        ActorFlags(engine="ray", num_cpus=0).cluster()
+    assert ActorFlags(engine="ray", num_gpus=0.5, actors=3).cluster() == Cluster(num_gpus=0.5, actors=3)
+
+
+def test_validation_finds_the_same(tmp_path: Path) -> None:
+    """One file on the cluster, and one here; the pieces are smaller than the images."""
+    write_red_model(tmp_path / "there.onnx")
+    write_red_model(tmp_path / "here.onnx")
+    rng = np.random.default_rng(0)
+    files, sizes = {}, {}
+    for number in range(7):
+        x, y = (int(value) for value in rng.integers(0, 40, 2))
+        pixels = picture((80, 150), (x, y, x + 20 + 10 * number, y + 30))
+        files[5 * number], sizes[5 * number] = tmp_path / f"{number}.png", pixels.shape[:2]
+        Image.fromarray(pixels).save(files[5 * number])
+    paths = [tmp_path / "there.onnx", tmp_path / "here.onnx"]
+    runners = {path.name: OnnxRunner(path) for path in paths}
+    seen: list[tuple[int, int]] = []
+    detect = RayDetection(Cluster(actors=2, images=4), partial(_opened, paths[0]), frozenset({"there.onnx"}))
+    found = detect(runners, files, 2, lambda done, total: seen.append((done, total)), sizes=sizes)
+    wanted = detect_all(runners, files, 2)
+    assert seen == [(4, 7), (7, 7)] and list(found) == list(wanted)
+    for name, outcome in found.items():
+        assert list(outcome.detections) == list(wanted[name].detections)
+        for image, detections in outcome.detections.items():
+            other = wanted[name].detections[image]
+            assert len(detections) == 1
+            assert np.array_equal(detections.boxes, other.boxes) and np.array_equal(detections.scores, other.scores)
+    with pytest.raises(UserError, match=r"0\.png: the file is .* pixels, the annotations say 1x1"):
+        detect(runners, files, 2, sizes={0: (1, 1)})
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    return {Path(name).name: runner for name, runner in open_runners([path]).items()}
