@@ -20,6 +20,8 @@ WORKED_ON = ("report",)
 """Commands that write into what they are given."""
 OF_SERVERS = ("predict", "benchmark")
 """Commands that know themselves what http:// is: a server, or a picture."""
+OF_NO_FILES = {"--set", "--address"}
+"""Options whose addresses stay: a recipe reads its own itself, and a cluster is no file."""
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def addresses_as_paths(arguments: Sequence[str]) -> Iterator[list[str]]:
     command = next((word for word in arguments if not word.startswith("-")), "")
     for before, word in zip(["", *arguments], arguments, strict=False):
         option, address = _address(word, http=command not in OF_SERVERS)
-        if not address or "--set" in (before, option.rstrip("=")):  # a recipe reads its addresses itself
+        if not address or not OF_NO_FILES.isdisjoint((before, option.rstrip("="))):
             words.append(word)
         elif before in OUTPUTS or option.rstrip("=") in OUTPUTS or command in WORKED_ON:
             written.append(workplace(address))

@@ -203,11 +203,12 @@ class ClusterFlags:
             return None
         from deploy.core.on_ray import Cluster, need_ray
 
-        need_ray()
         if self.num_cpus == 0 and not self.num_gpus:
             raise UserError("--num-cpus: a process needs a share of a processor or of a GPU; give one of them above 0")
         given = {name.removeprefix("--").replace("-", "_"): value for name, value in given.items()}
-        return Cluster(**{name: value for name, value in given.items() if value is not None})
+        cluster = Cluster(**{name: value for name, value in given.items() if value is not None})
+        need_ray(cluster)
+        return cluster
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ class Ray(Settings):
     nodes see the files under the same names. Training over nodes is a matter of the command: docs/scaling.md."""
 
     address: Annotated[str, Field(min_length=1)] | None = None
-    """As `ray.init` takes it, such as auto; null: that of RAY_ADDRESS, or a Ray that is started on this machine."""
+    """`auto`, the cluster of this machine, or host:port of a head; null: that of RAY_ADDRESS, or a Ray that is started
+    here."""
     actors: Positive | None = None
     """Most workers at once; null: as many as the cluster has room for."""
     num_cpus: Weight = 1.0

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.training.distributed import LAUNCHER
-from deploy.core import storage
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.core.on_ray import Cluster, connected
+from deploy.core.on_ray import Cluster, connected, place, take_place
 
 RESTARTS = 3
 """So often are all processes started again where one fails, of a run that may resume."""
@@ -38,8 +37,7 @@ def train_on_ray(cluster: Cluster, work: Callable[[], Any], processes: int, runs
             _process,
             train_loop_config={
                 "work": ray.cloudpickle.dumps(work),
-                "folder": os.getcwd(),
-                "cache": str(storage.cache_folder()),
+                "there": place(),
             },
             scaling_config=train.ScalingConfig(
                 num_workers=processes,
@@ -67,8 +65,14 @@ def _process(config: dict[str, Any]) -> None:
     """In each process: what torchrun would have set, then the work."""
     import pickle
 
-    os.chdir(config["folder"])
-    os.environ |= {"TORCHELASTIC_RUN_ID": "ray", LAUNCHER: "Ray Train", storage.CACHE: config["cache"]}
+    try:
+        take_place(**config["there"])
+    except OSError as error:
+        raise UserError(
+            f"ray: node {os.uname().nodename} cannot enter {config['there']['folder']}, this command's working "
+            f"directory ({error.strerror}); start it from a folder that all nodes share"
+        ) from None
+    os.environ |= {"TORCHELASTIC_RUN_ID": "ray", LAUNCHER: "Ray Train"}
     pickle.loads(config["work"])()
 
 

@@ -148,7 +148,7 @@ def _do(
         raise UserError("student: one is given as an object, and student.prune asks for another; remove one of the two")
     need_packages(recipe.loggers)
     if recipe.ray is not None:
-        need_ray()
+        need_ray(recipe.ray.cluster())
     recipe = with_whole_student(recipe)
     fabric = launch(recipe.train, unused_parameters=recipe.methods.end_early)
     kind = parts.student_class(recipe.student.detector)

@@ -14,9 +14,10 @@ import importlib.util
 import logging
 import os
 import pickle
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,7 +37,8 @@ class Cluster:
     """Which cluster, and how much of it."""
 
     address: str | None = None
-    """As `ray.init` takes it: `auto`, `ray://host:10001`; None: that of RAY_ADDRESS, or else Ray is started here."""
+    """`auto`, the cluster of this machine, or host:port of a head; None: that of RAY_ADDRESS, or else Ray is started
+    here."""
     actors: int | None = None
     """Most workers at once; None: as many as the cluster has room for when the work begins."""
     num_cpus: float = 1.0
@@ -47,10 +49,29 @@ class Cluster:
     """Images in a piece of work, about; what a worker that dies takes with it, to be done again."""
 
 
-def need_ray() -> None:
-    """Raise UserError unless Ray is installed, before other work."""
+def need_ray(cluster: Cluster) -> None:
+    """Raise UserError unless Ray is installed, and something listens at the cluster's address, for which Ray itself
+    would wait a quarter of an hour; before other work."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("ray is not installed: pip install 'compress-detectors[ray]'")
+    address = _address(cluster)
+    if address is None or address == "auto":
+        return
+    if "://" in address:
+        raise UserError(
+            f"ray: {address}: give auto, or host:port of the cluster's head; Ray Client is not supported: start the "
+            "command on a machine of the cluster, for example by ray job submit"
+        )
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()):
+        raise UserError(f"ray: '{address[:60]}' is not the address of a cluster; give auto, or host:port of its head")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"ray: {address}: nothing answers there ({first_line(error)}); give host:port of the cluster's head, whose "
+            "port is 6379 unless it was started with another"
+        ) from error
 
 
 def map_in_order(
@@ -81,25 +102,44 @@ def connected(cluster: Cluster, *, show: bool = False) -> Iterator[Any]:
         yield ray
         return
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it calls every restart of a worker an error
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(cluster)
     here = {} if address else {"include_dashboard": False}
     try:
         ray.init(
-            address=address,
+            address=address or "local",
             logging_level=logging.ERROR,
             logging_config=ray.LoggingConfig(log_level="ERROR"),
             log_to_driver=show,
             **here,
         )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"ray: {address or 'Ray cannot be started here'}: {first_line(error)}") from error
+        hint = "" if address in (None, "auto") else "; a cluster with a token needs RAY_AUTH_MODE=token here as well"
+        raise UserError(f"ray: {address or 'Ray cannot be started here'}: {first_line(error)}{hint}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
+def place() -> dict[str, str]:
+    """What `take_place` needs to know of this process."""
+    return {"folder": os.getcwd(), "cache": str(storage.cache_folder())}
+
+
+def take_place(folder: str, cache: str) -> None:
+    """Let relative paths, modules of the working directory and the places of addresses mean in this process what they
+    mean in the one that `place` describes. Raises OSError where its working directory is not there."""
+    os.environ[storage.CACHE] = cache
+    os.chdir(folder)
+
+
 # --- details --------------------------------------------------------------------------------------------
+
+
+def _address(cluster: Cluster) -> str | None:
+    """Of a cluster that runs already."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 class _Tries:
@@ -117,8 +157,9 @@ class _Actor:
     """What runs in an actor. A UserError, of the worker's making too, is a result like others: it stops the work where
     it stands in the order, and Ray does not try it again."""
 
-    def __init__(self, pickled: bytes, version: str, tries: Any, cache: str) -> None:
-        os.environ[storage.CACHE] = cache  # the places of addresses are paths below it, here as at the driver
+    def __init__(self, pickled: bytes, version: str, tries: Any, there: dict[str, str]) -> None:
+        with suppress(OSError):  # without it, absolute paths and addresses still do
+            take_place(**there)
         self._work: Callable[[Any], Any] | None = None
         self._tries = tries
         try:
@@ -194,7 +235,7 @@ def _results(ray: Any, cluster: Cluster, make: Callable[[], Any], items: Sequenc
     # A block holds one item: blocks are what Ray retries, and items are large enough.
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
-        fn_constructor_args=(ray.cloudpickle.dumps(make), _version(), tries, str(storage.cache_folder())),
+        fn_constructor_args=(ray.cloudpickle.dumps(make), _version(), tries, place()),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_cpus=cluster.num_cpus,
@@ -221,4 +262,4 @@ def _room(have: Mapping[str, float], cluster: Cluster, num_gpus: float) -> int:
         )
     if cluster.actors is None:
         return fit
-    return cluster.actors if cluster.address is not None else min(cluster.actors, fit)
+    return cluster.actors if _address(cluster) is not None else min(cluster.actors, fit)

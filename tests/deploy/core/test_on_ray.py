@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from compress.cli.addresses import addresses_as_paths
 from compress.cli.options import ActorFlags
 from deploy.core import on_ray
 from deploy.core.errors import UserError
@@ -63,8 +64,11 @@ def work(kind: str, notes: Path, **cluster: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["the first is slow", "once"])
-def test_results_come_in_order(kind: str, tmp_path: Path) -> None:
-    assert work(kind, tmp_path / "notes", actors=2) == [number**2 for number in range(8)]
+def test_results_come_in_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a directory in which the cluster was not started."""
+    monkeypatch.chdir(tmp_path)
+    assert work(kind, Path("notes"), actors=2) == [number**2 for number in range(8)]
+    assert kind != "once" or (tmp_path / "notes").exists()
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,21 @@ def test_another_version_on_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(on_ray, "_version", lambda: "0.0.9")
     with pytest.raises(UserError, match=r"^ray: node \S+ has version \S+ of compress-detectors, this command 0\.0\.9"):
         work("", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "line"),
+    [
+        ("ray://head:10001", "ray: ray://head:10001: give auto, or host:port of the cluster's head; Ray Client is not"),
+        ("head", "ray: 'head' is not the address of a cluster; give auto, or host:port"),
+        ("127.0.0.1:1", r"ray: 127\.0\.0\.1:1: nothing answers there \(.*refused\); give host:port"),
+    ],
+)
+def test_an_address_without_a_cluster(address: str, line: str) -> None:
+    with addresses_as_paths(["run", "--address", address]) as words:
+        assert words[-1] == address
+    with pytest.raises(UserError, match=f"^{line}"):
+        ActorFlags(engine="ray", address=address).cluster()
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
