@@ -28,6 +28,7 @@ TRAIN = (
     "torch-pruning",
     "torchvision",
     "lightning",
+    "msgspec",
     "safetensors",
     "onnx",
     "onnxscript",

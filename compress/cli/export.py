@@ -19,6 +19,7 @@ from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
 from deploy.core.precisions import PRECISIONS
 from deploy.core.storage import is_remote, shown
+from deploy.targets.table import TARGETS
 
 if TYPE_CHECKING:
     from compress.config.data import Split
@@ -82,7 +83,7 @@ def export(
         raise UserError(f"--out: {out} does not end in {ONNX_SUFFIX}")
     need_place(out)
     student = read_student(checkpoint, images, input_size, thresholds)
-    wanted = _precisions(precision)
+    wanted = _precisions(precision, targets)
     check_flags(wanted, quantize, images)
     grids = trained_grids(checkpoint, wanted, quantize)
     student = with_flags(student, quantize, grids, trt=trt)
@@ -149,9 +150,11 @@ def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path 
     next_command("validate", *written, "--data", split.annotations, "--images", split.images, *reference)
 
 
-def _precisions(text: str | None) -> list[str]:
+def _precisions(text: str | None, targets: Sequence[str]) -> list[str]:
+    """Those that were asked for, and fp32 where a target makes its int8 file of that."""
     names = [name.strip() for name in ("fp32" if text is None else text).split(",")]
     for name in names:
         if name not in PRECISIONS:
             raise UserError(f"--precision: '{name[:20]}' is none of {', '.join(PRECISIONS)}")
-    return list(dict.fromkeys(names))
+    own = "int8" in names and any(TARGETS[name].own_int8 for name in targets)
+    return list(dict.fromkeys([*(["fp32"] if own else []), *names]))

@@ -46,16 +46,18 @@ class Quantization(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    target: Literal["tensorrt", "cpu"]
-    """Whose format it is: int8 symmetric activations (`tensorrt`) or uint8 activations with a zero point (`cpu`)."""
+    target: Literal["tensorrt", "cpu", "litert", "mnn"]
+    """Whose format it is: int8 symmetric activations (`tensorrt`), uint8 activations with a zero point (`cpu`), or what
+    a runtime's own converter made (`deploy.targets.own_int8`)."""
     weight_bits: Literal[7, 8] = 8
     layers: int = Field(ge=1)
     float_layers: list[str] = []
     method: str
-    """How the activations' ranges were found: `minmax`, `percentile`, `entropy`; `trained`: learned after that."""
-    images_sha256: str
-    """Hash of the sorted SHA-256 of the calibration images."""
-    image_hashes: list[str] = Field(min_length=1)
+    """How the activations' ranges were found: `minmax`, `percentile`, `entropy`; `trained`: learned after that;
+    `dynamic`: of each picture, while it is computed. `weights`: these alone are int8, and computed with in float."""
+    images_sha256: str = ""
+    """Hash of the sorted SHA-256 of the calibration images; empty where there are none."""
+    image_hashes: list[str] = []
     """The first 16 digits of the SHA-256 of each calibration image file: validation refuses these images."""
     guided_map_drop: float | None = None
     """mAP points that the search measured on its labelled split; None when there was no search."""

@@ -130,7 +130,7 @@ class Quantizer:
         return QuantizeReport(
             path=Path(path),
             size_bytes=Path(path).stat().st_size,
-            target=quantization.target,
+            target=self.target if trained is None else trained.target,
             layers=quantization.layers,
             float_layers=tuple(quantization.float_layers),
             images=len(self.images.files),

@@ -2,10 +2,16 @@
 
 onnx2tf fixes the versions of all that it needs, NumPy and onnx among them, so it has an environment of its own and is
 called as a command. It wants shapes that are constants, and fetches pictures from the network unless it finds some.
+
+Of the QuantizeLinear nodes of our int8 files it makes a file that finds nothing. LiteRT's own quantizer takes the float
+file: weights in int8 with a scale a channel; the activations of a convolution are quantized while it is computed, with
+the range they have then, so no calibration takes part.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,10 +20,12 @@ import numpy as np
 
 from deploy.core.card import Form, network_precision, scanned_card, write_card_beside
 from deploy.core.errors import UserError
+from deploy.core.import_path import import_extra
 from deploy.targets.converter import convert
 
 CONVERTER = "onnx2tf"
 INSTALL = f"pipx install {CONVERTER}"
+QUANTIZED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 _PICTURES = "calibration_image_sample_data_20x128x128x3_float32.npy"
 """The name under which onnx2tf looks for pictures before it asks the network. It compares its own steps on them."""
 
@@ -25,26 +33,49 @@ _PICTURES = "calibration_image_sample_data_20x128x128x3_float32.npy"
 def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     card = scanned_card(source)
-    _refuse_others(network_precision(card.precision), source)
+    quantized = card.quantization is not None
+    _refuse_half(network_precision(card.precision), source)
     command = shutil.which(CONVERTER)
     if command is None:
         raise UserError(f"{CONVERTER} is not on PATH; it needs an environment of its own: {INSTALL}")
+    if quantized:
+        import_extra("ai_edge_quantizer", "litert", "ai-edge-quantizer")  # before the conversion, which takes minutes
+        from deploy.targets.own_int8 import float_beside, quantized_card
+
+        source = float_beside(source, card, "LiteRT")
+        card = quantized_card(source, "litert", "dynamic")
     from deploy.graph.form import reform
 
     with tempfile.TemporaryDirectory() as folder:
         form = Form(batch=1)
-        card = reform(source, Path(folder) / "model.onnx", form)
+        reform(source, Path(folder) / "model.onnx", form)
         np.save(Path(folder) / _PICTURES, np.random.default_rng(0).random((20, 128, 128, 3), np.float32))
         words = [command, "-i", "model.onnx", "-o", "made", "-osd", "-n"]
         written = Path(folder) / "made" / "model_float32.tflite"
         convert(source, words, CONVERTER, Path(folder), written)
-        shutil.move(written, place)
-    write_card_beside(card, place)
+        if quantized:
+            _quantize(written, place)
+        else:
+            shutil.move(written, place)
+    write_card_beside(card.model_copy(update={"form": form}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json; one image at a time"
 
 
-def _refuse_others(precision: str, source: Path) -> None:
-    if precision != "fp32":
+# --- details --------------------------------------------------------------------------------------------
+
+
+def _quantize(source: Path, place: Path) -> None:
+    """Write the .tflite file with its convolutions and matrix products in int8."""
+    module = import_extra("ai_edge_quantizer.quantizer", "litert", "ai-edge-quantizer")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it shows its progress
+        quantizer = module.Quantizer(str(source))
+        for kind in QUANTIZED:
+            quantizer.add_dynamic_config(regex=".*", operation_name=kind, num_bits=8)
+        place.write_bytes(quantizer.quantize().quantized_model)
+
+
+def _refuse_half(precision: str, source: Path) -> None:
+    if "16" in precision:
         raise UserError(
             f"{source}: is {precision}, and {CONVERTER} makes a file of it that finds nothing (seen with 1.29): give "
             "the fp32 file"

@@ -1,7 +1,10 @@
 """MNN: its own file, by its own converter, with a card beside it.
 
-Its converter accepts quantized files of ours and says that it succeeded, but the network then answers with nothing
-(seen with 3.6.1). So they are refused here.
+The converter's Python wrapper installs a package with pip when it starts, and reports to a server what was converted
+(seen in 3.6.1, `MNN.tools.utils.log`), so its compiled part is called without it.
+
+It accepts quantized files of ours and says that it succeeded, but the network then answers with nothing (the same
+version). An int8 file is therefore made of the float one, with weights in int8 that are computed with in float.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.core.card import Form, ModelCard, need_plain, network_precision, scanned_card, write_card_beside
-from deploy.core.errors import UserError
+from deploy.core.card import Form, need_plain, network_precision, scanned_card, write_card_beside
 from deploy.runtimes.mnn import load_mnn
 from deploy.targets.converter import convert
+
+_CONVERT = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"
 
 
 def make(source: Path, place: Path) -> str:
@@ -21,19 +25,15 @@ def make(source: Path, place: Path) -> str:
     load_mnn()
     card = scanned_card(source)
     need_plain(card, source, "files of MNN are made")
-    _refuse_int8(card, source)
+    options = ["--fp16"] if "fp16" in network_precision(card.precision) else []
+    if card.quantization is not None:
+        from deploy.targets.own_int8 import float_beside, quantized_card
+
+        source = float_beside(source, card, "MNN")
+        card, options = quantized_card(source, "mnn", "weights"), ["--weightQuantBits", "8"]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--modelFile", str(source.absolute()),
-                 "--MNNModel", str(place.absolute()), "--bizCode", "compress",
-                 *(["--fp16"] if "fp16" in network_precision(card.precision) else [])]  # fmt: skip
+        words = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source.absolute()),
+                 "--MNNModel", str(place.absolute()), "--bizCode", "compress", *options]  # fmt: skip
         convert(source, words, "MNN's converter", Path(folder), place)
     write_card_beside(card.model_copy(update={"form": Form(labels="int32")}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json"
-
-
-def _refuse_int8(card: ModelCard, source: Path) -> None:
-    if card.quantization is not None:
-        raise UserError(
-            f"{source}: MNN's converter takes its QuantizeLinear nodes and makes a network that gives nothing (seen "
-            "with 3.6.1): give the fp32 file, and quantize that with MNN's own tools"
-        )

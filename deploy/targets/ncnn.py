@@ -97,5 +97,5 @@ def _refuse_int8(card: ModelCard, source: Path) -> None:
     if card.quantization is not None:
         raise UserError(
             f"{source}: pnnx leaves its QuantizeLinear nodes as they are, which ncnn cannot load (seen with 20261020): "
-            "give the fp32 file, and quantize that with ncnn's own tools"
+            "give the fp32 file, and quantize that with ncnn2table and ncnn2int8, which are not in its Python package"
         )

@@ -26,6 +26,7 @@ class Target:
     runs: there is a row in `deploy.runtimes.open`, by which the file is tried before it gets its name. What does not
     run here must be written whole or not at all by `make` itself.
     folder: the place is a folder, of any name. `make` refuses one that it did not write.
+    own_int8: its int8 file is made of the fp32 one, which `make` looks for beside the exported int8 file.
     keep_runtime: takes what the target ships of its runtime from a folder of the user's (--web-runtime) into the cache.
     None: it ships nothing.
     """
@@ -34,6 +35,7 @@ class Target:
     ending: str
     runs: bool = True
     folder: bool = False
+    own_int8: bool = False
     keep_runtime: Callable[[Path], None] | None = None
 
 
@@ -54,8 +56,8 @@ def _keep_web_runtime(folder: Path) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    "litert": Target(_made_by("litert"), ".tflite"),
-    "mnn": Target(_made_by("mnn"), ".mnn"),
+    "litert": Target(_made_by("litert"), ".tflite", own_int8=True),
+    "mnn": Target(_made_by("mnn"), ".mnn", own_int8=True),
     "ncnn": Target(_made_by("ncnn"), ".ncnn.param"),
     "openvino": Target(_made_by("openvino"), ".xml"),
     "tract": Target(_made_by("tract"), ".tract.onnx"),

@@ -55,8 +55,7 @@ PIECES = {
 }
 """Name in a page's `runtime/` → file of the package. A new version is a new number above and new hashes here. `ort.js`
 is named after another build, and drives both of these: of the package's own two for them, it lacks a check and file
-names.
-Modules are named .js, since not every server knows .mjs as a script."""
+names. Modules are named .js, since not every server knows .mjs as a script."""
 
 
 def runtime_files() -> Path:

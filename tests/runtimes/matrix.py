@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deploy.targets.table import TARGETS
+
+PRECISIONS = ("fp32", "fp16", "int8")
+MOST = {"fp32": 0.1, "fp16": 0.1, "int8": 0.5}
+"""Points of mAP that a file may be away from the same file in ONNX Runtime."""
+RUNTIMES = [name for name, target in TARGETS.items() if target.runs]
+"""Those that Python can call, so that `validate` and `benchmark` run them."""
+
 
 @dataclass(frozen=True)
 class Row:

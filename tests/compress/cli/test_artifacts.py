@@ -262,6 +262,14 @@ def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.Mo
     assert (card.input_size, card.max_detections, card.short, card.long) == ((32, 64), 7, 64, 64)
 
 
+def test_the_float_file_is_made_for_those_that_quantize_it() -> None:
+    from compress.cli.export import _precisions
+
+    assert _precisions("int8", ["mnn"]) == ["fp32", "int8"] == _precisions("fp32,int8", ["litert", "tract"])
+    assert _precisions("int8", ["openvino", "tract"]) == ["int8"] == _precisions("int8", [])
+    assert _precisions("fp16", ["mnn"]) == ["fp16"] and _precisions(None, ["mnn"]) == ["fp32"]
+
+
 def test_a_missed_budget_leaves_no_older_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

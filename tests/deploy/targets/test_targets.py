@@ -5,15 +5,17 @@ All of them together, with mAP of a trained student: `make test-runtimes`.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from deploy.core.card import PROCESSING, Quantization, card_from_file
 from deploy.core.errors import UserError
 from deploy.runtimes.open import open_runner
-from deploy.targets import litert, ncnn
+from deploy.targets import litert, ncnn, own_int8
 from deploy.targets.make import make_for
 from deploy.targets.table import TARGETS, Target, place_for
 from tests.helpers.tiny_onnx import pictures
@@ -102,3 +104,20 @@ def test_another_ending_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--out: .*x.onnx does not end in .mnn"):
         place_for(tmp_path / "tiny.onnx", "mnn", tmp_path / "x.onnx")
     assert place_for(tmp_path / "tiny.int8.onnx", "mnn").name == "tiny.int8.mnn"
+
+
+def test_own_int8_files_are_made_of_the_float_one(tiny_onnx: Path, tmp_path: Path) -> None:
+    """MNN and LiteRT quantize it themselves; it lies beside ours."""
+    beside, source = tmp_path / "tiny.onnx", tmp_path / "tiny.int8.onnx"
+    card = card_from_file(tiny_onnx)
+    with pytest.raises(UserError, match=r"tiny.onnx is not there; export both: --precision fp32,int8"):
+        own_int8.float_beside(source, card, "MNN")
+    shutil.copy(tiny_onnx, beside)
+    assert own_int8.float_beside(source, card, "MNN") == beside
+    with pytest.raises(UserError, match=r"MNN quantizes the fp32 file itself, and .*tiny.onnx is not that of"):
+        own_int8.float_beside(source, card.model_copy(update={"checkpoint_sha256": "other"}), "MNN")
+    with pytest.raises(UserError, match=r"a.onnx: MNN quantizes .* not called x.int8.onnx"):
+        own_int8.float_beside(tmp_path / "a.onnx", card, "MNN")
+    made = own_int8.quantized_card(beside, "mnn", "weights")
+    assert made.precision == {"stem": "int8", "down": "int8", "cls": "int8", "reg": "int8", PROCESSING: "fp32"}
+    assert made.quantization == Quantization(target="mnn", layers=4, method="weights")
