@@ -3,11 +3,11 @@
     python -m benchmarks ray_engine
     python -m benchmarks ray_engine --images 300,3000
 
-The ResNet-18 student of `compress init`, with random weights, labels photographs of 640 x 480, seen at 320 x 240, with two local processes
-(`--shard`) and with two actors of a Ray that is started for it. Time runs from the first chunk that is written to the
-last one, of both processes together, so that what comes before, imports, Ray, opening the teacher, stands apart. The
-memory is that of the driver (`compress pseudo-label --engine ray`), with a nano teacher on pictures of 64 x 48, which
-are hard links. Ray is local: nothing crosses a network.
+The ResNet-18 student of `compress init`, with random weights, labels photographs of 640 x 480, seen at 320 x 240, with
+two local processes (`--shard`) and with two actors of a Ray that is started for it. Time runs from the first chunk that
+is written to the last one, of both processes together, so that what comes before, imports, Ray, opening the teacher,
+stands apart. The memory is that of the driver (`compress pseudo-label --engine ray`), with a nano teacher on pictures
+of 64 x 64, which are hard links. Ray is local: nothing crosses a network.
 """
 
 from __future__ import annotations
