@@ -12,6 +12,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LIGHT = ("distil_your_own_detector",)
+"""The others run in `make test-exhaustive`."""
 
 QUICKER = {
     r"--train 400 --val 100": "--train 8 --val 4",
@@ -38,7 +40,13 @@ def runner() -> Any:
 
 
 @pytest.mark.usefixtures("few_rounds")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in LIGHT else pytest.mark.exhaustive)
+        for path in NOTEBOOKS
+    ],
+)
 def test_every_cell_runs(path: Path, tmp_path: Path, runner: Any) -> None:
     done = runner.run(path, tmp_path, QUICKER)
     assert all(cell["execution_count"] for cell in done["cells"] if cell["cell_type"] == "code")

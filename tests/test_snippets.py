@@ -23,7 +23,7 @@ PAGES = [
     for page in sorted((ROOT / "docs").rglob("*.md"))
     if any(snippet.language in ("console", "python") for snippet in snippets.snippets(page))
 ]
-LIGHT = ("benchmarking", "data", "extending", "predict", "report", "serving", "teachers")
+LIGHT = ("benchmarking", "data", "extending", "predict", "serving", "teachers")
 """The other pages train, quantize and export more: they run in `make test-exhaustive`."""
 
 QUICKER = {

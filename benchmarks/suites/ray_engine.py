@@ -3,11 +3,11 @@
     python -m benchmarks ray_engine
     python -m benchmarks ray_engine --images 300,3000
 
-A GFL with a ResNet-18 and random weights labels photographs of 640 x 480, seen at 320 x 240, with two local processes
-(`--shard`) and with two actors of a Ray that is started for it. Time runs from the first chunk that is written to the
-last one, of both processes together, so that what comes before, imports, Ray, opening the teacher, stands apart. The
-memory is that of the driver (`compress pseudo-label --engine ray`), with a nano teacher on pictures of 64 x 48, which
-are hard links. Ray is local: nothing crosses a network.
+The ResNet-18 student of `compress init`, with random weights, labels photographs of 640 x 480, seen at 320 x 240, with
+two local processes (`--shard`) and with two actors of a Ray that is started for it. Time runs from the first chunk that
+is written to the last one, of both processes together, so that what comes before, imports, Ray, opening the teacher,
+stands apart. The memory is that of the driver (`compress pseudo-label --engine ray`), with a nano teacher on pictures
+of 64 x 64, which are hard links. Ray is local: nothing crosses a network.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from compress.pseudo.settings import Settings
 from deploy.core.on_ray import Cluster
 
 ACTORS = 2
+STUDENT = Model(backbone="resnet18", weights="none", neck_channels=128, head_depth=2)
+"""That which `compress init` takes where there is time."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +85,7 @@ def _time(folder: Path, count: int) -> Case:
     originals = sorted((folder / "originals").glob("*.jpg"))
     for index in range(count):
         os.link(originals[index % len(originals)], folder / "images" / f"{index:06}{originals[0].suffix}")
-    record = ModelRecord(model=Model(backbone="resnet18", weights="none"), num_classes=3, class_names=("a", "b", "c"))
+    record = ModelRecord(model=STUDENT, num_classes=3, class_names=("a", "b", "c"))
     save_detector(folder / "teacher.safetensors", record.build(), metadata=record)
     started = time.time()
     with ThreadPoolExecutor(ACTORS) as pool:

@@ -250,16 +250,16 @@ def _results(ray: Any, cluster: Cluster, make: Callable[[], Any], items: Sequenc
 
 
 def _room(have: Mapping[str, float], cluster: Cluster, num_gpus: float) -> int:
-    """So many actors fit into the cluster, or the fewer that are asked for. A cluster that can grow shows only what it
-    has, so more may be asked for of one that was given by its address."""
+    """So many actors fit into the cluster, or the fewer that are asked for. A cluster that was given by its address may
+    grow, and shows only what it has: there as many are taken as are asked for."""
+    if _address(cluster) is not None and cluster.actors is not None:
+        return cluster.actors
     wanted = {"CPU": cluster.num_cpus, "GPU": num_gpus}
     fit = min(int(have.get(kind, 0) / share + 1e-6) for kind, share in wanted.items() if share > 0)
     if fit < 1:
         found = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in wanted)
         raise UserError(
             f"ray: no worker has room: each is to have {cluster.num_cpus:g} CPU and {num_gpus:g} GPU, "
-            f"the cluster has {found}; change --num-cpus or --num-gpus"
+            f"the cluster has {found}; change --num-cpus or --num-gpus, or give --actors of one that will grow"
         )
-    if cluster.actors is None:
-        return fit
-    return cluster.actors if _address(cluster) is not None else min(cluster.actors, fit)
+    return fit if cluster.actors is None else min(cluster.actors, fit)

@@ -44,6 +44,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return speed
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of 20,000 images is large enough for an index, which is not to lie in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def written(kind: str, folder: Path, budget: float = 600.0, **wishes: Any) -> tuple[Recipe, list[str]]:
     """The recipe for a kind of data, and what was said."""
     train, val, images = draw(KINDS[kind], folder)

@@ -156,6 +156,7 @@ def test_a_dry_run_with_two_processes_leaves_nothing(tmp_path: Path) -> None:
     assert "everything fits together" in shown and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.exhaustive
 def test_methods_with_parameters_of_their_own_train_on_two_processes(tmp_path: Path) -> None:
     """Adapters and context blocks, masks that differ between the processes, one method that ends early, BatchNorm in
     the head; started by torchrun."""

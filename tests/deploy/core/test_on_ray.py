@@ -63,7 +63,7 @@ def work(kind: str, notes: Path, **cluster: Any) -> list[int]:
     return list(map_in_order(Cluster(**cluster), partial(worker, kind, notes), range(8)))
 
 
-@pytest.mark.parametrize("kind", ["the first is slow", "once"])
+@pytest.mark.parametrize("kind", ["once", pytest.param("the first is slow", marks=pytest.mark.exhaustive)])
 def test_results_come_in_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a directory in which the cluster was not started."""
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def test_results_come_in_order(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     ("kind", "line"),
     [
         ("one is wrong", "3 is too much"),
-        ("cannot begin", "no such teacher"),
+        pytest.param("cannot begin", "no such teacher", marks=pytest.mark.exhaustive),
         pytest.param(
             "one kills",
             f"ray: {TRIES} workers died at piece 4 of the work; memory is the usual reason",
