@@ -122,6 +122,11 @@ def _do(work: Callable[..., Path], recipe: Recipe, how: How, cluster: Cluster | 
         return work(recipe, **how)
     if how["dry_run"]:
         raise UserError("--dry-run: rehearses on this machine; leave out --engine ray")
+    if recipe.ray is not None:
+        raise UserError(
+            "--engine ray: the recipe's section ray would wait for what the training's own processes hold; add "
+            "--set ray=null, and they do that work"
+        )
     from compress.run.on_ray import train_on_ray
 
     train_on_ray(cluster, partial(work, recipe, **how), recipe.train.devices, recipe.runs, restarts=how["resume"])

@@ -10,7 +10,7 @@ from typing import Any
 from compress.training.distributed import LAUNCHER
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.core.on_ray import Cluster, connected, place, take_place
+from deploy.core.on_ray import Cluster, connected, place, room, take_place
 
 RESTARTS = 3
 """So often are all processes started again where one fails, of a run that may resume."""
@@ -31,8 +31,7 @@ def train_on_ray(cluster: Cluster, work: Callable[[], Any], processes: int, runs
     train = import_extra("ray.train", "ray", "ray[train]")
     torch = import_extra("ray.train.torch", "ray", "ray[train]")
     with connected(cluster, show=True) as ray:
-        have = ray.cluster_resources()
-        gpus = cluster.num_gpus if cluster.num_gpus is not None else float(have.get("GPU", 0) > 0)
+        gpus, _ = room(ray, cluster, processes, all_at_once=True)
         trainer = torch.TorchTrainer(
             _process,
             train_loop_config={

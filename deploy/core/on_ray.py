@@ -121,6 +121,32 @@ def connected(cluster: Cluster, *, show: bool = False) -> Iterator[Any]:
         ray.shutdown()
 
 
+def room(ray: Any, cluster: Cluster, wanted: int | None, *, all_at_once: bool = False) -> tuple[float, int]:
+    """GPUs for each process, and how many processes the connected cluster has room for; a note is printed where more
+    are wanted of one that was given by its address, which may grow, and shows only what it has.
+
+    wanted: None: as many as there is room for. all_at_once: fewer will not do.
+
+    Raises UserError where there will never be room.
+    """
+    have = ray.cluster_resources()
+    gpus = cluster.num_gpus if cluster.num_gpus is not None else float(have.get("GPU", 0) > 0)
+    shares = {"CPU": cluster.num_cpus, "GPU": gpus}
+    fit = min(int(have.get(kind, 0) / share + 1e-6) for kind, share in shares.items() if share > 0)
+    needed = wanted if wanted is not None and (all_at_once or _address(cluster) is not None) else 1
+    if fit >= needed:
+        return gpus, fit
+    found = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in shares)
+    line = (
+        f"ray: room for {fit} of {needed} processes: each is to have {cluster.num_cpus:g} CPU and {gpus:g} GPU, the "
+        f"cluster has {found}"
+    )
+    if wanted is None or _address(cluster) is None:
+        raise UserError(f"{line}; change --num-cpus or --num-gpus, or ask for as many of a cluster that will grow")
+    print(f"{line}; {'all wait' if all_at_once or not fit else 'the others wait'} until it grows", flush=True)
+    return gpus, fit
+
+
 def place() -> dict[str, str]:
     """What `take_place` needs to know of this process."""
     return {"folder": os.getcwd(), "cache": str(storage.cache_folder())}
@@ -227,9 +253,10 @@ def _quiet(ray: Any) -> Iterator[None]:
 def _results(ray: Any, cluster: Cluster, make: Callable[[], Any], items: Sequence[Any]) -> Iterator[Any]:
     if not items:
         return
-    have = ray.cluster_resources()
-    num_gpus = cluster.num_gpus if cluster.num_gpus is not None else float(have.get("GPU", 0) > 0)
-    actors = min(_room(have, cluster, num_gpus), len(items))
+    num_gpus, fit = room(ray, cluster, cluster.actors)
+    grows = _address(cluster) is not None
+    wanted = fit if cluster.actors is None else cluster.actors if grows else min(cluster.actors, fit)
+    actors = min(wanted, len(items))
     rows = [{"number": n, "item": pickle.dumps(item, pickle.HIGHEST_PROTOCOL)} for n, item in enumerate(items)]
     tries = ray.remote(num_cpus=0, max_restarts=-1)(_Tries).remote()
     # A block holds one item: blocks are what Ray retries, and items are large enough.
@@ -247,19 +274,3 @@ def _results(ray: Any, cluster: Cluster, make: Callable[[], Any], items: Sequenc
             if isinstance(result, _Broken):
                 raise UserError(result.message)
             yield result
-
-
-def _room(have: Mapping[str, float], cluster: Cluster, num_gpus: float) -> int:
-    """So many actors fit into the cluster, or the fewer that are asked for. A cluster that was given by its address may
-    grow, and shows only what it has: there as many are taken as are asked for."""
-    if _address(cluster) is not None and cluster.actors is not None:
-        return cluster.actors
-    wanted = {"CPU": cluster.num_cpus, "GPU": num_gpus}
-    fit = min(int(have.get(kind, 0) / share + 1e-6) for kind, share in wanted.items() if share > 0)
-    if fit < 1:
-        found = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in wanted)
-        raise UserError(
-            f"ray: no worker has room: each is to have {cluster.num_cpus:g} CPU and {num_gpus:g} GPU, "
-            f"the cluster has {found}; change --num-cpus or --num-gpus, or give --actors of one that will grow"
-        )
-    return fit if cluster.actors is None else min(cluster.actors, fit)

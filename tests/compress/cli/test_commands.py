@@ -228,6 +228,12 @@ def test_a_dry_run_names_the_real_one(run: Run, pipeline: types.ModuleType) -> N
     )
 
 
+def test_a_training_on_ray_does_all_itself(run: Run) -> None:
+    pytest.importorskip("ray")
+    said = run("run good.yaml --engine ray --set ray.actors=1")[2]
+    assert said.startswith("error: --engine ray: the recipe's section ray would wait for what the training's own")
+
+
 def test_a_failed_gate_is_exit_code_1(run: Run, pipeline: types.ModuleType) -> None:
     pipeline.gate = "fail"  # type: ignore[attr-defined]
     code, out, err = run("run good.yaml")

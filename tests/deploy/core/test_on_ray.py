@@ -92,13 +92,27 @@ def test_a_mistake_is_one_line(kind: str, line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cluster", "line"),
     [
-        ({"num_gpus": 0.5}, "ray: no worker has room: each is to have 1 CPU and 0.5 GPU, the cluster has 2 CPU, 0 GPU"),
-        ({"num_cpus": 4}, "ray: no worker has room: each is to have 4 CPU and 0 GPU, the cluster has 2 CPU, 0 GPU"),
+        (
+            {"num_gpus": 0.5},
+            "ray: room for 0 of 1 processes: each is to have 1 CPU and 0.5 GPU, the cluster has 2 CPU, 0 GPU",
+        ),
+        (
+            {"num_cpus": 4},
+            "ray: room for 0 of 1 processes: each is to have 4 CPU and 0 GPU, the cluster has 2 CPU, 0 GPU",
+        ),
     ],
 )
 def test_more_than_there_is(cluster: dict[str, float], line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{line}"):
         work("", tmp_path, **cluster)
+
+
+def test_more_at_once_than_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"^ray: room for 2 of 3 processes: .*, the cluster has 2 CPU, 0 GPU; change"):
+        on_ray.room(ray, Cluster(), 3, all_at_once=True)
+    assert on_ray.room(ray, Cluster(actors=3), 3) == (0, 2)
+    assert on_ray.room(ray, Cluster(address="auto"), 3) == (0, 2)
+    assert capsys.readouterr().out.endswith("the cluster has 2 CPU, 0 GPU; the others wait until it grows\n")
 
 
 def test_another_version_on_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
