@@ -104,7 +104,7 @@ class PseudoLabels(Settings):
                 where = "is listed twice" if a == b else f"lies in {first}, which is searched with all below it"
                 raise broken_rule("unlabeled", f"{second} {where}; name it once")
         if self.tau_ignore is not None and self.tau is None:
-            raise broken_rule("tau_ignore", "is a share of what tau is; give tau beside it")
+            raise broken_rule("tau_ignore", "needs tau beside it; without tau, both are where the teacher's F1 is best")
         if self.tau_ignore is not None and self.tau is not None and self.tau_ignore > self.tau:
             raise broken_rule("tau_ignore", f"{self.tau_ignore:g} is more than tau, {self.tau:g}")
         if (self.short is None) != (self.long is None):

@@ -85,6 +85,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                     }
                 }
             ],
+            "tau": 0.4,
             "tau_ignore": 0.4,  # this detector does not leave regions out of its loss
             "fine_tune": None,
         },

@@ -130,7 +130,7 @@ class Faked:
 
         monkeypatch.setattr(Manifest, "stage", stage)
         monkeypatch.setattr(evaluation, "open_runner", lambda *args, **kwargs: None)
-        monkeypatch.setattr(evaluation, "_torch", lambda *args: None)
+        monkeypatch.setattr(evaluation, "_torch", lambda *args: lambda: None)
         monkeypatch.setattr(report, "show_report", lambda folder: None)
 
     def run(self, folder: Path, *overrides: str, teacher: str = GIVEN, calibration: bool = True) -> list[str]:

@@ -186,10 +186,10 @@ def fitted(monkeypatch: pytest.MonkeyPatch, change: Callable[..., np.ndarray], *
 
 def read(monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Change the pixels that the deployment reads."""
-    import deploy.validate.accuracy as accuracy
+    import deploy.validate.detect as detect
 
-    right = accuracy.load_image
-    monkeypatch.setattr(accuracy, "load_image", lambda path: np.ascontiguousarray(change(right(path))))
+    right = detect.load_image
+    monkeypatch.setattr(detect, "load_image", lambda path: np.ascontiguousarray(change(right(path))))
 
 
 def other_mean(runner: TorchRunner) -> None:

@@ -416,7 +416,7 @@ def test_a_dry_run_finds_a_class_without_a_place(tmp_path: Path) -> None:
             ["student.detector=faster_rcnn"],
             r"tau_ignore: a faster_rcnn student .* set tau and tau_ignore to one number, 0\.6, and there",
         ),
-        (["pseudo_labels.tau=null"], r"tau_ignore: is a share of what tau is; give tau beside it"),
+        (["pseudo_labels.tau=null"], r"tau_ignore: needs tau beside it; without tau, both are where"),
         (["pseudo_labels.unlabeled=[a, ./a]"], r"unlabeled: a is listed twice; name it once"),
         (["pseudo_labels.unlabeled=[a/b, a, ab]"], r"unlabeled: a/b lies in a, which is searched"),
         (["teacher={checkpoint: no.pth}"], r"--set teacher: is not used: pseudo_labels\.teachers label"),
