@@ -58,6 +58,7 @@ BLOCKS = {
     "data_path": Block("data_path", by_case, named("throughput")),
     "data_path-ratio": Block("data_path", by_case, named("times as fast")),
     "label_index": Block("label_index", tables.listing),
+    "ray_engine": Block("ray_engine", tables.listing),
     "pictures": Block("pictures", by_case, named("mAP lost")),
     "pictures-pixels": Block("pictures", by_case, named("difference")),
     "latency": Block("latency", tables.listing, named("p50", "ratio of p50")),
