@@ -103,7 +103,7 @@ def validate(
             max_map_drop=max_map_drop,
             batch_size=batch_size,
             progress=progress,
-            detect=_detect(cluster, partial(open_runners, files, providers), options, runners),
+            detect=_detect(cluster, partial(open_runners, files, providers), options),
         )
     open_console().print(validation.results_table(results))
     write_results(json_out, [result.to_dict() for result in results])
@@ -116,20 +116,15 @@ def validate(
     next_command("benchmark", *files, "--images", images)
 
 
-def _detect(
-    cluster: Cluster | None,
-    open: Callable[..., Mapping[str, Runner]],
-    options: Mapping[str, Any],
-    runners: Mapping[str, Runner],
-) -> Detect:
+def _detect(cluster: Cluster | None, open: Callable[..., Mapping[str, Runner]], options: Mapping[str, Any]) -> Detect:
     """What runs the runners: this process, or actors of a cluster that open them for themselves, with as many threads
     as each has processors unless another number is given."""
-    from deploy.validate.detect import RayDetection, detect_all
+    from deploy.validate.detect import detect_all, detect_on
 
     if cluster is None:
         return detect_all
     threads = options["threads"] or max(1, int(cluster.num_cpus))
-    return RayDetection(cluster, partial(open, **{**options, "threads": threads}), frozenset(runners))
+    return detect_on(cluster, partial(open, **{**options, "threads": threads}))
 
 
 def _say_what_an_map_does_not(results: Sequence[ArtifactResult]) -> None:

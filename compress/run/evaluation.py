@@ -35,7 +35,7 @@ from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, runner_kind
 from deploy.runtimes.providers import OPENVINO, openings
 from deploy.validate.coco import POINT
-from deploy.validate.detect import Detect, RayDetection, detect_all
+from deploy.validate.detect import Detect, detect_all, detect_on
 from deploy.validate.kept import detections_file, keep_detections
 
 MAP_FIGURES = ("map", "map_small", "map_medium", "map_large", "max_detections", "map_at_max", "mar_at_max", POINT)
@@ -214,7 +214,7 @@ def _where(plan: EvaluationPlan, opened: _Opened) -> Detect:
     """What runs the runners over the images."""
     if plan.cluster is None:
         return detect_all
-    return RayDetection(plan.cluster, partial(_open_all, opened.open), frozenset(opened.open))
+    return detect_on(plan.cluster, partial(_open_all, opened.open))
 
 
 def _open_all(open: Mapping[str, Callable[[], Runner]]) -> dict[str, Runner]:

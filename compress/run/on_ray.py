@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,7 @@ def train_on_ray(cluster: Cluster, work: Callable[[], Any], processes: int, runs
         gpus, _ = room(ray, cluster, processes, all_at_once=True)
         trainer = torch.TorchTrainer(
             _process,
-            train_loop_config={
-                "work": ray.cloudpickle.dumps(work),
-                "there": place(),
-            },
+            train_loop_config={"work": ray.cloudpickle.dumps(work), "there": place()},
             scaling_config=train.ScalingConfig(
                 num_workers=processes,
                 use_gpu=gpus > 0,
@@ -62,8 +60,6 @@ def train_on_ray(cluster: Cluster, work: Callable[[], Any], processes: int, runs
 
 def _process(config: dict[str, Any]) -> None:
     """In each process: what torchrun would have set, then the work."""
-    import pickle
-
     try:
         take_place(**config["there"])
     except OSError as error:

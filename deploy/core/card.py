@@ -41,6 +41,10 @@ _Pixels = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+UNCALIBRATED = ("dynamic", "weights")
+"""Methods of quantization that look at no images."""
+
+
 class Quantization(BaseModel):
     """Record of how an int8 file was made. `layers` counts the quantized ones; `float_layers` names the others."""
 
@@ -61,6 +65,12 @@ class Quantization(BaseModel):
     """The first 16 digits of the SHA-256 of each calibration image file: validation refuses these images."""
     guided_map_drop: float | None = None
     """mAP points that the search measured on its labelled split; None when there was no search."""
+
+    @model_validator(mode="after")
+    def _images(self) -> Quantization:
+        if not self.image_hashes and self.method not in UNCALIBRATED:
+            raise ValueError(f"image_hashes: is empty, and ranges of {self.method} come from images")
+        return self
 
 
 class HalfPrecision(BaseModel):

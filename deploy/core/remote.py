@@ -30,7 +30,7 @@ from zlib import crc32
 
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import whole_file, write_json
-from deploy.core.storage import LAST, Missing, cache_folder, url_of
+from deploy.core.storage import LAST, Missing, address_of, cache_folder
 
 Result = TypeVar("Result")
 
@@ -107,8 +107,8 @@ def versions(paths: Sequence[Path]) -> list[str | None]:
     folders: dict[Path, int] = {}
     for path in paths:
         folders[path.parent] = folders.get(path.parent, 0) + 1
-    many = {folder for folder, count in folders.items() if count > FEW and not _url(folder).startswith("http")}
-    listed = {folder: _listing(_url(folder), folder, below=False) for folder in many}
+    many = {folder for folder, count in folders.items() if count > FEW and not address_of(folder).startswith("http")}
+    listed = {folder: _listing(address_of(folder), folder, below=False) for folder in many}
     with ThreadPoolExecutor(PARALLEL) as pool:
         alone = iter(list(pool.map(_known, [path for path in paths if path.parent not in many])))
     found = [listed[path.parent].get(path.name) if path.parent in many else next(alone) for path in paths]
@@ -121,28 +121,28 @@ def versions(paths: Sequence[Path]) -> list[str | None]:
 def push(path: Path) -> list[str]:
     """Upload a workplace; see `deploy.core.storage.push`. What was uploaded is recorded as what was fetched is."""
     for file in _removed(path):
-        ask_for(_url(file), lambda fs, name: fs.rm_file(name) if fs.exists(name) else None)
+        ask_for(address_of(file), lambda fs, name: fs.rm_file(name) if fs.exists(name) else None)
         _line(file).unlink()
     written = []
     for file in sorted(_made(path), key=_order):
         state = _state(file)
         if _recorded(file).get("copy") != state:
-            version = ask_for(_url(file), partial(_upload, file=file))
+            version = ask_for(address_of(file), partial(_upload, file=file))
             write_json(_line(file), {"at": version, "copy": state})
-            written.append(_url(file))
+            written.append(address_of(file))
     return written
 
 
 def pull(folder: Path) -> None:
     """Fetch what is newer at the address of a workplace than what was last uploaded from here, or fetched."""
     try:
-        found = _listing(_url(folder), folder)
+        found = _listing(address_of(folder), folder)
     except Missing:
         return
     for file in sorted((folder / name for name in found), key=_order):
         there = found[file.relative_to(folder).as_posix()]
         if not file.exists() or _recorded(file).get("at") != there:
-            _download(_url(file), file)
+            _download(address_of(file), file)
 
 
 def ask_for(url: str, what: Callable[[Any, str], Result]) -> Result:
@@ -274,7 +274,7 @@ def _listing(url: str, folder: Path, *, below: bool = True) -> dict[str, Version
 
 
 def _known(path: Path) -> Version | None:
-    url = _url(path)
+    url = address_of(path)
     try:
         return ask_for(url, lambda fs, name: _version(_file(fs.info(name), url)))
     except Missing:
@@ -383,9 +383,3 @@ def _reason(error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
     text = first_line(cause)
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _url(path: Path) -> str:
-    url = url_of(path)
-    assert url is not None, path
-    return url

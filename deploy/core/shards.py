@@ -31,7 +31,7 @@ import numpy as np
 from deploy.core import remote
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import atomic_path, whole_file, write_json
-from deploy.core.storage import TAR, Missing, cache_folder, place, place_of_tar, url_of
+from deploy.core.storage import TAR, Missing, address_of, cache_folder, place, place_of_tar
 
 ROOM = 1 << 30
 """Bytes that a copy of a tar file leaves free on the disk."""
@@ -40,8 +40,7 @@ FETCHED_TOGETHER = 4
 
 def files_of(url: str) -> list[str]:
     """The addresses of the tar files that a pattern names, in order. Raises Missing where it names none."""
-    spelled = [text for part in [url] for text in _braces(part)]
-    found = [one for text in spelled for one in (_matches(text) if _has_wildcard(text) else [text])]
+    found = [one for text in _braces(url) for one in (_matches(text) if _has_wildcard(text) else [text])]
     if not found:
         raise Missing(f"{_shown(url)}: no tar file is named so")
     return found
@@ -49,7 +48,7 @@ def files_of(url: str) -> list[str]:
 
 def names(folder: Path) -> list[str]:
     """The names of all members."""
-    return _index(_url(folder)).names()
+    return _index(address_of(folder)).names()
 
 
 def read(path: Path) -> bytes:
@@ -148,7 +147,7 @@ class Index:
 
 def _located(path: Path) -> tuple[Index, str]:
     """The index that a path asks, and the name of the member in it."""
-    url = _url(path)
+    url = address_of(path)
     pattern, _, member = url.partition(f"{TAR}/")
     return _index(f"{pattern}{TAR}"), member
 
@@ -277,12 +276,6 @@ def _has_wildcard(text: str) -> bool:
 
 def _key(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def _url(path: Path) -> str:
-    url = url_of(path)
-    assert url is not None, path
-    return url
 
 
 def _shown(url: str) -> str:

@@ -57,6 +57,13 @@ def url_of(path: str | Path) -> str | None:
     return next(filter(None, (_url_in(tree, path) for tree in (FILES, TARS, WORK))), None)
 
 
+def address_of(path: str | Path) -> str:
+    """`url_of` what is known to be the place of an address."""
+    url = url_of(path)
+    assert url is not None, path
+    return url
+
+
 def shown(text: object) -> str:
     """A text for people, or a path for another machine: addresses in the place of their places here."""
     written = str(text)
@@ -133,8 +140,7 @@ def is_folder(path: Path) -> bool:
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """The places of the files below an address with one of these endings (lower case); see `find_files`."""
-    url = _url_in(FILES, folder)
-    assert url is not None, "a folder of this machine"
+    url = address_of(folder)
     from deploy.core import remote, shards
 
     names = shards.names(Path(folder)) if url.endswith(TAR) else remote.names(url, Path(folder))
@@ -144,8 +150,7 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def size(path: Path) -> int | None:
     """Bytes of a file at an address, which is not fetched for that; None: there is none."""
-    url = _url_in(FILES, path)
-    assert url is not None, "a file of this machine"
+    url = address_of(path)
     from deploy.core import remote, shards
 
     return shards.size(Path(path)) if is_in_tar(url) else remote.size(url, Path(path))
@@ -216,8 +221,7 @@ def is_in_tar(url: str) -> bool:
 
 def cache_folder() -> Path:
     """The folder of the cache."""
-    given = os.environ.get(CACHE)
-    return Path(os.path.abspath(given)) if given else Path.home() / ".cache" / "compress" / "storage"
+    return Path(_root())
 
 
 # --- details --------------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
 """Runners over many pictures, each of which is read once: in this process, or on a Ray cluster.
 
-`detect_all` does it here; `RayDetection` is the same function with actors of a cluster behind it.
+`detect_all` does it here; `detect_on` makes the same function with actors of a cluster behind it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -53,18 +52,8 @@ class Outcome:
         self.seconds += other.seconds
 
 
-class Detect(Protocol):
-    """Signature of `detect_all`."""
-
-    def __call__(
-        self,
-        runners: Mapping[str, Runner],
-        files: Mapping[int, Path],
-        batch_size: int,
-        progress: Progress | None = None,
-        *,
-        sizes: Mapping[int, tuple[int, int]] | None = None,
-    ) -> dict[str, Outcome]: ...
+Detect = Callable[..., dict[str, Outcome]]
+"""What takes and gives what `detect_all` does."""
 
 
 def detect_all(
@@ -118,21 +107,14 @@ def detect_all(
     return outcomes
 
 
-@dataclass(frozen=True)
-class RayDetection:
+def detect_on(cluster: Cluster, open: Callable[[], Mapping[str, Runner]]) -> Detect:
     """`detect_all` on a Ray cluster, whose nodes see all files under the same names.
 
-    open: makes the runners in each actor, by their names; picklable. Runners that it does not make run here.
-    names: of those that it makes.
+    open: makes the runners, all of them under their names, in each actor; picklable.
     """
 
-    cluster: Cluster
-    open: Callable[[], Mapping[str, Runner]]
-    names: frozenset[str]
-
-    def __call__(
-        self,
-        runners: Mapping[str, Runner],
+    def detect(
+        runners: Iterable[str],
         files: Mapping[int, Path],
         batch_size: int,
         progress: Progress | None = None,
@@ -140,23 +122,21 @@ class RayDetection:
         sizes: Mapping[int, tuple[int, int]] | None = None,
     ) -> dict[str, Outcome]:
         known = {} if sizes is None else sizes
-        here = {name: runner for name, runner in runners.items() if name not in self.names}
-        outcomes = detect_all(here, files, batch_size, sizes=sizes) if here else {}
-        outcomes |= {name: Outcome() for name in runners if name in self.names}
-        size = max(1, self.cluster.images // batch_size) * batch_size
+        outcomes = {name: Outcome() for name in runners}
+        size = max(1, cluster.images // batch_size) * batch_size
         pending, pieces = iter(files.items()), []
         while part := dict(islice(pending, size)):
             pieces.append(_Piece(part, {image: known[image] for image in part if image in known}))
         done = 0
-        for piece, found in zip(
-            pieces, map_in_order(self.cluster, partial(_Actor, self.open, self.names, batch_size), pieces), strict=True
-        ):
-            for name, outcome in found.items():
-                outcomes[name].extend(outcome)
+        for piece, found in zip(pieces, map_in_order(cluster, partial(_Actor, open, batch_size), pieces), strict=True):
+            for name, outcome in outcomes.items():
+                outcome.extend(found[name])
             done += len(piece.files)
             if progress is not None:
                 progress(done, len(files))
-        return {name: outcomes[name] for name in runners}
+        return outcomes
+
+    return detect
 
 
 def prepare(path: Path, card: ModelCard) -> tuple[np.ndarray, Canvases]:
@@ -179,9 +159,8 @@ class _Piece:
 class _Actor:
     """Runners of its own, for pieces of the images."""
 
-    def __init__(self, open: Callable[[], Mapping[str, Runner]], names: frozenset[str], batch_size: int) -> None:
-        self._runners = {name: runner for name, runner in open().items() if name in names}
-        self._batch_size = batch_size
+    def __init__(self, open: Callable[[], Mapping[str, Runner]], batch_size: int) -> None:
+        self._runners, self._batch_size = open(), batch_size
 
     def __call__(self, piece: _Piece) -> dict[str, Outcome]:
         return detect_all(self._runners, piece.files, self._batch_size, sizes=piece.sizes)

@@ -57,3 +57,15 @@ def test_missing_and_wrong_cards_are_one_line_errors(tmp_path: Path) -> None:
             parse_card(json.dumps({**good, **change}), "m.onnx")
     with pytest.raises(UserError, match="not JSON"):
         parse_card("{", "m.onnx")
+
+
+@pytest.mark.parametrize(("method", "hashes"), [("minmax", []), ("minmax", ["0"]), ("dynamic", [])])
+def test_ranges_that_come_from_images_say_from_which(method: str, hashes: list[str]) -> None:
+    """Validation refuses these images, so a card cannot leave them out."""
+    made = {"target": "cpu", "layers": 1, "method": method, "image_hashes": hashes}
+    text = json.dumps({**CARD.model_dump(mode="json"), "quantization": made})
+    if method == "minmax" and not hashes:
+        with pytest.raises(UserError, match="image_hashes: is empty, and ranges of minmax come from images"):
+            parse_card(text, "m.onnx")
+    else:
+        assert parse_card(text, "m.onnx").quantization is not None

@@ -21,7 +21,7 @@ from deploy.core.errors import UserError
 from deploy.core.on_ray import TRIES, Cluster, map_in_order
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.runtimes.open import open_runners
-from deploy.validate.detect import RayDetection, detect_all
+from deploy.validate.detect import detect_all, detect_on
 from tests.helpers.red_rectangle_model import picture, write_red_model
 
 ray = pytest.importorskip("ray")
@@ -151,9 +151,9 @@ def test_options_that_would_do_nothing() -> None:
 
 
 def test_validation_finds_the_same(tmp_path: Path) -> None:
-    """One file on the cluster, and one here; the pieces are smaller than the images."""
-    write_red_model(tmp_path / "there.onnx")
-    write_red_model(tmp_path / "here.onnx")
+    """Of two files; the pieces are smaller than the images."""
+    write_red_model(tmp_path / "one.onnx")
+    write_red_model(tmp_path / "other.onnx")
     rng = np.random.default_rng(0)
     files, sizes = {}, {}
     for number in range(7):
@@ -161,10 +161,10 @@ def test_validation_finds_the_same(tmp_path: Path) -> None:
         pixels = picture((80, 150), (x, y, x + 20 + 10 * number, y + 30))
         files[5 * number], sizes[5 * number] = tmp_path / f"{number}.png", pixels.shape[:2]
         Image.fromarray(pixels).save(files[5 * number])
-    paths = [tmp_path / "there.onnx", tmp_path / "here.onnx"]
+    paths = [tmp_path / "one.onnx", tmp_path / "other.onnx"]
     runners = {path.name: OnnxRunner(path) for path in paths}
     seen: list[tuple[int, int]] = []
-    detect = RayDetection(Cluster(actors=2, images=4), partial(_opened, paths[0]), frozenset({"there.onnx"}))
+    detect = detect_on(Cluster(actors=2, images=4), partial(_opened, paths))
     found = detect(runners, files, 2, lambda done, total: seen.append((done, total)), sizes=sizes)
     wanted = detect_all(runners, files, 2)
     assert seen == [(4, 7), (7, 7)] and list(found) == list(wanted)
@@ -178,5 +178,5 @@ def test_validation_finds_the_same(tmp_path: Path) -> None:
         detect(runners, files, 2, sizes={0: (1, 1)})
 
 
-def _opened(path: Path) -> dict[str, Any]:
-    return {Path(name).name: runner for name, runner in open_runners([path]).items()}
+def _opened(paths: list[Path]) -> dict[str, Any]:
+    return {Path(name).name: runner for name, runner in open_runners(paths).items()}
