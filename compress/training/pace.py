@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from statistics import median
 
 from lightning.fabric import Fabric
@@ -13,6 +14,8 @@ WINDOW = 50
 """Steps that are looked at together."""
 SLOW = 1.5
 """So many times as long as the others' median is slow."""
+SHARE = 0.1
+"""And so much of a step more than that: what is less is not worth a word."""
 
 
 class Pace:
@@ -21,7 +24,7 @@ class Pace:
 
     def __init__(self, fabric: Fabric) -> None:
         self._fabric = fabric
-        self._sums, self._steps = [0.0, 0.0], 0
+        self._sums, self._steps, self._began = [0.0, 0.0], 0, time.perf_counter()
         self._told: str | None = None
         self._hosts = gather(fabric, socket.gethostname())
 
@@ -37,27 +40,28 @@ class Pace:
         self._steps += 1
         if self._steps < WINDOW:
             return None
-        gathered = gather(self._fabric, [total / self._steps for total in self._sums])
-        self._sums, self._steps = [0.0, 0.0], 0
-        slow = slowest(gathered, self._hosts)
-        if slow is None or slow[0] == self._told:
-            self._told = None if slow is None else self._told
+        took, now = [total / self._steps for total in self._sums], time.perf_counter()
+        gathered = gather(self._fabric, (took, (now - self._began) / self._steps))
+        self._sums, self._steps, self._began = [0.0, 0.0], 0, now
+        least = SHARE * median(step for _, step in gathered)
+        name, line = slowest([seconds for seconds, _ in gathered], self._hosts, least) or (None, None)
+        if name == self._told:
             return None
-        self._told = slow[0]
-        return slow[1]
+        self._told = name
+        return line
 
 
-def slowest(seconds: list[list[float]], hosts: list[str]) -> tuple[str, str] | None:
+def slowest(seconds: list[list[float]], hosts: list[str], least: float = 0.0) -> tuple[str, str] | None:
     """The process that is slower than the others, and a line about it; None: none is.
 
     Args:
         seconds: of each process a step: waiting for images, and the forward pass.
-        hosts: their names.
+        hosts: their names. least: seconds that it must be slower.
     """
     totals = [sum(both) for both in seconds]
     worst = max(range(len(totals)), key=totals.__getitem__)
     others = median(totals[:worst] + totals[worst + 1 :])
-    if totals[worst] <= SLOW * others:
+    if totals[worst] <= max(SLOW * others, others + least):
         return None
     waiting, forward = seconds[worst]
     reason = "waiting for its images" if waiting > forward else "in the forward pass"

@@ -10,6 +10,8 @@ HOSTS = ["here", "there", "elsewhere"]
 def test_as_fast_as_the_others() -> None:
     assert slowest([[0.1, 0.9], [0.2, 0.9], [0.0, 0.8]], HOSTS) is None
     assert slowest([[0.0, 1.0], [0.0, SLOW]], HOSTS) is None  # not more than that
+    assert slowest([[0.0, 0.01], [0.0, 0.09]], HOSTS, 0.1) is None  # of a step of a second, nobody minds
+    assert slowest([[0.0, 0.01], [0.0, 0.12]], HOSTS, 0.1) is not None
 
 
 def test_the_slow_one_and_its_reason() -> None:
