@@ -33,7 +33,7 @@ test-mmdet: $(MMDET_VENV)/.mmdet  ## our GFL and mmdet teachers against mmdet it
 	$(MMDET_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'pytest>=8.3'
 	OMP_NUM_THREADS=1 $(MMDET_VENV)/bin/python -m pytest --disable-warnings tests/parity_mmdet
 
-test-runtimes: .venv-runtimes/.runtimes  ## the quickstart's student in LiteRT, MNN, ncnn, OpenVINO, tract and a browser, with its mAP in each
+test-runtimes: .venv-runtimes/.runtimes  ## the quickstart's student in LiteRT, MNN, ncnn, OpenVINO, tract, TVM and a browser, with its mAP in each
 	PATH="$(CURDIR)/.venv-onnx2tf/bin:$$PATH" OMP_NUM_THREADS=2 .venv-runtimes/bin/python -m pytest -s tests/runtimes
 
 test-cluster: .venv/.dev  ## Ray clusters whose actors and nodes are killed, two hosts that train together
@@ -82,7 +82,7 @@ clean:  ## remove the environments and caches, never runs/
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH; make PYTHON=/path/to/python" >&2; exit 2; }
 	test -x .venv-runtimes/bin/python || $(PYTHON) -m venv .venv-runtimes
 	.venv-runtimes/bin/python -m pip install --quiet --disable-pip-version-check \
-	--editable '.[train,serve,openvino,litert,mnn,ncnn,tract]' 'pytest>=8.3' 'hypothesis>=6.115' 'websockets>=13' coremltools
+	--editable '.[train,serve,openvino,litert,mnn,ncnn,tract,tvm]' 'pytest>=8.3' 'hypothesis>=6.115' 'websockets>=13' coremltools
 	test -x .venv-onnx2tf/bin/python || $(PYTHON) -m venv .venv-onnx2tf
 	.venv-onnx2tf/bin/python -m pip install --quiet --disable-pip-version-check onnx2tf
 	@touch $@

@@ -33,6 +33,7 @@ class LiteRTRunner:
         interpreter = import_extra("ai_edge_litert.interpreter", "litert", "ai-edge-litert").Interpreter
         try:
             self._interpreter = interpreter(model_path=str(path), num_threads=threads or usable_cores())
+            self._interpreter.allocate_tensors()  # or what XNNPACK cannot take is told of at the first image
             self._network = self._interpreter.get_signature_runner()
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{path}: LiteRT cannot load it: {first_line(error)}") from error

@@ -90,6 +90,12 @@ def _open_tract(path: Path, providers: Sequence[str]) -> Runner:
     return TractRunner(path)
 
 
+def _open_tvm(path: Path, providers: Sequence[str]) -> Runner:
+    from deploy.runtimes.tvm import TVMRunner
+
+    return TVMRunner(path)
+
+
 def _open_mnn(path: Path, providers: Sequence[str], **options: Any) -> Runner:
     from deploy.runtimes.mnn import MNNRunner
 
@@ -114,6 +120,7 @@ _OF_OPENVINO = Option(
 )
 RUNNERS: dict[str, RunnerKind] = {
     ".tract.onnx": RunnerKind("tract", _open_tract),
+    ".tvm.onnx": RunnerKind("TVM", _open_tvm),
     ONNX_SUFFIX: RunnerKind(
         "ONNX Runtime or OpenVINO",
         _open_onnx,

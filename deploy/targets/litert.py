@@ -3,8 +3,8 @@
 onnx2tf fixes the versions of all that it needs, NumPy and onnx among them, so it has an environment of its own and is
 called as a command. It wants shapes that are constants, and fetches pictures from the network unless it finds some.
 
-Of the QuantizeLinear nodes of our int8 files it makes a file that finds nothing. LiteRT's own quantizer takes the float
-file: weights in int8 with a scale a channel; the activations of a convolution are quantized while it is computed, with
+Of the QuantizeLinear nodes of our int8 files version 1.29 makes a file that finds nothing, and 2.6 one that LiteRT cannot
+load. LiteRT's own quantizer takes the float file: weights in int8 with a scale a channel; the activations of a convolution are quantized while it is computed, with
 the range they have then, so no calibration takes part.
 """
 
@@ -77,6 +77,6 @@ def _quantize(source: Path, place: Path) -> None:
 def _refuse_half(precision: str, source: Path) -> None:
     if "16" in precision:
         raise UserError(
-            f"{source}: is {precision}, and {CONVERTER} makes a file of it that finds nothing (seen with 1.29): give "
-            "the fp32 file"
+            f"{source}: is {precision}, and {CONVERTER} makes a file of it that finds nothing (1.29) or computes in "
+            "float32 and is as large (2.6): give the fp32 file"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.core.boxes import pairwise_iou
-from deploy.core.card import network_precision
+from deploy.core.card import network_precision, scanned_card
 from deploy.core.errors import UserError
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
@@ -23,7 +23,8 @@ own ways, and noise leaves many scores alike."""
 
 
 def make_for(target: str, source: Path, place: Path) -> str:
-    """Make the file of a target, which finds what the exported one finds. Returns a few words about it for people.
+    """Make the file of a target, which finds what the file finds that it is made of: the exported one, or the float one
+    beside it (`Target.own_int8`). Returns a few words about it for people.
 
     Raises UserError as `Target.make` does, and where the runtime finds other things in it; what was at the place stays.
     """
@@ -34,7 +35,11 @@ def make_for(target: str, source: Path, place: Path) -> str:
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         new = Path(folder) / place.name
         said = row.make(source, new)
-        other = open_runner(new)
+        other, card = open_runner(new), scanned_card(source)
+        if row.own_int8 and card.quantization is not None:
+            from deploy.targets.own_int8 import float_beside  # imports onnx
+
+            source = float_beside(source, card, target)
         in_bf16 = network_precision(other.card.precision) == "bf16"  # which ONNX Runtime does not compute
         runner = open_runner(source, ("openvino",) if in_bf16 else ("cpu",))
         again, least = _found_again(runner, other), _FOUND[_kind(other)]

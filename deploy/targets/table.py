@@ -61,7 +61,7 @@ TARGETS: dict[str, Target] = {
     "ncnn": Target(_made_by("ncnn"), ".ncnn.param"),
     "openvino": Target(_made_by("openvino"), ".xml"),
     "tract": Target(_made_by("tract"), ".tract.onnx"),
-    "tvm": Target(_made_by("tvm"), ".tvm.onnx", runs=False),
+    "tvm": Target(_made_by("tvm"), ".tvm.onnx"),
     "web": Target(_made_by("web"), ".web", runs=False, folder=True, keep_runtime=_keep_web_runtime),
 }
 """Name in --for → how its file is made."""

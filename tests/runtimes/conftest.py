@@ -31,6 +31,7 @@ PACKAGES = (
     "openvino",
     "pnnx",
     "tract",
+    "tvm",
     "websockets",
 )
 there = all(find_spec(name) for name in PACKAGES) and shutil.which("onnx2tf")

@@ -6,6 +6,7 @@ All of them together, with mAP of a trained student: `make test-runtimes`.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import pytest
 
 from deploy.core.card import PROCESSING, Quantization, card_from_file
 from deploy.core.errors import UserError
+from deploy.graph.form import write_graph
 from deploy.runtimes.open import open_runner
 from deploy.targets import litert, ncnn, own_int8
 from deploy.targets.make import make_for
 from deploy.targets.table import TARGETS, Target, place_for
 from tests.helpers.tiny_onnx import pictures
 
-NEEDS = {"openvino": "openvino", "tract": "tract", "mnn": "MNN", "ncnn": "ncnn"}
+NEEDS = {"openvino": "openvino", "tract": "tract", "mnn": "MNN", "ncnn": "ncnn", "tvm": "tvm"}
 
 
 @pytest.mark.parametrize("target", NEEDS)
@@ -47,6 +49,16 @@ def test_what_lies_beside_a_file_is_missed(tiny_onnx: Path, tmp_path: Path) -> N
     (tmp_path / "tiny.mnn.json").unlink()
     with pytest.raises(UserError, match=r"tiny.mnn.json: no such file; it is the card of tiny.mnn"):
         open_runner(tmp_path / "tiny.mnn")
+
+
+@pytest.mark.parametrize(
+    ("target", "wants"), [("tract", "tract takes a fixed batch and int32 labels"), ("tvm", "TVM takes a fixed batch")]
+)
+def test_a_file_of_another_form_is_refused(target: str, wants: str, tiny_onnx: Path, tmp_path: Path) -> None:
+    place = place_for(tmp_path / "tiny.onnx", target)
+    shutil.copy(tiny_onnx, place)
+    with pytest.raises(UserError, match=f"{place}: {wants}: compress export {place} --for {target}"):
+        open_runner(place)
 
 
 def test_the_converter_for_litert_is_named(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +110,27 @@ def test_a_file_that_finds_other_things_is_not_written(
     with pytest.raises(UserError, match=r"the file for own finds \d+% of what this one finds on pictures of noise"):
         make_for("own", tiny_onnx, place)
     assert place.read_text() == "before" and list(tmp_path.iterdir()) == [place]
+
+
+def test_own_int8_is_compared_with_what_it_is_made_of(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An int8 file that was calibrated badly says nothing of a converter that never saw it."""
+    beside, source = tmp_path / "tiny.onnx", tmp_path / "tiny.int8.onnx"
+    shutil.copy(tiny_onnx, beside)
+    model = onnx.load(str(tiny_onnx))
+    for item in model.graph.initializer:
+        if len(item.dims) == 4:
+            item.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(item), item.name))
+    quantization = Quantization(target="cpu", layers=4, method="weights")
+    write_graph(model, card_from_file(tiny_onnx).model_copy(update={"quantization": quantization}), source)
+    monkeypatch.setitem(TARGETS, "own", Target(lambda _, place: str(shutil.copy(beside, place)), ".own.onnx"))
+    place = place_for(source, "own")
+    with pytest.raises(UserError, match="the file for own finds"):
+        make_for("own", source, place)
+    monkeypatch.setitem(TARGETS, "own", replace(TARGETS["own"], own_int8=True))
+    make_for("own", source, place)
+    assert place.read_bytes() == beside.read_bytes()
 
 
 def test_another_ending_is_refused(tmp_path: Path) -> None:
