@@ -103,6 +103,7 @@ def export(
     checks, split = student.checks()
     make_files(ArtifactPlan(checkpoint, files, student.settings, checks, how, on_grids=grids is not None, engines=plan))
     make_others([file.path for file in files], targets, others)
+    _note(files[0].path)
     if triton_repo is not None:
         for artifact in [file.engine if trt else file.path for file in files]:
             if artifact is not None:
@@ -139,6 +140,15 @@ def _measure(made: Sequence[Path]) -> None:
     files = [file for file in made if file.name.endswith(SUFFIXES)]
     if files:
         next_command("benchmark", *files)
+
+
+def _note(file: Path) -> None:
+    """Say what a compiler that has no --for will not take, and why: its own error does not."""
+    from deploy.targets.iree import not_compiled
+
+    said = not_compiled(file)
+    if said is not None:
+        print(f"note: {said}")
 
 
 def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path | None) -> None:

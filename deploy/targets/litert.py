@@ -2,9 +2,11 @@
 
 onnx2tf fixes the versions of all that it needs, NumPy and onnx among them, so it has an environment of its own and is
 called as a command. It wants shapes that are constants, and fetches pictures from the network unless it finds some.
+Python decides which one pip finds: 1.29, which needs TensorFlow and minutes, below 3.12; else 2.6, which needs neither,
+but stores a weight once for each use.
 
-Of the QuantizeLinear nodes of our int8 files version 1.29 makes a file that finds nothing, and 2.6 one that LiteRT cannot
-load. LiteRT's own quantizer takes the float file: weights in int8 with a scale a channel; the activations of a convolution are quantized while it is computed, with
+Of the QuantizeLinear nodes of our int8 files 1.29 makes a file that finds nothing, and 2.6 one that LiteRT cannot load.
+LiteRT's own quantizer takes the float file: weights in int8 with a scale a channel; the activations of a convolution are quantized while it is computed, with
 the range they have then, so no calibration takes part.
 """
 
@@ -53,6 +55,7 @@ def make(source: Path, place: Path) -> str:
         words = [command, "-i", "model.onnx", "-o", "made", "-osd", "-n"]
         written = Path(folder) / "made" / "model_float32.tflite"
         convert(source, words, CONVERTER, Path(folder), written)
+        _share_weights(written)
         if quantized:
             _quantize(written, place)
         else:
@@ -64,8 +67,28 @@ def make(source: Path, place: Path) -> str:
 # --- details --------------------------------------------------------------------------------------------
 
 
+def _share_weights(file: Path) -> None:
+    """Store weights that are equal once: a head that five levels share has one of each, not five."""
+    flatbuffers = import_extra("flatbuffers", "litert")
+    schema = import_extra("ai_edge_litert.schema_py_generated", "litert", "ai-edge-litert")
+    model = schema.ModelT.InitFromPackedBuf(bytearray(file.read_bytes()), 0)
+    tensors = [tensor for graph in model.subgraphs for tensor in graph.tensors]
+    first: dict[bytes, int] = {}
+    for tensor in tensors:
+        held = model.buffers[tensor.buffer].data
+        if held is not None and len(held):
+            tensor.buffer = first.setdefault(bytes(held), tensor.buffer)
+    used = {tensor.buffer for tensor in tensors} | {entry.buffer for entry in model.metadata or []}
+    for index, buffer in enumerate(model.buffers):
+        if index not in used:
+            buffer.data = None
+    builder = flatbuffers.Builder(file.stat().st_size)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    file.write_bytes(builder.Output())
+
+
 def _quantize(source: Path, place: Path) -> None:
-    """Write the .tflite file with its convolutions and matrix products in int8."""
+    """Write the .tflite file at `source` with its convolutions and matrix products in int8."""
     module = import_extra("ai_edge_quantizer.quantizer", "litert", "ai-edge-quantizer")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it shows its progress
         quantizer = module.Quantizer(str(source))
@@ -77,6 +100,6 @@ def _quantize(source: Path, place: Path) -> None:
 def _refuse_half(precision: str, source: Path) -> None:
     if "16" in precision:
         raise UserError(
-            f"{source}: is {precision}, and {CONVERTER} makes a file of it that finds nothing (1.29) or computes in "
-            "float32 and is as large (2.6): give the fp32 file"
+            f"{source}: is {precision}, and {CONVERTER} makes a file of it that is as large as that of the fp32 file and "
+            "computes in float32 (seen with 1.29 and 2.6): give the fp32 file"
         )

@@ -1,7 +1,7 @@
 """Apache TVM: ONNX with a fixed batch. Its importer knows no open batch where maps are enlarged (seen with 0.27).
 
-Whoever ships it compiles it for the device, with `tvm.relax.frontend.onnx.from_onnx`; here `deploy.runtimes.tvm` does for
-this machine."""
+Whoever ships it compiles it for the device, with `tvm.relax.frontend.onnx.from_onnx`; here `deploy.runtimes.tvm` does
+for this machine."""
 
 from __future__ import annotations
 

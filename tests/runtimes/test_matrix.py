@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,30 @@ def test_mnn_installs_nothing(files: dict[str, Path], tmp_path: Path, monkeypatc
     assert (tmp_path / "student.mnn").is_file() and not (tmp_path / "called").exists()
 
 
-def test_litert_finds_nothing_in_half(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The refusal of fp16: without it, the file is made and then not written. onnx2tf takes minutes."""
+def test_litert_gains_nothing_by_half(
+    files: dict[str, Path], made: dict[tuple[str, str], Path | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal of fp16. Without it a file is made that is as large as that of the fp32 file, or one that is not
+    written, since it finds nothing: both were seen of onnx2tf 1.29."""
     monkeypatch.setattr(litert, "_refuse_half", lambda *_: None)
-    with pytest.raises(UserError, match="the file for litert finds 0% of what this one finds"):
-        make_for("litert", files["fp16"], tmp_path / "student.tflite")
+    place, full = tmp_path / "student.tflite", made["litert", "fp32"]
+    assert isinstance(full, Path)
+    try:
+        make_for("litert", files["fp16"], place)
+    except UserError as error:
+        assert "the file for litert finds 0% of what this one finds" in str(error) and not list(tmp_path.iterdir())
+    else:
+        assert place.stat().st_size > 0.95 * full.stat().st_size
+
+
+def test_litert_takes_no_quantized_nodes(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why an int8 file is made of the float one: of ours onnx2tf makes one, and it is then not written, since it finds
+    nothing (1.29) or LiteRT cannot load it (2.6)."""
+    monkeypatch.setattr(own_int8, "float_beside", lambda source, *_: source)
+    monkeypatch.setattr(own_int8, "quantized_card", lambda source, *_: scanned_card(source))
+    monkeypatch.setattr(litert, "_quantize", shutil.move)
+    with pytest.raises(UserError, match=r"the file for litert finds 0%|LiteRT cannot load it"):
+        make_for("litert", files["int8"], tmp_path / "student.tflite")
     assert not list(tmp_path.iterdir())
