@@ -6,8 +6,8 @@ Python decides which one pip finds: 1.29, which needs TensorFlow and minutes, be
 but stores a weight once for each use.
 
 Of the QuantizeLinear nodes of our int8 files 1.29 makes a file that finds nothing, and 2.6 one that LiteRT cannot load.
-LiteRT's own quantizer takes the float file: weights in int8 with a scale a channel; the activations of a convolution are quantized while it is computed, with
-the range they have then, so no calibration takes part.
+LiteRT's own quantizer takes the float file: weights in int8 with a scale a channel; the activations of a convolution
+are quantized while it is computed, with the range they have then, so no calibration takes part.
 """
 
 from __future__ import annotations
@@ -100,6 +100,6 @@ def _quantize(source: Path, place: Path) -> None:
 def _refuse_half(precision: str, source: Path) -> None:
     if "16" in precision:
         raise UserError(
-            f"{source}: is {precision}, and {CONVERTER} makes a file of it that is as large as that of the fp32 file and "
+            f"{source}: is {precision}, and {CONVERTER} makes a file of it that is as large as that of the fp32 one and "
             "computes in float32 (seen with 1.29 and 2.6): give the fp32 file"
         )
