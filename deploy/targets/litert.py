@@ -100,6 +100,6 @@ def _quantize(source: Path, place: Path) -> None:
 def _refuse_half(precision: str, source: Path) -> None:
     if "16" in precision:
         raise UserError(
-            f"{source}: is {precision}, and {CONVERTER} makes a file of it that is as large as that of the fp32 one and "
+            f"{source}: is {precision}, and {CONVERTER} makes a file of it as large as that of the fp32 one, which "
             "computes in float32 (seen with 1.29 and 2.6): give the fp32 file"
         )

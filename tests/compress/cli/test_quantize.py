@@ -55,6 +55,7 @@ def test_the_short_way_makes_the_same_file(student: Path, capsys: pytest.Capture
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"next: compress validate {files['float file']} --data ") and "--reference" in last
     assert run(f"export {student} --precision int8") == 0
+    assert "note: IREE 3.13 cannot compile" in capsys.readouterr().out  # at 64 pixels a level has one place
     expected = constants(student.with_name("student.int8.onnx"))
     for how, file in files.items():
         found = constants(file)
