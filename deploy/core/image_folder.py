@@ -39,15 +39,18 @@ def spread(files: Sequence[Item], most: int) -> list[Item]:
     return [files[index * len(files) // count] for index in range(count)]
 
 
-def find_files(folder: Path, suffixes: Collection[str], where: str = "") -> list[Path]:
+def find_files(folder: Path, suffixes: Collection[str], where: str = "", *, dead_links: bool = False) -> list[Path]:
     """The files with one of these endings (lower case) in `folder` and below it, by their names relative to it.
 
     Links are followed, those to files and those to folders, and keep the name that they have here. A folder that can be
     reached twice is entered once, by its own name before any link, so circles of links end. Names that begin with a dot
     are hidden, and left out: `._a.jpg` of macOS is no picture.
 
+    dead_links: find links to nothing too that are named like what is looked for, for who tells of each file that cannot
+    be read.
+
     Raises UserError, beginning with `where`, when `folder` is none or cannot be read, and for a link to nothing that is
-    named like what is looked for, or like a folder.
+    named like what is looked for (without `dead_links`), or like a folder.
     """
     folder = Path(folder)
     if not is_folder(folder):
@@ -58,7 +61,7 @@ def find_files(folder: Path, suffixes: Collection[str], where: str = "") -> list
     links = [os.fspath(folder)]
     entered: set[str] = set()
     while links:
-        links = sorted(_enter(links.pop(0), entered, found, suffixes, where) + links)
+        links = sorted(_enter(links.pop(0), entered, found, suffixes, where, dead_links) + links)
     start = os.path.join(os.fspath(folder), "")
     return [Path(name) for name in sorted(found, key=lambda name: name.removeprefix(start).replace(os.sep, "/"))]
 
@@ -68,7 +71,9 @@ def missing(path: Path) -> str:
     return f"a link to {os.readlink(path)}, where nothing is" if path.is_symlink() else "the file is missing"
 
 
-def _enter(top: str, entered: set[str], found: list[str], suffixes: Collection[str], where: str) -> list[str]:
+def _enter(
+    top: str, entered: set[str], found: list[str], suffixes: Collection[str], where: str, dead_links: bool
+) -> list[str]:
     """Add the files below `top` without following links to folders; those are returned, to be entered later."""
     later: list[str] = []
     folders = [top]
@@ -89,10 +94,9 @@ def _enter(top: str, entered: set[str], found: list[str], suffixes: Collection[s
                 folders.append(entry.path)
             elif os.path.isdir(entry.path):
                 later.append(entry.path)
-            elif os.path.isfile(entry.path):
-                if suffix in suffixes:
-                    found.append(entry.path)
-            elif entry.is_symlink() and (suffix in suffixes or not suffix):
+            elif suffix in suffixes and (os.path.isfile(entry.path) or (dead_links and entry.is_symlink())):
+                found.append(entry.path)
+            elif not os.path.exists(entry.path) and entry.is_symlink() and (suffix in suffixes or not suffix):
                 raise UserError(
                     f"{where}{entry.path}: a link to {os.readlink(entry.path)}, where nothing is; mend it or remove it"
                 )

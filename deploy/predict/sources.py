@@ -181,7 +181,7 @@ def _sources(text: str, stdin: TextIO | None) -> Iterator[Source]:
 def _files(text: str) -> Iterator[Source]:
     path = Path(text)
     if is_folder(path):
-        files = find_files(path, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+        files = find_files(path, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES), dead_links=True)
         below = {folder for file in files for folder in _between(file, path)}
         written = {folder for folder in below if (folder / MARK).exists()}
         files = [file for file in files if written.isdisjoint(_between(file, path))]

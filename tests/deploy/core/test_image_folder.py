@@ -47,6 +47,8 @@ def test_links_to_nothing_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("loop" if name == "loop" else "gone")
     with pytest.raises(UserError, match=rf"--images: .*/{name}: a link to (gone|loop), where nothing is"):
         image_files(tmp_path, "--images: ")
+    if name == "a.jpg":
+        assert [file.name for file in find_files(tmp_path, (".jpg", ".png"), dead_links=True)] == ["a.jpg", "x.png"]
     (tmp_path / name).rename(tmp_path / "note.md")
     assert found(tmp_path) == ["x.png"]
 

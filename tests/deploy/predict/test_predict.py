@@ -94,6 +94,19 @@ def test_a_folder_is_drawn_and_listed_and_a_broken_picture_costs_itself(
     assert pixels.shape == RED.shape and (pixels != RED).any() and (pixels[300:] == RED[300:]).all()
 
 
+def test_a_link_to_nothing_costs_itself(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(encode(RED))
+    (tmp_path / "photos" / "b.png").symlink_to("gone.png")
+    assert predict(tmp_path, monkeypatch, onnx, "photos") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: photos/b.png: a link to gone.png, where nothing is", "error: 1 of 2 could not be looked at"
+    ]  # fmt: skip
+    assert [len(row.get("detections", ())) for row in of(tmp_path / "predictions")["images"]] == [1, 0]
+
+
 def test_other_outputs_hold_the_same(
     onnx: Path, photos: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
