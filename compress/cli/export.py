@@ -34,7 +34,10 @@ OUT_HELP = "The fp32 file; others lie beside it, as x.int8.onnx. Default: the ch
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="A student.safetensors; for what is made of .onnx files also one."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A student.safetensors, an mmdet FILE.pth or zoo:NAME; for what is made of .onnx files also one.",
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help=OUT_HELP)] = None,
     images: Annotated[
@@ -64,7 +67,8 @@ def export(
     Settings that are not given come from the recipe.yaml beside the checkpoint, or are the defaults. How int8 files and
     engines are made: compress quantize and compress build, whose options are taken here too.
     """
-    need_file(checkpoint)
+    if not _is_published(checkpoint):
+        need_file(checkpoint)
     if not trt:
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
@@ -76,12 +80,7 @@ def export(
         refuse(making, f"is about making an ONNX file, and {checkpoint} is one already; give its checkpoint")
         _of_exported(checkpoint, targets, others, out, plan, triton_repo)
         return
-    if out is None and is_remote(checkpoint):
-        raise UserError(f"--out: say where the file goes; {shown(checkpoint)} lies at an address")
-    named, out = out is not None, out or checkpoint.with_suffix(ONNX_SUFFIX)
-    if out.suffix != ONNX_SUFFIX:
-        raise UserError(f"--out: {out} does not end in {ONNX_SUFFIX}")
-    need_place(out)
+    named, out = out is not None, _place(checkpoint, out)
     student = read_student(checkpoint, images, input_size, thresholds)
     wanted = _precisions(precision, targets)
     check_flags(wanted, quantize, images)
@@ -140,6 +139,23 @@ def _measure(made: Sequence[Path]) -> None:
     files = [file for file in made if file.name.endswith(SUFFIXES)]
     if files:
         next_command("benchmark", *files)
+
+
+def _is_published(checkpoint: Path) -> bool:
+    from compress.config.base import ZOO_PREFIX
+
+    return str(checkpoint).startswith(ZOO_PREFIX)
+
+
+def _place(checkpoint: Path, out: Path | None) -> Path:
+    """Where the fp32 file goes. Raises UserError where nothing can be written there, and where nothing says it."""
+    if out is None and (_is_published(checkpoint) or is_remote(checkpoint)):
+        raise UserError(f"--out: say where the file goes; {shown(checkpoint)} lies in no folder here")
+    out = out or checkpoint.with_suffix(ONNX_SUFFIX)
+    if out.suffix != ONNX_SUFFIX:
+        raise UserError(f"--out: {out} does not end in {ONNX_SUFFIX}")
+    need_place(out)
+    return out
 
 
 def _note(file: Path) -> None:

@@ -222,6 +222,17 @@ def test_benchmark_under_load(exported: Path, run: Run, monkeypatch: pytest.Monk
     assert code == 0 and "most images a second at batch" in out and "nothing is copied" in out
 
 
+def test_a_published_checkpoint_is_exported_by_its_name(run: Run) -> None:
+    from tests.helpers.cheap_exports import rounds
+
+    code, _, err = run("export zoo:quickstart --images images --input-size 64x64")
+    assert (code, err) == (2, "error: --out: say where the file goes; zoo:quickstart lies in no folder here\n")
+    with rounds(4):
+        code, out, err = run("export zoo:quickstart --images images --input-size 64x64 --out teacher.onnx")
+    assert (code, err) == (0, "") and Path("teacher.onnx").is_file()
+    assert out.splitlines()[-1] == "next: compress benchmark teacher.onnx --images images"
+
+
 def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe beside the checkpoint says the thresholds, the input size and where images are."""
     from compress.config.model import Model
