@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import Form, network_precision, scanned_card, write_card_beside
+from deploy.core.card import Form, scanned_card, write_card_beside
 from deploy.core.errors import UserError
 from deploy.core.import_path import import_extra
 from deploy.targets.converter import convert
@@ -36,7 +36,6 @@ def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     card = scanned_card(source)
     quantized = card.quantization is not None
-    _refuse_half(network_precision(card.precision), source)
     command = shutil.which(CONVERTER)
     if command is None:
         raise UserError(f"{CONVERTER} is not on PATH; it needs an environment of its own: {INSTALL}")
@@ -95,11 +94,3 @@ def _quantize(source: Path, place: Path) -> None:
         for kind in QUANTIZED:
             quantizer.add_dynamic_config(regex=".*", operation_name=kind, num_bits=8)
         place.write_bytes(quantizer.quantize().quantized_model)
-
-
-def _refuse_half(precision: str, source: Path) -> None:
-    if "16" in precision:
-        raise UserError(
-            f"{source}: is {precision}, and {CONVERTER} makes a file of it as large as that of the fp32 one, which "
-            "computes in float32 (seen with 1.29 and 2.6): give the fp32 file"
-        )

@@ -26,16 +26,19 @@ def make_for(target: str, source: Path, place: Path) -> str:
     """Make the file of a target, which finds what the file finds that it is made of: the exported one, or the float one
     beside it (`Target.own_int8`). Returns a few words about it for people.
 
-    Raises UserError as `Target.make` does, and where the runtime finds other things in it; what was at the place stays.
+    Raises UserError as `Refusal.check` and `Target.make` do, and where the runtime finds other things in it; what was
+    at the place stays.
     """
-    row = TARGETS[target]
+    row, card = TARGETS[target], scanned_card(source)
+    for refusal in row.refusals:
+        refusal.check(source, card)
     if not row.runs:
         return row.make(source, place)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         new = Path(folder) / place.name
         said = row.make(source, new)
-        other, card = open_runner(new), scanned_card(source)
+        other = open_runner(new)
         if row.own_int8 and card.quantization is not None:
             from deploy.targets.own_int8 import float_beside  # imports onnx
 

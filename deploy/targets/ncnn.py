@@ -15,7 +15,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from deploy.core.card import ModelCard, scanned_card, write_card_beside
+from deploy.core.card import ModelCard, write_card_beside
 from deploy.core.errors import UserError
 from deploy.runtimes.ncnn import load_ncnn, weights_beside
 from deploy.targets.converter import convert
@@ -39,7 +39,6 @@ def make(source: Path, place: Path) -> str:
     """See `deploy.targets.table.Target`."""
     load_ncnn()
     program = _pnnx()
-    _refuse_int8(scanned_card(source), source)
     from deploy.graph.heads import cut_heads
 
     with tempfile.TemporaryDirectory() as folder:
@@ -91,11 +90,3 @@ def _try(source: Path, place: Path) -> None:
         last = "".join(done.stderr.strip().splitlines()[-1:]).removeprefix(f"{place}: ")[:300]
         said = last if done.returncode > 0 else "it ends the process"
         raise UserError(f"{source}: ncnn cannot run what pnnx makes of it: {said}")
-
-
-def _refuse_int8(card: ModelCard, source: Path) -> None:
-    if card.quantization is not None:
-        raise UserError(
-            f"{source}: pnnx leaves its QuantizeLinear nodes as they are, which ncnn cannot load (seen with 20261020): "
-            "give the fp32 file, and quantize that with ncnn2table and ncnn2int8, which are not in its Python package"
-        )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX
+from deploy.targets.refusal import Refusal, of_command, of_package
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Target:
     run here must be written whole or not at all by `make` itself.
     folder: the place is a folder, of any name. `make` refuses one that it did not write.
     own_int8: its int8 file is made of the fp32 one, which `make` looks for beside the exported int8 file.
+    refusals: what its converter makes nothing good of.
     keep_runtime: takes what the target ships of its runtime from a folder of the user's (--web-runtime) into the cache.
     None: it ships nothing.
     """
@@ -36,6 +38,7 @@ class Target:
     runs: bool = True
     folder: bool = False
     own_int8: bool = False
+    refusals: tuple[Refusal, ...] = ()
     keep_runtime: Callable[[Path], None] | None = None
 
 
@@ -55,10 +58,26 @@ def _keep_web_runtime(folder: Path) -> None:
     keep_runtime(folder)
 
 
+_HALF_IN_LITERT = Refusal(
+    precision="half",
+    converter="onnx2tf",
+    seen="2.6.9",
+    why="makes a file of it as large as that of the fp32 one, which computes in float32",
+    instead="give the fp32 file; delegates choose float16 themselves",
+    version=of_command("onnx2tf"),
+)
+_INT8_IN_NCNN = Refusal(
+    precision="int8",
+    converter="pnnx",
+    seen="20261020",
+    why="leaves its QuantizeLinear nodes as they are, which ncnn cannot load",
+    instead="give the fp32 file, and quantize that with ncnn2table and ncnn2int8, which are not in its Python package",
+    version=of_package("pnnx"),
+)
 TARGETS: dict[str, Target] = {
-    "litert": Target(_made_by("litert"), ".tflite", own_int8=True),
+    "litert": Target(_made_by("litert"), ".tflite", own_int8=True, refusals=(_HALF_IN_LITERT,)),
     "mnn": Target(_made_by("mnn"), ".mnn", own_int8=True),
-    "ncnn": Target(_made_by("ncnn"), ".ncnn.param"),
+    "ncnn": Target(_made_by("ncnn"), ".ncnn.param", refusals=(_INT8_IN_NCNN,)),
     "openvino": Target(_made_by("openvino"), ".xml"),
     "tract": Target(_made_by("tract"), ".tract.onnx"),
     "tvm": Target(_made_by("tvm"), ".tvm.onnx"),

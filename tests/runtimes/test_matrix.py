@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 
 from deploy.core.card import scanned_card
 from deploy.core.errors import UserError
-from deploy.targets import litert, ncnn, own_int8
+from deploy.targets import litert, own_int8
 from deploy.targets.make import make_for
-from deploy.targets.table import REFUSED
+from deploy.targets.table import REFUSED, TARGETS
 from tests.runtimes.matrix import MOST, PRECISIONS, ROWS, RUNTIMES, Row
 
 
@@ -42,7 +43,7 @@ def test_ncnn_cannot_load_quantized_nodes(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal of an int8 file: without it, the file is made and then not written."""
-    monkeypatch.setattr(ncnn, "_refuse_int8", lambda *_: None)
+    monkeypatch.setitem(TARGETS, "ncnn", replace(TARGETS["ncnn"], refusals=()))
     with pytest.raises(UserError, match="ncnn cannot run what pnnx makes of it: ncnn cannot load it"):
         make_for("ncnn", files["int8"], tmp_path / "student.ncnn.param")
     assert not list(tmp_path.iterdir())
@@ -81,7 +82,7 @@ def test_litert_gains_nothing_by_half(
 ) -> None:
     """The refusal of fp16. Without it a file is made that is as large as that of the fp32 file, or one that is not
     written, since it finds nothing: both were seen of onnx2tf 1.29."""
-    monkeypatch.setattr(litert, "_refuse_half", lambda *_: None)
+    monkeypatch.setitem(TARGETS, "litert", replace(TARGETS["litert"], refusals=()))
     place, full = tmp_path / "student.tflite", made["litert", "fp32"]
     assert isinstance(full, Path)
     try:
