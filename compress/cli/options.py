@@ -259,8 +259,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def need_file(file: Path) -> None:
-    if not fetch(file).is_file():
-        raise UserError(f"{file}: no such file")
+    if not (here := fetch(file)).is_file():
+        raise UserError(f"{file}: is a folder; name the file in it" if here.is_dir() else f"{file}: no such file")
 
 
 def need_folder(folder: Path, option: str) -> None:

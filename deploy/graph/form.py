@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from deploy.core.card import Form, ModelCard, need_plain, scanned_card
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path
+from deploy.core.files import atomic_path, need_other
 from deploy.graph.precision import set_card
 from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES
@@ -34,8 +34,9 @@ _COMPARED = 4
 def reform(source: Path, out: Path, form: Form) -> ModelCard:
     """Write the exported file at `source` in another form to `out`. Returns its card.
 
-    Raises UserError as `formed` does: nothing is written then.
+    Raises UserError as `formed` does, and where `out` is `source`: nothing is written then.
     """
+    need_other(out, source)
     model, card = formed(source, form)
     del model.graph.output[len(_OUTPUTS) :]
     write_graph(model, card, out)
