@@ -49,7 +49,7 @@ def make(source: Path, place: Path) -> str:
         convert(source, words, "pnnx", Path(folder), made)
         place.write_text(_named(made.read_text(encoding="utf-8"), card), encoding="utf-8")
         shutil.move(weights_beside(made), weights_beside(place))
-    write_card_beside(card, place)
+    write_card_beside(card, place, weights_beside(place))
     _try(source, place)
     weights = weights_beside(place)
     return (

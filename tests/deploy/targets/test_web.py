@@ -165,7 +165,7 @@ def test_npm_brings_it_once(package: Path, tmp_path: Path) -> None:
     archive = tmp_path / "made.tgz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(package, "package")
-    _npm(tmp_path, f'test "$*" = "pack onnxruntime-web@1.30.0 --silent" && /bin/cp {archive} .')
+    _npm(tmp_path, f'test "$*" = "pack onnxruntime-web@1.30.0 --loglevel=error" && /bin/cp {archive} .')
     folder = web_runtime.runtime_files()
     _npm(tmp_path, "exit 9")
     assert web_runtime.runtime_files() == folder, "it is in the cache"
