@@ -39,7 +39,7 @@ Providers = Annotated[
     typer.Option(
         "--provider",
         metavar="NAME,NAME",
-        help="Where .onnx files run: cpu, cuda, tensorrt; openvino, openvino-gpu, openvino-npu. Several: on each.",
+        help="Where .onnx files run: cpu, cuda, tensorrt; openvino, openvino-gpu, openvino-npu; web. Several: on each.",
     ),
 ]
 JsonOut = Annotated[
@@ -138,7 +138,7 @@ class RunnerFlags:
         bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
     ] = False
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the runtime, on the CPU; tract and TVM take one.")
+        int | None, typer.Option("--threads", min=1, help="Of the runtime, on the CPU; tract, TVM and web take one.")
     ] = None
     trt_cache: Annotated[
         Path | None,

@@ -56,7 +56,7 @@ def serve(
         typer.Option(
             "--provider",
             metavar="NAME,NAME",
-            help="cpu, cuda, tensorrt, in order of preference; or openvino, openvino-gpu, openvino-npu.",
+            help="cpu, cuda, tensorrt, in order of preference; or openvino, openvino-gpu, openvino-npu, web.",
         ),
     ] = "cpu",
     opening: RunnerFlags = RunnerFlags(),

@@ -117,8 +117,8 @@ class Deploy(Settings):
     max_batch: Positive = 8
     """Largest batch that the file is checked with."""
     providers: Annotated[tuple[Provider, ...], Field(min_length=1)] = ("cpu",)
-    """Where the files run for validation and benchmark: the first of ONNX Runtime's that comes up, and each of
-    OpenVINO's, so that [cpu, openvino] measures every file in both."""
+    """Where the files run for validation and benchmark: the first of ONNX Runtime's that comes up, and each other
+    runtime, so that [cpu, openvino] measures every file in both."""
     max_map_drop: Weight = 0.5
     """The gate: largest loss of mAP (points) against the student in PyTorch, and against what training measured."""
     benchmark: Benchmark = Benchmark()

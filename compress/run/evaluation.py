@@ -33,7 +33,7 @@ from deploy.core.on_ray import Cluster
 from deploy.core.precisions import PRECISIONS
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner, runner_kind
-from deploy.runtimes.providers import OPENVINO, openings
+from deploy.runtimes.providers import ALONE, openings
 from deploy.validate.coco import POINT
 from deploy.validate.detect import Detect, detect_all, detect_on
 from deploy.validate.kept import detections_file, keep_detections
@@ -177,7 +177,7 @@ def _open(plan: EvaluationPlan, artifacts: Sequence[Artifact]) -> _Opened:
             try:
                 opened.add(called, artifact.path, partial(open_runner, artifact.path, providers))
             except UserError as error:
-                if artifact.engine is None and providers[0] not in OPENVINO:
+                if artifact.engine is None and providers[0] not in ALONE:
                     raise
                 opened.idle.append(
                     {"file": called, "precision": artifact.precision, **facts, "gate": f"not run: {error}"}

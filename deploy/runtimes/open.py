@@ -20,7 +20,7 @@ from deploy.core.import_path import call_own, import_object
 from deploy.core.precisions import PRECISIONS
 from deploy.core.storage import fetch, shown
 from deploy.runtimes.base import Runner
-from deploy.runtimes.providers import OPENVINO, PROVIDERS, Provider
+from deploy.runtimes.providers import ALONE, OPENVINO, PROVIDERS, WEB, Provider
 
 if TYPE_CHECKING:
     from deploy.runtimes.onnx import TensorRTProvider
@@ -60,12 +60,16 @@ def _open_onnx(path: Path, providers: Sequence[str], *, openvino: OpenVINO | Non
     for name in providers:
         if name not in PROVIDERS:
             raise UserError(f"unknown provider '{name}': choose from {', '.join(PROVIDERS)}")
-        if name in OPENVINO and len(providers) > 1:
+        if name in ALONE and len(providers) > 1:
             raise UserError(f"provider '{name}': is a runtime of its own, which falls back on no other: give it alone")
     if providers and providers[0] in OPENVINO:
         from deploy.runtimes.openvino import OpenVINORunner
 
         return OpenVINORunner(path, OPENVINO[providers[0]], threads=options["threads"], settings=openvino)
+    if providers and providers[0] == WEB:
+        from deploy.runtimes.web import WebRunner
+
+        return WebRunner(path)
     from deploy.runtimes.onnx import OnnxRunner
 
     return OnnxRunner(path, providers, **options)
@@ -122,7 +126,7 @@ RUNNERS: dict[str, RunnerKind] = {
     ".tract.onnx": RunnerKind("tract", _open_tract),
     ".tvm.onnx": RunnerKind("TVM", _open_tvm),
     ONNX_SUFFIX: RunnerKind(
-        "ONNX Runtime or OpenVINO",
+        "ONNX Runtime, OpenVINO or ONNX Runtime Web",
         _open_onnx,
         has_providers=True,
         readable=True,
@@ -173,10 +177,10 @@ def open_runner(
     What is for the files of another suffix is not looked at, so that a command opens all its files alike.
 
     Args:
-        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`; or one of OpenVINO,
-            alone: `openvino`, `openvino-gpu`, `openvino-npu`.
+        providers: where ONNX Runtime runs it, in order of preference: `cpu`, `cuda`, `tensorrt`; or alone one
+            of OpenVINO, `openvino`, `openvino-gpu`, `openvino-npu`, or `web`, ONNX Runtime Web in Node.
         allow_fallback: ONNX Runtime may continue on another provider when one does not come up.
-        threads: of ONNX Runtime or OpenVINO on the CPU; None: one a core.
+        threads: of the runtime on the CPU; None: one a core. Some take one thread whatever it says.
         tensorrt: settings of ONNX Runtime's TensorRT provider.
         openvino: settings of OpenVINO.
         cuda_graph: of an engine: record the work of a batch size, and launch it with one call.
@@ -297,7 +301,7 @@ def _kind(path: Path) -> RunnerKind | None:
 
 def _able(file: Path, providers: Sequence[str]) -> Sequence[str]:
     """The providers that compute in the file's precision; all where none does, of which opening it says why."""
-    if len(providers) == 1 or not set(OPENVINO) & set(providers):  # ONNX Runtime's are all alike in this
+    if len(providers) == 1 or not set(ALONE) & set(providers):  # ONNX Runtime's are all alike in this
         return providers
     card = scanned_card(file)
     kind = PRECISIONS.get(network_precision(card.precision))

@@ -53,7 +53,7 @@ def _made_by(module: str) -> Callable[[Path, Path], str]:
 
 
 def _keep_web_runtime(folder: Path) -> None:
-    from deploy.targets.web_runtime import keep_runtime
+    from deploy.runtimes.web_runtime import keep_runtime
 
     keep_runtime(folder)
 

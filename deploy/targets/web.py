@@ -16,7 +16,7 @@ from pathlib import Path
 from deploy.core.card import METADATA_KEY, ModelCard, parse_card
 from deploy.core.errors import UserError
 from deploy.core.onnx_scan import scan_onnx
-from deploy.targets.web_runtime import PIECES, VERSION, runtime_files
+from deploy.runtimes.web_runtime import PIECES, VERSION, runtime_files
 
 ABOUT = "model.json"
 """What the folder was written with: {"format", "model", "runtime", "files", "card"}. It marks a folder as ours."""

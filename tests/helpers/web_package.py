@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.targets import web, web_runtime
+from deploy.runtimes import web_runtime
+from deploy.targets import web
 
 
 def fake_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -21,7 +21,8 @@ from deploy.core.canvas import letterbox, to_original
 from deploy.core.card import Form, Heads, ModelCard, card_from_file
 from deploy.core.errors import UserError
 from deploy.core.image import decode_oriented
-from deploy.targets import web, web_runtime
+from deploy.runtimes import web_runtime
+from deploy.targets import web
 from deploy.targets.table import TARGETS, place_for
 from tests.helpers.encoded_pictures import encode, kinds
 from tests.helpers.red_rectangle_model import CARD, picture, write_red_model

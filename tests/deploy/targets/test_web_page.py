@@ -17,8 +17,9 @@ from deploy.core.card import Form, OperatingPoint
 from deploy.core.errors import UserError
 from deploy.core.image import decode_image
 from deploy.graph.form import reform
+from deploy.runtimes import web_runtime
 from deploy.runtimes.onnx import OnnxRunner
-from deploy.targets import web, web_runtime
+from deploy.targets import web
 from tests.helpers.browser import CHROMIUM, Page, browser
 from tests.helpers.encoded_pictures import encode, kinds
 from tests.helpers.firefox import FIREFOX, FirefoxPage, firefox
