@@ -320,7 +320,7 @@ def test_every_command_takes_the_file(small: Path) -> None:
         (f"whole.safetensors {CUT} --short 96 --long 64", "--short: 96 is more than --long, 64"),
         # the checkpoint
         (f"none.safetensors {CUT}", "none.safetensors: no such file"),
-        (f"void {CUT}", "void: no such file"),
+        (f"void {CUT}", "void: is a folder; name the file in it"),
         (f"text.safetensors {CUT}", "text.safetensors: "),
         (f"text.pth {CUT}", "text.pth: "),
         (f"text.onnx {CUT}", "text.onnx: is an exported file, whose layers cannot lose channels; give the checkpoint"),
