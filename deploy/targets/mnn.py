@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.core.card import Form, need_plain, network_precision, scanned_card, write_card_beside
-from deploy.runtimes.mnn import load_mnn
+from deploy.core.card import need_plain, network_precision, scanned_card, write_card_beside
+from deploy.runtimes.mnn import FORM, load_mnn
 from deploy.targets.converter import convert
 
 _CONVERT = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"
@@ -35,5 +35,5 @@ def make(source: Path, place: Path) -> str:
         words = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source.absolute()),
                  "--MNNModel", str(place.absolute()), "--bizCode", "compress", *options]  # fmt: skip
         convert(source, words, "MNN's converter", Path(folder), place)
-    write_card_beside(card.model_copy(update={"form": Form(labels="int32")}), place)
+    write_card_beside(card.model_copy(update={"form": FORM}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json"
