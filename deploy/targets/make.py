@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import network_precision, scanned_card
 from deploy.core.errors import UserError
+from deploy.core.files import naming, work_folder
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
 from deploy.targets.table import TARGETS
@@ -26,17 +26,18 @@ def make_for(target: str, source: Path, place: Path) -> str:
     """Make the file of a target, which finds what the file finds that it is made of: the exported one, or the float one
     beside it (`Target.own_int8`). Returns a few words about it for people.
 
-    Raises UserError as `Refusal.check` and `Target.make` do, and where the runtime finds other things in it; what was
-    at the place stays.
+    Raises UserError as `Refusal.check` and `Target.make` do, and where the runtime finds other things in it; OSError
+    that names the place when its disk is full. What was at the place stays.
     """
     row, card = TARGETS[target], scanned_card(source)
     for refusal in row.refusals:
         refusal.check(source, card)
     if not row.runs:
-        return row.make(source, place)
+        with naming(place, f".{place.name}."):
+            return row.make(source, place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-        new = Path(folder) / place.name
+    with work_folder(place) as folder:
+        new = folder / place.name
         said = row.make(source, new)
         other = open_runner(new)
         if row.own_int8 and card.quantization is not None:
@@ -53,7 +54,7 @@ def make_for(target: str, source: Path, place: Path) -> str:
                 f"{source}: the file for {target} finds {again:.0%} of what this one finds on pictures of noise "
                 f"({least:.0%} at least): {other.backend} or its converter computes something else; nothing was written"
             )
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == new):  # the file itself comes last
+        for file in sorted(folder.iterdir(), key=lambda file: file == new):  # the file itself comes last
             os.replace(file, place.parent / file.name)
     return said
 
