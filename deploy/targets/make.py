@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +41,16 @@ def make_for(target: str, source: Path, place: Path) -> str:
     with work_folder(place) as folder:
         new = folder / place.name
         said = row.make(source, new)
-        other = open_runner(new)
+        with _told_of(source, new, target):
+            other = open_runner(new)
         if row.own_int8 and card.quantization is not None:
             from deploy.targets.own_int8 import float_beside  # imports onnx
 
             source = float_beside(source, card, target)
         in_bf16 = network_precision(other.card.precision) == "bf16"  # which ONNX Runtime does not compute
         runner = open_runner(source, ("openvino",) if in_bf16 else ("cpu",))
-        again, least = _found_again(runner, other), _FOUND[_kind(other)]
+        with _told_of(source, new, target):
+            again, least = _found_again(runner, other), _FOUND[_kind(other)]
         if again is None:
             said += "; not compared, nothing is found in noise: compress validate compares them on pictures"
         elif again < least:
@@ -60,6 +64,18 @@ def make_for(target: str, source: Path, place: Path) -> str:
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _told_of(source: Path, new: Path, target: str) -> Iterator[None]:
+    """What a runtime says of the new file is told of the one that it is made of: the new one goes away."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        if not said.startswith(f"{new}: "):
+            raise
+        raise UserError(f"{source}: the file for {target} does not run: {said.removeprefix(f'{new}: ')}") from error
 
 
 def _kind(runner: Runner) -> str:
