@@ -58,6 +58,14 @@ KNOWN_OF_TENSORRT = {
     "10.3": "int8 engines of some detectors do not build with 10.3, JetPack 6's, and do with 10.7",
     "11.2": "11.2 was seen to fuse layers of some networks wrongly, in every precision: compress validate each engine",
 }
+OTHER_RUNTIMES = {
+    "ai-edge-litert": "litert",
+    "mnn": "mnn",
+    "ncnn": "ncnn",
+    "tract": "tract",
+    "apache-tvm": "tvm",
+}
+"""Distribution → the extra that brings it, which is also its name in `compress export --for`."""
 DISK_WANTED_GB = 5
 CUDA_13_DRIVER = 580  # the first Linux driver series with CUDA 13
 INSTALL_TRAIN = "pip install 'compress-detectors[train]'"
@@ -98,6 +106,7 @@ def examine() -> list[Finding]:
         *check_providers(installed),
         check_tensorrt(installed),
         check_openvino(installed, *(_openvino() if "openvino" in installed else ([], False))),
+        check_other_runtimes(installed, shutil.which("onnx2tf")),
         check_serve(installed),
         check_optional("triton", installed, "comes with torch on Linux; only GPU kernels need it"),
     ]
@@ -285,6 +294,18 @@ def check_tensorrt(installed: Mapping[str, str]) -> Finding:
         return Finding("tensorrt", version, "broken", "not supported: pip install 'tensorrt>=10.3,<12'")
     known = KNOWN_OF_TENSORRT.get(".".join(map(str, _release(version)[:2])))
     return Finding("tensorrt", version if known is None else f"{version}; {known}")
+
+
+def check_other_runtimes(installed: Mapping[str, str], onnx2tf: str | None) -> Finding:
+    """Name the runtimes of `compress export --for` that are here. onnx2tf: where litert's converter is."""
+    found = [f"{extra} {installed[name]}" for name, extra in OTHER_RUNTIMES.items() if name in installed]
+    if not found:
+        remedy = f"only --for needs them: pip install 'compress-detectors[{','.join(OTHER_RUNTIMES.values())}]'"
+        return Finding("other runtimes", "none", "absent", remedy)
+    lacks = "ai-edge-litert" in installed and onnx2tf is None
+    remedy = "--for litert makes its files with onnx2tf: pipx install onnx2tf" if lacks else ""
+    text = ", ".join(found) + ("; no onnx2tf on PATH" if lacks else "")
+    return Finding("other runtimes", text, "absent" if lacks else "ok", remedy)
 
 
 def check_openvino(installed: Mapping[str, str], devices: Sequence[str] | str, bf16: bool = False) -> Finding:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +16,10 @@ from compress.cli.groups import HIDDEN, with_groups
 from compress.cli.options import EngineFlags, QuantizeFlags, ThresholdFlags, need_file, refuse, values_of
 from compress.cli.quantize import check_flags, keep_trained, quantizing, trained_grids, with_flags
 from compress.cli.student import make_files, read_student
-from compress.cli.targets import OtherFlags, keep_runtimes, make_others
+from compress.cli.targets import OtherFlags, check_targets, keep_runtimes, make_others
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
-from deploy.core.precisions import PRECISIONS
+from deploy.core.precisions import PRECISIONS, file_for
 from deploy.core.storage import is_remote, shown
 from deploy.targets.table import TARGETS
 
@@ -90,6 +92,7 @@ def export(
     from compress.run.artifacts import ArtifactPlan, onnx_files
 
     files = onnx_files(out, wanted, student.settings.int8.target, wanted if trt else ())
+    check_targets(wanted, partial(file_for, out), targets)
     for file in files:
         need_place(file.path)
     if "fp32" in wanted and not named:
@@ -101,13 +104,14 @@ def export(
     how = quantizing(student, quantize, out) if any(PRECISIONS[name].quantized for name in wanted) else None
     checks, split = student.checks()
     make_files(ArtifactPlan(checkpoint, files, student.settings, checks, how, on_grids=grids is not None, engines=plan))
-    make_others([file.path for file in files], targets, others)
-    _note(files[0].path)
+    written = [file.path for file in files]
+    made = make_others(written, targets, others)
+    _note(written[0])
     if triton_repo is not None:
-        for artifact in [file.engine if trt else file.path for file in files]:
+        for artifact in [file.engine for file in files] if trt else written:
             if artifact is not None:
                 add_to_triton(triton_repo, artifact)
-    _next([file.path for file in files], out, split, images)
+    _next([*written, *filter(_runs_here, made)], out, split, images, _providers(wanted))
 
 
 def _of_exported(
@@ -127,6 +131,8 @@ def _of_exported(
     if plan is None and not others.any:
         refuse({"--out": out}, "names the engine here; add --trt")
     made = make_others([file], targets, others, out if plan is None else None)
+    if others.any:
+        _note(file)
     if plan is not None or triton_repo is not None:
         made = [deliver(file, out if plan is not None else None, plan, triton_repo)]
     _measure(made)
@@ -134,9 +140,7 @@ def _of_exported(
 
 def _measure(made: Sequence[Path]) -> None:
     """Print the next command for files that can be run here."""
-    from deploy.runtimes.open import SUFFIXES
-
-    files = [file for file in made if file.name.endswith(SUFFIXES)]
+    files = [file for file in made if _runs_here(file)]
     if files:
         next_command("benchmark", *files)
 
@@ -160,6 +164,8 @@ def _place(checkpoint: Path, out: Path | None) -> Path:
 
 def _note(file: Path) -> None:
     """Say what a compiler that has no --for will not take, and why: its own error does not."""
+    if find_spec("onnx") is None:  # where files are only run and handed on
+        return
     from deploy.targets.iree import not_compiled
 
     said = not_compiled(file)
@@ -167,13 +173,27 @@ def _note(file: Path) -> None:
         print(f"note: {said}")
 
 
-def _next(written: Sequence[Path], out: Path, split: Split | None, images: Path | None) -> None:
-    """Print the next command: validate the files where labelled images are known."""
+def _next(
+    written: Sequence[Path], out: Path, split: Split | None, images: Path | None, providers: Sequence[str]
+) -> None:
+    """Print the next command: validate the files where labelled images are known. providers: that they need."""
+    where = ["--provider", *providers] if providers else []
     if split is None:
-        next_command("benchmark", *written, "--images", images)
+        next_command("benchmark", *written, "--images", images, *where)
         return
     reference = ["--reference", out if out in written else written[0]] if len(written) > 1 else []
-    next_command("validate", *written, "--data", split.annotations, "--images", split.images, *reference)
+    next_command("validate", *written, "--data", split.annotations, "--images", split.images, *reference, *where)
+
+
+def _providers(precisions: Sequence[str]) -> list[str]:
+    """The one provider that runs all of them, where the usual one does not."""
+    return next(([PRECISIONS[name].providers[0]] for name in precisions if PRECISIONS[name].providers), [])
+
+
+def _runs_here(file: Path) -> bool:
+    from deploy.runtimes.open import SUFFIXES
+
+    return file.name.endswith(SUFFIXES)
 
 
 def _precisions(text: str | None, targets: Sequence[str]) -> list[str]:

@@ -31,7 +31,9 @@ WithoutData = Annotated[
     bool, typer.Option("--without-data", help="With --dry-run: also where the recipe's images are not there.")
 ]
 Devices = Annotated[int | None, typer.Option("--devices", min=1, metavar="N", help="Training processes, one a device.")]
-Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported .onnx files, or .engine files.")]
+Artifacts = Annotated[
+    list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported files: .onnx, .engine, and those of export --for.")
+]
 Providers = Annotated[
     str,
     typer.Option(
@@ -136,7 +138,7 @@ class RunnerFlags:
         bool, typer.Option("--allow-fallback", help="Let another provider run when the one asked for cannot.")
     ] = False
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of ONNX Runtime and OpenVINO, on the CPU.")
+        int | None, typer.Option("--threads", min=1, help="Of the runtime, on the CPU; tract and TVM take one.")
     ] = None
     trt_cache: Annotated[
         Path | None,
@@ -259,8 +261,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def need_file(file: Path) -> None:
-    if not fetch(file).is_file():
-        raise UserError(f"{file}: no such file")
+    if not (here := fetch(file)).is_file():
+        raise UserError(f"{file}: is a folder; name the file in it" if here.is_dir() else f"{file}: no such file")
 
 
 def need_folder(folder: Path, option: str) -> None:

@@ -75,9 +75,7 @@ class KeepFlags:
 def predict(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="An exported .onnx, an .engine, a checkpoint, or the address of compress serve."
-        ),
+        typer.Argument(metavar="MODEL", help="An exported file, a checkpoint, or the address of compress serve."),
     ],
     sources: Annotated[
         list[str],

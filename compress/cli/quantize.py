@@ -13,7 +13,7 @@ from compress.cli.groups import with_groups
 from compress.cli.options import QuantizeFlags, ThresholdFlags, need_file, need_finite, refuse, values_of
 from compress.cli.student import Student, make_files, read_student
 from deploy.core.errors import UserError
-from deploy.core.files import ONNX_SUFFIX, need_place
+from deploy.core.files import ONNX_SUFFIX, need_other, need_place
 from deploy.core.precisions import PRECISIONS, TENSORRT, file_for
 from deploy.core.storage import is_file
 
@@ -70,6 +70,7 @@ def quantize(
     if not exported:
         student.need_images_and_size()
     need_place(out)
+    need_other(out, source)
     from compress.run.artifacts import ArtifactPlan, OnnxFile
 
     how = quantizing(student, flags, out)

@@ -47,7 +47,7 @@ class RequestFlags:
 @with_groups
 def serve(
     models: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Exported .onnx files; default name: the file's.")
+        list[str], typer.Argument(metavar="[NAME=]ARTIFACT...", help="Exported files; default name: the file's.")
     ],
     host: Annotated[str, typer.Option("--host", help="0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +11,8 @@ import typer
 
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX, need_place
-from deploy.targets.table import REFUSED, TARGETS, place_for
+from deploy.core.precisions import PRECISIONS
+from deploy.targets.table import REFUSED, TARGETS, check_refusals, place_for
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ def keep_runtimes(wanted: OtherFlags, targets: Sequence[str]) -> None:
         raise UserError("--web-runtime: is about a page; add --for web")
     for keep in takers:
         keep(wanted.web_runtime)
+
+
+def check_targets(precisions: Sequence[str], path_of: Callable[[str], Path], targets: Sequence[str]) -> None:
+    """Raise UserError, before anything is made, where a target gets no file of one of the precisions. path_of: the file
+    of a precision."""
+    for name in precisions:
+        network = "int8" if PRECISIONS[name].quantized else name
+        for target in targets:
+            check_refusals(target, path_of(name), network)
 
 
 def make_others(

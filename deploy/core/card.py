@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.core.errors import UserError, first_line
-from deploy.core.files import write_text
+from deploy.core.files import sha256_of, write_text
 from deploy.core.onnx_scan import scan_onnx
 from deploy.core.storage import is_file
 
@@ -36,6 +36,8 @@ CANDIDATES = 1000
 MAX_CANDIDATES = 3840
 """The most boxes that may enter the suppression: the limit of TensorRT's TopK."""
 
+_HASHES = "written_with"
+"""Key of the hashes in a card that lies beside its file."""
 _Byte = Annotated[int, Field(ge=0, le=255)]
 _Pixels = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -258,20 +260,34 @@ def card_from_session(session: Any, where: str = "model") -> ModelCard:
     return parse_card(session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), where)
 
 
-def card_beside(path: Path) -> ModelCard:
-    """The card of a file that cannot carry it: `student.mnn` has `student.mnn.json`. Raises UserError."""
+def card_beside(path: Path, *parts: Path) -> ModelCard:
+    """The card of a file that cannot carry it: `student.mnn` has `student.mnn.json`.
+
+    parts: other files of it, such as its weights. Raises UserError where there is no card, and for one that was written
+    for other files.
+    """
     file = _beside(path)
     if not is_file(file):
         raise UserError(f"{file}: no such file; it is the card of {path.name}, made with it: keep both together")
     try:
-        return parse_card(file.read_text(encoding="utf-8"), str(file))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
+    except ValueError:
+        return parse_card(text, str(file))  # which says what is wrong
+    if isinstance(content, dict) and isinstance(hashes := content.pop(_HASHES, None), list):
+        for part, wanted in zip((path, *parts), hashes, strict=False):
+            if sha256_of(part) != wanted:
+                raise UserError(f"{part}: is not the file that {file} was written with; bring both from one place")
+        text = json.dumps(content)
+    return parse_card(text, str(file))
 
 
-def write_card_beside(card: ModelCard, path: Path) -> None:
-    """Write what `card_beside` reads."""
-    write_text(_beside(path), card.model_dump_json(indent=1))
+def write_card_beside(card: ModelCard, path: Path, *parts: Path) -> None:
+    """Write what `card_beside` reads, once the files are there."""
+    hashes = [sha256_of(part) for part in (path, *parts)]
+    write_text(_beside(path), json.dumps({**card.model_dump(mode="json"), _HASHES: hashes}, indent=1))
 
 
 def _beside(path: Path) -> Path:

@@ -125,6 +125,13 @@ def need_place(path: Path) -> None:
     os.unlink(name)
 
 
+def need_other(path: Path, source: Path) -> None:
+    """Raise UserError where `path` is the file `source` that it is made of, which would be lost."""
+    path = Path(path)
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise UserError(f"{path}: is what it is made of; give another name, or it would be lost")
+
+
 def remove_temporaries(folder: Path, stem: str | None = None) -> None:
     """Remove what killed processes left of `atomic_path` in a folder and below it; of files of this stem alone, if one
     is given. Nobody else may write them now."""

@@ -18,10 +18,10 @@ from onnx import TensorProto, helper
 
 from deploy.core.card import Form, ModelCard, need_plain, scanned_card
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path, work_folder
+from deploy.core.files import atomic_path, need_other, work_folder
 from deploy.graph.precision import set_card
 from deploy.graph.session import cpu_session
-from deploy.graph.structure import BOXES, SCORES
+from deploy.graph.structure import BOXES, SCORES, WEIGHTED
 
 _OUTPUTS = ("boxes", "scores", "labels", "count")
 _ROUNDING = ["ConvMulFusion", "ConvAddFusion", "ConvBNFusion"]
@@ -33,8 +33,9 @@ _COMPARED = 4
 def reform(source: Path, out: Path, form: Form) -> ModelCard:
     """Write the exported file at `source` in another form to `out`. Returns its card.
 
-    Raises UserError as `formed` does: nothing is written then.
+    Raises UserError as `formed` does, and where `out` is `source`: nothing is written then.
     """
+    need_other(out, source)
     model, card = formed(source, form)
     del model.graph.output[len(_OUTPUTS) :]
     write_graph(model, card, out)
@@ -62,6 +63,9 @@ def formed(source: Path, form: Form) -> tuple[onnx.ModelProto, ModelCard]:
         _give_int32(model.graph)
     if form.batch is not None:
         model = _fixed(model, form.batch, source)
+        if not _computes_half(model):
+            halves = {part: "fp32" for part, kind in card.precision.items() if "fp16" in kind}
+            card = card.model_copy(update={"precision": {**card.precision, **halves}, "half": None})
     _compare(plain, model, card.input_size, form, source)
     return model, card.model_copy(update={"form": form})
 
@@ -134,6 +138,14 @@ def _fixed(model: onnx.ModelProto, batch: int, where: Path) -> onnx.ModelProto:
     del folded.opset_import[:]
     folded.opset_import.extend(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return folded
+
+
+def _computes_half(model: onnx.ModelProto) -> bool:
+    """Whether a layer takes float16. ONNX Runtime has no such layers on most CPUs, and writes a cast before each where
+    it fixes shapes: what is left of a float16 file is weights that are stored so."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    halves = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    return any(node.input[0] in halves for node in graph.node if node.op_type in WEIGHTED)
 
 
 def _compare(plain: Any, formed: Any, size: tuple[int, int], form: Form, where: Path) -> None:

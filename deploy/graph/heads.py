@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from deploy.core.card import Form, Heads, ModelCard, need_plain, network_precision, scanned_card
 from deploy.core.errors import UserError
+from deploy.core.files import need_other
 from deploy.core.heads import dense, select
 from deploy.graph.form import formed, write_graph
 from deploy.graph.session import cpu_session
@@ -43,6 +44,7 @@ def cut_heads(source: Path, out: Path) -> ModelCard:
     detector with queries or anchors, or with boxes that are coded in a way that is not known: nothing is written then.
     """
     source = Path(source)
+    need_other(out, source)
     card = scanned_card(source)
     if "16" in (precision := network_precision(card.precision)):
         raise UserError(f"{source}: is {precision}; its network alone would compute in fp32: give the fp32 file")

@@ -33,7 +33,7 @@ class NCNNRunner:
             if not is_file(file):
                 raise UserError(f"{file}: no such file")
         self.threads = threads
-        self.card = card_beside(path)
+        self.card = card_beside(path, weights)
         if self.card.form.heads is None:
             raise UserError(f"{path}: its card does not say what it gives; make it with compress export --for ncnn")
         self._path = path

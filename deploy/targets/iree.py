@@ -7,6 +7,8 @@ from pathlib import Path
 import onnx
 from onnx import shape_inference
 
+from deploy.core.storage import fetch
+
 
 def not_compiled(source: Path) -> str | None:
     """What IREE 3.13 cannot compile of the ONNX file at `source`, one line for people; None: nothing that is known.
@@ -15,7 +17,7 @@ def not_compiled(source: Path) -> str | None:
     as where a pyramid's last level is halved from 2 x 2. The compiler's error speaks of operands and their dimensions
     (findings/iree_compiles_no_strided_convolution_to_one_place.sh).
     """
-    graph = shape_inference.infer_shapes(onnx.load(str(source))).graph
+    graph = shape_inference.infer_shapes(onnx.load(str(fetch(source)))).graph
     sides = {value.name: _sides(value) for value in (*graph.value_info, *graph.input, *graph.output)}
     windows = {item.name: tuple(item.dims[2:]) for item in graph.initializer}
     for node in graph.node:

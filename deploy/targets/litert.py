@@ -1,4 +1,4 @@
-"""LiteRT, once TensorFlow Lite: Android, microcontrollers, Edge TPUs. By onnx2tf, with a card beside the file.
+"""LiteRT, once TensorFlow Lite: Android and small Arm boards. By onnx2tf, with a card beside the file.
 
 onnx2tf fixes the versions of all that it needs, NumPy and onnx among them, so it has an environment of its own and is
 called as a command. It wants shapes that are constants, and fetches pictures from the network unless it finds some.

@@ -12,10 +12,11 @@ import numpy as np
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import network_precision, scanned_card
 from deploy.core.errors import UserError
-from deploy.core.files import naming, work_folder
+from deploy.core.files import naming, need_other, work_folder
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
-from deploy.targets.table import TARGETS
+from deploy.targets.refusal import network_of
+from deploy.targets.table import TARGETS, check_refusals
 
 _PICTURES = 4
 """Of noise, on which a new file is compared with the one that it was made of."""
@@ -28,12 +29,12 @@ def make_for(target: str, source: Path, place: Path) -> str:
     """Make the file of a target, which finds what the file finds that it is made of: the exported one, or the float one
     beside it (`Target.own_int8`). Returns a few words about it for people.
 
-    Raises UserError as `Refusal.check` and `Target.make` do, and where the runtime finds other things in it; OSError
+    Raises UserError as `check_refusals` and `Target.make` do, and where the runtime finds other things in it; OSError
     that names the place when its disk is full. What was at the place stays.
     """
+    need_other(place, source)
     row, card = TARGETS[target], scanned_card(source)
-    for refusal in row.refusals:
-        refusal.check(source, card)
+    check_refusals(target, source, network_of(card))
     if not row.runs:
         with naming(place, f".{place.name}."):
             return row.make(source, place)

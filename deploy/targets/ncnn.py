@@ -47,12 +47,12 @@ def make(source: Path, place: Path) -> str:
         made = folder / "model.ncnn.param"
         convert(source, words, "pnnx", folder, made)
         made.write_text(_named(made.read_text(encoding="utf-8"), card), encoding="utf-8")
-        write_card_beside(card, made)
+        write_card_beside(card, made, weights_beside(made))
         _try(source, made)  # here, since pnnx does not tell of a disk that is full
         weights = weights_beside(place)
         os.replace(made, place)
         os.replace(weights_beside(made), weights)
-    write_card_beside(card, place)
+    write_card_beside(card, place, weights)
     return (
         f"{weights.stat().st_size / 1e6:.1f} MB in {weights.name} beside it, with its card {place.name}.json; decode "
         f"what it gives as in {DECODERS}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from deploy.core.card import PROCESSING, ModelCard, Quantization, scanned_card
+from deploy.core.card import PROCESSING, ModelCard, Quantization, network_precision, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.files import ONNX_SUFFIX
 from deploy.core.precisions import PRECISIONS
@@ -29,8 +29,9 @@ def float_beside(source: Path, card: ModelCard, runtime: str) -> Path:
     if not place.is_file():
         raise UserError(f"{what} {place} is not there; export both: --precision fp32,int8")
     other = scanned_card(place)
-    if other.quantization is not None or other.checkpoint_sha256 != card.checkpoint_sha256:
-        raise UserError(f"{what} {place} is not that of its checkpoint; export both: --precision fp32,int8")
+    plain = other.quantization is None and "16" not in network_precision(other.precision)
+    if not plain or other.checkpoint_sha256 != card.checkpoint_sha256:
+        raise UserError(f"{what} {place} is not that of its checkpoint, in fp32; export both: --precision fp32,int8")
     return place
 
 

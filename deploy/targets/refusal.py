@@ -1,4 +1,4 @@
-"""What a runtime's converter makes nothing good of, and the versions of it in which that was seen.
+"""What a runtime gets no file of, and the versions of its converter in which the reason was seen.
 
 A newer version is tried, since what it makes is compared before it gets its name (`deploy.targets.make`).
 """
@@ -18,26 +18,34 @@ from deploy.core.errors import UserError
 
 @dataclass(frozen=True)
 class Refusal:
-    """precision: `int8`, or `half`: fp16, bf16 and files with parts of them. converter: its name. seen: its newest
-    version that did so. why, instead: for people. version: of the converter that is here; None: there is none, of which
-    its maker tells.
+    """precision: `fp16`, also of files with parts of it; `bf16`; `int8`. why, instead: for people.
+
+    converter, seen, version: it is a converter's fault, whose newest version that had it is `seen`; the version that is
+    here, None where there is none, of which its maker tells. No converter: no version of anything makes it better.
     """
 
     precision: str
-    converter: str
-    seen: str
     why: str
     instead: str
-    version: Callable[[], str | None]
+    converter: str | None = None
+    seen: str = ""
+    version: Callable[[], str | None] = lambda: None
 
-    def check(self, source: Path, card: ModelCard) -> None:
-        """Raise UserError, one line, if the file at `source` is refused. card: of it."""
-        network = "int8" if card.quantization is not None else network_precision(card.precision)
-        if ("half" if "16" in network else network) != self.precision:
+    def check(self, source: Path, network: str) -> None:
+        """Raise UserError, one line, if the file at `source` is refused. network: its precision, as `network_of`."""
+        if self.precision not in network.split("+"):
             return
+        what = f"{source}: is {network}, and"
+        if self.converter is None:
+            raise UserError(f"{what} {self.why}: {self.instead}")
         version = self.version()
         if version is not None and _numbers(version) <= _numbers(self.seen):
-            raise UserError(f"{source}: is {network}, and {self.converter} {version} {self.why}: {self.instead}")
+            raise UserError(f"{what} {self.converter} {version} {self.why}: {self.instead}")
+
+
+def network_of(card: ModelCard) -> str:
+    """`int8` of every quantized file, else the precision of the network."""
+    return "int8" if card.quantization is not None else network_precision(card.precision)
 
 
 def of_package(name: str) -> Callable[[], str | None]:
@@ -60,7 +68,8 @@ def of_command(name: str) -> Callable[[], str | None]:
             done = subprocess.run([name, "--version"], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip()
+        said = done.stdout.strip()
+        return said if said[:1].isdigit() else None
 
     return version
 

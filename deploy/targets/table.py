@@ -28,7 +28,7 @@ class Target:
     run here must be written whole or not at all by `make` itself.
     folder: the place is a folder, of any name. `make` refuses one that it did not write.
     own_int8: its int8 file is made of the fp32 one, which `make` looks for beside the exported int8 file.
-    refusals: what its converter makes nothing good of.
+    refusals: what it gets no file of.
     keep_runtime: takes what the target ships of its runtime from a folder of the user's (--web-runtime) into the cache.
     None: it ships nothing.
     """
@@ -58,8 +58,18 @@ def _keep_web_runtime(folder: Path) -> None:
     keep_runtime(folder)
 
 
+_BF16 = Refusal(
+    precision="bf16",
+    why="only OpenVINO computes in it",
+    instead="give the fp32 file, whose numbers it has",
+)
+_HALF_IN_NCNN = Refusal(
+    precision="fp16",
+    why="ONNX Runtime turns the network alone into float32",
+    instead="give the fp32 file; ncnn chooses float16 itself",
+)
 _HALF_IN_LITERT = Refusal(
-    precision="half",
+    precision="fp16",
     converter="onnx2tf",
     seen="2.6.9",
     why="makes a file of it as large as that of the fp32 one, which computes in float32",
@@ -75,13 +85,13 @@ _INT8_IN_NCNN = Refusal(
     version=of_package("pnnx"),
 )
 TARGETS: dict[str, Target] = {
-    "litert": Target(_made_by("litert"), ".tflite", own_int8=True, refusals=(_HALF_IN_LITERT,)),
-    "mnn": Target(_made_by("mnn"), ".mnn", own_int8=True),
-    "ncnn": Target(_made_by("ncnn"), ".ncnn.param", refusals=(_INT8_IN_NCNN,)),
+    "litert": Target(_made_by("litert"), ".tflite", own_int8=True, refusals=(_BF16, _HALF_IN_LITERT)),
+    "mnn": Target(_made_by("mnn"), ".mnn", own_int8=True, refusals=(_BF16,)),
+    "ncnn": Target(_made_by("ncnn"), ".ncnn.param", refusals=(_BF16, _HALF_IN_NCNN, _INT8_IN_NCNN)),
     "openvino": Target(_made_by("openvino"), ".xml"),
-    "tract": Target(_made_by("tract"), ".tract.onnx"),
-    "tvm": Target(_made_by("tvm"), ".tvm.onnx"),
-    "web": Target(_made_by("web"), ".web", runs=False, folder=True, keep_runtime=_keep_web_runtime),
+    "tract": Target(_made_by("tract"), ".tract.onnx", refusals=(_BF16,)),
+    "tvm": Target(_made_by("tvm"), ".tvm.onnx", refusals=(_BF16,)),
+    "web": Target(_made_by("web"), ".web", runs=False, folder=True, refusals=(_BF16,), keep_runtime=_keep_web_runtime),
 }
 """Name in --for → how its file is made."""
 REFUSED: dict[str, str] = {
@@ -90,6 +100,12 @@ REFUSED: dict[str, str] = {
 """Name in --for → why there is no file for it."""
 DECODERS = Path(__file__).parent / "decoders"
 """Folder of `deploy.core.heads` in C++ (`decode.hpp`) and JavaScript (`decode.mjs`)."""
+
+
+def check_refusals(target: str, source: Path, network: str) -> None:
+    """Raise UserError where a target gets no file of an exported one of this precision (`refusal.network_of`)."""
+    for refusal in TARGETS[target].refusals:
+        refusal.check(source, network)
 
 
 def place_for(source: Path, target: str, out: Path | None = None) -> Path:

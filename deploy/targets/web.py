@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from deploy.core.card import METADATA_KEY, ModelCard, network_precision, parse_card
+from deploy.core.card import METADATA_KEY, ModelCard, parse_card
 from deploy.core.errors import UserError
 from deploy.core.onnx_scan import scan_onnx
 from deploy.targets.web_runtime import PIECES, VERSION, runtime_files
@@ -39,7 +40,7 @@ def make(source: Path, place: Path) -> str:
     size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / 1e6
     return (
         f"{size:.1f} MB, {source.stat().st_size / 1e6:.1f} of them the model; look at it with "
-        f"`python -m http.server --directory {place}`"
+        f"`python -m http.server --directory {shlex.quote(str(place))}`"
     )
 
 
@@ -51,8 +52,8 @@ def _card_for_web(source: Path) -> ModelCard:
     card = parse_card(facts.metadata.get(METADATA_KEY), str(source))
     if facts.external:
         raise UserError(f"{source}: has its weights in {facts.external[0]}; a page takes one file")
-    if "bf16" in network_precision(card.precision):
-        raise UserError(f"{source}: is bf16, which no browser computes in; give the fp32, fp16 or int8 file")
+    if card.form.heads is not None:
+        raise UserError(f"{source}: is a network alone; the page does not decode: give the file that it was cut from")
     if card.form.batch not in (None, 1):
         raise UserError(f"{source}: has {card.form.in_words()}; a page detects in one picture at a time")
     return card

@@ -109,7 +109,7 @@ def _download(place: Path) -> Path:
             "elsewhere, unpack it, and give the folder as --web-runtime"
         )
     ran = subprocess.run(
-        [npm, "pack", f"{NAME}@{VERSION}", "--silent"], cwd=place, capture_output=True, text=True, check=False
+        [npm, "pack", f"{NAME}@{VERSION}", "--loglevel=error"], cwd=place, capture_output=True, text=True, check=False
     )
     archives = list(place.glob("*.tgz"))
     if ran.returncode or len(archives) != 1:

@@ -37,6 +37,8 @@ def test_the_lists_are_those_of_pyproject() -> None:
     onnxruntime = {"onnxruntime", "onnxruntime-gpu"}  # one of the two, which check_onnxruntime looks at
     assert sorted(doctor.BASE) == sorted(names(project["dependencies"]) - onnxruntime)
     assert sorted(doctor.TRAIN) == sorted(names(project["optional-dependencies"]["train"]))
+    for name, extra in doctor.OTHER_RUNTIMES.items():
+        assert name in {found.lower() for found in names(project["optional-dependencies"][extra])}
     assert sorted(doctor.SERVE) == sorted(names(project["optional-dependencies"]["serve"]))
 
 
@@ -112,6 +114,10 @@ def test_the_lists_are_those_of_pyproject() -> None:
         (doctor.check_openvino({"openvino": "2026.4.1"}, "no library"), "broken", "does not start: no library", "pip"),
         (doctor.check_openvino({"openvino": "2026.4.1"}, ["CPU"], bf16=True), "ok", "computes in bfloat16 where", ""),
         (doctor.check_openvino({}, []), "absent", "not installed", "compress-detectors[openvino]"),
+        (doctor.check_other_runtimes({}, None), "absent", "none", "compress-detectors[litert,mnn,ncnn,tract,tvm]"),
+        (doctor.check_other_runtimes({"mnn": "3.6.1", "apache-tvm": "0.27"}, None), "ok", "mnn 3.6.1, tvm 0.27", ""),
+        (doctor.check_other_runtimes({"ai-edge-litert": "2.3"}, None), "absent", "no onnx2tf", "pipx install onnx2tf"),
+        (doctor.check_other_runtimes({"ai-edge-litert": "2.3"}, "/bin/onnx2tf"), "ok", "litert 2.3", ""),
     ],
 )
 def test_states(finding: Finding, state: str, says: str, remedy: str) -> None:

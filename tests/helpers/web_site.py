@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any
 
 from tests.helpers.browser import Page
+from tests.helpers.firefox import FirefoxPage
 
 DETECT = """(async () => {{
   const {{ decode }} = await import("./decode.js");
@@ -50,7 +51,7 @@ def serving(root: Path, headers: dict[str, str] | None = None, *, says_gzip: boo
         server.shutdown()
 
 
-def answers(page: Page, files: Sequence[bytes], backend: str = "wasm") -> list[dict[str, Any]]:
+def answers(page: Page | FirefoxPage, files: Sequence[bytes], backend: str = "wasm") -> list[dict[str, Any]]:
     """What the detector of the open page answers to pictures, each with the milliseconds it took, decoding included."""
     texts = json.dumps([base64.b64encode(file).decode() for file in files])
     found: list[dict[str, Any]] = page.run(DETECT.format(files=texts, backend=backend))

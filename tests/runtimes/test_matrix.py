@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from deploy.core.card import scanned_card
+from deploy.core.card import Form, network_precision, scanned_card
 from deploy.core.errors import UserError
+from deploy.graph.form import reform
 from deploy.targets import litert, own_int8
 from deploy.targets.make import make_for
-from deploy.targets.table import REFUSED, TARGETS
+from deploy.targets.table import REFUSED, TARGETS, check_refusals
 from tests.runtimes.matrix import MOST, PRECISIONS, ROWS, RUNTIMES, Row
 
 
@@ -29,7 +30,9 @@ def test_map_is_onnx_runtimes(
 ) -> None:
     if isinstance(path := made[runtime, precision], str):
         ROWS.append(Row(runtime, precision, refused=path))
-        assert precision != "fp32" and runtime in {"ncnn", "litert" if precision == "fp16" else ""}
+        with pytest.raises(UserError) as refused:
+            check_refusals(runtime, files[precision], precision)
+        assert str(refused.value) == f"{files[precision]}: {path}", "made says it for another reason"
         return
     here, there = measured[path], measured[files[precision]]
     assert here["images"] == 300
@@ -47,6 +50,16 @@ def test_ncnn_cannot_load_quantized_nodes(
     with pytest.raises(UserError, match="ncnn cannot run what pnnx makes of it: ncnn cannot load it"):
         make_for("ncnn", files["int8"], tmp_path / "student.ncnn.param")
     assert not list(tmp_path.iterdir())
+
+
+def test_ncnn_would_compute_half_in_float(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal of an fp16 file: with fixed shapes, as the network alone has them, its layers take float32."""
+    monkeypatch.setitem(TARGETS, "ncnn", replace(TARGETS["ncnn"], refusals=()))
+    with pytest.raises(UserError, match="its network alone would compute in fp32"):
+        make_for("ncnn", files["fp16"], tmp_path / "student.ncnn.param")
+    assert "16" not in network_precision(reform(files["fp16"], tmp_path / "fixed.onnx", Form(batch=1)).precision)
 
 
 def test_coremltools_reads_no_onnx(files: dict[str, Path]) -> None:

@@ -284,9 +284,24 @@ function every(on) {
 // the bytes that say so are made unreadable first, in a copy. Throws where the browser knows no such picture.
 export async function storedPixels(bytes, options = {}) {
   const copy = new Uint8Array(bytes.slice(0));
-  const exif = { 0xff: /Exif\0\0/g, 0x89: /eXIf/g, 0x52: /EXIF/g }[copy[0]]; // of JPEG, PNG and WebP
+  if (copy[0] === 0x89) return createImageBitmap(new Blob(withoutExif(copy)), options);
+  const exif = { 0xff: /Exif\0\0/g, 0x52: /EXIF/g }[copy[0]]; // of JPEG and WebP
   if (exif) {
     for (const { index } of new TextDecoder("latin1").decode(copy).matchAll(exif)) copy.fill(0x78, index, index + 4);
   }
   return createImageBitmap(new Blob([copy]), options);
+}
+
+// The bytes of a PNG in pieces, without the chunk that says how it is turned: Firefox reads no PNG with a chunk whose
+// name or sum is wrong.
+function withoutExif(bytes) {
+  const data = new DataView(bytes.buffer);
+  const kept = [bytes.subarray(0, 8)];
+  let at = 8;
+  while (at + 12 <= bytes.length) {
+    const end = at + 12 + data.getUint32(at);
+    if (new TextDecoder("latin1").decode(bytes.subarray(at + 4, at + 8)) !== "eXIf") kept.push(bytes.subarray(at, end));
+    at = end;
+  }
+  return [...kept, bytes.subarray(at)];
 }

@@ -228,9 +228,22 @@ def test_a_published_checkpoint_is_exported_by_its_name(run: Run) -> None:
     code, _, err = run("export zoo:quickstart --images images --input-size 64x64")
     assert (code, err) == (2, "error: --out: say where the file goes; zoo:quickstart lies in no folder here\n")
     with rounds(4):
-        code, out, err = run("export zoo:quickstart --images images --input-size 64x64 --out teacher.onnx")
+        code, out, err = run("export zoo:quickstart --images images --input-size 64x64 --out teacher.onnx --for tract")
     assert (code, err) == (0, "") and Path("teacher.onnx").is_file()
-    assert out.splitlines()[-1] == "next: compress benchmark teacher.onnx --images images"
+    assert out.splitlines()[-1] == "next: compress benchmark teacher.onnx teacher.tract.onnx --images images"
+    given = "export zoo:quickstart --images images --input-size 64x64 --out new.onnx"
+    code, out, err = run(f"{given} --precision fp32,bf16 --for openvino,tract")
+    refused = (
+        "error: new.bf16.onnx: is bf16, and only OpenVINO computes in it: give the fp32 file, whose numbers it has\n"
+    )
+    assert (code, out, err) == (2, "", refused) and not Path("new.onnx").exists()
+    with rounds(4):
+        code, out, _ = run(f"{given} --precision fp32,bf16")
+    assert out.splitlines()[-1] == "next: compress benchmark new.onnx new.bf16.onnx --images images --provider openvino"
+    code, _, err = run("export teacher.onnx --static-batch 1 --out teacher.onnx")
+    assert (code, err.count("is what it is made of")) == (2, 1)
+    code, _, err = run("export images --for tract")
+    assert (code, err) == (2, "error: images: is a folder; name the file in it\n")
 
 
 def test_export_takes_its_settings_from_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from compress.detectors.base import DensePrediction
 from compress.export.deployable import Deployable, marked_for_half
-from deploy.core.card import PROCESSING, card_from_file, network_precision, parse_card
+from deploy.core.card import PROCESSING, Form, card_from_file, network_precision, parse_card
 from deploy.graph import export
 from deploy.graph.diagnose import first_divergence
 from deploy.graph.export import ExportMismatchError, export_onnx
+from deploy.graph.form import reform
 from deploy.graph.half import halve, rounded, typed
 from deploy.graph.session import cpu_session
 from deploy.quantize.calibrate import activation_ranges
@@ -230,6 +231,15 @@ def test_small_weights_of_a_mixed_file_are_not_zeros(marked: onnx.ModelProto, fa
     exact = next(numpy_helper.to_array(item) for item in model.graph.initializer if item.name == DOWN)
     largest = np.abs(exact).max()
     assert np.abs(restored - exact).max() < largest * (0.01 if factor == 1e-2 else 0.06)
+
+
+def test_with_a_fixed_batch_it_computes_in_float(halved: Path, tmp_path: Path) -> None:
+    """ONNX Runtime has no layers in float16 on these processors, and casts before each while it fixes shapes; the card
+    says so."""
+    card = reform(halved, tmp_path / "fixed.onnx", Form(batch=1))
+    assert "fp16" in network_precision(card_from_file(halved).precision)
+    assert network_precision(card.precision) == "fp32" and card.half is None
+    assert reform(halved, tmp_path / "labels.onnx", Form(labels="int32")).precision == card_from_file(halved).precision
 
 
 def test_half_and_mixed_files_build_in_tensorrt_with_a_dynamic_batch(halved: Path, tmp_path: Path) -> None:

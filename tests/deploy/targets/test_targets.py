@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.core.card import PROCESSING, Quantization, card_from_file
+from deploy.core.card import PROCESSING, Form, Quantization, card_from_file
 from deploy.core.errors import UserError
-from deploy.graph.form import write_graph
+from deploy.graph.form import reform, write_graph
+from deploy.graph.heads import cut_heads
 from deploy.runtimes.open import open_runner
 from deploy.targets import litert, ncnn, own_int8
 from deploy.targets.make import make_for
@@ -122,6 +123,20 @@ def test_a_file_that_does_not_open_is_told_of_its_source(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_file_is_made_of_stays(tiny_onnx: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tiny.tract.onnx"
+    shutil.copy(tiny_onnx, source)
+    before = source.read_bytes()
+    for make in (
+        lambda out: reform(source, out, Form(batch=1)),
+        lambda out: cut_heads(source, out),
+        lambda out: make_for("tract", source, out),
+    ):
+        with pytest.raises(UserError, match=r"is what it is made of; give another name, or it would be lost"):
+            make(tmp_path / "." / "tiny.tract.onnx")
+        assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
+
+
 def test_own_int8_is_compared_with_what_it_is_made_of(
     tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +174,11 @@ def test_own_int8_files_are_made_of_the_float_one(tiny_onnx: Path, tmp_path: Pat
     assert own_int8.float_beside(source, card, "MNN") == beside
     with pytest.raises(UserError, match=r"MNN quantizes the fp32 file itself, and .*tiny.onnx is not that of"):
         own_int8.float_beside(source, card.model_copy(update={"checkpoint_sha256": "other"}), "MNN")
+    half = card.model_copy(update={"precision": {"head": "fp16"}})
+    write_graph(onnx.load(str(tiny_onnx)), half, beside)
+    with pytest.raises(UserError, match=r"tiny.onnx is not that of its checkpoint"):
+        own_int8.float_beside(source, card, "MNN")
+    shutil.copy(tiny_onnx, beside)
     with pytest.raises(UserError, match=r"a.onnx: MNN quantizes .* not called x.int8.onnx"):
         own_int8.float_beside(tmp_path / "a.onnx", card, "MNN")
     made = own_int8.quantized_card(beside, "mnn", "weights")

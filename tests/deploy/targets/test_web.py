@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from deploy.core.canvas import letterbox, to_original
-from deploy.core.card import Form, ModelCard, card_from_file
+from deploy.core.card import Form, Heads, ModelCard, card_from_file
 from deploy.core.errors import UserError
 from deploy.core.image import decode_oriented
 from deploy.targets import web, web_runtime
@@ -108,7 +108,10 @@ def test_nothing_is_left_of_one_that_failed(
 def test_files_that_no_page_can_take(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "x.web"
     for changes, message in (
-        ({"precision": {"backbone": "bf16"}}, "is bf16, which no browser computes in; give the fp32"),
+        (
+            {"form": Form(batch=1, images="float32", heads=Heads(strides=[8], bins=1))},
+            "is a network alone; the page does not decode",
+        ),
         ({"form": Form(batch=4)}, "has a fixed batch of 4; a page detects in one picture at a time"),
     ):
         with pytest.raises(UserError, match=message):
@@ -162,7 +165,7 @@ def test_npm_brings_it_once(package: Path, tmp_path: Path) -> None:
     archive = tmp_path / "made.tgz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(package, "package")
-    _npm(tmp_path, f'test "$*" = "pack onnxruntime-web@1.30.0 --silent" && /bin/cp {archive} .')
+    _npm(tmp_path, f'test "$*" = "pack onnxruntime-web@1.30.0 --loglevel=error" && /bin/cp {archive} .')
     folder = web_runtime.runtime_files()
     _npm(tmp_path, "exit 9")
     assert web_runtime.runtime_files() == folder, "it is in the cache"
