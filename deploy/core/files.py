@@ -57,8 +57,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     except UserError:
         raise
     except Exception as error:
-        # Writers in C++ and Rust say "unexpected pos" or the like, without a reason.
-        full = None if isinstance(error, OSError) else _no_room(temporary)
+        full = _no_room(error, temporary)
         if full is None:
             raise
         raise OSError(full.errno, full.strerror, str(path)) from error
@@ -67,13 +66,39 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def work_folder(place: Path | None = None) -> Iterator[Path]:
+    """Yield a hidden folder beside `place` for what is written while that is made, and remove it at the end. None: one
+    where temporary files go.
+
+    Raises OSError with the name of the place, or of where temporary files go, when the disk takes nothing more,
+    whatever error of a library or program that becomes: some say nothing, and leave half a file that others cannot
+    read.
+    """
+    parent, begins = (None, None) if place is None else (place.parent, f".{place.name}.")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=begins) as name:
+        folder = Path(name)
+        named = folder.parent if place is None else place
+        try:
+            with naming(named, folder.name):
+                yield folder
+        except Exception as error:
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            full = _no_room(error, max(files, key=lambda path: path.stat().st_size, default=folder / "more"))
+            if full is None:
+                raise
+            raise OSError(full.errno, full.strerror, str(named)) from error
+
+
+@contextmanager
+def naming(path: Path, *hidden: str) -> Iterator[None]:
     """Give an error of the disk that is raised in here the name of the file that was written: Python does not, when a
-    write and not the opening fails."""
+    write and not the opening fails. hidden: what else names of temporary files and folders for it begin with."""
+    begins = (f".{path.stem}{_MARK}", *hidden)
     try:
         yield
     except OSError as error:
-        unnamed = error.filename is None or Path(os.fsdecode(error.filename)).name.startswith(f".{path.stem}{_MARK}")
+        name = error.filename2 or error.filename
+        unnamed = name is None or any(part.startswith(begins) for part in Path(os.fsdecode(name)).parts)
         if error.errno in NO_ROOM and unnamed:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -146,13 +171,16 @@ def _make_temporary(path: Path, folder: Path) -> tuple[int, str]:
     return tempfile.mkstemp(prefix=f".{path.stem}{_MARK}", suffix=path.suffix, dir=folder)
 
 
-def _no_room(temporary: Path) -> OSError | None:
-    """Whether the place of a file takes nothing more: what it answers to a little more than it has."""
+def _no_room(error: Exception, temporary: Path) -> OSError | None:
+    """Whether an error is from the place of a file that takes nothing more: what it answers to a little more than it
+    has. Writers in C++ and Rust say "unexpected pos" or the like, without a reason, and NumPy `OSError` without one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return None
     try:
         with open(temporary, "ab") as file:
             file.write(bytes(1 << 20))
-    except OSError as error:
-        return error if error.errno in NO_ROOM else None
+    except OSError as full:
+        return full if full.errno in NO_ROOM else None
     return None
 
 

@@ -9,7 +9,6 @@ form, and the runners of this package take it into account.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from onnx import TensorProto, helper
 
 from deploy.core.card import Form, ModelCard, need_plain, scanned_card
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path, need_other
+from deploy.core.files import atomic_path, need_other, work_folder
 from deploy.graph.precision import set_card
 from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES, WEIGHTED
@@ -125,7 +124,7 @@ def _fixed(model: onnx.ModelProto, batch: int, where: Path) -> onnx.ModelProto:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    with tempfile.TemporaryDirectory() as folder:
+    with work_folder() as folder:
         options.optimized_model_filepath = f"{folder}/folded.onnx"
         onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=_ROUNDING

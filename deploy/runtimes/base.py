@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from deploy.core.card import ModelCard
+from deploy.core.card import Form, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.heads import decode
+
+OUTPUTS = ("boxes", "scores", "labels", "count")
+"""What a deployable file gives, in this order."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,24 @@ def check_images(images: np.ndarray, card: ModelCard) -> None:
         raise UserError(
             f"{card.name}: images must be uint8 [batch, {', '.join(map(str, wanted))}], "
             f"got {images.dtype} {list(images.shape)}"
+        )
+
+
+def need_card_of(path: Path, card: ModelCard, form: Form) -> None:
+    """Raise UserError unless the card beside a file tells of the form that files of its runtime have."""
+    if card.form != form:
+        raise UserError(
+            f"{path}: the card beside it is another file's: it tells of {card.form.in_words()}, "
+            f"and this one has {form.in_words()}"
+        )
+
+
+def need_input(path: Path, card: ModelCard, shape: Sequence[int], wanted: Sequence[int | None]) -> None:
+    """Raise UserError unless the file takes images of a shape, the one that its card tells of."""
+    if list(shape) != list(wanted):
+        raise UserError(
+            f"{path}: takes images of {'x'.join(map(str, shape))}, and by its card of {'x'.join(map(str, wanted))}: "
+            f"the card is another model's, {card.name}"
         )
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import card_beside
+from deploy.core.card import Form, card_beside
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.runtimes.base import DetectionBatch, check_images, in_form
+from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form, need_card_of, need_input
 
-_OUTPUTS = ("boxes", "scores", "labels", "count")
+FORM = Form(batch=1)
+"""Of its files."""
 
 
 class LiteRTRunner:
@@ -30,6 +31,7 @@ class LiteRTRunner:
             raise UserError(f"{path}: no such file")
         self.threads = threads
         self.card = card_beside(path)
+        need_card_of(path, self.card, FORM)
         interpreter = import_extra("ai_edge_litert.interpreter", "litert", "ai-edge-litert").Interpreter
         try:
             self._interpreter = interpreter(model_path=str(path), num_threads=threads or usable_cores())
@@ -37,9 +39,10 @@ class LiteRTRunner:
             self._network = self._interpreter.get_signature_runner()
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{path}: LiteRT cannot load it: {first_line(error)}") from error
-        names = sorted(self._network.get_output_details())
-        if names != sorted(_OUTPUTS):
-            raise UserError(f"{path}: not a deployable file: it gives {names}")
+        takes, gives = self._network.get_input_details(), sorted(self._network.get_output_details())
+        if list(takes) != ["images"] or gives != sorted(OUTPUTS):
+            raise UserError(f"{path}: not a deployable file: it takes {list(takes)} and gives {gives}")
+        need_input(path, self.card, takes["images"]["shape"].tolist(), (1, *self.card.input_size, 3))
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)
@@ -47,4 +50,4 @@ class LiteRTRunner:
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         found = self._network(images=np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
-        return [found[name] for name in _OUTPUTS]
+        return [found[name] for name in OUTPUTS]

@@ -3,13 +3,14 @@ when one opens."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploy.core.card import card_beside
+from deploy.core.card import Heads, ModelCard, card_beside
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError
 from deploy.core.import_path import import_extra
@@ -35,7 +36,8 @@ class NCNNRunner:
         self.card = card_beside(path, weights)
         if self.card.form.heads is None:
             raise UserError(f"{path}: its card does not say what it gives; make it with compress export --for ncnn")
-        self._names = self.card.form.heads.names
+        self._path = path
+        self._gives = _gives(self.card, self.card.form.heads)
         self._ncnn = load_ncnn()
         self._network = self._ncnn.Net()
         options = self._network.opt
@@ -54,12 +56,27 @@ class NCNNRunner:
         given = np.ascontiguousarray(images[0])
         extractor.input("images", self._ncnn.Mat(given).clone())
         found = []
-        for name in self._names:
+        for name, wanted in self._gives.items():
             failed, value = extractor.extract(name)
             if failed:
-                raise UserError(f"{self.card.name}: ncnn does not give {name}")
-            found.append(np.array(value)[None])
+                raise UserError(f"{self._path}: ncnn does not give {name}")
+            values = np.array(value)
+            if values.shape != wanted:
+                sizes = " and by its card ".join("x".join(map(str, shape)) for shape in (values.shape, wanted))
+                raise UserError(f"{self._path}: {name} is {sizes}: the card beside it is another model's")
+            found.append(values[None])
         return found
+
+
+def _gives(card: ModelCard, heads: Heads) -> dict[str, tuple[int, int, int]]:
+    """The shape [C, h, w] of each output, in their order."""
+    channels = {"cls": len(card.class_names), "box": 4 * heads.bins, "ctr": 1}
+    shapes = {}
+    for name in heads.names:
+        kind, stride = name.split("_")
+        height, width = (math.ceil(side / int(stride)) for side in card.input_size)
+        shapes[name] = (channels[kind], height, width)
+    return shapes
 
 
 def load_ncnn() -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from deploy.core.card import scanned_card
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.runtimes.base import DetectionBatch, check_images, in_form
+from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form, need_input
 
 
 class TractRunner:
@@ -28,9 +28,15 @@ class TractRunner:
         if self.card.form.batch is None or self.card.form.labels != "int32":
             raise UserError(f"{path}: tract takes a fixed batch and int32 labels: compress export {path} --for tract")
         try:
-            self._model = tract.onnx().load(str(path)).into_model().into_runnable()
+            model = tract.onnx().load(str(path)).into_model()
+            shapes = [[int(side) for side in fact.dims()] for fact in model.input_facts()]
+            gives = model.output_count()
+            self._model = model.into_runnable()
         except Exception as error:  # its own type, made when the library is there
             raise UserError(f"{path}: tract cannot load it: {first_line(error)}") from error
+        if (len(shapes), gives) != (1, len(OUTPUTS)):
+            raise UserError(f"{path}: not a deployable file: it takes {len(shapes)} inputs and gives {gives} outputs")
+        need_input(path, self.card, shapes[0], (self.card.form.batch, 3, *self.card.input_size))
 
     def __call__(self, images: np.ndarray) -> DetectionBatch:
         check_images(images, self.card)

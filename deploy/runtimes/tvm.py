@@ -11,7 +11,7 @@ import numpy as np
 from deploy.core.card import scanned_card
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.runtimes.base import DetectionBatch, check_images, in_form
+from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form, need_input
 
 
 class TVMRunner:
@@ -45,9 +45,24 @@ class TVMRunner:
         relax = import_extra("tvm.relax", "tvm", "apache-tvm")
         frontend = import_extra("tvm.relax.frontend.onnx", "tvm", "apache-tvm")
         try:
-            module = frontend.from_onnx(onnx.load(str(path)))
+            model = onnx.load(str(path))
+            self._check(path, model.graph)
+            module = frontend.from_onnx(model)
             # Code for the processor at hand (`mcpu`) took 1.9 times as long as this, with vectors of 512 bits.
             library = relax.build(module, self._tvm.target.Target("llvm"))
             return relax.VirtualMachine(library, self._tvm.cpu())["main"]
+        except UserError:
+            raise
         except Exception as error:  # dozens of types, from Python and from its library
             raise UserError(f"{path}: TVM cannot compile it: {first_line(error)}") from error
+
+    def _check(self, path: Path, graph: Any) -> None:
+        """Raise UserError for a graph that is not the card's, before it is compiled."""
+        weights = {value.name for value in graph.initializer}
+        given = [value for value in graph.input if value.name not in weights]
+        inputs, outputs = ([value.name for value in values] for values in (given, graph.output))
+        heads = self.card.form.heads
+        if inputs != ["images"] or outputs != (list(OUTPUTS) if heads is None else heads.names):
+            raise UserError(f"{path}: not a deployable file: it takes {inputs} and gives {outputs}")
+        shape = [side.dim_value for side in given[0].type.tensor_type.shape.dim]
+        need_input(path, self.card, shape, (self.card.form.batch, 3, *self.card.input_size))

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import Form, scanned_card, write_card_beside
+from deploy.core.card import scanned_card, write_card_beside
 from deploy.core.errors import UserError
+from deploy.core.files import work_folder
 from deploy.core.import_path import import_extra
+from deploy.runtimes.litert import FORM
 from deploy.targets.converter import convert
 
 CONVERTER = "onnx2tf"
@@ -47,19 +49,18 @@ def make(source: Path, place: Path) -> str:
         card = quantized_card(source, "litert", "dynamic")
     from deploy.graph.form import reform
 
-    with tempfile.TemporaryDirectory() as folder:
-        form = Form(batch=1)
-        reform(source, Path(folder) / "model.onnx", form)
-        np.save(Path(folder) / _PICTURES, np.random.default_rng(0).random((20, 128, 128, 3), np.float32))
+    with work_folder(place) as folder:
+        reform(source, folder / "model.onnx", FORM)
+        np.save(folder / _PICTURES, np.random.default_rng(0).random((20, 128, 128, 3), np.float32))
         words = [command, "-i", "model.onnx", "-o", "made", "-osd", "-n"]
-        written = Path(folder) / "made" / "model_float32.tflite"
-        convert(source, words, CONVERTER, Path(folder), written)
+        written = folder / "made" / "model_float32.tflite"
+        convert(source, words, CONVERTER, folder, written)
         _share_weights(written)
         if quantized:
             _quantize(written, place)
         else:
-            shutil.move(written, place)
-    write_card_beside(card.model_copy(update={"form": form}), place)
+            os.replace(written, place)
+    write_card_beside(card.model_copy(update={"form": FORM}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json; one image at a time"
 
 

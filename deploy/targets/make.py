@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from deploy.core.boxes import pairwise_iou
 from deploy.core.card import network_precision, scanned_card
 from deploy.core.errors import UserError
-from deploy.core.files import need_other
+from deploy.core.files import naming, need_other, work_folder
 from deploy.runtimes.base import Runner
 from deploy.runtimes.open import open_runner
 from deploy.targets.refusal import network_of
@@ -28,26 +29,29 @@ def make_for(target: str, source: Path, place: Path) -> str:
     """Make the file of a target, which finds what the file finds that it is made of: the exported one, or the float one
     beside it (`Target.own_int8`). Returns a few words about it for people.
 
-    Raises UserError as `check_refusals` and `Target.make` do, and where the runtime finds other things in it; what was
-    at the place stays.
+    Raises UserError as `check_refusals` and `Target.make` do, and where the runtime finds other things in it; OSError
+    that names the place when its disk is full. What was at the place stays.
     """
     need_other(place, source)
     row, card = TARGETS[target], scanned_card(source)
     check_refusals(target, source, network_of(card))
     if not row.runs:
-        return row.make(source, place)
+        with naming(place, f".{place.name}."):
+            return row.make(source, place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-        new = Path(folder) / place.name
+    with work_folder(place) as folder:
+        new = folder / place.name
         said = row.make(source, new)
-        other = open_runner(new)
+        with _told_of(source, new, target):
+            other = open_runner(new)
         if row.own_int8 and card.quantization is not None:
             from deploy.targets.own_int8 import float_beside  # imports onnx
 
             source = float_beside(source, card, target)
         in_bf16 = network_precision(other.card.precision) == "bf16"  # which ONNX Runtime does not compute
         runner = open_runner(source, ("openvino",) if in_bf16 else ("cpu",))
-        again, least = _found_again(runner, other), _FOUND[_kind(other)]
+        with _told_of(source, new, target):
+            again, least = _found_again(runner, other), _FOUND[_kind(other)]
         if again is None:
             said += "; not compared, nothing is found in noise: compress validate compares them on pictures"
         elif again < least:
@@ -55,12 +59,24 @@ def make_for(target: str, source: Path, place: Path) -> str:
                 f"{source}: the file for {target} finds {again:.0%} of what this one finds on pictures of noise "
                 f"({least:.0%} at least): {other.backend} or its converter computes something else; nothing was written"
             )
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == new):  # the file itself comes last
+        for file in sorted(folder.iterdir(), key=lambda file: file == new):  # the file itself comes last
             os.replace(file, place.parent / file.name)
     return said
 
 
 # --- details --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _told_of(source: Path, new: Path, target: str) -> Iterator[None]:
+    """What a runtime says of the new file is told of the one that it is made of: the new one goes away."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        if not said.startswith(f"{new}: "):
+            raise
+        raise UserError(f"{source}: the file for {target} does not run: {said.removeprefix(f'{new}: ')}") from error
 
 
 def _kind(runner: Runner) -> str:

@@ -10,11 +10,11 @@ version). An int8 file is therefore made of the float one, with weights in int8 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
-from deploy.core.card import Form, need_plain, network_precision, scanned_card, write_card_beside
-from deploy.runtimes.mnn import load_mnn
+from deploy.core.card import need_plain, network_precision, scanned_card, write_card_beside
+from deploy.core.files import work_folder
+from deploy.runtimes.mnn import FORM, load_mnn
 from deploy.targets.converter import convert
 
 _CONVERT = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"
@@ -31,9 +31,9 @@ def make(source: Path, place: Path) -> str:
 
         source = float_beside(source, card, "MNN")
         card, options = quantized_card(source, "mnn", "weights"), ["--weightQuantBits", "8"]
-    with tempfile.TemporaryDirectory() as folder:
+    with work_folder(place) as folder:
         words = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source.absolute()),
                  "--MNNModel", str(place.absolute()), "--bizCode", "compress", *options]  # fmt: skip
-        convert(source, words, "MNN's converter", Path(folder), place)
-    write_card_beside(card.model_copy(update={"form": Form(labels="int32")}), place)
+        convert(source, words, "MNN's converter", folder, place)
+    write_card_beside(card.model_copy(update={"form": FORM}), place)
     return f"{place.stat().st_size / 1e6:.1f} MB, with its card {place.name}.json"

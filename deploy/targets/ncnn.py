@@ -8,15 +8,14 @@ the process (seen with 1.0.20261020). What comes behind the output layers is ful
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from deploy.core.card import ModelCard, write_card_beside
 from deploy.core.errors import UserError
+from deploy.core.files import work_folder
 from deploy.runtimes.ncnn import load_ncnn, weights_beside
 from deploy.targets.converter import convert
 from deploy.targets.table import DECODERS
@@ -41,17 +40,19 @@ def make(source: Path, place: Path) -> str:
     program = _pnnx()
     from deploy.graph.heads import cut_heads
 
-    with tempfile.TemporaryDirectory() as folder:
-        card = cut_heads(source, Path(folder) / "model.onnx")
+    with work_folder(place) as folder:
+        card = cut_heads(source, folder / "model.onnx")
         height, width = card.input_size
         words = [str(program), "model.onnx", f"inputshape=[1,3,{height},{width}]f32", "fp16=0"]
-        made = Path(folder) / "model.ncnn.param"
-        convert(source, words, "pnnx", Path(folder), made)
-        place.write_text(_named(made.read_text(encoding="utf-8"), card), encoding="utf-8")
-        shutil.move(weights_beside(made), weights_beside(place))
-    write_card_beside(card, place, weights_beside(place))
-    _try(source, place)
-    weights = weights_beside(place)
+        made = folder / "model.ncnn.param"
+        convert(source, words, "pnnx", folder, made)
+        made.write_text(_named(made.read_text(encoding="utf-8"), card), encoding="utf-8")
+        write_card_beside(card, made, weights_beside(made))
+        _try(source, made)  # here, since pnnx does not tell of a disk that is full
+        weights = weights_beside(place)
+        os.replace(made, place)
+        os.replace(weights_beside(made), weights)
+    write_card_beside(card, place, weights)
     return (
         f"{weights.stat().st_size / 1e6:.1f} MB in {weights.name} beside it, with its card {place.name}.json; decode "
         f"what it gives as in {DECODERS}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from deploy.core.errors import UserError
-from deploy.core.files import atomic_path, naming, need_place, remove_temporaries, write_json, write_text
+from deploy.core.files import atomic_path, naming, need_place, remove_temporaries, work_folder, write_json, write_text
 from tests.helpers.full_disk import no_room
 
 
@@ -99,6 +102,55 @@ def test_a_full_disk_is_named_with_the_file_whoever_writes(tmp_path: Path, name:
         WRITERS[name](temporary)
     assert (failed.value.filename, failed.value.strerror) == (str(file), "File too large")
     assert [path.name for path in tmp_path.iterdir()] == [name] and file.read_text() == "as it was"
+
+
+def _half_and(error: Exception) -> Writer:
+    """A writer that leaves half a file, and an error that does not say why."""
+
+    def write(path: Path) -> None:
+        with suppress(OSError):
+            path.write_bytes(bytes(400_000))
+        raise error
+
+    return write
+
+
+def _in_a_folder(path: Path) -> None:
+    with work_folder(path) as folder:
+        write_text(folder / "text", "a" * 400_000)
+
+
+WITHOUT_A_REASON: dict[str, Writer] = {
+    "a library": _half_and(RuntimeError("iostream error")),
+    "a converter": _half_and(UserError("fails")),
+    "NumPy": _half_and(OSError("983040 requested and 508896 written")),
+    "Python": lambda path: path.write_bytes(bytes(400_000)),
+    "ours": _in_a_folder,
+    "a copy": lambda path: shutil.copy(onnx.helper.__file__, path),
+}
+
+
+@pytest.mark.parametrize("who", WITHOUT_A_REASON)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_full_disk_is_named_whatever_became_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, beside: bool
+) -> None:
+    """Of a folder that things are made in."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    place = tmp_path / "student.mnn"
+    with no_room(), pytest.raises(OSError) as failed, work_folder(place if beside else None) as folder:
+        WITHOUT_A_REASON[who](folder / "student.mnn")
+    named = str(place if beside else tmp_path)
+    assert (failed.value.filename, failed.value.filename2, failed.value.strerror) == (named, None, "File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_another_kind_leaves_a_folder_as_it_is(tmp_path: Path) -> None:
+    for error in (UserError("fails"), RuntimeError("a mistake"), OSError("no number"), FileNotFoundError(2, "no", "x")):
+        with pytest.raises(type(error)) as failed, work_folder(tmp_path / "a.mnn") as folder:
+            (folder / "half").write_text("half")
+            raise error
+        assert failed.value is error and not list(tmp_path.iterdir())
 
 
 def test_an_error_of_another_kind_stays_itself(tmp_path: Path) -> None:

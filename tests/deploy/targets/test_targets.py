@@ -113,6 +113,16 @@ def test_a_file_that_finds_other_things_is_not_written(
     assert place.read_text() == "before" and list(tmp_path.iterdir()) == [place]
 
 
+def test_a_file_that_does_not_open_is_told_of_its_source(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own place is a folder that goes away."""
+    monkeypatch.setitem(TARGETS, "own", Target(lambda _, place: str(place.write_text("nonsense")), ".onnx"))
+    with pytest.raises(UserError, match=f"^{tiny_onnx}: the file for own does not run: ONNX Runtime cannot load it: "):
+        make_for("own", tiny_onnx, tmp_path / "other.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_file_is_made_of_stays(tiny_onnx: Path, tmp_path: Path) -> None:
     source = tmp_path / "tiny.tract.onnx"
     shutil.copy(tiny_onnx, source)
