@@ -20,11 +20,10 @@ from deploy.core.card import METADATA_KEY, network_precision, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import write_text
 from deploy.core.onnx_scan import scan_onnx
-from deploy.runtimes.base import DetectionBatch, check_images, in_form
+from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form
 from deploy.runtimes.web_runtime import runtime_files
 
 _PROGRAM = Path(__file__).with_name("web_runner.mjs")
-_OUTPUTS = ("boxes", "scores", "labels", "count")
 
 
 class WebRunner:
@@ -47,7 +46,7 @@ class WebRunner:
         if network_precision(self.card.precision) == "bf16":
             raise UserError(f"{path}: is bf16, which ONNX Runtime Web does not compute: --provider openvino runs it")
         heads = self.card.form.heads
-        self._names = list(_OUTPUTS) if heads is None else heads.names
+        self._names = list(OUTPUTS) if heads is None else heads.names
         self._lock = threading.Lock()
         self._process = self._started()
         self._answer()

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,15 @@ _FLAGS = (
     "--disable-dev-shm-usage",
     "--remote-debugging-port=0",
 )
+
+
+def wait_for(run: Callable[[str], Any], script: str, seconds: float) -> Any:
+    """Until the expression is true; its value. run: evaluates one in a page."""
+    end = time.monotonic() + seconds
+    while not (value := run(script)):
+        assert time.monotonic() < end, f"never true: {script}\n{run('document.body.innerText')}"
+        time.sleep(0.03)
+    return value
 
 
 class Page:
@@ -71,11 +80,7 @@ class Page:
 
     def wait(self, script: str, seconds: float = 600.0) -> Any:
         """Until the expression is true; its value."""
-        end = time.monotonic() + seconds
-        while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}"
-            time.sleep(0.03)
-        return value
+        return wait_for(self.run, script, seconds)
 
     def open(self, url: str, width: int = 1280, height: int = 800, *, phone: bool = False) -> None:
         self.call(

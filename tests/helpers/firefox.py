@@ -15,6 +15,8 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
+from tests.helpers.browser import wait_for
+
 FIREFOX = next((path for name in ("firefox", "firefox-esr") if (path := shutil.which(name))), None)
 
 
@@ -50,11 +52,7 @@ class FirefoxPage:
 
     def wait(self, script: str, seconds: float = 600.0) -> Any:
         """Until the expression is true; its value."""
-        end = time.monotonic() + seconds
-        while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never true: {script}\n{self.run('document.body.innerText')}"
-            time.sleep(0.03)
-        return value
+        return wait_for(self.run, script, seconds)
 
     def open(self, url: str) -> None:
         self.call("browsingContext.navigate", context=self._tab, url=url, wait="complete")

@@ -12,6 +12,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pytest
+
+from deploy.core.errors import UserError
+from deploy.runtimes import web_runtime
 from tests.helpers.browser import Page
 from tests.helpers.firefox import FirefoxPage
 
@@ -29,6 +33,16 @@ DETECT = """(async () => {{
   }}
   return answers;
 }})()"""
+
+
+def need_runtime() -> None:
+    """Skip where ONNX Runtime Web is not in the cache and cannot be fetched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("npm_config_fetch_retries", "0")
+        try:
+            web_runtime.runtime_files()
+        except UserError as error:
+            pytest.skip(f"ONNX Runtime Web is not tried: {error}")
 
 
 @contextmanager

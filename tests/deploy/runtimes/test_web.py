@@ -14,23 +14,18 @@ from deploy.core.card import Form, card_from_file
 from deploy.core.errors import UserError
 from deploy.graph.form import reform, write_graph
 from deploy.graph.precision import compute_in
-from deploy.runtimes import web_runtime
 from deploy.runtimes.open import open_runner
 from deploy.runtimes.providers import openings
 from deploy.runtimes.web import WebRunner
 from tests.helpers.tiny_onnx import pictures
+from tests.helpers.web_site import need_runtime
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed: its runtime is not tried")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def runtime() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("npm_config_fetch_retries", "0")
-        try:
-            web_runtime.runtime_files()
-        except UserError as error:
-            pytest.skip(f"ONNX Runtime Web is not tried: {error}")
+    need_runtime()
 
 
 @pytest.fixture(scope="module")

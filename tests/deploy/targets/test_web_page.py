@@ -14,10 +14,8 @@ from PIL import Image
 
 from deploy.core.canvas import fit_canvas, to_original
 from deploy.core.card import Form, OperatingPoint
-from deploy.core.errors import UserError
 from deploy.core.image import decode_image
 from deploy.graph.form import reform
-from deploy.runtimes import web_runtime
 from deploy.runtimes.onnx import OnnxRunner
 from deploy.targets import web
 from tests.helpers.browser import CHROMIUM, Page, browser
@@ -25,7 +23,7 @@ from tests.helpers.encoded_pictures import encode, kinds
 from tests.helpers.firefox import FIREFOX, FirefoxPage, firefox
 from tests.helpers.red_rectangle_model import CARD, picture, write_red_model
 from tests.helpers.videos import box_of, frames, write_video
-from tests.helpers.web_site import answers, serving
+from tests.helpers.web_site import answers, need_runtime, serving
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the page is not tried")
 
@@ -37,12 +35,7 @@ POINT = OperatingPoint(score=0.2549, f1=0.8, precision=1.0, recall=0.67, class_s
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory: pytest.TempPathFactory, tiny_onnx: Path) -> Path:
     """A folder with the pages `red` and `tiny`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("npm_config_fetch_retries", "0")
-        try:
-            web_runtime.runtime_files()
-        except UserError as error:
-            pytest.skip(f"the page is not tried: {error}")
+    need_runtime()
     root = tmp_path_factory.mktemp("sites")
     write_red_model(root / "red.onnx", card=CARD.model_copy(update={"operating_point": POINT}))
     web.make(root / "red.onnx", root / "red")
