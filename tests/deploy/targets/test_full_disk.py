@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.targets import web_runtime
+from deploy.runtimes import web_runtime
 from deploy.targets.make import make_for
 from deploy.targets.table import place_for
 from tests.helpers.full_disk import no_room
