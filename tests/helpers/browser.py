@@ -125,26 +125,32 @@ def browser(*flags: str) -> Iterator[Page]:
     """A fresh Chromium with one empty tab. flags: of its command line, besides those that every test needs."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        process = subprocess.Popen(
-            [CHROMIUM, *_FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            with connect(_tab(Path(profile) / "DevToolsActivePort", process), max_size=2**28) as socket:
-                yield Page(socket)
-        finally:
-            process.kill()
-            process.wait()
+        words = [CHROMIUM, *_FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
+        with connected(words, lambda: _tab(Path(profile) / "DevToolsActivePort")) as socket:
+            yield Page(socket)
 
 
-def _tab(file: Path, process: subprocess.Popen[bytes]) -> str:
-    end = time.monotonic() + 600
-    while time.monotonic() < end and process.poll() is None:
-        if file.is_file() and (lines := file.read_text().split()):
-            with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json/list", timeout=600) as answer:
-                tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
-            if tabs:
-                return str(tabs[0]["webSocketDebuggerUrl"])
-        time.sleep(0.05)
-    raise AssertionError("chromium did not start")
+@contextmanager
+def connected(
+    words: list[str], address: Callable[[], str | None], stderr: Any = subprocess.DEVNULL
+) -> Iterator[ClientConnection]:
+    """Start a browser and talk to it, once `address` knows where."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr)
+    try:
+        end = time.monotonic() + 600
+        while (found := address()) is None:
+            assert time.monotonic() < end and process.poll() is None, f"{words[0]} did not start"
+            time.sleep(0.05)
+        with connect(found, max_size=2**28) as socket:
+            yield socket
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _tab(file: Path) -> str | None:
+    if not file.is_file() or not (lines := file.read_text().split()):
+        return None
+    with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json/list", timeout=600) as answer:
+        tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
+    return str(tabs[0]["webSocketDebuggerUrl"]) if tabs else None

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import ClientConnection
 
-from tests.helpers.browser import wait_for
+from tests.helpers.browser import connected, wait_for
 
 FIREFOX = next((path for name in ("firefox", "firefox-esr") if (path := shutil.which(name))), None)
 
@@ -65,20 +63,10 @@ def firefox() -> Iterator[FirefoxPage]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         log = Path(folder) / "log"
         words = [FIREFOX, "--headless", "--remote-debugging-port=0", "--profile", folder, "about:blank"]
-        with log.open("wb") as said:
-            process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
-        try:
-            with connect(f"{_address(log, process)}/session", max_size=2**28) as socket:
-                yield FirefoxPage(socket)
-        finally:
-            process.kill()
-            process.wait()
+        with log.open("wb") as said, connected(words, lambda: _address(log), said) as socket:
+            yield FirefoxPage(socket)
 
 
-def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
-    end = time.monotonic() + 600
-    while time.monotonic() < end and process.poll() is None:
-        if found := re.search(r"WebDriver BiDi listening on (ws://\S+)", log.read_text(errors="replace")):
-            return found.group(1)
-        time.sleep(0.05)
-    raise AssertionError("firefox did not start")
+def _address(log: Path) -> str | None:
+    found = re.search(r"WebDriver BiDi listening on (ws://\S+)", log.read_text(errors="replace"))
+    return None if found is None else f"{found.group(1)}/session"
