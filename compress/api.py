@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.config.base import ZOO_PREFIX
+from compress.config.base import is_published
 from compress.config.recipe import Recipe, check_distills, load_recipe
 from compress.manifest import BASELINE, STUDENT, TEACHER, RunFolder
 from deploy.core.detections import Detections
@@ -141,7 +141,7 @@ def open(
 
     Exported files need no torch. Raises UserError for everything that keeps the file from running.
     """
-    if runner is None and (Path(path).suffix in CHECKPOINT_SUFFIXES or str(path).startswith(ZOO_PREFIX)):
+    if runner is None and (Path(path).suffix in CHECKPOINT_SUFFIXES or is_published(path)):
         if options:
             raise UserError(f"{', '.join(options)}: of exported files, and {path} is a checkpoint")
         return Checkpoint(path, input_size=input_size, device=device)
@@ -216,7 +216,7 @@ class Checkpoint(Model):
             what = "calibration images" if quantized else "images"
             raise UserError(f"{precision}: there is no {self._recipe_file} to take {what} from")
         target, on_grids = self._target(precision)
-        if out is None and (str(self.path).startswith(ZOO_PREFIX) or is_remote(self.path)):
+        if out is None and (is_published(self.path) or is_remote(self.path)):
             raise UserError(f"out: say where the file goes; {shown(self.path)} lies in no folder here")
         path = file_for(self.path.with_suffix(ONNX_SUFFIX), precision) if out is None else workplace(out)
         if path.suffix != ONNX_SUFFIX:

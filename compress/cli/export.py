@@ -69,8 +69,7 @@ def export(
     Settings that are not given come from the recipe.yaml beside the checkpoint, or are the defaults. How int8 files and
     engines are made: compress quantize and compress build, whose options are taken here too.
     """
-    if not _is_published(checkpoint):
-        need_file(checkpoint)
+    _need_checkpoint(checkpoint)
     if not trt:
         refuse(values_of(engine), "is about engines; add --trt")
     plan = engine_plan(engine, triton_repo) if trt else None
@@ -145,15 +144,18 @@ def _measure(made: Sequence[Path]) -> None:
         next_command("benchmark", *files)
 
 
-def _is_published(checkpoint: Path) -> bool:
-    from compress.config.base import ZOO_PREFIX
+def _need_checkpoint(checkpoint: Path) -> None:
+    from compress.config.base import is_published
 
-    return str(checkpoint).startswith(ZOO_PREFIX)
+    if not is_published(checkpoint):
+        need_file(checkpoint)
 
 
 def _place(checkpoint: Path, out: Path | None) -> Path:
     """Where the fp32 file goes. Raises UserError where nothing can be written there, and where nothing says it."""
-    if out is None and (_is_published(checkpoint) or is_remote(checkpoint)):
+    from compress.config.base import is_published
+
+    if out is None and (is_published(checkpoint) or is_remote(checkpoint)):
         raise UserError(f"--out: say where the file goes; {shown(checkpoint)} lies in no folder here")
     out = out or checkpoint.with_suffix(ONNX_SUFFIX)
     if out.suffix != ONNX_SUFFIX:

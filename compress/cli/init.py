@@ -150,7 +150,7 @@ def _source(teacher: str) -> Source:
     """What `--from` names."""
     from typing import get_args
 
-    from compress.config.base import ZOO_PREFIX
+    from compress.config.base import is_published
     from compress.config.teacher import Source, Torchvision
 
     def exists(path: Path) -> str:
@@ -160,7 +160,7 @@ def _source(teacher: str) -> Source:
 
     path, models = Path(teacher), get_args(Torchvision.model_fields["model"].annotation)
     content: dict[str, Any]
-    if teacher.startswith(ZOO_PREFIX):
+    if is_published(teacher):
         content = {"checkpoint": teacher}
     elif teacher in models:
         content = {"torchvision": {"model": teacher, "weights": "coco"}}

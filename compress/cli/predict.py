@@ -252,15 +252,16 @@ def _looker(model: str, which: ModelFlags, opening: RunnerFlags, batch_size: int
     if which.served is not None:
         raise UserError(f"--served: of a server, and {model} is none")
     import compress
+    from compress.config.base import is_published
     from deploy.runtimes.open import SUFFIXES
 
     path, options = Path(model), {}
     if path.is_dir():
         raise UserError(f"{model}: is a folder; name the file in it, such as {path / 'student.onnx'}")
-    if not model.startswith("zoo:") and not is_file(path):
+    if not is_published(model) and not is_file(path):
         raise UserError(f"{model}: no such file")
     kinds = (*SUFFIXES, *CHECKPOINT_SUFFIXES)
-    if not path.name.endswith(kinds) and not model.startswith("zoo:"):
+    if not path.name.endswith(kinds) and not is_published(model):
         raise UserError(f"{model}: ends in none of {', '.join(kinds)}")
     providers = provider_names(which.provider)
     if path.name.endswith(SUFFIXES):

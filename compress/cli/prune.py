@@ -138,9 +138,9 @@ def prune(
     """
     need_json_place(json_out)
     settings = _settings(budget, flags, of_images, sensitivity=sensitivity)
-    from compress.config.base import ZOO_PREFIX
+    from compress.config.base import is_published
 
-    if not checkpoint.startswith(ZOO_PREFIX):
+    if not is_published(checkpoint):
         need_file(Path(checkpoint))
     if Path(checkpoint).suffix in (ONNX_SUFFIX, ENGINE_SUFFIX):
         raise UserError(

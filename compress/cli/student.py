@@ -65,7 +65,9 @@ class Student:
 def read_student(path: Path, images: Path | None, input_size: str | None, thresholds: ThresholdFlags) -> Student:
     """Raises UserError for options that cannot be, and for a bad recipe beside the checkpoint; beside `zoo:NAME` there
     is none."""
-    published = str(path).startswith("zoo:")
+    from compress.config.base import is_published
+
+    published = is_published(path)
     if not published and path.suffix not in (*CHECKPOINT_SUFFIXES, ONNX_SUFFIX):
         raise UserError(f"{path}: is no checkpoint; give a student.safetensors")
     if images is not None:

@@ -44,9 +44,14 @@ ZOO_PREFIX = "zoo:"
 """What the name of a published checkpoint begins with, in the place of a file's."""
 
 
+def is_published(name: str | Path) -> bool:
+    """Whether `name` is that of a published checkpoint, and not of a file."""
+    return str(name).startswith(ZOO_PREFIX)
+
+
 def is_checkpoint(name: str) -> bool:
     """Whether `name` can be a checkpoint: a `.safetensors` or `.pth` file, or `zoo:<name>`."""
-    return (name.startswith(ZOO_PREFIX) and name != ZOO_PREFIX) or Path(name).suffix in (".safetensors", ".pth")
+    return (is_published(name) and name != ZOO_PREFIX) or Path(name).suffix in (".safetensors", ".pth")
 
 
 def checkpoint_name(name: str) -> str:
