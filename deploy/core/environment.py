@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,11 @@ def environment() -> dict[str, Any]:
             name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
         },
     }
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare: "2.6.9" → (2, 6, 9)."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def usable_cores() -> int:

@@ -5,7 +5,6 @@ A newer version is tried, since what it makes is compared before it gets its nam
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from deploy.core.card import ModelCard, network_precision
+from deploy.core.environment import version_numbers
 from deploy.core.errors import UserError
 
 
@@ -39,7 +39,7 @@ class Refusal:
         if self.converter is None:
             raise UserError(f"{what} {self.why}: {self.instead}")
         version = self.version()
-        if version is not None and _numbers(version) <= _numbers(self.seen):
+        if version is not None and version_numbers(version) <= version_numbers(self.seen):
             raise UserError(f"{what} {self.converter} {version} {self.why}: {self.instead}")
 
 
@@ -72,10 +72,3 @@ def of_command(name: str) -> Callable[[], str | None]:
         return said if said[:1].isdigit() else None
 
     return version
-
-
-# --- details --------------------------------------------------------------------------------------------
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version))

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deploy.core import cuda_driver
 from deploy.core.card import ModelCard, network_precision
+from deploy.core.environment import version_numbers
 from deploy.core.errors import UserError
 from deploy.core.files import ENGINE_SUFFIX, ONNX_SUFFIX, sha256_of, write_text
 from deploy.core.precisions import PRECISIONS, PrecisionName
@@ -272,7 +273,9 @@ def machine_differences(card: EngineCard, here: Machine) -> list[str]:
     if built.library != here.library:
         found.append(f"built with {built.library}, here is {here.library}")
     elif built.version != here.version and not (
-        options.version_compatible and _version(built.version) <= _version(here.version) and _same_major(built, here)
+        options.version_compatible
+        and version_numbers(built.version) <= version_numbers(here.version)
+        and _same_major(built, here)
     ):
         found.append(f"built with {built.library} {built.version}, here is {here.version}")
     if built.platform != here.platform:
@@ -282,7 +285,7 @@ def machine_differences(card: EngineCard, here: Machine) -> list[str]:
     if here.gpu is None or here.compute_capability is None:
         return [*found, f"built on {built.gpu}, no GPU here"]
     if options.hardware_compatible == "ampere+":
-        if _version(here.compute_capability) < (8, 0):
+        if version_numbers(here.compute_capability) < (8, 0):
             found.append(f"built for Ampere and later, {here.gpu} has compute capability {here.compute_capability}")
     elif built.compute_capability != here.compute_capability:
         found.append(
@@ -291,7 +294,7 @@ def machine_differences(card: EngineCard, here: Machine) -> list[str]:
         )
     elif options.hardware_compatible is None and built.gpu != here.gpu:
         found.append(f"built on {built.gpu}, here is {here.gpu}")
-    if built.cuda and here.cuda and _version(here.cuda)[:1] < _version(built.cuda)[:1]:
+    if built.cuda and here.cuda and version_numbers(here.cuda)[:1] < version_numbers(built.cuda)[:1]:
         found.append(f"built with a driver for CUDA {built.cuda}, this one runs up to {here.cuda}")
     return found
 
@@ -321,9 +324,5 @@ def this_machine(library: str, version: str, device: int = 0) -> Machine:
 # ----------------------------------------------------------------------------------------------------
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", text))
-
-
 def _same_major(one: Machine, other: Machine) -> bool:
-    return _version(one.version)[:1] == _version(other.version)[:1]
+    return version_numbers(one.version)[:1] == version_numbers(other.version)[:1]
