@@ -36,6 +36,8 @@ CANDIDATES = 1000
 MAX_CANDIDATES = 3840
 """The most boxes that may enter the suppression: the limit of TensorRT's TopK."""
 
+OUTPUTS = ("boxes", "scores", "labels", "count")
+"""What a deployable file gives, in this order."""
 _HASHES = "written_with"
 """Key of the hashes in a card that lies beside its file."""
 _Byte = Annotated[int, Field(ge=0, le=255)]

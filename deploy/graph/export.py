@@ -31,7 +31,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from deploy.core.card import HalfPrecision, ModelCard
+from deploy.core.card import OUTPUTS, HalfPrecision, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path
 from deploy.graph.half import halve, rounded
@@ -39,7 +39,6 @@ from deploy.graph.precision import precisions, set_card
 from deploy.graph.rows import twins
 from deploy.graph.session import cpu_session
 
-OUTPUTS = ("boxes", "scores", "labels", "count")
 _INNER = ("dense_scores", "dense_boxes")
 MOST_EXCHANGED = 0.02
 """Share of the rows that a module chose by their scores which may be others in the file."""

@@ -16,14 +16,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from deploy.core.card import Form, ModelCard, need_plain, scanned_card
+from deploy.core.card import OUTPUTS, Form, ModelCard, need_plain, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.files import atomic_path, need_other, work_folder
 from deploy.graph.precision import set_card
 from deploy.graph.session import cpu_session
 from deploy.graph.structure import BOXES, SCORES, WEIGHTED
 
-_OUTPUTS = ("boxes", "scores", "labels", "count")
 _ROUNDING = ["ConvMulFusion", "ConvAddFusion", "ConvBNFusion"]
 """Steps of ONNX Runtime that change weights, and so the last bit of what comes out."""
 _COMPARED = 4
@@ -37,7 +36,7 @@ def reform(source: Path, out: Path, form: Form) -> ModelCard:
     """
     need_other(out, source)
     model, card = formed(source, form)
-    del model.graph.output[len(_OUTPUTS) :]
+    del model.graph.output[len(OUTPUTS) :]
     write_graph(model, card, out)
     return card
 

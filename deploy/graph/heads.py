@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from deploy.core.card import Form, Heads, ModelCard, need_plain, network_precision, scanned_card
+from deploy.core.card import OUTPUTS, Form, Heads, ModelCard, need_plain, network_precision, scanned_card
 from deploy.core.errors import UserError
 from deploy.core.files import need_other
 from deploy.core.heads import dense, select
@@ -33,7 +33,6 @@ _PLACES: tuple[dict[str, Any], ...] = tuple(
     {"offset": offset, "fitted": fitted} for offset in (0.0, 0.5) for fitted in (False, True)
 )
 """Where the places of a level may be."""
-_OUTPUTS = ("boxes", "scores", "labels", "count")
 
 
 def cut_heads(source: Path, out: Path) -> ModelCard:
@@ -172,13 +171,13 @@ def _selected_alike(whole: onnx.ModelProto, shape: tuple[int, ...], card: ModelC
     before = needed_for(whole.graph, [SCORES, BOXES])
     rest = onnx.ModelProto()
     rest.CopyFrom(whole)
-    del rest.graph.node[:], rest.graph.input[:], rest.graph.output[len(_OUTPUTS) :]
+    del rest.graph.node[:], rest.graph.input[:], rest.graph.output[len(OUTPUTS) :]
     names = {node.name for node in before}
     rest.graph.node.extend(node for node in whole.graph.node if node.name not in names)
     for name, given in ((SCORES, shape), (BOXES, (1, *boxes.shape))):
         rest.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, given))
     session = cpu_session(rest.SerializeToString(), as_written=True)
-    wanted = session.run(list(_OUTPUTS), {SCORES: scores, BOXES: boxes[None]})
+    wanted = session.run(list(OUTPUTS), {SCORES: scores, BOXES: boxes[None]})
     if not all(np.array_equal(a, b) for a, b in zip(wanted, select(scores[0], boxes, card), strict=True)):
         raise UserError(f"{where}: it chooses detections in a way of its own, so that its network alone is of no use")
 

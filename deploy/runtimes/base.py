@@ -13,9 +13,6 @@ from deploy.core.card import Form, ModelCard
 from deploy.core.errors import UserError
 from deploy.core.heads import decode
 
-OUTPUTS = ("boxes", "scores", "labels", "count")
-"""What a deployable file gives, in this order."""
-
 
 @dataclass(frozen=True)
 class DetectionBatch:

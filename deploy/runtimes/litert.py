@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import Form, card_beside
+from deploy.core.card import OUTPUTS, Form, card_beside
 from deploy.core.environment import usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form, need_card_of, need_input
+from deploy.runtimes.base import DetectionBatch, check_images, in_form, need_card_of, need_input
 
 FORM = Form(batch=1)
 """Of its files."""

@@ -14,14 +14,13 @@ import numpy as np
 import onnxruntime
 
 from deploy.core import cuda_driver
-from deploy.core.card import Form, ModelCard, card_from_session, need_plain, network_precision, scanned_card
+from deploy.core.card import OUTPUTS, Form, ModelCard, card_from_session, need_plain, network_precision, scanned_card
 from deploy.core.environment import integer_dot_product, usable_cores
 from deploy.core.errors import UserError, first_line
 from deploy.core.files import sha256_of
 from deploy.runtimes.base import DetectionBatch, check_images, in_form
 from deploy.runtimes.providers import ONNX_RUNTIME
 
-_OUTPUTS = ["boxes", "scores", "labels", "count"]
 _TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
@@ -93,7 +92,7 @@ class OnnxRunner:
         self.path = path
         self.threads = threads
         heads = self.card.form.heads
-        self._names = _OUTPUTS if heads is None else heads.names
+        self._names = list(OUTPUTS) if heads is None else heads.names
         inputs = [(value.name, value.type) for value in self._session.get_inputs()]
         outputs = [value.name for value in self._session.get_outputs()]
         if inputs != [("images", _TYPES[self.card.form.images])] or outputs != self._names:
@@ -126,7 +125,7 @@ class OnnxRunner:
         if self._binding is not None:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images), "cuda", self._device)
             self._binding.bind_ortvalue_input("images", value)
-            for name in _OUTPUTS:
+            for name in OUTPUTS:
                 self._binding.bind_output(name, "cuda", self._device)
             self._binding.synchronize_inputs()
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from deploy.core.card import OUTPUTS
 from deploy.core.errors import UserError
 from deploy.runtimes.base import DetectionBatch, check_images
 from deploy.runtimes.cuda import CudaDevice
 from deploy.tensorrt.card import EngineCard, Machine, open_engine, this_machine
 from deploy.tensorrt.network import library, load_engine, load_tensorrt, log
 
-_OUTPUTS = ("boxes", "scores", "labels", "count")
 _FINAL = {"boxes": np.float32, "scores": np.float32, "labels": np.int64, "count": np.int32}
 _DTYPES = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32, "int64": np.int64, "uint8": np.uint8}
 
@@ -77,7 +77,7 @@ class TensorRTRunner:
                 pieces.append(self._take())
         if len(pieces) == 1:
             return pieces[0]
-        return DetectionBatch(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in _OUTPUTS))
+        return DetectionBatch(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in OUTPUTS))
 
     def upload(self, images: np.ndarray) -> None:
         """Bring at most one launch of images to the device. Raises UserError for more."""
@@ -149,7 +149,7 @@ class TensorRTRunner:
         self._cuda.to_device(self._device["images"], self._host["images"][: self._launched])
 
     def _copy_out(self) -> None:
-        for name in _OUTPUTS:
+        for name in OUTPUTS:
             self._cuda.to_host(self._host[name][: self._launched], self._device[name])
 
     def _execute(self) -> None:
@@ -176,7 +176,7 @@ class TensorRTRunner:
 
     def _take(self) -> DetectionBatch:
         """Copies: the pinned memory is written again by the next call."""
-        return DetectionBatch(*(self._host[name][: self._count].astype(_FINAL[name]) for name in _OUTPUTS))
+        return DetectionBatch(*(self._host[name][: self._count].astype(_FINAL[name]) for name in OUTPUTS))
 
 
 class EngineBuffers:
@@ -189,7 +189,7 @@ class EngineBuffers:
         height, width = card.model.input_size
         inputs = [(spec.name, spec.dtype, spec.shape[1:]) for spec in card.inputs]
         outputs = tuple(spec.name for spec in card.outputs)
-        if inputs != [("images", "uint8", [3, height, width])] or outputs != _OUTPUTS or len(card.profiles) != 1:
+        if inputs != [("images", "uint8", [3, height, width])] or outputs != OUTPUTS or len(card.profiles) != 1:
             raise UserError(f"{path}: not an engine of a deployable file: it takes {inputs} and gives {list(outputs)}")
         self.smallest, self.largest = card.profiles[0].min[0], card.profiles[0].max[0]
         self.shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}

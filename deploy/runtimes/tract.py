@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.core.card import scanned_card
+from deploy.core.card import OUTPUTS, scanned_card
 from deploy.core.errors import UserError, first_line
 from deploy.core.import_path import import_extra
-from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form, need_input
+from deploy.runtimes.base import DetectionBatch, check_images, in_form, need_input
 
 
 class TractRunner:

@@ -16,11 +16,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from deploy.core.card import METADATA_KEY, network_precision, parse_card
+from deploy.core.card import METADATA_KEY, OUTPUTS, network_precision, parse_card
 from deploy.core.errors import UserError
 from deploy.core.files import write_text
 from deploy.core.onnx_scan import scan_onnx
-from deploy.runtimes.base import OUTPUTS, DetectionBatch, check_images, in_form
+from deploy.runtimes.base import DetectionBatch, check_images, in_form
 from deploy.runtimes.web_runtime import runtime_files
 
 _PROGRAM = Path(__file__).with_name("web_runner.mjs")

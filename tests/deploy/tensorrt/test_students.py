@@ -19,7 +19,7 @@ from compress.detectors.base import Detector
 from compress.detectors.gfl import GFL
 from compress.export.deployable import Deployable, marked_for_half
 from compress.export.folded import folded
-from deploy.core.card import ModelCard
+from deploy.core.card import OUTPUTS, ModelCard
 from deploy.core.errors import UserError
 from deploy.graph import export
 from deploy.graph.half import halve
@@ -71,7 +71,7 @@ def file_with(
         images = np.random.default_rng(0).integers(0, 256, (2, 3, *card.input_size), np.uint8)
     model = export._convert(module, images, opset=20)
     model = halve(model, images)[0] if half else model
-    del model.graph.output[len(export.OUTPUTS) :]
+    del model.graph.output[len(OUTPUTS) :]
     set_card(model, card.model_copy(update={"precision": precisions(model)}))
     path = folder / f"{name}{'.fp16' if half else ''}.onnx"
     onnx.save(model, str(path))
